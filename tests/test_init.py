@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from tunekit.errors import DataError, InputError, RecipeError
-from tunekit.init import init_verb, look_at, models_at_hand
-from tunekit.recipe.beginnings import BEGINNINGS
+from tunekit.init import init_verb, look_at, models_at_hand, proposed_objectives
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 
+FIRST = {objective.model_fields["method"].default: objective.first_recipe for objective in proposed_objectives()}
+OF_FILES = [name for name, first in FIRST.items() if first.model]  # objectives over recordings and images
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
     "sft": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]},
@@ -52,7 +53,7 @@ def test_the_objective_follows_from_the_rows(
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert recipe.objective.method == objective
     assert recipe.data.train[0].path == str(data)
-    assert recipe.data.max_length == (2048 if objective in BEGINNINGS else 256)  # the recordings' length is the model's
+    assert recipe.data.max_length == (2048 if objective in OF_FILES else 256)  # the recordings' length is the model's
     assert recipe.model.name_or_path == "org/model"
     said = capsys.readouterr().out
     assert f"40 {'recordings' if 'path' in ROWS[objective] else 'rows'} of format" in said
@@ -184,7 +185,7 @@ def test_a_folder_of_files_is_no_text(
     init(tmp_path / "photos", tmp_path / "recipe.yaml")
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert recipe.objective.method == objective
-    assert recipe.model.name_or_path == BEGINNINGS[objective].model
+    assert recipe.model.name_or_path == FIRST[objective].model
     text, said = (tmp_path / "recipe.yaml").read_text("utf-8"), capsys.readouterr().out
     assert "token" not in text + said
     assert "max_length" not in text
@@ -207,15 +208,15 @@ def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.Capture
     assert "hidden" not in said
 
 
-@pytest.mark.parametrize("objective", BEGINNINGS)
-def test_beginnings_are_those_of_the_recipes(objective: str) -> None:
+@pytest.mark.parametrize("objective", OF_FILES)
+def test_first_recipes_are_those_of_the_recipes(objective: str) -> None:
     name = objective.replace("_", "-") + "-lora"
     recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text("utf-8"))
-    beginning = BEGINNINGS[objective]
-    assert recipe["model"] == beginning.model
-    assert recipe["adapter"]["target_modules"] == yaml.safe_load(beginning.targets)
-    assert recipe["training"]["learning_rate"] == beginning.learning_rate
-    lines = yaml.safe_load("\n".join(line for line, _ in beginning.training)) or {}
+    first = FIRST[objective]
+    assert recipe["model"] == first.model
+    assert recipe["adapter"]["target_modules"] == yaml.safe_load(first.target_modules)
+    assert recipe["training"]["learning_rate"] == first.learning_rate
+    lines = yaml.safe_load("\n".join(line for line, _ in first.training)) or {}
     assert lines.items() <= recipe["training"].items()
 
 

@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 COPIED = ("tunekit", "tests", "scripts", "recipes", "README.md", "pyproject.toml")
 KINDS = {
     "adapter": (["tests/contract/test_layer_contract.py", "tests/test_readme.py"], 1 + 4 * 6),
+    "start": (["tests/contract/test_starts_contract.py"], 5 * 2),
     "objective": (["tests/contract/test_objective_contract.py"], 3),
     "format": (["tests/formats"], 2),
     "metric": (["tests/metrics", "tests/recipe/test_schema.py"], 2),

@@ -1,8 +1,5 @@
-"""`tunekit init`: a first recipe for given data, after a look at them, at the machine and at the models at hand.
-
-Comes in: a data file or none, flags, and in a terminal the answers to at most five questions.  Goes out: a commented
-recipe that validates, and whose plan fits where the model can be read here.  Nothing is overwritten.
-"""
+"""`tunekit init`: a first recipe for given data, after a look at them, at the machine and at the models at hand. It
+validates, and its plan fits where the model can be read here. Nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
-from tunekit.formats.preference import is_pair
-from tunekit.recipe.beginnings import BEGINNINGS
+from tunekit.recipe.bases.section import AdapterSettings, FirstRecipe, Line, ObjectiveSettings
 from tunekit.recipe.data import Source
-from tunekit.recipe.reading.names import known_names, measures_training, shows_of
+from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
+from tunekit.recipe.recipe import DEFAULT_METHOD
 from tunekit.records import bytes_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,19 +33,10 @@ FEW_ROWS = 1000
 SHARE_KEPT = 0.995  # of the rows, by length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-OBJECTIVES = {  # kind of example -> the objective to begin with, in the order in which rows are tried
-    "transcript": "speech",
-    "audio_label": "audio_classify",
-    "image_label": "image_classify",
-    "image": "dreambooth",
-    "preference": "dpo",
-    "tags": "token_classify",
-    "label": "classify",
-    "unpaired": "kto",
-    "text": "sft",
-}
-MEDIUM = {"transcript": "audio", "audio_label": "audio", "image_label": "image", "image": "image"}  # what a row names
-FULL_RATE, ADAPTER_RATE = "2e-5", "2e-4"
+ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> what a row is
+QUESTIONS_FORMAT = "prompt_completion"  # of which columns of questions and answers are renamed
+FULL_RATE = "2e-5"  # of the base's own weights
+RATE_COMMENT = "what matters most: try a third, threefold"
 
 
 @dataclass(frozen=True)
@@ -65,20 +53,16 @@ class Look:
     notes: Sequence[str] = ()  # what the user may have meant instead
 
     @property
-    def medium(self) -> str | None:
-        """What a row is a file of: a recording, an image; None: it is a text."""
-        named = {"audio": "recording", "image": "image"}
-        return next(
-            (named[MEDIUM[kind]] for kind, name in OBJECTIVES.items() if name == self.objective and kind in MEDIUM),
-            None,
-        )
+    def settings(self) -> type[ObjectiveSettings]:
+        """The settings class of the objective."""
+        return objective_class(self.objective)
 
     def text(self) -> str:
         """In a line."""
-        unit = (self.medium or "row") + ("" if self.rows == 1 else "s")
+        unit = ROWS_NAME[self.settings.medium] + ("" if self.rows == 1 else "s")
         about = f"{self.rows:,} {unit}" if self.complete else f"more than {self.rows:,} {unit}"
         sizes = f", {SHARE_KEPT:.1%} of them shorter than about {self.longest:,} tokens"
-        share = "" if self.objective in BEGINNINGS else sizes
+        share = "" if self.settings.medium else sizes
         return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
 
 
@@ -93,6 +77,11 @@ class Wanted:
     evaluation: float
     look: Look | None
     note: str = ""
+
+    @property
+    def adapter(self) -> type[AdapterSettings]:
+        """The settings class of the method."""
+        return adapter_class(self.method)
 
 
 def init_verb(
@@ -109,18 +98,20 @@ def init_verb(
     look = look_at(data) if named else None
     if look is not None:
         console.info(look.text(), *look.notes)
-    beginning = BEGINNINGS.get(look.objective) if look else None
-    if beginning:
-        found = [name for name in found if name == beginning.model]
-    first = beginning.model if beginning else found[0] if found else DEFAULT_MODEL
+    first = _first_recipe(look)
+    if first.model:
+        found = [name for name in found if name == first.model]
+    usual = first.model or (found[0] if found else DEFAULT_MODEL)
     if asks and found and model is None:
         console.info("models at hand: " + ", ".join(found[:8]))
-    model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", first)
-    method = method or _ask(asks, "Which method? lora, dora, ia3, full (every weight), or another", "lora")
+    model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", usual)
+    method = method or _ask(
+        asks, "Which method? lora, dora, ia3, full (every weight), or another", DEFAULT_METHOD["adapter"]
+    )
     if method not in known_names("adapters"):
         raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
-    usual = "0" if look and look.objective == "dreambooth" else "0.05"  # a handful of images, all of them of one thing
-    share = str(evaluation) if evaluation is not None else _ask(asks, "Which share of the rows to evaluate on?", usual)
+    question = "Which share of the rows to evaluate on?"
+    share = str(evaluation) if evaluation is not None else _ask(asks, question, first.eval_share)
     wanted = Wanted(data, model, method, quantization, _share(share), look)
     write_text(target, recipe_text(wanted, target))
     said: Sequence[str] = ()
@@ -133,6 +124,17 @@ def init_verb(
             raise
     write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an older one of ours, or another's, stays
     console.info(*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
+
+
+def _first_recipe(look: Look | None) -> FirstRecipe:
+    """That of the objective which fits the rows; of the default one where there are none to look at."""
+    return objective_class(look.objective if look else DEFAULT_METHOD["objective"]).first_recipe
+
+
+def proposed_objectives() -> list[type[ObjectiveSettings]]:
+    """The settings classes of the objectives that rows are tried for, in order."""
+    known = [each for each in map(objective_class, known_names("objectives")) if each.first_recipe.order is not None]
+    return sorted(known, key=lambda each: each.first_recipe.order or 0)
 
 
 def _refuse(target: Path) -> None:
@@ -186,14 +188,14 @@ def look_at(data: str) -> Look | None:
     problems.raise_if_any()
     if not values:
         raise DataError("there is no row in it", "", file=data)
-    example, format_name, columns = _kind(values[0], data)
+    objective, format_name, columns = _kind(values[0], data)
     seen = values[:LOOKED_AT]
     sizes = sorted(sum(map(len, _texts(row))) for row in seen)
     longest = int(sizes[min(int(len(sizes) * SHARE_KEPT), len(sizes) - 1)] / CHARACTERS_OF_A_TOKEN) + 32
     fields = Counter(name for row in seen for name in row).most_common(6)
     complete = len(values) <= LOOKED_AT
     return Look(
-        OBJECTIVES[example],
+        objective.model_fields["method"].default,
         format_name,
         len(seen),
         complete,
@@ -233,25 +235,24 @@ def _folder_notes(data: str) -> list[str]:
     return [] if others is None else [others]
 
 
-def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str]]:
-    """The kind of example that a row is, its format, and the columns to rename for it.
+def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
+    """The settings class of the objective that fits a row, the row's format, and the columns to rename for it.
 
     Raises: DataError naming the fields of every format.
     """
     medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
-    tried = [example for example in OBJECTIVES if MEDIUM.get(example) in (None, medium)]
     folder, lacks = bool(medium and medium in row), list[str]()
-    if folder:  # of files, of which no text is to be learnt
-        tried = [example for example in tried if example in MEDIUM]
-    for example in tried:
-        if example == "unpaired" and is_pair(row):
+    known = proposed_objectives()
+    for objective in known:
+        if objective.medium != medium and (objective.medium or folder):  # of a folder of files no text is to be learnt
             continue
         try:
-            return example, choose_format("auto", row, example)[0], {}
+            return objective, choose_format("auto", row, objective.example)[0], {}
         except DataError as error:
             last, lacks = error, [*lacks, error.problems[0].how]
     if columns := columns_meant(row):
-        return "text", "prompt_completion", columns
+        example = facts_of("formats", QUESTIONS_FORMAT).EXAMPLE
+        return next(each for each in known if each.example == example), QUESTIONS_FORMAT, columns
     problem = last.problems[0]
     raise DataError(problem.what, "; or ".join(lacks) if folder else problem.how, file=data, line=1)
 
@@ -266,25 +267,19 @@ def _texts(value: object) -> Iterator[str]:
 
 def recipe_text(wanted: Wanted, target: Path) -> str:
     """The recipe with what each key means beside it."""
-    look, full = wanted.look, wanted.method == "full"
+    look, first, adapter = wanted.look, _first_recipe(wanted.look), wanted.adapter
     length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
     few = look is not None and look.complete and look.rows < FEW_ROWS
     steps = 2 if few else 8
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
-    beginning = BEGINNINGS.get(look.objective) if look else None
-    packed = wanted.quantization != "none"  # nothing is, where images are drawn
-    draws = look is not None and not packed and shows_of(look.objective).draws
-    lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
-    if beginning and wanted.method == "lora":
-        lora.append((f"  target_modules: {beginning.targets}", ""))
-    objective = look.objective if look else "sft"
-    chosen = [("objective:", ""), (f"  method: {objective}", ""), *beginning.objective] if beginning else []
-    rate = FULL_RATE if full else beginning.learning_rate if beginning else ADAPTER_RATE
-    duration = (
-        []
-        if beginning and any("max_steps" in line for line, _ in beginning.training)
-        else [(f"  epochs: {3 if few else 1}", "")]
-    )
+    media = look is not None and look.settings.medium is not None
+    draws = look is not None and wanted.quantization == "none" and look.settings.shows.draws  # nothing packed there
+    method = [*adapter.first_lines]
+    if method and first.target_modules:
+        method.append((f"  target_modules: {first.target_modules}", ""))
+    objective = look.objective if look else DEFAULT_METHOD["objective"]
+    chosen = [("objective:", ""), (f"  method: {objective}", ""), *first.objective]
+    epochs = [] if any("max_steps" in line for line, _ in first.training) else [(f"  epochs: {3 if few else 1}", "")]
     lines = [
         (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
@@ -292,24 +287,24 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         ("# Every key: tunekit schema --reference", ""),
         ("", ""),
         ("model:", ""),
-        (f"  name_or_path: {_quoted(model)}", beginning.said if beginning else "a folder, a .gguf file or a hub name"),
+        (f"  name_or_path: {_quoted(model)}", first.model_comment),
         *([] if draws else [(f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}")]),
         ("", ""),
         ("data:", ""),
         *_source_lines(data, look),
         (f"  eval: {wanted.evaluation or 'null'}", _evaluation_said(look, data)),
-        *([] if beginning else [(f"  max_length: {length}", "tokens; longer rows are dropped, and told")]),
+        *([] if media else [(f"  max_length: {length}", "tokens; longer rows are dropped, and told")]),
         ("", ""),
         ("adapter:", ""),
-        (f"  method: {wanted.method}", "every weight of the base is trained" if full else ""),
-        *lora,
+        (f"  method: {wanted.method}", "every weight of the base is trained" if adapter.trains_base else ""),
+        *method,
         ("", ""),
-        *(chosen or [(f"objective: {objective}", "")]),
+        *(chosen if media else [(f"objective: {objective}", "")]),
         ("", ""),
         ("training:", ""),
-        (f"  learning_rate: {rate}", "what matters most: try a third, threefold"),
-        *duration,
-        *(beginning.training if beginning else ()),
+        (f"  learning_rate: {FULL_RATE if adapter.trains_base else first.learning_rate}", RATE_COMMENT),
+        *epochs,
+        *first.training,
         ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
         ("  eval_steps: 50", ""),
@@ -321,11 +316,11 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     return "".join(f"{text:<34} # {said}".rstrip() + "\n" if said else f"{text}\n" for text, said in lines)
 
 
-def _source_lines(data: str, look: Look | None) -> list[tuple[str, str]]:
+def _source_lines(data: str, look: Look | None) -> list[Line]:
     """data.train: a name, and how its columns are renamed where they are."""
     said = "a file (JSONL, CSV ...) or a hub data set"
-    if look and look.medium:
-        said = f"a folder of {look.medium}s, a table that names them (JSONL, CSV ...), or a hub data set"
+    if look and (medium := look.settings.medium):
+        said = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
     if not (look and look.columns):
         return [(f"  train: {_quoted(data)}", said)]
     columns = ", ".join(f"{column}: {field}" for column, field in look.columns.items())
@@ -338,7 +333,7 @@ def _source_lines(data: str, look: Look | None) -> list[tuple[str, str]]:
 
 def _evaluation_said(look: Look | None, data: str) -> str:
     """Beside data.eval."""
-    if look is None or not measures_training(look.objective):
+    if look is None or not look.settings.measures_training:
         return "a share of the rows, or a file"
     return f"[{_quoted(data)}] measures these images themselves, at fixed noise: whether the loss falls"
 
@@ -372,7 +367,7 @@ def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
 
     devices = make_devices()
     free = available_bytes(devices.device)
-    for quantization in dict.fromkeys((wanted.quantization, *(() if wanted.method == "full" else ("nf4",)))):
+    for quantization in dict.fromkeys((wanted.quantization, *(() if wanted.adapter.trains_base else ("nf4",)))):
         changed = quantization != wanted.quantization
         note = "; without it this machine's memory does not hold the run" if changed else ""
         wanted = replace(wanted, quantization=quantization, note=note)

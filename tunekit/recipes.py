@@ -1,7 +1,4 @@
-"""`tunekit recipes`: the recipes that come with tunekit: list them, print one, or copy one with its data.
-
-Comes in: a name or none.  Goes out: lines on stdout, or files at a new place.
-"""
+"""`tunekit recipes`: the recipes that come with tunekit: list them, print one, or copy one with its data."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from pathlib import Path
 from tunekit.errors import RecipeError
 from tunekit.files.durable import write_new_text
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.paths import named_paths
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_NAME, first_comment, shipped_recipes
 from tunekit.recipe.reading.suggest import did_you_mean
@@ -47,11 +45,9 @@ def copy_recipe(recipe: Path, target: Path) -> list[Path]:
     """
     target = target if target.suffix in ENDINGS else target / recipe.name
     loaded = load_recipe(recipe).recipe
-    sources = [*loaded.data.train, *(loaded.data.eval if isinstance(loaded.data.eval, tuple) else ())]
-    named = [loaded.model.name_or_path, loaded.data.chat_template, *(source.path for source in sources)]
-    named += [str(reward.code_file) for reward in getattr(loaded.objective, "reward", ()) if reward.function]
+    named = [path.file for path in named_paths(loaded.model_dump(mode="json")) if path.mark.expected]
     pairs = {target: recipe}
-    for path in map(Path, filter(None, named)):
+    for path in named:
         if path.is_relative_to(recipe.parent):
             files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
             pairs |= {target.parent / each.relative_to(recipe.parent): each for each in files if each.is_file()}

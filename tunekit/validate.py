@@ -1,11 +1,9 @@
-"""`tunekit validate`: a recipe and the files it names: every problem at once, or the rewrites and a word of assent.
-
-Comes in: a recipe and overrides.  Goes out: lines on stdout.  Imports no torch, and takes less than half a second.
-"""
+"""`tunekit validate`: a recipe and the files it names: every problem at once, or the rewrites and a word of assent. It
+imports no torch, and takes less than half a second."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +15,8 @@ from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.recipe.reading.draft import dotted
+from tunekit.recipe.reading.paths import named_paths
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
 
@@ -25,6 +25,14 @@ CHECKED = (
     "other rows and the model (`tunekit plan` reads both)"
 )
 READ_BY_LINE = ("jsonl", "csv", "text")  # whose first row costs nothing
+CONFIG = "adapter_config.json"
+ABSENCE: dict[str, tuple[Callable[[Path], bool], str, str]] = {  # what a path is expected to name, unlike rows
+    "file": (Path.is_file, "no such file", "check the path"),
+    "code": (Path.is_file, "no such file", "check the path: FILE.py:NAME"),
+    "folder": (Path.is_dir, "no such folder", "check the path"),
+    "adapter": (lambda path: (path / CONFIG).is_file(), f"no adapter there ({CONFIG})", "check the path"),
+    "model": (lambda path: _may_be_model(path), "no model there", "check the path, or write a hub name"),
+}
 
 
 def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
@@ -61,21 +69,18 @@ def _read_by_line(path: str) -> bool:
     return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
 
 
+def _may_be_model(path: Path) -> bool:
+    """Whether it is a name on the hub, a file, or a folder with a configuration."""
+    return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
+
+
 def _missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Local files that are not there or not what they should be: in a recipe, local paths are absolute."""
-    model, template, initial = recipe.model.name_or_path, recipe.data.chat_template, recipe.adapter.init_from
-    if Path(model).is_absolute() and not (Path(model).is_file() or list(Path(model).glob("*.json"))):
-        yield Problem(f"{model}: no model there", "check the path, or write a hub name", key="model.name_or_path")
-    if template is not None and not Path(template).is_file():
-        yield Problem(f"{template}: no such file", "check the path", key="data.chat_template")
-    if initial is not None and not Path(initial, "adapter_config.json").is_file():
-        yield Problem(f"{initial}: no adapter there (adapter_config.json)", "check the path", key="adapter.init_from")
-    for index, reward in enumerate(getattr(recipe.objective, "reward", ())):
-        key = f"objective.reward.{index}"
-        if reward.kind == "function" and not reward.code_file.is_file():
-            yield Problem(f"{reward.code_file}: no such file", "check the path: FILE.py:NAME", key=f"{key}.function")
-        if reward.kind == "model" and not Path(reward.model).is_dir():
-            yield Problem(f"{reward.model}: no such folder", "check the path", key=f"{key}.model")
+    for path in named_paths(recipe.model_dump(mode="json")):
+        if path.mark.expected in ABSENCE:
+            is_there, what, how = ABSENCE[path.mark.expected]
+            if not is_there(path.file):
+                yield Problem(f"{path.file}: {what}", how, key=dotted(path.key))
     for name, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             if Path(source.path).is_absolute():

@@ -26,8 +26,8 @@ from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target  # 
 from tunekit.recipe.reading.draft import dotted  # noqa: E402
 from tunekit.recipe.reading.dump import yaml_scalar  # noqa: E402
 from tunekit.recipe.reading.names import SettingsKind, facts_of, known_names, settings_class  # noqa: E402
-from tunekit.recipe.reading.problems import section_class  # noqa: E402
 from tunekit.recipe.reading.schema import Key, first_line, reference_keys  # noqa: E402
+from tunekit.recipe.reading.sections import section_class  # noqa: E402
 from tunekit.recipe.reading.shipped import SCHEMA_MARK, first_comment, shipped_recipes  # noqa: E402
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe  # noqa: E402
 

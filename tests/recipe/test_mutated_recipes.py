@@ -14,7 +14,7 @@ from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.dump import dump_recipe
-from tunekit.recipe.reading.problems import section_class
+from tunekit.recipe.reading.sections import section_class
 from tunekit.recipe.recipe import Recipe
 
 SEED = int(os.environ.get("TUNEKIT_TEST_SEED", "0"))

@@ -10,8 +10,8 @@ from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.names import facts_of, known_names, needs_generation, settings_class
-from tunekit.recipe.reading.problems import fields_at
 from tunekit.recipe.reading.schema import make_reference, make_schema
+from tunekit.recipe.reading.sections import fields_at
 
 
 def test_the_schema_has_every_key_and_shorthand() -> None:

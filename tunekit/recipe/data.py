@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from tunekit.recipe.bases.paths import FilePath, RowsPath
 from tunekit.recipe.bases.section import Count, Number, Positive, Section, Several, Text
 
 
 class Source(Section):
     """One data source: a file (JSONL, JSON, CSV, Parquet) or a hub data set."""
 
-    path: Text = Field(description="a file, or a data set of the hub")
+    short: ClassVar[str | None] = "path"
+
+    path: RowsPath = Field(description="a file, or a data set of the hub")
     format: Text = Field("auto", description="what a row is; auto decides from the columns and prints why")
     weight: Positive = Field(1.0, description="floor(w) copies an epoch plus a seeded draw of the rest")
     columns: dict[Text, Text] = Field(default_factory=dict, description="the file's column: the format's field")
@@ -52,7 +55,7 @@ class DataSection(Section):
         description="where the chat template rewrites earlier answers (drops their thinking, for one): train on the "
         "last, or on each as it was given, in a row of its own",
     )
-    chat_template: Text | None = Field(None, description="a Jinja file; null is the tokenizer's own template")
+    chat_template: FilePath | None = Field(None, description="a Jinja file; null is the tokenizer's own template")
     max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="tokens of the longest row")
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(
         "drop", description="what becomes of longer rows; always counted in the report"

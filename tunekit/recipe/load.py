@@ -32,7 +32,8 @@ from tunekit.recipe.reading.dump import dump_recipe
 from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.recipe.reading.overrides import apply_overrides
 from tunekit.recipe.reading.paths import resolve_paths
-from tunekit.recipe.reading.problems import kind_of, missing_key, problems_of, section_class, unknown_key
+from tunekit.recipe.reading.problems import missing_key, problems_of, unknown_key
+from tunekit.recipe.reading.sections import kind_of, section_class
 from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file

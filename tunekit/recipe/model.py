@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
+from tunekit.recipe.bases.paths import ModelPath
 from tunekit.recipe.bases.section import Section, Text
+from tunekit.recipe.reading.names import known_names
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
+FAMILIES = ("auto", *known_names("families"))
+
+
+def _family(value: object) -> Any:
+    if not isinstance(value, str) or value not in FAMILIES:
+        raise PydanticCustomError("literal_error", "unknown family", {"expected": ", ".join(FAMILIES)})
+    return value
+
+
+FamilyName = Annotated[str, BeforeValidator(_family), WithJsonSchema({"enum": list(FAMILIES), "type": "string"})]
 
 
 class ModelSection(Section):
     """The base model. `name_or_path`: a local folder, a .gguf file, or a hub id."""
 
-    name_or_path: Text = Field(description="a local folder, a .gguf file, or a hub id")
+    short: ClassVar[str | None] = "name_or_path"
+
+    name_or_path: ModelPath = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")
-    family: Literal[
-        "auto",
-        "causal",
-        "seq2seq",
-        "classifier",
-        "token_classifier",
-        "image_classifier",
-        "audio_classifier",
-        "speech",
-        "diffusion",
-    ] = Field("auto", description="what the base computes; auto reads it from the model's configuration")
+    family: FamilyName = Field(
+        "auto", description="what the base computes; auto reads it from the model's configuration"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto is bfloat16 where the device computes it natively, else float32"
     )
@@ -36,6 +43,11 @@ class ModelSection(Section):
         "auto", description="attention implementation"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never without reading it")
+
+    @classmethod
+    def of(cls, section: ModelSection, **facts: Any) -> Self:
+        """The section with facts of a model that is loaded for one purpose."""
+        return cls.model_validate({**section.model_dump(), **facts})
 
 
 class HeadedModel(ModelSection):
@@ -50,11 +62,6 @@ class HeadedModel(ModelSection):
     head_seed: int = 0
     head_pad_id: int | None = None
 
-    @classmethod
-    def of(cls, section: ModelSection, **head: Any) -> HeadedModel:
-        """The section with a head."""
-        return cls.model_validate({**section.model_dump(), **head})
-
 
 class PipelineModel(ModelSection):
     """The section of a diffusion pipeline: `trained`, the parts that get an adapter; `stays`: whether the others are
@@ -62,8 +69,3 @@ class PipelineModel(ModelSection):
 
     trained: tuple[str, ...] = ()
     stays: bool = False
-
-    @classmethod
-    def of(cls, section: ModelSection, **parts: Any) -> PipelineModel:
-        """The section with its parts."""
-        return cls.model_validate({**section.model_dump(), **parts})

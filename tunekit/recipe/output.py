@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import Section, Several, Text
+from tunekit.recipe.bases.paths import NewPath
+from tunekit.recipe.bases.section import Section, Several
 
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
@@ -16,5 +17,5 @@ Tracker = Literal[
 class OutputSection(Section):
     """The run folder and the trackers beside metrics.jsonl."""
 
-    dir: Text = Field(description="the run folder")
+    dir: NewPath = Field(description="the run folder")
     report_to: Several[Tracker] = Field((), description="experiment trackers beside metrics.jsonl")

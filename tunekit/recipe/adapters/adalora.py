@@ -6,22 +6,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.low_rank import LayersSettings
 from tunekit.recipe.bases.section import (
     DROPOUT,
+    LAYERS_PATTERN,
+    LAYERS_TO_TRANSFORM,
     Count,
     CountOrZero,
     Fraction,
+    Layers,
     NotNegative,
     Positive,
     Several,
+    TargetedSettings,
     Text,
+    TextOrTexts,
 )
 
 PositiveFraction = Annotated[Fraction, Field(gt=0)]
 
 
-class AdaloraSettings(LayersSettings):
+class AdaloraSettings(TargetedSettings):
     """Low-rank updates in the form of a singular value decomposition, whose ranks move to the layers that need them.
 
     The ranks of all layers together fall from `init_r` to `target_r` per layer between step `tinit` and the last
@@ -29,6 +33,8 @@ class AdaloraSettings(LayersSettings):
     """
 
     method: Literal["adalora"] = Field("adalora", description="lora whose rank is shared out among the layers")
+    layers_to_transform: Layers = LAYERS_TO_TRANSFORM
+    layers_pattern: TextOrTexts | None = LAYERS_PATTERN
     init_r: Count = Field(12, description="rank of every layer at the start")
     target_r: Count = Field(8, description="mean rank of the layers at the end")
     alpha: Positive = Field(32.0, description="the update is scaled by alpha / init_r")

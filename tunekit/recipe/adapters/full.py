@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import LayerSettings, TextOrTexts, metamath_rate
+from tunekit.recipe.bases.section import MODULES_TO_SAVE, AdapterSettings, Several, Text, TextOrTexts, metamath_rate
 
 
-class FullSettings(LayerSettings):
+class FullSettings(AdapterSettings):
     """Trains the base itself, in float32 whatever it is computed in; the run's result is model/, not adapter/. Takes
     16 bytes a trained weight (18 where the base is computed in 16 bits) beside the activations."""
 
@@ -17,6 +17,7 @@ class FullSettings(LayerSettings):
     trains_base = True
 
     method: Literal["full"] = Field("full", description="the base's own weights, all of them or some modules'")
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
     target_modules: TextOrTexts = Field(
         "all-weights", description="all-weights, modules by name or name ending, or a regular expression"
     )

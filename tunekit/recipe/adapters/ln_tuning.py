@@ -6,14 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import LayerSettings, TextOrTexts
+from tunekit.recipe.bases.section import MODULES_TO_SAVE, AdapterSettings, Several, Text, TextOrTexts
 
 
-class LnTuningSettings(LayerSettings):
+class LnTuningSettings(AdapterSettings):
     """Trains the weights and biases of the norms alone; all norms are those of PEFT's MetaMathQA comparison,
     which at its general rate of 1e-4 learned nothing (accuracy 0): try higher."""
 
     method: Literal["ln_tuning"] = Field("ln_tuning", description="the base's norms themselves")
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
     target_modules: TextOrTexts = Field(
         "all-norms", description="all-norms, a list of names or name endings, or a regular expression"
     )

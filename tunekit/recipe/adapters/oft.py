@@ -6,12 +6,25 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.bases.section import Count, CountOrZero, TargetedSettings
+from tunekit.recipe.bases.section import (
+    EXCLUDE_MODULES,
+    MODULES_TO_SAVE,
+    TARGET_MODULES,
+    AdapterSettings,
+    Count,
+    CountOrZero,
+    Several,
+    Text,
+    TextOrTexts,
+)
 
 
-class BlockSettings(TargetedSettings):
+class BlockSettings(AdapterSettings):
     """Rotations of blocks, whose size or number is given; the other one is 0."""
 
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
+    target_modules: TextOrTexts = TARGET_MODULES
+    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
     block_size: CountOrZero
     blocks: CountOrZero = Field(0, description="number of blocks, instead of block_size")
 

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.bases.section import Count, Fraction, PublishedRate
-from tunekit.recipe.bases.virtual_tokens import VirtualTokenSettings
+from tunekit.recipe.bases.section import AdapterSettings, Count, Fraction, PublishedRate, Several, Text
+from tunekit.recipe.bases.virtual_tokens import MODULES_TO_SAVE, NUM_TRANSFORMER_SUBMODULES, NUM_VIRTUAL_TOKENS
 
 MLP_LAYERS = 2  # PEFT's word for its three matrices; no other number has a meaning there
 
 
-class PTuningSettings(VirtualTokenSettings):
+class PTuningSettings(AdapterSettings):
     """Vectors before each row that a small network makes of a trained table. The network is in checkpoints; folders
     hold the vectors that it made."""
 
@@ -21,6 +21,9 @@ class PTuningSettings(VirtualTokenSettings):
     )
 
     method: Literal["p_tuning"] = Field("p_tuning", description="vectors before each row, made by a trained encoder")
+    num_virtual_tokens: Count = NUM_VIRTUAL_TOKENS
+    num_transformer_submodules: Literal[1, 2] = NUM_TRANSFORMER_SUBMODULES
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
         "MLP", description="what makes the vectors: three matrices, or a bidirectional LSTM and two"
     )

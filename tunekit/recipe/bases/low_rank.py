@@ -9,25 +9,25 @@ from pydantic import BeforeValidator, Field, model_validator
 from tunekit.recipe.bases.section import (
     ALPHA_PATTERN,
     DROPOUT,
+    EXCLUDE_MODULES,
     LARGEST_COUNT,
+    LAYERS_PATTERN,
+    LAYERS_TO_TRANSFORM,
+    MODULES_TO_SAVE,
     RANK_PATTERN,
+    TARGET_MODULES,
+    AdapterSettings,
     Count,
-    CountOrZero,
     Expression,
     Fraction,
+    Layers,
     NotNegative,
     Several,
-    TargetedSettings,
     Text,
     TextOrTexts,
     text_or_texts,
 )
 from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
-
-
-def one_or_several(value: object) -> Any:
-    """A single number as a list of one; anything else is left to the type."""
-    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _names_or_nothing(value: object) -> Any:
@@ -52,26 +52,17 @@ def _listed_ids(value: object) -> tuple[int, ...]:
     return ids
 
 
-class LayersSettings(TargetedSettings):
-    """What the adapters have that may be kept to some of the network's layers."""
-
-    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
-        (), description="numbers of the layers adapted; none: all"
-    )
-    layers_pattern: TextOrTexts | None = Field(
-        None, description="name of the list that holds the layers, where a module's name has several numbers"
-    )
-
-
-class LowRankSettings(LayersSettings):
+class LowRankSettings(AdapterSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = TARGET_MODULES
+    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
+    layers_to_transform: Layers = LAYERS_TO_TRANSFORM
+    layers_pattern: TextOrTexts | None = LAYERS_PATTERN
     r: Count = Field(16, description="rank")
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
     dropout: Fraction = DROPOUT
-    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
     target_parameters: Several[Text] = Field(
         (),
         description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from tunekit.recipe.bases.paths import CodePath, FolderPath
 from tunekit.recipe.bases.section import (
     Count,
     CountOrZero,
@@ -53,7 +54,7 @@ SHOWS = Shows(
 class RewardSource(Section):
     """One of what gives completions their reward; its weight in their sum."""
 
-    function: Text | None = Field(
+    function: CodePath | None = Field(
         None, description="FILE.py:NAME, called as TRL does: NAME(prompts, completions, **columns) -> numbers"
     )
     allow_code: bool = Field(False, description="of function: run the file; its code can do whatever you can")
@@ -65,7 +66,9 @@ class RewardSource(Section):
     extract: Expression | None = Field(
         None, description="of exact_match: the first group of this expression in the completion is compared"
     )
-    model: Text | None = Field(None, description="folder of a reward model: a run of objective: reward, or its adapter")
+    model: FolderPath | None = Field(
+        None, description="folder of a reward model: a run of objective: reward, or its adapter"
+    )
     weight: Number = Field(1.0, description="of this reward in the sum of all")
 
     @property
@@ -128,6 +131,9 @@ class SampleSettings(ObjectiveSettings):
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDED)
     samples: ClassVar[bool] = True
     needs_recipe: ClassVar[bool] = True
+    required: ClassVar[Mapping[str, str]] = {
+        "reward": "write reward: [{function: FILE.py:NAME, allow_code: true}], or {exact_match: answer}, regex or model"
+    }
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times that of full training"
     )

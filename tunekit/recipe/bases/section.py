@@ -1,30 +1,36 @@
-"""The base of every section of a recipe: frozen, strict, no unknown keys; and the value types sections share.
-
-Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
-"""
+"""The base of every section of a recipe: frozen, strict, no unknown keys; and the value types that sections share."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from tunekit.recipe.bases.paths import AdapterPath, Text as Text
 from tunekit.records import DEFAULT_SHOWS, Shows
 
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
 
 class Section(BaseModel):
-    """Frozen settings; an unknown key is an error; a value is never coerced from another kind (no "5" for 5)."""
+    """Frozen settings; an unknown key is an error; a value is never coerced from another kind (no "5" for 5).
+
+    `short`: the key that a text alone stands for, where a mapping may be written as a text.
+    """
+
+    short: ClassVar[str | None] = None
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, protected_namespaces=())
 
 
 class MethodSettings(Section):
     """Settings of a named part (an adapter, an objective); `method` is the name of the file that defines it."""
+
+    short: ClassVar[str | None] = "method"
 
     method: str
 
@@ -42,15 +48,39 @@ def metamath_rate(value: float, experiment: str) -> PublishedRate:
     return PublishedRate(value, f"huggingface/peft, method_comparison/MetaMathQA/experiments/{experiment}")
 
 
+Line = tuple[str, str]  # a line of YAML, and the comment beside it
+
+
+@dataclass(frozen=True)
+class FirstRecipe:
+    """What `tunekit init` writes for an objective, with the values of a shipped recipe.
+
+    `order`: init asks of the first row whether it is of the objective's kind, smallest numbers first; None: never;
+    `model`: None for one at hand; `target_modules`: None for the adapter's default; `objective`, `training`: lines of
+    that section.
+    """
+
+    order: int | None = None
+    model: str | None = None
+    model_comment: str = "a folder, a .gguf file or a hub name"
+    target_modules: str | None = None
+    learning_rate: str = "2e-4"
+    eval_share: str = "0.05"
+    objective: Sequence[Line] = ()
+    training: Sequence[Line] = ()
+
+
 class AdapterSettings(MethodSettings):
     """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
 
     `default_learning_rate`: training.learning_rate where the recipe does not write it; None: the recipe's own default.
     `trains_base`: the base's own weights are trained, so that nothing can be bypassed and the result is a model.
+    `first_lines`: what `tunekit init` writes below the method.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
     trains_base: ClassVar[bool] = False
+    first_lines: ClassVar[Sequence[Line]] = ()
 
     @property
     def less_memory(self) -> str:
@@ -58,7 +88,7 @@ class AdapterSettings(MethodSettings):
         quantize = "quantize the base with model.quantization: nf4"
         return "train an adapter, lora for one" if self.trains_base else quantize
 
-    init_from: str | None = Field(
+    init_from: AdapterPath | None = Field(
         None, description="an existing adapter folder, ours or peft's, that training continues"
     )
 
@@ -76,7 +106,9 @@ class ObjectiveSettings(MethodSettings):
     `has_head`: whether it trains a head next to the base; `names_labels`: whether the rows of that head have labels;
     `single_score`: whether that head gives one score;
     `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
-    `default_learning_rate`: before that of the adapter.
+    `default_learning_rate`: before that of the adapter; `required`: keys that must be written, and how; `one_sequence`:
+    whether a row is one sequence with answers in it; `medium`: audio or image where rows name files of it, None for
+    text; `first_recipe`: what `tunekit init` writes.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -89,6 +121,10 @@ class ObjectiveSettings(MethodSettings):
     samples: ClassVar[bool] = False
     shows: ClassVar[Shows] = DEFAULT_SHOWS
     measures_training: ClassVar[bool] = False
+    required: ClassVar[Mapping[str, str]] = {}
+    one_sequence: ClassVar[bool] = False
+    medium: ClassVar[str | None] = None
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe()
     needs_recipe: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     names_labels: ClassVar[bool] = False
@@ -162,6 +198,11 @@ def _expression(text: str) -> str:
     return text
 
 
+def _one_or_several(value: object) -> Any:
+    """A single number as a list of one; anything else is left to the type."""
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def text_or_texts(value: Any) -> Any:
     """A regular expression, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
@@ -178,7 +219,6 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
-Text = Annotated[str, Field(min_length=1)]
 Expression = Annotated[Text, AfterValidator(_expression)]
 AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool), WithJsonSchema({"enum": ["auto", True, False]})]
 AutoBoolOrCount = Annotated[
@@ -189,28 +229,28 @@ AutoBoolOrCount = Annotated[
 TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(text_or_texts)]
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
+Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
-class LayerSettings(AdapterSettings):
-    """What the adapters of layers have."""
+# Fields that several settings have: each settings class lists its own, so that none inherits from a chain of others.
+MODULES_TO_SAVE = Field((), description="modules trained whole, such as a head: names or name endings")
+TARGET_MODULES = Field("all-linear", description="all-linear, a list of names, or a regular expression")
+EXCLUDE_MODULES = Field(None, description="modules never adapted, written the same way")
+DROPOUT = Field(0.0, description="on the update's input, while training")
+RANK_PATTERN: dict[str, int] = Field(default_factory=dict, description="module pattern: its own r")
+ALPHA_PATTERN: dict[str, float] = Field(default_factory=dict, description="module pattern: its own alpha")
+LAYERS_TO_TRANSFORM = Field((), description="numbers of the layers adapted; none: all")
+LAYERS_PATTERN = Field(
+    None, description="name of the list that holds the layers, where a module's name has several numbers"
+)
 
-    modules_to_save: Several[Text] = Field(
-        (), description="modules trained whole, such as a head: names or name endings"
-    )
 
-
-class TargetedSettings(LayerSettings):
+class TargetedSettings(AdapterSettings):
     """What the adapters have whose layers the user chooses."""
 
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-
-
-DROPOUT: Any = Field(0.0, description="on the update's input, while training")
-RANK_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own r")
-ALPHA_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own alpha")
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
+    target_modules: TextOrTexts = TARGET_MODULES
+    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
 
 
 class CalibratedStart(StartSettings):

@@ -8,22 +8,19 @@ from pydantic import Field, model_validator
 
 from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Several, Text
 
-
-class VirtualTokenSettings(AdapterSettings):
-    """Trained vectors that stand before each row, where its tokens' embeddings stand."""
-
-    num_virtual_tokens: Count = Field(20, description="how many; they come on top of data.max_length")
-    num_transformer_submodules: Literal[1, 2] = Field(
-        1, description="2: an encoder-decoder's file has vectors for both, of which PEFT uses what the method says"
-    )
-    modules_to_save: Several[Text] = Field(
-        (), description="modules trained whole, such as a classifier's head: names or name endings"
-    )
+NUM_VIRTUAL_TOKENS = Field(20, description="how many; they come on top of data.max_length")
+NUM_TRANSFORMER_SUBMODULES: Literal[1, 2] = Field(
+    1, description="2: an encoder-decoder's file has vectors for both, of which PEFT uses what the method says"
+)
+MODULES_TO_SAVE = Field((), description="modules trained whole, such as a classifier's head: names or name endings")
 
 
-class StartedTokenSettings(VirtualTokenSettings):
-    """The same, where the vectors themselves are trained and may start as embeddings of real tokens."""
+class StartedTokenSettings(AdapterSettings):
+    """Trained vectors before each row, which may start as embeddings of real tokens."""
 
+    num_virtual_tokens: Count = NUM_VIRTUAL_TOKENS
+    num_transformer_submodules: Literal[1, 2] = NUM_TRANSFORMER_SUBMODULES
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
     init: str = "vocabulary"
     init_text: Text | None = Field(None, description="for init: text; repeated or cut to num_virtual_tokens")
     init_ids: Several[CountOrZero] | None = Field(None, description="for init: text, token ids instead of init_text")

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 from tunekit.records import Shows
 
@@ -17,6 +18,14 @@ class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
     family: ClassVar[str] = "audio_classifier"
     example: ClassVar[str] = "audio_label"
     shows: ClassVar[Shows] = Shows(unit="label", size_unit="frame")
+    medium: ClassVar[str | None] = "audio"
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+        order=20,
+        model="openai/whisper-tiny",
+        model_comment="a folder or a hub name, of Whisper",
+        target_modules="[q_proj, v_proj]",
+        learning_rate="1e-3",
+    )
 
     method: Literal["audio_classify"] = Field(
         "audio_classify", description="cross entropy on a label for each recording"

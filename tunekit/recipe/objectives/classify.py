@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.section import FirstRecipe
 
 
 class ClassifySettings(LabelSettings):
@@ -14,5 +15,6 @@ class ClassifySettings(LabelSettings):
 
     family: ClassVar[str] = "classifier"
     example: ClassVar[str] = "label"
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=70)
 
     method: Literal["classify"] = Field("classify", description="cross entropy on one label for each text")

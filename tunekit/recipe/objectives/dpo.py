@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.recipe.bases.pair_settings import PairSettings
-from tunekit.recipe.bases.section import NotNegative, Number, Positive, Several
+from tunekit.recipe.bases.section import FirstRecipe, NotNegative, Number, Positive, Several
 
 LossType = Literal[
     "sigmoid",
@@ -46,6 +46,7 @@ class DpoSettings(PairSettings):
     """TRL's names and defaults."""
 
     reference: ClassVar[str] = "policy at step 0"
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=50)
 
     method: Literal["dpo"] = Field("dpo", description="preferred against rejected answers, held to the reference model")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference; of ipo the paper's tau")

@@ -7,9 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from tunekit.recipe.bases.paths import NewPath
 from tunekit.recipe.bases.section import (
     AutoOrBool,
     Count,
+    FirstRecipe,
     NotNegative,
     Number,
     ObjectiveSettings,
@@ -55,6 +57,17 @@ class DreamboothSettings(ObjectiveSettings):
     supervised: ClassVar[bool] = True
     measures_training: ClassVar[bool] = True
     shows: ClassVar[Shows] = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
+    medium: ClassVar[str | None] = "image"
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+        order=40,
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        model_comment="the folder of a pipeline, or a hub name",
+        target_modules="[to_q, to_k, to_v, to_out.0]",
+        learning_rate="1e-4",
+        eval_share="0",  # a handful of images, all of them of one thing
+        objective=(("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),),
+        training=(("  scheduler: constant", ""), ("  warmup_steps: 0", ""), ("  max_steps: 500", "")),
+    )
     sums: ClassVar[tuple[str, ...]] = ("loss", "units")
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"
@@ -92,7 +105,7 @@ class DreamboothSettings(ObjectiveSettings):
     class_prompt: Text | None = Field(
         None, description="prior preservation: what the base's own images show, such as a photo of dog"
     )
-    class_data_dir: Text | None = Field(
+    class_data_dir: NewPath | None = Field(
         None, description="the folder of those images; what it lacks is drawn by the base before step 1"
     )
     num_class_images: Count = Field(100, description="how many of them there are to be")

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
+from tunekit.recipe.bases.section import Count, CountOrZero, FirstRecipe, Fraction, Number, Several
 from tunekit.records import Shows
 
 
@@ -23,6 +23,14 @@ class ImageClassifySettings(LabelSettings):
     family: ClassVar[str] = "image_classifier"
     example: ClassVar[str] = "image_label"
     shows: ClassVar[Shows] = Shows(unit="label", size_unit="pixel")
+    medium: ClassVar[str | None] = "image"
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+        order=30,
+        model="google/vit-base-patch16-224-in21k",
+        model_comment="a folder or a hub name, of an image classifier",
+        target_modules="[q_proj, v_proj]",
+        learning_rate="5e-3",
+    )
 
     method: Literal["image_classify"] = Field("image_classify", description="cross entropy on a label for each image")
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(

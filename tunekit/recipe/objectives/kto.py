@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import ObjectiveSettings, Positive, PublishedRate
+from tunekit.recipe.bases.section import FirstRecipe, ObjectiveSettings, Positive, PublishedRate
 from tunekit.records import Shows
 
 LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
@@ -20,6 +20,7 @@ class KtoSettings(ObjectiveSettings):
     shows: ClassVar[Shows] = Shows(unit="answer")
     reference: ClassVar[str] = "policy at step 0"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *LOGGED)
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=80)
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml"
     )

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import Text
+from tunekit.recipe.bases.section import FirstRecipe, Text
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 from tunekit.records import Shows
 
@@ -18,6 +18,15 @@ class SpeechSettings(SpecAugmentSettings):
     example: ClassVar[str] = "transcript"
     supervised: ClassVar[bool] = True
     shows: ClassVar[Shows] = Shows(size_unit="frames and token")
+    medium: ClassVar[str | None] = "audio"
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+        order=10,
+        model="openai/whisper-tiny",
+        model_comment="a folder or a hub name, of Whisper's kind",
+        target_modules="[q_proj, v_proj]",
+        learning_rate="1e-3",
+        objective=(("  language: english", "of all rows; leave it out with a model of English alone (.en)"),),
+    )
 
     method: Literal["speech"] = Field("speech", description="cross entropy on the transcripts of recordings")
     language: Text | None = Field(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.records import Shows
 
 
@@ -17,5 +18,6 @@ class TokenClassifySettings(LabelSettings):
     example: ClassVar[str] = "tags"
     shows: ClassVar[Shows] = Shows(unit="word")
     sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=60)
 
     method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")

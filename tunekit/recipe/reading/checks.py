@@ -1,15 +1,10 @@
-"""What contradicts what: checks across keys, made before anything is loaded.
-
-Comes in: a Draft in canonical form, with the sections that are valid on their own.  Goes out: problems in the Draft.
-"""
+"""What contradicts what: checks across keys, made before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tunekit.errors import holds_secret
-from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.bases.section import ObjectiveSettings, Section
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import CHOICE_METRICS, EvaluationSection
@@ -20,10 +15,12 @@ from tunekit.recipe.reading.names import (
     formats_of,
     known_names,
     needs_generation,
+    objective_class,
     settings_class,
     unmeasurable,
 )
 from tunekit.recipe.reading.suggest import did_you_mean
+from tunekit.recipe.recipe import DEFAULT_METHOD
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
 _ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))
@@ -87,11 +84,10 @@ def settle_learning_rate(draft: Draft) -> None:
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     """Every check that needs valid sections; a section with problems of its own is absent and is not checked."""
     data, evaluation = sections.get("data"), sections.get("evaluation")
-    sampling = sections.get("objective")
-    if isinstance(sampling, SampleSettings) and not sampling.reward:
-        how = "write reward: [{function: FILE.py:NAME, allow_code: true}], or {exact_match: answer}, regex or model"
-        draft.add_problem(("objective", "reward"), "is required", how)
-    objective = _objective_class(draft)
+    objective, written = _objective_class(draft), sections.get("objective")
+    for name, how in objective.required.items():
+        if written is not None and not getattr(written, name):
+            draft.add_problem(("objective", name), "is required", how)
     if isinstance(data, DataSection):
         unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded
         _check_rewritten_answers(draft, objective)
@@ -119,7 +115,7 @@ def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -
     if draft.get(key) != "each":
         return
     train_on = draft.get(("data", "train_on")) or "assistant"
-    if (objective.family, objective.example) != ("causal", "text"):
+    if not objective.one_sequence:
         what = "a row of this objective has one answer to train on, or none"
     elif train_on != "assistant":
         what = f"each is of data.train_on: assistant, which is {train_on}"
@@ -131,8 +127,7 @@ def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
     """Of the objective that the recipe names; of the default where it names none that is known."""
     written = draft.values.get("objective")
     method = written.get("method") if isinstance(written, dict) else written
-    found: Any = settings_class("objectives", method if method in known_names("objectives") else "sft")
-    return found  # type: ignore[no-any-return]
+    return objective_class(method if method in known_names("objectives") else DEFAULT_METHOD["objective"])
 
 
 def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> None:

@@ -1,8 +1,5 @@
-"""Recipe -> YAML text, every key written, for the run folder.
-
-Comes in: a Recipe (absolute paths) and the folder of the new file.  Goes out: text that load.py reads back to an equal
-Recipe.  Strings that any YAML reader could take for something else are quoted.
-"""
+"""Recipe -> YAML text, every key written, for the run folder. Texts that YAML readers could take for something else are
+quoted."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunekit.recipe.reading.paths import ALWAYS_LOCAL, MODELS, REWARD_PATHS, relative_path
+from tunekit.recipe.reading.paths import named_paths, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
@@ -24,18 +21,8 @@ def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False
     """The recipe as YAML, without its defaults where `written_only`; absolute paths are written relative to the folder
     the new file will stand in."""
     values = recipe.model_dump(mode="json", exclude_unset=written_only)
-    for *sections, name in (*ALWAYS_LOCAL, *MODELS):
-        holder: dict[str, Any] = values
-        for section in sections:
-            holder = holder.get(section) or {}
-        if holder.get(name) is not None:
-            holder[name] = relative_path(holder[name], relative_to)
-    for sources in (values["data"]["train"], values["data"].get("eval")):
-        for source in sources if isinstance(sources, list) else ():
-            source["path"] = relative_path(source["path"], relative_to)
-    for reward in values.get("objective", {}).get("reward") or ():
-        for name in (name for name in REWARD_PATHS if reward.get(name) is not None):
-            reward[name] = relative_path(reward[name], relative_to)
+    for path in named_paths(values):
+        path.holder[path.key[-1]] = relative_path(path.text, relative_to)
     return "\n".join(yaml_lines(values)) + "\n"
 
 

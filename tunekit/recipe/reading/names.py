@@ -1,11 +1,9 @@
-"""Names in a recipe are file names: which adapters, objectives, formats and metrics exist, and their settings.
-
-Comes in: a kind ("adapters") and a name ("lora").  Goes out: the list of names, a settings class, a module of facts.
-A new file is a new name; there is no other list.
-"""
+"""Names in a recipe are file names: which adapters, objectives, families, formats and metrics exist, and their
+settings. A new file is a new name; there is no other list."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
@@ -13,17 +11,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from tunekit.recipe.bases.section import MethodSettings, ObjectiveSettings
+from tunekit.recipe.bases.section import AdapterSettings, MethodSettings, ObjectiveSettings
 from tunekit.recipe.evaluation import CHOICE_SUMS
 from tunekit.records import Shows
 
-Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
+Kind = Literal["adapters", "objectives", "starts", "families", "formats", "metrics"]
 SettingsKind = Literal["adapters", "objectives", "starts"]
+
+_STATES_FAMILY = re.compile(r"^FAMILY\b[^=\n]*=", re.MULTILINE)
+_DEFINES_FAMILY = re.compile(r"^class \w*Family\b", re.MULTILINE)
 
 
 @cache
 def known_names(kind: Kind) -> tuple[str, ...]:
-    """Every name of a kind, sorted: the files of recipe/KIND/; of formats and metrics those that state DESCRIPTION."""
+    """Every name of a kind, sorted: the files of recipe/KIND/; of formats and metrics those that state DESCRIPTION, of
+    families those that state FAMILY, which are read as text because they import torch."""
+    if kind == "families":
+        files = sorted((Path(__file__).parents[2] / "model" / kind).glob("*.py"))
+        stating = [file.stem for file in files if _STATES_FAMILY.search(file.read_text("utf-8"))]
+        # for as long as the families' files state no FAMILY: those that define one
+        return tuple(stating or [file.stem for file in files if _DEFINES_FAMILY.search(file.read_text("utf-8"))])
     settings = Path(__file__).parents[1] / kind
     folder = settings if settings.is_dir() else settings.parents[1] / kind
     names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
@@ -49,6 +56,11 @@ def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
 def objective_class(name: str) -> type[ObjectiveSettings]:
     """The settings class of a known objective."""
     return settings_class("objectives", name)  # type: ignore[return-value]
+
+
+def adapter_class(name: str) -> type[AdapterSettings]:
+    """The settings class of a known method."""
+    return settings_class("adapters", name)  # type: ignore[return-value]
 
 
 def formats_of(example: str) -> list[str]:
@@ -77,15 +89,12 @@ def _follows(metric: str, sums: Iterable[str]) -> bool:
 
 def shows_of(objective: str) -> Shows:
     """What progress, report and preview show about an objective."""
-    settings = settings_class("objectives", objective)
-    assert issubclass(settings, ObjectiveSettings)
-    return settings.shows
+    return objective_class(objective).shows
 
 
 def measures_training(objective: str) -> bool:
     """Whether evaluation rows of an objective may be training rows."""
-    found: Any = settings_class("objectives", objective)
-    return bool(found.measures_training)
+    return objective_class(objective).measures_training
 
 
 def needs_generation(metric: str) -> bool:

@@ -13,7 +13,8 @@ from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
 from tunekit.recipe.foreign.table import alias_target, is_alias
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath, Place, dotted
-from tunekit.recipe.reading.problems import fields_at, unknown_key
+from tunekit.recipe.reading.problems import unknown_key
+from tunekit.recipe.reading.sections import fields_at
 from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import show
 from tunekit.recipe.reading.yaml_reader import read_yaml

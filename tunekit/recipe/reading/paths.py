@@ -1,40 +1,78 @@
 """Paths in a recipe are relative to the recipe file, those of the command line to the working folder: made absolute on
-reading, relative to the new file on writing.
-
-Comes in: a Draft and the recipe's folder.  Goes out: absolute paths in place; hub names stay as they are.
-A leading `~` is the home folder; `$VAR` is not expanded.
+reading, relative to the new file on writing. Hub names stay as they are; `~` is the home folder; `$VAR` stays.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from tunekit.recipe.bases.paths import PathMark
+from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
+from tunekit.recipe.reading.sections import sections_in, types_in
 
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
-ALWAYS_LOCAL = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"), ("objective", "class_data_dir"))
-REWARD_PATHS = ("function", "model")  # of a reward: FILE.py:NAME is a path too
-MODELS = (("model", "name_or_path"), ("objective", "teacher", "name_or_path"))
-_DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")
-_MODEL_ENDINGS = (".gguf",)
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """A path in a recipe's plain values: its key, its text, and the mapping that it is in."""
+
+    key: KeyPath
+    mark: PathMark
+    text: str
+    holder: dict[Any, Any]
+
+    @property
+    def file(self) -> Path:
+        """The file or folder: of FILE.py:NAME the file."""
+        return Path(self.text.rpartition(":")[0] if self.mark.expected == "code" else self.text)
+
+
+def named_paths(values: Mapping[str, Any]) -> list[NamedPath]:
+    """Every path that a recipe's plain values hold, hub names among them."""
+    return [
+        NamedPath((*key, name), mark, holder[name], holder)
+        for key, owner, holder in sections_in(values)
+        for name, mark in path_marks(owner).items()
+        if isinstance(holder.get(name), str) and holder[name]
+    ]
+
+
+@cache
+def path_marks(owner: type[Section]) -> dict[str, PathMark]:
+    """The keys of a settings class whose texts are paths."""
+    marks = {
+        name: next(
+            (part for part in (*field.metadata, *types_in(field.annotation)) if isinstance(part, PathMark)), None
+        )
+        for name, field in owner.model_fields.items()
+    }
+    return {name: mark for name, mark in marks.items() if mark is not None}
 
 
 def resolve_paths(draft: Draft, folder: Path) -> None:
     """Make every local path of the draft absolute, in place; a path that no system can hold is a problem."""
-    for key in ALWAYS_LOCAL:
-        _resolve(draft, key, folder, endings=None)
-    for model in MODELS:
-        _resolve(draft, model, folder, endings=_MODEL_ENDINGS)
-    for name in ("train", "eval"):
-        sources = draft.get(("data", name))
-        for index in range(len(sources) if isinstance(sources, list) else 0):
-            _resolve(draft, ("data", name, index, "path"), folder, endings=_DATA_ENDINGS)
-    rewards = draft.get(("objective", "reward"))
-    for index in range(len(rewards) if isinstance(rewards, list) else 0):
-        for name in REWARD_PATHS:
-            _resolve(draft, ("objective", "reward", index, name), folder, endings=None)
+    for path in named_paths(draft.values):
+        fault = _fault(path.text)
+        if fault:
+            draft.add_problem(path.key, fault, "write a shorter path" if "long" in fault else "")
+            continue
+        base = Path.cwd() if draft.place(path.key).file == COMMAND_LINE else folder
+        absolute = os.path.normpath(base / os.path.expanduser(path.text))
+        if path.mark.endings is None or _is_local(path.text, path.mark.endings) or os.path.lexists(absolute):
+            path.holder[path.key[-1]] = absolute
+
+
+def _is_local(text: str, endings: tuple[str, ...]) -> bool:
+    """Whether a text is a path by its looks, and no name on the hub."""
+    return text in (".", "..") or text.startswith(("./", "../", "/", "~")) or text.lower().endswith(endings)
 
 
 def relative_path(path: str, folder: Path) -> str:
@@ -43,22 +81,6 @@ def relative_path(path: str, folder: Path) -> str:
         return path
     relative = os.path.relpath(path, folder)
     return relative if relative.startswith("..") else f"./{relative}"
-
-
-def _resolve(draft: Draft, key: KeyPath, folder: Path, *, endings: tuple[str, ...] | None) -> None:
-    """One path; `endings` None means that it can be nothing but a local path."""
-    text = draft.get(key)
-    if not isinstance(text, str) or not text:
-        return
-    fault = _fault(text)
-    if fault:
-        draft.add_problem(key, fault, "write a shorter path" if "long" in fault else "")
-        return
-    folder = Path.cwd() if draft.place(key).file == COMMAND_LINE else folder
-    absolute = os.path.normpath(folder / os.path.expanduser(text))
-    local = endings is None or text in (".", "..") or text.startswith(("./", "../", "/", "~"))
-    if local or text.lower().endswith(endings or ()) or os.path.lexists(absolute):
-        draft.get(key[:-1])[key[-1]] = absolute
 
 
 def _fault(text: str) -> str | None:

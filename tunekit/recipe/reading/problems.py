@@ -1,24 +1,19 @@
-"""pydantic's findings -> our words: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`.
-
-Comes in: a ValidationError and the Draft it is about.  Goes out: Problems with file, line and key.
-"""
+"""pydantic's findings -> our words: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from tunekit.errors import Problem
-from tunekit.recipe.bases.section import Section
 from tunekit.recipe.data import Source
 from tunekit.recipe.foreign.table import alias_target, meaning
 from tunekit.recipe.reading.draft import Draft, KeyPath, dotted, has_item
-from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.reading.sections import fields_at, section_class
 from tunekit.recipe.reading.suggest import did_you_mean, nearest, show
 from tunekit.recipe.reading.yaml_reader import read_scalar
-from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+from tunekit.recipe.recipe import Recipe
 
 _YES_NO = {"no": "false", "off": "false", "n": "false", "yes": "true", "on": "true", "y": "true"}
 _COMPARISONS = {
@@ -84,56 +79,8 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     elif (other := target or elsewhere) and other != key and (target or not nearest(name, here)):
         how = f"did you mean '{dotted(other)}'?"
     else:
-        how = did_you_mean(name, here, "the keys here are")
+        how = did_you_mean(name, here, "the keys here are") if here else ""
     return draft.problem(key, "unknown key", how)
-
-
-def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, Any]:
-    """The known keys at a place of the recipe; none where the place is no section."""
-    if not section:
-        return Recipe.model_fields
-    if section == ("adapter", "start"):
-        return start_class(draft.get((*section, "method"))).model_fields
-    owner = section_class(str(section[0]), draft.values.get(str(section[0])))
-    for name in section[1:]:
-        owner = _inner_class(owner, name)
-    return owner.model_fields if owner else {}
-
-
-def _inner_class(owner: type[Section] | None, name: str | int) -> type[Section] | None:
-    """The settings class of a key's value, or of the members of the list that it is, such as objective.teacher."""
-    if owner is None or isinstance(name, int):
-        return owner
-    field = owner.model_fields.get(name)
-    return _section_in(field.annotation) if field else None
-
-
-def _section_in(kind: Any) -> type[Section] | None:
-    """The first settings class within a type, such as that of a list's members."""
-    if isinstance(kind, type) and issubclass(kind, Section):
-        return kind
-    return next((found for inner in get_args(kind) if (found := _section_in(inner))), None)
-
-
-def section_class(name: str, values: Any) -> type[Section] | None:
-    """The settings class of a section; None where it names a method that does not exist."""
-    if name not in DEFAULT_METHOD:
-        field = Recipe.model_fields.get(name)
-        owner: Any = field.annotation if field else None
-        return owner  # type: ignore[no-any-return]
-    method = values.get("method", DEFAULT_METHOD[name]) if isinstance(values, dict) else DEFAULT_METHOD[name]
-    kind = kind_of(name)
-    return settings_class(kind, method) if method in known_names(kind) else None
-
-
-def start_class(name: Any) -> type[Section]:
-    """The settings class of a start; of the default one where there is none of this name."""
-    return settings_class("starts", name if name in known_names("starts") else "default")
-
-
-def kind_of(section: str) -> Any:
-    """The folder of names behind a section: adapter -> adapters."""
-    return "adapters" if section == "adapter" else "objectives"
 
 
 def _leaf_elsewhere(name: str) -> KeyPath | None:

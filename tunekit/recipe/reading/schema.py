@@ -15,7 +15,7 @@ from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import facts_of, known_names, settings_class
-from tunekit.recipe.reading.problems import kind_of, section_class
+from tunekit.recipe.reading.sections import kind_of, section_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

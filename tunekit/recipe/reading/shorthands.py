@@ -1,48 +1,61 @@
-"""Shorthands of structure -> the full form: `model: NAME`, `adapter: lora`, `train: rows.jsonl`, ...
-
-Comes in: a Draft as read.  Goes out: the same Draft with mappings and lists where the sections have them.
-"""
+"""Shorthands of structure -> the full form: `model: NAME`, `adapter: lora`, `train: rows.jsonl`, ..."""
 
 from __future__ import annotations
 
-from tunekit.recipe.reading.draft import Draft, KeyPath
-from tunekit.recipe.reading.names import known_names
-from tunekit.recipe.reading.yaml_reader import read_scalar
+from typing import get_origin
 
-NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}
+from pydantic.fields import FieldInfo
+
+from tunekit.recipe.bases.section import Section
+from tunekit.recipe.reading.draft import Draft, KeyPath
+from tunekit.recipe.reading.sections import inner_class, section_class, types_in
+from tunekit.recipe.reading.yaml_reader import read_scalar
+from tunekit.recipe.recipe import Recipe
+
 TRACKERS: KeyPath = ("output", "report_to")
-REWARDS: KeyPath = ("objective", "reward")
-SOURCE_LISTS: tuple[KeyPath, ...] = (("data", "train"), ("data", "eval"))
 
 
 def expand_shorthands(draft: Draft) -> None:
-    """Write every shorthand out, in place; what is in full form already stays."""
-    for section, inner in NAMED_BY_TEXT.items():
-        if isinstance(draft.values.get(section), str):
-            draft.wrap((section,), inner)
-    if isinstance(draft.get(("objective", "teacher")), str):
-        draft.wrap(("objective", "teacher"), "name_or_path")
-    if draft.get(("adapter", "start")) in known_names("starts"):  # an unknown one is refused as it stands
-        draft.wrap(("adapter", "start"), "method")
+    """Write every shorthand out, in place: a text in place of a section, one section in place of a list of them. What
+    is in full form already stays."""
+    for name in Recipe.model_fields:
+        _wrap_text(draft, (name,), section_class(name, None))
+        _expand(draft, (name,), section_class(name, draft.values.get(name)))
     tracker = draft.get(TRACKERS)
     if isinstance(tracker, str):
         draft.set(TRACKERS, [] if tracker == "none" else [tracker], draft.place(TRACKERS))
-    for key in SOURCE_LISTS:
-        _expand_sources(draft, key)
-    if isinstance(draft.get(REWARDS), dict):
-        draft.wrap(REWARDS, 0)
 
 
-def _expand_sources(draft: Draft, key: KeyPath) -> None:
-    """A path, a mapping, or a list of either -> a list of mappings."""
-    value = draft.get(key)
-    if key[-1] == "eval" and isinstance(value, str) and not isinstance(read_scalar(value), str):
-        return  # "0.05" in quotes is no file name but a mistake, and is refused as it stands
-    if isinstance(value, str | dict):
-        draft.wrap(key, 0)
-    sources = draft.get(key)
-    if not isinstance(sources, list):
+def _wrap_text(draft: Draft, key: KeyPath, owner: type[Section] | None) -> None:
+    """A text -> {the key that it stands for: text}."""
+    if owner is not None and owner.short and isinstance(draft.get(key), str):
+        draft.wrap(key, owner.short)
+
+
+def _expand(draft: Draft, key: KeyPath, owner: type[Section] | None) -> None:
+    """The shorthands within one section."""
+    values = draft.get(key)
+    if owner is None or not isinstance(values, dict):
         return
-    for index, source in enumerate(sources):
-        if isinstance(source, str):
-            draft.wrap((*key, index), "path")
+    for name in [name for name in values if name in owner.model_fields]:
+        field = owner.model_fields[name]
+        inner = inner_class(field, values[name])  # None of an unknown name too, which is refused as it is
+        if inner is not None:
+            _expand_value(draft, (*key, name), field, inner)
+
+
+def _expand_value(draft: Draft, key: KeyPath, field: FieldInfo, owner: type[Section]) -> None:
+    """The value of a key that takes a section, or a list of them."""
+    value, types = draft.get(key), list(types_in(field.annotation))
+    if not any(get_origin(kind) is tuple for kind in types):
+        _wrap_text(draft, key, owner)
+        _expand(draft, key, owner)
+        return
+    if isinstance(value, str) and float in types and not isinstance(read_scalar(value), str):
+        return  # "0.05" in quotes is no file name but a mistake, and is refused as it is
+    if isinstance(value, dict) or (isinstance(value, str) and owner.short):
+        draft.wrap(key, 0)
+    members = draft.get(key)
+    for index in range(len(members) if isinstance(members, list) else 0):
+        _wrap_text(draft, (*key, index), owner)
+        _expand(draft, (*key, index), owner)
