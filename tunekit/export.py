@@ -10,7 +10,6 @@ import torch
 from tunekit.adapters.folder.config import adapter_header, tensors_path
 from tunekit.adapters.folder.diffusers_file import kohya_tensors
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.arithmetic.lora_folder import plain_lora_method
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.files.tensors import read_tensor, write_tensors

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
-from tunekit.recipe.bases.paths import AdapterPath, Text as Text
+from tunekit.recipe.bases.paths import AdapterPath
+from tunekit.recipe.bases.paths import Text as Text
 from tunekit.records import DEFAULT_SHOWS, Shows
 
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
