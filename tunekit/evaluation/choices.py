@@ -21,7 +21,7 @@ from tunekit.formats.example import ChatExample, CompletionExample, Example, Mes
 from tunekit.machine.devices import Devices
 from tunekit.model.attention.documents import keeps_documents_apart, within_windows
 from tunekit.objectives.choices import Answer, Question, choosing, make_question, split_question
-from tunekit.objectives.confusion import label_sums
+from tunekit.objectives.losses.confusion import label_sums
 from tunekit.tuned.model import TunedModel
 
 Made = TypeVar("Made")
