@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from tunekit.console import Console, visible
-from tunekit.contracts import GREEDY, Sampling
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Sampling
 from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
@@ -32,7 +31,7 @@ from tunekit.files.durable import write_bytes
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
-from tunekit.objectives.reward import Reward
+from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
@@ -191,16 +190,19 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
     Raises: InputError where the target is no reward model; DataError naming every wrong row.
     """
     objective, model = loaded.objective, loaded.model
-    if not isinstance(objective, Reward):
+    answering, kind = (
+        objective.answering,
+        objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template)),
+    )
+    if answering is None or answering.score is None or not isinstance(kind, TextRows):
         raise InputError(f"it was made for {objective.name} and gives no scores", "name a model of objective: reward")
     assert model.base.text is not None  # it reads text
-    encoder = objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
     problems, sequences, values = Problems(), list[list[int]](), list[dict[str, Any]]()
     rows, _, format_name, _ = open_rows(Source(path=str(path)), "text", problems)
     make_example = format_maker(format_name)
     for raw in rows:
         try:
-            sequences.append(encoder.renderer.sequence(make_example(raw.values))[0])
+            sequences.append(kind.renderer.sequence(make_example(raw.values))[0])
             values.append(raw.values)
         except Dropped as reason:
             problems.add(str(path), raw.line, str(reason), "write an answer, or leave the row out")
@@ -210,7 +212,7 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
     check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, max(map(max, sequences)))
     check_prompts(sequences, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
     with undisturbed(model):
-        return list(zip(values, objective.score(model, sequences, loaded.target.evaluation.batch_size), strict=True))
+        return list(zip(values, answering.score(model, sequences, loaded.target.evaluation.batch_size), strict=True))
 
 
 @torch.no_grad()
@@ -221,21 +223,18 @@ def answer(
     settings, model = loaded.target.evaluation, loaded.model
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
-    options = EncodeOptions("assistant", loaded.target.chat_template, length, excess)
-    choices = choices_of(settings, loaded.objective, data)
+    options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
+    objective = loaded.objective.with_options(options)
+    choices = choices_of(settings, objective, data)
     if choices is not None:
-        return choose(model, loaded.objective, choices, texts, options, settings.batch_size, devices or make_devices())
-    encoder = loaded.objective.row_encoder(options)
-    prompts = [encoder.question(text) for text in texts]
+        return choose(model, objective, choices, texts, settings.batch_size, devices or make_devices())
+    answering = objective.answering
+    if answering is None or answering.write is None:
+        raise InputError(f"the target was trained for {objective.name}, which writes no answers", "name another target")
+    prompts = [objective.rows.question(text) for text in texts]
     if model.base.family.reads_ids and model.base.text is not None:
         largest = max((max(ids, default=0) for ids in prompts), default=0)
         check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, largest)
     with undisturbed(model):
-        return loaded.objective.answer(
-            model,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            template=loaded.target.chat_template,
-            sampling=sampling,
-        )
+        limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, loaded.target.chat_template, sampling)
+        return answering.write(model, prompts, limits)

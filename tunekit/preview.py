@@ -14,7 +14,7 @@ import numpy as np
 from tunekit.artifacts.report.pictures import inlined
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
-from tunekit.contracts import Objective, Part, Row, Tokenizer
+from tunekit.contracts import Objective, Row, Span, Tokenizer
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.evaluation.row_losses import segments
@@ -57,13 +57,13 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     console, sizes = Console(), sizes_of(objective.name)
     console.info(*written.rewrites, *loaded.notes)
     for row in shown:
-        parts = loaded.objective.spans(row)
+        parts = loaded.objective.rows.spans(row)
         console.info(f"\n{heading(row, parts, sizes)}")
         for part in parts:
             if part.title:
                 console.info(part.title)
             console.print_segments(segments(part, tokenizer))
-    if any(part.trained.any() for row in shown for part in loaded.objective.spans(row)):
+    if any(part.trained.any() for row in shown for part in loaded.objective.rows.spans(row)):
         console.info(
             "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
         )
@@ -74,14 +74,14 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
         console.info(f"written to {html}")
 
 
-def heading(row: Row, parts: Sequence[Part], sizes: str) -> str:
+def heading(row: Row, parts: Sequence[Span], sizes: str) -> str:
     """Where a row stands, how large it is, and how much of it is trained on."""
     trained = sum(int(part.trained.sum()) for part in parts)
     of = "of them" if sizes == "tokens" else "tokens"
     return f"{row.origin}: {row.size:,} {sizes}" + (f", {trained} {of} trained on" if trained else "")
 
 
-def explain_tokens(part: Part, tokenizer: Tokenizer | None) -> list[Token]:
+def explain_tokens(part: Span, tokenizer: Tokenizer | None) -> list[Token]:
     """Every token with the reason why it is trained on or not."""
     trained = part.trained  # (T,)
     places = np.flatnonzero(trained)
@@ -142,15 +142,15 @@ def page(
     """A page that stands alone."""
     shown = [
         {
-            "heading": visible(heading(row, objective.spans(row), sizes_of(objective.name))),
-            "parts": [_shown(part, tokenizer) for part in objective.spans(row)],
+            "heading": visible(heading(row, objective.rows.spans(row), sizes_of(objective.name))),
+            "parts": [_shown(part, tokenizer) for part in objective.rows.spans(row)],
         }
         for row in rows
     ]
     return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 
-def _shown(part: Part, tokenizer: Tokenizer | None) -> dict[str, object]:
+def _shown(part: Span, tokenizer: Tokenizer | None) -> dict[str, object]:
     special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
     tokens = [
         {

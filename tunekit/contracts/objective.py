@@ -32,10 +32,17 @@ from tunekit.errors import Problem
 class RunView(Protocol):
     """What an objective and its companions see of a run: its model, its rows, its ranks."""
 
-    model: Model
-    rows: RowKind
-    gather: Gather
-    progress: Progress
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def rows(self) -> RowKind: ...
+
+    @property
+    def gather(self) -> Gather: ...
+
+    @property
+    def progress(self) -> Progress: ...
 
     @property
     def is_simulated(self) -> bool:
@@ -54,17 +61,25 @@ class RunView(Protocol):
 class RowKind:
     """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
 
-    `example`: the kind of example that formats give; `draws`: whether `draw` changes rows;
-    `notices`: what the user should know, with counts.
+    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts.
     """
 
-    example: str
-    layout: RowLayout
     fingerprint: str  # sha256 of everything, besides `options`, that decides a row
     options: EncodeOptions
     notices: Counter[str]
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
+    has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
+
+    @property
+    def example(self) -> str:
+        """The kind of example that formats give."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> RowLayout:
+        """The parts and sizes of a row."""
+        raise NotImplementedError
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing for these rows."""
@@ -139,10 +154,9 @@ class RowKind:
         """The rows as they are measured: no augmentation, no dropout of prompts."""
         return self
 
-    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind] | None:
-        """Rows and loss that score the answers of (questions, answers); None if answers cannot be chosen.
-        `dtype`: of the attention mask."""
-        return None
+    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
+        """Rows and loss that score the answers of (questions, answers); only if `has_choices`. `dtype`: of the mask."""
+        raise NotImplementedError
 
     def counting(self) -> Self:
         """A copy with notices of its own."""
@@ -249,12 +263,14 @@ class CompanionFacts:
     `weight_bytes`: weights that are in memory during the whole run, if no simulation counts them.
     `any_token`: whether the model may read any token of its vocabulary, not only those of the rows.
     `streaming_obstacle`: why the base cannot be streamed beside it.
+    `usable`: False if no run can be simulated with it.
     """
 
     weight_bytes: int = 0
     problems: Sequence[Problem] = ()
     any_token: bool = False
     streaming_obstacle: str | None = None
+    usable: bool = True
 
 
 Counting = Callable[[str], AbstractContextManager[None]]  # part of the memory ("logits") -> a block counted as it
@@ -373,7 +389,7 @@ class Engine(Protocol):
     losses: list[torch.Tensor]  # the sum of each micro-batch of the last window
 
     def run_window(
-        self, model: Model, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
+        self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
     ) -> tuple[torch.Tensor, Sums]:
         """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
         `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -45,7 +45,7 @@ class LabelledRecordings(RecordingRows):
 
     settings: AudioClassifySettings
     processor: AudioProcessor
-    labels: Labels = Labels()
+    labels: Labels = field(default_factory=Labels)
 
     @cached_property
     def layout(self) -> RowLayout:

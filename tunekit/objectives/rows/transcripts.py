@@ -193,15 +193,13 @@ class TranscriptRows(RecordingRows):
 
 
 def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[TranscriptPart]:
-    """TranscriptParts of whole segments, cut where it is quietest between two of them."""
+    """Parts of whole segments, cut where it is quietest between two of them."""
     parts: list[TranscriptPart] = []
     start, inside = 0.0, list[Segment]()
     for segment in example.segments:
         if segment.end - segment.start > maximum:
-            what = (
-                f"{sound.name}: what is said from {segment.start:g} to {segment.end:g} s is longer than {maximum:g} s"
-            )
-            raise DataError(what, "give shorter segments")
+            what = f"what is said from {segment.start:g} to {segment.end:g} s is longer than {maximum:g} s"
+            raise DataError(f"{sound.name}: {what}", "give shorter segments")
         if inside and segment.end - start > maximum:
             cut = _quiet_between(sound, inside[-1].end, max(min(segment.start, start + maximum), inside[-1].end))
             parts.append(_part(example, inside, sound, start, cut))

@@ -32,7 +32,14 @@ class LabelSettings(ObjectiveSettings):
     unit: ClassVar[str] = "label"
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
     supervised: ClassVar[bool] = True
+    has_head: ClassVar[bool] = True
+    names_labels: ClassVar[bool] = True
 
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
         (), description="every label in the order of the head's rows; empty: those of the data, sorted"
     )
+
+    @property
+    def listed_labels(self) -> tuple[str, ...]:
+        """The labels that the recipe lists."""
+        return self.labels
