@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunekit.contracts import EncodeOptions, Objective
+from tunekit.files.cache_folder import hash_of
 from tunekit.model.speech.features import AudioProcessor
 from tunekit.objectives.losses.labels import LabelLoss, mean_scores
 from tunekit.objectives.rows.labelled_recordings import LabelledRecordings
@@ -18,5 +19,6 @@ def make(
 ) -> Objective:
     """Recordings with labels, and cross entropy."""
     labels, masks = given_labels(settings, facts), settings.apply_spec_augment
-    rows = LabelledRecordings(settings, processor, options, draws=masks, labels=labels)
+    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+    rows = LabelledRecordings(settings, processor, fingerprint, options, draws=masks, labels=labels)
     return label_objective(settings, rows, LabelLoss(mean_scores))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.labelled import LabelledTexts
 from tunekit.objectives.rows.labels import given_labels, label_objective
@@ -16,5 +17,6 @@ def make(
     settings: ClassifySettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions
 ) -> Objective:
     """Texts with labels, and cross entropy."""
+    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
     labels = given_labels(settings, facts, tokenizer.pad_id)
-    return label_objective(settings, LabelledTexts(settings, tokenizer, options, labels), LabelLoss())
+    return label_objective(settings, LabelledTexts(settings, tokenizer, fingerprint, options, labels), LabelLoss())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tunekit.contracts import EncodeOptions, Objective
+from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.images import LabelledImages
@@ -21,6 +22,7 @@ def make(
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)
-    rows = LabelledImages(settings, processor, options, given_labels(settings, facts))
+    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+    rows = LabelledImages(settings, processor, fingerprint, options, given_labels(settings, facts))
     resolution = {} if settings.resolution is None else {"resolution": settings.resolution}
     return label_objective(settings, rows, LabelLoss(), processor, **resolution)

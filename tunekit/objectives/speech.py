@@ -8,6 +8,7 @@ from typing import Any
 
 from tunekit.contracts import Answering, EncodeOptions, Objective
 from tunekit.errors import DataError, RecipeError
+from tunekit.files.cache_folder import hash_of
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.objectives.losses.tokens import TokenLoss, own_positions
 from tunekit.objectives.rows.transcribing import write_transcripts
@@ -23,10 +24,11 @@ def make(
     Raises: RecipeError for a language that the model does not know.
     """
     settings = _checked(settings, processor, facts)
+    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
     return Objective(
         settings.method,
         settings.family,
-        TranscriptRows(settings, processor, options, draws=settings.apply_spec_augment),
+        TranscriptRows(settings, processor, fingerprint, options, draws=settings.apply_spec_augment),
         TokenLoss(own_positions),
         Answering(
             "text",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import TagLoss
 from tunekit.objectives.rows.labels import given_labels, label_objective
 from tunekit.objectives.rows.tagged import TaggedWords
@@ -16,5 +17,6 @@ def make(
     settings: TokenClassifySettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions
 ) -> Objective:
     """Words with tags, and cross entropy."""
+    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
     labels = given_labels(settings, facts, tokenizer.pad_id)
-    return label_objective(settings, TaggedWords(settings, tokenizer, options, labels), TagLoss())
+    return label_objective(settings, TaggedWords(settings, tokenizer, fingerprint, options, labels), TagLoss())

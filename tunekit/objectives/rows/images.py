@@ -47,15 +47,11 @@ class LabelledImages(RowKind):
 
     settings: ImageClassifySettings
     processor: PixelProcessor
+    fingerprint: str
     options: EncodeOptions
     labels: Labels
     notices: Counter[str] = field(default_factory=Counter)
     draws: bool = True
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """It follows the labels."""
-        return self.labels.fingerprint(self.settings, self.processor)
 
     @cached_property
     def augmentation(self) -> Augmentation:

@@ -34,14 +34,10 @@ class LabelledTexts(RowKind):
 
     settings: LabelSettings
     tokenizer: Tokenizer
+    fingerprint: str
     options: EncodeOptions
     labels: Labels
     notices: Counter[str] = field(default_factory=Counter)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """It follows the labels."""
-        return self.labels.fingerprint(self.settings, self.tokenizer)
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:

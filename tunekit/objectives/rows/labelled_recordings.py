@@ -59,11 +59,6 @@ class LabelledRecordings(RecordingRows):
             identity=("features", "place"),
         )
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """It follows the labels."""
-        return self.labels.fingerprint(self.settings, self.processor)
-
     def problems(self) -> list[Problem]:
         """A long recording that would be split."""
         return split_problems(self.options, "recording")

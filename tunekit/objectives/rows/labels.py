@@ -24,7 +24,6 @@ from tunekit.contracts import (
     Processor,
     Row,
     Rows,
-    Tokenizer,
 )
 from tunekit.errors import DataError, InputError, Problem
 from tunekit.files.cache_folder import hash_of
@@ -54,10 +53,6 @@ class Labels:
         """(N,) the number of each label."""
         places = {label: number for number, label in enumerate(self.names)}
         return torch.tensor([places[label] for label in labels])
-
-    def fingerprint(self, settings: LabelSettings, processor: Processor | Tokenizer) -> str:
-        """That of rows with these labels, which decide what rows are wrong."""
-        return hash_of([hash_of([settings.model_dump(mode="json"), processor.fingerprint]), *self.names])
 
 
 def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None) -> Labels:
@@ -105,13 +100,16 @@ def label_objective(
     """The objective of LabelRows. `facts`: those besides the labels."""
     answering, facts = Answering("label", processor=processor), {"labels": [], **facts}
     objective = Objective(settings.method, settings.family, rows, loss, answering, facts=facts)
-    return _with_labels(objective, rows.labels.names)
+    return _with_labels(objective, rows.labels.names, rows.fingerprint)
 
 
-def _with_labels(objective: Objective, names: tuple[str, ...], notes: Sequence[str] = ()) -> Objective:
+def _with_labels(
+    objective: Objective, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()
+) -> Objective:
+    """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong."""
     kind: Any = objective.rows
+    rows = replace(kind, labels=replace(kind.labels, names=names), fingerprint=hash_of([unlabelled, *names]))
     loss: Any = replace(objective.loss, labels=names)  # type: ignore[type-var]
-    rows = replace(kind, labels=replace(kind.labels, names=names))
     labelled = replace(
         objective,
         rows=rows,
@@ -123,7 +121,7 @@ def _with_labels(objective: Objective, names: tuple[str, ...], notes: Sequence[s
         notes=tuple(notes),
         learning=None,
     )
-    return replace(labelled, learning=partial(_learn, labelled))
+    return replace(labelled, learning=partial(_learn, labelled, unlabelled))
 
 
 def _headed(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
@@ -133,7 +131,7 @@ def _headed(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> 
     return HeadedModel.of(model, family=family, **head)
 
 
-def _learn(objective: Objective, rows: Sequence[Rows]) -> Objective:
+def _learn(objective: Objective, unlabelled: str, rows: Sequence[Rows]) -> Objective:
     """With the labels of the rows if none were listed, in the order of the base's own head if it has the same.
 
     Raises: DataError for fewer than two, or for one that no training row has and nothing else names.
@@ -161,7 +159,7 @@ def _learn(objective: Objective, rows: Sequence[Rows]) -> Objective:
             f"the base's own head ({_shown(head)}) is not used, and a new one trained for {_shown(names)}; "
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
-    return _with_labels(objective, names, notes)
+    return _with_labels(objective, names, unlabelled, notes)
 
 
 def _write(rows: LabelRows, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:

@@ -56,6 +56,7 @@ class RecordingRows(RowKind):
 
     settings: Any  # also SpecAugmentSettings
     processor: FeatureExtractor
+    fingerprint: str
     options: EncodeOptions
     notices: Counter[str] = field(default_factory=Counter)
     draws: bool = False

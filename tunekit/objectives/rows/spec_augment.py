@@ -27,7 +27,7 @@ def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[
     ]
     masks: list[list[int]] = []
     for kind, size, share, length, least in kinds:
-        named = ("SpecAugment", *key, kind)
+        named: tuple[int | str, ...] = ("SpecAugment", *key, kind)
         starts = size - (length - 1)
         if share <= 0 or starts <= 0:
             continue

@@ -15,7 +15,6 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import mixed, quietest
 from tunekit.data.reading.sound import Sound, opened
 from tunekit.errors import DataError, Problem
-from tunekit.files.cache_folder import hash_of
 from tunekit.formats.media import Media
 from tunekit.formats.transcript import Segment, TranscriptExample
 from tunekit.model.speech.processor import SpeechProcessor
@@ -60,11 +59,6 @@ class TranscriptRows(RecordingRows):
             identity=("features", "place"),
             batch_key=None if padded else "samples",
         )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """That of the settings and the processor."""
-        return hash_of([self.settings.model_dump(mode="json"), self.processor.fingerprint])
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing for recordings."""
