@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from tunekit.objectives.choices import Answer, Question, split_question
-from tunekit.objectives.confusion import label_sums
 
 from tests.architectures.tiny import write_tiny
 from tests.conftest import write_tiny_llama
@@ -31,6 +30,7 @@ from tunekit.metrics.classes import class_facts, counts_of
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.losses.confusion import label_sums
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe

@@ -103,9 +103,7 @@ def label_objective(
     return _with_labels(objective, rows.labels.names, rows.fingerprint)
 
 
-def _with_labels(
-    objective: Objective, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()
-) -> Objective:
+def _with_labels(objective: Objective, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()) -> Objective:
     """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong."""
     kind: Any = objective.rows
     rows = replace(kind, labels=replace(kind.labels, names=names), fingerprint=hash_of([unlabelled, *names]))
