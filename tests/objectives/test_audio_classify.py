@@ -19,12 +19,11 @@ from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.image_case import records
 from tests.support.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
 from tests.support.train_case import ADAPTER_FILES
-from tunekit.contracts import Row
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import resampled
 from tunekit.data.rows import load_rows
-from tunekit.errors import DataError, InputError, ModelError, RecipeError, TunekitError
+from tunekit.errors import DataError, InputError, ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.audio_label import make_example
 from tunekit.generate import answer, generate_verb
@@ -33,9 +32,8 @@ from tunekit.model.families import make_family
 from tunekit.model.load import load_model
 from tunekit.model.speech.features import AudioProcessor, load_audio_processor
 from tunekit.model.storage.shards import read_headers
-from tunekit.objectives.audio_classify import AudioClassify
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.recordings import SILENT
+from tunekit.objectives.rows.recordings import SILENT
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
@@ -91,11 +89,16 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records(run)]
 
 
+def rows_with(processor: AudioProcessor, excess_length: str = "drop") -> RowKind:
+    """Rows of the objective audio_classify."""
+    options = EncodeOptions(max_length=64, excess_length=excess_length)
+    return make_objective(AudioClassifySettings(), processor, options=options).rows
+
+
 def encoded(processor: AudioProcessor, row: dict[str, Any], excess_length: str = "drop") -> list[Row]:
     """Rows of one example."""
-    objective: Any = make_objective(AudioClassifySettings(), processor)
-    encoder = objective.row_encoder(EncodeOptions("assistant", None, 64, excess_length))
-    return [encoder.encode(each, "rows:1") for each in encoder.examples(make_example(row))]
+    kind = rows_with(processor, excess_length)
+    return [kind.encode(each, "rows:1") for each in kind.examples(make_example(row))]
 
 
 def wrapped(base: Path, **more: Any) -> peft.PeftModel:
@@ -261,7 +264,7 @@ def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, re
     plain = losses(train(recipe, "objective.apply_spec_augment=false", f"output.dir={tmp_path / 'plain'}"))
     assert all(abs(a - b) > 1e-4 for a, b in zip(one, plain, strict=True))
     objective: Any = make_plan(load_recipe(recipe), device=CPU)[1].rows.objective
-    assert objective.held_out().prepare(None, "as it is") == "as it is"
+    assert objective.evaluation_copy().prepare(None, "as it is") == "as it is"
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, recordings: Path, tmp_path: Path) -> None:
@@ -382,8 +385,8 @@ def test_a_long_recording_is_dropped_cut_or_refused(processor: AudioProcessor, t
     said = r"long.wav lasts 4.0 s, and the model hears 2 s at once; cut the file, or write data.excess_length: truncate"
     with pytest.raises(DataError, match=said):
         encoded(processor, long, "error")
-    with pytest.raises(RecipeError, match="a piece of a recording need not have the labels of the whole"):
-        encoded(processor, long, "split")
+    (problem,) = rows_with(processor, "split").problems()
+    assert problem.what == "a piece of a recording need not have the labels of the whole"
     heard, beyond = encoded(processor, long, "truncate")
     (begun,) = encoded(processor, long | {"audio": str(tmp_path / "begun.wav")})
     assert np.array_equal(heard.parts["features"], begun.parts["features"])
@@ -509,6 +512,4 @@ def test_recordings_may_be_held_in_memory(processor: AudioProcessor) -> None:
     media = held_sound("one")
     (row,) = encoded(processor, {"audio": {"bytes": media.data, "path": media.path}, "label": 3})
     assert bytes(row.parts["label"]) == b"3"
-    objective: Any = make_objective(AudioClassifySettings(), processor)
-    assert isinstance(objective, AudioClassify)
-    assert objective.spans(row)[0].title == "label: 3 (recording: 0.30 s)"
+    assert rows_with(processor).spans(row)[0].title == "label: 3 (recording: 0.30 s)"

@@ -32,14 +32,14 @@ from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
 from tunekit.adapter import combine_verb, convert_verb, diff_verb, export_checkpoint_verb
 from tunekit.adapters.folder.config import read_adapter_config
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import AnswerLimits, EncodeOptions, Row
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.metrics import accuracy, macro_f1
 from tunekit.model.load import load_model
-from tunekit.objectives.classify import Classify, make_row
+from tunekit.objectives.base import make_objective
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -356,11 +356,11 @@ def test_a_cut_text_keeps_the_token_that_ends_it(t5: Path, tmp_path: Path) -> No
     for index, (text, _) in enumerate(texts(42)):
         expected = tokenizer(text, truncation=True, max_length=8)["input_ids"]
         assert rows[index].parts["ids"].tolist() == expected
-    filled = prepared.rows.objective.fill(iter([rows[0]]), 30, 0)[0].parts["ids"]
+    filled = prepared.rows.objective.rows.fill(iter([rows[0]]), 30, 0)[0].parts["ids"]
     assert (filled == 2).tolist() == [False] * 29 + [True]
     loaded = load_target(find_target(str(train(recipe)), None, []), CPU)
-    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", None, 8, "truncate"))
-    assert encoder.question("good so so so") == encoder.question("good so") == tokenizer("good so")["input_ids"]
+    kind = loaded.objective.rows.with_options(EncodeOptions(max_length=8, excess_length="truncate"))
+    assert kind.question("good so so so") == kind.question("good so") == tokenizer("good so")["input_ids"]
 
 
 def test_texts_to_answer_are_cut_as_rows_are_or_refused(bert: Path, tmp_path: Path) -> None:
@@ -516,29 +516,31 @@ def test_labels_go_with_the_adapter(bert: Path, tmp_path: Path) -> None:
 
 
 def rows_of(*labels: str) -> Any:
-    return [make_row([1], np.frombuffer(label.encode(), np.uint8), "file:1") for label in labels]
+    parts = [{"ids": np.array([1]), "label": np.frombuffer(label.encode(), np.uint8)} for label in labels]
+    return [Row(part, (1,), 1, "file:1") for part in parts]
 
 
 def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path) -> None:
     tokenizer = tokenizer_of(tiny_llama)
-    bare = Classify(ClassifySettings(), tokenizer, [])
+    bare = make_objective(ClassifySettings(), tokenizer)
     order = ["-2", "01", "1", "10", "--5", "b", "\u00b2"]
     for labels in (order, order[::-1]):
-        assert bare.informed([rows_of(*labels)]).facts["labels"] == order
+        assert bare.learn([rows_of(*labels)]).facts["labels"] == order
     few, held = rows_of("a", "b", "b"), rows_of("a", "c")
-    assert bare.informed([few, held[:1]]).notes == ["the label 'a' has one row to train on"]
+    assert bare.learn([few, held[:1]]).notes == ("the label 'a' has one row to train on",)
     with pytest.raises(
         TunekitError, match=r"file:1: the label 'c' is in no row of data\.train; add rows of it"
     ) as caught:
-        bare.informed([few, held])
+        bare.learn([few, held])
     assert caught.value.exit_code == 2
     for known in (
-        Classify(ClassifySettings(), tokenizer, ["a", "b", "c"]),
-        Classify(ClassifySettings(), tokenizer, [], "abc"),
+        make_objective(ClassifySettings(), tokenizer, {"labels": ["a", "b", "c"]}),
+        make_objective(ClassifySettings(), tokenizer, {"head": "abc"}),
     ):
-        assert known.informed([few, held]).notes[0] == "the label 'c' occurs in the evaluation rows only"
+        assert known.learn([few, held]).notes[0] == "the label 'c' occurs in the evaluation rows only"
+    answering: Any = bare.learn([rows_of("a", "b")]).answering
     with pytest.raises(InputError, match="a text is empty"):
-        bare.informed([rows_of("a", "b")]).answer(None, [[5], []], max_new_tokens=1, batch_size=1)
+        answering.write(None, [[5], []], AnswerLimits(max_new_tokens=1, batch_size=1))
 
 
 def test_listed_labels_are_read_as_those_of_the_rows(bert: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_another_size_is_kept_by_the_adapter_and_the_merged_model(tmp_path: Path
     recipe = write(tmp_path, vit, pictures, objective=settings, training={"max_steps": 1, "eval_steps": 1})
     run = trained(recipe, tmp_path / "run")
     objective: Any = objective_of(find_target(str(run / "adapter"), None, []), PixelProcessor(vit))
-    assert objective.resolution == side
+    assert objective.facts["resolution"] == objective.rows.processor.resolution == side
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     saved = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert saved["size"] == {"height": side, "width": side}

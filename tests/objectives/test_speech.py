@@ -20,13 +20,12 @@ from transformers.models.whisper.modeling_whisper import _compute_mask_indices
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
 from tests.support.train_case import ADAPTER_FILES
-from tunekit.contracts import Row, Window
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import pieces, quietest, resampled
 from tunekit.data.reading.sound import opened
 from tunekit.data.rows import load_rows
-from tunekit.errors import DataError, InputError, RecipeError, TunekitError
+from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.media import Media
 from tunekit.formats.transcript import make_example
@@ -35,9 +34,9 @@ from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
 from tunekit.model.speech.processor import SpeechProcessor, load_speech_processor
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.recordings import EMPTY, SILENT
-from tunekit.objectives.spec_augment import drawn_masks, masked
-from tunekit.objectives.speech import Speech
+from tunekit.objectives.rows.recordings import SILENT
+from tunekit.objectives.rows.spec_augment import drawn_masks, masked
+from tunekit.objectives.rows.transcripts import EMPTY, TranscriptRows
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.data import DataSection, Source
@@ -83,11 +82,18 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def rows_with(
+    processor: SpeechProcessor, settings: SpeechSettings | None = None, excess_length: str = "drop"
+) -> RowKind:
+    """Rows of the objective speech."""
+    options = EncodeOptions(max_length=64, excess_length=excess_length)
+    return make_objective(settings or SpeechSettings(language="en"), processor, options=options).rows
+
+
 def encoded(processor: SpeechProcessor, settings: SpeechSettings | None = None, **row: Any) -> list[Row]:
     """Rows of one example."""
-    options = EncodeOptions("assistant", None, 64, row.pop("excess_length", "drop"))
-    encoder = make_objective(settings or SpeechSettings(language="en"), processor).row_encoder(options)
-    return [encoder.encode(each, "rows:1") for each in encoder.examples(make_example(row))]
+    kind = rows_with(processor, settings, row.pop("excess_length", "drop"))
+    return [kind.encode(each, "rows:1") for each in kind.examples(make_example(row))]
 
 
 # The oracle.
@@ -213,8 +219,7 @@ def test_cuts_fall_where_it_is_quiet(tmp_path: Path) -> None:
 
 def test_labels_have_no_doubled_start(processor: SpeechProcessor, sounds: Path) -> None:
     (row,) = encoded(processor, audio=str(sounds / "0.wav"), text=texts(1)[0])
-    objective = make_objective(SpeechSettings(language="en"), processor)
-    batch = objective.collate([[row], [row]])
+    batch = rows_with(processor).collate([[row], [row]])
     start = processor.tokenizer.answer_start_id
     assert batch.inputs["decoder_input_ids"][0, 0] == start
     assert start not in batch.targets["labels"]
@@ -261,8 +266,8 @@ def test_long_sounds_are_cut_between_segments_or_refused(processor: SpeechProces
     segments = [{"start": 0.0, "end": 2.5, "text": "all of it"}]
     with pytest.raises(DataError, match="is longer than 2 s; give shorter segments"):
         encoded(processor, excess_length="split", segments=segments, **long)
-    with pytest.raises(RecipeError, match="a cut recording would be taught the text of the whole"):
-        encoded(processor, excess_length="truncate", **long)
+    (problem,) = rows_with(processor, excess_length="truncate").problems()
+    assert problem.what == "truncating a recording would train on text that is no longer in the audio"
 
 
 def test_bad_sounds_are_named(processor: SpeechProcessor, sounds: Path, tmp_path: Path) -> None:
@@ -321,18 +326,21 @@ def test_three_hours_are_refused_without_being_read(processor: SpeechProcessor, 
 
 def test_masks_are_as_many_as_transformers_draws(processor: SpeechProcessor) -> None:
     settings = SpeechSettings(language="en", apply_spec_augment=True, mask_time_prob=0.2, mask_time_length=5)
-    size, step = 120, Window(3, 0.0, (), (), seed=1)
+    size = 120
     rows = [Row({}, (size, 5), 5, "", number) for number in range(200)]
     ours = np.stack(
-        [masked(np.ones((4, size), np.float32), drawn_masks(settings, row, 16, step))[0] == 0 for row in rows]
+        [
+            masked(np.ones((4, size), np.float32), drawn_masks(settings, row, 16, (1, 3, row.number)))[0] == 0
+            for row in rows
+        ]
     )
     np.random.seed(0)
     theirs = _compute_mask_indices((200, size), 0.2, 5, min_masks=2)
     assert ours.mean() == pytest.approx(theirs.mean(), rel=0.05)
-    again = drawn_masks(settings, rows[7], 16, step)
-    assert np.array_equal(again, drawn_masks(settings, rows[7], 16, step))
-    assert not np.array_equal(again, drawn_masks(settings, rows[7], 16, Window(4, 0.0, (), (), seed=1)))
-    assert not np.array_equal(again, drawn_masks(settings, rows[8], 16, step))
+    again = drawn_masks(settings, rows[7], 16, (1, 3, 7))
+    assert np.array_equal(again, drawn_masks(settings, rows[7], 16, (1, 3, 7)))
+    assert not np.array_equal(again, drawn_masks(settings, rows[7], 16, (1, 4, 7)))
+    assert not np.array_equal(again, drawn_masks(settings, rows[8], 16, (1, 3, 8)))
 
 
 def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, sounds: Path, tmp_path: Path) -> None:
@@ -438,7 +446,7 @@ def test_features_without_room_are_made_in_each_step(
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "one"))
     kept = losses(train(recipe, f"output.dir={tmp_path / 'kept'}"))
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr("tunekit.objectives.recordings.free_bytes", lambda path: 10**9)
+    monkeypatch.setattr("tunekit.objectives.rows.recordings.free_bytes", lambda path: 10**9)
     capsys.readouterr()
     assert losses(train(recipe, f"output.dir={tmp_path / 'made'}")) == kept
     assert "12 recordings are heard anew in each step" in capsys.readouterr().out
@@ -530,7 +538,5 @@ def test_the_family_is_told_by_the_configuration(whisper: Path) -> None:
 
     assert family_of_base(ModelSection(name_or_path=str(whisper))) == "speech"
     assert make_family("speech").task_type is None
-    assert isinstance(
-        make_objective(SpeechSettings(language="en"), load_speech_processor(ModelSection(name_or_path=str(whisper)))),
-        Speech,
-    )
+    processor = load_speech_processor(ModelSection(name_or_path=str(whisper)))
+    assert isinstance(make_objective(SpeechSettings(language="en"), processor).rows, TranscriptRows)

@@ -192,9 +192,9 @@ def test_numbers_are_names_that_the_recipe_lists_and_a_cut_keeps_the_first_words
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     _, prepared = make_plan(load_recipe(recipe), device=CPU)
     objective: Any = prepared.rows.objective
-    assert objective.labels == tuple(LABELS)
+    assert objective.rows.labels.names == tuple(LABELS)
     first = prepared.rows.train[0]
-    assert objective.labels_of(first) == ["B-PER", "I-PER", "O"]  # of "anna berg is": 12 bytes
+    assert objective.rows.labels_of(first) == ["B-PER", "I-PER", "O"]  # of "anna berg is": 12 bytes
     assert first.parts["firsts"].tolist() == [0, 5, 10]  # blanks are tokens of their own, and begin no word
     assert load_model(prepared.model, device=CPU).net.config.num_labels == 4  # type: ignore[union-attr]
 
