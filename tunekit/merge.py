@@ -30,7 +30,7 @@ def merge_verb(
     target = find_target(adapter, base, overrides)
     console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
-        merged = merge_pipeline if family_of(target) == "diffusion" and target.adapter is not None else None
+        merged = merge_pipeline if make_family(family_of(target)).is_pipeline and target.adapter is not None else None
         kind = DTYPES.get(dtype or "")
         if merged is not None and onto not in (None, "full"):
             raise InputError(f"--onto {onto} is for a quantized base, and a pipeline is none", "leave it out")

@@ -12,6 +12,7 @@ from tunekit.contracts import Companion, CompanionSpec, Objective, Processor, Ro
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Target
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Planned:
     memory: MemorySection
     training: TrainingSection
     virtual_tokens: int = 0
+    targets: Sequence[Target] = ()
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:

@@ -30,6 +30,7 @@ class DiffusionFamily(Family):
     task_type: str | None = None
     text: str = "a diffusion pipeline"
     answers: bool = False
+    is_pipeline: bool = True
     reads_ids: bool = False
     ids: str | None = None
 
