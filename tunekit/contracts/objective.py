@@ -335,7 +335,7 @@ class Objective:
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
         """The objective after it has seen all rows: training rows, then evaluation rows if there are any."""
-        return self if self.learning is None else self.learning(rows)
+        return self if self.learning is None else self.learning(rows).with_options(self.rows.options)
 
     def evaluation_copy(self) -> Objective:
         """A copy for evaluation: no augmentation. LossKind.measuring adds statistics of the whole evaluation set."""
