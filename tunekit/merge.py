@@ -12,6 +12,7 @@ from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.machine.signals import StopSignals
+from tunekit.model.families import make_family
 from tunekit.targets.target import family_of, find_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -114,9 +114,7 @@ def make_plan(
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
-    findings.add(
-        [*refusals.reward_problems(recipe, inputs.rows), *refusals.part_problems(inputs.model, inputs.targets)]
-    )
+    findings.add([*refusals.reward_problems(recipe, inputs.rows)])
     findings.add(_run_problems(recipe, windows.steps, device, inputs.rows.objective.repeats))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)

@@ -6,7 +6,7 @@ Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Pro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,10 +23,8 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.objectives.prompts import told_of
-from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Target
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
 
@@ -103,14 +101,6 @@ def reward_problems(recipe: Recipe, rows: RowSet) -> Iterator[Problem]:
         there = ", ".join(name for name, value in told_of(rows.train[0])["columns"].items() if value is not None)
         key = f"objective.reward.{number}.exact_match"
         yield Problem(f"no row has the column '{column}'", f"the first row has: {there or 'none'}", key=key)
-
-
-def part_problems(model: ModelSection, targets: Sequence[Target]) -> Iterator[Problem]:
-    """Parts of a pipeline that should be trained, and of which no layer is named."""
-    for part in model.trained if isinstance(model, PipelineModel) and targets else ():
-        if not any(target.name.startswith(f"{part}.") for target in targets):
-            what = f"no layer of the {part} is named, and it should be trained"
-            yield Problem(what, "name its layers too: q_proj, k_proj, v_proj, out_proj", key="adapter.target_modules")
 
 
 def _have(rows: Rows, column: str) -> bool:
