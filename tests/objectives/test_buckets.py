@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tunekit.objectives.diffusion.buckets import made_buckets, nearest_bucket
-from tunekit.objectives.diffusion.rows import bucket_of
+from tunekit.objectives.rows.pictures import PictureRows, bucket_of, made_buckets, nearest_bucket
 
 from tests.support.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
 from tests.support.tiny_pipelines import SIZE, saved_pipeline

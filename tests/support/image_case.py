@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torchvision import transforms
-from tunekit.objectives.diffusion.noise import generator_for
+from tunekit.objectives.losses.noise import generator_for
 
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
@@ -97,7 +97,7 @@ class ByHand:
 
     def __init__(self, recipe: Path, photos: Path, kind: str = "sd") -> None:
         self.plan, self.prepared = make_plan(load_recipe(recipe, []), device=CPU)
-        self.settings: Any = self.prepared.rows.objective.settings  # type: ignore[attr-defined]
+        self.settings: Any = self.prepared.rows.objective.loss.settings  # type: ignore[attr-defined]
         self.kind, folder = kind, Path(self.plan.model.name_or_path)
         self.pipeline = loaded_by_diffusers(folder, kind)
         self.scheduler: Any = self.pipeline.scheduler
