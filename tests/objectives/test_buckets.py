@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tunekit.objectives.rows.pictures import PictureRows, bucket_of, made_buckets, nearest_bucket
 
 from tests.support.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
 from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.dreambooth import CUT
+from tunekit.objectives.rows.pictures import bucket_of, made_buckets, nearest_bucket
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe

@@ -10,6 +10,7 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     compute_snr,
 )
+
 from tunekit.objectives.losses.noise import (
     NoiseSchedule,
     drawn_noise,

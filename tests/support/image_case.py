@@ -16,7 +16,6 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torchvision import transforms
-from tunekit.objectives.losses.noise import generator_for
 
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
@@ -27,6 +26,7 @@ from tunekit.files.tensors import read_tensor
 from tunekit.formats.media import Media
 from tunekit.model.call import seed_for
 from tunekit.model.load import load_model
+from tunekit.objectives.losses.noise import generator_for
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 

@@ -36,7 +36,7 @@ def with_answer(example: Example, text: str) -> Example:
 
 
 def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
-    """All answers of the training and evaluation examples of this kind, sorted, each once whatever blanks are around it.
+    """All answers of the training and evaluation examples of this kind, sorted, each once, without regard to blanks.
 
     Raises: RecipeError where a source is too large to be read whole; DataError for a single answer, or too many.
     """
