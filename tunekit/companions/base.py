@@ -32,7 +32,6 @@ class Planned:
     evaluation: EvaluationSection
     targets: Sequence[Target] = ()
     virtual_tokens: int = 0
-    targets: Sequence[Target] = ()
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
