@@ -292,7 +292,7 @@ def objective_of(target: Target, processor: Processor) -> Objective | None:
 def as_trained(target: Target, processor: Processor) -> tuple[Target, Objective | None]:
     """The target with its base as the objective has it loaded, and that objective."""
     objective = objective_of(target, processor)
-    return (target if objective is None else replace(target, model=objective.section(target.model))), objective
+    return (target if objective is None else replace(target, model=objective.section(target.model, 0))), objective
 
 
 def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
