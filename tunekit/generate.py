@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tunekit.console import Console, visible
-from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Sampling
+from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Sampling, no_progress
 from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
@@ -29,13 +29,13 @@ from tunekit.evaluation.evaluator import choices_of
 from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import write_bytes
 from tunekit.machine.devices import Devices, make_devices
+from tunekit.model.families import make_family
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
-DRAWING = "diffusion"  # the family whose models draw pictures
 PICTURES = "pictures"  # the folder where they go
 
 
@@ -67,7 +67,7 @@ def generate_verb(
         overrides = [*overrides, f"evaluation.choices={choices}"]
     texts = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
-    draws = family_of(found) == DRAWING
+    draws = make_family(family_of(found)).is_pipeline
     _check_flags(draws, temperature, max_new_tokens, top_p, top_k, seed, score, choices, output)
     if found.evaluation.choices is not None and (temperature or max_new_tokens is not None):
         what = "the likeliest of evaluation.choices is the answer; nothing is sampled or written token by token"
@@ -129,12 +129,14 @@ def _check_flags(
 
 
 def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
-    """A picture of each prompt, the first one with this seed, under names that are free in the folder."""
+    """An image of each prompt, the first one with this seed, under names that are free in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    objective: Any = loaded.objective
+    answering = loaded.objective.answering
+    assert answering is not None
+    assert answering.draw is not None  # a pipeline's objective draws
     for number, prompt in enumerate(prompts):
         with undisturbed(loaded.model):
-            pixels = objective.drawn(loaded.model, [prompt], [seed + number], lambda *_: None)[0]
+            pixels = answering.draw(loaded.model, [prompt], [seed + number], no_progress)[0]
         names = (folder / f"{seed + number:05d}{f'-{again}' if again else ''}.png" for again in count())
         place = next(each for each in names if not each.exists())
         write_bytes(place, png_bytes(pixels))

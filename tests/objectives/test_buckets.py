@@ -20,9 +20,8 @@ from tests.support.image_case import CLASS_PROMPT, ByHand, adapter_tensors, reco
 from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
-from tunekit.objectives.diffusion.buckets import made_buckets, nearest_bucket
-from tunekit.objectives.diffusion.rows import bucket_of
 from tunekit.objectives.dreambooth import CUT
+from tunekit.objectives.rows.pictures import PictureRows, bucket_of, made_buckets, nearest_bucket
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
@@ -101,7 +100,7 @@ def test_steps_over_two_buckets_equal_diffusers_by_hand(tmp_path: Path, photos: 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of_one_bucket(
-    tmp_path: Path, pipeline: Path, photos: Path, streamed: bool
+    tmp_path: Path, pipeline: Path, photos: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tmp_path / "rows.jsonl"
     table.write_text("".join(json.dumps({"image": str(path), "text": "a"}) + "\n" for path in sorted(photos.iterdir())))
@@ -110,7 +109,6 @@ def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of
     objective = {"aspect_ratio_buckets": BUCKETS}
     recipe = write_image_recipe(tmp_path, pipeline, photos, data=data, objective=objective, training=training)
     prepared = make_plan(load_recipe(str(recipe), []))[1]
-    plain = replace(prepared.rows.objective.layout, alike=None)  # type: ignore[attr-defined]
     for ranks in (1, 3):
         sources = [
             prepared.rows.windows(prepared.batch_settings, rank=rank, world=ranks).windows(0) for rank in range(ranks)
@@ -122,10 +120,9 @@ def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of
             assert all(len({bucket_of(row) for row in batch.rows}) == 1 for batch in batches)
             assert all(1 <= len(batch.rows) <= 2 for batch in batches)
             assert len(batches) <= 3  # of four rows in two buckets, in twos
-    prepared.rows.objective.layout = plain  # type: ignore[misc]
-    uncut = list(prepared.rows.windows(prepared.batch_settings).windows(0))
-    prepared.rows.objective.layout = replace(plain, alike="bucket")  # type: ignore[misc]
-    for one, other in zip(uncut, prepared.rows.windows(prepared.batch_settings).windows(0), strict=True):
+    cut = list(prepared.rows.windows(prepared.batch_settings).windows(0))
+    monkeypatch.setattr(PictureRows, "layout", replace(PictureRows.layout, batch_key=None))
+    for one, other in zip(cut, prepared.rows.windows(prepared.batch_settings).windows(0), strict=True):
         rows = [sorted(row.number for batch in window.batches for row in batch.rows) for window in (one, other)]
         assert rows[0] == rows[1]
 
@@ -177,8 +174,8 @@ def test_evaluation_knows_no_batch_size_and_the_adapters_folder_its_buckets(
         losses.append(json.loads((tmp_path / "eval.json").read_text())["loss"])
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
     target: Any = load_target(find_target(str(run / "adapter"), None, []), torch.device("cpu"))
-    assert target.objective.buckets == ((16, 24), (24, 16))
-    assert target.objective.resolution == SIZE
+    assert target.objective.rows.buckets == ((16, 24), (24, 16))
+    assert target.objective.facts["resolution"] == SIZE
 
 
 def test_the_plan_is_of_the_largest_bucket(tmp_path: Path, pipeline: Path, photos: Path) -> None:
@@ -258,7 +255,7 @@ def test_a_picture_is_mirrored_before_it_is_cropped_as_in_diffusers_scripts(
     made: Any = make_plan(load_recipe(str(recipe), []))[1].rows.objective
     whole, mirrored = np.random.default_rng(0).integers(0, 256, (16, 25, 3), np.uint8), 0
     for number in range(20):
-        seen, (top, left) = made._view(whole, (16, 16), (0, 1, number, 0), fixed=False)
+        seen, (top, left) = made.loss.view(whole, (16, 16), (0, 1, number, 0))
         assert top == 0
         views = [image[:, left : left + 16] for image in (whole, whole[:, ::-1])]  # the script: train_flip, then crop
         assert any(np.array_equal(seen, view) for view in views)

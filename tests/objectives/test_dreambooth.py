@@ -26,6 +26,7 @@ from tests.support.image_case import (
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.adapter import adopt_verb
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
+from tunekit.contracts import EncodeOptions
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
@@ -317,9 +318,10 @@ def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Pa
         make_objective_settings({"method": "dreambooth"}),
         load_processor(ModelSection(name_or_path=str(pipeline))),
         objective.facts,
+        EncodeOptions(),
     )
     for each in (objective, again):
-        assert each.schedule.prediction == each.processor.prediction == "v_prediction"
+        assert each.loss.schedule.prediction == each.answering.processor.prediction == "v_prediction"
 
 
 @pytest.mark.parametrize(

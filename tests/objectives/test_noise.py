@@ -11,7 +11,7 @@ from diffusers.training_utils import (
     compute_snr,
 )
 
-from tunekit.objectives.diffusion.noise import (
+from tunekit.objectives.losses.noise import (
     NoiseSchedule,
     drawn_noise,
     flow_position,

@@ -26,7 +26,7 @@ from tunekit.files.tensors import read_tensor
 from tunekit.formats.media import Media
 from tunekit.model.call import seed_for
 from tunekit.model.load import load_model
-from tunekit.objectives.diffusion.noise import generator_for
+from tunekit.objectives.losses.noise import generator_for
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
@@ -97,7 +97,7 @@ class ByHand:
 
     def __init__(self, recipe: Path, photos: Path, kind: str = "sd") -> None:
         self.plan, self.prepared = make_plan(load_recipe(recipe, []), device=CPU)
-        self.settings: Any = self.prepared.rows.objective.settings  # type: ignore[attr-defined]
+        self.settings: Any = self.prepared.rows.objective.loss.settings  # type: ignore[attr-defined]
         self.kind, folder = kind, Path(self.plan.model.name_or_path)
         self.pipeline = loaded_by_diffusers(folder, kind)
         self.scheduler: Any = self.pipeline.scheduler

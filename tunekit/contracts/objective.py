@@ -370,13 +370,17 @@ class Objective:
         return self.loss.prepare(run, drawn_rows(self.rows, window) if self.rows.draws else window)
 
 
-def drawn_rows(rows: RowKind, window: Window) -> Window:
-    """The window with what is drawn at random for each of its rows in this step."""
+Draw = Callable[[Row, tuple[int, ...]], Row]  # as RowKind.draw
+
+
+def drawn_rows(rows: RowKind, window: Window, draw: Draw | None = None) -> Window:
+    """The window with what is drawn at random for each of its rows in this step. `draw`: not the rows' own."""
+    draw = draw or rows.draw
     seen, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []
         for row in batch.rows:
-            changed.append(rows.draw(row, (window.seed, window.step, row.number, seen[row.number])))
+            changed.append(draw(row, (window.seed, window.step, row.number, seen[row.number])))
             seen[row.number] += 1
         batches.append(rows.remade(batch, changed))
     return replace(window, batches=tuple(batches))

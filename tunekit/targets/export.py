@@ -51,7 +51,7 @@ def export_adapter(
         task_type=base.family.task_type,
         chat_template=chat_template,
         objective=_objective_facts(objective),
-        of_pipeline=base.family.name == "diffusion",
+        of_pipeline=base.family.is_pipeline,
     )
 
 

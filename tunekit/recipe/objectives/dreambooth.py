@@ -128,3 +128,13 @@ class DreamboothSettings(ObjectiveSettings):
                 "prior preservation needs class_prompt, what the images show, and class_data_dir, where they lie"
             )
         return self
+
+    @property
+    def varies(self) -> bool:
+        """Whether an image differs from step to step."""
+        return not self.center_crop or self.random_flip
+
+    @property
+    def caches(self) -> bool:
+        """Whether latents are encoded before step 1."""
+        return self.cache_latents is not False and not self.varies

@@ -1,0 +1,235 @@
+"""Rows of images with prompts, each trained on at the size of the bucket with the nearest aspect ratio; and how a
+pipeline draws images for prompts.
+
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that small
+images are enlarged, and that only the ratio between aspect ratios decides which is the nearest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from tunekit.contracts import Answering, Array, Batch, EncodeOptions, Model, Progress, Row, RowKind, RowLayout, Span
+from tunekit.data.encoding.images import Pixels, Size, covering, cropped, read_image
+from tunekit.errors import DataError, Problem
+from tunekit.formats.image import ImageExample
+from tunekit.model.call import seed_for
+from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
+from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.recipe.objectives.dreambooth import DreamboothSettings
+
+RATIOS = ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))  # of `auto`, each upright and lying
+KEY = "objective.aspect_ratio_buckets"
+PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the loss draws in each step
+
+
+@dataclass(frozen=True, eq=False)
+class PictureRows(RowKind):
+    """Parts: `pixels` of an image as small as it can be to cover its bucket, so that each step can crop it differently;
+    `shape` of these; `original` size of the file's; `bucket`; `prompt` as UTF-8.
+
+    The loss puts PREPARED in place of the pixels, and for each image the inputs made from its prompt (`text_parts`).
+    """
+
+    processor: PipelineProcessor
+    instance_prompt: str | None
+    buckets: tuple[Size, ...]
+    fingerprint: str
+    options: EncodeOptions = field(default_factory=EncodeOptions)
+    notices: Counter[str] = field(default_factory=Counter)
+
+    example: ClassVar[str] = "image"
+    layout: ClassVar[RowLayout] = RowLayout(
+        {"pixels": "u1", "shape": "<i4", "original": "<i4", "bucket": "<i4", "prompt": "u1"},
+        (),
+        sizes=1,
+        token_sizes=(),
+        identity=("pixels", "prompt"),
+        batch_key="bucket",
+    )
+
+    def encode(self, example: ImageExample, origin: str) -> Row:
+        """The row. Raises: Dropped for an animated or tiny image; DataError for one that cannot be read."""
+        prompt = example.text or self.instance_prompt
+        if not prompt:
+            raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all")
+        counts, image = Counter[str](), example.image
+        pixels = read_image(image.path if image.data is None else image.data, counts)
+        self.notices.update(+counts)
+        for cut in self.processor.cut_prompts([prompt]):
+            self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
+        size = nearest_bucket(pixels.shape[:2], self.buckets)
+        if len(self.buckets) > 1:
+            self.notices[f"trained on at {size[1]} x {size[0]} pixels"] += 1
+        covered = covering(pixels, size)
+        parts: dict[str, Array] = {
+            "pixels": covered.reshape(-1),
+            "shape": np.array(covered.shape[:2], np.int32),
+            "original": np.array(pixels.shape[:2], np.int32),
+            "bucket": np.array(size, np.int32),
+            "prompt": np.frombuffer(prompt.encode(), np.uint8),
+        }
+        return self.make_row(parts, origin)
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        return (int(parts["bucket"].prod()),)
+
+    def question(self, text: str) -> str:
+        """The prompt itself."""
+        return text
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """The whole row: images have no tokens, and are never cut."""
+        return row
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row: all images of a batch have the same size."""
+        return [next(rows)]
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Rows that the loss has not prepared yet have no tensors.
+
+        Shapes: latents, target (N, C, H, W); times, weights, of_row (N,); sizes (N, 6); N images of all rows.
+        """
+        rows = [row for sequence in sequences for row in sequence]
+        if "latents" not in rows[0].parts:
+            return Batch({}, {}, tuple(map(tuple, sequences)), max(row.size for row in rows))
+        joined = {name: torch.from_numpy(np.concatenate([row.parts[name] for row in rows])) for name in PREPARED}
+        inputs = {name: joined[name] for name in ("latents", "sizes", "times")} | _texts(rows)
+        counts = torch.tensor([len(row.parts["times"]) for row in rows])
+        targets = {name: joined[name] for name in ("target", "weights")}
+        targets["of_row"] = torch.arange(len(rows)).repeat_interleave(counts)
+        return Batch(inputs, targets, tuple((row,) for row in rows), rows[0].size)
+
+    def spans(self, row: Row) -> list[Span]:
+        """The prompt, the image's size and its middle in its bucket."""
+        (height, width), (high, wide), empty = row.parts["original"].tolist(), bucket_of(row), np.zeros(0, np.int64)
+        title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
+        return [Span(empty, np.zeros(0, np.bool_), title, cropped(pixels_of(row), bucket_of(row))[0])]
+
+
+def pixels_of(row: Row) -> Pixels:
+    """(H, W, 3)."""
+    pixels: Pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3)
+    return pixels
+
+
+def bucket_of(row: Row) -> Size:
+    """Height and width at which the image is trained on."""
+    height, width = row.parts["bucket"].tolist()
+    return height, width
+
+
+def prompt_of(row: Row) -> str:
+    """The text that describes the image."""
+    return row.parts["prompt"].tobytes().decode()
+
+
+def text_parts(texts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The parts of a prepared row with the inputs made from each image's prompt."""
+    return {f"{place} {name}": values for place, text in enumerate(texts) for name, values in text.items()}
+
+
+def _texts(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """The inputs made from the prompts of all images: each (N, ...)."""
+    names = [name.removeprefix("0 ") for name in rows[0].parts if name.startswith("0 ")]
+    places = [(row, place) for row in rows for place in range(len(row.parts["times"]))]
+    return {
+        name: torch.stack([torch.from_numpy(row.parts[f"{place} {name}"]) for row, place in places]) for name in names
+    }
+
+
+def buckets_of(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[Size, ...]:
+    """The sizes that are trained on."""
+    assert settings.resolution is not None
+    if isinstance(settings.aspect_ratio_buckets, str):
+        return made_buckets(settings.resolution, processor.multiple)
+    return settings.aspect_ratio_buckets or ((settings.resolution, settings.resolution),)
+
+
+def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
+    """One bucket for each ratio, with about as many pixels as a square of the resolution; sides are multiples."""
+    sizes = dict[float, Size]()
+    for one, other in RATIOS:
+        sides = (resolution * math.sqrt(one / other), resolution * math.sqrt(other / one))
+        short, long = (max(multiple, round(side / multiple) * multiple) for side in sides)
+        for size in ((short, long), (long, short)):
+            sizes.setdefault(size[0] / size[1], size)
+    return tuple(sizes.values())
+
+
+def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio differs by the smallest factor; the first of equals."""
+    ratio = size[0] / size[1]
+    return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
+
+
+def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) -> Iterator[Problem]:
+    """Sizes that the denoiser cannot take, and buckets to which no image would go."""
+    most, side, multiple = processor.most_side, settings.resolution, processor.multiple
+    assert side is not None
+    if most is not None and side > most:
+        what = f"{side}: the denoiser has positions for {most} pixels of a side"
+        yield Problem(what, "write a smaller one", key="objective.resolution")
+    if side % multiple:
+        what = f"{side} is no multiple of {multiple}, by which the denoiser divides it"
+        yield Problem(what, "write one", key="objective.resolution")
+    if settings.aspect_ratio_buckets is None:
+        return
+    ratios = dict[float, Size]()
+    for size in buckets_of(settings, processor):
+        if any(side % multiple for side in size):
+            what = f"{list(size)}: a side is no multiple of {multiple}, by which the denoiser divides it"
+            yield Problem(what, "write sides that are", key=KEY)
+        if most is not None and max(size) > most:
+            what = f"{list(size)}: the denoiser has positions for {most} pixels of a side"
+            yield Problem(what, "write smaller sides, or for auto a smaller objective.resolution", key=KEY)
+        if (same := ratios.setdefault(size[0] / size[1], size)) is not size:
+            what = f"{list(size)} has the aspect ratio of {list(same)}, so that no image would go to it"
+            yield Problem(what, "leave one out", key=KEY)
+
+
+def picture_answering(settings: DreamboothSettings, processor: PipelineProcessor) -> Answering:
+    """Answers are images, drawn by the whole pipeline."""
+    draw, report = (partial(function, settings, processor) for function in (_drawn, _report_pictures))
+    return Answering("picture", draw=draw, report_pictures=report, processor=processor)
+
+
+def _report_pictures(
+    settings: DreamboothSettings, processor: PipelineProcessor, model: Model, progress: Progress
+) -> list[Pixels]:
+    """One image for each validation prompt, each with its own seed."""
+    prompts = settings.validation_prompts
+    seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
+    return _drawn(settings, processor, model, prompts, seeds, progress) if prompts else []
+
+
+def _drawn(
+    settings: DreamboothSettings,
+    processor: PipelineProcessor,
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress,
+) -> list[Pixels]:
+    """(H, W, 3) for each prompt."""
+    pictures, how = list[Pixels](), drawing_of(settings)
+    with model.base.net.beside_on(model.device):
+        for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            progress("images drawn", done, len(prompts))
+            pictures += draw_pictures(model.base.net, processor, [prompt], [seed], how)
+    return pictures
+
+
+def drawing_of(settings: DreamboothSettings) -> Drawing:
+    """Squares of the resolution."""
+    assert settings.resolution is not None
+    return Drawing(settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.resolution)
