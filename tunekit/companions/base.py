@@ -10,8 +10,10 @@ import torch
 
 from tunekit.contracts import Companion, CompanionSpec, Objective, Processor, Rows
 from tunekit.model.load import LoadedModel
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Target
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,19 @@ class Planned:
     streams: bool
     memory: MemorySection
     training: TrainingSection
+    evaluation: EvaluationSection
+    targets: Sequence[Target] = ()
     virtual_tokens: int = 0
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
     """The companions of an objective by key, not loaded yet."""
     return {spec.key: importlib.import_module(f"tunekit.companions.{spec.kind}").make(spec) for spec in specs}
+
+
+def load_companions(objective: Objective, device: torch.device) -> dict[str, Companion]:
+    """The companions of an objective by key, in memory."""
+    companions = make_companions(objective.companions)
+    for companion in companions.values():
+        companion.load(device)
+    return companions

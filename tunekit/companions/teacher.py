@@ -1,103 +1,143 @@
-"""A teacher: a model beside the trained one, of which an objective reads hidden states and head.
-
-Comes in: its model section.  Goes out: TunedModel, or why it cannot teach this student.
-"""
+"""A teacher: a frozen model next to the trained one, whose hidden states and head a loss reads."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from tunekit.contracts import TEACHER, Objective
+from tunekit.companions.base import Planned
+from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, Head, Read
 from tunekit.errors import Problem, TunekitError
-from tunekit.memory.streaming import base_obstacle, host_obstacle, layer_weights, stream_base
+from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
+from tunekit.memory.slots import waiting_tensor
+from tunekit.memory.streaming import base_obstacle, host_embedding, host_obstacle, layer_weights, stream_base
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
-from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
+from tunekit.records import bytes_text
 from tunekit.tuned.model import TunedModel
 
-KEY = "objective.teacher"
 
+class Teacher(Companion):
+    """`tier`: where the layers of the teacher are kept; off: on the device."""
 
-def teacher_of(objective: Objective) -> ModelSection | None:
-    """The section of the teacher that an objective needs, if any."""
-    if objective.reference != TEACHER:
-        return None
-    found: ModelSection = objective.settings.teacher  # type: ignore[attr-defined]
-    return found
+    def __init__(self, spec: CompanionSpec) -> None:
+        super().__init__(spec)
+        self.section: ModelSection = spec.settings.teacher
+        self.tier: str = spec.settings.teacher_streaming
+        self._model: TunedModel | None = None  # on the meta device in a plan
+        self._meta: LoadedModel | None = None
 
+    @property
+    def model(self) -> TunedModel:
+        """The loaded teacher, or its copy on the meta device."""
+        assert self._model is not None
+        return self._model
 
-def tier_of(objective: Objective) -> str:
-    """Where the layers of an objective's teacher wait: off is on the device."""
-    return getattr(objective.settings, "teacher_streaming", "off")  # type: ignore[attr-defined]
+    @property
+    def head(self) -> Head:  # type: ignore[override]
+        """Its output projection."""
+        head: Head = self.model.base.family.head(self.model.base.net)
+        return head
 
+    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """What `read` takes from the teacher's forward of each batch."""
+        return self.model.scored(batches, read)
 
-def load_teacher(objective: Objective, device: torch.device) -> TunedModel | None:
-    """The objective's teacher on the device, frozen; None where it has none. Raises: ModelError, about its section."""
-    section = teacher_of(objective)
-    if section is None:
-        return None
-    with _about_teacher():
-        base = load_model(section, device=device, streamed=tier_of(objective) != "off")
-    return as_teacher(base, tier_of(objective))
+    def facts(self, planned: Planned) -> CompanionFacts:
+        """Why the model cannot teach this student. Raises: ModelError, about its section."""
+        with self._about_teacher(), parsed_once(self.section.name_or_path):
+            self._meta = make_meta_model(self.section, device=planned.device)
+            tokenizer = load_tokenizer(self.section)
+        problems = list(self._problems(self._meta, tokenizer, planned))
+        return CompanionFacts(problems=problems, usable=not problems)
 
+    def _problems(self, teacher: LoadedModel, tokenizer: LoadedTokenizer, planned: Planned) -> Iterator[Problem]:
+        if planned.memory.streamed_head:
+            what = "a divergence reads the whole of the student's head at a time"
+            yield Problem(what, "write false", key="memory.streamed_head")
+        if type(teacher.family) is not type(planned.base.family):
+            yield Problem("the teacher is no causal language model", "name one", key=self.key)
+            return
+        obstacle = None if self.tier == "off" else base_obstacle(teacher, self.section)
+        obstacle = obstacle or (host_obstacle(planned.device) if self.tier == "host" else None)
+        if obstacle is not None:
+            what = f"the teacher's layers cannot wait on {self.tier}: {obstacle}"
+            yield Problem(what, "write off", key=f"{self.key}_streaming")
+        student = planned.processor.tokenizer
+        assert isinstance(student, LoadedTokenizer)  # the student is a causal language model
+        wanted, there = student.native.get_vocab(), tokenizer.native.get_vocab()
+        different = sorted((text for text in wanted if there.get(text) != wanted[text]), key=lambda text: wanted[text])
+        if different:
+            what = f"{len(different):,} of the student's {len(wanted):,} tokens have another id or none in the teacher"
+            how = f"the first is {different[0]!r}, id {wanted[different[0]]}; name a teacher with the student's tokenizer"
+            yield Problem(what, how, key=self.key)
 
-def read_teacher(section: ModelSection, device: torch.device) -> tuple[LoadedModel, LoadedTokenizer]:
-    """A teacher without weights, and its tokenizer. Raises: ModelError, about its section."""
-    with _about_teacher(), parsed_once(section.name_or_path):
-        return make_meta_model(section, device=device), load_tokenizer(section)
-
-
-@contextmanager
-def _about_teacher() -> Iterator[None]:
-    """What is said of a model section is said of the teacher's."""
-    try:
-        yield
-    except TunekitError as error:
-        moved = [
-            replace(problem, key=re.sub(r"^model\.", f"{KEY}.", problem.key)) if problem.key else problem
-            for problem in error.problems
+    def notes(self, planned: Planned, step_tokens: int) -> list[str]:
+        """How a streamed teacher is queried, and how fast it can be."""
+        if self.tier == "off" or self._meta is None:
+            return []
+        size = layer_bytes(self._meta)
+        notes = [
+            f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[self.tier]}, and are copied once for "
+            f"all rows of a step, and once for each evaluation batch; {step_tokens:,} tokens a step are at most so "
+            f"many a second: {rates_text(self.tier, step_tokens, size, copies=1)} (published bandwidths)"
         ]
-        raise type(error).of(moved) from error
+        if self.tier == "host" and planned.device.type == "cpu":
+            notes.append(f"{self.key}_streaming: host saves nothing on a CPU, where the host's memory is the device's")
+        return notes
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """The fingerprint of the loaded teacher's files."""
+        return {f"{self.key}.name_or_path": self.model.base.fingerprint or ""}
+
+    def load(self, device: torch.device) -> None:
+        """Load it, frozen. Raises: ModelError, about its section."""
+        with self._about_teacher():
+            self._model = self._frozen(load_model(self.section, device=device, streamed=self.tier != "off"))
+
+    def simulated(self) -> Teacher:
+        """A copy of the teacher on the meta device: a simulated step may put its layers' memory into slots."""
+        assert self._meta is not None  # after `facts`
+        simulated = copy(self)
+        simulated._model = self._frozen(replace(self._meta, net=deepcopy(self._meta.net)))
+        return simulated
+
+    def resident(self, device: torch.device) -> list[Tensor]:
+        """All of its weights on the device. If its layers are streamed to a GPU, the host keeps the embedding too."""
+        net, slots = self.model.base.net, self.model.slots
+        embedding = host_embedding(self.model.base) if slots is not None and device.type != "cpu" else None
+        elsewhere = set() if embedding is None else {id(tensor) for tensor in embedding.parameters()}
+        weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in elsewhere]
+        if slots is None:
+            return weights
+        slots.waiting = waiting_tensor(slots, self.tier, device)
+        return [*weights, *(slot.memory for slot in slots.slots)]
+
+    def _frozen(self, base: LoadedModel) -> TunedModel:
+        base.net.requires_grad_(False)
+        return TunedModel(base, None, slots=stream_base(base, layer_weights(base), self.tier))
+
+    @contextmanager
+    def _about_teacher(self) -> Iterator[None]:
+        """Problems of a model section become problems of the teacher's."""
+        try:
+            yield
+        except TunekitError as error:
+            moved = [
+                replace(problem, key=re.sub(r"^model\.", f"{self.key}.", problem.key)) if problem.key else problem
+                for problem in error.problems
+            ]
+            raise type(error).of(moved) from error
 
 
-def as_teacher(base: LoadedModel, tier: str) -> TunedModel:
-    """A loaded base, or one without weights, that is only read; its layers wait where the tier says."""
-    base.net.requires_grad_(False)
-    return TunedModel(base, None, slots=stream_base(base, layer_weights(base), tier))
-
-
-def teacher_problems(
-    teacher: LoadedModel,
-    theirs: LoadedTokenizer,
-    own: Any,
-    memory: MemorySection,
-    objective: Objective,
-    device: torch.device,
-) -> Iterator[Problem]:
-    """Why a model cannot teach a student with the tokenizer `own` on this device."""
-    if memory.streamed_head:
-        what = "a divergence reads the whole of the student's head at a time"
-        yield Problem(what, "write false", key="memory.streamed_head")
-    if teacher.family.name != "causal":
-        yield Problem("the teacher is no causal language model", "name one", key=KEY)
-        return
-    tier, section = tier_of(objective), teacher_of(objective)
-    assert section is not None
-    obstacle = None if tier == "off" else base_obstacle(teacher, section)
-    obstacle = obstacle or (host_obstacle(device) if tier == "host" else None)
-    if obstacle is not None:
-        yield Problem(f"the teacher's layers cannot wait on {tier}: {obstacle}", "write off", key=f"{KEY}_streaming")
-    wanted, there = own.native.get_vocab(), theirs.native.get_vocab()
-    different = sorted((text for text in wanted if there.get(text) != wanted[text]), key=lambda text: wanted[text])
-    if different:
-        what = f"{len(different):,} of the student's {len(wanted):,} tokens have another id or none in the teacher"
-        how = f"the first is {different[0]!r}, id {wanted[different[0]]}; name a teacher with the student's tokenizer"
-        yield Problem(what, how, key=KEY)
+def make(spec: CompanionSpec) -> Teacher:
+    """The teacher that the settings name."""
+    return Teacher(spec)

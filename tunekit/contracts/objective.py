@@ -65,6 +65,7 @@ class RowKind:
     notices: Counter[str]
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
+    has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing for these rows."""
@@ -139,10 +140,9 @@ class RowKind:
         """The rows as they are measured: no augmentation, no dropout of prompts."""
         return self
 
-    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind] | None:
-        """Rows and loss that score the answers of (questions, answers); None if answers cannot be chosen.
-        `dtype`: of the attention mask."""
-        return None
+    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
+        """Rows and loss that score the answers of (questions, answers); only if `has_choices`. `dtype`: of the mask."""
+        raise NotImplementedError
 
     def counting(self) -> Self:
         """A copy with notices of its own."""
@@ -249,12 +249,14 @@ class CompanionFacts:
     `weight_bytes`: weights that are in memory during the whole run, if no simulation counts them.
     `any_token`: whether the model may read any token of its vocabulary, not only those of the rows.
     `streaming_obstacle`: why the base cannot be streamed beside it.
+    `usable`: False if no run can be simulated with it.
     """
 
     weight_bytes: int = 0
     problems: Sequence[Problem] = ()
     any_token: bool = False
     streaming_obstacle: str | None = None
+    usable: bool = True
 
 
 Counting = Callable[[str], AbstractContextManager[None]]  # part of the memory ("logits") -> a block counted as it
@@ -335,7 +337,7 @@ class Objective:
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
         """The objective after it has seen all rows: training rows, then evaluation rows if there are any."""
-        return self if self.learning is None else self.learning(rows)
+        return self if self.learning is None else self.learning(rows).with_options(self.rows.options)
 
     def evaluation_copy(self) -> Objective:
         """A copy for evaluation: no augmentation. LossKind.measuring adds statistics of the whole evaluation set."""

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import Objective, Rows
+from tunekit.contracts import EncodeOptions, Objective, Rows
 from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
-from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, EncodeOptions
+from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.encoding.notes import dropped_notes
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
@@ -43,10 +43,9 @@ class Written(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A row for generation: what is asked (of text, ids up to its last answer), that answer, and the text of what is
-    asked."""
+    """A row for generation: its prompt (for text: ids up to its last answer), that answer, and the prompt's text."""
 
-    asked: Any
+    prompt: Any
     reference: str
     text: str
 
@@ -64,13 +63,12 @@ class RowSet:
     draws: tuple[Share, ...]
     streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
-    evaluation_examples: Callable[[], Iterator[Written]]  # every evaluation row, read again from its file
-    options: EncodeOptions
+    evaluation_examples: Callable[[], Iterator[Written]]  # all evaluation rows, read again from their files
 
     @property
     def template(self) -> str | None:
         """That of data.chat_template, as it was read."""
-        return self.options.template
+        return self.objective.rows.options.template
 
     @property
     def all(self) -> list[Rows]:
@@ -79,34 +77,34 @@ class RowSet:
 
     def evaluation_prompts(self) -> list[Prompt]:
         """Every evaluation row that has an answer, as a prompt with it."""
-        encoder = self.objective.row_encoder(self.options)
+        kind = self.objective.rows.counting()
         prompts: list[Prompt] = []
         for file, line, example in self.evaluation_examples():
             try:
-                found = encoder.prompt(example)
+                prompt = kind.prompt(example)
             except TunekitError as error:
                 raise DataError(error.problems[0].what, file=file, line=line) from None
-            if found is not None:
-                prompts.append(Prompt(*found, encoder.shown(found[0])))
+            if prompt is not None:
+                prompts.append(Prompt(*prompt, kind.shown(prompt[0])))
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
         """The windows to train on, with the sources' weights."""
         if self.streams:
-            return StreamedWindows(self.streams, self.objective, settings, rank=rank, world=world)
-        return TrainingWindows(self.train, self.objective, settings, rank=rank, world=world, draws=self.draws)
+            return StreamedWindows(self.streams, self.objective.rows, settings, rank=rank, world=world)
+        return TrainingWindows(self.train, self.objective.rows, settings, rank=rank, world=world, draws=self.draws)
 
 
 def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None) -> RowSet:
     """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
     data = _with_tables(data)
-    options = encode_options(data)
+    objective = _with_options(objective, encode_options(data))
     memory_bytes = machine_memory_bytes()
     if any(must_stream(source, memory_bytes) for source in data.train):
-        return _load_streamed(data, objective, options, seed, cache_dir)
-    sources = load_sources(data.train, objective, options, cache_dir)
+        return _load_streamed(data, objective, seed, cache_dir)
+    sources = load_sources(data.train, objective.rows, cache_dir)
     train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
-    own = load_sources(data.eval, objective, options, cache_dir) if isinstance(data.eval, tuple) else []
+    own = load_sources(data.eval, objective.rows, cache_dir) if isinstance(data.eval, tuple) else []
     eval_sources, evaluation = (own, [_whole(source) for source in own]) if own else (sources, held)
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
@@ -121,7 +119,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
     return RowSet(
-        objective=objective.informed([train_rows] if eval_rows is None else [train_rows, eval_rows], options.template),
+        objective=objective.learn([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
         evaluation=eval_rows,
         counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
@@ -135,7 +133,6 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
             )
         ),
         evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
-        options=options,
     )
 
 
@@ -145,13 +142,13 @@ def load_evaluation_rows(
     """Only the evaluation rows of a data section; `train` is empty unless they are a fraction of it."""
     data = _with_tables(data)
     if isinstance(data.eval, tuple):
-        options = encode_options(data)
-        sources = load_sources(data.eval, objective, options, cache_dir)
+        objective = _with_options(objective, encode_options(data))
+        sources = load_sources(data.eval, objective.rows, cache_dir)
         parts = [_whole(source) for source in sources]
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
         return RowSet(
-            objective=objective.informed([rows], options.template),
+            objective=objective.learn([rows]),
             train=ChosenRows([]),
             evaluation=rows,
             counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
@@ -161,14 +158,11 @@ def load_evaluation_rows(
             streams=(),
             notes=_notes(sources, evaluation=True),
             evaluation_examples=lambda: _examples(sources, parts, objective),
-            options=options,
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
 
-def _load_streamed(
-    data: DataSection, objective: Objective, options: EncodeOptions, seed: int, cache_dir: Path | None
-) -> RowSet:
+def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir: Path | None) -> RowSet:
     """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
     if isinstance(data.eval, float):
         raise RecipeError(
@@ -179,7 +173,7 @@ def _load_streamed(
     if not objective.complete:
         what = "a training source is streamed (by its size, or as the recipe says), and its first rows need not have "
         raise RecipeError(what + "every label", "list them all", key="objective.labels")
-    sampled = [sample_source(source, number, objective, options) for number, source in enumerate(data.train)]
+    sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
     samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
     rows = ChosenRows([_whole(sample) for sample in samples])
     _require_rows(rows, samples, "data.train")
@@ -190,7 +184,7 @@ def _load_streamed(
     own = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
     return RowSet(
-        objective=objective.informed([rows], options.template),
+        objective=objective.learn([rows]),
         train=rows,
         evaluation=own.evaluation if own else None,
         counts=replace(
@@ -207,8 +201,16 @@ def _load_streamed(
         streams=tuple(one.stream for one in sampled),
         notes=tuple(dict.fromkeys([*_notes(samples), *(own.notes if own else ())])),
         evaluation_examples=own.evaluation_examples if own else lambda: iter(()),
-        options=options,
     )
+
+
+def _with_options(objective: Objective, options: EncodeOptions) -> Objective:
+    """The objective with the data section's options. Raises: RecipeError for options that mean nothing to its rows."""
+    objective = objective.with_options(options)
+    problems = objective.rows.problems()
+    if problems:
+        raise RecipeError.of(problems)
+    return objective
 
 
 def _with_tables(data: DataSection) -> DataSection:
@@ -309,5 +311,5 @@ def _examples(sources: Sequence[EncodedSource], parts: Sequence[Part], objective
     """The examples of the parts' rows."""
     for source, part in zip(sources, parts, strict=True):
         numbers = set(source.store.records["number"][part.chosen].tolist())
-        for line, example in read_examples(source.source, objective, numbers):
+        for line, example in read_examples(source.source, objective.rows.example, numbers):
             yield Written(source.source.path, line, example)

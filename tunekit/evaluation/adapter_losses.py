@@ -1,11 +1,11 @@
-"""A loaded base, adapters over it and encoded rows go in; the loss of the base, alone and with each, comes out."""
+"""The loss of a base over some rows, alone and with each of several adapters."""
 
 from __future__ import annotations
 
 from tunekit.adapters.several import AdapterSet
 from tunekit.contracts import Objective, Processor, Rows
 from tunekit.errors import ModelError
-from tunekit.evaluation.evaluator import Asked, Evaluator
+from tunekit.evaluation.evaluator import Evaluator, Queries
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.evaluation import EvaluationSection
@@ -30,10 +30,10 @@ def adapter_losses(
     for name in (None, *adapters.adapters):
         adapters.switch(name)
         tuned = TunedModel(model, adapters.adapters.get(name or ""))
-        problems = row_problems(model, processor, objective, [rows], tuned.virtual_tokens)
+        problems = row_problems(model, processor, objective.rows, [rows], tuned.virtual_tokens)
         if problems:
             raise ModelError.of(problems)
-        evaluator = Evaluator(tuned, objective, devices, rows, Asked(), settings, metric_names=("loss",))
+        evaluator = Evaluator(tuned, objective, devices, rows, Queries(), settings, metric_names=("loss",))
         losses[name] = evaluator.evaluate().metrics["loss"]
     adapters.switch(None)
     return losses

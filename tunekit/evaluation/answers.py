@@ -1,12 +1,11 @@
-"""Prompts with their reference answers go in; answers and the text metrics over them come out."""
+"""The answers to prompts, and the text metrics over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
 
-from tunekit.contracts import Objective, Told
+from tunekit.contracts import AnswerLimits, Answering, Progress, no_progress
 from tunekit.data.rows import Prompt
 from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import Devices
@@ -15,33 +14,29 @@ from tunekit.tuned.model import TunedModel
 
 def answer_questions(
     model: TunedModel,
-    objective: Objective,
+    answering: Answering,
     questions: Sequence[Prompt],
     devices: Devices,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    template: str | None = None,
-    told: Told = lambda what, done, total: None,
+    limits: AnswerLimits,
+    progress: Progress = no_progress,
 ) -> list[str]:
-    """The model's answer to each question, in order; questions are shared among the ranks, and of each rank those of
-    similar length share a batch."""
-    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].asked))
+    """The model's answer to each question, in order. The ranks share the questions; within a rank, questions of similar
+    length share a batch."""
+    assert answering.write is not None  # the settings of the objective state which metrics it has
+    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
     texts: list[str] = []
     with undisturbed(model):
-        for start in range(0, len(mine), batch_size):
-            told("answers written", devices.world * start, len(questions))
-            prompts = [questions[index].asked for index in mine[start : start + batch_size]]
-            texts += objective.answer(
-                model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
-            )
+        for start in range(0, len(mine), limits.batch_size):
+            progress("answers written", devices.world * start, len(questions))
+            prompts = [questions[index].prompt for index in mine[start : start + limits.batch_size]]
+            texts += answering.write(model, prompts, limits)
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 
 
-def _size(asked: Any) -> int:
-    """Of ids; recordings and images are all of one size, or of one that is not known yet."""
-    return len(asked) if isinstance(asked, Sequence) else 0
+def _size(prompt: object) -> int:
+    """Number of ids; recordings and images have one size, or a size that is not known yet."""
+    return len(prompt) if isinstance(prompt, Sequence) else 0
 
 
 def text_metrics(

@@ -1,4 +1,4 @@
-"""Answers to choose from: evaluation rows or prompts go in; out come the scores of every answer, and sums over rows."""
+"""Answers to choose from: the questions of evaluation rows or prompts, and the scores of their answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Objective, Row, RowEncoder, Sums, Told
+from tunekit.contracts import Batch, Objective, Progress, Row, RowKind, Sums, no_progress
 from tunekit.data.encoding.answers import answer_of, with_answer
-from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import Written
@@ -20,8 +19,8 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.machine.devices import Devices
 from tunekit.model.attention.documents import keeps_documents_apart, within_windows
-from tunekit.objectives.choices import Answer, Question, choosing, make_question, split_question
-from tunekit.objectives.confusion import label_sums
+from tunekit.objectives.losses.confusion import label_sums
+from tunekit.objectives.rows.choices import Answer, Question, make_question, split_question
 from tunekit.tuned.model import TunedModel
 
 Made = TypeVar("Made")
@@ -62,9 +61,8 @@ class QuestionMaker:
     with the same tokens.
     """
 
-    def __init__(self, choices: Choices, objective: Objective, options: EncodeOptions) -> None:
-        self.choices = choices
-        self.encoder: RowEncoder = objective.row_encoder(replace(options, train_on="last"))
+    def __init__(self, choices: Choices, kind: RowKind) -> None:
+        self.choices, self.kind = choices, kind.with_options(replace(kind.options, train_on="last"))
         self._known: dict[tuple[int, ...], tuple[Answer, ...]] = {}
         self._lengths: set[int] = set()
 
@@ -83,14 +81,14 @@ class QuestionMaker:
             raise DataError(f"{reason}, so that no answer can be chosen", "leave the row out") from None
 
     def _encoded(self, example: Example, texts: Sequence[str], origin: str, right: int) -> Question:
-        first = self.encoder.encode(with_answer(example, texts[0]), origin)
+        first = self.kind.encode(with_answer(example, texts[0]), origin)
         if "trained" in first.parts:
             ids = first.parts["ids"][: int(first.parts["trained"].nonzero()[0][-1]) + 1].tolist()
             for length in self._lengths:
                 known = self._known.get((length, *ids[-length - TAIL_TOKENS :]))
                 if known is not None:
                     return Question(first.parts["ids"][: len(ids) - length], known, origin, right)
-        rest = [self.encoder.encode(with_answer(example, text), origin) for text in texts[1:]]
+        rest = [self.kind.encode(with_answer(example, text), origin) for text in texts[1:]]
         question = make_question([first, *rest], right)
         if not len(question.prompt):
             raise DataError("there is no prompt, so that an answer's first token is never predicted", "write one")
@@ -102,11 +100,9 @@ class QuestionMaker:
         return question
 
 
-def make_questions(
-    examples: Iterable[Written], choices: Choices, objective: Objective, options: EncodeOptions
-) -> list[Question]:
-    """Of every evaluation row. Raises: DataError naming each row whose answer is no choice."""
-    maker = QuestionMaker(choices, objective, options)
+def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind) -> list[Question]:
+    """The question of each evaluation row. Raises: DataError naming each row whose answer is no choice."""
+    maker = QuestionMaker(choices, kind)
     return of_every_row(examples, lambda row: maker.make(row.example, f"{row.file}:{row.line}"))
 
 
@@ -132,7 +128,7 @@ def choice_scores(
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
     on_split: Callable[[Batch], None] = lambda batch: None,
-    told: Told = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Tensor:
     """(questions, choices) float64: of each answer the sum of its tokens' log-probabilities, the token that ends it
     included (lm-eval's acc compares sums, without that token); mean_per_token: over their number; mean_per_byte: over
@@ -147,13 +143,14 @@ def choice_scores(
     most, found = batch_size * longest, []
     for start in range(0, len(questions), CHUNK_QUESTIONS):
         chunk = questions[start : start + CHUNK_QUESTIONS]
-        told("questions answered", start, len(questions))
+        progress("questions answered", start, len(questions))
         rows: list[Row] = []
         for number, question in enumerate(chunk):
             widest = most if apart else min(most, max(WIDEST_TOKENS, 2 * len(question.prompt)))
             rows += split_question(question, number, widest if shared else 0, apart=apart)
-        scorer = choosing(objective, (len(chunk), len(choices.texts)), model.base.dtype)
-        batches = (scorer.collate([[row] for row in group]) for group in _groups(rows, most))
+        kind, loss = objective.rows.choosing((len(chunk), len(choices.texts)), model.base.dtype)
+        batches = (kind.collate([[row] for row in group]) for group in _groups(rows, most))
+        scorer = replace(objective, rows=kind, loss=loss)
         sums = summed_evaluation(model, scorer, batches, devices, stop, on_split)
         found.append(torch.tensor(sums.values["scores"], dtype=torch.float64))
     scores = torch.cat(found)
@@ -175,12 +172,11 @@ def choose(
     objective: Objective,
     choices: Choices,
     prompts: Sequence[str],
-    options: EncodeOptions,
     batch_size: int,
     devices: Devices,
 ) -> list[str]:
     """The likeliest answer to each prompt, which is a user's turn where there is a chat template."""
-    maker = QuestionMaker(choices, objective, options)
+    maker = QuestionMaker(choices, objective.rows)
     questions = []
     for number, prompt in enumerate(prompts, 1):
         text = choices.texts[0]

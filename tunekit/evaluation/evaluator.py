@@ -1,13 +1,10 @@
-"""One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
-
-Model, rows and settings go in; metrics by name come out, those of the objective always, and counts of each label.
-"""
+"""One evaluation of the eval rows, as the recipe's `evaluation:` asks for it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, Objective, Rows, Told
+from tunekit.contracts import AnswerLimits, Batch, Objective, Progress, Rows, no_progress
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import by_source
@@ -25,20 +22,20 @@ from tunekit.evaluation.answers import answer_questions, text_metrics
 from tunekit.evaluation.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
 from tunekit.evaluation.scores import EvaluationSums, all_together, summed_evaluation, undisturbed
 from tunekit.machine.devices import Devices
-from tunekit.metrics.classes import counts_of
-from tunekit.metrics.span_f1 import kinds_of
-from tunekit.objectives.choices import Question
+from tunekit.metrics.classes import class_table
+from tunekit.objectives.rows.choices import Question
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
 from tunekit.recipe.reading.names import facts_of, needs_generation
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.run_view import ModelRun
 
 SAMPLES = 8  # answers that a report shows
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked of each evaluation row beside its loss: an answer to generate, one to choose."""
+class Queries:
+    """What the model is queried for besides its loss: answers to generate, answers to choose."""
 
     prompts: Sequence[Prompt] = ()
     choices: Choices | None = None
@@ -67,49 +64,45 @@ class Evaluator:
     objective: Objective
     devices: Devices
     rows: Rows
-    asked: Asked
+    queries: Queries
     settings: EvaluationSection
     metric_names: tuple[str, ...] = ()
     template: str | None = None  # of the prompts, where it is not the tokenizer's own
-    on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
-    told: Told = lambda what, done, total: None
+    on_split: Callable[[Batch], None] = lambda batch: None  # called with a batch that ran out of memory
+    progress: Progress = no_progress
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises: EvaluationStopped where `stop` says so."""
-        batches = partial(evaluation_batches, self.rows, self.objective, batch_size=self.settings.batch_size)
+        batches = partial(evaluation_batches, self.rows, self.objective.rows, batch_size=self.settings.batch_size)
         mine = islice(batches(), self.devices.rank, None, self.devices.world)
         with undisturbed(self.model):
-            objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
+            run = ModelRun(self.model, self.objective.rows, self.devices.gather)
+            measured = self.objective.evaluation_copy()
+            objective = replace(measured, loss=measured.loss.measuring(run, self.rows, mine))
         each = self._by_source(objective, stop)
         sums = all_together(list(each.values()))
         if not sums.values["units"]:
             what = f"none of the {sums.rows:,} evaluation rows can be judged"
             raise DataError(what, "let a reward return numbers for them", key="data.eval")
-        choices, labels = self.asked.choices, self.objective.facts.get("labels")
-        chosen = CHOICE_METRICS if choices else ()
-        always = (*self.objective.metrics, *chosen)
+        choices, chosen = self.queries.choices, ()
         if choices is not None:
-            labels = choices.labels
+            chosen = CHOICE_METRICS
             sums.values.update(self._chosen(choices, stop))
+        always = (*self.objective.loss.metrics, *chosen)
         wanted = list(dict.fromkeys([*always, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
         computed, samples = sums.metrics([name for name in wanted if name not in texts]), None
         if texts:
-            answers = answer_questions(
-                self.model,
-                self.objective,
-                self.asked.prompts,
-                self.devices,
-                max_new_tokens=self.settings.max_new_tokens,
-                batch_size=self.settings.batch_size,
-                template=self.template,
-                told=self.told,
-            )
-            references = [question.reference for question in self.asked.prompts]
-            computed |= text_metrics(texts, answers, references, self.objective.normalized)
+            answering, settings = self.objective.answering, self.settings
+            assert answering is not None  # or the recipe's checks refuse the metric
+            limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, self.template)
+            prompts = self.queries.prompts
+            answers = answer_questions(self.model, answering, prompts, self.devices, limits, self.progress)
+            references = [question.reference for question in self.queries.prompts]
+            computed |= text_metrics(texts, answers, references, answering.normalize)
             samples = [
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
-                for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)
+                for prompt, answer in zip(self.queries.prompts[:SAMPLES], answers, strict=False)
             ]
         ordered = {name: computed[name] for name in wanted} | {
             name: value
@@ -118,14 +111,18 @@ class Evaluator:
         }
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
         sources, pictures = _sources(each, of_rows), self._pictures()
-        return Evaluation(sums, ordered, _classes(labels, sums.values), samples, sources, pictures)
+        classes = self.objective.loss.class_counts(sums.values)
+        if choices is not None:
+            classes = class_table(choices.labels, sums.values["confusion"])
+        return Evaluation(sums, ordered, classes, samples, sources, pictures)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
-        """What the main rank draws."""
-        if not self.devices.is_main:
+        """The pictures that the main rank draws for the report."""
+        answering = self.objective.answering
+        if not self.devices.is_main or answering is None or answering.report_pictures is None:
             return []
         with undisturbed(self.model):
-            return self.objective.pictures(self.model, self.told)
+            return answering.report_pictures(self.model, self.progress)
 
     def _by_source(self, objective: Objective, stop: Callable[[], bool]) -> dict[str, EvaluationSums]:
         """The sums of each source's rows."""
@@ -136,11 +133,11 @@ class Evaluator:
             for batch in batches:
                 yield batch
                 done += len(batch.rows)
-                self.told("evaluation rows measured", done, len(self.rows))
+                self.progress("evaluation rows measured", done, len(self.rows))
 
         found = {}
         for name, rows in by_source(self.rows).items():
-            batches = evaluation_batches(rows, self.objective, batch_size=self.settings.batch_size)
+            batches = evaluation_batches(rows, self.objective.rows, batch_size=self.settings.batch_size)
             found[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
         return found
 
@@ -150,14 +147,14 @@ class Evaluator:
             self.model,
             self.objective,
             choices,
-            self.asked.questions,
+            self.queries.questions,
             self.devices,
             batch_size=self.settings.batch_size,
             stop=stop,
             on_split=self.on_split,
-            told=self.told,
+            progress=self.progress,
         )
-        return {name: value.tolist() for name, value in choice_sums(scores, self.asked.questions).items()}
+        return {name: value.tolist() for name, value in choice_sums(scores, self.queries.questions).items()}
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
@@ -171,30 +168,20 @@ def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[s
     }
 
 
-def _classes(labels: Sequence[str] | None, sums: dict[str, Any]) -> dict[str, Any] | None:
-    if labels is None or "confusion" not in sums:
-        return None
-    if "spans" in sums:
-        counts = [[int(count) for count in row] for row in sums["spans"]]
-        return {"labels": kinds_of(labels), "counts": counts}
-    confusion = [[int(count) for count in row] for row in sums["confusion"]]
-    return {"labels": list(labels), "counts": counts_of(confusion), "confusion": confusion}
-
-
-def asked_of(
+def queries_of(
     rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
-) -> Asked:
-    """Prompts of the evaluation rows where one of these metrics, or of the objective's, needs answers; questions where
-    there are choices, those `from_data` being the answers of `data`.
+) -> Queries:
+    """Prompts of the evaluation rows if one of these metrics, or of the objective's, needs answers; questions if there
+    are choices, those `from_data` being the answers of `data`.
 
     They are read here and now: the files may have moved by the time of an evaluation.
     """
-    names = [*rows.objective.metrics, *metric_names]
+    names = [*rows.objective.loss.metrics, *metric_names]
     prompts = rows.evaluation_prompts() if any(needs_generation(name) for name in names) else ()
     choices = choices_of(settings, rows.objective, data)
     if choices is None:
-        return Asked(prompts)
-    return Asked(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective, rows.options))
+        return Queries(prompts)
+    return Queries(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective.rows))
 
 
 def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
@@ -209,13 +196,13 @@ def choices_of(settings: EvaluationSection, objective: Objective, data: DataSect
     texts = settings.choices
     if texts is None:
         return None
-    if objective.example != "text":
+    if not objective.rows.has_choices:
         what = f"the objective {objective.name} has rows without a prompt and an answer to choose"
         raise RecipeError(what, "leave evaluation.choices out", key="evaluation.choices")
     if texts == FROM_DATA:
         if data is None:
             raise RecipeError("there is no recipe whose rows have the answers", "list them", key="evaluation.choices")
-        texts = answers_of_rows(data, objective)
+        texts = answers_of_rows(data, objective.rows.example)
     return Choices(tuple(texts), settings.choice_score)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import Objective, Part, Row, Rows, Tokenizer
+from tunekit.contracts import Objective, Row, Rows, Span, Tokenizer
 
 WORST_ROWS = 8  # whose text a report shows
 MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # of one of them; characters of a stretch
@@ -35,7 +35,7 @@ class RowLosses:
         return {
             "rows": [row.origin for row in rows],
             "digests": [_digest(row) for row in rows],
-            "units": [float(self.objective.units(self.objective.collate([[row]]))[0]) for row in rows],
+            "units": [float(self.objective.loss.units(self.objective.rows.collate([[row]]))[0]) for row in rows],
         }
 
     def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class RowLosses:
     def _shown(self, number: int) -> dict[str, Any]:
         """A row as text: {number, text: [[a stretch, whether it is trained on]]}."""
         text: list[tuple[str, bool]] = []
-        for part in self.objective.spans(self.rows[number]):
+        for part in self.objective.rows.spans(self.rows[number]):
             text += [*([(f"{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
         if len(text) > MOST_STRETCHES:
             text = [*text[:2], ("\n...\n", False), *text[2 - MOST_STRETCHES :]]
@@ -64,7 +64,7 @@ class RowLosses:
         }
 
 
-def segments(part: Part, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
+def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
     """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
     if tokenizer is None or not len(part.ids):
         return []

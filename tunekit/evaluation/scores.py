@@ -1,7 +1,4 @@
-"""Evaluation that changes nothing: an objective's sums over batches.
-
-Comes in: a TunedModel and evaluation batches.  Goes out: sums, of which metrics are made.
-"""
+"""Evaluation that changes nothing: an objective's sums over batches."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.run_view import ModelRun
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
 NUMBERS = "row numbers"  # of those that ROW_LOSSES are of
@@ -54,7 +52,7 @@ def undisturbed(model: TunedModel) -> Iterator[None]:
 
 def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
     """The batch as a step of its own."""
-    return objective.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0]
+    return objective.prepare(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
 def summed_evaluation(
@@ -125,7 +123,7 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
     """The batch's sums; those of its halves, added, where it runs out of memory."""
     try:
         batch = prepared(model, objective, batch)
-        sums = objective.sums(model.output(batch.inputs), batch)
+        sums = objective.loss.sums(model.output(batch.inputs), batch)
         numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
         counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
         return {name: value.cpu().double() for name, value in sums.items()} | {
@@ -136,7 +134,7 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
             raise
         reason = first_line(error)
     # Not inside `except`: there the error still holds the failed attempt's tensors.
-    halves = split_batch(batch, objective)
+    halves = split_batch(batch, objective.rows)
     if halves is None:
         raise document_too_large(batch, reason)
     on_split(batch)

@@ -134,3 +134,14 @@ class LayerSlots:
             if slot.layer is not None:
                 self.blobs[slot.layer].unbind(self.device)
             slot.layer = slot.copy = None
+
+
+def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> torch.Tensor:
+    """On the meta device, the memory of a CPU that layers outside of slots take: all of it, or of mapped files the one
+    tensor that is being copied; nothing if the device has memory of its own."""
+    size = 0
+    if device.type == "cpu" and tier == "host":
+        size = sum(blob.size_bytes for blob in slots.blobs)
+    elif device.type == "cpu":
+        size = max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
+    return torch.empty(size, dtype=torch.uint8, device="meta")

@@ -31,6 +31,12 @@ def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]
     return ["true, then predicted as", *labels], [[label, *row] for label, row in rows]
 
 
+def class_table(labels: Sequence[str], confusion: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Labels, their counts (correct, predicted, true) and their confusion matrix."""
+    whole = [[int(count) for count in row] for row in confusion]
+    return {"labels": list(labels), "counts": counts_of(whole), "confusion": whole}
+
+
 def counts_of(confusion: Sequence[Sequence[float]]) -> list[tuple[int, int, int]]:
     """Of each label (right, predicted, there), from a confusion matrix whose rows are true labels."""
     predicted = [int(sum(column)) for column in zip(*confusion, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, Objective, Rows
+from tunekit.contracts import Batch, RowKind, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
@@ -45,7 +45,7 @@ SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
 def largest_batch(
-    windows: TrainingWindows, rows: Rows, objective: Objective, settings: BatchSettings, *, by_scores: bool = False
+    windows: TrainingWindows, rows: Rows, kind: RowKind, settings: BatchSettings, *, by_scores: bool = False
 ) -> Batch:
     """The micro-batch with most tokens, padding included, among those that the run will really make.
 
@@ -60,10 +60,10 @@ def largest_batch(
         left -= len(steps)
         for micro_batch in chain.from_iterable(steps):
             widths = np.stack([sizes[list(group)].sum(axis=0) for group in micro_batch])  # (B, sizes)
-            padded = np.array([objective.layout.padded(each) for each in widths])  # (B, sizes)
+            padded = np.array([kind.layout.padded(each) for each in widths])  # (B, sizes)
             tokens = int(widths.sum() if settings.end_to_end else len(padded) * padded.max(axis=0).sum())
             if tokens > best_size[0]:
-                tokens -= sum(objective.shared(rows[row]) for group in micro_batch for row in group)
+                tokens -= sum(kind.shared(rows[row]) for group in micro_batch for row in group)
             if by_scores:
                 tokens = sum(int(lengths[row]) ** 2 for group in micro_batch for row in group)
             size = (tokens, int(widths.sum(axis=1).max()))
@@ -72,7 +72,7 @@ def largest_batch(
         if left <= 0:
             break
     assert best is not None
-    return collate(rows, best, objective, end_to_end=settings.end_to_end)
+    return collate(rows, best, kind, end_to_end=settings.end_to_end)
 
 
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:
@@ -96,8 +96,8 @@ class Forecast:
 
     `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
     `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
-    `sampled`: of an objective that samples: completions side by side, tokens of the longest prompt and of a completion.
-    `beside_bytes`: of other models that are there all the time.
+    `companion_bytes`: weights of companions that are in memory all the time and that no simulation counts.
+    `any_token`: whether the run may read embeddings of tokens that no row has.
     """
 
     run: SimulatedRun
@@ -107,11 +107,11 @@ class Forecast:
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
-    sampled: tuple[int, int, int] | None = None
-    beside_bytes: int = 0
+    companion_bytes: int = 0
+    any_token: bool = False
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
-    _samplings: list[Simulation | None] = field(default_factory=list, init=False, repr=False)
+    _rehearsals: list[Simulation | None] = field(default_factory=list, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
         """Of the run with this choice: the one function that every search for a setting asks."""
@@ -121,13 +121,13 @@ class Forecast:
         peak = peak_bytes(
             step,
             evaluation,
-            self._sampling(run),
+            self._rehearsal(run),
             self.run.device,
             self.base.dtype,
             cache_bytes=self._cache_bytes,
             load_bytes=load,
         )
-        peak = replace(peak, weights=peak.weights + self.beside_bytes, total=peak.total + self.beside_bytes)
+        peak = replace(peak, weights=peak.weights + self.companion_bytes, total=peak.total + self.companion_bytes)
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
@@ -159,15 +159,13 @@ class Forecast:
             Simulation(parts, sum(parts.values())), None, None, self.run.device, self.base.dtype, load_bytes=load
         )
 
-    def _sampling(self, run: SimulatedRun) -> Simulation | None:
-        """Of the longest completions that are sampled side by side, or of what parts beside the net do; of a choice
-        nothing matters to it."""
-        if self.sampled is None and not self.base.family.beside(self.base.net):
+    def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
+        """What companions need while they act (sampling, drawing images); no choice changes it."""
+        if not any(companion.rehearses for companion in run.companions.values()):
             return None
-        if not self._samplings:
-            batch = self.largest_batch(run.choice.micro_batch_size)
-            self._samplings.append(run.beside(batch) if self.sampled is None else run.sampling(*self.sampled))
-        return self._samplings[0]
+        if not self._rehearsals:
+            self._rehearsals.append(run.rehearsals(self.largest_batch(run.choice.micro_batch_size)))
+        return self._rehearsals[0]
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
@@ -238,7 +236,7 @@ class Forecast:
         stored = self._stored is not None and self._stored.mapped
         as_stored = stored and not packed_layers(net) and not self.base.copied_while_read
         mapped = (as_stored or self._kept or streaming != "off") and not self.run.adapter.trains_base
-        mapped = mapped and self.sampled is None  # what is sampled may be any token
+        mapped = mapped and not self.any_token
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
         embedding = weight_of(net.get_submodule(name))
@@ -246,7 +244,7 @@ class Forecast:
             return 0
         row_bytes = embedding.shape[1] * self.base.dtype.itemsize
         return untouched_bytes(
-            _ids(self.rows, self.run.objective.layout.token_parts), row_bytes, embedding.shape[0] * row_bytes
+            _ids(self.rows, self.run.objective.rows.layout.token_parts), row_bytes, embedding.shape[0] * row_bytes
         )
 
 

@@ -13,9 +13,8 @@ from tunekit.adapters.base import slot_count
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
-from tunekit.companions.reward_model import scorer_bytes
-from tunekit.companions.teacher import read_teacher, teacher_of, teacher_problems, tier_of
-from tunekit.contracts import Batch, Processor, Rows
+from tunekit.companions.base import Planned, make_companions
+from tunekit.contracts import Batch, Companion, CompanionFacts, Processor
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
 from tunekit.data.rows import RowSet, load_rows
@@ -37,19 +36,17 @@ from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import reference_problems, start_bytes, start_notes, start_problems
-from tunekit.planning.tiers import allowed_tiers, streaming_notes, teacher_notes
-from tunekit.recipe.bases.sample_settings import SampleSettings
+from tunekit.planning.tiers import allowed_tiers, streaming_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.targets.labels import start_facts
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
-from tunekit.tuned.fit import check_family, longest_tokens, row_problems
+from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
     "; the rows of a micro-batch lie end to end, without padding "
@@ -68,7 +65,8 @@ class Inputs:
     rows: RowSet
     targets: list[Target]
     adapter: AdapterSettings  # with its texts as token ids
-    teacher: LoadedModel | None  # of an objective that has one
+    companions: dict[str, Companion]
+    companion_facts: list[CompanionFacts]
 
     @property
     def virtual_tokens(self) -> int:
@@ -110,16 +108,14 @@ def make_plan(
     if windows is None:
         raise findings.error()
     findings.add(
-        row_problems(inputs.base, inputs.processor, inputs.rows.objective, inputs.rows.all, inputs.virtual_tokens)
+        row_problems(inputs.base, inputs.processor, inputs.rows.objective.rows, inputs.rows.all, inputs.virtual_tokens)
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
-    findings.add(
-        [*refusals.reward_problems(recipe, inputs.rows), *refusals.part_problems(inputs.model, inputs.targets)]
-    )
-    findings.add(_run_problems(recipe, windows.steps, device, inputs.rows.objective.repeats))
+    findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
+    findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
-    tiers, problems = allowed_tiers(recipe, inputs.base, device)
+    tiers, problems = allowed_tiers(recipe, inputs.base, device, inputs.companion_facts)
     findings.add(problems)
     memory = plan_memory(forecast, tiers, previous, findings, partial(cheapest_changes, recipe, forecast))
     if as_chosen(settings, memory.choice) != settings:
@@ -146,8 +142,8 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         made = processor
         objective = None if made is None else findings.attempt(lambda: make_objective(recipe.objective, made, facts))
         if objective is not None:
-            asked = objective
-            rows = findings.attempt(lambda: load_rows(recipe.data, asked, seed=seed))
+            unread = objective
+            rows = findings.attempt(lambda: load_rows(recipe.data, unread, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
             read = rows
@@ -167,17 +163,32 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
             return None
     if base is None or processor is None or rows is None or targets is None or adapter is None:
         return None
-    section, teacher = teacher_of(rows.objective), None
-    if section is not None:
-        found = findings.attempt(lambda: read_teacher(section, device))
-        if found is None:
+    inputs = Inputs(model, base, processor, rows, targets, adapter, make_companions(rows.objective.companions), [])
+    planned = _planned(recipe, inputs, device)
+    for companion in inputs.companions.values():
+        known = findings.attempt(partial(companion.facts, planned))
+        if known is None or not known.usable:
+            findings.add([] if known is None else known.problems)
             return None
-        problems = list(teacher_problems(*found, processor.tokenizer, recipe.memory, rows.objective, device))
-        teacher = found[0]
-        findings.add(problems)
-        if problems:
-            return None
-    return Inputs(model, base, processor, rows, targets, adapter, teacher)
+        inputs.companion_facts.append(known)
+    return inputs
+
+
+def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> Planned:
+    """What companions may know of the run."""
+    return Planned(
+        device,
+        inputs.base,
+        inputs.processor,
+        inputs.rows.objective,
+        inputs.rows.all,
+        bool(inputs.rows.streams),
+        recipe.memory,
+        recipe.training,
+        recipe.evaluation,
+        inputs.targets,
+        inputs.virtual_tokens,
+    )
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
@@ -204,7 +215,7 @@ def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, 
     """Whether rows are packed, and why."""
     if not recipe.data.packing:
         return False, "a step has the rows that the recipe says"
-    obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective, inputs.virtual_tokens > 0)
+    obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.rows, inputs.virtual_tokens > 0)
     if obstacle is not None:
         findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
     return obstacle is None, obstacle or "as the recipe says"
@@ -212,7 +223,7 @@ def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, 
 
 def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
     """Rows that are not packed still need no padding where the model takes a micro-batch as documents of one row."""
-    apart = inputs.rows.objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
+    apart = inputs.rows.objective.rows.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
     training, data = recipe.training, recipe.data
     return BatchSettings(
         micro_batch_size=training.micro_batch_size,
@@ -224,18 +235,17 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        repeats=inputs.rows.objective.repeats,
+        updates_per_sampling=inputs.rows.objective.loss.updates_per_sampling,
         end_to_end=apart and not packing,
     )
 
 
-def _run_problems(recipe: Recipe, steps: int, device: torch.device, repeats: int) -> list[Problem]:
+def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
     """Settings that a run of so many steps cannot obey."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
-    problems += refusals.repeat_problems(recipe, repeats)
     problems += compile_problems(compiled, device, method.model is not None and not recipe.adapter.trains_base)
     return [*problems, *kernel_problems(recipe.training.kernels, device)]
 
@@ -246,31 +256,19 @@ def _forecast(
     rows, choice = inputs.rows, _written_choice(recipe, device, windows.steps)
     sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
     bases = {recipe.model: inputs.base}
-    run = SimulatedRun(*sections, choice, device, recipe.memory, teacher=inputs.teacher, bases=bases)
+    run = SimulatedRun(*sections, choice, device, recipe.memory, inputs.companions, bases=bases)
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
-        evaluation = largest_evaluation_batch(rows.evaluation, rows.objective, batch_size=size)
+        evaluation = largest_evaluation_batch(rows.evaluation, rows.objective.rows, batch_size=size)
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
-    beside, sampled, models = start_bytes(recipe.adapter, inputs.targets), None, 0
-    if isinstance(recipe.objective, SampleSettings):
-        models = scorer_bytes(recipe.objective, device)
-        sampled = _sampled(recipe.objective, recipe.training, rows.all, inputs.virtual_tokens)
+    start, facts = start_bytes(recipe.adapter, inputs.targets), inputs.companion_facts
+    companion_bytes, any_token = sum(each.weight_bytes for each in facts), any(each.any_token for each in facts)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
-    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, sampled, models)
-
-
-def _sampled(
-    settings: SampleSettings, training: TrainingSection, rows: Sequence[Rows], virtual_tokens: int
-) -> tuple[int, int, int]:
-    """Completions side by side, tokens of the longest prompt, and of a completion."""
-    new_tokens, count = settings.max_completion_length, settings.sampling_batch_size
-    longest = max(map(longest_tokens, rows)) - new_tokens
-    if training.micro_batch_size is not None:
-        rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
-        count = min(count, rows_of_a_step * settings.num_generations)
-    return count, longest + virtual_tokens, new_tokens
+    return Forecast(
+        run, inputs.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token
+    )
 
 
 def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
@@ -295,11 +293,11 @@ def _largest_batch(
     rows = inputs.rows
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
-        return filled_batch(rows.train, rows.objective, settings)
-    largest = largest_batch(windows, rows.train, rows.objective, settings)
+        return filled_batch(rows.train, rows.objective.rows, settings)
+    largest = largest_batch(windows, rows.train, rows.objective.rows, settings)
     if not inputs.base.facts.attention.startswith("eager"):
         return largest
-    other = largest_batch(windows, rows.train, rows.objective, settings, by_scores=True)
+    other = largest_batch(windows, rows.train, rows.objective.rows, settings, by_scores=True)
     same = [row.number for row in other.rows] == [row.number for row in largest.rows]
     return other if not same and run.needs_more(other, largest) else largest
 
@@ -384,7 +382,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
     notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)
-    if inputs.teacher is not None:
-        tokens = memory.choice.gradient_accumulation_steps * memory.largest_tokens
-        notes += teacher_notes(inputs.teacher, tier_of(inputs.rows.objective), device, tokens)
+    step_tokens, planned = memory.choice.gradient_accumulation_steps * memory.largest_tokens, _planned(recipe, inputs, device)
+    for companion in inputs.companions.values():
+        notes += companion.notes(planned, step_tokens)
     return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]

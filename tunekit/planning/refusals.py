@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.contracts import Objective, Rows
+from tunekit.contracts import RowKind
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
@@ -22,11 +22,8 @@ from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
-from tunekit.objectives.prompts import told_of
-from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Target
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
 
@@ -84,42 +81,9 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
 
 
-def repeat_problems(recipe: Recipe, repeats: int) -> Iterator[Problem]:
-    """Where a checkpoint would fall between steps that learn from the same completions, which it does not keep."""
-    training, evaluation = recipe.training, recipe.evaluation
-    places = {"save_steps": training.save_steps, **({"eval_steps": training.eval_steps} if evaluation.best else {})}
-    for name, steps in places.items():
-        if steps % repeats:
-            what = f"{repeats} steps in a row learn from the same completions, which no checkpoint between them keeps"
-            yield Problem(what, f"write a multiple of {repeats} (objective.num_iterations)", key=f"training.{name}")
-
-
-def reward_problems(recipe: Recipe, rows: RowSet) -> Iterator[Problem]:
-    """Columns that completions are compared with and that no row has; of a stream only some rows are known."""
-    for number, source in enumerate(getattr(recipe.objective, "reward", ())):
-        column = source.exact_match
-        if column is None or rows.streams or any(_have(some, column) for some in rows.all):
-            continue
-        there = ", ".join(name for name, value in told_of(rows.train[0])["columns"].items() if value is not None)
-        key = f"objective.reward.{number}.exact_match"
-        yield Problem(f"no row has the column '{column}'", f"the first row has: {there or 'none'}", key=key)
-
-
-def part_problems(model: ModelSection, targets: Sequence[Target]) -> Iterator[Problem]:
-    """Parts of a pipeline that should be trained, and of which no layer is named."""
-    for part in model.trained if isinstance(model, PipelineModel) and targets else ():
-        if not any(target.name.startswith(f"{part}.") for target in targets):
-            what = f"no layer of the {part} is named, and it should be trained"
-            yield Problem(what, "name its layers too: q_proj, k_proj, v_proj, out_proj", key="adapter.target_modules")
-
-
-def _have(rows: Rows, column: str) -> bool:
-    return any(told_of(rows[number])["columns"].get(column) is not None for number in range(len(rows)))
-
-
 def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
-    longest = max(longest_tokens(some, rows.objective.layout) for some in rows.all) + virtual_tokens
+    longest = max(longest_tokens(some, rows.objective.rows.layout) for some in rows.all) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
@@ -145,13 +109,13 @@ def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
         )
 
 
-def packing_obstacle(base: LoadedModel, objective: Objective, whole_model_adapter: bool) -> str | None:
+def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool) -> str | None:
     """Why rows cannot be packed, or None."""
     config = text_config(base.net)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
-    if not objective.packable:
+    if not kind.packable:
         return "the objective takes rows one by one"
-    if objective.layout.paired:
+    if kind.layout.paired:
         return "the two sequences of a pair lie end to end as it is, wherever the model allows"
     if whole_model_adapter:
         return "the adapter puts virtual tokens before each row"

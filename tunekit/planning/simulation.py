@@ -4,6 +4,7 @@ network, engine and optimizer keep on the meta device comes out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,17 +13,13 @@ from typing import Any
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.companions.teacher import as_teacher, tier_of
-from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Sums, Window
+from tunekit.contracts import Batch, Companion, Loss, LossKind, ModelOutput, Objective, Sums, Window
 from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.machine.devices import deterministic_kernels, kind_of
-from tunekit.memory.slots import LayerSlots
+from tunekit.memory.slots import LayerSlots, waiting_tensor
 from tunekit.memory.streaming import host_embedding
-from tunekit.model.attention.self_attention import heads_and_width
-from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
-from tunekit.model.text.generation import draw
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.bases.section import AdapterSettings
@@ -34,6 +31,7 @@ from tunekit.training.engines.streaming import make_engine
 from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.run_view import ModelRun
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
@@ -50,7 +48,7 @@ class SimulatedRun:
     choice: Choice
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
-    teacher: LoadedModel | None = None  # without weights
+    companions: Mapping[str, Companion] = field(default_factory=dict)
     bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made already
 
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
@@ -65,9 +63,9 @@ class SimulatedRun:
         with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), fixed, tracker:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
-            units = objective.units(batch)
+            units = objective.loss.units(batch)
             window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
-            window = objective.prepare(tuned, window)
+            window = objective.prepare(ModelRun(tuned, objective.rows), window)
             with tuned.training_mode(True):
                 engine.run_window(tuned, objective, window, units)
             optimizer.gradient_norm()
@@ -96,56 +94,32 @@ class SimulatedRun:
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        tuned, tracker, held_out = self._tuned(), StorageTracker(self.device), self.objective.held_out()
+        tuned, tracker, held_out = self._tuned(), StorageTracker(self.device), self.objective.evaluation_copy()
         objective = _logits_apart(held_out, tuned, tracker)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
             with undisturbed(tuned):
                 batch = prepared(tuned, held_out, batch)
-                objective.sums(tuned.output(batch.inputs), batch)
+                objective.loss.sums(tuned.output(batch.inputs), batch)
         del optimizer
         return tracker.result()
 
-    def beside(self, batch: Batch) -> Simulation | None:
-        """What the parts beside the net do for one row, with the net and its optimizer there; None where there are
-        none."""
-        tuned, tracker = self._tuned(), StorageTracker(self.device)
-        parts = self.objective.parts_beside(tuned)
-        if not parts:
-            return None
-        with kernels_as_on(self.device), tracker:
-            optimizer = self._adopt(tracker, tuned)
-            tracker.adopt([tensor for part in parts for tensor in [*part.parameters(), *part.buffers()]], "weights")
-            tracker.start()
-            with undisturbed(tuned):
-                self.objective.rehearse(tuned, batch)
-        del optimizer
-        return tracker.result()
-
-    def sampling(self, rows: int, prompt_tokens: int, new_tokens: int) -> Simulation:
-        """So many completions side by side: their prompts' forward, then the last token's logits and what is drawn from
-        them, with the optimizer's state beside it and the keys and values of all layers."""
-        tuned, tracker = self._tuned(), StorageTracker(self.device)
-        heads, width = heads_and_width(text_config(tuned.base.net))
-
-        def cache(tokens: int) -> torch.Tensor:
-            shape = (2 * tuned.base.facts.layers, rows, heads, tokens, width)
-            return torch.empty(shape, dtype=tuned.base.dtype, device="meta")
-
-        with kernels_as_on(self.device), tracker:
-            optimizer = self._adopt(tracker, tuned)
-            tracker.start()
-            with undisturbed(tuned):
-                kept = cache(prompt_tokens)
-                ids = torch.zeros(rows, prompt_tokens, dtype=torch.int64)
-                hidden = tuned.hidden({"input_ids": ids, "position_ids": torch.arange(prompt_tokens).expand(rows, -1)})
-                hidden = hidden[:, -1].clone()
-                kept = cache(prompt_tokens + new_tokens)
-                with tracker.counting_as("logits"):
-                    draw(tuned.base.family.head(tuned.base.net).logits(hidden), torch.zeros(rows, device="meta"))
-        del optimizer, kept
-        return tracker.result()
+    def rehearsals(self, batch: Batch) -> Simulation | None:
+        """The companion that needs most while it acts, beside the net and its optimizer; None if none acts."""
+        simulations = []
+        for key in (key for key, companion in self.companions.items() if companion.rehearses):
+            tuned, tracker = self._tuned(), StorageTracker(self.device)
+            companion = tuned.companions[key]
+            with kernels_as_on(self.device), tracker:
+                optimizer = self._adopt(tracker, tuned)
+                tracker.adopt(companion.present(tuned), "weights")
+                tracker.start()
+                with undisturbed(tuned):
+                    companion.rehearse(ModelRun(tuned, self.objective.rows), batch, tracker.counting_as)
+            del optimizer
+            simulations.append(tracker.result())
+        return max(simulations, key=lambda simulation: simulation.total, default=None)
 
     def _base(self) -> LoadedModel:
         """The model without weights and without adapter: made once (a GGUF file takes seconds to read), then copied."""
@@ -161,8 +135,7 @@ class SimulatedRun:
         head = base.family.head_name(base.net)
         attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
         tuned = prepare_network(base, self.choice, attach, planned_for=self.device)
-        if self.teacher is not None:  # a copy: its layers' memory may be put into slots
-            tuned.teacher = as_teacher(replace(self.teacher, net=deepcopy(self.teacher.net)), tier_of(self.objective))
+        tuned.companions = {key: companion.simulated() for key, companion in self.companions.items()}
         return tuned
 
     def _adopt(self, tracker: StorageTracker, tuned: TunedModel) -> Optimizer:
@@ -180,9 +153,8 @@ class SimulatedRun:
         beside = tuned.base.family.beside(net)  # on a GPU only while they are needed
         for module in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
             weights += [*module.parameters(), *module.buffers()]
-        if tuned.teacher is not None:
-            weights += self._weights_of_teacher(tuned.teacher)
-            self._adopt_slots(tracker, tuned.teacher.slots, tier_of(self.objective))
+        with tracker.counting_as("weights"):
+            weights += [tensor for each in tuned.companions.values() for tensor in each.resident(self.device)]
         tracker.adopt(weights, "weights")
         self._adopt_slots(tracker, slots, self.choice.streaming)
         if tuned.head_parts is not None:
@@ -190,29 +162,13 @@ class SimulatedRun:
             tracker.adopt([slot.memory for slot in of_head.slots], "weights")
         return make_tracked_optimizer(tracker, tuned.adapter, self.training)
 
-    def _weights_of_teacher(self, teacher: TunedModel) -> list[torch.Tensor]:
-        """All of them that are on the device: where layers are streamed, a GPU's host keeps the embedding too."""
-        net, streamed = teacher.base.net, teacher.slots is not None and self.device.type != "cpu"
-        embedding = host_embedding(teacher.base) if streamed else None
-        there = set() if embedding is None else {id(tensor) for tensor in embedding.parameters()}
-        return [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
-
     def _adopt_slots(self, tracker: StorageTracker, slots: LayerSlots | None, tier: str) -> None:
         """Count the slots of streamed layers, and what waits outside of them."""
         if slots is None:
             return
         with tracker.counting_as("weights"):
-            slots.waiting = torch.empty(self._waiting_bytes(slots, tier), dtype=torch.uint8, device="meta")
+            slots.waiting = waiting_tensor(slots, tier, self.device)
         tracker.adopt([slot.memory for slot in slots.slots], "weights")
-
-    def _waiting_bytes(self, slots: LayerSlots, tier: str) -> int:
-        """What layers outside of slots take of a CPU's memory: all of it, or of mapped files the one tensor that is
-        being copied."""
-        if self.device.type != "cpu":
-            return 0
-        if tier == "host":
-            return sum(blob.size_bytes for blob in slots.blobs)
-        return max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
 
 
 def trained_part(adapter: AttachedAdapter) -> str:
@@ -233,24 +189,22 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
     return optimizer
 
 
-def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Any:
-    """Of a model of text the objective's `loss` and `sums` are counted as logits; others have none."""
-    return objective if tuned.base.text is None else _LogitsApart(objective, tracker)
+def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Objective:
+    """For a model of text, the objective whose `loss` and `sums` are counted as logits; other models have none."""
+    return objective if tuned.base.text is None else replace(objective, loss=_CountedLoss(objective.loss, tracker))
 
 
-class _LogitsApart:
-    """An objective whose `loss` and `sums` are counted as logits."""
+class _CountedLoss(LossKind):
+    """A loss that is counted as logits."""
 
-    def __init__(self, objective: Objective, tracker: StorageTracker) -> None:
-        self._objective, self._tracker = objective, tracker
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._objective, name)
+    def __init__(self, counted: LossKind, tracker: StorageTracker) -> None:
+        self.counted, self.tracker = counted, tracker
+        self.prepare, self.units = counted.prepare, counted.units  # type: ignore[method-assign]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        with self._tracker.counting_as("logits"):
-            return self._objective.loss(output, batch)
+        with self.tracker.counting_as("logits"):
+            return self.counted.loss(output, batch)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        with self._tracker.counting_as("logits"):
-            return self._objective.sums(output, batch)
+        with self.tracker.counting_as("logits"):
+            return self.counted.sums(output, batch)

@@ -11,7 +11,7 @@ from typing import Any
 from tunekit.adapters.base import LayerAdapter
 from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import LINEAR, start_module
-from tunekit.contracts import AT_STEP_0, Objective
+from tunekit.contracts import Objective
 from tunekit.errors import Problem
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart, StartSettings
@@ -39,7 +39,7 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
 
 def reference_problems(settings: AdapterSettings, objective: Objective) -> Iterator[Problem]:
     """Where the base, the adapter bypassed, is not the model as it is at step 0, with which the objective compares."""
-    if objective.reference != AT_STEP_0:
+    if not objective.loss.reference:
         return
     method, start = load_method(settings.method), getattr(settings, "start", None)
     part: Any = method.layer or method.model or LayerAdapter

@@ -1,17 +1,17 @@
 """Where the base's weights may wait while they are streamed, and what that costs.
-
-Comes in: the recipe, the model without weights, the device.  Goes out: tiers that plan may choose from, notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from tunekit.contracts import CompanionFacts
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.machine.memory import available_bytes
+from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
@@ -21,23 +21,18 @@ from tunekit.records import Choice, bytes_text
 
 KEY = "memory.streaming"
 HOST_SHARE = 0.8  # of the free memory of the host, that the base's layers may take there
-# Bytes a second, of the link that a tier's copies pass: PCIe's 16 lanes less a fifth for its protocol, and the
-# sequential reads that NVMe drives of the generation are sold with.
-BANDWIDTHS = {
-    "host": {"PCIe 3": 12e9, "PCIe 4": 25e9, "PCIe 5": 52e9},
-    "disk": {"NVMe of PCIe 3": 3.5e9, "of PCIe 4": 7e9, "of PCIe 5": 12e9},
-}
-
-WHERE = {"host": "in the host's memory", "disk": "in mapped files"}
 
 
-def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) -> str | None:
+def streaming_obstacle(
+    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
+) -> str | None:
     """Why this base's weights cannot be streamed, or None."""
     obstacle = base_obstacle(base, recipe.model)
     if obstacle is not None:
         return obstacle
-    if recipe.objective.samples:
-        return f"{recipe.objective.method} samples token by token, and each token would copy every layer"
+    for facts in companions:
+        if facts.streaming_obstacle is not None:
+            return facts.streaming_obstacle
     of_a_text = getattr(recipe.adapter, "first_values", None) == "text"  # a prefix
     if (of_a_text or calibrated_start(recipe.adapter) is not None) and device.type != "cpu":
         return "the adapter's start computes with the whole base on the device"
@@ -46,10 +41,12 @@ def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) 
     return None
 
 
-def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tuple[list[str], list[Problem]]:
+def allowed_tiers(
+    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts] = ()
+) -> tuple[list[str], list[Problem]]:
     """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
     written = recipe.memory.streaming
-    obstacle = streaming_obstacle(recipe, base, device) if recipe.memory.streamed_head or written != "off" else None
+    obstacle = streaming_obstacle(recipe, base, device, companions) if recipe.memory.streamed_head or written != "off" else None
     if recipe.memory.streamed_head and obstacle is not None:
         return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:
@@ -70,11 +67,6 @@ def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tu
     return (["off", "host", "disk"] if fits else ["off", "disk"]), []
 
 
-def layer_bytes(base: LoadedModel) -> int:
-    """Bytes of all layers as they are stored."""
-    return sum(stored_bytes(layer) for _, layer in base.family.layers(base.net))
-
-
 def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tokens: int) -> Iterator[str]:
     """How a streamed run goes about it, and how fast it can be. `tokens`: of a micro-batch, padding included."""
     if choice.streaming == "off":
@@ -85,36 +77,10 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
         f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} a layer before the "
         "next, and every layer is computed again in the backward pass"
     )
-    rates = _rates(choice.streaming, count * tokens, size, copies=2)
+    rates = rates_text(choice.streaming, count * tokens, size, copies=2)
     yield (
         f"break-even of streaming: a pass of up to {count * tokens:,} tokens copies the layers twice, at most so many "
         f"tokens a second: {rates} (published bandwidths); where the device computes fewer, copies hide behind it"
     )
     if choice.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, where the host's memory is the device's"
-
-
-def teacher_notes(teacher: LoadedModel, tier: str, device: torch.device, tokens: int) -> Iterator[str]:
-    """How a streamed teacher is asked, and how fast it can be. `tokens`: of a whole step, the largest."""
-    if tier == "off":
-        return
-    size = layer_bytes(teacher)
-    yield (
-        f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[tier]}, and are copied once for all rows "
-        f"of a step, and once for each evaluation batch; {tokens:,} tokens a step are at most so many a second: "
-        f"{_rates(tier, tokens, size, copies=1)} (published bandwidths)"
-    )
-    if tier == "host" and device.type == "cpu":
-        yield "objective.teacher_streaming: host saves nothing on a CPU, where the host's memory is the device's"
-
-
-def _rates(tier: str, tokens: int, layers_bytes: int, copies: int) -> str:
-    return ", ".join(
-        f"{most_tokens_per_second(tokens, layers_bytes, bandwidth, copies):,.0f} over {link}"
-        for link, bandwidth in BANDWIDTHS[tier].items()
-    )
-
-
-def most_tokens_per_second(tokens: int, layers_bytes: int, bytes_per_second: float, copies: int = 2) -> float:
-    """Tokens of a pass over the time of its copies: BW T / (2 b), where the layers are copied twice."""
-    return bytes_per_second * tokens / (copies * max(layers_bytes, 1))

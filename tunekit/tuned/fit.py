@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tunekit.contracts import Objective, Processor, RowLayout, Rows, Tokenizer
+from tunekit.contracts import Processor, RowKind, RowLayout, Rows, Tokenizer
 from tunekit.errors import ModelError, Problem
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.recipe import supervised_objective
@@ -34,7 +34,7 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
 def row_problems(
     base: LoadedModel,
     processor: Processor,
-    objective: Objective,
+    kind: RowKind,
     rows: Sequence[Rows],
     virtual_tokens: int = 0,
 ) -> list[Problem]:
@@ -42,10 +42,10 @@ def row_problems(
     tokenizer = processor.tokenizer
     if base.text is None or tokenizer is None:
         return []
-    longest = max((longest_tokens(some, objective.layout) for some in rows), default=0) + virtual_tokens
+    longest = max((longest_tokens(some, kind.layout) for some in rows), default=0) + virtual_tokens
     problems = list(position_problems(base, longest, virtual_tokens))
     for some in rows:
-        problems += [] if problems else vocabulary_problems(base, tokenizer, some, objective.layout.token_parts)
+        problems += [] if problems else vocabulary_problems(base, tokenizer, some, kind.layout.token_parts)
     return problems
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import GREEDY, Batch, ModelOutput, Sampling, Tokenizer
+from tunekit.contracts import GREEDY, Batch, Companion, ModelOutput, Sampling, Tokenizer
 from tunekit.machine.placing import placed
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
@@ -33,9 +33,8 @@ class TunedModel:
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
-    reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
-    scorers: Mapping[str, Callable[..., list[float]]] = field(default_factory=dict)  # reward models, by their folder
-    teacher: TunedModel | None = None  # whose hidden states an objective asks for
+    reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows whose reference scores a loss keeps
+    companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
 
     @property
     def device(self) -> torch.device:
@@ -115,11 +114,10 @@ class TunedModel:
         text = self.base.text
         chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
         head = self.base.family.head(self.base.net)
-        of_teacher = None if self.teacher is None else self.teacher.base
-        taught = None if of_teacher is None else of_teacher.family.head(of_teacher.net)
+        heads = {key: each.head for key, each in self.companions.items() if each.head is not None}
         if self.head_parts is not None:
-            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, teacher_head=taught)
-        return ModelOutput(hidden, head, self.head_parameters(), chunk, teacher_head=taught)
+            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, companion_heads=heads)
+        return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_heads=heads)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""

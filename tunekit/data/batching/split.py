@@ -1,14 +1,11 @@
-"""A micro-batch cut into two that hold the same rows: its loss and its gradient are the sum of theirs.
-
-Comes in: a Batch too large for the memory there is.  Goes out: two smaller ones.
-"""
+"""A micro-batch cut into two that hold the same rows: its loss and its gradient are the sum of theirs."""
 
 from __future__ import annotations
 
-from tunekit.contracts import Batch, Objective, Row
+from tunekit.contracts import Batch, Row, RowKind
 
 
-def split_batch(batch: Batch, objective: Objective) -> tuple[Batch, Batch] | None:
+def split_batch(batch: Batch, kind: RowKind) -> tuple[Batch, Batch] | None:
     """The first and the second half, by sequences, or by rows of a single sequence; None for a single row.
 
     Each half is as wide as its longest row. Rows keep their order, so that each is in exactly one half.
@@ -16,21 +13,21 @@ def split_batch(batch: Batch, objective: Objective) -> tuple[Batch, Batch] | Non
     sequences = batch.sequences
     if len(sequences) > 1:
         middle = len(sequences) // 2
-        return objective.collate(sequences[:middle]), objective.collate(sequences[middle:])
+        return kind.collate(sequences[:middle]), kind.collate(sequences[middle:])
     rows, size = sequences[0], batch.tokens
     if len(rows) < 2:
         return None
     middle = min(range(1, len(rows)), key=lambda at: abs(sum(row.size for row in rows[:at]) - size / 2))
-    return objective.collate([rows[:middle]]), objective.collate([rows[middle:]])
+    return kind.collate([rows[:middle]]), kind.collate([rows[middle:]])
 
 
-def cut_batch(batch: Batch, objective: Objective, *, sequences: int | None = None, size: int | None = None) -> Batch:
+def cut_batch(batch: Batch, kind: RowKind, *, sequences: int | None = None, size: int | None = None) -> Batch:
     """The first sequences, and of each what lies within a size."""
     kept: list[list[Row]] = []
     for rows in batch.sequences[:sequences]:
         left, cut = batch.tokens if size is None else size, []
         for row in rows:
-            cut += [objective.cut(row, 0, min(row.size, left))] if left else []
+            cut += [kind.cut(row, 0, min(row.size, left))] if left else []
             left -= min(row.size, left)
         kept.append(cut)
-    return objective.collate(kept)
+    return kind.collate(kept)

@@ -1,6 +1,6 @@
 """Training on data larger than memory: encoded as it is read, shuffled by shard and buffer.
 
-Comes in: sharded sources, an Objective, BatchSettings.  Goes out: StreamedWindows.  Memory holds one buffer a source.
+Memory holds one buffer a source.
 The order is a pure function of (sources, settings, seed); to resume, everything before a step is encoded once more.
 """
 
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Batch, Objective, Row, Window
+from tunekit.contracts import Batch, Row, RowKind, Window
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.windows import BatchSettings, Sizes, cut_alike, cut_micro_batches
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
+from tunekit.data.batching.windows import BatchSettings, Sizes, cut_by_key, cut_micro_batches
+from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.reading.first import format_maker
 from tunekit.data.reading.lines import RawRow
@@ -50,8 +50,7 @@ class StreamedSource:
     sharded: Sharded
     format_name: str
     number: int
-    objective: Objective
-    options: EncodeOptions
+    kind: RowKind
 
     def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
         """Rows without end. Raises: DataError with the wrong rows of a buffer, or where nothing can be trained on."""
@@ -72,9 +71,9 @@ class StreamedSource:
         problems, name = Problems(), self.sharded.source.path
         begun = [0]
         make_example = format_maker(self.format_name, name)
-        source = SourceEncoder(make_example, self.objective.row_encoder(self.options), name)
+        source = SourceEncoder(make_example, self.kind.counting(), name)
         found = map(source.outcome, self._raw_rows(seed, epoch, shuffle, problems, begun))
-        encoded = encode_rows(found, self.objective, self.options, name=name, problems=problems, counts=SourceCounts())
+        encoded = encode_rows(found, self.kind, name=name, problems=problems, counts=SourceCounts())
         buffer: list[Row] = []
         tokens = held = 0
         for row, line, _, _ in encoded:
@@ -105,7 +104,7 @@ class StreamedWindows:
     def __init__(
         self,
         sources: Sequence[StreamedSource],
-        objective: Objective,
+        kind: RowKind,
         settings: BatchSettings,
         *,
         rank: int = 0,
@@ -116,7 +115,7 @@ class StreamedWindows:
         self.steps = settings.max_steps
         self.steps_per_epoch: int | None = None
         self.micro_batches_per_epoch: int | None = None
-        self._sources, self._objective, self._settings = tuple(sources), objective, settings
+        self._sources, self._kind, self._settings = tuple(sources), kind, settings
         self._rank, self._world = rank, world
 
     def windows(self, first_step: int) -> Iterator[Window]:
@@ -127,7 +126,7 @@ class StreamedWindows:
             window.append(micro_batch)
             if len(window) < self._settings.gradient_accumulation_steps:
                 continue
-            for _ in range(self._settings.repeats):
+            for _ in range(self._settings.updates_per_sampling):
                 if step >= first_step:
                     yield self._window(step, window)
                 step += 1
@@ -136,14 +135,14 @@ class StreamedWindows:
             window = []
 
     def _sizes_of(self, sequence: StreamedSequence) -> Sizes:
-        return self._objective.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
+        return self._kind.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
 
-    def _kind_of(self, sequence: StreamedSequence) -> bytes:
-        return self._objective.layout.kind(sequence[0].row)
+    def _key_of(self, sequence: StreamedSequence) -> bytes:
+        return self._kind.layout.key_of(sequence[0].row)
 
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
-        if self._objective.layout.alike is not None:
-            micro_batches = cut_alike(micro_batches, self._kind_of, self._sizes_of, self._settings)
+        if self._kind.layout.batch_key is not None:
+            micro_batches = cut_by_key(micro_batches, self._key_of, self._sizes_of, self._settings)
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
@@ -153,7 +152,7 @@ class StreamedWindows:
         sequences = [[part.row for part in group] for group in groups]
         if self._settings.end_to_end:
             sequences = [[row for sequence in sequences for row in sequence]]
-        return self._objective.collate(sequences)
+        return self._kind.collate(sequences)
 
     def _rows(self) -> Iterator[StreamedRow]:
         """Rows of all sources: each position draws its source by the weights."""

@@ -1,6 +1,5 @@
 """Which rows are trained together, and when: epochs to packs to micro-batches to windows of one optimizer step.
 
-Comes in: rows, their objective and BatchSettings.  Goes out: TrainingWindows, evaluation batches.
 The order is a pure function of (rows, settings, seed): a window never depends on the number of ranks, and
 `windows(first_step)` gives exactly the windows that an uninterrupted run would have seen from there on.
 """
@@ -15,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tunekit.contracts import Batch, Objective, Rows, Window
+from tunekit.contracts import Batch, RowKind, Rows, Window
 from tunekit.data.batching.order import Share, epoch_rows
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
@@ -40,7 +39,7 @@ class BatchSettings:
     seed: int
     epochs: float | None
     max_steps: int | None
-    repeats: int = 1  # steps in a row with the same rows
+    updates_per_sampling: int = 1  # consecutive steps with the same rows
     end_to_end: bool = False  # rows that are not packed lie in one sequence, as documents of their own: no padding
 
 
@@ -51,10 +50,10 @@ def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSett
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
 
 
-def collate(rows: Rows, groups: Sequence[Group], objective: Objective, *, end_to_end: bool = False) -> Batch:
+def collate(rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: bool = False) -> Batch:
     """The batch whose sequence b holds the rows groups[b]; `end_to_end`: all of them in one sequence."""
     groups = [tuple(index for group in groups for index in group)] if end_to_end else groups
-    return objective.collate([[rows[index] for index in group] for group in groups])
+    return kind.collate([[rows[index] for index in group] for group in groups])
 
 
 def cut_micro_batches(
@@ -77,17 +76,17 @@ def cut_micro_batches(
         yield tuple(current)
 
 
-def cut_alike(
+def cut_by_key(
     micro_batches: Sequence[Sequence[Cut]],
-    kind_of: Callable[[Cut], bytes],
+    key_of: Callable[[Cut], bytes],
     sizes_of: Callable[[Cut], Sizes],
     settings: BatchSettings,
 ) -> list[tuple[Cut, ...]]:
-    """The micro-batches of a step cut anew, so that each holds groups of one kind; the step's rows stay the same."""
-    kinds: dict[bytes, list[Cut]] = {}
+    """The micro-batches of a step cut again, so that each holds groups with one key; the step's rows stay the same."""
+    keys: dict[bytes, list[Cut]] = {}
     for group in chain.from_iterable(micro_batches):
-        kinds.setdefault(kind_of(group), []).append(group)
-    return [cut for groups in kinds.values() for cut in cut_micro_batches(groups, sizes_of, settings)]
+        keys.setdefault(key_of(group), []).append(group)
+    return [cut for groups in keys.values() for cut in cut_micro_batches(groups, sizes_of, settings)]
 
 
 class TrainingWindows:
@@ -96,7 +95,7 @@ class TrainingWindows:
     def __init__(
         self,
         rows: Rows,
-        objective: Objective,
+        kind: RowKind,
         settings: BatchSettings,
         *,
         rank: int = 0,
@@ -107,7 +106,7 @@ class TrainingWindows:
             raise DataError(
                 "there are no rows to train on", "see the dropped rows, or name other sources in data.train"
             )
-        self._rows, self._objective, self._settings = rows, objective, settings
+        self._rows, self._kind, self._settings = rows, kind, settings
         self._rank, self._world = rank, world
         self._shares = draws or (Share(0, len(rows)),)
         self._sizes = np.asarray(rows.sizes)  # (rows, sizes)
@@ -130,7 +129,7 @@ class TrainingWindows:
         return self._last[1]
 
     def _sizes_of(self, group: Group) -> Sizes:
-        return self._objective.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
+        return self._kind.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
 
     def windows(self, first_step: int) -> Iterator[Window]:
         """This rank's share of each step from `first_step` on, up to `steps`."""
@@ -144,7 +143,7 @@ class TrainingWindows:
             yield self._window(step, epoch, step - before)
 
     def _window(self, step: int, epoch: int, position: int) -> Window:
-        micro_batches = self._step(epoch, position // self._settings.repeats)
+        micro_batches = self._step(epoch, position // self._settings.updates_per_sampling)
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
@@ -157,15 +156,15 @@ class TrainingWindows:
     def _step(self, epoch: int, place: int) -> Sequence[MicroBatch]:
         size = self._settings.gradient_accumulation_steps
         micro_batches = self.micro_batches(epoch)[place * size : (place + 1) * size]
-        if self._objective.layout.alike is None:
+        if self._kind.layout.batch_key is None:
             return micro_batches
-        return cut_alike(micro_batches, self._kind_of, self._sizes_of, self._settings)
+        return cut_by_key(micro_batches, self._key_of, self._sizes_of, self._settings)
 
-    def _kind_of(self, group: Group) -> bytes:
-        return self._objective.layout.kind(self._rows[group[0]])
+    def _key_of(self, group: Group) -> bytes:
+        return self._kind.layout.key_of(self._rows[group[0]])
 
     def _collate(self, micro_batch: MicroBatch) -> Batch:
-        return collate(self._rows, micro_batch, self._objective, end_to_end=self._settings.end_to_end)
+        return collate(self._rows, micro_batch, self._kind, end_to_end=self._settings.end_to_end)
 
     def _epoch_steps(self, epoch: int) -> int:
         """Steps of an epoch: the last, partial window counts. Packs differ from epoch to epoch, so steps may."""
@@ -175,7 +174,7 @@ class TrainingWindows:
                 continue
             micro_batches = self.micro_batches(len(self._steps_of))
             windows = math.ceil(len(micro_batches) / self._settings.gradient_accumulation_steps)
-            self._steps_of.append(windows * self._settings.repeats)
+            self._steps_of.append(windows * self._settings.updates_per_sampling)
         return self._steps_of[epoch]
 
     @property
@@ -192,37 +191,37 @@ class TrainingWindows:
         return steps + (math.ceil(part * self._epoch_steps(whole) - STEP_ROUNDING) if part else 0)
 
 
-def evaluation_batches(rows: Rows, objective: Objective, *, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:
     """Every row once, longest first (least padding, and a batch that does not fit fails at once)."""
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     waiting: dict[bytes, list[Group]] = {}
     for index in order.tolist():
-        kind = b"" if objective.layout.alike is None else objective.layout.kind(rows[index])
-        some = waiting.setdefault(kind, [])
+        key = b"" if kind.layout.batch_key is None else kind.layout.key_of(rows[index])
+        some = waiting.setdefault(key, [])
         some.append((index,))
         if len(some) == batch_size:
-            yield collate(rows, some, objective)
+            yield collate(rows, some, kind)
             some.clear()
     for some in filter(None, waiting.values()):
-        yield collate(rows, some, objective)
+        yield collate(rows, some, kind)
 
 
-def largest_evaluation_batch(rows: Rows, objective: Objective, *, batch_size: int) -> Batch:
+def largest_evaluation_batch(rows: Rows, kind: RowKind, *, batch_size: int) -> Batch:
     """None of the evaluation's batches needs more."""
-    if objective.layout.alike is None:
-        return next(evaluation_batches(rows, objective, batch_size=batch_size))
+    if kind.layout.batch_key is None:
+        return next(evaluation_batches(rows, kind, batch_size=batch_size))
     largest = rows[int(np.argmax(rows.lengths))]
-    return objective.collate([[largest]] * min(batch_size, len(rows)))
+    return kind.collate([[largest]] * min(batch_size, len(rows)))
 
 
-def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> Batch:
+def filled_batch(rows: Rows, kind: RowKind, settings: BatchSettings) -> Batch:
     """A micro-batch of sequences of exactly max_length, made of the longest rows; of a stream none is larger."""
     capacity = settings.max_length
     count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
     longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
     source = (rows[index] for index in cycle(longest))
-    parts = objective.layout.sizes
-    filled = [objective.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
-    if objective.layout.alike is not None:  # none of another kind is larger
+    parts = kind.layout.sizes
+    filled = [kind.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
+    if kind.layout.batch_key is not None:  # none of another kind is larger
         filled = [max(filled, key=lambda rows: rows[0].size)] * count
-    return objective.collate(filled)
+    return kind.collate(filled)

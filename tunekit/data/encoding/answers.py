@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tunekit.contracts import Objective
 from tunekit.data.encoding.sources import read_examples
 from tunekit.data.reading.shards import machine_memory_bytes, must_stream
 from tunekit.data.rendering.turns import last_answer
@@ -36,8 +35,8 @@ def with_answer(example: Example, text: str) -> Example:
     return replace(example, messages=(*example.messages[:index], answer), without_template=other)
 
 
-def answers_of_rows(data: DataSection, objective: Objective) -> tuple[str, ...]:
-    """Every answer of the training and evaluation rows, sorted, each once whatever blanks are around it.
+def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
+    """All answers of the training and evaluation examples of this kind, sorted, each once, without regard to blanks.
 
     Raises: RecipeError where a source is too large to be read whole; DataError for a single answer, or too many.
     """
@@ -47,7 +46,7 @@ def answers_of_rows(data: DataSection, objective: Objective) -> tuple[str, ...]:
         if must_stream(source, machine_memory_bytes()):
             what = f"{source.path} is streamed, and its first rows need not have every answer"
             raise RecipeError(what, "list the answers", key=KEY)
-        for _, example in read_examples(source, objective, range(LARGEST_COUNT)):
+        for _, example in read_examples(source, kind, range(LARGEST_COUNT)):
             text = answer_of(example) or ""
             if text.strip():
                 found.setdefault(text.strip(), text)

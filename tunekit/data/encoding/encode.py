@@ -1,7 +1,4 @@
-"""A source's rows as they are trained on: format, excess length, and the count of what became of each.
-
-Comes in: the Outcomes of raw rows, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
-"""
+"""A source's rows as they are trained on: cut to data.max_length, and counted."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Objective, Row, RowLayout
+from tunekit.contracts import Row, RowKind, RowLayout
 from tunekit.data.encoding.outcomes import Dropped, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
@@ -34,17 +31,6 @@ class SourceCounts:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    """The data section's options that decide ids and masks."""
-
-    train_on: str
-    template: str | None
-    max_length: int
-    excess_length: str
-    rewritten_answers: str = "last"
-
-
 class Encoded(NamedTuple):
     """A row or a piece of one, and where it was written: several rows of a JSON array may share a line."""
 
@@ -55,13 +41,7 @@ class Encoded(NamedTuple):
 
 
 def encode_rows(
-    outcomes: Iterable[Outcome],
-    objective: Objective,
-    options: EncodeOptions,
-    *,
-    name: str,
-    problems: Problems,
-    counts: SourceCounts,
+    outcomes: Iterable[Outcome], kind: RowKind, *, name: str, problems: Problems, counts: SourceCounts
 ) -> Iterator[Encoded]:
     """Every row that can be trained on; what is wrong with the others goes into `problems`."""
     for number, (line, found) in enumerate(outcomes):
@@ -69,7 +49,7 @@ def encode_rows(
         try:
             if isinstance(found, Exception):
                 raise found
-            pieces = _pieces(found, objective, options, counts)
+            pieces = _pieces(found, kind, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
@@ -77,17 +57,17 @@ def encode_rows(
             problems.add_error(name, line, error)
             continue
         counts.kept += 1
-        digest = digest_of(found[-1], objective.layout)
+        digest = digest_of(found[-1], kind.layout)
         for piece in pieces:
             yield Encoded(piece, line, number, digest)
 
 
-def _pieces(rows: Sequence[Row], objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:
+def _pieces(rows: Sequence[Row], kind: RowKind, counts: SourceCounts) -> list[Row]:
     """What is trained on of the rows of one example. Raises: Dropped where that is nothing."""
     kept, reasons = list[Row](), list[Dropped]()
     for row in rows:
         try:
-            kept += cut_row(row, objective, options, counts)
+            kept += cut_row(row, kind, counts)
         except Dropped as reason:
             reasons.append(reason)
     if not kept:
@@ -96,11 +76,12 @@ def _pieces(rows: Sequence[Row], objective: Objective, options: EncodeOptions, c
     return kept
 
 
-def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:
+def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
     """The row as it is, cut, or in pieces. Raises: Dropped with the reason; DataError where longer rows are errors."""
     if row.supervised == 0:
         raise Dropped(NO_TARGET)
-    length, most = objective.layout.length(row.sizes), options.max_length
+    options = kind.options
+    length, most = kind.layout.length(row.sizes), options.max_length
     counts.longest_tokens = max(counts.longest_tokens, length)
     if length <= most:
         return [row]
@@ -113,7 +94,7 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
         raise Dropped(TOO_LONG)
     truncates = options.excess_length == "truncate"
     starts = range(0, most if truncates else length, most)
-    kept = [piece for start in starts if (piece := objective.cut(row, start, start + most)).supervised]
+    kept = [piece for start in starts if (piece := kind.cut(row, start, start + most)).supervised]
     if not kept:
         raise Dropped(NO_TARGET_LEFT)
     counts.truncated += truncates
@@ -126,6 +107,6 @@ def digest_of(row: Row, layout: RowLayout) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for part in layout.token_parts:
         digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())
-    for part in layout.told_by:
+    for part in layout.identity:
         digest.update(np.ascontiguousarray(row.parts[part], dtype=layout.parts[part]).tobytes())
     return int.from_bytes(digest.digest(), "little")

@@ -1,7 +1,4 @@
-"""Raw rows to encoded ones, in their order: one after the other, or those of a long source on every core.
-
-Comes in: RawRows.  Goes out: of each its line, and its Rows (one, but for what takes several) or why there is none.
-"""
+"""Raw rows to encoded ones, in their order: one after the other, or those of a long source on every core."""
 
 from __future__ import annotations
 
@@ -16,11 +13,10 @@ from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from threading import Thread
-from typing import Any
 
 import torch
 
-from tunekit.contracts import Objective, Row, RowEncoder
+from tunekit.contracts import Row, RowKind
 from tunekit.data.reading.first import MakeExample
 from tunekit.data.reading.lines import RawRow
 from tunekit.errors import DataError, ResourceError
@@ -41,32 +37,32 @@ class SourceEncoder:
     """What makes rows of one source's raw rows; `name` is the source's, in the rows' origins."""
 
     make_example: MakeExample
-    encoder: RowEncoder
+    kind: RowKind
     name: str
 
     def outcome(self, raw: RawRow) -> Outcome:
         """The row's line, and what became of it."""
         try:
-            examples = self.encoder.examples(self.make_example(raw.values))
-            return raw.line, [self.encoder.encode(example, f"{self.name}:{raw.line}") for example in examples]
+            examples = self.kind.examples(self.make_example(raw.values))
+            return raw.line, [self.kind.encode(example, f"{self.name}:{raw.line}") for example in examples]
         except (Dropped, DataError) as reason:
             return raw.line, reason
 
 
-def outcomes(rows: Iterator[RawRow], source: SourceEncoder, objective: Objective, options: Any) -> Iterator[Outcome]:
-    """Of every row; the notices of `source.encoder` are complete at the end. Raises: ResourceError."""
+def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]:
+    """The outcome of each row; the notices of `source.kind` are complete at the end. Raises: ResourceError."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     first = list(islice(rows, LONG_ROWS))
     if len(first) < LONG_ROWS or cores == 1:
         yield from map(source.outcome, chain(first, rows))
         return
-    arguments = (source.make_example, objective, options, source.name)
+    arguments = (source.make_example, source.kind.counting(), source.name)
     context = get_context("forkserver")  # which imports once for all of them, and forks before it has threads
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(cores, mp_context=context, initializer=_begin, initargs=arguments)
     try:
         for found, notices in _in_order(pool, chain(first, rows), 2 * cores):
-            source.encoder.notices.update(notices)
+            source.kind.notices.update(notices)
             yield from found
     except BrokenProcessPool:
         raise ResourceError(
@@ -98,9 +94,9 @@ def _in_order(
 _source: list[SourceEncoder] = []  # of this process, which encodes for another
 
 
-def _begin(make_example: MakeExample, objective: Objective, options: Any, name: str) -> None:
+def _begin(make_example: MakeExample, kind: RowKind, name: str) -> None:
     torch.set_num_threads(1)  # of an image's processor: there is a process for each core
-    _source.append(SourceEncoder(make_example, objective.row_encoder(options), name))
+    _source.append(SourceEncoder(make_example, kind, name))
     Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -114,5 +110,5 @@ def _end_with_parent() -> None:
 
 def _encode(chunk: list[RawRow]) -> tuple[list[Outcome], Counter[str]]:
     source = _source[0]
-    source.encoder.notices.clear()
-    return list(map(source.outcome, chunk)), source.encoder.notices
+    source.kind.notices.clear()
+    return list(map(source.outcome, chunk)), source.kind.notices

@@ -1,7 +1,4 @@
-"""The first rows of a streamed source, encoded, to show and to estimate from.
-
-Comes in: a Source.  Goes out: Sampled, the stream and its sample.
-"""
+"""The first rows of a streamed source, encoded, to show and to estimate from."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunekit.contracts import Objective
+from tunekit.contracts import RowKind
 from tunekit.data.batching.stream import StreamedSource
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
+from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
@@ -35,7 +32,7 @@ class Sampled:
     scale: float | None
 
 
-def sample_source(source: Source, number: int, objective: Objective, options: EncodeOptions) -> Sampled:
+def sample_source(source: Source, number: int, kind: RowKind) -> Sampled:
     """Open a source for streaming. Raises: DataError where its first rows are wrong."""
     sharded = shard_source(source)
     problems, counts = Problems(), SourceCounts()
@@ -43,12 +40,12 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
     problems.raise_if_any()
     if not rows:
         raise DataError("there is no row in it", "", file=source.path)
-    format_name, reason = choose_format(source.format, rows[0].values, objective.example)
-    encoder = objective.row_encoder(options)
-    streams = memory_streams(objective.layout)
-    writer = StoreWriter(objective.layout, streams)
-    found = map(SourceEncoder(format_maker(format_name, source.path), encoder, source.path).outcome, rows)
-    encoded = encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts)
+    format_name, reason = choose_format(source.format, rows[0].values, kind.example)
+    counting = kind.counting()
+    streams = memory_streams(kind.layout)
+    writer = StoreWriter(kind.layout, streams)
+    found = map(SourceEncoder(format_maker(format_name, source.path), counting, source.path).outcome, rows)
+    encoded = encode_rows(found, kind, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)
     problems.raise_if_any()
@@ -56,11 +53,11 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
     notices = [format_note(name, format_name, reason, filled_columns(rows[0].values))]
     notices += [f"{name}: streamed, shuffled by shard and buffer"]
     head = f"{name}, first {len(rows):,} rows"
-    notices += [counted_note(head, count, what) for what, count in encoder.notices.items()]
-    fingerprint = hash_of([sharded.content, *encoding_facts(source, objective, options)])
-    store = store_from_memory(objective.layout, streams)
+    notices += [counted_note(head, count, what) for what, count in counting.notices.items()]
+    fingerprint = hash_of([sharded.content, *encoding_facts(source, kind)])
+    store = store_from_memory(kind.layout, streams)
     sample = EncodedSource(source, store, name, counts, tuple(notices), fingerprint)
-    stream = StreamedSource(sharded, format_name, number, objective, options)
+    stream = StreamedSource(sharded, format_name, number, kind)
     return Sampled(stream, sample, None if sharded.lines is None else max(sharded.lines / len(rows), 1.0))
 
 

@@ -1,7 +1,4 @@
-"""One source, encoded: from the token cache if nothing that decides its ids has changed.
-
-Comes in: a Source, an Objective, EncodeOptions.  Goes out: EncodedSource.
-"""
+"""One source, encoded: from the token cache if nothing that decides its ids has changed."""
 
 from __future__ import annotations
 
@@ -12,11 +9,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tunekit.contracts import Objective
+from tunekit.contracts import EncodeOptions, RowKind
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
+from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
@@ -66,16 +62,14 @@ def read_template(path: Path) -> str:
         ) from None
 
 
-def load_sources(
-    sources: Sequence[Source], objective: Objective, options: EncodeOptions, cache_dir: Path | None
-) -> list[EncodedSource]:
+def load_sources(sources: Sequence[Source], kind: RowKind, cache_dir: Path | None) -> list[EncodedSource]:
     """Every source, encoded; the problems of all are raised together."""
     folder = cache_dir or default_cache_folder()
     loaded: list[EncodedSource] = []
     problems: list[Problem] = []
     for source in sources:
         try:
-            loaded.append(load_source(source, objective, options, cache_folder=folder))
+            loaded.append(load_source(source, kind, cache_folder=folder))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -84,13 +78,13 @@ def load_sources(
     return [source if names[source.name] == 1 else replace(source, name=source.source.path) for source in loaded]
 
 
-def load_source(source: Source, objective: Objective, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:
+def load_source(source: Source, kind: RowKind, *, cache_folder: Path) -> EncodedSource:
     """The encoded rows of a source. Raises: DataError with every wrong row found, by file and line."""
-    fingerprint = source_fingerprint(source, objective, options)
+    fingerprint = source_fingerprint(source, kind)
     name = Path(source.path).name
     key = hash_of([fingerprint, code_version(CODE, PACKAGES)])
-    encode = partial(_encode_into, source=source, objective=objective, options=options)
-    store, facts = cached_store(cache_folder, key, objective.layout, encode, FACTS)
+    encode = partial(_encode_into, source=source, kind=kind.counting())
+    store, facts = cached_store(cache_folder, key, kind.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = format_note(name, facts["format"], facts["reason"], facts["columns"])
     others = passed_over(Path(source.path)) if is_folder(source.path) else None
@@ -99,7 +93,7 @@ def load_source(source: Source, objective: Objective, options: EncodeOptions, *,
     return EncodedSource(source, store, name, counts, notices, fingerprint)
 
 
-def source_fingerprint(source: Source, objective: Objective, options: EncodeOptions) -> str:
+def source_fingerprint(source: Source, kind: RowKind) -> str:
     """sha256 over the source's content, that of the files its rows name, and everything that decides how it is encoded;
     its path is no part of it."""
     path = Path(source.path)
@@ -110,17 +104,17 @@ def source_fingerprint(source: Source, objective: Objective, options: EncodeOpti
     else:
         content = content_hash(inspect_file(path).path)
     suffixes = [] if is_folder(source.path) else path.suffixes
-    facts = [content, suffixes, *encoding_facts(source, objective, options)]
-    media = _media_hash(source, objective)
+    facts = [content, suffixes, *encoding_facts(source, kind)]
+    media = _media_hash(source, kind.example)
     return hash_of(facts if media is None else [*facts, media])
 
 
-def _media_hash(source: Source, objective: Objective) -> str | None:
+def _media_hash(source: Source, example: str) -> str | None:
     """sha256 of the files that the rows name, in their order; None where they name none. One that is not there counts
     as such: the row says so when it is encoded."""
-    if not any(media_fields(name) for name in formats_of(objective.example)):
+    if not any(media_fields(name) for name in formats_of(example)):
         return None
-    rows, _, format_name, _ = open_rows(source, objective.example, Problems())
+    rows, _, format_name, _ = open_rows(source, example, Problems())
     fields, folder, digest = media_fields(format_name), media_folder(source.path), hashlib.sha256()
     for row in rows:
         placed = located(row.values, fields, folder)
@@ -133,30 +127,29 @@ def _media_hash(source: Source, objective: Objective) -> str | None:
     return digest.hexdigest()
 
 
-def encoding_facts(source: Source, objective: Objective, options: EncodeOptions) -> list[Any]:
-    """What decides ids beside the content: how it is read, and by which objective, tokenizer and options."""
+def encoding_facts(source: Source, kind: RowKind) -> list[object]:
+    """Everything besides the content that decides ids: how it is read, the kind of rows, tokenizer and options."""
     reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
-    return [reading, objective.fingerprint, asdict(options)]
+    return [reading, kind.fingerprint, asdict(kind.options)]
 
 
-def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
+def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> Facts:
     problems, counts = Problems(), SourceCounts()
-    rows, first, format_name, reason = open_rows(source, objective.example, problems)
-    encoder = SourceEncoder(format_maker(format_name, source.path), objective.row_encoder(options), source.path)
-    found = outcomes(rows, encoder, objective, options)
-    for piece in encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts):
+    rows, first, format_name, reason = open_rows(source, kind.example, problems)
+    encoder = SourceEncoder(format_maker(format_name, source.path), kind, source.path)
+    for piece in encode_rows(outcomes(rows, encoder), kind, name=source.path, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
     problems.raise_if_any()
     dropped, columns = dict(counts.dropped), filled_columns(first.values)
-    values = (format_name, reason, columns, {**vars(counts), "dropped": dropped}, dict(encoder.encoder.notices))
+    values = (format_name, reason, columns, {**vars(counts), "dropped": dropped}, dict(kind.notices))
     return dict(zip(FACTS, values, strict=True))
 
 
-def read_examples(source: Source, objective: Objective, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
-    """Some examples of a source that was encoded before, by their numbers from 0, each with its line."""
+def read_examples(source: Source, kind: str, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
+    """Some examples of a source, of this kind, by their numbers from 0, each with its line."""
     problems = Problems()
-    rows, _, format_name, _ = open_rows(source, objective.example, problems)
+    rows, _, format_name, _ = open_rows(source, kind, problems)
     make_example = format_maker(format_name, source.path)
     for number, raw in enumerate(rows):
         if number in numbers:

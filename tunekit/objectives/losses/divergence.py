@@ -6,7 +6,7 @@ Unlike in trl, the tokens are those of the data and not samples of the student; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class DivergenceLoss(LossKind):
             parts = torch.split(_raw(states), [row.supervised for row in batch.rows])
             rows = (row.with_parts({HIDDEN: part.numpy()}) for row, part in zip(batch.rows, parts, strict=True))
             batches.append(run.rows.remade(batch, rows))
-        return Window(window.step, window.epoch, window.indices, tuple(batches), window.seed, window.preparation)
+        return replace(window, batches=tuple(batches))
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: the sum of the supervised tokens' weights."""

@@ -1,4 +1,4 @@
-"""Cross entropy on supervised tokens: loss = sum of -w log p(token | tokens before it), divided by the step's sum of w."""
+"""Cross entropy on supervised tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def own_positions(batch: Batch) -> Supervised:
 @dataclass(frozen=True)
 class TokenLoss(LossKind):
     """loss = sum over supervised tokens of -w log p(token | tokens before it). w is 1, or what the row states: `weight`
-    of a message times `sample_weight` of the row."""
+    of a message times `sample_weight` of the row. It is divided by the step's sum of w."""
 
     supervised: Callable[[Batch], Supervised] = next_tokens
     metrics: Sequence[str] = ("loss", "perplexity")

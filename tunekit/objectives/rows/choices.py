@@ -1,7 +1,7 @@
 """Answers to choose from, each scored by its log-probability after one prompt that they share.
 
-A causal model reads the prompt once, with the answers side by side after it: each sees the prompt and itself. The encoder
-of an encoder-decoder reads it once, and the decoder has a line for each answer.
+A causal model reads the prompt once, with the answers side by side after it: each sees the prompt and itself. The
+encoder of an encoder-decoder reads it once, and the decoder has a line for each answer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Question:
 
 
 def make_question(rows: Sequence[Row], right: int = 0) -> Question:
-    """The question of rows that differ only in their answers: what they have in common up to the first trained token is the
+    """The question of rows that differ only in their answers: what they share up to the first trained token is the
     prompt, the rest are the answers."""
     if "source" in rows[0].parts:
         ends = [row.parts["answer"] for row in rows]

@@ -24,6 +24,7 @@ class SequenceRows(TextRows):
     Token 0 is never predicted, so it never counts."""
 
     example: ClassVar[str] = "text"
+    has_choices: ClassVar[bool] = True
     packable: ClassVar[bool] = True
     layout: ClassVar[RowLayout] = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 

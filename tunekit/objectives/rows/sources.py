@@ -30,6 +30,7 @@ class SourceRows(TextRows):
     every answer and is not predicted; `weight` (1,) of each predicted token."""
 
     example: ClassVar[str] = "text"
+    has_choices: ClassVar[bool] = True
     layout: ClassVar[RowLayout] = RowLayout(
         {"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2
     )
