@@ -1,7 +1,6 @@
-"""What completions are worth: prompts, completions and the columns of their rows go in, a number of each reward for
-each completion comes out; NaN where a reward says nothing of one.
+"""The rewards of a recipe: functions, expressions, columns and reward models that give each completion a number.
 
-A function of the user's is called as TRL calls it; what it gives back is checked before anything is made of it.
+A function of the user's is called as TRL calls it; its result is checked before anything is made of it. NaN: no reward.
 """
 
 from __future__ import annotations
@@ -12,87 +11,88 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from tunekit.errors import RewardError
+from tunekit.companions.base import Planned
+from tunekit.companions.reward_model import find_reward_model, load_scorer, weight_bytes
+from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows
+from tunekit.errors import Problem, RewardError
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
-from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
+from tunekit.objectives.losses.advantages import Rewards
+from tunekit.objectives.rows.prompts import Completion, read_context
+from tunekit.recipe.bases.sample_settings import RewardSource
 
 KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
-Scores = NDArray[np.float64]
-Score = Callable[[Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Any]]
+RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
 
 
-@dataclass(frozen=True)
-class Written:
-    """A completion beside its row: the prompt as it was written, a text or messages; the row's columns; the text."""
+class RewardFunctions(Companion):
+    """All rewards of a recipe, in its order."""
 
-    prompt: Any
-    columns: Mapping[str, Any]
-    text: str
+    def __init__(self, spec: CompanionSpec) -> None:
+        super().__init__(spec)
+        self.sources: Sequence[RewardSource] = spec.settings
+        self._functions: list[RewardFunction] = []
 
-    @property
-    def completion(self) -> Any:
-        """As the prompt is written: a text, or a list of one message."""
-        return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
+    def facts(self, planned: Planned) -> CompanionFacts:
+        """Bytes of the reward models, and columns that no row has."""
+        models = [find_reward_model(source.model) for source in self.sources if source.model is not None]
+        size = sum(weight_bytes(model, planned.device) for model in models)
+        return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
 
+    def _absent_columns(self, planned: Planned) -> Iterator[Problem]:
+        """Columns that completions are compared with and that no row has; of a stream only some rows are known."""
+        for number, source in enumerate(self.sources):
+            column = source.exact_match
+            if column is None or planned.streams or any(_have(rows, column) for rows in planned.rows):
+                continue
+            columns = read_context(planned.rows[0][0])["columns"]
+            names = ", ".join(name for name, value in columns.items() if value is not None)
+            key = f"{self.key}.{number}.exact_match"
+            yield Problem(f"no row has the column '{column}'", f"the first row has: {names or 'none'}", key=key)
 
-@dataclass(frozen=True)
-class Rewards:
-    """All rewards of a recipe."""
-
-    sources: Sequence[RewardSource]
-
-    @cached_property
-    def names(self) -> list[str]:
-        """What each is called in what is logged."""
-        return reward_names(self.sources)
-
-    @cached_property
-    def weights(self) -> Scores:
-        """(F,) of each in the sum."""
-        return np.array([source.weight for source in self.sources], np.float64)
-
-    @property
-    def code(self) -> dict[str, str]:
-        """sha256 of each function's file and each model's weights, by the recipe's key. Raises: RewardError."""
+    def fingerprint(self) -> Mapping[str, str]:
+        """sha256 of each function's file and each model's weights. Raises: RewardError."""
         return {
-            f"objective.reward.{number}.{source.kind}": sha256(content).hexdigest()
+            f"{self.key}.{number}.{source.kind}": sha256(content).hexdigest()
             for number, source in enumerate(self.sources)
             if (content := _content_of(source)) is not None
         }
 
-    @cached_property
-    def _functions(self) -> list[Callable[[Sequence[Written], Any], Sequence[Any]]]:
-        makers = {"function": _user_function, "regex": _regex, "exact_match": _exact_match, "model": _reward_model}
-        return [makers[source.kind](source) for source in self.sources]
+    def load(self, device: torch.device) -> None:
+        """Load every function and every reward model. Raises: RewardError; RecipeError for a folder without a reward
+        model."""
+        self._functions = [self._function(number, device) for number in range(len(self.sources))]
 
-    def check(self) -> None:
-        """Load every function. Raises: RewardError."""
-        assert self._functions
+    def _function(self, number: int, device: torch.device) -> RewardFunction:
+        source = self.sources[number]
+        if source.model is not None:
+            return load_scorer(source.model, f"{self.key}.{number}.model", device)
+        if source.regex is not None:
+            return partial(_found, re.compile(source.regex))
+        return _exact_match(source) if source.exact_match is not None else _user_function(source)
 
-    def score(self, written: Sequence[Written], model: Any) -> Scores:
-        """(N, F) of each completion by each reward, which may be silent. Raises: RewardError for a wrong result."""
-        found = [self.scored_by(number, written, model, may_be_silent=True) for number in range(len(self.sources))]
-        return np.stack(found, axis=1) if written else np.empty((0, len(self.sources)), np.float64)
+    def score(self, completions: Sequence[Completion]) -> Rewards:
+        """(N, F) of each completion by each function. Raises: RewardError for a wrong result."""
+        columns = [self.scored_by(number, completions, may_be_silent=True) for number in range(len(self.sources))]
+        return np.stack(columns, axis=1) if completions else np.empty((0, len(self.sources)), np.float64)
 
-    def scored_by(self, number: int, written: Sequence[Written], model: Any, *, may_be_silent: bool = False) -> Scores:
-        """(N,) of each completion by one reward.
+    def scored_by(self, number: int, completions: Sequence[Completion], *, may_be_silent: bool = False) -> Rewards:
+        """(N,) of each completion by one function.
 
-        Raises: RewardError for a wrong result, and where none is judged unless it `may_be_silent`: it may be meant for
-            other rows than these.
+        Raises: RewardError for a wrong result, and if no completion is judged unless it `may_be_silent`: it may be for
+            different rows.
         """
-        name = said(self.sources[number])
+        name = name_of(self.sources[number])
         try:
-            found = self._functions[number](written, model)
-            found = list(found) if isinstance(found, Iterator) else found  # a generator's own errors are its function's
+            result = self._functions[number](completions)
+            result = list(result) if isinstance(result, Iterator) else result  # a generator raises its errors here
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
@@ -100,49 +100,45 @@ class Rewards:
                 f"{name} raised {_line(error, self.sources[number].code_file)}",
                 "mend it; `tunekit reward check` tries it",
             ) from error
-        scores = _checked(found, len(written), name)
-        if written and not may_be_silent and np.isnan(scores).all():
-            raise self.silence(number, written)
-        return scores
+        rewards = _checked(result, len(completions), name)
+        if completions and not may_be_silent and np.isnan(rewards).all():
+            raise self.no_rewards(number, completions)
+        return rewards
 
-    def silence(self, number: int, written: Sequence[Written]) -> RewardError:
-        """What is wrong where a reward judges none of the completions."""
-        name, column = said(self.sources[number]), self.sources[number].exact_match
-        if column is not None and all(each.columns.get(column) is None for each in written):
-            there = ", ".join(dict.fromkeys(name for each in written for name in each.columns)) or "none"
-            return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {there}")
+    def no_rewards(self, number: int, completions: Sequence[Completion]) -> RewardError:
+        """The error of a function that judges none of the completions."""
+        name, column = name_of(self.sources[number]), self.sources[number].exact_match
+        if column is not None and all(each.columns.get(column) is None for each in completions):
+            names = ", ".join(dict.fromkeys(name for each in completions for name in each.columns)) or "none"
+            return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {names}")
         return RewardError(
-            f"{name} returned None or NaN for each of {len(written):,} completions",
+            f"{name} returned None or NaN for each of {len(completions):,} completions",
             "None is for single completions that cannot be judged: return numbers for the others",
         )
 
-    def summed(self, scores: Scores) -> Scores:
-        """Weighted sums over rewards, those that say nothing left out; NaN where none says anything.
 
-        Shapes: (..., F) -> (...).
-        """
-        total = np.nansum(scores * self.weights, axis=-1)
-        return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
+def _have(rows: Rows, column: str) -> bool:
+    return any(read_context(rows[number])["columns"].get(column) is not None for number in range(len(rows)))
 
 
-def said(source: RewardSource) -> str:
+def name_of(source: RewardSource) -> str:
     """A reward as errors name it."""
     if source.kind == "function":
         return f"{source.code_file}: {source.function_name}"
     return f"the reward {source.kind}: {getattr(source, source.kind)}"
 
 
-def _checked(found: Any, count: int, name: str) -> Scores:
-    """(N,) numbers. Raises: RewardError where they are none, or of another number."""
+def _checked(result: Any, count: int, name: str) -> Rewards:
+    """(N,) numbers. Raises: RewardError if the result is not a list of so many numbers."""
     how = "return a list with a number, or None, for each completion"
-    if found is None:
+    if result is None:
         raise RewardError(f"{name} returned None", how)
     try:
-        values = list(found) if not isinstance(found, Mapping | Set | str | bytes) else None
+        values = list(result) if not isinstance(result, Mapping | Set | str | bytes) else None
     except TypeError:
         values = None
     if values is None:
-        raise RewardError(f"{name} returned {_shown(found)}, which is no list", how)
+        raise RewardError(f"{name} returned {_shown(result)}, which is no list", how)
     if len(values) != count:
         raise RewardError(f"{name} returned {len(values):,} rewards for {count:,} completions", how)
     return np.array([_number(value, name) for value in values], np.float64)
@@ -176,7 +172,7 @@ def _line(error: BaseException, code_file: Path) -> str:
 
 
 def _content_of(source: RewardSource) -> bytes | None:
-    """What decides its rewards beside the recipe: a file's bytes, or the hashes of a model's weights."""
+    """What decides its rewards, besides the recipe: a file's bytes, or the hashes of a model's weights."""
     if source.kind == "function":
         return _code_of(source)
     if source.model is None:
@@ -194,28 +190,29 @@ def _code_of(source: RewardSource) -> bytes:
         raise RewardError(what, "name FILE.py:NAME", file=str(source.code_file), key="objective.reward") from None
 
 
-def _user_function(source: RewardSource) -> Callable[[Sequence[Written], Any], Sequence[Any]]:
-    """A function of a file, given what its signature takes."""
+def _user_function(source: RewardSource) -> RewardFunction:
+    """A function of a file, called with what its signature takes."""
     function = _loaded(source)
     parameters = inspect.signature(function).parameters.values()
-    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-    taken = {each.name for each in parameters}
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    taken = {parameter.name for parameter in parameters}
 
-    def call(written: Sequence[Written], model: Any) -> Sequence[Any]:
-        columns = {name: None for each in written for name in each.columns if name not in KEPT_BACK}
-        given: dict[str, Any] = {
-            **{name: [each.columns.get(name) for each in written] for name in columns},
-            "prompts": [each.prompt for each in written],
-            "completions": [each.completion for each in written],
+    def call(completions: Sequence[Completion]) -> Sequence[Any]:
+        columns = {name: None for each in completions for name in each.columns if name not in KEPT_BACK}
+        values: dict[str, Any] = {
+            **{name: [each.columns.get(name) for each in completions] for name in columns},
+            "prompts": [each.prompt for each in completions],
+            "completions": [each.formatted for each in completions],
         }
-        found: Sequence[Any] = function(**{name: value for name, value in given.items() if takes_all or name in taken})
-        return found
+        arguments = {name: value for name, value in values.items() if takes_all or name in taken}
+        rewards: Sequence[Any] = function(**arguments)
+        return rewards
 
     return call
 
 
 def _loaded(source: RewardSource) -> Callable[..., Any]:
-    """The function, its file run as a module; what lies beside the file can be imported meanwhile."""
+    """The function, its file run as a module; meanwhile files of the same folder can be imported."""
     code, file, name = _code_of(source), source.code_file, source.function_name
     module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
@@ -233,40 +230,34 @@ def _loaded(source: RewardSource) -> Callable[..., Any]:
         sys.path.remove(str(file.parent))
     function = getattr(module, name, None)
     if not callable(function):
-        there = [each for each, value in vars(module).items() if inspect.isfunction(value) and not each.startswith("_")]
-        raise RewardError(f"has no function {name}", f"it has: {', '.join(there) or 'none'}", file=str(file))
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise RewardError(f"has no function {name}", f"it has: {', '.join(names) or 'none'}", file=str(file))
     if inspect.iscoroutinefunction(function):
         raise RewardError(f"{name} is an async function", "write a plain one", file=str(file))
     return function  # type: ignore[no-any-return]
 
 
-def _regex(source: RewardSource) -> Callable[[Sequence[Written], Any], Sequence[Any]]:
-    pattern = re.compile(str(source.regex))
-    return lambda written, model: [float(pattern.search(each.text) is not None) for each in written]
+def _found(pattern: re.Pattern[str], completions: Sequence[Completion]) -> list[float]:
+    return [float(pattern.search(each.text) is not None) for each in completions]
 
 
-def _exact_match(source: RewardSource) -> Callable[[Sequence[Written], Any], Sequence[Any]]:
-    """Against a column; None where the row has nothing in it."""
+def _exact_match(source: RewardSource) -> RewardFunction:
+    """Compared with a column; None if the row has nothing in it."""
     pattern = None if source.extract is None else re.compile(source.extract)
     column = str(source.exact_match)
 
-    def reward(each: Written) -> float | None:
-        wanted, text = each.columns.get(column), each.text
+    def reward(completion: Completion) -> float | None:
+        wanted, text = completion.columns.get(column), completion.text
         if wanted is None:
             return None
         if pattern is not None:
-            found = pattern.search(text)
-            text = "" if found is None else str(found.group(min(pattern.groups, 1)) or "")
+            match = pattern.search(text)
+            text = "" if match is None else str(match.group(min(pattern.groups, 1)) or "")
         return float(text.strip() == str(wanted).strip())
 
-    return lambda written, model: [reward(each) for each in written]
+    return lambda completions: [reward(each) for each in completions]
 
 
-def _reward_model(source: RewardSource) -> Callable[[Sequence[Written], Any], Sequence[Any]]:
-    folder = str(source.model)
-
-    def call(written: Sequence[Written], model: Any) -> Sequence[Any]:
-        found: Sequence[Any] = model.scorers[folder](written)
-        return found
-
-    return call
+def make(spec: CompanionSpec) -> RewardFunctions:
+    """The rewards that the settings name."""
+    return RewardFunctions(spec)

@@ -183,7 +183,7 @@ class SampledLoss(LossKind):
         if failed is not None:
             raise failed
         if starts_run and all(run.gather([bool(np.isnan(scores).all())])):
-            raise run.companion(REWARD).no_scores(0, completions)
+            raise run.companion(REWARD).no_rewards(0, completions)
         return scores
 
     def _summed(self, scores: Rewards) -> Rewards:
