@@ -10,24 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunekit.companions.reward_model import load_scorers
-from tunekit.companions.teacher import load_teacher
+from tunekit.companions.base import load_companions
 from tunekit.console import Console
 from tunekit.console.progress import Counting
-from tunekit.contracts import Told
+from tunekit.contracts import Progress, no_progress
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
-from tunekit.evaluation.evaluator import Evaluation, Evaluator, asked_of
+from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.objectives.samples import SampleObjective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
-from tunekit.recipe.reading.names import known_names, settings_class, sizes_of, units_of, unmeasurable
+from tunekit.recipe.reading.names import known_names, objective_class, sizes_of, units_of, unmeasurable
 from tunekit.targets.target import LoadedTarget, Target, find_target, load_target
 from tunekit.tuned.fit import row_problems
 
@@ -58,11 +56,9 @@ def evaluate_verb(
     try:
         console.info(f"loading {found.model.name_or_path} ...")
         loaded = load_target(found, devices.device)
-        if isinstance(loaded.objective, SampleObjective):
-            loaded.model.scorers = load_scorers(loaded.objective.settings, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
-        loaded.model.teacher = load_teacher(rows.objective, devices.device)
+        loaded.model.companions = load_companions(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
         of_run, counting = found.data or section, Counting(console)
         evaluation = evaluate_rows(loaded, rows, metrics, devices, of_run, template, counting)
@@ -119,18 +115,18 @@ def evaluate_rows(
     devices: Devices,
     data: DataSection,
     template: str | None = None,
-    told: Told = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Every metric by name, and what it was measured on; `data`: whose answers those `from_data` are."""
     settings, model = loaded.target.evaluation, loaded.model
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
-    kind: Any = settings_class("objectives", rows.objective.name)
+    kind = objective_class(rows.objective.name)
     for name in metrics:
         wrong = unmeasurable(name, kind, chosen=settings.choices is not None)
         if wrong is not None:
             raise RecipeError(*wrong, key="--metric")
-    problems = row_problems(model.base, loaded.processor, rows.objective, [evaluation], model.virtual_tokens)
+    problems = row_problems(model.base, loaded.processor, rows.objective.rows, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
     evaluator = Evaluator(
@@ -138,10 +134,10 @@ def evaluate_rows(
         rows.objective,
         devices,
         evaluation,
-        asked_of(rows, settings, metrics or settings.metrics, data),
+        queries_of(rows, settings, metrics or settings.metrics, data),
         settings,
         metric_names=tuple(metrics),
         template=template,
-        told=told,
+        progress=progress,
     )
     return evaluator.evaluate()

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from tunekit.console import Console, visible
-from tunekit.contracts import GREEDY, Sampling
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Sampling
 from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
@@ -221,21 +220,18 @@ def answer(
     settings, model = loaded.target.evaluation, loaded.model
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
-    options = EncodeOptions("assistant", loaded.target.chat_template, length, excess)
-    choices = choices_of(settings, loaded.objective, data)
+    options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
+    objective = loaded.objective.with_options(options)
+    choices = choices_of(settings, objective, data)
     if choices is not None:
-        return choose(model, loaded.objective, choices, texts, options, settings.batch_size, devices or make_devices())
-    encoder = loaded.objective.row_encoder(options)
-    prompts = [encoder.question(text) for text in texts]
+        return choose(model, objective, choices, texts, settings.batch_size, devices or make_devices())
+    answering = objective.answering
+    if answering is None or answering.write is None:
+        raise InputError(f"the target was trained for {objective.name}, which writes no answers", "name another target")
+    prompts = [objective.rows.question(text) for text in texts]
     if model.base.family.reads_ids and model.base.text is not None:
         largest = max((max(ids, default=0) for ids in prompts), default=0)
         check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, largest)
     with undisturbed(model):
-        return loaded.objective.answer(
-            model,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            template=loaded.target.chat_template,
-            sampling=sampling,
-        )
+        limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, loaded.target.chat_template, sampling)
+        return answering.write(model, prompts, limits)

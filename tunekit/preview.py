@@ -14,7 +14,7 @@ import numpy as np
 from tunekit.artifacts.report.pictures import inlined
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
-from tunekit.contracts import Objective, Part, Row, Tokenizer
+from tunekit.contracts import Objective, Row, Span, Tokenizer
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.evaluation.row_losses import segments
@@ -57,13 +57,13 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     console, sizes = Console(), sizes_of(objective.name)
     console.info(*written.rewrites, *loaded.notes)
     for row in shown:
-        parts = loaded.objective.spans(row)
+        parts = loaded.objective.rows.spans(row)
         console.info(f"\n{heading(row, parts, sizes)}")
         for part in parts:
             if part.title:
                 console.info(part.title)
             console.print_segments(segments(part, tokenizer))
-    if any(part.trained.any() for row in shown for part in loaded.objective.spans(row)):
+    if any(part.trained.any() for row in shown for part in loaded.objective.rows.spans(row)):
         console.info(
             "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
         )
@@ -142,8 +142,8 @@ def page(
     """A page that stands alone."""
     shown = [
         {
-            "heading": visible(heading(row, objective.spans(row), sizes_of(objective.name))),
-            "parts": [_shown(part, tokenizer) for part in objective.spans(row)],
+            "heading": visible(heading(row, objective.rows.spans(row), sizes_of(objective.name))),
+            "parts": [_shown(part, tokenizer) for part in objective.rows.spans(row)],
         }
         for row in rows
     ]

@@ -183,10 +183,8 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
-        processor = getattr(run.objective, "processor", prepared.processor)  # with what the recipe says in files' place
-        size_bytes = export_model(
-            place, prepared.model, base, run.adapter, processor, template, run.objective.generation
-        )
+        answering = run.objective.answering
+        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.processor, template, answering)
     else:
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None

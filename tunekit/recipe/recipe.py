@@ -15,7 +15,7 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.output import OutputSection
-from tunekit.recipe.reading.names import SettingsKind, known_names, settings_class
+from tunekit.recipe.reading.names import SettingsKind, known_names, objective_class, settings_class
 from tunekit.recipe.training import TrainingSection
 
 DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
@@ -40,12 +40,12 @@ def _named_settings(section: str, kind: SettingsKind, values: Any) -> Any:
     return settings_class(kind, name).model_validate(values)
 
 
-def supervised_objective(family: str) -> ObjectiveSettings | None:
-    """The objective that measures the loss of answers, for models of this family; None where there is none."""
-    for name in known_names("objectives"):
-        kind: Any = settings_class("objectives", name)
-        if kind.family == family and kind.supervised:
-            return kind()  # type: ignore[no-any-return]
+def supervised_objective(family: str, labels: int = 0) -> ObjectiveSettings | None:
+    """The objective that measures models of this family if no recipe names one; None if none does. `labels`: rows of
+    the model's head; a head with one score is measured by the objective that trains such heads."""
+    for kind in map(objective_class, known_names("objectives")):
+        if kind.single_score if labels == 1 else kind.family == family and kind.supervised:
+            return kind()  # type: ignore[call-arg]
     return None
 
 

@@ -14,9 +14,7 @@ from tunekit.errors import RecipeError
 from tunekit.model.families.audio_classifier import CLASSIFIER, PROJECTOR
 from tunekit.model.storage.inspection import head_labels
 from tunekit.model.storage.source import find_source
-from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.reward import RewardSettings
 from tunekit.recipe.recipe import Recipe
 
 
@@ -27,12 +25,13 @@ def start_facts(recipe: Recipe) -> dict[str, Any]:
     """
     start, settings = recipe.adapter.init_from, recipe.objective
     config = None if start is None else read_adapter_config(Path(start))
-    if isinstance(settings, RewardSettings):
-        return {"head": _head_labels(recipe.model, settings.family)}
-    if not isinstance(settings, LabelSettings):
+    if not settings.has_head:
         return {}
-    listed = settings.labels
-    head = _as_listed(_head_labels(recipe.model, settings.family), listed)
+    head = _head_labels(recipe.model, settings.family)
+    if not settings.names_labels:
+        return {"head": head}
+    listed = settings.listed_labels
+    head = _as_listed(head, listed)
     if config is None:
         _refuse_other_order("the base's head", head if set(head) == set(listed) else (), listed)
         return {"head": head}

@@ -16,7 +16,7 @@ import torch
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.artifacts.checkpoint import find_checkpoint
-from tunekit.contracts import TEACHER, Objective, Processor
+from tunekit.contracts import EncodeOptions, Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
@@ -27,14 +27,12 @@ from tunekit.model.storage.inspection import family_of_base
 from tunekit.model.storage.source import PIPELINE_INDEX, find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.reward import RewardSettings
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
 from tunekit.targets.export import export_checkpoint
@@ -101,7 +99,7 @@ class Target:
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A target with its model and what makes rows for it."""
+    """A target with its model, its processor and its objective."""
 
     target: Target
     model: TunedModel
@@ -154,14 +152,9 @@ def named_base(base: str | None) -> dict[str, str]:
 def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
     """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
     facts = base.family.facts(base.net)
-    settings = _measuring_settings(base.family.name, facts) or SftSettings()
+    settings = supervised_objective(base.family.name, len(facts.get("labels", ()))) or SftSettings()
     check_family(base, settings.family)
     return make_objective(settings, processor, facts)
-
-
-def _measuring_settings(family: str, facts: Mapping[str, Any]) -> ObjectiveSettings | None:
-    """A head of a single score gives rewards."""
-    return RewardSettings() if len(facts.get("labels", ())) == 1 else supervised_objective(family)
 
 
 def _require_model(target: str, section: ModelSection) -> None:
@@ -262,8 +255,7 @@ def family_of(target: Target) -> str:
     config = None if target.adapter is None else read_adapter_config(target.adapter)
     method = ((config.objective if config else None) or {}).get("method")
     if method in known_names("objectives"):
-        found: Any = settings_class("objectives", method)
-        return str(found.family)
+        return objective_class(method).family
     named = None if config is None or config.task_type is None else _family_of_task(config.task_type)
     found = named or family_of_base(target.model)
     hears = found == "speech" and config is not None and trains_audio_head(config)
@@ -287,21 +279,14 @@ def objective_of(target: Target, processor: Processor) -> Objective | None:
         if target.kind == "run" and target.adapter is None:
             return None  # the model itself knows: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
-    if method in known_names("objectives") and not _needs_its_recipe(method):
+    if method in known_names("objectives") and not objective_class(method).needs_recipe:
         return make_objective(make_objective_settings({"method": method}), processor, facts)
     if config is None:
         return None
     family = family_of(target)
     facts = head_facts(config, target.model)
-    settings = _measuring_settings(family, facts)
+    settings = supervised_objective(family, len(facts.get("labels", ())))
     return None if settings is None else make_objective(settings, processor, facts)
-
-
-def _needs_its_recipe(method: str) -> bool:
-    """Whether an objective needs a teacher or a reward, which a folder alone does not name: cross entropy measures what
-    it trained."""
-    found: Any = settings_class("objectives", method)
-    return bool(found.reference == TEACHER or found.samples)
 
 
 def as_trained(target: Target, processor: Processor) -> tuple[Target, Objective | None]:

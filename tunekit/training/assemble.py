@@ -4,7 +4,7 @@ probed, restored from its checkpoint, and tried where plan wants that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -14,20 +14,18 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
-from tunekit.companions.reward_model import load_scorers
-from tunekit.companions.teacher import KEY as KEY_OF_TEACHER
-from tunekit.companions.teacher import load_teacher
+from tunekit.companions.base import load_companions
 from tunekit.console.progress import Counting
+from tunekit.contracts import Companion
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.images import png_bytes
-from tunekit.evaluation.evaluator import Evaluation, Evaluator, asked_of
+from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
 from tunekit.evaluation.row_losses import RowLosses
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
-from tunekit.objectives.rewards import Rewards
 from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
@@ -47,6 +45,7 @@ from tunekit.training.trial import (
 )
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.run_view import ModelRun
 
 
 def assemble_run(
@@ -58,16 +57,15 @@ def assemble_run(
     """
     recipe, devices = session.loaded.recipe, session.devices
     with session.timed("load"):
-        teacher = load_teacher(prepared.rows.objective, devices.device)
-    code = Rewards(getattr(recipe.objective, "reward", ())).code
-    code |= {} if teacher is None else {f"{KEY_OF_TEACHER}.name_or_path": teacher.base.fingerprint or ""}
+        companions = load_companions(prepared.rows.objective, devices.device)
+    code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
-    model = _tuned(session, plan, prepared, base, teacher, state, checkpoint)
+    model = _tuned(session, plan, prepared, base, companions, state, checkpoint)
     with session.timed("data"):
-        files = prepared.rows.objective.begin(model, prepared.rows.all, Counting(session.console))
+        files = _begin(session, prepared, model)
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
@@ -115,11 +113,11 @@ def _tuned(
     plan: Plan,
     prepared: Prepared,
     base: LoadedModel,
-    teacher: TunedModel | None,
+    companions: Mapping[str, Companion],
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with the recipe's adapter, initialised, and its teacher; what that cost is kept in the state."""
+    """The base with the recipe's adapter, initialised, and its companions; the cost of a calibration is in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -132,18 +130,26 @@ def _tuned(
             objective=prepared.rows.objective,
             windows=lambda: prepared.rows.windows(prepared.batch_settings),
             resumed=None if checkpoint is None else checkpoint.facts["layout"],
-            teacher=teacher,
+            companions=companions,
         )
         return adapter
 
     with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
         model = prepare_network(base, plan.choice, attach)
-        model.scorers = load_scorers(recipe.objective, devices.device)
-    model.teacher = teacher
+    model.companions = companions
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
     reset_peaks(devices.device)  # the report's peak is the training's, not the loader's
     return model
+
+
+def _begin(session: Session, prepared: Prepared, model: TunedModel) -> dict[str, str]:
+    """Companions make what all steps need; the sha256 of the files they read, by key."""
+    run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, Counting(session.console))
+    files: dict[str, str] = {}
+    for companion in model.companions.values():
+        files |= companion.begin(run, prepared.rows.all)
+    return files
 
 
 def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
@@ -160,9 +166,9 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
     try_longest_batch(run, prepared.largest_batch)
     rows = prepared.rows.evaluation
     if rows is not None:
-        batches = evaluation_batches(rows, run.objective, batch_size=run.evaluation.batch_size)
+        batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
         split = split_evaluation_noted(session, run.state)
-        summed_evaluation(run.model, run.objective.held_out(), [next(batches)], run.devices, on_split=split)
+        summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 
@@ -179,11 +185,11 @@ def _make_evaluate(
         rows.objective,
         session.devices,
         rows.evaluation,
-        asked_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
+        queries_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
         recipe.evaluation,
         template=rows.template,
         on_split=split_evaluation_noted(session, state),
-        told=Counting(session.console),
+        progress=Counting(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
 

@@ -5,7 +5,7 @@ are in the run's first batches comes out. Nothing of the base is changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.starts.start import LINEAR, Seen, start_module
-from tunekit.contracts import IGNORED, Batch, Objective, Window, WindowSource
+from tunekit.contracts import IGNORED, Batch, Companion, Objective, Window, WindowSource
 from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
 from tunekit.evaluation.scores import undisturbed
@@ -24,6 +24,7 @@ from tunekit.recipe.bases.section import CalibratedStart
 from tunekit.records import Target
 from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.run_view import ModelRun
 
 HALF_SCALE = 1024.0  # float16's gradients would underflow
 
@@ -122,16 +123,17 @@ def calibrate(
     objective: Objective,
     *,
     seed: int,
-    teacher: TunedModel | None = None,
+    companions: Mapping[str, Companion] | None = None,
 ) -> Calibration:
     """Make the pass.
 
     Raises: RecipeError where a layer takes no part in it.
     """
     started = time.monotonic()
-    model, watch = TunedModel(base, None, teacher=teacher), Watch(start, targets)
+    model, watch = TunedModel(base, None, companions=companions or {}), Watch(start, targets)
     backward = start.looks_at == "gradients"
-    chosen = [objective.prepare(model, window) for window in first_windows(windows, start.batches)]
+    run = ModelRun(model, objective.rows)
+    chosen = [objective.prepare(run, window) for window in first_windows(windows, start.batches)]
     batches = [batch for window in chosen for batch in window.batches]
     with _watching(base.net, watch, backward):
         if backward:
@@ -165,7 +167,7 @@ def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows
     engine = WindowEngine(seed)
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(
-        (objective.units(batch) for window in windows for batch in window.batches), torch.zeros(1, dtype=torch.float64)
+        (objective.loss.units(batch) for window in windows for batch in window.batches), torch.zeros(1, dtype=torch.float64)
     )
     with forked_random(model.device), model.training_mode(True):
         for window in windows:

@@ -21,7 +21,7 @@ from tunekit.adapters.folder.read import load_into
 from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import initialise_all, start_module
 from tunekit.adapters.targets import find_targets
-from tunekit.contracts import Objective, WindowSource
+from tunekit.contracts import Companion, Objective, WindowSource
 from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
@@ -31,7 +31,6 @@ from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Target
 from tunekit.training.calibrate import calibrate
-from tunekit.tuned.model import TunedModel
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
 
@@ -52,7 +51,7 @@ def initialise_adapter(
     objective: Objective,
     windows: Callable[[], WindowSource],
     resumed: Layout | None,
-    teacher: TunedModel | None = None,
+    companions: Mapping[str, Companion] | None = None,
 ) -> tuple[AttachedAdapter, dict[str, Any] | None]:
     """Attach the adapter and fill it; returns also what a pass over the data cost, where one was made.
 
@@ -72,7 +71,7 @@ def initialise_adapter(
             ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
             adapter = attach(targets=with_ranks(settings, targets, ranks))
         else:
-            found = calibrate(base, start, targets, windows(), objective, seed=seed, teacher=teacher)
+            found = calibrate(base, start, targets, windows(), objective, seed=seed, companions=companions)
             share = getattr(start_module(start.method), "share_ranks", None)
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))

@@ -64,7 +64,7 @@ def _make_steps(run: Run, waiting: Waiting) -> None:
 def _make_step(run: Run, window: Window) -> Reading:
     """One optimizer step; state is advanced, and the step's numbers are on their way."""
     state, started = run.state, time.monotonic()
-    window = run.objective.prepare(run.model, window, run.devices.gather)
+    window = run.objective.prepare(run.view(), window)
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
@@ -73,7 +73,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())
-    numbers = {"loss": loss, "norm": norm, **means(run.objective.logged, sums, units, run.devices)}
+    numbers = {"loss": loss, "norm": norm, **means(run.objective.loss.logged, sums, units, run.devices)}
     reading, finite = start_reading(state.step + 1, window, run.engine.losses, counts, numbers, started), True
     if not run.reads_later:
         check_finite(reading, *reading.read(), run.devices, may_overflow=state.scale.enabled)
@@ -111,7 +111,7 @@ def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
         float(sum(batch.supervised for batch in window.batches)),
         float(len(window.batches)),
     ]
-    units = sum((run.objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
+    units = sum((run.objective.loss.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
     together = run.devices.sum(torch.cat([torch.tensor(counts, dtype=torch.float64), units]))
     return together[3:], together[:3].tolist()
 
@@ -169,7 +169,7 @@ def _save(run: Run) -> None:
 def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
-    if not number or step % run.objective.repeats:
+    if not number or step % run.objective.loss.updates_per_sampling:
         return
     _settle(run, waiting)
     if step > run.state.saved_step:

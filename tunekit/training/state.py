@@ -23,6 +23,7 @@ from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.run_view import ModelRun
 
 
 @dataclass
@@ -101,6 +102,10 @@ class Run:
         """What is trained."""
         assert self.model.adapter is not None
         return self.model.adapter
+
+    def view(self) -> ModelRun:
+        """The run as its objective and companions see it."""
+        return ModelRun(self.model, self.objective.rows, self.devices.gather)
 
     @property
     def reads_later(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from tunekit.contracts import AT_STEP_0, Batch, Objective, Window
+from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
 from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 from tunekit.machine.devices import forked_random
@@ -38,7 +38,7 @@ def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state:
     state.reactions.append(asdict(reaction))
     session.console.warn(f"{reaction.probe}; {reaction.action}")
     objective = prepared.rows.objective.laid_out(end_to_end=False)
-    padded = objective.collate([[row] for row in batch.rows])
+    padded = objective.rows.collate([[row] for row in batch.rows])
     rows = replace(prepared.rows, objective=objective)
     return replace(prepared, rows=rows, batch_settings=replace(settings, end_to_end=False), largest_batch=padded)
 
@@ -48,7 +48,7 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
 
     Raises: ModelError where it is not.
     """
-    moved = 0.0 if objective.reference != AT_STEP_0 else bypass_difference(model, batch.inputs["input_ids"])
+    moved = 0.0 if not objective.loss.reference else bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
         raise ModelError(
             f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})",
@@ -103,7 +103,7 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     No gradient and no random number stays behind: what is trained afterwards is the same to the bit.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
-        window = run.objective.prepare(run.model, Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
+        window = run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
         with reaching_all(run.adapter, run.devices):
-            run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))
+            run.engine.run_window(run.model, run.objective, window, run.objective.loss.units(batch))
     run.model.clear_gradient()

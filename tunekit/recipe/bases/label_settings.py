@@ -32,6 +32,8 @@ class LabelSettings(ObjectiveSettings):
     unit: ClassVar[str] = "label"
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
     supervised: ClassVar[bool] = True
+    has_head: ClassVar[bool] = True
+    names_labels: ClassVar[bool] = True
 
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
         (), description="every label in the order of the head's rows; empty: those of the data, sorted"

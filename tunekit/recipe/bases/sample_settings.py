@@ -104,6 +104,7 @@ class SampleSettings(ObjectiveSettings):
     unit: ClassVar[str] = "completion"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDED)
     samples: ClassVar[bool] = True
+    needs_recipe: ClassVar[bool] = True
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times that of full training"
     )

@@ -70,6 +70,9 @@ class ObjectiveSettings(MethodSettings):
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
     family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
     what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
+    `needs_recipe`: whether only its recipe names all that it measures with (a teacher, rewards);
+    `has_head`: whether it trains a head next to the base; `names_labels`: whether the rows of that head have labels;
+    `single_score`: whether that head gives one score;
     `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
     `default_learning_rate`: before that of the adapter.
     """
@@ -86,6 +89,10 @@ class ObjectiveSettings(MethodSettings):
     size_unit: ClassVar[str] = "token"
     draws: ClassVar[bool] = False
     measures_training: ClassVar[bool] = False
+    needs_recipe: ClassVar[bool] = False
+    has_head: ClassVar[bool] = False
+    names_labels: ClassVar[bool] = False
+    single_score: ClassVar[bool] = False
 
 
 class StartSettings(MethodSettings):

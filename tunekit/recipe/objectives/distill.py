@@ -15,7 +15,7 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 class DistillSettings(ObjectiveSettings):
     """TRL's names; beta is 0, and not its 1, because the tokens are those of the data and not the student's own."""
 
-    reference: ClassVar[str] = "teacher"
+    needs_recipe: ClassVar[bool] = True
 
     method: Literal["distill"] = Field("distill", description="the next-token distribution of a teacher model")
     teacher: ModelSection = Field(description="a model over the same vocabulary: a name, or what a model section has")

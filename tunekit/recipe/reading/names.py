@@ -45,6 +45,11 @@ def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
     return found  # type: ignore[no-any-return]
 
 
+def objective_class(name: str) -> type[ObjectiveSettings]:
+    """The settings class of a known objective."""
+    return settings_class("objectives", name)  # type: ignore[return-value]
+
+
 def formats_of(example: str) -> list[str]:
     """The formats that give this kind of example."""
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]

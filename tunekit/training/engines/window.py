@@ -52,7 +52,7 @@ class WindowRun:
     def backward(self, piece: Piece, output: ModelOutput, penalty: Callable[[], Tensor | None]) -> None:
         """The loss of what the forward gave, added to the sums, and its gradient."""
         seed_layer(current_call(), AFTER_LAYERS)
-        loss = self.objective.loss(output, piece.batch)
+        loss = self.objective.loss.loss(output, piece.batch)
         del output
         value = (loss.total / self.units.to(loss.total.dtype)).sum()
         for term in (loss.per_step, penalty()):
@@ -102,7 +102,7 @@ class WindowEngine:
 
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])
-        return self.splitting.run(objective, window.batches, attempt, model.clear_gradient, window.step + 1)
+        return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
         """Forward and backward of every piece, in the order of the step. Only one piece's activations are alive."""
