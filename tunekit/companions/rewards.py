@@ -24,9 +24,9 @@ from tunekit.companions.reward_model import find_reward_model, load_scorer, weig
 from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows
 from tunekit.errors import Problem, RewardError
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
-from tunekit.objectives.losses.advantages import Rewards
+from tunekit.objectives.losses.advantages import Rewards, weighted_sum
 from tunekit.objectives.rows.prompts import Completion, read_context
-from tunekit.recipe.bases.sample_settings import RewardSource
+from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
 KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
 RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
@@ -38,6 +38,7 @@ class RewardFunctions(Companion):
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
         self.sources: Sequence[RewardSource] = spec.settings
+        self.names = reward_names(self.sources)  # of each in what is logged
         self._functions: list[RewardFunction] = []
 
     def facts(self, planned: Planned) -> CompanionFacts:
@@ -104,6 +105,10 @@ class RewardFunctions(Companion):
         if completions and not may_be_silent and np.isnan(rewards).all():
             raise self.no_rewards(number, completions)
         return rewards
+
+    def summed(self, scores: Rewards) -> Rewards:
+        """Weighted sums. Shapes: (..., F) -> (...)."""
+        return weighted_sum(scores, [source.weight for source in self.sources])
 
     def no_rewards(self, number: int, completions: Sequence[Completion]) -> RewardError:
         """The error of a function that judges none of the completions."""

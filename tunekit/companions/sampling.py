@@ -46,7 +46,7 @@ class Sampling(Companion):
         places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
         for name, steps in places.items():
             if steps % updates:
-                what = f"{updates} steps in a row learn from the same completions, which no checkpoint between them keeps"
+                what = f"{updates} steps share the same completions, which no checkpoint between them keeps"
                 yield Problem(what, f"write a multiple of {updates} (objective.num_iterations)", key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: Counting) -> None:

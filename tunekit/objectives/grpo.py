@@ -10,6 +10,8 @@ from tunekit.objectives.losses.samples import sampled_objective
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 
-def make(settings: GrpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(
+    settings: GrpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
+) -> Objective:
     """Prompts whose completions are compared with their group."""
     return sampled_objective(settings, tokenizer, options, GroupRelative(settings))

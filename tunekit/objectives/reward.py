@@ -1,4 +1,4 @@
-"""`objective: reward`: a reward model, which gives each answer a score; preferred answers should have the higher one."""
+"""`objective: reward`: a reward model, which gives each answer a score, the preferred one of two the higher one."""
 
 from __future__ import annotations
 

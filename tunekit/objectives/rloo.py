@@ -10,6 +10,8 @@ from tunekit.objectives.losses.samples import sampled_objective
 from tunekit.recipe.objectives.rloo import RlooSettings
 
 
-def make(settings: RlooSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(
+    settings: RlooSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
+) -> Objective:
     """Prompts whose completions are compared with the others of their group."""
     return sampled_objective(settings, tokenizer, options, LeaveOneOut(settings))

@@ -44,9 +44,7 @@ def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
     return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
 
 
-def reward_metrics(
-    names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]
-) -> dict[str, float]:
+def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]) -> dict[str, float]:
     """Mean and spread of the reward, and of each function in its sum; the share of groups with equal rewards.
 
     Shapes: scores (A, G, F), total (A, G), equal (A,).

@@ -36,9 +36,7 @@ class AnswerLoss(LossKind):
         return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **metrics}
 
 
-def predicted(
-    output: ModelOutput, batch: Batch, temperature: float = 1.0, entropies: Tensor | None = None
-) -> Tensor:
+def predicted(output: ModelOutput, batch: Batch, temperature: float = 1.0, entropies: Tensor | None = None) -> Tensor:
     """(N,) log-probability of every predicted token; `entropies` (N,): filled with those of the distributions."""
     tempered = at_temperature(output, temperature)
     return log_probabilities(tempered, batch.targets["index"], batch.targets["ids"], entropies)

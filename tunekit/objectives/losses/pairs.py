@@ -139,5 +139,5 @@ class PairLoss(AnswerLoss):
 
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
     """Sums over pairs of REWARDS: both rewards, by how much and how often the first is higher, then `more`."""
-    columns = (chosen, rejected, chosen - rejected, chosen > rejected, *more)
-    return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in zip(REWARDS, columns, strict=False)}
+    columns = zip(REWARDS, (chosen, rejected, chosen - rejected, chosen > rejected, *more), strict=False)
+    return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in columns}

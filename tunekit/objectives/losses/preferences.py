@@ -81,8 +81,8 @@ def sppo_hard(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def aot(scores: Scores, settings: DpoSettings) -> Tensor:
-    """The smoothed sigmoid loss of the policy's preference, compared with the reference's preference of the same rank in
-    the step. Melnyk et al. 2024."""
+    """The smoothed sigmoid loss of the policy's preference, compared with the reference's preference of the same rank
+    in the step. Melnyk et al. 2024."""
     return smoothed(settings.beta * (scores.chosen - scores.rejected - scores.matched), settings.label_smoothing)
 
 

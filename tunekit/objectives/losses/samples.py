@@ -1,4 +1,4 @@
-"""The loss of the model's own completions: steps of completions with their rewards, and the metrics of an evaluation."""
+"""The loss of the model's own completions: steps of completions with their rewards, and what evaluations measure."""
 
 from __future__ import annotations
 
@@ -140,9 +140,7 @@ class SampledLoss(LossKind):
             place = seen[row.number]  # a row may be twice in a step
             seen[row.number] += 1
             prompts += [row.parts["prompt"].tolist()] * size
-            seeds += [
-                seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)
-            ]
+            seeds += [seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)]
         stops = find_stop_ids(run.model.base, self.tokenizer, kind.options.template)
         drawn = Sampling(settings.temperature, settings.top_p, settings.top_k)
         completions = run.model.generate(
@@ -245,7 +243,10 @@ class SampledLoss(LossKind):
         learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
         samples = []
         for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
-            prompt, answer = self.tokenizer.decode(row.parts["prompt"].tolist()), read_context(row)["columns"].get("answer")
+            prompt, answer = (
+                self.tokenizer.decode(row.parts["prompt"].tolist()),
+                read_context(row)["columns"].get("answer"),
+            )
             for number, sample in enumerate(group[:SHOWN_SAMPLES]):
                 rewards = dict(zip(names, map(_finite, scores[at, number].tolist()), strict=True))
                 texts = {"prompt": prompt, "completion": sample.text, "answer": answer, "ended": sample.ended}

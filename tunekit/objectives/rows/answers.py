@@ -31,9 +31,9 @@ Places = dict[tuple[int, str], NDArray[Any]]  # (T,) in the flattened ids, by th
 class AnswerRows(TextRows):
     """Parts of each side: `SIDE` (T,) ids, prompt and answer; `SIDE_trained` (T,) marks of the answer's.
 
-    Where a line of a batch has several rows, or the model keeps documents apart, the sides of a row lie end to end, each
-    a document with its own prompt; with `shares_prefixes` the beginning that two sides have in common is computed once.
-    Elsewhere each side is a padded line.
+    Where a line of a batch has several rows, or the model keeps documents apart, the sides of a row lie end to end,
+    each a document with its own prompt; with `shares_prefixes` the beginning that two sides have in common is computed
+    once. Elsewhere each side is a padded line.
 
     `sides`: fields of an example that are answers; `further`: other fields, one value each: their dtypes;
     `unusable`: error or drop, the recipe's value of `unusable_key`; `prompts`: the first sides' prompts are predicted

@@ -34,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion as rewards read it: the prompt as the row has it, a text or messages; the row's columns; the text."""
+    """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text."""
 
     prompt: Any
     columns: Mapping[str, Any]
@@ -99,7 +99,9 @@ class PromptRows(TextRows):
 
     def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
         """Those with the longest completions, as long as there are none."""
-        return (len(parts["prompt"]) + self.longest,) * self.count if "prompt" in parts else self.answers.sizes_of(parts)
+        if "prompt" not in parts:
+            return self.answers.sizes_of(parts)
+        return (len(parts["prompt"]) + self.longest,) * self.count
 
     def units_in(self, parts: Mapping[str, Array]) -> int:
         """The number of completions."""
@@ -170,8 +172,8 @@ class PromptRows(TextRows):
             split = torch.split(numbers.float(), batch.targets["counts"].tolist())
             rows, count = [], len(batch.rows)
             for number, row in enumerate(batch.rows):
-                sides = enumerate(self.answers.sides)
-                rows.append(row.with_parts({f"{side}_{name}": split[at * count + number].numpy() for at, side in sides}))
+                sides = zip(self.answers.sides, split[number::count], strict=True)
+                rows.append(row.with_parts({f"{side}_{name}": part.numpy() for side, part in sides}))
             batches.append(self.remade(batch, rows))
         return replace(window, batches=tuple(batches))
 
