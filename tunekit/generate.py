@@ -31,7 +31,7 @@ from tunekit.files.durable import write_bytes
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
-from tunekit.objectives.reward import Reward
+from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
@@ -190,16 +190,19 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
     Raises: InputError where the target is no reward model; DataError naming every wrong row.
     """
     objective, model = loaded.objective, loaded.model
-    if not isinstance(objective, Reward):
+    answering, kind = (
+        objective.answering,
+        objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template)),
+    )
+    if answering is None or answering.score is None or not isinstance(kind, TextRows):
         raise InputError(f"it was made for {objective.name} and gives no scores", "name a model of objective: reward")
     assert model.base.text is not None  # it reads text
-    encoder = objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
     problems, sequences, values = Problems(), list[list[int]](), list[dict[str, Any]]()
     rows, _, format_name, _ = open_rows(Source(path=str(path)), "text", problems)
     make_example = format_maker(format_name)
     for raw in rows:
         try:
-            sequences.append(encoder.renderer.sequence(make_example(raw.values))[0])
+            sequences.append(kind.renderer.sequence(make_example(raw.values))[0])
             values.append(raw.values)
         except Dropped as reason:
             problems.add(str(path), raw.line, str(reason), "write an answer, or leave the row out")
@@ -209,7 +212,7 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
     check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, max(map(max, sequences)))
     check_prompts(sequences, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
     with undisturbed(model):
-        return list(zip(values, objective.score(model, sequences, loaded.target.evaluation.batch_size), strict=True))
+        return list(zip(values, answering.score(model, sequences, loaded.target.evaluation.batch_size), strict=True))
 
 
 @torch.no_grad()

@@ -74,14 +74,14 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
         console.info(f"written to {html}")
 
 
-def heading(row: Row, parts: Sequence[Part], sizes: str) -> str:
+def heading(row: Row, parts: Sequence[Span], sizes: str) -> str:
     """Where a row stands, how large it is, and how much of it is trained on."""
     trained = sum(int(part.trained.sum()) for part in parts)
     of = "of them" if sizes == "tokens" else "tokens"
     return f"{row.origin}: {row.size:,} {sizes}" + (f", {trained} {of} trained on" if trained else "")
 
 
-def explain_tokens(part: Part, tokenizer: Tokenizer | None) -> list[Token]:
+def explain_tokens(part: Span, tokenizer: Tokenizer | None) -> list[Token]:
     """Every token with the reason why it is trained on or not."""
     trained = part.trained  # (T,)
     places = np.flatnonzero(trained)
@@ -150,7 +150,7 @@ def page(
     return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 
-def _shown(part: Part, tokenizer: Tokenizer | None) -> dict[str, object]:
+def _shown(part: Span, tokenizer: Tokenizer | None) -> dict[str, object]:
     special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
     tokens = [
         {

@@ -143,7 +143,7 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     rows = load_rows(recipe.data, objective, seed=seed)
     order = epoch_rows(rows.draws, seed=seed, epoch=0, shuffle=recipe.data.shuffle)[:count]
     chosen = [rows.train[int(index)] for index in order]
-    base = load_model(objective.section(recipe.model, seed), device=device)
+    base = load_model(objective.section(recipe.model, 0), device=device)
     model, adapter = TunedModel(base, None), getattr(recipe.adapter, "init_from", None)
     if adapter is not None:
         head = base.family.head_name(base.net)

@@ -19,7 +19,7 @@ from tunekit.errors import AdapterError, InputError, ResourceError
 from tunekit.files.durable import free_bytes, write_json
 from tunekit.machine.memory import available_bytes
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
-from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
+from tunekit.model.storage.model_folder import copy_other_files, whole_model_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
@@ -96,9 +96,8 @@ def merge_adapter(
     check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
-        generation = {} if objective is None else objective.generation
-        as_used = getattr(objective, "processor", processor)  # with what the recipe says in its files' place
-        copy_companions(target.model, source.folder, as_used, target.chat_template, staging, generation)
+        answering = None if objective is None else objective.answering
+        copy_other_files(target.model, source.folder, processor, target.chat_template, staging, answering)
         difference = measure_difference(target, staging, rewriter, changes)
         written, computed = (
             rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
@@ -286,8 +285,8 @@ def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
             chosen = [evaluation[index] for index in range(min(MAX_ROWS, len(evaluation)))]
             described = f"{len(chosen)} eval rows of the run"
             if not family.reads_ids:
-                return [objective.collate([[row]]).inputs for row in chosen], described
-            parts = [[row.parts[name] for name in objective.layout.token_parts] for row in chosen]
+                return [objective.rows.collate([[row]]).inputs for row in chosen], described
+            parts = [[row.parts[name] for name in objective.rows.layout.token_parts] for row in chosen]
             ids = [torch.tensor(np.concatenate(each)[:MAX_TOKENS].astype("int64"))[None] for each in parts]
             return [family.inputs_of(each) for each in ids], described
     if not family.reads_ids or base.text is None:

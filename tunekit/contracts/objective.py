@@ -32,10 +32,17 @@ from tunekit.errors import Problem
 class RunView(Protocol):
     """What an objective and its companions see of a run: its model, its rows, its ranks."""
 
-    model: Model
-    rows: RowKind
-    gather: Gather
-    progress: Progress
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def rows(self) -> RowKind: ...
+
+    @property
+    def gather(self) -> Gather: ...
+
+    @property
+    def progress(self) -> Progress: ...
 
     @property
     def is_simulated(self) -> bool:
@@ -54,18 +61,25 @@ class RunView(Protocol):
 class RowKind:
     """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
 
-    `example`: the kind of example that formats give; `draws`: whether `draw` changes rows;
-    `notices`: what the user should know, with counts.
+    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts.
     """
 
-    example: str
-    layout: RowLayout
     fingerprint: str  # sha256 of everything, besides `options`, that decides a row
     options: EncodeOptions
     notices: Counter[str]
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
+
+    @property
+    def example(self) -> str:
+        """The kind of example that formats give."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> RowLayout:
+        """The parts and sizes of a row."""
+        raise NotImplementedError
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing for these rows."""
@@ -375,7 +389,7 @@ class Engine(Protocol):
     losses: list[torch.Tensor]  # the sum of each micro-batch of the last window
 
     def run_window(
-        self, model: Model, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
+        self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
     ) -> tuple[torch.Tensor, Sums]:
         """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
         `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from tunekit.contracts import AnswerLimits, Answering, Progress, no_progress
+from tunekit.contracts import Answering, AnswerLimits, Progress, no_progress
 from tunekit.data.rows import Prompt
 from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import Devices

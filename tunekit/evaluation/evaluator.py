@@ -84,7 +84,7 @@ class Evaluator:
         if not sums.values["units"]:
             what = f"none of the {sums.rows:,} evaluation rows can be judged"
             raise DataError(what, "let a reward return numbers for them", key="data.eval")
-        choices, chosen = self.queries.choices, ()
+        choices, chosen = self.queries.choices, tuple[str, ...]()
         if choices is not None:
             chosen = CHOICE_METRICS
             sums.values.update(self._chosen(choices, stop))

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from tunekit.contracts import Batch, Objective
+from tunekit.contracts import Batch, RowKind
 from tunekit.data.batching.split import split_batch
 from tunekit.errors import ResourceError
 from tunekit.machine.memory import release_cached
@@ -62,16 +62,16 @@ class Splitting:
         self.running: Batch | None = None  # whoever runs pieces says which, so that a failure is its
         self._react = react
 
-    def pieces(self, objective: Objective, batch: Batch) -> list[Batch]:
+    def pieces(self, kind: RowKind, batch: Batch) -> list[Batch]:
         """The batch, or what it is cut into: none as large as one that failed, unless it is a single document."""
         if self.tokens is None or batch.padded < self.tokens:
             return [batch]
-        halves = split_batch(batch, objective)
-        return [batch] if halves is None else [piece for half in halves for piece in self.pieces(objective, half)]
+        halves = split_batch(batch, kind)
+        return [batch] if halves is None else [piece for half in halves for piece in self.pieces(kind, half)]
 
     def run(
         self,
-        objective: Objective,
+        kind: RowKind,
         batches: Sequence[Batch],
         attempt: Callable[[list[list[Batch]]], Result],
         undo: Callable[[], None],
@@ -84,19 +84,19 @@ class Splitting:
         """
         while True:
             try:
-                return attempt([self.pieces(objective, batch) for batch in batches])
+                return attempt([self.pieces(kind, batch) for batch in batches])
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
             # Not inside `except`: there the error still holds the failed attempt's tensors.
-            self._shrink(objective, reason, step)
+            self._shrink(kind, reason, step)
             undo()
 
-    def _shrink(self, objective: Objective, reason: str, step: int) -> None:
+    def _shrink(self, kind: RowKind, reason: str, step: int) -> None:
         """Split what failed, and all that is as large, from now on."""
         failed, self.running = self.running, None
-        if failed is None or split_batch(failed, objective) is None:
+        if failed is None or split_batch(failed, kind) is None:
             raise document_too_large(failed, reason)
         self.tokens = min(failed.padded, self.tokens or failed.padded)
         collect_failed()

@@ -146,7 +146,9 @@ def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
 
 def _one_evaluation_row(forecast: Forecast) -> Forecast:
     assert forecast.evaluation_batch is not None
-    return replace(forecast, evaluation_batch=cut_batch(forecast.evaluation_batch, forecast.run.objective, sequences=1))
+    return replace(
+        forecast, evaluation_batch=cut_batch(forecast.evaluation_batch, forecast.run.objective.rows, sequences=1)
+    )
 
 
 def _half_the_rows(forecast: Forecast) -> Forecast:
@@ -154,15 +156,15 @@ def _half_the_rows(forecast: Forecast) -> Forecast:
 
     def halved(size: int | None) -> Batch:
         batch = largest(size)
-        return cut_batch(batch, forecast.run.objective, sequences=-(-len(batch.sequences) // 2))
+        return cut_batch(batch, forecast.run.objective.rows, sequences=-(-len(batch.sequences) // 2))
 
     return replace(forecast, largest_batch=halved)
 
 
 def _cut_to(forecast: Forecast, tokens: int) -> Forecast:
-    largest, evaluation, objective = forecast.largest_batch, forecast.evaluation_batch, forecast.run.objective
+    largest, evaluation, kind = forecast.largest_batch, forecast.evaluation_batch, forecast.run.objective.rows
     return replace(
         forecast,
-        largest_batch=lambda size: cut_batch(largest(size), objective, size=tokens),
-        evaluation_batch=None if evaluation is None else cut_batch(evaluation, objective, size=tokens),
+        largest_batch=lambda size: cut_batch(largest(size), kind, size=tokens),
+        evaluation_batch=None if evaluation is None else cut_batch(evaluation, kind, size=tokens),
     )

@@ -266,9 +266,7 @@ def _forecast(
     start, facts = start_bytes(recipe.adapter, inputs.targets), inputs.companion_facts
     companion_bytes, any_token = sum(each.weight_bytes for each in facts), any(each.any_token for each in facts)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
-    return Forecast(
-        run, inputs.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token
-    )
+    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token)
 
 
 def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
@@ -382,7 +380,10 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
     notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)
-    step_tokens, planned = memory.choice.gradient_accumulation_steps * memory.largest_tokens, _planned(recipe, inputs, device)
+    step_tokens, planned = (
+        memory.choice.gradient_accumulation_steps * memory.largest_tokens,
+        _planned(recipe, inputs, device),
+    )
     for companion in inputs.companions.values():
         notes += companion.notes(planned, step_tokens)
     return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]

@@ -6,7 +6,7 @@ Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Pro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,5 +1,4 @@
-"""Where the base's weights may wait while they are streamed, and what that costs.
-"""
+"""Where the base's weights may wait while they are streamed, and what that costs."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ from tunekit.machine.memory import available_bytes
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
-from tunekit.model.quantized.weights import stored_bytes
 from tunekit.planning.starts import calibrated_start
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
@@ -46,7 +44,11 @@ def allowed_tiers(
 ) -> tuple[list[str], list[Problem]]:
     """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
     written = recipe.memory.streaming
-    obstacle = streaming_obstacle(recipe, base, device, companions) if recipe.memory.streamed_head or written != "off" else None
+    obstacle = (
+        streaming_obstacle(recipe, base, device, companions)
+        if recipe.memory.streamed_head or written != "off"
+        else None
+    )
     if recipe.memory.streamed_head and obstacle is not None:
         return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:

@@ -15,12 +15,12 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.checkpoint import load_checkpoint
-from tunekit.contracts import Objective, Processor
+from tunekit.contracts import Answering, Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import RunFolderError
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
-from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
+from tunekit.model.storage.model_folder import copy_other_files, whole_model_folder
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
@@ -62,14 +62,14 @@ def export_model(
     adapter: AttachedAdapter,
     processor: Processor,
     chat_template: str | None,
-    generation: Mapping[str, Any],
+    answering: Answering | None,
 ) -> int:
     """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes.
-    `chat_template`: the recipe's, as text; `generation`: the objective's."""
+    `chat_template`: the recipe's, as text."""
     rewriter = Rewriter(section, "full", loaded=base)
     with whole_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
-        copy_companions(section, rewriter.source.folder, processor, chat_template, staging, generation)
+        copy_other_files(section, rewriter.source.folder, processor, chat_template, staging, answering)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

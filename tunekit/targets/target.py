@@ -16,7 +16,7 @@ import torch
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.artifacts.checkpoint import find_checkpoint
-from tunekit.contracts import EncodeOptions, Objective, Processor
+from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
@@ -292,7 +292,7 @@ def objective_of(target: Target, processor: Processor) -> Objective | None:
 def as_trained(target: Target, processor: Processor) -> tuple[Target, Objective | None]:
     """The target with its base as the objective has it loaded, and that objective."""
     objective = objective_of(target, processor)
-    return (target if objective is None else replace(target, model=objective.section(target.model))), objective
+    return (target if objective is None else replace(target, model=objective.section(target.model, 0))), objective
 
 
 def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:

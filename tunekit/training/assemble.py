@@ -117,7 +117,7 @@ def _tuned(
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with the recipe's adapter, initialised, and its companions; the cost of a calibration is in the state."""
+    """The base with its initialised adapter and its companions; the cost of a calibration is kept in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:

@@ -167,7 +167,8 @@ def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows
     engine = WindowEngine(seed)
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(
-        (objective.loss.units(batch) for window in windows for batch in window.batches), torch.zeros(1, dtype=torch.float64)
+        (objective.loss.units(batch) for window in windows for batch in window.batches),
+        torch.zeros(1, dtype=torch.float64),
     )
     with forked_random(model.device), model.training_mode(True):
         for window in windows:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Answering, Processor
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
 from tunekit.recipe.model import ModelSection
 
@@ -35,25 +34,23 @@ def whole_model_folder(output: Path) -> Iterator[Path]:
         raise
 
 
-def copy_companions(
+def copy_other_files(
     section: ModelSection,
     base: Path,
     processor: Processor,
     chat_template: str | None,
     folder: Path,
-    generation: Mapping[str, Any],
+    answering: Answering | None,
 ) -> None:
-    """Tokenizer or other processor, chat template, generation settings, licence; code files only of a base that is
-    trusted to run them.
-
-    `generation`: what is said anew in the generation settings, None: what is taken out of them.
-    """
-    processor.save(folder)
+    """Copy tokenizer or other processor, chat template, generation settings and licence; code files only of a base that
+    is trusted to run them. `answering`: the objective's, with its changes of processor and generation settings."""
+    own = None if answering is None else answering.processor
+    (own or processor).save(folder)
     if Path(section.name_or_path).suffix != ".gguf":
         patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
-    settings = folder / "generation_config.json"
+    settings, generation = folder / "generation_config.json", {} if answering is None else answering.generation
     if generation and settings.exists():
         values = {**json.loads(settings.read_bytes()), **generation}
         write_json(settings, {name: value for name, value in values.items() if generation.get(name, "") is not None})

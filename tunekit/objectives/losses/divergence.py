@@ -83,7 +83,7 @@ class DivergenceLoss(LossKind):
 
 
 def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
-    return hidden_at(output, next_tokens(batch).index)
+    return hidden_at(output, next_tokens(batch)[0])
 
 
 def _raw(hidden: Tensor) -> Tensor:

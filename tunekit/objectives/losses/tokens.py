@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +11,15 @@ from torch import Tensor
 from tunekit.contracts import IGNORED, Batch, Loss, LossKind, ModelOutput, Sums
 from tunekit.objectives.losses.logprobs import loss_of_positions, sums_of_positions, supervised_positions
 
-
-class Supervised(NamedTuple):
-    """(N,) positions in the flattened (B, T) that predict a supervised token, those tokens, and their weights; None:
-    1 each."""
-
-    index: Tensor
-    targets: Tensor
-    weights: Tensor | None
+# (N,) positions in the flattened (B, T) that predict a supervised token, those tokens, and their weights; None: 1 each
+Supervised = tuple[Tensor, Tensor, Tensor | None]
 
 
 def next_tokens(batch: Batch) -> Supervised:
     """For labels that are the inputs themselves: position t predicts labels[t + 1]."""
     index, targets = supervised_positions(batch.targets["labels"])
     weights = batch.targets.get("weights")
-    return Supervised(index, targets, None if weights is None else weights.flatten()[index + 1])
+    return index, targets, None if weights is None else weights.flatten()[index + 1]
 
 
 def own_positions(batch: Batch) -> Supervised:
@@ -34,7 +27,7 @@ def own_positions(batch: Batch) -> Supervised:
     labels, weights = batch.targets["labels"], batch.targets.get("weights")  # (B, A)
     rows, columns = torch.nonzero(labels != IGNORED, as_tuple=True)
     weight = None if weights is None else weights[rows, columns]
-    return Supervised(rows * labels.shape[1] + columns, labels[rows, columns], weight)
+    return rows * labels.shape[1] + columns, labels[rows, columns], weight
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class TokenLoss(LossKind):
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: the sum of the supervised tokens' weights."""
-        weights = self.supervised(batch).weights if "weights" in batch.targets else None
+        weights = self.supervised(batch)[2] if "weights" in batch.targets else None
         return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:

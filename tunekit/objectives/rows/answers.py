@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +49,10 @@ class AnswerRows(TextRows):
     scored: bool = False
     end_to_end: bool = False
     shares_prefixes: bool = False
-    packable: ClassVar[bool] = True
+    packable = True
 
     @cached_property
-    def layout(self) -> RowLayout:  # type: ignore[override]
+    def layout(self) -> RowLayout:
         """Every side with its marks, then the further values."""
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +60,11 @@ class PromptRows(TextRows):
     longest: int
     unusable: str
     masks_truncated: bool
-    example: ClassVar[str] = "prompt"
-    packable: ClassVar[bool] = True
+    example = "prompt"
+    packable = True
 
     @cached_property
-    def layout(self) -> RowLayout:  # type: ignore[override]
+    def layout(self) -> RowLayout:
         """Of prompts without completions."""
         return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
 

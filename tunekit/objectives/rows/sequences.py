@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 
 from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, Span
 from tunekit.data.batching.pad import lay_end_to_end, positions
+from tunekit.formats.example import Example
 from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import SideBySideRows
 from tunekit.objectives.rows.text import TextRows, fill_with
@@ -23,17 +23,17 @@ class SequenceRows(TextRows):
     """Parts: `ids` (T,), `trained` (T,), and `weights` of all tokens if a trained one differs from 1, else none.
     Token 0 is never predicted, so it never counts."""
 
-    example: ClassVar[str] = "text"
-    has_choices: ClassVar[bool] = True
-    packable: ClassVar[bool] = True
-    layout: ClassVar[RowLayout] = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
+    example = "text"
+    has_choices = True
+    packable = True
+    layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 
-    def examples(self, example: object) -> Sequence[object]:
+    def examples(self, example: Example) -> Sequence[Example]:
         """With data.rewritten_answers: each, one example for each answer of a conversation, with the turns before it as
         they were given."""
         return self.renderer.as_given(example) if self.options.rewritten_answers == "each" else [example]
 
-    def encode(self, example: object, origin: str) -> Row:
+    def encode(self, example: Example, origin: str) -> Row:
         """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
         ids, weights = self.renderer.sequence(example)
         return self.make_row(_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights), origin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER, NO_WEIGHT
 from tunekit.data.rendering.turns import answer_indices, last_answer
 from tunekit.errors import DataError, ModelError, Problem
-from tunekit.formats.example import ChatExample, CompletionExample, TextExample
+from tunekit.formats.example import ChatExample, CompletionExample, Example, TextExample
 from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import LineByLineRows
 from tunekit.objectives.rows.text import TextRows, fill_with, put_around
@@ -29,11 +29,9 @@ class SourceRows(TextRows):
     """Parts: `source` (S,) with the tokenizer's special tokens around it; `answer` (A + 1,), whose first token begins
     every answer and is not predicted; `weight` (1,) of each predicted token."""
 
-    example: ClassVar[str] = "text"
-    has_choices: ClassVar[bool] = True
-    layout: ClassVar[RowLayout] = RowLayout(
-        {"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2
-    )
+    example = "text"
+    has_choices = True
+    layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing if an encoder reads the prompt."""
@@ -81,7 +79,7 @@ class SourceRows(TextRows):
     def units_in(self, parts: Mapping[str, Array]) -> int:
         return max(len(parts["answer"]) - 1, 0)
 
-    def prompt(self, example: object) -> tuple[list[int], str] | None:
+    def prompt(self, example: Example) -> tuple[list[int], str] | None:
         """The ids that the encoder reads, and the answer's text."""
         source = self.renderer.source(example)
         if source is None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 from tunekit.contracts import Answering, AnswerLimits, EncodeOptions, Model, Row, RowKind, Tokenizer
 from tunekit.data.rendering.render import Renderer
@@ -26,7 +27,7 @@ class TextRows(RowKind):
         """It counts in the notices of these rows."""
         return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
 
-    def prompt(self, example: object) -> tuple[list[int], str] | None:
+    def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
         return self.renderer.prompt(example)
 

@@ -38,3 +38,8 @@ class LabelSettings(ObjectiveSettings):
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
         (), description="every label in the order of the head's rows; empty: those of the data, sorted"
     )
+
+    @property
+    def listed_labels(self) -> tuple[str, ...]:
+        """The labels that the recipe lists."""
+        return self.labels

@@ -94,6 +94,11 @@ class ObjectiveSettings(MethodSettings):
     names_labels: ClassVar[bool] = False
     single_score: ClassVar[bool] = False
 
+    @property
+    def listed_labels(self) -> tuple[str, ...]:
+        """The labels that the recipe lists."""
+        return ()
+
 
 class StartSettings(MethodSettings):
     """What every start of the LoRA family has; the settings of one are in recipe/starts/NAME.py.

@@ -18,6 +18,8 @@ class RewardSettings(PairSettings):
     family: ClassVar[str] = "classifier"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *SCORES)
     answers: ClassVar[bool] = False
+    has_head: ClassVar[bool] = True
+    single_score: ClassVar[bool] = True
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         1e-4, "huggingface/trl 1.16, the default of its RewardConfig"
     )
