@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, WhisperForAudioClassification
+from tunekit.objectives.recordings import SILENT
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.image_case import records
@@ -35,7 +36,6 @@ from tunekit.model.speech.features import AudioProcessor, load_audio_processor
 from tunekit.model.storage.shards import read_headers
 from tunekit.objectives.audio_classify import AudioClassify
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.recordings import SILENT
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb

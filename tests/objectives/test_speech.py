@@ -16,6 +16,8 @@ import soundfile
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import _compute_mask_indices
+from tunekit.objectives.recordings import EMPTY, SILENT
+from tunekit.objectives.spec_augment import drawn_masks, masked
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
@@ -35,8 +37,6 @@ from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
 from tunekit.model.speech.processor import SpeechProcessor, load_speech_processor
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.recordings import EMPTY, SILENT
-from tunekit.objectives.spec_augment import drawn_masks, masked
 from tunekit.objectives.speech import Speech
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb

@@ -1,0 +1,102 @@
+"""Cross entropy on labels: loss = sum over labels of -log p(label | row), divided by the step's number of labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Sums
+from tunekit.machine.devices import summing_dtype
+from tunekit.machine.placing import placed
+from tunekit.metrics.classes import counts_of
+from tunekit.metrics.span_f1 import find_spans, kinds_of
+from tunekit.objectives.losses.confusion import label_sums
+from tunekit.objectives.losses.logprobs import row_losses
+
+Scores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
+
+
+def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A head that reads rows gives their scores; any other is called at the `last` token of each row, so that rows may
+    lie end to end. Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores (R, C), labels (R,)."""
+    if output.logits is not None:
+        return output.logits.float(), placed(batch.targets["labels"], output.logits.device)
+    assert output.hidden is not None
+    assert output.head is not None
+    last, labels = (placed(batch.targets[name], output.hidden.device) for name in ("last", "labels"))
+    ends = output.hidden.reshape(-1, output.hidden.shape[-1]).index_select(0, last)  # (R, D)
+    return output.head.logits(ends), labels
+
+
+def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The head reads the mean of a row's hidden states. Shapes: output.hidden (B, F, D) -> scores (B, C), labels
+    (B,)."""
+    assert output.hidden is not None
+    assert output.head is not None
+    mean = output.hidden.mean(dim=1)  # (B, D)
+    return output.head.logits(mean), placed(batch.targets["labels"], mean.device)
+
+
+def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The scores of the first token of each word. Shapes: output.logits (B, T, C) -> scores (N, C), labels (N,)."""
+    assert output.logits is not None
+    firsts, labels = (placed(batch.targets[name], output.logits.device) for name in ("firsts", "labels"))
+    return output.logits.flatten(0, 1).index_select(0, firsts).float(), labels
+
+
+@dataclass(frozen=True)
+class LabelLoss(LossKind):
+    """`scores`: gives (N, C) float32 scores of the batch's labels and their (N,) numbers, on the device."""
+
+    scores: Scores = row_scores
+    labels: tuple[str, ...] = ()
+    metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """total (1,)."""
+        scores, labels = self.scores(output, batch)
+        return Loss(torch.nn.functional.cross_entropy(scores, labels, reduction="sum")[None])
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, and those of label_sums."""
+        scores, labels = self.scores(output, batch)
+        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
+        loss = losses.sum(dtype=summing_dtype(losses.device))
+        return {"loss": loss, **row_losses(losses, batch), **label_sums(scores, labels)}
+
+    def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each label."""
+        confusion = [[int(count) for count in row] for row in sums["confusion"]]
+        return {"labels": list(self.labels), "counts": counts_of(confusion), "confusion": confusion}
+
+
+@dataclass(frozen=True)
+class TagLoss(LabelLoss):
+    """Labels are tags of words, which form spans (B-PER I-PER)."""
+
+    scores: Scores = word_scores
+    metrics: Sequence[str] = ("loss", "token_accuracy", "span_f1")
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """Those of labels, and spans (kinds, 3): predicted right, predicted, true."""
+        scores, _ = self.scores(output, batch)
+        kinds = kinds_of(self.labels)
+        spans = torch.zeros(len(kinds), 3, dtype=torch.float64)
+        if not scores.is_meta:
+            numbers = [iter(each.tolist()) for each in (batch.targets["labels"], scores.argmax(dim=-1))]
+            for row in batch.rows:
+                tags = [[self.labels[next(each)] for _ in range(row.supervised)] for each in numbers]
+                true, predicted = (set(find_spans(each)) for each in tags)
+                for column, members in enumerate((predicted & true, predicted, true)):
+                    for kind, count in Counter(kind for kind, _, _ in members).items():
+                        spans[kinds.index(kind), column] += count
+        return {**super().sums(output, batch), "spans": spans}
+
+    def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each kind of span."""
+        return {"labels": kinds_of(self.labels), "counts": [[int(count) for count in row] for row in sums["spans"]]}

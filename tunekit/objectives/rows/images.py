@@ -1,0 +1,168 @@
+"""Rows of images that have a label each. Their augmentation is drawn from (seed, step, row)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from tunekit.contracts import Array, Batch, EncodeOptions, Model, Row, RowKind, RowLayout, Span
+from tunekit.data.encoding.augmentation import Augmentation
+from tunekit.data.encoding.images import Pixels, Size, covering, read_image
+from tunekit.formats.image_label import ImageLabelExample
+from tunekit.model.call import seed_for
+from tunekit.model.families.image_classifier import PixelProcessor
+from tunekit.objectives.rows.labels import Labels, label_of, utf8
+from tunekit.recipe.objectives.image_classify import ImageClassifySettings
+
+NO_PIXELS: Pixels = np.zeros((0, 0, 3), np.uint8)
+LARGEST = 2  # times the trained size: no larger is an image whose crops are trained on
+
+
+class ImagePrompt(NamedTuple):
+    """An image (side, side, 3) as the model's own processor sees it, and its original height and width."""
+
+    seen: Pixels
+    original: Size
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages(RowKind):
+    """Parts: `seen`, an image as the model's own processor sees it; its `original` size; `label` as UTF-8; and, if
+    crops of it are trained on, its `pixels` and their `shape`."""
+
+    example = "image_label"
+    layout = RowLayout(
+        {"pixels": "u1", "shape": "<i4", "original": "<i4", "seen": "u1", "label": "u1"},
+        (),
+        sizes=1,
+        token_sizes=(),
+        identity=("pixels", "seen", "label"),
+    )
+
+    settings: ImageClassifySettings
+    processor: PixelProcessor
+    fingerprint: str
+    options: EncodeOptions
+    labels: Labels
+    notices: Counter[str] = field(default_factory=Counter)
+    draws: bool = True
+
+    @cached_property
+    def augmentation(self) -> Augmentation:
+        """The transforms of a step."""
+        settings = self.settings
+        scale = (settings.crop_scale[0], settings.crop_scale[1]) if settings.random_resized_crop else None
+        return Augmentation(
+            self.processor.resolution,
+            scale,
+            settings.random_flip,
+            settings.randaugment_ops,
+            settings.randaugment_magnitude,
+            settings.random_erasing,
+        )
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The label."""
+        return [label_of(row)]
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped for an animated or tiny image; DataError for one that cannot be read, and for a
+        label that is not listed."""
+        assert isinstance(example, ImageLabelExample)
+        self.labels.check(example.label)
+        pixels = self._read(_source(example))
+        return self.make_row(_parts(self._prompt(pixels), example.label, self.uncropped(pixels)), origin)
+
+    def uncropped(self, pixels: Pixels) -> Pixels:
+        """What a row keeps of an image for its crops; nothing if steps see the whole."""
+        if not self.settings.random_resized_crop:
+            return NO_PIXELS
+        resolution = self.processor.resolution
+        side = min(max(min(pixels.shape[:2]), resolution), resolution * LARGEST)
+        return covering(pixels, (side, side))
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        return (len(parts["seen"]) // 3,)
+
+    def prompt(self, example: Any) -> tuple[ImagePrompt, str]:
+        """The image, and its label."""
+        return self._prompt(self._read(_source(example))), example.label
+
+    def question(self, text: str) -> ImagePrompt:
+        """The image at this path."""
+        return self._prompt(self._read(text))
+
+    def shown(self, prompt: ImagePrompt) -> str:
+        """Its size."""
+        return f"an image of {prompt.original[1]} x {prompt.original[0]} pixels"
+
+    def unlabelled(self, model: Model, prompts: Sequence[ImagePrompt]) -> list[Row]:
+        """Rows of images."""
+        return [self.make_row(_parts(prompt, self.labels.names[0]), "") for prompt in prompts]
+
+    def _read(self, source: str | bytes) -> Pixels:
+        notices = Counter[str]()
+        pixels = read_image(source, notices)
+        self.notices.update(+notices)
+        return pixels
+
+    def _prompt(self, pixels: Pixels) -> ImagePrompt:
+        return ImagePrompt(self.processor.seen(pixels), (pixels.shape[0], pixels.shape[1]))
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """The whole: a part of an image shows something else."""
+        return row
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row: all images have one size."""
+        return [next(rows)]
+
+    def draw(self, row: Row, key: tuple[int, ...]) -> Row:
+        """The image as its step sees it (`view`)."""
+        pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3) if row.parts["pixels"].size else self._seen(row)
+        view = self.augmentation.changed(pixels, seed_for("augmentation", *key))
+        return replace(row, parts={"view": view, "label": row.parts["label"]})
+
+    def evaluation_copy(self) -> Self:
+        """Images as the model's own processor sees them."""
+        return replace(self, draws=False)
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Shapes: pixel_values (R, 3, side, side) float32; labels (R,). Rows that no step drew are as the model's own
+        processor sees them."""
+        rows = [row for sequence in sequences for row in sequence]
+        views = np.stack([row.parts["view"] if "view" in row.parts else self._seen(row) for row in rows])
+        scale, offset = self.processor.scale
+        values = torch.from_numpy(views).float() @ scale.T + offset  # (R, side, side, C)
+        inputs = {"pixel_values": values.permute(0, 3, 1, 2).contiguous()}
+        targets = {"labels": self.labels.numbers(map(label_of, rows))}
+        return Batch(inputs, targets, tuple(map(tuple, sequences)), self.processor.resolution**2)
+
+    def _seen(self, row: Row) -> Pixels:
+        return row.parts["seen"].reshape(self.processor.resolution, self.processor.resolution, 3)
+
+    def spans(self, row: Row) -> list[Span]:
+        """The label, the image's size, and what evaluations see of it."""
+        (height, width), empty = row.parts["original"].tolist(), np.zeros(0, np.int64)
+        title = f"label: {label_of(row)} ({width} x {height} pixels)"
+        return [Span(empty, np.zeros(0, np.bool_), title, self._seen(row))]
+
+
+def _source(example: ImageLabelExample) -> str | bytes:
+    return example.image.path if example.image.data is None else example.image.data
+
+
+def _parts(prompt: ImagePrompt, label: str, pixels: Pixels = NO_PIXELS) -> dict[str, Array]:
+    return {
+        "pixels": pixels.reshape(-1),
+        "shape": np.array(pixels.shape[:2], np.int32),
+        "original": np.array(prompt.original, np.int32),
+        "seen": prompt.seen.reshape(-1),
+        "label": utf8(label),
+    }

@@ -1,0 +1,153 @@
+"""Rows of texts that have a label each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Array, Batch, EncodeOptions, Model, Row, RowKind, RowLayout, Span, Tokenizer
+from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.rendering.render import EMPTY_TEXT
+from tunekit.errors import InputError, Problem
+from tunekit.formats.labels import LabelExample
+from tunekit.model.text.generation import check_prompts
+from tunekit.objectives.rows.labels import Labels, label_of, split_problems, utf8
+from tunekit.objectives.rows.text import put_around
+from tunekit.recipe.bases.label_settings import LabelSettings
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTexts(RowKind):
+    """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `label` as UTF-8."""
+
+    example = "label"
+    packable = True
+    layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
+
+    settings: LabelSettings
+    tokenizer: Tokenizer
+    fingerprint: str
+    options: EncodeOptions
+    labels: Labels
+    notices: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Special tokens before and after a text."""
+        return put_around(self.tokenizer)
+
+    @cached_property
+    def padding(self) -> int:
+        """The id of padding, which is masked: none of those that end a text, because the heads of T5 and BART look for
+        them."""
+        ends = self.around[1]
+        ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
+        return next(each for each in ids if each not in ends)
+
+    def problems(self) -> list[Problem]:
+        """A long text that would be split, perhaps in the middle of a span."""
+        return split_problems(self.options, "text")
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The label."""
+        return [label_of(row)]
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped for an empty text; DataError for a label that is not listed."""
+        assert isinstance(example, LabelExample)
+        if not example.text.strip():
+            raise Dropped(EMPTY_TEXT)
+        self.labels.check(example.label)
+        return self.make_row(_parts(self.tokenizer.encode_source(example.text), utf8(example.label)), origin)
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        return (len(parts["ids"]),)
+
+    def prompt(self, example: Any) -> tuple[list[int], str]:
+        """Ids of the text, and its label."""
+        return self.question(example.text), example.label
+
+    def question(self, text: str) -> list[int]:
+        """Ids of a text as the tokenizer lays it out, cut where rows are."""
+        return self.cut_ids(self.tokenizer.encode_source(text))
+
+    def shown(self, prompt: Sequence[int]) -> str:
+        """The text of ids."""
+        return self.tokenizer.decode(prompt)
+
+    def unlabelled(self, model: Model, prompts: Sequence[Sequence[int]]) -> list[Row]:
+        """Rows of texts. Raises: InputError for an empty one; DataError for one beyond the model's positions."""
+        if not all(prompts):
+            raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
+        check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
+        return [self.make_row(self.first_label(ids), "") for ids in prompts]
+
+    def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
+        """Parts of a row with these ids, labelled with the first label."""
+        return _parts(ids, utf8(self.labels.names[0]))
+
+    def cut_ids(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a prompt, cut where rows are."""
+        cut = self.options.excess_length == "truncate" and len(ids) > self.options.max_length
+        return self.sized(ids, self.options.max_length).tolist() if cut else list(ids)
+
+    def sized(self, ids: Sequence[int] | Array, size: int) -> Array:
+        """(size,) ids of a text, cut or repeated; it keeps the special tokens at its end, because heads look for them.
+
+        Shapes: ids (T,).
+        """
+        text, end = np.split(np.asarray(ids, np.int32), [len(ids) - len(self.around[1])])
+        return np.concatenate([np.resize(text, max(size - len(end), 0)), end])[:size]
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row, its ids repeated."""
+        return [self.resized(next(rows), size)]
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """Its first tokens, the last of them those that end a text. Rows are never cut at their beginning."""
+        return self.resized(row, min(stop, row.size))
+
+    def resized(self, row: Row, size: int) -> Row:
+        """The row with this number of ids, and the label of the whole."""
+        parts = _parts(self.sized(row.parts["ids"], size), row.parts["label"])
+        return self.make_row(parts, row.origin, row.number)
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """The labels of all rows in order, and where each row ends (`last`) in the flattened positions.
+
+        Shapes: input_ids, position_ids (B, T), and attention_mask if there is padding; labels, last (R,).
+        """
+        return self.batch(sequences, "last", lambda row: np.array([row.size - 1]))
+
+    def batch(self, sequences: Sequence[Sequence[Row]], name: str, read: Any) -> Batch:
+        """The batch with its labels, and under `name` the positions at which they are predicted, flattened; `read`:
+        gives those of a row."""
+        ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.padding)
+        sizes = [[row.size for row in rows] for rows in sequences]
+        inputs: dict[str, Tensor] = {"input_ids": ids, "position_ids": positions(sizes)}
+        if len(sequences) > 1:
+            inputs["attention_mask"] = real_positions([sum(each) for each in sizes]).long()
+        places = []
+        for line, rows in enumerate(sequences):
+            ends = ids.shape[1] * line + np.cumsum([row.size for row in rows])
+            places += [end - row.size + read(row) for row, end in zip(rows, ends, strict=True)]
+        labels = self.labels.numbers(label for rows in sequences for row in rows for label in self.labels_of(row))
+        targets = {"labels": labels, name: torch.from_numpy(np.concatenate(places)).long()}
+        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def spans(self, row: Row) -> list[Span]:
+        """The text under its label; no token of it is predicted."""
+        ids = row.parts["ids"]
+        return [Span(ids, np.zeros(len(ids), np.bool_), title=f"label: {label_of(row)}")]
+
+
+def _parts(ids: Sequence[int] | Array, label: Array) -> dict[str, Array]:
+    return {"ids": np.asarray(ids, dtype=np.int32), "label": label}

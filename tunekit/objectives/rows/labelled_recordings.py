@@ -1,0 +1,147 @@
+"""Rows of recordings that have a label each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from tunekit.contracts import Array, Batch, Model, Row, RowLayout, Span
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.reading.sound import Sound, opened
+from tunekit.errors import DataError, Problem
+from tunekit.formats.audio_label import AudioLabelExample
+from tunekit.formats.media import Media
+from tunekit.model.speech.features import AudioProcessor
+from tunekit.objectives.rows.labels import Labels, label_of, split_problems, utf8
+from tunekit.objectives.rows.recordings import SOUND_PARTS, Clip, RecordingRows, lasts, longer_than
+from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
+
+TRUNCATE = "cut the file, or write data.excess_length: truncate, which keeps its beginning"
+UNHEARD: dict[str, Array] = {
+    "features": np.zeros(0, np.float32),
+    "place": utf8(""),
+    "samples": np.zeros(1, np.int32),
+}
+
+
+@dataclass(frozen=True)
+class LabelledClip:
+    """A recording as far as the model hears it, or (`beyond`) its part after that."""
+
+    clip: Clip
+    label: str
+    frames: int
+    beyond: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRecordings(RecordingRows):
+    """Parts: SOUND_PARTS, and `label` as UTF-8."""
+
+    example = "audio_label"
+
+    settings: AudioClassifySettings
+    processor: AudioProcessor
+    labels: Labels = field(default_factory=Labels)
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """All recordings are padded to the same length."""
+        return RowLayout(
+            {**SOUND_PARTS, "label": "u1"},
+            token_parts=(),
+            sizes=1,
+            token_sizes=(),
+            minimum=(self.processor.frames,),
+            identity=("features", "place"),
+        )
+
+    def problems(self) -> list[Problem]:
+        """A long recording that would be split."""
+        return split_problems(self.options, "recording")
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The label."""
+        return [label_of(row)]
+
+    def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
+        """The recording; of one that is cut also the part that is not heard, so that it is counted.
+
+        Raises: Dropped or DataError for one that is longer than the model hears, and may not be cut.
+        """
+        processor = self.processor
+        with opened(example.audio) as sound:
+            stop, cut = self._stop(sound), sound.seconds > processor.seconds
+            if cut and self.options.excess_length == "drop":
+                raise Dropped(longer_than(processor.seconds))
+            heard = LabelledClip(Clip(example.audio, 0, stop), example.label, processor.frames_of(stop / sound.rate))
+            if not cut:
+                return [heard]
+            if self.options.excess_length != "truncate":
+                raise DataError(lasts(sound, processor.seconds), TRUNCATE)
+            return [heard, LabelledClip(Clip(example.audio, stop, sound.samples), example.label, 0, beyond=True)]
+
+    def _stop(self, sound: Sound) -> int:
+        return min(int(self.processor.seconds * sound.rate), sound.samples)
+
+    def encode(self, example: LabelledClip, origin: str) -> Row:
+        """The row. Raises: Dropped for silence; DataError for a recording that cannot be read, and for a label that is
+        not listed."""
+        self.labels.check(example.label)
+        parts = UNHEARD if example.beyond else self.sound_parts(example.clip)
+        return self.make_row({**parts, "label": utf8(example.label)}, origin, sizes=(example.frames,))
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        """Nothing is learned from a part that is not heard."""
+        return int(parts["features"].size > 0 or parts["place"].size > 0)
+
+    def prompt(self, example: AudioLabelExample) -> tuple[Clip, str]:
+        """The recording, and its label."""
+        return self._prompt(example.audio), example.label
+
+    def question(self, text: str) -> Clip:
+        """The recording in a file. Raises: DataError for one that is longer than the model hears and may not be cut."""
+        return self._prompt(Media(text))
+
+    def _prompt(self, media: Media) -> Clip:
+        with opened(media) as sound:
+            if sound.seconds > self.processor.seconds and self.options.excess_length != "truncate":
+                raise DataError(lasts(sound, self.processor.seconds), TRUNCATE)
+            return Clip(media, 0, self._stop(sound))
+
+    def shown(self, prompt: Clip) -> str:
+        """The file's name."""
+        return prompt.media.name
+
+    def unlabelled(self, model: Model, prompts: Sequence[Clip]) -> list[Row]:
+        """Rows of recordings."""
+        return [self._unlabelled(clip) for clip in prompts]
+
+    def _unlabelled(self, clip: Clip) -> Row:
+        parts = {**UNHEARD, "place": clip.place, "label": utf8(self.labels.names[0])}
+        if clip.media.data is not None:
+            parts |= {"place": utf8(""), "features": clip.features(self.processor).reshape(-1)}
+        return self.make_row(parts, "", sizes=(self.processor.frames,))
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """The whole: it was cut when it was read."""
+        return row
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row: all are padded to the same length."""
+        return [next(rows)]
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Shapes: input_features (B, M, F); labels (B,)."""
+        rows = [row for (row,) in sequences]
+        inputs = {"input_features": self.features_of(rows)}
+        targets = {"labels": self.labels.numbers(map(label_of, rows))}
+        return Batch(inputs, targets, tuple(map(tuple, sequences)), line_size=self.processor.frames)
+
+    def spans(self, row: Row) -> list[Span]:
+        """The label, and how long the recording is."""
+        title = f"label: {label_of(row)} (recording: {self.seconds(row):.2f} s)"
+        return [Span(np.zeros(0, np.int64), np.zeros(0, np.bool_), title)]

@@ -1,0 +1,190 @@
+"""Labels of rows: listed, or learned from all rows together; and objectives whose head has one score for each label."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunekit.contracts import (
+    Answering,
+    AnswerLimits,
+    Array,
+    Batch,
+    EncodeOptions,
+    Model,
+    Objective,
+    Processor,
+    Row,
+    Rows,
+)
+from tunekit.errors import DataError, InputError, Problem
+from tunekit.files.cache_folder import hash_of
+from tunekit.objectives.losses.labels import LabelLoss
+from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.model import HeadedModel, ModelSection
+
+
+@dataclass(frozen=True)
+class Labels:
+    """`names`: the label of each row of the trained head; empty: not learned yet.
+
+    `head`: labels of the base's own head, if it has one; `pad_id`: for a base whose configuration names no padding.
+    """
+
+    names: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    pad_id: int | None = None
+
+    def check(self, label: str) -> None:
+        """Raises: DataError for a label that is not listed."""
+        if self.names and label not in self.names:
+            what = f"the label '{label}' is not among the labels ({_shown(self.names)})"
+            raise DataError(what, "mend it, or list it under objective.labels")
+
+    def numbers(self, labels: Iterable[str]) -> Tensor:
+        """(N,) the number of each label."""
+        places = {label: number for number, label in enumerate(self.names)}
+        return torch.tensor([places[label] for label in labels])
+
+
+def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None) -> Labels:
+    """Labels that the facts of a trained head name, or the recipe."""
+    names = facts.get("labels") or settings.labels
+    return Labels(tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
+
+
+def split_problems(options: EncodeOptions, whole: str) -> list[Problem]:
+    """The problem of rows that would be split. `whole`: what has labels, such as a text."""
+    what = f"a piece of a {whole} need not have the labels of the whole"
+    how = "write truncate, drop or error"
+    return [Problem(what, how, key="data.excess_length")] if options.excess_length == "split" else []
+
+
+def utf8(text: str) -> Array:
+    """A text as a part of a row."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def label_of(row: Row) -> str:
+    """The label of a row that has one."""
+    return row.parts["label"].tobytes().decode()
+
+
+class LabelRows(Protocol):
+    """What objectives with labels need of their RowKind."""
+
+    @property
+    def labels(self) -> Labels: ...
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The labels of a row."""
+
+    def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
+        """Rows of prompts whose labels are not known: they have the first one."""
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """As RowKind's."""
+
+
+def label_objective(
+    settings: LabelSettings, rows: Any, loss: LabelLoss, processor: Processor | None = None, **facts: Any
+) -> Objective:
+    """The objective of LabelRows. `facts`: those besides the labels."""
+    answering, facts = Answering("label", processor=processor), {"labels": [], **facts}
+    objective = Objective(settings.method, settings.family, rows, loss, answering, facts=facts)
+    return _with_labels(objective, rows.labels.names, rows.fingerprint)
+
+
+def _with_labels(
+    objective: Objective, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()
+) -> Objective:
+    """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong."""
+    kind: Any = objective.rows
+    rows = replace(kind, labels=replace(kind.labels, names=names), fingerprint=hash_of([unlabelled, *names]))
+    loss: Any = replace(objective.loss, labels=names)  # type: ignore[type-var]
+    labelled = replace(
+        objective,
+        rows=rows,
+        loss=loss,
+        answering=replace(objective.answering, write=partial(_write, rows, loss), labels=names),  # type: ignore[type-var]
+        section=partial(_headed, objective.family, rows.labels),
+        complete=bool(names),
+        facts={**objective.facts, "labels": list(names)},
+        notes=tuple(notes),
+        learning=None,
+    )
+    return replace(labelled, learning=partial(_learn, labelled, unlabelled))
+
+
+def _headed(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
+    """The base with a head of one score for each label: its own if that is for these labels."""
+    new = bool(labels.head) and labels.head != labels.names
+    head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
+    return HeadedModel.of(model, family=family, **head)
+
+
+def _learn(objective: Objective, unlabelled: str, rows: Sequence[Rows]) -> Objective:
+    """With the labels of the rows if none were listed, in the order of the base's own head if it has the same.
+
+    Raises: DataError for fewer than two, or for one that no training row has and nothing else names.
+    """
+    kind: Any = objective.rows
+    listed, head = kind.labels.names, kind.labels.head
+    train, held = ([some[index] for index in range(len(some))] for some in (rows[0], rows[1] if rows[1:] else ()))
+    taught = Counter(label for row in train for label in set(kind.labels_of(row)))
+    unseen = {label: row for row in reversed(held) for label in kind.labels_of(row) if label not in taught}
+    present = {*taught, *unseen}
+    same = head if set(head) == present else ()
+    if unseen and not listed and not same:
+        label, row = min(unseen.items(), key=lambda pair: pair[1].number)
+        file, _, line = row.origin.rpartition(":")
+        how = f"add rows of it there, take this one out, or list '{label}' under objective.labels"
+        raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
+    names = listed or same or tuple(sorted(present, key=_by_number))
+    if len(names) < 2:
+        what = f"all rows of data.train have the label '{names[0]}'"
+        raise DataError(what, "classification needs two labels or more")
+    notes = [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in unseen]
+    notes += [f"the label '{label}' has one row to train on" for label in names if taught[label] == 1]
+    if head and head != names:
+        notes.append(
+            f"the base's own head ({_shown(head)}) is not used, and a new one trained for {_shown(names)}; "
+            "to keep it, list its labels in the order of its rows under objective.labels"
+        )
+    return _with_labels(objective, names, unlabelled, notes)
+
+
+def _write(rows: LabelRows, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:
+    """The most likely labels of each prompt, a blank between those of several words.
+
+    Raises: InputError for answers that should be drawn at random.
+    """
+    if limits.sampling.temperature:
+        what = "a classifier answers with the likeliest label; nothing is sampled"
+        raise InputError(what, "leave --temperature out")
+    answers, unlabelled = list[str](), rows.unlabelled(model, prompts)
+    for start in range(0, len(unlabelled), limits.batch_size):
+        some = unlabelled[start : start + limits.batch_size]
+        batch = rows.collate([[row] for row in some])
+        numbers = iter(loss.scores(model.output(batch.inputs), batch)[0].argmax(dim=-1).tolist())
+        answers += [" ".join(loss.labels[next(numbers)] for _ in range(row.supervised)) for row in some]
+    return answers
+
+
+def _by_number(label: str) -> tuple[bool, int, str]:
+    """Whole numbers in their own order, before names; no two labels are equal."""
+    number = re.fullmatch("-?[0-9]{1,18}", label)
+    return (number is None, int(label) if number else 0, label)
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """The first labels, for a message."""
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")

@@ -1,0 +1,108 @@
+"""Rows of recordings: their features, or where they can be heard again; SpecAugment's masks are drawn for each step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from tunekit.contracts import Array, EncodeOptions, Row, RowKind
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.encoding.sounds import heard
+from tunekit.data.reading.sound import SILENCE, Sound, opened
+from tunekit.files.cache_folder import default_cache_folder
+from tunekit.files.durable import free_bytes
+from tunekit.formats.media import Media
+from tunekit.model.speech.features import FeatureExtractor
+from tunekit.objectives.rows.labels import utf8
+from tunekit.objectives.rows.spec_augment import drawn_masks, masked
+
+SILENT = "silent recording"
+COMPUTED = "recordings are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
+MIN_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
+SOUND_PARTS = {"features": "<f4", "place": "u1", "samples": "<i4"}
+MASKS = "masks"  # a part that `draw` adds
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Samples start .. stop-1 of a recording."""
+
+    media: Media
+    start: int
+    stop: int
+
+    def features(self, processor: FeatureExtractor) -> Array:
+        """(frames, bands) log-mel, as FeatureExtractor.features keeps it. Raises: DataError if the file is gone."""
+        with opened(self.media) as sound:
+            return processor.features(heard(sound, self.start, self.stop, processor.rate))
+
+    @property
+    def place(self) -> Array:
+        """Where it can be heard again, as UTF-8."""
+        return utf8(json.dumps([os.path.abspath(self.media.path), self.start, self.stop]))
+
+
+@dataclass(frozen=True, eq=False)
+class RecordingRows(RowKind):
+    """Parts SOUND_PARTS: `features`, or the `place` where they can be computed again; and how many `samples` the
+    recording has at the model's rate. `draws`: whether SpecAugment masks frames and frequencies."""
+
+    settings: Any  # also SpecAugmentSettings
+    processor: FeatureExtractor
+    fingerprint: str
+    options: EncodeOptions
+    notices: Counter[str] = field(default_factory=Counter)
+    draws: bool = False
+
+    def sound_parts(self, clip: Clip) -> dict[str, Array]:
+        """The parts SOUND_PARTS; it is noticed if features are not kept. Raises: Dropped if the clip is silent."""
+        with opened(clip.media) as sound:
+            samples = heard(sound, clip.start, clip.stop, self.processor.rate)
+        if float(samples.abs().max()) < SILENCE:
+            raise Dropped(SILENT)
+        count = np.asarray([len(samples)], np.int32)
+        if clip.media.data is None and free_bytes(default_cache_folder()) < MIN_FREE_BYTES:
+            self.notices[COMPUTED] += 1
+            return {"features": np.zeros(0, np.float32), "place": clip.place, "samples": count}
+        return {"features": self.processor.features(samples).reshape(-1), "place": utf8(""), "samples": count}
+
+    def features_of(self, rows: Sequence[Row]) -> torch.Tensor:
+        """(B, M, F) features, filled up as the model's extractor does, 0 where a step masks them; or (B, N) samples."""
+        return torch.from_numpy(np.stack([masked(self._features(row), row.parts.get(MASKS)) for row in rows]))
+
+    def _features(self, row: Row) -> Array:
+        """(bands, frames), computed again if they are not kept. Raises: DataError if the file is gone."""
+        place = row.parts["place"].tobytes().decode()
+        if not place:
+            return self.processor.filled(row.parts["features"])
+        path, start, stop = json.loads(place)
+        return self.processor.filled(Clip(Media(path), start, stop).features(self.processor).reshape(-1))
+
+    def seconds(self, row: Row) -> float:
+        """The length of its recording."""
+        return float(row.sizes[0] * self.processor.seconds / self.processor.frames)
+
+    def draw(self, row: Row, key: tuple[int, ...]) -> Row:
+        """The row with the masks of this step."""
+        return row.with_parts({MASKS: drawn_masks(self.settings, row, self.processor.bands, key[:3])})
+
+    def evaluation_copy(self) -> Self:
+        """Nothing is masked."""
+        return replace(self, draws=False)
+
+
+def lasts(sound: Sound, maximum: float) -> str:
+    """What is wrong with a recording that is too long."""
+    return f"{sound.name} lasts {sound.seconds:,.1f} s, and the model hears {maximum:g} s at once"
+
+
+def longer_than(maximum: float) -> str:
+    """Why such a recording is dropped."""
+    return f"recording longer than the {maximum:g} s that the model hears at once"

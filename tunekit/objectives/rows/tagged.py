@@ -1,0 +1,129 @@
+"""Rows of words that have a tag each, predicted at the first token of the word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunekit.contracts import Array, Batch, Row, RowLayout, Span
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.rendering.render import EMPTY_TEXT
+from tunekit.errors import DataError
+from tunekit.formats.tags import TagsExample
+from tunekit.objectives.rows.labelled import LabelledTexts
+from tunekit.objectives.rows.labels import utf8
+
+SEPARATOR = "\n"  # between the tags of a row
+
+
+class WordIds(list[int]):
+    """Ids of a text that know where its words begin."""
+
+    firsts: Sequence[int] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TaggedWords(LabelledTexts):
+    """Parts: `ids` (T,) of the words, with blanks between them and special tokens around them; `firsts` (N,) where each
+    word begins; `tags` as UTF-8."""
+
+    example = "tags"
+    layout = RowLayout({"ids": "<i4", "firsts": "<i4", "tags": "u1"}, ("ids",), sizes=1)
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The tag of each word."""
+        return row.parts["tags"].tobytes().decode().split(SEPARATOR)
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped if there is no word; DataError for a tag that is not listed, or a word without a
+        token."""
+        assert isinstance(example, TagsExample)
+        if not example.words:
+            raise Dropped(EMPTY_TEXT)
+        tags = self._names(example.tags)
+        for tag in tags:
+            self.labels.check(tag)
+        ids = self.word_ids(example.words)
+        return self.make_row(_parts(ids, ids.firsts, tags), origin)
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        return len(parts["firsts"])
+
+    def prompt(self, example: Any) -> tuple[list[int], str]:
+        """Ids of the words, and their tags with a blank between them."""
+        ids = self._cut_words(example.words)
+        return ids, " ".join(self._names(example.tags)[: len(ids.firsts)])
+
+    def question(self, text: str) -> list[int]:
+        """Ids of a text whose words are separated by blanks, cut where rows are."""
+        return self._cut_words(text.split())
+
+    def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
+        """Parts of a row with these ids, every word tagged with the first label."""
+        assert isinstance(ids, WordIds)
+        return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
+
+    def word_ids(self, words: Sequence[str]) -> WordIds:
+        """Ids of the words. Raises: DataError for a word none of whose characters begins a token."""
+        text, (before, after) = " ".join(words), self.around
+        starts = np.cumsum([0, *(len(word) + 1 for word in words)])  # (words + 1,)
+        inner, offsets = self.tokenizer.encode_with_offsets(text, special_tokens_in_text=False)
+        begun = [start + len(text[start:end]) - len(text[start:end].lstrip()) for start, end in offsets]
+        owners = np.searchsorted(starts, begun, side="right") - 1  # (T,)
+        firsts: dict[int, int] = {}
+        for place, (owner, start, (_, end)) in enumerate(zip(owners.tolist(), begun, offsets, strict=True)):
+            if start < end:
+                firsts.setdefault(owner, len(before) + place)
+        missing = next((word for number, word in enumerate(words) if number not in firsts), None)
+        if missing is not None:
+            raise DataError(f"the word {missing!r} has no token of its own", "leave it and its tag out")
+        ids = WordIds([*before, *inner, *after])
+        ids.firsts = [firsts[number] for number in range(len(words))]
+        return ids
+
+    def _cut_words(self, words: Sequence[str]) -> WordIds:
+        whole = self.word_ids(words)
+        ids = WordIds(self.cut_ids(whole))
+        ids.firsts = [place for place in whole.firsts if place < len(ids) - len(self.around[1])]
+        return ids
+
+    def _names(self, tags: Sequence[str | int]) -> list[str]:
+        """Names of the tags, those of numbers from the recipe's list. Raises: DataError for a number beyond it."""
+        listed = self.settings.labels
+        for tag in tags:
+            if isinstance(tag, int) and not 0 <= tag < len(listed):
+                what = f"the tag {tag} is a number, and objective.labels has {len(listed)} names"
+                raise DataError(what, "list the names of all tags there, in the order of their numbers from 0")
+        return [listed[tag] if isinstance(tag, int) else tag for tag in tags]
+
+    def resized(self, row: Row, size: int) -> Row:
+        """The row with this number of ids, and the tags of the words that begin in them."""
+        firsts = row.parts["firsts"]
+        inside = firsts[firsts < max(size - len(self.around[1]), 0)]
+        parts = _parts(self.sized(row.parts["ids"], size), inside, self.labels_of(row)[: len(inside)])
+        return self.make_row(parts, row.origin, row.number)
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """The labels of all words in order, and where each word begins (`firsts`) in the flattened positions.
+
+        Shapes: as those of texts with labels; labels, firsts (N,).
+        """
+        return self.batch(sequences, "firsts", lambda row: row.parts["firsts"])
+
+    def spans(self, row: Row) -> list[Span]:
+        """The words under their tags; the token of each at which its tag is predicted."""
+        ids = row.parts["ids"]
+        marks = np.zeros(len(ids), np.bool_)
+        marks[row.parts["firsts"]] = True
+        return [Span(ids, marks, title=f"tags: {' '.join(self.labels_of(row))}")]
+
+
+def _parts(ids: Sequence[int] | Array, firsts: Sequence[int] | Array, tags: Sequence[str]) -> dict[str, Array]:
+    return {
+        "ids": np.asarray(ids, dtype=np.int32),
+        "firsts": np.asarray(firsts, dtype=np.int32),
+        "tags": utf8(SEPARATOR.join(tags)),
+    }
