@@ -1,7 +1,6 @@
-"""`tunekit reward check`: what a recipe's reward makes of answers whose worth is known, before it is trained on.
+"""`tunekit reward check`: tries a recipe's reward on good and bad answers before it is trained on.
 
-Comes in: a recipe whose objective samples.  Goes out: a table of answers with their rewards, and findings: a reward
-that fails, is slow, or gives answers that say nothing as much as the rows' own.
+Findings are rewards that fail, are slow, or give empty answers as much as the rows' own.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ import torch
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import load_into
-from tunekit.companions.reward_model import load_scorers
+from tunekit.companions.rewards import RewardFunctions, make, name_of
 from tunekit.console import Console, visible
-from tunekit.contracts import Window
+from tunekit.contracts import CompanionSpec, Window
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
@@ -36,14 +35,14 @@ from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.prompts import said_of, told_of
-from tunekit.objectives.rewards import Rewards, Scores, Written, said
-from tunekit.objectives.samples import SampleObjective
-from tunekit.objectives.worth import mean, spread
+from tunekit.objectives.losses.advantages import Rewards, mean, spread
+from tunekit.objectives.losses.samples import REWARD, SampledLoss
+from tunekit.objectives.rows.prompts import Completion, context_json, read_context
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.run_view import ModelRun
 
 MOST_ROWS, MOST_READ = 64, 20_000  # rows that are tried; of a source, those among which they are drawn
 LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers
@@ -54,49 +53,40 @@ SHUFFLED = "another row's answer"
 
 
 @dataclass(frozen=True)
-class Tried:
-    """What a kind of answers was worth: (N, F) by each reward; `errors` of those that gave nothing sensible."""
+class Trial:
+    """A kind of answers with their rewards: (N, F) by each function; `errors` of functions with an invalid result."""
 
     name: str
-    written: Sequence[Written]
-    scores: Scores
-    total: Scores  # (N,)
+    completions: Sequence[Completion]
+    scores: Rewards
+    total: Rewards  # (N,)
     seconds: Sequence[float]
     errors: Sequence[str]
 
 
 def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None) -> int:
-    """Try the reward out; 2 where there are findings. Raises: TunekitError where nothing can be tried."""
+    """Try the reward; 2 if there are findings. Raises: TunekitError if nothing can be tried."""
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     settings = recipe.objective
     if not isinstance(settings, SampleSettings):
         raise InputError(f"objective {settings.method} has no reward", "name a recipe of objective: grpo or rloo")
-    rewards, size = Rewards(settings.reward), settings.num_generations
-    rewards.check()
-    told = _chosen(recipe, console)
+    rewards, size = make(CompanionSpec("rewards", REWARD, settings.reward)), settings.num_generations
     device = make_devices().device
-    scorers: Any = _Scorers(load_scorers(settings, device))
-    tried = [_tried(rewards, name, written, scorers) for name, written in known_answers(told).items()]
+    rewards.load(device)
+    kinds = known_answers(_chosen(recipe, console))
     if samples:
-        written = _sampled(recipe, max(1, round(samples / size)), device)
-        tried.append(_tried(rewards, SAMPLES, written, scorers))
-    findings, notes = judged(rewards, tried, size)
-    _show(console, rewards, tried, findings, notes, size)
-    write_result({"answers": [_values(rewards, each) for each in tried], "findings": findings, "notes": notes})
+        kinds[SAMPLES] = _sampled(recipe, max(1, round(samples / size)), device)
+    trials = [_trial(rewards, name, completions) for name, completions in kinds.items()]
+    findings, notes = judged(rewards, trials, size)
+    _show(console, rewards, trials, findings, notes, size)
+    write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
     return 2 if findings else 0
-
-
-@dataclass
-class _Scorers:
-    """Stands for a model where only reward models are asked."""
-
-    scorers: dict[str, Any]
 
 
 def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
     """Prompts and columns of some training rows, drawn by seed, which need no tokenizer."""
-    found, problems = list[dict[str, Any]](), Problems()
+    contexts, problems = list[dict[str, Any]](), Problems()
     for source in recipe.data.train:
         rows, _, format_name, _ = open_rows(source, recipe.objective.example, problems)
         make_example = format_maker(format_name)
@@ -106,41 +96,38 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
             except DataError as error:
                 problems.add_error(source.path, raw.line, error)
                 continue
-            found += [json.loads(said_of(example))] if example.prompt else []
+            contexts += [json.loads(context_json(example))] if example.prompt else []
     problems.raise_if_any()
-    if not found:
+    if not contexts:
         raise DataError("no row has a prompt", "", key="data.train")
     draw = random.Random(recipe.training.seed)
-    chosen = draw.sample(found, min(MOST_ROWS, len(found)))
-    console.info(f"the rewards of {len(chosen):,} rows of {len(found):,}, each with answers whose worth is known")
+    chosen = draw.sample(contexts, min(MOST_ROWS, len(contexts)))
+    console.info(f"the rewards of {len(chosen):,} rows of {len(contexts):,}, each with answers that are good or bad")
     return chosen
 
 
-def known_answers(told: Sequence[dict[str, Any]]) -> dict[str, list[Written]]:
-    """Each row with its own answer, and with others that are worth less, by what they are."""
-    with_answer = [each for each in told if isinstance(each["columns"].get("answer"), str | int)]
+def known_answers(contexts: Sequence[dict[str, Any]]) -> dict[str, list[Completion]]:
+    """Each row with its own answer, and with worse ones, by what they are."""
+    with_answer = [each for each in contexts if isinstance(each["columns"].get("answer"), str | int)]
     answers = [str(each["columns"]["answer"]) for each in with_answer]
     common = Counter(answers).most_common(1)[0][0] if answers else "yes"
     words = " ".join(answers or ["word"]).split() or ["word"]
     long = " ".join((words * LONG_WORDS)[:LONG_WORDS])
-    found = {}
+    rows, kinds = with_answer or contexts, dict[str, Sequence[str]]()
     if answers:
-        found[REFERENCE] = [_written(each, answer) for each, answer in zip(with_answer, answers, strict=True)]
-        others = [
+        kinds[REFERENCE] = answers
+        kinds[SHUFFLED] = [
             next((text for text in answers[at + 1 :] + answers[:at] if text != own), own)
             for at, own in enumerate(answers)
         ]
-        found[SHUFFLED] = [_written(each, other) for each, other in zip(with_answer, others, strict=True)]
-    asked = with_answer or told
-    found["nothing"] = [_written(each, "") for each in asked]
-    found[f"one answer to all: {visible(common)[:40]!r}"] = [_written(each, common) for each in asked]
-    found["the prompt again"] = [_written(each, _text_of(each["prompt"])) for each in asked]
-    found[f"{LONG_WORDS} words of other answers"] = [_written(each, long) for each in asked]
-    return found
-
-
-def _written(told: dict[str, Any], text: str) -> Written:
-    return Written(told["prompt"], told["columns"], text)
+    kinds["nothing"] = [""] * len(rows)
+    kinds[f"one answer to all: {visible(common)[:40]!r}"] = [common] * len(rows)
+    kinds["the prompt again"] = [_text_of(each["prompt"]) for each in rows]
+    kinds[f"{LONG_WORDS} words of other answers"] = [long] * len(rows)
+    return {
+        name: [Completion(**context, text=text) for context, text in zip(rows, texts, strict=True)]
+        for name, texts in kinds.items()
+    }
 
 
 def _text_of(prompt: Any) -> str:
@@ -148,71 +135,76 @@ def _text_of(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
 
-def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Written]:
-    """What the model writes to the first rows before step 1, a group each, as in a step of training."""
+def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completion]:
+    """The model's completions to the first rows before step 1, a group each, as in a step of training."""
     seed = recipe.training.seed
     objective = make_objective(recipe.objective, load_tokenizer(recipe.model))
     rows = load_rows(recipe.data, objective, seed=seed)
     order = epoch_rows(rows.draws, seed=seed, epoch=0, shuffle=recipe.data.shuffle)[:count]
     chosen = [rows.train[int(index)] for index in order]
     base = load_model(objective.section(recipe.model, 0), device=device)
-    model, begun_from = TunedModel(base, None), getattr(recipe.adapter, "init_from", None)
-    if begun_from is not None:
+    model, adapter = TunedModel(base, None), getattr(recipe.adapter, "init_from", None)
+    if adapter is not None:
         head = base.family.head_name(base.net)
         model.adapter = attach_adapter(base.net, recipe.adapter, seed=seed, head_name=head, device=device)
-        load_into(model.adapter, Path(begun_from), base_fingerprint=base.fingerprint)
-    assert isinstance(rows.objective, SampleObjective)
+        load_into(model.adapter, Path(adapter), base_fingerprint=base.fingerprint)
+    loss = rows.objective.loss
+    assert isinstance(loss, SampledLoss)
     with undisturbed(model):
-        groups = rows.objective.sampled(model, Window(0, 0.0, (), (), seed), chosen)
-    return [_written(told_of(row), each.text) for row, group in zip(chosen, groups, strict=True) for each in group]
+        groups = loss.sampled(ModelRun(model, rows.objective.rows), Window(0, 0.0, (), (), seed), chosen)
+    return [
+        Completion(**read_context(row), text=sample.text)
+        for row, group in zip(chosen, groups, strict=True)
+        for sample in group
+    ]
 
 
-def _tried(rewards: Rewards, name: str, written: Sequence[Written], model: Any) -> Tried:
-    columns, seconds, errors = list[Scores](), list[float](), list[str]()
+def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion]) -> Trial:
+    columns, seconds, errors = list[Rewards](), list[float](), list[str]()
     for number, source in enumerate(rewards.sources):
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             with time_limit(LIMIT_SECONDS):
-                columns.append(rewards.scored_by(number, written, model))
+                columns.append(rewards.scored_by(number, completions))
         except (RewardError, TimeUp) as error:
-            columns.append(np.full(len(written), np.nan))
-            late = f"{said(source)} took more than {LIMIT_SECONDS:g} s for {len(written)} completions"
-            told = (late,) if isinstance(error, TimeUp) else (error.problems[0].what, error.problems[0].how)
-            errors.append("; ".join(filter(None, told)))
-        seconds.append(time.monotonic() - began)
+            columns.append(np.full(len(completions), np.nan))
+            late = f"{name_of(source)} took more than {LIMIT_SECONDS:g} s for {len(completions)} completions"
+            texts = (late,) if isinstance(error, TimeUp) else (error.problems[0].what, error.problems[0].how)
+            errors.append("; ".join(filter(None, texts)))
+        seconds.append(time.monotonic() - start)
     scores = np.stack(columns, axis=1)
-    return Tried(name, written, scores, rewards.summed(scores), seconds, errors)
+    return Trial(name, completions, scores, rewards.summed(scores), seconds, errors)
 
 
-def judged(rewards: Rewards, tried: Sequence[Tried], size: int) -> tuple[list[str], list[str]]:
+def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tuple[list[str], list[str]]:
     """What is wrong with the reward, and what should be known of it; `size`: of a group of samples."""
     places = dict[str, list[str]]()
-    for each in tried:
+    for each in trials:
         for error in each.errors:
             places.setdefault(error, []).append(each.name)
     findings = [
         f"{error} ({names[0]}{f', and {len(names) - 1} more kinds of answers' if names[1:] else ''})"
         for error, names in places.items()
     ]
-    by_name = {each.name: each for each in tried}
+    by_name = {each.name: each for each in trials}
     own = by_name.get(REFERENCE)
     notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
-    failed = {each.name for each in tried if each.errors}
-    for each in tried:
+    failed = {each.name for each in trials if each.errors}
+    for each in trials:
         if own is None or REFERENCE in failed or each.name in (REFERENCE, SAMPLES) or each.name in failed:
             continue
         best, other = float(mean(own.total)), float(mean(each.total))
         if np.isnan(best) or np.isnan(other) or other < best:
             continue
-        told = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
-        (notes if each.name == SHUFFLED else findings).append(told)
-    notes += _constant(rewards, tried) if own is not None else ()
-    for each in tried:
+        text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
+        (notes if each.name == SHUFFLED else findings).append(text)
+    notes += _constant(rewards, trials) if own is not None else ()
+    for each in trials:
         for source, seconds in zip(rewards.sources, each.seconds, strict=True):
-            slow = seconds / max(len(each.written), 1)
+            slow = seconds / max(len(each.completions), 1)
             if slow > SLOW_SECONDS and not any("took more than" in error for error in each.errors):
-                findings.append(f"{said(source)} takes {slow:.2g} s for a completion ({each.name})")
-    absent = sum(int(np.isnan(each.total).sum()) for each in tried if each.name not in failed)
+                findings.append(f"{name_of(source)} takes {slow:.2g} s for a completion ({each.name})")
+    absent = sum(int(np.isnan(each.total).sum()) for each in trials if each.name not in failed)
     if absent:
         notes.append(f"{absent:,} completions were not judged (None or NaN)")
     sampled = by_name.get(SAMPLES)
@@ -226,33 +218,33 @@ def judged(rewards: Rewards, tried: Sequence[Tried], size: int) -> tuple[list[st
     return findings, notes
 
 
-def _constant(rewards: Rewards, tried: Sequence[Tried]) -> Iterator[str]:
+def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str]:
     """Of several rewards, those that give every answer the same: the others hide it in the sum."""
     sources = rewards.sources
     for number, source in enumerate(sources if len(sources) > 1 else ()):
-        scores = np.concatenate([each.scores[:, number] for each in tried])  # (N,)
+        scores = np.concatenate([each.scores[:, number] for each in trials])  # (N,)
         if np.isfinite(scores).all() and np.ptp(scores) == 0:
             yield (
-                f"{said(source)} gives every answer {scores[0]:.4g}, {REFERENCE} too: look whether it finds what it "
+                f"{name_of(source)} gives every answer {scores[0]:.4g}, {REFERENCE} too: look whether it finds what it "
                 "looks for (where a prompt is a list of messages, so is a completion)"
             )
 
 
-def _values(rewards: Rewards, each: Tried) -> dict[str, Any]:
+def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
     """Of one kind of answers, for --json; numbers that are none are absent."""
     names = rewards.names
     numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
     numbers |= {f"mean_{name}": float(mean(each.scores[:, at])) for at, name in enumerate(names)}
     finite = {name: value for name, value in numbers.items() if np.isfinite(value)}
-    counts = {"completions": len(each.written), "not_judged": int(np.isnan(each.total).sum())}
+    counts = {"completions": len(each.completions), "not_judged": int(np.isnan(each.total).sum())}
     seconds = {name: round(value, 4) for name, value in zip(names, each.seconds, strict=True)}
     return {"answers": each.name, **counts, **finite, "seconds": seconds, "errors": list(each.errors)}
 
 
 def _show(
     console: Console,
-    rewards: Rewards,
-    tried: Sequence[Tried],
+    rewards: RewardFunctions,
+    trials: Sequence[Trial],
     findings: Sequence[str],
     notes: Sequence[str],
     size: int,
@@ -260,20 +252,20 @@ def _show(
     names = rewards.names
     several = names if len(names) > 1 else []
     lines = []
-    for each in tried:
+    for each in trials:
         values = _values(rewards, each)
         numbers = [values.get(name) for name in ("mean", "std", *(f"mean_{name}" for name in several))]
         shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
-        lines.append([each.name, len(each.written), *shown, values["not_judged"], f"{sum(each.seconds):.3g}"])
+        lines.append([each.name, len(each.completions), *shown, values["not_judged"], f"{sum(each.seconds):.3g}"])
     console.table(["answers", "completions", "reward", "std", *several, "not judged", "seconds"], lines)
-    sampled = next((each for each in tried if each.name == SAMPLES), None)
+    sampled = next((each for each in trials if each.name == SAMPLES), None)
     if sampled is not None:
         console.info("\nthe first samples:")
-        for written, total in list(zip(sampled.written, sampled.total.tolist(), strict=True))[:size]:
-            console.info(f"  {total:.4g}  {visible(written.text)[:100]!r}")
+        for completion, total in list(zip(sampled.completions, sampled.total.tolist(), strict=True))[:size]:
+            console.info(f"  {total:.4g}  {visible(completion.text)[:100]!r}")
     console.info("", *notes)
     console.warn(*findings)
-    if not findings and any(each.name == REFERENCE for each in tried):
+    if not findings and any(each.name == REFERENCE for each in trials):
         console.info("nothing was found: the rows' own answers are worth more than what says nothing")
     elif not findings:
         console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")

@@ -28,7 +28,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
-from tunekit.objectives.dpo import LOSSES
+from tunekit.objectives.losses.preferences import LOSSES
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -42,6 +42,7 @@ from tunekit.train import train_verb
 from tunekit.training.trial import probe_reference
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.run_view import ModelRun
 
 CPU = torch.device("cpu")
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.05, "aot": 0.2}
@@ -274,7 +275,7 @@ def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pyte
         assert plan.peak_bytes.activations > 0
         if shares:
             objective = prepared.rows.objective
-            computed = [row.size - objective.shared(row) for row in (prepared.rows.train[at] for at in range(18))]
+            computed = [row.size - objective.rows.shared(row) for row in (prepared.rows.train[at] for at in range(18))]
     shared, apart, padded = found
     assert shared.inputs["input_ids"].shape == (1, shared.padded)
     assert max(computed) < shared.padded <= sum(sorted(computed)[-2:]), "the largest of what is really computed"
@@ -315,9 +316,9 @@ def test_a_prompt_computed_once_is_two_plain_rows(base: Path, tmp_path: Path, ob
     model = TunedModel(loaded, adapter)
     found = []
     for layout in (sharing, sharing.laid_out(True), sharing.laid_out(False)):
-        batch = layout.collate([[prepared.rows.train[at]] for at in range(6)])
-        batch = layout.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0]
-        loss = layout.loss(model.output(batch.inputs), batch)
+        batch = layout.rows.collate([[prepared.rows.train[at]] for at in range(6)])
+        batch = layout.prepare(ModelRun(model, layout.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
+        loss = layout.loss.loss(model.output(batch.inputs), batch)
         gradient = torch.autograd.grad(loss.total.sum(), list(adapter.trained().values()))
         found.append((batch.padded, loss, torch.cat([each.flatten() for each in gradient])))
     assert found[0][0] < found[1][0] <= found[2][0]
@@ -439,7 +440,7 @@ def test_an_adapter_that_is_not_the_identity_is_no_reference(base: Path) -> None
     loaded = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU)
     adapter = attach_adapter(loaded.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     model, objective = TunedModel(loaded, adapter), objective_of(DpoSettings())
-    batch = objective.collate([make_rows()])
+    batch = objective.rows.collate([make_rows()])
     probe_reference(model, objective, batch)
     for parameter in adapter.trained().values():
         parameter.data.add_(0.1)
@@ -455,10 +456,11 @@ def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Pa
     slots: Any = model.slots
     held, holding = list[int](), slots.holding
     slots.holding = lambda layer, then=None: (held.append(layer), holding(layer, then))[1]
-    batches = tuple(objective.collate([[row]]) for row in make_rows()[:3])
-    window = objective.prepare(model, Window(0, 0.0, (0, 1, 2), batches))
+    batches = tuple(objective.rows.collate([[row]]) for row in make_rows()[:3])
+    run = ModelRun(model, objective.rows)
+    window = objective.prepare(run, Window(0, 0.0, (0, 1, 2), batches))
     assert [layer for layer, _ in groupby(held)] == list(range(len(slots.blobs)))
-    alone = [objective.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
+    alone = [objective.prepare(run, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
     for together, single in zip(window.batches, alone, strict=True):
         assert torch.equal(together.targets["reference"], single.targets["reference"])
 

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
 from tests.objectives.test_reward import write_reward
+from tests.objectives.test_rewards import loaded
 from tests.support.pair_case import on_two_ranks
 from tests.support.sample_case import Case
 from tests.support.train_case import lose_the_end, records, without_times
+from tunekit.companions.base import load_companions
 from tunekit.contracts import Gather, Window
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.rows import load_rows
@@ -33,7 +35,7 @@ from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.rewards import Rewards, Written
+from tunekit.objectives.rows.prompts import Completion
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
@@ -103,10 +105,11 @@ def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
     rows = case.rows(objective)
 
     def prepared(number: int, gather: Gather) -> Window:
-        share = [objective.collate([[row]]) for row in rows[number::2]]
-        return objective.prepare(case.model(), Window(3, 0.0, (0, 1), tuple(share), 5), gather)
+        share = [objective.rows.collate([[row]]) for row in rows[number::2]]
+        return objective.prepare(case.run(objective.rows, gather), Window(3, 0.0, (0, 1), tuple(share), 5))
 
-    found = on_two_ranks(prepared)
+    with case.log_probabilities():
+        found = on_two_ranks(prepared)
     for number in range(2):
         metrics = found[number].preparation.metrics
         assert metrics == pytest.approx({name: whole[name] for name in metrics}, rel=1e-12)
@@ -118,10 +121,10 @@ def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     case = Case(tmp_path, GrpoSettings, {})
     objective = case.objective()
-    batch = objective.collate([[row] for row in case.rows(objective)])
+    batch = objective.rows.collate([[row] for row in case.rows(objective)])
     other = RewardError("rewards.py: score raised ValueError on another rank")
     with pytest.raises(RewardError, match="on another rank"):
-        objective.prepare(case.model(), Window(3, 0.0, (0,), (batch,), 5), lambda mine: [*mine, other])
+        objective.prepare(case.run(objective.rows, lambda local: [*local, other]), Window(3, 0.0, (0,), (batch,), 5))
 
 
 def test_a_reward_that_fails_in_an_evaluation_is_raised_on_all_ranks(base: Path, tmp_path: Path) -> None:
@@ -130,14 +133,16 @@ def test_a_reward_that_fails_in_an_evaluation_is_raised_on_all_ranks(base: Path,
     loaded = load_recipe(write_prompts(tmp_path, base, code=code, data={"eval": ["train.jsonl"]}))
     base_model = load_model(loaded.recipe.model, device=CPU)
     tokenizer = load_tokenizer(loaded.recipe.model)
-    objective: Any = make_objective(loaded.recipe.objective, tokenizer)
-    rows = load_rows(loaded.recipe.data, objective, seed=0).evaluation
+    loaded_rows = load_rows(loaded.recipe.data, make_objective(loaded.recipe.objective, tokenizer), seed=0)
+    rows, objective = loaded_rows.evaluation, loaded_rows.objective.evaluation_copy()
+    assert rows is not None
+    model = TunedModel(base_model, None, companions=load_companions(objective, CPU))
 
     def evaluated(number: int, gather: Gather) -> str:
         devices: Any = SimpleNamespace(rank=number, world=2, any=lambda said: any(gather([said])), gather=gather)
-        batches = evaluation_batches(rows, objective.held_out(), batch_size=1)
+        batches = evaluation_batches(rows, objective.rows, batch_size=1)
         try:
-            summed_evaluation(TunedModel(base_model, None), objective.held_out(), batches, devices)
+            summed_evaluation(model, objective, batches, devices)
         except RewardError as error:
             return str(error)
         return "no error"
@@ -275,12 +280,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("body", "said"), WRONG)
 def test_what_is_no_reward_is_named(base: Path, tmp_path: Path, body: str, said: str) -> None:
-    source = Rewards(
-        GrpoSettings.model_validate({"reward": ONE | {"function": f"{tmp_path}/rewards.py:letters"}}).reward
-    )
     (tmp_path / "rewards.py").write_text(f"\ndef letters(completions, **columns):\n{body}\n", encoding="utf-8")
+    rewards = loaded(ONE | {"function": f"{tmp_path}/rewards.py:letters"})
     with pytest.raises(RewardError, match=said):
-        source.scored_by(0, [Written("p", {"answer": "1"}, text) for text in ("a", "b")], None)
+        rewards.scored_by(0, [Completion("p", {"answer": "1"}, text) for text in ("a", "b")])
 
 
 def test_a_reward_may_be_silent_on_the_rows_of_a_step_and_of_an_evaluation(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from trl.trainer.utils import pad
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, train, write_recipe
 from tests.support.data_case import objective_of
-from tests.support.pair_case import on_two_ranks, trainer_of
+from tests.support.pair_case import Output, log_probabilities_of, on_two_ranks, parts_of, run_of, trainer_of
 from tests.support.train_case import records
 from tunekit.contracts import Batch, Row, Window
 from tunekit.errors import TunekitError
@@ -63,8 +64,8 @@ def make_rows(objective: Any, labels: Sequence[bool]) -> list[Row]:
     draw, rows = np.random.default_rng(0), []
     for number, ((size, prompt), label) in enumerate(zip(SIZES, labels, strict=True)):
         ids = draw.integers(1, 100, prompt + size).astype(np.int32)
-        side = (ids, np.arange(prompt + size) >= prompt)
-        rows.append(objective.make_row([side], {"label": [label]}, f"d:{number}", number))
+        parts = parts_of(("completion", ids, np.arange(prompt + size) >= prompt), label=np.array([label]))
+        rows.append(objective.rows.make_row(parts, f"d:{number}", number))
     return rows
 
 
@@ -95,19 +96,14 @@ def trl_loss(rows: Sequence[Row], models: Sequence[Table], settings: KtoSettings
     return loss, {name.replace("/", "_"): values[0] for name, values in trainer._metrics["train"].items()}
 
 
-def told_by(models: Sequence[Table], settings: KtoSettings) -> tuple[Any, Any]:
-    """The objective whose log-probabilities are the tables', and a model that scores so."""
-    objective: Any = objective_of(settings)
+def scored_by(models: Sequence[Table]) -> AbstractContextManager[None]:
+    """A block in which log-probabilities are those of the tables."""
 
-    def of_batch(output: str, batch: Batch) -> Tensor:
+    def of_batch(name: str, batch: Batch) -> Tensor:
         places = batch.inputs["position_ids"].flatten()[batch.targets["index"]]
-        return models[output == "reference"].values[places, batch.targets["ids"]]
+        return models[name == "reference"].values[places, batch.targets["ids"]]
 
-    def scored(batches: Sequence[Batch], score: Any, *, bypassed: bool = False) -> list[Tensor]:
-        return [score("reference" if bypassed else "policy", batch).detach() for batch in batches]
-
-    objective.log_probabilities = of_batch
-    return objective, SimpleNamespace(scored=scored)
+    return log_probabilities_of(of_batch)
 
 
 @pytest.mark.parametrize("labels", [MIXED, GOOD], ids=["mixed", "all good"])
@@ -115,14 +111,16 @@ def told_by(models: Sequence[Table], settings: KtoSettings) -> tuple[Any, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_losses_gradients_and_what_is_logged_are_trls(case: str, sizes: list[int], labels: Sequence[bool]) -> None:
     settings, models = KtoSettings(**CASES[case]), (Table(0, raised=0.5), Table(1))
-    objective, model = told_by(models, settings)
+    objective = objective_of(settings)
     rows = make_rows(objective, labels)
     expected, theirs = trl_loss(rows, models, settings)
     (gradient,) = torch.autograd.grad(expected, models[0].values)
     left = iter([rows[place] for place in (3, 0, 4, 1, 2)])
-    batches = tuple(objective.collate([[next(left)] for _ in range(size)]) for size in sizes)
-    window = objective.prepare(model, Window(0, 0.0, tuple(range(len(batches))), batches))
-    found = [objective.loss("policy", batch) for batch in window.batches]
+    batches = tuple(objective.rows.collate([[next(left)] for _ in range(size)]) for size in sizes)
+    with scored_by(models):
+        window = objective.prepare(run_of(objective.rows), Window(0, 0.0, tuple(range(len(batches))), batches))
+        outputs: Any = [Output("policy", batch) for batch in window.batches]
+        found = [objective.loss.loss(output, output.batch) for output in outputs]
     loss = torch.cat([each.total for each in found]).sum() / len(rows)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, models[0].values)[0], gradient, rtol=1e-5, atol=1e-7)
@@ -132,18 +130,19 @@ def test_losses_gradients_and_what_is_logged_are_trls(case: str, sizes: list[int
     assert (finite["kl"] > 0) == (settings.loss_type == "kto")
 
 
-def test_ranks_together_have_the_kl_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective, model = told_by((Table(0, raised=0.5), Table(1)), KtoSettings())
+def test_ranks_together_have_the_kl_of_one() -> None:
+    objective = objective_of(KtoSettings())
     rows = make_rows(objective, MIXED)
 
     def facts(share: Sequence[Row], gather: Any = list) -> list[float]:
-        batches = tuple(objective.collate([[row]]) for row in share)
-        window = objective.prepare(model, Window(0, 0.0, tuple(range(len(share))), batches), gather)
+        batches = tuple(objective.rows.collate([[row]]) for row in share)
+        window = objective.prepare(run_of(objective.rows, gather), Window(0, 0.0, tuple(range(len(share))), batches))
         return window.batches[0].targets["facts"][0].tolist()  # type: ignore[no-any-return]
 
     shares = (rows[3:], rows[:3])
-    found = on_two_ranks(lambda number, gather: facts(shares[number], gather))
-    assert found[0] == found[1] == facts(rows)
+    with scored_by((Table(0, raised=0.5), Table(1))):
+        found = on_two_ranks(lambda number, gather: facts(shares[number], gather))
+        assert found[0] == found[1] == facts(rows)
     assert found[0][0] > 0
 
 

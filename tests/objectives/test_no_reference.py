@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_dpo import losses, tensors_of, train, write_recipe
 from tests.support.pair_case import Told, trainer_of
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import EncodeOptions
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.preference import make_example
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -79,7 +79,7 @@ def test_every_loss_its_gradient_and_what_is_logged_are_trls(case: str, sizes: l
 
 
 def test_certain_answers_have_finite_odds() -> None:
-    from tunekit.objectives.orpo import log_odds
+    from tunekit.objectives.losses.preferences import log_odds
 
     logp = torch.tensor([0.0, -1e-9, -1e-3, -0.7, -80.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(log_odds(logp).sum(), logp)
@@ -121,11 +121,11 @@ def test_a_method_without_a_reference_takes_any_adapter(base: Path, tmp_path: Pa
 
 
 def test_a_row_is_counted_once_whatever_both_its_answers_have(tiny_llama: Path) -> None:
-    objective = make_objective(SimpoSettings(), load_tokenizer(ModelSection(name_or_path=str(tiny_llama))))
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
     open_ended = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
-    encoder = objective.row_encoder(EncodeOptions("assistant", open_ended, 64, "drop"))
+    rows = make_objective(SimpoSettings(), tokenizer, options=EncodeOptions(template=open_ended, max_length=64)).rows
     prompt = [{"role": "user", "content": "ask"}]
     for number in range(2):
         sides = {side: [{"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
-        encoder.encode(make_example({"prompt": prompt, **sides}), "file:1")
-    assert list(encoder.notices.values()) == [2]
+        rows.encode(make_example({"prompt": prompt, **sides}), "file:1")
+    assert list(rows.notices.values()) == [2]

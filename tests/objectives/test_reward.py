@@ -20,13 +20,14 @@ from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import bert, llama  # noqa: F401
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, losses, pairs, train, write_recipe
 from tests.support.data_case import objective_of
-from tests.support.pair_case import PAIRS, trainer_of
+from tests.support.pair_case import PAIRS, parts_of, trainer_of
 from tests.support.train_case import records
 from tunekit.contracts import Batch, ModelOutput, Row
 from tunekit.errors import InputError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer, generate_verb, score_file
 from tunekit.merge import merge_verb
+from tunekit.objectives.rows.answers import SIDES
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -47,12 +48,17 @@ class Given(nn.Module):
         return SimpleNamespace(logits=self.scores[:, None])
 
 
+def pair_of(ids: list[Any], prompt: int, margin: float) -> dict[str, Any]:
+    """Parts of a chosen and a rejected sequence, which begin with so many tokens of a prompt."""
+    sides = [(name, line, np.arange(len(line)) >= prompt) for name, line in zip(SIDES, ids, strict=True)]
+    return parts_of(*sides, margin=np.array([margin], np.float32))
+
+
 def make_rows(objective: Any) -> list[Row]:
     rows = []
     for number, (chosen, rejected, prompt) in enumerate(PAIRS):
         ids = [np.arange(1, prompt + size + 1, dtype=np.int32) for size in (chosen, rejected)]
-        sides = [(line, np.arange(len(line)) >= prompt) for line in ids]
-        rows.append(objective.make_row(sides, {"margin": [MARGINS[number]]}, f"d:{number}", number))
+        rows.append(objective.rows.make_row(pair_of(ids, prompt, MARGINS[number]), f"d:{number}", number))
     return rows
 
 
@@ -81,8 +87,8 @@ def test_loss_gradient_and_what_is_logged_are_trls(coefficient: float | None) ->
     theirs = {name: values[0] for name, values in trainer._metrics["train"].items()}
     rows, found, sizes = make_rows(objective), [], (2, 1, 2)
     for size, start in zip(sizes, (0, 2, 3), strict=True):
-        batch = objective.collate([[row] for row in rows[start : start + size]])
-        found.append(objective.loss(output_of(batch, scores[:, start : start + size].flatten()), batch))
+        batch = objective.rows.collate([[row] for row in rows[start : start + size]])
+        found.append(objective.loss.loss(output_of(batch, scores[:, start : start + size].flatten()), batch))
     loss = torch.cat([each.total for each in found]).sum() / len(rows)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(loss, scores)[0], gradient, rtol=1e-5, atol=1e-6)
@@ -97,9 +103,9 @@ def test_a_score_is_read_before_the_padding() -> None:
     """As transformers does, also where padding and end of sequence are one token."""
     objective: Any = objective_of(RewardSettings(), pad_id=2)
     ids = [np.array([5, 6, 7, 2], np.int32), np.array([5, 2, 9], np.int32)]
-    row = objective.make_row([(line, np.arange(len(line)) > 0) for line in ids], {"margin": [0.0]}, "d:1")
-    assert objective.collate([[row]]).targets["last"].tolist() == [2, 4 + 2]
-    assert objective.laid_out(True).collate([[row]]).inputs["input_ids"].shape == (1, 7)
+    row = objective.rows.make_row(pair_of(ids, 1, 0.0), "d:1")
+    assert objective.rows.collate([[row]]).targets["last"].tolist() == [2, 4 + 2]
+    assert objective.laid_out(True).rows.collate([[row]]).inputs["input_ids"].shape == (1, 7)
 
 
 # Whole runs.

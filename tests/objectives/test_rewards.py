@@ -1,4 +1,4 @@
-"""What completions are worth: functions as TRL calls them, expressions, columns, sums; files that cannot be used."""
+"""Rewards of completions: functions as TRL calls them, expressions, columns, sums; files that cannot be used."""
 
 from __future__ import annotations
 
@@ -8,36 +8,45 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tunekit.companions.rewards import RewardFunctions, make
+from tunekit.contracts import CompanionSpec
 from tunekit.errors import RewardError
-from tunekit.objectives.rewards import Rewards, Written
+from tunekit.objectives.rows.prompts import Completion
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 SAID = [
-    Written("p", {"answer": "7", "level": 1}, "so #### 7"),
-    Written([{"role": "user", "content": "q"}], {"answer": 8, "level": 2}, " 8 "),
-    Written("p", {"level": 3}, "nothing"),
+    Completion("p", {"answer": "7", "level": 1}, "so #### 7"),
+    Completion([{"role": "user", "content": "q"}], {"answer": 8, "level": 2}, " 8 "),
+    Completion("p", {"level": 3}, "nothing"),
 ]
 
 
-def rewards_of(*sources: dict[str, Any]) -> Rewards:
-    return Rewards(GrpoSettings.model_validate({"reward": list(sources)}).reward)
+def rewards_of(*sources: dict[str, Any]) -> RewardFunctions:
+    return make(CompanionSpec("rewards", "objective.reward", GrpoSettings.model_validate({"reward": sources}).reward))
+
+
+def loaded(*sources: dict[str, Any]) -> RewardFunctions:
+    rewards = rewards_of(*sources)
+    rewards.load(torch.device("cpu"))
+    return rewards
 
 
 def test_expressions_and_columns() -> None:
-    found = rewards_of(
+    found = loaded(
         {"regex": "^so"}, {"exact_match": "answer"}, {"exact_match": "answer", "extract": r"#### (\d+)", "weight": 0.5}
     )
     assert found.names == ["regex", "exact_match_2", "exact_match_3"]
-    scores = found.score(SAID, None)
+    scores = found.score(SAID)
     np.testing.assert_array_equal(scores, [[1, 0, 1], [0, 1, 0], [0, np.nan, np.nan]])
     np.testing.assert_array_equal(found.summed(scores), [1.5, 1.0, 0.0])
     np.testing.assert_array_equal(found.summed(np.full((1, 3), np.nan)), [np.nan])
     with pytest.raises(
         RewardError, match="no row has the column 'right' of the reward exact_match: right; the columns"
     ):
-        rewards_of({"exact_match": "right"}).scored_by(0, SAID, None)
-    assert np.isnan(rewards_of({"exact_match": "right"}).score(SAID, None)).all()
+        loaded({"exact_match": "right"}).scored_by(0, SAID)
+    assert np.isnan(loaded({"exact_match": "right"}).score(SAID)).all()
 
 
 def test_functions_get_what_they_take_and_are_told_as_trl_tells(tmp_path: Path) -> None:
@@ -62,22 +71,22 @@ def every(prompts, completions, answer, **columns):
     (tmp_path / "rewards.py").write_text(code, encoding="utf-8")
     named = [{"function": f"{tmp_path}/rewards.py:{name}", "allow_code": True} for name in ("few", "every")]
     before = list(sys.path)
-    found = rewards_of(*named)
-    np.testing.assert_array_equal(found.score(SAID, None), [[2, 1], [4, 1], [6, np.nan]])
+    found = loaded(*named)
+    np.testing.assert_array_equal(found.score(SAID), [[2, 1], [4, 1], [6, np.nan]])
     assert sys.path == before
-    assert list(found.code) == ["objective.reward.0.function", "objective.reward.1.function"]
-    old = found.code
+    assert list(found.fingerprint()) == ["objective.reward.0.function", "objective.reward.1.function"]
+    old = found.fingerprint()
     (tmp_path / "rewards.py").write_text(f"{code}\n", encoding="utf-8")
-    assert set(found.code.values()).isdisjoint(old.values())
+    assert set(found.fingerprint().values()).isdisjoint(old.values())
 
 
 def test_columns_of_the_data_never_stand_in_for_completions(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text("def every(prompts, completions):\n    assert prompts == ['p']\n")
     with (tmp_path / "rewards.py").open("a") as file:
         file.write("    return [float(said == 'mine') for said in completions]\n")
-    found = rewards_of({"function": f"{tmp_path}/rewards.py:every", "allow_code": True})
-    written = Written("p", {"completions": ["others"], "prompts": "x"}, "mine")
-    assert found.score([written], None) == [[1.0]]
+    found = loaded({"function": f"{tmp_path}/rewards.py:every", "allow_code": True})
+    written = Completion("p", {"completions": ["others"], "prompts": "x"}, "mine")
+    assert found.score([written]) == [[1.0]]
 
 
 FILES = [
@@ -94,4 +103,4 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, code: str, said: st
     (tmp_path / "rewards.py").write_text(code, encoding="utf-8")
     found = rewards_of({"function": f"{tmp_path}/rewards.py:score", "allow_code": True})
     with pytest.raises(RewardError, match=rf"rewards\.py: {said}"):
-        found.check()
+        found.load(torch.device("cpu"))

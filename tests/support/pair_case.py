@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Barrier
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tests.support.data_case import objective_of
-from tunekit.contracts import Batch, Gather, Row, Window
+from tunekit.contracts import Batch, Gather, Row, RowKind, Window
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.objectives.dpo import DpoSettings
+from tunekit.tuned.run_view import ModelRun
 
-DPO: Any = objective_of(DpoSettings())
+DPO = objective_of(DpoSettings())
 PAIRS = [(5, 9, 3), (7, 3, 2), (12, 4, 4), (6, 6, 1), (3, 11, 5)]  # answers' tokens, and the prompt's
+
+
+class Output(NamedTuple):
+    """Of a batch by the policy or the reference, instead of hidden states."""
+
+    name: str
+    batch: Batch
+
+
+@contextmanager
+def log_probabilities_of(of_batch: Callable[[str, Batch], Tensor]) -> Iterator[None]:
+    """A block in which the losses of answers read these log-probabilities of an Output."""
+
+    def given(output: Output, index: Tensor, targets: Tensor, entropies: Tensor | None) -> Tensor:
+        return of_batch(*output)
+
+    with patch("tunekit.objectives.losses.answers.log_probabilities", given):
+        yield
+
+
+def run_of(rows: RowKind, gather: Gather = list) -> ModelRun:
+    """A run whose model gives Outputs."""
+
+    def scored(batches: Sequence[Batch], read: Any, *, bypassed: bool = False) -> list[Tensor]:
+        return [read(Output("reference" if bypassed else "policy", batch), batch).detach() for batch in batches]
+
+    model: Any = SimpleNamespace(scored=scored, device=torch.device("cpu"), reference_scores={}, companions={})
+    return ModelRun(model, rows, gather)
+
+
+def parts_of(*sides: tuple[str, Any, Any], **further: Any) -> dict[str, Any]:
+    """Parts of a row: each side's name, ids and marks, and further values."""
+    marked = {f"{name}_trained": marks for name, _, marks in sides}
+    return {name: ids for name, ids, _ in sides} | marked | further
 
 
 def make_rows() -> list[Row]:
     rows = []
     for number, (chosen, rejected, prompt) in enumerate(PAIRS):
         sides = [
-            (np.arange(prompt + size, dtype=np.int32) + 10 * number, np.arange(prompt + size) >= prompt)
-            for size in (chosen, rejected)
+            (name, np.arange(prompt + size, dtype=np.int32) + 10 * number, np.arange(prompt + size) >= prompt)
+            for name, size in (("chosen", chosen), ("rejected", rejected))
         ]
-        rows.append(DPO.make_row(sides, {}, f"d:{number}", number))
+        rows.append(DPO.rows.make_row(parts_of(*sides), f"d:{number}", number))
     return rows
 
 
@@ -71,41 +108,37 @@ class Told:
 
     def ours(self, settings: ObjectiveSettings, sizes: Sequence[int]) -> tuple[Tensor, dict[str, float], Any]:
         """The step's loss and what it logs, its window cut into micro-batches of so many pairs."""
-        objective: Any = objective_of(settings)
-        objective.log_probabilities = self._of_batch
+        objective = objective_of(settings)
         starts = np.cumsum([0, *sizes]).tolist()
-        batches = [objective.collate([[row] for row in self.rows[start:stop]]) for start, stop in pairwise(starts)]
-        model = SimpleNamespace(scored=self._scored)
-        window = objective.prepare(model, Window(0, 0.0, tuple(range(len(batches))), tuple(batches)))
-        losses = [objective.loss("policy", batch) for batch in window.batches]
-        units = sum(float(objective.units(batch)) for batch in window.batches)
-        logged = {name: sum(float(loss.metrics[name]) for loss in losses) / units for name in objective.logged}
-        sums = [objective.sums("policy", batch) for batch in window.batches]
+        batches = [objective.rows.collate([[row] for row in self.rows[start:stop]]) for start, stop in pairwise(starts)]
+        with log_probabilities_of(self._of_batch):
+            window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
+            window = objective.prepare(run_of(objective.rows), window)
+            outputs: Any = [(Output("policy", batch), batch) for batch in window.batches]
+            losses = [objective.loss.loss(*pair) for pair in outputs]
+            sums = [objective.loss.sums(*pair) for pair in outputs]
+        units = sum(float(objective.loss.units(batch)) for batch in window.batches)
+        logged = {name: sum(float(loss.metrics[name]) for loss in losses) / units for name in objective.loss.logged}
         total = torch.stack([loss.total for loss in losses]).sum()
         torch.testing.assert_close(sum(each["loss"] for each in sums).float(), total.detach())
         return total / units, logged, objective
 
     def prepared(self, settings: ObjectiveSettings, rows: Sequence[Row], gather: Gather = list) -> list[float]:
         """What each of these rows is compared with, prepared as a rank's share of a step."""
-        objective: Any = objective_of(settings)
-        objective.log_probabilities = self._of_batch
-        batches = tuple(objective.collate([[row]]) for row in rows)
+        objective = objective_of(settings)
+        batches = tuple(objective.rows.collate([[row]]) for row in rows)
         window = Window(0, 0.0, tuple(range(len(rows))), batches)
-        window = objective.prepare(SimpleNamespace(scored=self._scored), window, gather)
+        with log_probabilities_of(self._of_batch):
+            window = objective.prepare(run_of(objective.rows, gather), window)
         return [float(row.parts["matched"]) for batch in window.batches for row in batch.rows]
 
-    def _scored(
-        self, batches: Sequence[Batch], score: Callable[..., Tensor], *, bypassed: bool = False
-    ) -> list[Tensor]:
-        return [score("reference" if bypassed else "policy", batch).detach() for batch in batches]
-
-    def _of_batch(self, output: str, batch: Batch) -> Tensor:
+    def _of_batch(self, name: str, batch: Batch) -> Tensor:
         """(N,) of the batch's tokens, found by the rows' numbers."""
         width = batch.inputs["input_ids"].shape[1]
         lines, columns = batch.targets["index"] // width, batch.targets["index"] % width
         numbers = [row.number for row in batch.rows]
         place = torch.tensor([*numbers, *(number + len(self.rows) for number in numbers)])
-        table = self.policy if output == "policy" else self.reference
+        table = self.policy if name == "policy" else self.reference
         return table[place[lines], columns]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,10 +19,13 @@ from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from tunekit.contracts import Batch, ModelOutput, Row, Window
+from tunekit.companions.base import load_companions
+from tunekit.contracts import Batch, Gather, ModelOutput, Objective, Row, RowKind, Window
 from tunekit.model.call import seed_for
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.losses.samples import SampledLoss
 from tunekit.recipe.bases.sample_settings import SampleSettings
+from tunekit.tuned.run_view import ModelRun
 
 END, VOCABULARY, LONGEST = 2, 100, 7
 PROMPTS = [4, 3, 6, 2]  # tokens of each
@@ -68,6 +73,23 @@ class Table(nn.Module):
         self.values, self.entropies = nn.Parameter(0.05 - drawn[0]), drawn[1]
 
 
+class Output(ModelOutput):
+    """Of a batch by a table, instead of hidden states."""
+
+    def __init__(self, table: Table, batch: Batch) -> None:
+        super().__init__(hidden=torch.zeros(1, 1, 1))
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "batch", batch)
+
+
+def _of_batch(output: Any, index: Tensor, targets: Tensor, entropies: Tensor | None = None) -> Tensor:
+    places = output.batch.inputs["position_ids"].flatten()[index]
+    if entropies is not None:
+        entropies.copy_(output.table.entropies[places, targets])
+    found: Tensor = output.table.values[places, targets]
+    return found
+
+
 def drawn_ids() -> tuple[list[list[int]], list[list[list[int]]]]:
     """Prompts, and the completions to each."""
     draw = np.random.default_rng(0)
@@ -103,17 +125,25 @@ class Case:
 
     # As tunekit has it.
 
-    def objective(self) -> Any:
-        objective: Any = make_objective(self.settings, Words())  # type: ignore[arg-type]
-        objective.log_probabilities = self._of_batch
-        return objective
+    def objective(self) -> Objective:
+        return make_objective(self.settings, Words())  # type: ignore[arg-type]
 
-    def rows(self, objective: Any) -> list[Row]:
-        said = [json.dumps({"prompt": str(ids), "columns": {}}).encode() for ids in self.prompts]
-        pairs = enumerate(zip(self.prompts, said, strict=True))
-        return [objective.prompt_row(np.array(ids, np.int32), text, f"d:{at}", at) for at, (ids, text) in pairs]
+    def rows(self, objective: Objective) -> list[Row]:
+        contexts = [json.dumps({"prompt": str(ids), "columns": {}}).encode() for ids in self.prompts]
+        return [
+            objective.rows.make_row(
+                {"prompt": np.array(ids, np.int32), "context": np.frombuffer(context, np.uint8)}, f"d:{at}", at
+            )
+            for at, (ids, context) in enumerate(zip(self.prompts, contexts, strict=True))
+        ]
 
-    def model(self) -> Any:
+    @contextmanager
+    def log_probabilities(self) -> Iterator[None]:
+        """A block in which losses read those of the tables."""
+        with patch("tunekit.objectives.losses.answers.log_probabilities", _of_batch):
+            yield
+
+    def run(self, rows: RowKind, gather: Gather = list) -> ModelRun:
         def generate(tokenizer: Any, prompts: Sequence[list[int]], **named: Any) -> list[list[int]]:
             known = {tuple(prompt): group for prompt, group in zip(self.prompts, self.groups, strict=True)}
             count = len(LENGTHS[0])
@@ -124,27 +154,25 @@ class Case:
             return [known[tuple(prompt)][at % count] for at, prompt in enumerate(prompts)]
 
         def scored(batches: Sequence[Batch], score: Any, *, bypassed: bool = False) -> list[Tensor]:
-            output = ModelOutput(hidden=torch.zeros(1, 1, 1))
-            object.__setattr__(output, "head", self.reference if bypassed else self.old)
-            return [score(output, batch).detach() for batch in batches]
+            table = self.reference if bypassed else self.old
+            return [score(Output(table, batch), batch).detach() for batch in batches]
 
-        return SimpleNamespace(
-            device=torch.device("cpu"), base=SimpleNamespace(generation_config=None), generate=generate, scored=scored
+        model: Any = SimpleNamespace(
+            device=torch.device("cpu"),
+            base=SimpleNamespace(generation_config=None),
+            generate=generate,
+            scored=scored,
+            companions=load_companions(self.objective(), torch.device("cpu")),
         )
-
-    def _of_batch(self, output: Any, batch: Batch, entropies: Tensor | None = None) -> Tensor:
-        places = batch.inputs["position_ids"].flatten()[batch.targets["index"]]
-        if entropies is not None:
-            entropies.copy_(output.head.entropies[places, batch.targets["ids"]])
-        found: Tensor = output.head.values[places, batch.targets["ids"]]
-        return found
+        return ModelRun(model, rows, gather)
 
     def ours(
         self, sizes: Sequence[int], layout: tuple[bool, bool] = (True, True), order: Sequence[int] = (0, 1, 2, 3)
     ) -> Any:
         """The step's loss, what is logged, and its window; cut into micro-batches of so many prompts."""
         objective = self.objective().laid_out(*layout)
-        rows = self.rows(objective)
+        kind: Any = objective.rows
+        rows, run = self.rows(objective), self.run(kind)
         starts = np.cumsum([0, *sizes]).tolist()
         groups = [
             [[rows[order[at]] for at in range(start, stop)]]
@@ -152,15 +180,16 @@ class Case:
             else [[rows[order[at]]] for at in range(start, stop)]
             for start, stop in pairwise(starts)
         ]
-        batches = tuple(objective.collate(group) for group in groups)
-        window = objective.prepare(self.model(), Window(3, 0.0, tuple(range(len(batches))), batches, 5))
-        if self.off_policy:
-            window = objective.with_tokens(window, "old", self.model().scored(window.batches, objective.of_tokens))
-        output: Any = SimpleNamespace(hidden=torch.zeros(1, 1, 1), head=self.policy)
-        losses = [objective.loss(output, batch) for batch in window.batches]
-        units = sum(float(objective.units(batch)) for batch in window.batches)
-        logged = {name: sum(float(loss.metrics[name]) for loss in losses) / units for name in objective.logged}
-        total = torch.stack([loss.total for loss in losses]).sum() / units
+        batches, loss = tuple(kind.collate(group) for group in groups), objective.loss
+        assert isinstance(loss, SampledLoss)
+        with self.log_probabilities():
+            window = objective.prepare(run, Window(3, 0.0, tuple(range(len(batches))), batches, 5))
+            if self.off_policy:
+                window = kind.with_tokens(window, "old", run.score(window.batches, loss.token_scores))
+            losses = [loss.loss(Output(self.policy, batch), batch) for batch in window.batches]
+        units = sum(float(loss.units(batch)) for batch in window.batches)
+        logged = {name: sum(float(each.metrics[name]) for each in losses) / units for name in loss.logged}
+        total = torch.stack([each.total for each in losses]).sum() / units
         return total, {**logged, **window.preparation.metrics}, window
 
     # As trl has it.

@@ -1,13 +1,13 @@
-"""Reward models that a recipe's objective asks: their folders go in; what scores completions, by folder, comes out."""
+"""One reward model of a recipe: its folder -> a function that scores completions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.errors import RecipeError
 from tunekit.evaluation.scores import undisturbed
@@ -17,69 +17,66 @@ from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
-from tunekit.objectives.reward import Reward
-from tunekit.objectives.rewards import Written
-from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.objectives.rows.prompts import Completion
 from tunekit.targets.target import LoadedTarget, Target, find_target, load_target
 
 BATCH_SIZE = 16  # completions that are scored side by side
-Scorer = Callable[[Sequence[Written]], list[float]]
+Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
-def load_scorers(settings: ObjectiveSettings, device: torch.device) -> dict[str, Scorer]:
-    """Every reward model of the objective, loaded. Raises: RecipeError for a folder that holds none."""
-    return {folder: _scorer(load_target(found, device), key) for key, folder, found in _named(settings)}
+def find_reward_model(folder: str) -> Target:
+    """The target that a recipe names."""
+    return find_target(folder, None, [])
 
 
-def scorer_bytes(settings: ObjectiveSettings, device: torch.device) -> int:
-    """What their weights take, before they are loaded."""
-    return sum(stored_bytes(make_meta_model(found.model, device=device).net) for _, _, found in _named(settings))
+def weight_bytes(target: Target, device: torch.device) -> int:
+    """Bytes of its weights, before they are loaded."""
+    return stored_bytes(make_meta_model(target.model, device=device).net)
 
 
-def _named(settings: ObjectiveSettings) -> Iterator[tuple[str, str, Target]]:
-    """Key, folder and target of each."""
-    for number, source in enumerate(getattr(settings, "reward", ())):
-        if source.model is not None:
-            yield f"objective.reward.{number}.model", source.model, find_target(source.model, None, [])
+def load_scorer(folder: str, key: str, device: torch.device) -> Scorer:
+    """The loaded reward model. Raises: RecipeError for a folder without one."""
+    return _scorer(load_target(find_reward_model(folder), device), key)
 
 
 def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
     objective, model, tokenizer = loaded.objective, loaded.model, loaded.tokenizer
-    if not isinstance(objective, Reward):
+    scores = None if objective.answering is None else objective.answering.score
+    if scores is None:
         what = f"it was made for {objective.name} and gives no scores"
         raise RecipeError(what, "name a run of objective: reward, or its adapter", key=key)
     text = model.base.text
     assert text is not None  # a reward model reads text
-    options = EncodeOptions("assistant", loaded.target.chat_template, 0, "drop")
-    renderer = objective.row_encoder(options).renderer
+    rows: Any = objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template))
+    renderer = rows.renderer
 
     @torch.no_grad()
-    def score(written: Sequence[Written]) -> list[float]:
-        sequences = [_ids(each, renderer, tokenizer.eos_id) for each in written]
+    def score(completions: Sequence[Completion]) -> list[float]:
+        sequences = [_ids(each, renderer, tokenizer.eos_id) for each in completions]
         check_vocabulary(tokenizer, text.vocabulary_size, max(map(max, sequences)))
         check_prompts(sequences, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
         with undisturbed(model):
-            found = objective.score(model, [sequences[at] for at in order], BATCH_SIZE)
-        by_place = dict(zip(order, found, strict=True))
+            ordered = scores(model, [sequences[at] for at in order], BATCH_SIZE)
+        by_place = dict(zip(order, ordered, strict=True))
         return [by_place[at] for at in range(len(sequences))]
 
     return score
 
 
-def _ids(written: Written, renderer: Renderer, eos_id: int | None) -> list[int]:
-    """Of the prompt with the completion; of an empty one the prompt and the end."""
-    prompt: Any = written.prompt
+def _ids(completion: Completion, renderer: Renderer, eos_id: int | None) -> list[int]:
+    """Ids of the prompt with the completion; of an empty completion the prompt and the end."""
+    prompt: Any = completion.prompt
     if not isinstance(prompt, str):
         prompt = tuple(
             Message(
-                each["role"], each["content"], extra={k: v for k, v in each.items() if k not in ("role", "content")}
+                turn["role"], turn["content"], extra={k: v for k, v in turn.items() if k not in ("role", "content")}
             )
-            for each in prompt
+            for turn in prompt
         )
     example = AskedExample(prompt)
-    if written.text.strip():
-        return renderer.sequence(example.answered(written.text))[0]
-    found = renderer.prompt(example.answered("an answer"))
-    assert found is not None
-    return [*found[0], *([] if eos_id is None else [eos_id])]
+    if completion.text.strip():
+        return renderer.sequence(example.answered(completion.text))[0]
+    rendered = renderer.prompt(example.answered("an answer"))
+    assert rendered is not None
+    return [*rendered[0], *([] if eos_id is None else [eos_id])]

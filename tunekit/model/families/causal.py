@@ -42,7 +42,6 @@ class Family:
     task_type: str | None = "CAUSAL_LM"  # as PEFT's adapter folders name the family; None: PEFT has no class for it
     text: str = "a causal language model"
     answers: bool = True  # whether it generates text
-    is_pipeline: bool = False  # whether it is a diffusers pipeline, which draws images
     reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
     is_pipeline: bool = False  # whether the base is a folder of several models, and a merged one too
     reads_ids: bool = True  # whether what it is asked is token ids; else recordings or images

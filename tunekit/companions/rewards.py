@@ -1,0 +1,268 @@
+"""The rewards of a recipe: functions, expressions, columns and reward models that give each completion a number.
+
+A function of the user's is called as TRL calls it; its result is checked before anything is made of it. NaN: no reward.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunekit.companions.base import Planned
+from tunekit.companions.reward_model import find_reward_model, load_scorer, weight_bytes
+from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows
+from tunekit.errors import Problem, RewardError
+from tunekit.files.untrusted import MODEL_FILE, sha256_of
+from tunekit.objectives.losses.advantages import Rewards, weighted_sum
+from tunekit.objectives.rows.prompts import Completion, read_context
+from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
+
+KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
+RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
+
+
+class RewardFunctions(Companion):
+    """All rewards of a recipe, in its order."""
+
+    def __init__(self, spec: CompanionSpec) -> None:
+        super().__init__(spec)
+        self.sources: Sequence[RewardSource] = spec.settings
+        self.names = reward_names(self.sources)  # of each in what is logged
+        self._functions: list[RewardFunction] = []
+
+    def facts(self, planned: Planned) -> CompanionFacts:
+        """Bytes of the reward models, and columns that no row has."""
+        models = [find_reward_model(source.model) for source in self.sources if source.model is not None]
+        size = sum(weight_bytes(model, planned.device) for model in models)
+        return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
+
+    def _absent_columns(self, planned: Planned) -> Iterator[Problem]:
+        """Columns that completions are compared with and that no row has; of a stream only some rows are known."""
+        for number, source in enumerate(self.sources):
+            column = source.exact_match
+            if column is None or planned.streams or any(_have(rows, column) for rows in planned.rows):
+                continue
+            columns = read_context(planned.rows[0][0])["columns"]
+            names = ", ".join(name for name, value in columns.items() if value is not None)
+            key = f"{self.key}.{number}.exact_match"
+            yield Problem(f"no row has the column '{column}'", f"the first row has: {names or 'none'}", key=key)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """sha256 of each function's file and each model's weights. Raises: RewardError."""
+        return {
+            f"{self.key}.{number}.{source.kind}": sha256(content).hexdigest()
+            for number, source in enumerate(self.sources)
+            if (content := _content_of(source)) is not None
+        }
+
+    def load(self, device: torch.device) -> None:
+        """Load every function and every reward model. Raises: RewardError; RecipeError for a folder without a reward
+        model."""
+        self._functions = [self._function(number, device) for number in range(len(self.sources))]
+
+    def _function(self, number: int, device: torch.device) -> RewardFunction:
+        source = self.sources[number]
+        if source.model is not None:
+            return load_scorer(source.model, f"{self.key}.{number}.model", device)
+        if source.regex is not None:
+            return partial(_found, re.compile(source.regex))
+        return _exact_match(source) if source.exact_match is not None else _user_function(source)
+
+    def score(self, completions: Sequence[Completion]) -> Rewards:
+        """(N, F) of each completion by each function. Raises: RewardError for a wrong result."""
+        columns = [self.scored_by(number, completions, may_be_silent=True) for number in range(len(self.sources))]
+        return np.stack(columns, axis=1) if completions else np.empty((0, len(self.sources)), np.float64)
+
+    def scored_by(self, number: int, completions: Sequence[Completion], *, may_be_silent: bool = False) -> Rewards:
+        """(N,) of each completion by one function.
+
+        Raises: RewardError for a wrong result, and if no completion is judged unless it `may_be_silent`: it may be for
+            different rows.
+        """
+        name = name_of(self.sources[number])
+        try:
+            result = self._functions[number](completions)
+            result = list(result) if isinstance(result, Iterator) else result  # a generator raises its errors here
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RewardError(
+                f"{name} raised {_line(error, self.sources[number].code_file)}",
+                "mend it; `tunekit reward check` tries it",
+            ) from error
+        rewards = _checked(result, len(completions), name)
+        if completions and not may_be_silent and np.isnan(rewards).all():
+            raise self.no_rewards(number, completions)
+        return rewards
+
+    def summed(self, scores: Rewards) -> Rewards:
+        """Weighted sums. Shapes: (..., F) -> (...)."""
+        return weighted_sum(scores, [source.weight for source in self.sources])
+
+    def no_rewards(self, number: int, completions: Sequence[Completion]) -> RewardError:
+        """The error of a function that judges none of the completions."""
+        name, column = name_of(self.sources[number]), self.sources[number].exact_match
+        if column is not None and all(each.columns.get(column) is None for each in completions):
+            names = ", ".join(dict.fromkeys(name for each in completions for name in each.columns)) or "none"
+            return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {names}")
+        return RewardError(
+            f"{name} returned None or NaN for each of {len(completions):,} completions",
+            "None is for single completions that cannot be judged: return numbers for the others",
+        )
+
+
+def _have(rows: Rows, column: str) -> bool:
+    return any(read_context(rows[number])["columns"].get(column) is not None for number in range(len(rows)))
+
+
+def name_of(source: RewardSource) -> str:
+    """A reward as errors name it."""
+    if source.kind == "function":
+        return f"{source.code_file}: {source.function_name}"
+    return f"the reward {source.kind}: {getattr(source, source.kind)}"
+
+
+def _checked(result: Any, count: int, name: str) -> Rewards:
+    """(N,) numbers. Raises: RewardError if the result is not a list of so many numbers."""
+    how = "return a list with a number, or None, for each completion"
+    if result is None:
+        raise RewardError(f"{name} returned None", how)
+    try:
+        values = list(result) if not isinstance(result, Mapping | Set | str | bytes) else None
+    except TypeError:
+        values = None
+    if values is None:
+        raise RewardError(f"{name} returned {_shown(result)}, which is no list", how)
+    if len(values) != count:
+        raise RewardError(f"{name} returned {len(values):,} rewards for {count:,} completions", how)
+    return np.array([_number(value, name) for value in values], np.float64)
+
+
+def _number(value: Any, name: str) -> float:
+    if value is None:
+        return math.nan
+    try:
+        number = float(value) if not isinstance(value, str) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several
+        number = None
+    if number is None or math.isinf(number):
+        raise RewardError(f"{name} returned {_shown(value)} for a completion", "return a finite number, or None")
+    return number
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _line(error: BaseException, code_file: Path) -> str:
+    """An error in a line, with where in the user's file it came from."""
+    words = " ".join(str(error).split())[:200]
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        mine = trace.tb_frame.f_code.co_filename == str(code_file)
+        place = f" (line {trace.tb_lineno})" if mine else place
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {words}{place}" if words else f"{type(error).__name__}{place}"
+
+
+def _content_of(source: RewardSource) -> bytes | None:
+    """What decides its rewards, besides the recipe: a file's bytes, or the hashes of a model's weights."""
+    if source.kind == "function":
+        return _code_of(source)
+    if source.model is None:
+        return None
+    places = [Path(source.model) / name for name in ("", "adapter", "model")]
+    files = [file for place in places for file in sorted(place.glob("*.safetensors"))]
+    return "".join(sha256_of(file, MODEL_FILE) for file in files).encode()
+
+
+def _code_of(source: RewardSource) -> bytes:
+    try:
+        return source.code_file.read_bytes()
+    except OSError as error:
+        what = f"the file cannot be read: {error.strerror or error}"
+        raise RewardError(what, "name FILE.py:NAME", file=str(source.code_file), key="objective.reward") from None
+
+
+def _user_function(source: RewardSource) -> RewardFunction:
+    """A function of a file, called with what its signature takes."""
+    function = _loaded(source)
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    taken = {parameter.name for parameter in parameters}
+
+    def call(completions: Sequence[Completion]) -> Sequence[Any]:
+        columns = {name: None for each in completions for name in each.columns if name not in KEPT_BACK}
+        values: dict[str, Any] = {
+            **{name: [each.columns.get(name) for each in completions] for name in columns},
+            "prompts": [each.prompt for each in completions],
+            "completions": [each.formatted for each in completions],
+        }
+        arguments = {name: value for name, value in values.items() if takes_all or name in taken}
+        rewards: Sequence[Any] = function(**arguments)
+        return rewards
+
+    return call
+
+
+def _loaded(source: RewardSource) -> Callable[..., Any]:
+    """The function, its file run as a module; meanwhile files of the same folder can be imported."""
+    code, file, name = _code_of(source), source.code_file, source.function_name
+    module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where classes of the file look for their own module
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise RewardError(f"cannot be run: {_line(error, file)}", "mend it", file=str(file)) from error
+    finally:
+        sys.path.remove(str(file.parent))
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise RewardError(f"has no function {name}", f"it has: {', '.join(names) or 'none'}", file=str(file))
+    if inspect.iscoroutinefunction(function):
+        raise RewardError(f"{name} is an async function", "write a plain one", file=str(file))
+    return function  # type: ignore[no-any-return]
+
+
+def _found(pattern: re.Pattern[str], completions: Sequence[Completion]) -> list[float]:
+    return [float(pattern.search(each.text) is not None) for each in completions]
+
+
+def _exact_match(source: RewardSource) -> RewardFunction:
+    """Compared with a column; None if the row has nothing in it."""
+    pattern = None if source.extract is None else re.compile(source.extract)
+    column = str(source.exact_match)
+
+    def reward(completion: Completion) -> float | None:
+        wanted, text = completion.columns.get(column), completion.text
+        if wanted is None:
+            return None
+        if pattern is not None:
+            match = pattern.search(text)
+            text = "" if match is None else str(match.group(min(pattern.groups, 1)) or "")
+        return float(text.strip() == str(wanted).strip())
+
+    return lambda completions: [reward(each) for each in completions]
+
+
+def make(spec: CompanionSpec) -> RewardFunctions:
+    """The rewards that the settings name."""
+    return RewardFunctions(spec)

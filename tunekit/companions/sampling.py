@@ -1,0 +1,76 @@
+"""Sampling of completions during training: the memory that it takes, and the step that later steps reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tunekit.companions.base import Planned
+from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, Counting, RunView, Window
+from tunekit.errors import Problem
+from tunekit.model.attention.self_attention import heads_and_width
+from tunekit.model.families import text_config
+from tunekit.model.text.generation import draw
+from tunekit.recipe.bases.sample_settings import SampleSettings
+from tunekit.tuned.fit import longest_tokens
+
+
+class Sampling(Companion):
+    """`window`: the last one with new completions.  A rehearsal has `count` completions side by side, each of
+    `prompt_tokens` and `new_tokens`: the longest ones of the run."""
+
+    rehearses = True
+    window: Window | None = None
+
+    def __init__(self, spec: CompanionSpec) -> None:
+        super().__init__(spec)
+        self.settings: SampleSettings = spec.settings
+        self.count, self.prompt_tokens = self.settings.sampling_batch_size, 0
+        self.new_tokens = self.settings.max_completion_length
+
+    def facts(self, planned: Planned) -> CompanionFacts:
+        """A sampled token can be any token, and needs all layers."""
+        training, longest = planned.training, max(map(longest_tokens, planned.rows))
+        self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
+        if training.micro_batch_size is not None:
+            rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
+            self.count = min(self.count, rows_of_a_step * self.settings.num_generations)
+        obstacle = f"{self.settings.method} samples token by token, and each token would copy every layer"
+        return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
+
+    def _problems(self, planned: Planned) -> Iterator[Problem]:
+        """Checkpoints between steps with the same completions, which no checkpoint keeps."""
+        training, updates = planned.training, self.settings.num_iterations
+        places = {"save_steps": training.save_steps}
+        places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
+        for name, steps in places.items():
+            if steps % updates:
+                what = f"{updates} steps share the same completions, which no checkpoint between them keeps"
+                yield Problem(what, f"write a multiple of {updates} (objective.num_iterations)", key=f"training.{name}")
+
+    def rehearse(self, run: RunView, batch: Batch, counting_as: Counting) -> None:
+        """The forward of the prompts, then the last token's logits and the draw, with the keys and values of all
+        layers."""
+        base = run.model.base
+        heads, width = heads_and_width(text_config(base.net))
+
+        def cache(tokens: int) -> torch.Tensor:
+            shape = (2 * base.facts.layers, self.count, heads, tokens, width)
+            return torch.empty(shape, dtype=base.dtype, device="meta")
+
+        kept = cache(self.prompt_tokens)
+        ids = torch.zeros(self.count, self.prompt_tokens, dtype=torch.int64)
+        places = torch.arange(self.prompt_tokens).expand(self.count, -1)
+        hidden = run.model.output({"input_ids": ids, "position_ids": places}).hidden
+        assert hidden is not None
+        hidden = hidden[:, -1].clone()
+        kept = cache(self.prompt_tokens + self.new_tokens)
+        with counting_as("logits"):
+            draw(base.family.head(base.net).logits(hidden), torch.zeros(self.count, device="meta"))
+        del kept
+
+
+def make(spec: CompanionSpec) -> Sampling:
+    """The sampling that the settings state."""
+    return Sampling(spec)

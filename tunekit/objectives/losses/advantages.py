@@ -1,0 +1,112 @@
+"""Numbers over completions: sums, means and spreads of rewards, what is logged of a step, and the tokens that a policy
+gradient reads. NaN: no reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunekit.contracts import Batch, ModelOutput
+from tunekit.machine.devices import summing_dtype
+from tunekit.machine.placing import placed
+from tunekit.objectives.losses.answers import predicted
+from tunekit.objectives.rows.prompts import PER_COMPLETION, PER_TOKEN
+
+Rewards = NDArray[np.float64]
+CLIPPED = ("clip_ratio_low_mean", "clip_ratio_high_mean", "clip_ratio_region_mean")
+MINIMUM_SPREAD = 1e-4  # added to a standard deviation that advantages are divided by
+
+
+def spread(values: Rewards, axis: int | None = None) -> Rewards:
+    """Standard deviation (n - 1) of the numbers that are not NaN; NaN of fewer than two."""
+    count = np.sum(~np.isnan(values), axis=axis)
+    mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(
+        np.sum(~np.isnan(values), axis=axis, keepdims=True), 1
+    )
+    squares = np.nansum((values - mean) ** 2, axis=axis)
+    return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
+
+
+def mean(values: Rewards, axis: int | None = None) -> Rewards:
+    """Mean of the numbers that are not NaN; NaN if there are none."""
+    count = np.sum(~np.isnan(values), axis=axis)
+    return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
+
+
+def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
+    """Weighted sums over reward functions without those that are NaN; NaN if all are. Shapes: (..., F) -> (...)."""
+    total = np.nansum(scores * np.array(weights, np.float64), axis=-1)
+    return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
+
+
+def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]) -> dict[str, float]:
+    """Mean and spread of the reward, and of each function in its sum; the share of groups with equal rewards.
+
+    Shapes: scores (A, G, F), total (A, G), equal (A,).
+    """
+    numbers = {name: function(total) for name, function in (("reward", mean), ("reward_std", spread))}
+    numbers["frac_reward_zero_std"] = equal.mean()
+    for at, name in enumerate(names):
+        numbers |= {f"rewards_{name}_mean": mean(scores[..., at]), f"rewards_{name}_std": spread(scores[..., at])}
+    return {name: float(value) for name, value in numbers.items() if np.isfinite(value)}
+
+
+def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str, float]:
+    """Tokens of the step's completions, and the share of them that did not end. Shapes: (A, G) each."""
+    complete = lengths[ended]
+    return {
+        "completions_mean_length": float(lengths.mean()),
+        "completions_min_length": float(lengths.min()),
+        "completions_max_length": float(lengths.max()),
+        "completions_clipped_ratio": float(1 - ended.mean()),
+        "completions_mean_terminated_length": float(complete.mean()) if len(complete) else 0.0,
+    }
+
+
+def clipped_ratios(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """The ratios that have no gradient because they are clipped."""
+    below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
+    return dict(zip(CLIPPED, (below, above, below | above), strict=True))
+
+
+class Tokens(NamedTuple):
+    """The tokens of a batch's completions: (N,) each, in the order of `counts` (G P,).
+
+    `log_ratio`: log of the policy over the policy at sampling; `share`: the weight of a token in a mean over tokens;
+    `prepared`: what `prepare` added, of tokens or completions.
+    """
+
+    logps: Tensor
+    log_ratio: Tensor
+    entropies: Tensor
+    share: Tensor
+    counts: Tensor
+    prepared: dict[str, Tensor]
+
+
+def read_tokens(output: ModelOutput, batch: Batch, temperature: float) -> Tokens:
+    """Shapes: output.hidden (B, T, D) -> (N,) with gradient."""
+    assert output.hidden is not None
+    device, counts = output.hidden.device, batch.targets["counts"]
+    names = (*PER_TOKEN, *PER_COMPLETION, "share")
+    prepared = {name: placed(values, device) for name, values in batch.targets.items() if name in names}
+    entropies = torch.zeros(int(counts.sum()), dtype=torch.float32, device=device)  # (N,)
+    logps = predicted(output, batch, temperature, entropies)  # (N,)
+    log_ratio = logps - prepared.get("old", logps.detach())  # (N,)
+    share = by_token(prepared["share"][:, 0].repeat(len(counts) // len(batch.rows)), counts)  # (N,)
+    return Tokens(logps, log_ratio, entropies, share, counts, prepared)
+
+
+def by_token(values: Tensor, counts: Tensor) -> Tensor:
+    """The number of each completion, repeated for each of its tokens. Shapes: values (S,), counts (S,) -> (N,)."""
+    return torch.cat([value.expand(count) for value, count in zip(values, counts.tolist(), strict=True)])
+
+
+def summed(values: Tensor) -> Tensor:
+    """() the sum of a logged number, without gradient."""
+    return values.detach().sum(dtype=summing_dtype(values.device))

@@ -1,0 +1,79 @@
+"""Losses of whole answers: each row has one loss, made of the log-probabilities of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import ROW_LOSSES, Array, Batch, Loss, LossKind, ModelOutput, Read, Row, RunView, Sums
+from tunekit.machine.devices import summing_dtype
+from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
+
+
+class AnswerLoss(LossKind):
+    """loss = sum over rows of `compared`, divided by the step's number of rows.
+
+    What depends on other rows is prepared for the window of all ranks: micro-batches and splits change nothing.
+    """
+
+    def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
+        """(P,) the loss of each row, and sums over rows of what is logged."""
+        raise NotImplementedError
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        losses, metrics = self.compared(output, batch)
+        return Loss(losses.sum()[None], metrics=metrics)
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, units and what is logged, over rows."""
+        losses, metrics = self.compared(output, batch)
+        wide = losses.to(summing_dtype(losses.device))
+        return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **metrics}
+
+
+def predicted(output: ModelOutput, batch: Batch, temperature: float = 1.0, entropies: Tensor | None = None) -> Tensor:
+    """(N,) log-probability of every predicted token; `entropies` (N,): filled with those of the distributions."""
+    tempered = at_temperature(output, temperature)
+    return log_probabilities(tempered, batch.targets["index"], batch.targets["ids"], entropies)
+
+
+def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
+    """Sums of consecutive stretches, each in a fixed order on every device.
+
+    Shapes: values (N,), counts (S,) -> (S,).
+    """
+    return torch.stack([part.sum() for part in torch.split(values, counts.tolist())])
+
+
+def by_row(scores: Tensor, sides: int) -> Array:
+    """Scores as a part of each row. Shapes: (S P,) -> (P, S)."""
+    rows: Array = scores.numpy().reshape(sides, -1).T
+    return rows
+
+
+def reference_scores(
+    run: RunView, batches: Sequence[Batch], read: Read, *, keeps: bool, further: Sequence[Batch] = ()
+) -> list[Tensor]:
+    """(S P,) the reference's scores of each batch, then of the `further` ones, which are of this step alone.
+
+    `keeps`: each row is scored once and by itself, so that its scores do not depend on when that is.
+    """
+    if not keeps:
+        return run.reference([*batches, *further], read)
+    known = run.model.reference_scores
+    keys = [[_key(row, run) for row in batch.rows] for batch in batches]
+    rows = zip(chain.from_iterable(keys), chain.from_iterable(batch.rows for batch in batches), strict=True)
+    new = {key: run.rows.collate([[row]]) for key, row in rows if key not in known}
+    scores = run.reference([*new.values(), *further], read) if new or further else []
+    known |= dict(zip(new, scores, strict=False))
+    return [torch.stack([known[key] for key in some], dim=1).flatten() for some in keys] + scores[len(new) :]
+
+
+def _key(row: Row, run: RunView) -> bytes:
+    """Equal for rows with the same scores."""
+    return blake2b(b"".join(row.parts[name].tobytes() for name in run.rows.layout.parts), digest_size=16).digest()

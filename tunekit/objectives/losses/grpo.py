@@ -1,0 +1,123 @@
+"""Group relative policy optimization: the model learns those of its completions to a prompt that have higher rewards.
+
+Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRPO), MiniMax 2025 (CISPO), Zheng et al.
+2025 (GSPO); names and formulas are those of trl 1.16.  Different by design: a batch is the whole step, on all ranks,
+where trl's grpo and dr_grpo average over micro-batches; the model samples and scores without dropout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunekit.contracts import Batch, Loss, ModelOutput, Read, RunView, Sums, Window
+from tunekit.machine.placing import placed
+from tunekit.objectives.losses.advantages import (
+    CLIPPED,
+    MINIMUM_SPREAD,
+    Rewards,
+    by_token,
+    clipped_ratios,
+    mean,
+    read_tokens,
+    spread,
+    summed,
+)
+from tunekit.objectives.losses.answers import by_sequence
+from tunekit.objectives.rows.prompts import PromptRows
+from tunekit.recipe.objectives.grpo import GrpoSettings
+
+
+@dataclass(frozen=True)
+class GroupRelative:
+    """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
+
+    r is the probability of the token over that at sampling, A the completion's advantage, KL = exp(d) - d - 1 with d
+    the reference's log-probability less the policy's (k3), times r where its gradient is to be unbiased.
+    """
+
+    settings: GrpoSettings
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """What the loss logs of each step."""
+        clipped = ("cispo_clip_ratio",) if self.settings.loss_type == "cispo" else CLIPPED
+        return (*(("kl",) if self.settings.beta else ()), "entropy", *clipped)
+
+    def advantages(self, local: Rewards, step: Rewards) -> Rewards:
+        """(r - mean of the group) / (s + 1e-4), s the standard deviation of the group, or of the step; or 1."""
+        centred = local - mean(local, axis=1)[:, None]
+        scale = self.settings.scale_rewards
+        if scale == "none":
+            return centred
+        advantages: Rewards = centred / (
+            (spread(local, axis=1)[:, None] if scale == "group" else spread(step)) + MINIMUM_SPREAD
+        )
+        return advantages
+
+    def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
+        """Of the groups; of the whole step if advantages are divided by its standard deviation."""
+        if self.settings.scale_rewards == "batch":
+            return np.isclose(spread(step), 0.0)[None]
+        return np.isclose(spread(step, axis=1), 0.0)
+
+    def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
+        """grpo: 1 / tokens of the completion; dr_grpo: 1 / max_completion_length; dapo, cispo: 1 / those of the average
+        completion of the step."""
+        if self.settings.loss_type == "grpo":
+            return 1 / np.maximum(counts, 1.0)
+        longest = float(self.settings.max_completion_length)
+        return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
+
+    def compared(self, run: RunView, window: Window, read: Read) -> tuple[Window, None]:
+        """Each completion's tokens with the reference's log-probabilities, if there is a KL in the loss."""
+        if not self.settings.beta:
+            return window, None
+        assert isinstance(run.rows, PromptRows)
+        return run.rows.with_tokens(window, "reference", run.reference(window.batches, read)), None
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        settings, tokens = self.settings, read_tokens(output, batch, self.settings.temperature)
+        counts, share, prepared = tokens.counts, tokens.share, tokens.prepared
+        by_completion = settings.importance_sampling_level == "sequence"
+        log_ratio = tokens.log_ratio
+        if by_completion:
+            log_ratio = by_sequence(log_ratio, counts) / placed(counts.clamp(min=1), log_ratio.device)  # (G P,)
+        ratio = torch.exp(log_ratio)
+        advantages = prepared["advantages"] if by_completion else by_token(prepared["advantages"], counts)
+        losses = self._losses(ratio, advantages, tokens.logps, counts)
+        losses = by_token(losses, counts) if len(losses) != len(tokens.logps) else losses
+        metrics: Sums = {}
+        if settings.beta:
+            apart = prepared["reference"] - tokens.logps  # (N,)
+            kl = torch.exp(apart) - apart - 1
+            if settings.use_bias_correction_kl:
+                kl = kl * (by_token(ratio, counts) if by_completion else ratio)
+            losses = losses + settings.beta * kl
+            metrics["kl"] = summed(kl * share)
+        total = (losses * by_token(prepared["weights"], counts)).sum()
+        metrics["entropy"] = summed(tokens.entropies * share)
+        return Loss(total[None], metrics=metrics | self._clipped(ratio, advantages, None if by_completion else share))
+
+    def _losses(self, ratio: Tensor, advantages: Tensor, logps: Tensor, counts: Tensor) -> Tensor:
+        """(N,), or (G P,) if there is one ratio for each completion."""
+        settings = self.settings
+        if settings.loss_type == "cispo":
+            capped = torch.clamp(ratio, max=settings.clip_high).detach() * advantages
+            return -(by_token(capped, counts) if len(capped) != len(logps) else capped) * logps
+        clipped = torch.clamp(ratio, 1 - settings.epsilon, 1 + settings.clip_high)
+        return -torch.min(ratio * advantages, clipped * advantages)
+
+    def _clipped(self, ratio: Tensor, advantages: Tensor, share: Tensor | None) -> Sums:
+        """How many ratios are clipped: of tokens, which count `share` each, or of completions."""
+        settings = self.settings
+        if settings.loss_type == "cispo":
+            marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}
+        else:
+            marks = clipped_ratios(ratio, advantages, settings.epsilon, settings.clip_high)
+        return {name: summed(clipped * (1.0 if share is None else share)) for name, clipped in marks.items()}

@@ -1,0 +1,144 @@
+"""Kahneman-Tversky optimization: single answers, each marked as good or bad, compared with the model at step 0.
+
+Source: Ethayarajh et al. 2024, eq. 7; names and formulas are those of trl 1.16.  Different by design: the KL is one
+number for the whole step of all ranks (of an evaluation, for all of its rows), where trl has one for each micro-batch;
+for it, each prompt is followed by the answer of the row before it in the files' order, not in that of the batch, and
+cut at the longest row of the step instead of max_length; the policy's KL is computed without dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Array, Batch, ModelOutput, Row, RowKind, Rows, RunView, Sums, Window
+from tunekit.machine.devices import wide
+from tunekit.machine.placing import placed
+from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
+from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
+
+MOST_RATIO = 4 / 3  # of the weighted numbers of good and bad rows; eq. 8
+SIDE = "completion"
+Answer = tuple[Array, Array]  # (T,) ids and marks
+
+
+@dataclass(frozen=True)
+class KtoLoss(AnswerLoss):
+    """loss = sum over rows of w s(beta (kl - r)) of a good answer, of w s(beta (r - kl)) of a bad one.
+
+    s is the logistic function, r log of policy over reference, w the weight of its side; kl 0 with apo_zero_unpaired.
+    `balance`: the facts of all evaluation rows together; None: those of a step are computed for it.
+    """
+
+    settings: KtoSettings
+    balance: tuple[float, ...] | None = None
+    reference: bool = True
+    metrics: Sequence[str] = ("loss", *LOGGED)
+    logged: Sequence[str] = LOGGED
+
+    def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> KtoLoss:
+        """With the KL of all evaluation rows, so that it does not depend on their batches."""
+        longest = int(np.asarray(rows.sizes).max(initial=0))
+
+        def before(row: Row) -> Answer:
+            return _answer(rows[(row.number - 1) % len(rows)])
+
+        apart, labels = list[float](), list[bool]()
+        for batch in batches:
+            labels += _labels(batch)
+            if self.settings.loss_type == "kto":
+                mismatched = [_mismatched(run.rows, batch, before, longest)]
+                policy, reference = run.score(mismatched, answer_scores)[0], run.reference(mismatched, answer_scores)[0]
+                apart += (policy - reference).tolist()
+        return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
+
+    def prepare(self, run: RunView, window: Window) -> Window:
+        """Each row with the reference's score, the step's KL, and the factors that make a sum over all rows the mean of
+        one side."""
+        estimated = self.settings.loss_type == "kto" and self.balance is None
+        mismatched = _mismatched_window(run, window) if estimated else []
+        keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
+        reference = reference_scores(run, window.batches, answer_scores, keeps=keeps, further=mismatched)
+        policy = run.score(mismatched, answer_scores) if mismatched else []
+        pairs = zip(policy, reference[count:], strict=True)
+        apart = [value for ours, theirs in pairs for value in (ours - theirs).tolist()]
+        labels = [label for batch in window.batches for label in _labels(batch)]
+        facts = np.array(self.balance or _balance(run.gather(apart), run.gather(labels)), np.float32)  # (3,)
+        parts = [
+            {"reference": by_row(scores, 1), "facts": np.tile(facts, (len(scores), 1))} for scores in reference[:count]
+        ]
+        return run.rows.with_parts(window, parts)
+
+    def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
+        """(P,) loss of each row, and sums over rows of what is logged."""
+        scores = answer_scores(output, batch)  # (P,)
+        targets = {name: placed(batch.targets[name], scores.device) for name in ("reference", "label", "facts")}
+        good, (kl, *balance), beta = targets["label"][:, 0], targets["facts"].T, self.settings.beta
+        ratio = scores - targets["reference"][:, 0]
+        sign = torch.where(good, 1.0, -1.0)
+        weight = torch.where(good, self.settings.desirable_weight, self.settings.undesirable_weight)
+        losses = weight * (sign * beta * (kl - ratio)).sigmoid()
+        sides = [wide(side) * share for side, share in zip((good, ~good), balance, strict=True)]  # (P,), mean 1
+        reward, logps = beta * wide(ratio.detach()), wide(scores.detach())
+        rewards = [reward * side for side in sides]
+        columns = (*rewards, rewards[0] - rewards[1], *(logps * side for side in sides), wide(kl))
+        return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
+
+
+def answer_scores(output: ModelOutput, batch: Batch) -> Tensor:
+    """(P,) the summed log-probability of each answer."""
+    return by_sequence(predicted(output, batch), batch.targets["counts"])
+
+
+def balance_notes(settings: KtoSettings, rows: Rows) -> tuple[str, ...]:
+    """A note if the weights do not make up for different numbers of good and bad rows."""
+    good = sum(bool(rows[index].parts["label"][0]) for index in range(len(rows)))
+    bad = len(rows) - good
+    ratio = settings.desirable_weight * good / (settings.undesirable_weight * bad) if bad else math.inf
+    if 1 / MOST_RATIO <= ratio <= MOST_RATIO or not good + bad:
+        return ()
+    what = "desirable_weight times the former is best about undesirable_weight times the latter"
+    return (f"{good:,} good and {bad:,} bad answers: {what}",)
+
+
+def _labels(batch: Batch) -> list[bool]:
+    return [bool(row.parts["label"][0]) for row in batch.rows]
+
+
+def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...]:
+    """Mean log-ratio of mismatched answers, at least 0; all rows over the good ones, and over the bad ones."""
+    count, good = len(labels), sum(labels)
+    sides = (count / side if side else math.inf for side in (good, count - good))
+    return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
+
+
+def _mismatched_window(run: RunView, window: Window) -> list[Batch]:
+    """Each batch with the answers of other rows: each of the row before, by number, among the rows of all ranks."""
+    local = [(row.number, row.size, _answer(row)) for batch in window.batches for row in batch.rows]
+    numbers, sizes, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
+    before = {number: answers[numbers.index(number) - 1] for number in numbers}  # of equal rows the first one's
+    return [_mismatched(run.rows, batch, lambda row: before[row.number], max(sizes)) for batch in window.batches]
+
+
+def _answer(row: Row) -> Answer:
+    ids, trained = row.parts[SIDE], row.parts[f"{SIDE}_trained"]
+    start = int(np.argmax(trained))
+    return ids[start:], trained[start:]
+
+
+def _mismatched(rows: RowKind, batch: Batch, other: Callable[[Row], Answer], longest: int) -> Batch:
+    """Each row's prompt with the answer of a different row, cut at so many tokens."""
+
+    def joined(row: Row) -> Row:
+        ids, trained = row.parts[SIDE], row.parts[f"{SIDE}_trained"]
+        prompt = slice(int(np.argmax(trained)))
+        pairs = zip((ids, trained), other(row), strict=True)
+        ids, trained = (np.concatenate([own[prompt], theirs])[:longest] for own, theirs in pairs)
+        return rows.make_row({**row.parts, SIDE: ids, f"{SIDE}_trained": trained}, row.origin, row.number)
+
+    return rows.remade(batch, map(joined, batch.rows))

@@ -1,0 +1,308 @@
+"""The loss of the model's own completions: steps of completions with their rewards, and what evaluations measure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import monotonic
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunekit.contracts import (
+    GREEDY,
+    Array,
+    Batch,
+    CompanionSpec,
+    EncodeOptions,
+    Loss,
+    LossKind,
+    ModelOutput,
+    Objective,
+    Read,
+    Row,
+    RunView,
+    Sampling,
+    Sums,
+    Tokenizer,
+    Window,
+)
+from tunekit.errors import RewardError
+from tunekit.files.cache_folder import hash_of
+from tunekit.model.call import seed_for
+from tunekit.model.text.generation import find_stop_ids
+from tunekit.objectives.losses.advantages import Rewards, length_metrics, reward_metrics, weighted_sum
+from tunekit.objectives.losses.answers import predicted
+from tunekit.objectives.rows.answers import AnswerRows
+from tunekit.objectives.rows.prompts import Completion, PromptRows, Sample, read_context
+from tunekit.objectives.rows.text import text_answering
+from tunekit.recipe.bases.sample_settings import REWARDED, SampleSettings, reward_names
+from tunekit.records import Preparation
+
+REWARD, SAMPLING = "objective.reward", "objective.sampling"  # keys of the companions
+SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # of a step, in the report
+
+
+class PolicyGradient(Protocol):
+    """How rewards become advantages, and advantages a loss."""
+
+    @property
+    def logged(self) -> Sequence[str]:
+        """What the loss logs of each step."""
+
+    def advantages(self, local: Rewards, step: Rewards) -> Rewards:
+        """Those of this rank's completions; NaN where there is no reward. Shapes: local (P, G), step (A, G) ->
+        (P, G)."""
+
+    def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
+        """(A,) which groups teach nothing, because their rewards are equal."""
+
+    def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
+        """The weight of each token of a completion in the sum over completions. Shapes: counts (P, G) -> (P, G).
+
+        `tokens`: of a completion of the step, on average.
+        """
+
+    def compared(self, run: RunView, window: Window, read: Read) -> tuple[Window, Sequence[Rewards] | None]:
+        """The window whose completions are compared with the model at step 0, and what is subtracted from each reward
+        for it, (P, G) of each batch; None: nothing. `read`: (N,) the log-probabilities of a batch's tokens."""
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.hidden (B, T, D) -> total (1,), a sum over completions."""
+
+
+@dataclass(frozen=True)
+class SampledLoss(LossKind):
+    """loss = sum over completions of `gradient`'s loss; divided by the step's number of completions.
+
+    `prepare` draws the completions from hash(seed, step, row, completion); their advantages are made of the rewards of
+    the whole step, over all ranks. Steps that reuse samples learn from the same completions.
+
+    `measures`: rows are only measured, each with one greedy completion.
+    """
+
+    settings: SampleSettings
+    tokenizer: Tokenizer
+    gradient: PolicyGradient
+    logged: Sequence[str]
+    reference: bool
+    updates_per_sampling: int
+    measures: bool = False
+    metrics: Sequence[str] = ("loss", *REWARDED)
+
+    @classmethod
+    def of(cls, settings: SampleSettings, tokenizer: Tokenizer, gradient: PolicyGradient) -> SampledLoss:
+        """The loss that a recipe states."""
+        return cls(settings, tokenizer, gradient, gradient.logged, settings.beta > 0, settings.num_iterations)
+
+    def evaluation_copy(self) -> SampledLoss:
+        """With one greedy completion of each prompt."""
+        return replace(self, measures=True)
+
+    def prepare(self, run: RunView, window: Window) -> Window:
+        """Each prompt with its completions, and all that the loss reads of them.
+
+        A simulated or dry-run step samples nothing: its completions have their full length, and no reward is queried.
+        Raises: RewardError on every rank if the reward of one rank failed.
+        """
+        kind, dry = _prompt_rows(run), window.is_trial or run.is_simulated
+        if not (dry or self.measures) and window.step % self.updates_per_sampling:
+            previous = run.companion(SAMPLING).window  # a run is resumed only where new ones are sampled
+            return replace(window, batches=previous.batches, preparation=previous.preparation)
+        rows, start = [row for batch in window.batches for row in batch.rows], monotonic()
+        groups = [kind.longest_samples(row) for row in rows] if dry else self.sampled(run, window, rows)
+        sampled = monotonic()
+        starts_run = window.step == 0 and not self.measures
+        scores = self._scored(run, rows, groups, dry=dry, starts_run=starts_run)  # (P, G, F)
+        seconds = {"sample": sampled - start, "reward": monotonic() - sampled}
+        completed = iter([kind.completed(row, group) for row, group in zip(rows, groups, strict=True)])
+        window = replace(window, batches=tuple(kind.remade(batch, completed) for batch in window.batches))
+        if self.measures:
+            return self._measured(run, window, groups, scores)
+        if self.updates_per_sampling > 1:
+            window = kind.with_tokens(window, "old", run.score(window.batches, self.token_scores))
+        window, penalties = self.gradient.compared(run, window, self.token_scores)
+        window, metrics = self._with_advantages(run, window, groups, scores, penalties)
+        samples = self._shown(rows, groups, scores, window)
+        if not dry:
+            run.companion(SAMPLING).window = replace(window, preparation=Preparation(metrics, {}, samples))
+        return replace(window, preparation=Preparation(metrics, seconds, samples))
+
+    def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
+        """The completions of each row; the draw depends on seed, step, row, completion and token alone."""
+        kind, settings, seen, seeds, prompts = _prompt_rows(run), self.settings, Counter[int](), [], list[list[int]]()
+        size = len(kind.answers.sides)
+        for row in rows:
+            place = seen[row.number]  # a row may be twice in a step
+            seen[row.number] += 1
+            prompts += [row.parts["prompt"].tolist()] * size
+            seeds += [seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)]
+        stops = find_stop_ids(run.model.base, self.tokenizer, kind.options.template)
+        drawn = Sampling(settings.temperature, settings.top_p, settings.top_k)
+        completions = run.model.generate(
+            self.tokenizer,
+            prompts,
+            max_new_tokens=settings.max_completion_length,
+            batch_size=settings.sampling_batch_size,
+            stop_ids=stops,
+            sampling=GREEDY if self.measures else drawn,
+            seeds=None if self.measures else seeds,
+        )
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        samples = [Sample(ids, ids[-1] in stops, text) for ids, text in zip(completions, texts, strict=True)]
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+    def _scored(
+        self, run: RunView, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], *, dry: bool, starts_run: bool
+    ) -> Rewards:
+        """(P, G, F) of each completion by each reward function. An error of one rank is raised on all.
+
+        A later step may have only rows that cannot be judged; if a run starts so, its rewards are wrong.
+        """
+        shape = (len(rows), len(_prompt_rows(run).answers.sides), len(self.settings.reward))
+        if dry:
+            return np.tile(np.arange(shape[1], dtype=np.float64)[:, None], (shape[0], 1, shape[2]))
+        contexts = [read_context(row) for row in rows]
+        completions = [
+            Completion(**context, text=sample.text)
+            for context, group in zip(contexts, groups, strict=True)
+            for sample in group
+        ]
+        error, scores = None, np.empty(shape)
+        try:
+            scores = run.companion(REWARD).score(completions).reshape(shape)
+        except RewardError as problem:
+            error = problem
+        failed = next((problem for problem in run.gather([error]) if problem is not None), None)
+        if failed is not None:
+            raise failed
+        if starts_run and all(run.gather([bool(np.isnan(scores).all())])):
+            raise run.companion(REWARD).no_rewards(0, completions)
+        return scores
+
+    def _summed(self, scores: Rewards) -> Rewards:
+        """Shapes: (..., F) -> (...)."""
+        return weighted_sum(scores, [source.weight for source in self.settings.reward])
+
+    def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
+        """Each row with the reward of its one completion."""
+        rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
+
+        def parts(batch: Batch) -> dict[str, Array]:
+            local = [next(rewarded) for _ in batch.rows]
+            ended = np.array([[group[0].ended] for _, group in local])
+            lengths = np.array([[len(group[0].ids)] for _, group in local])
+            return {"rewards": np.stack([rewards for rewards, _ in local]), "ended": ended, "lengths": lengths}
+
+        return run.rows.with_parts(window, [parts(batch) for batch in window.batches])
+
+    def token_scores(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """(N,) log-probability of each predicted token, at the temperature of sampling."""
+        return predicted(output, batch, self.settings.temperature)
+
+    def _with_advantages(
+        self,
+        run: RunView,
+        window: Window,
+        groups: Sequence[Sequence[Sample]],
+        scores: Rewards,
+        penalties: Sequence[Rewards] | None,
+    ) -> tuple[Window, dict[str, float]]:
+        """Each row with its completions' advantages and token weights; and what is logged of the step."""
+        sides = _prompt_rows(run).answers.sides
+        shape = (-1, len(sides))
+        marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]
+        counts = np.array([trained.sum() for trained in marks], np.float64).reshape(shape)  # (P, G)
+        lengths = np.array([len(sample.ids) for group in groups for sample in group], np.int64).reshape(shape)
+        ended = np.array([sample.ended for group in groups for sample in group], np.bool_).reshape(shape)
+        penalty = np.concatenate([np.empty((0, shape[1])), *(penalties or [np.zeros_like(counts)])])
+        local = [values.tolist() for values in (scores, counts, lengths, ended, penalty)]
+        step = [np.array(values) for values in zip(*run.gather(list(zip(*local, strict=True))), strict=True)]  # (A, G)
+        tokens = max(step[1].sum(), 1.0) / step[1].size
+        total = self._summed(step[0])
+        rewards = total - step[4]
+        parts = {
+            "advantages": np.nan_to_num(self.gradient.advantages(self._summed(scores) - penalty, rewards)),
+            "weights": self.gradient.token_weights(counts, tokens),
+            "share": np.full((len(counts), 1), 1 / tokens),
+        }
+        starts = np.cumsum([0, *(len(batch.rows) for batch in window.batches)]).tolist()
+        cut = [{name: part[a:b].astype(np.float32) for name, part in parts.items()} for a, b in pairwise(starts)]
+        equal = self.gradient.equal_groups(rewards)
+        metrics = reward_metrics(reward_names(self.settings.reward), step[0], total, equal)
+        return run.rows.with_parts(window, cut), metrics | length_metrics(step[2], step[3])
+
+    def _shown(
+        self, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], scores: Rewards, window: Window
+    ) -> list[dict[str, Any]]:
+        """The first completions of the first rows, as a report shows them."""
+        learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
+        samples = []
+        for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
+            prompt, answer = (
+                self.tokenizer.decode(row.parts["prompt"].tolist()),
+                read_context(row)["columns"].get("answer"),
+            )
+            for number, sample in enumerate(group[:SHOWN_SAMPLES]):
+                rewards = dict(zip(names, map(_finite, scores[at, number].tolist()), strict=True))
+                texts = {"prompt": prompt, "completion": sample.text, "answer": answer, "ended": sample.ended}
+                advantage = float(learnt[at].parts["advantages"][number])
+                samples.append({**texts, "rewards": rewards, "advantage": advantage})
+        return samples
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        return self.gradient.loss(output, batch)
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """Of measured rows: loss (minus the reward), units, reward, lengths and how many did not end; rows whose
+        completion cannot be judged are left out."""
+        rewards = batch.targets["rewards"][:, 0]  # (P,) float64
+        judged = ~rewards.isnan()
+        lengths = batch.targets["lengths"][:, 0].double()  # (P,); also of completions that are masked
+        columns = {
+            "reward": rewards,
+            "completions_mean_length": lengths,
+            "completions_clipped_ratio": 1.0 - batch.targets["ended"][:, 0].double(),
+        }
+        sums = {name: values[judged].sum() for name, values in columns.items()}
+        return {"loss": 0.0 - sums["reward"], "units": judged.sum().double(), **sums}
+
+
+def sampled_objective(
+    settings: SampleSettings, tokenizer: Tokenizer, options: EncodeOptions, gradient: PolicyGradient
+) -> Objective:
+    """Prompts, completions with their rewards, and what samples and rewards need."""
+    count, longest = settings.num_generations, settings.max_completion_length
+    rows = PromptRows(
+        tokenizer,
+        hash_of([settings.method, count, longest, settings.unusable_rows, tokenizer.fingerprint]),
+        options,
+        answers=AnswerRows(tokenizer, "", example="prompt", sides=tuple(map(str, range(count)))),
+        count=count,
+        longest=longest,
+        unusable=settings.unusable_rows,
+        masks_truncated=settings.mask_truncated_completions,
+    )
+    return Objective(
+        settings.method,
+        settings.family,
+        rows,
+        SampledLoss.of(settings, tokenizer, gradient),
+        text_answering(tokenizer),
+        (CompanionSpec("rewards", REWARD, settings.reward), CompanionSpec("sampling", SAMPLING, settings)),
+        notes=(f"each prompt counts as {count} completions of {longest:,} tokens, the most there can be",),
+    )
+
+
+def _prompt_rows(run: RunView) -> PromptRows:
+    assert isinstance(run.rows, PromptRows)
+    return run.rows
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,227 @@
+"""Rows of one answer to a prompt, or of several answers to the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunekit.contracts import Array, Batch, EncodeOptions, Row, RowLayout, Span, Tokenizer
+from tunekit.data.batching.pad import lay_end_to_end, positions
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.errors import DataError, Problem
+from tunekit.files.cache_folder import hash_of
+from tunekit.objectives.rows.text import TextRows
+from tunekit.recipe.bases.pair_settings import PairSettings
+
+SIDES = ("chosen", "rejected")
+NO_PROMPT = "no prompt"
+EMPTY_ANSWER = "an empty answer"
+EQUAL = "chosen and rejected are the same"
+Places = dict[tuple[int, str], NDArray[Any]]  # (T,) in the flattened ids, by the row's number in the batch and its side
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerRows(TextRows):
+    """Parts of each side: `SIDE` (T,) ids, prompt and answer; `SIDE_trained` (T,) marks of the answer's.
+
+    Where a line of a batch has several rows, or the model keeps documents apart, the sides of a row lie end to end,
+    each a document with its own prompt; with `shares_prefixes` the beginning that two sides have in common is computed
+    once. Elsewhere each side is a padded line.
+
+    `sides`: fields of an example that are answers; `further`: other fields, one value each: their dtypes;
+    `unusable`: error or drop, the recipe's value of `unusable_key`; `prompts`: the first sides' prompts are predicted
+    too; `scored`: a head scores each side at its last token, and no token is predicted.
+    """
+
+    example: str = "preference"
+    sides: tuple[str, ...] = SIDES
+    further: Mapping[str, str] = field(default_factory=dict)
+    unusable: str = "error"
+    unusable_key: str = "unusable_pairs"
+    prompts: bool = False
+    scored: bool = False
+    end_to_end: bool = False
+    shares_prefixes: bool = False
+    packable = True
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """Every side with its marks, then the further values."""
+        parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
+        return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
+
+    def problems(self) -> list[Problem]:
+        """Options that mean nothing for answers."""
+        problems = []
+        if self.options.train_on != "assistant":
+            problems.append(Problem("the answers are what is compared", "write assistant", key="data.train_on"))
+        if self.options.excess_length == "split":
+            what = "a later piece of an answer has no prompt before it"
+            problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
+        return problems
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped or DataError for an unusable one, as the recipe states."""
+        answers = [getattr(example, side) for side in self.sides]
+        self._check_usable(example.prompt, answers)
+        before = self.notices.copy()
+        encoded = [self.renderer.sequence(example.answered(answer)) for answer in answers]
+        if any(((weights > 0) & (weights != 1)).any() for _, weights in encoded):
+            raise DataError(
+                "a 'weight' of a message that is neither 0 nor 1: an answer counts as a whole", "write 0 or 1"
+            )
+        for notice, count in (self.notices - before).items():
+            self.notices[notice] -= count - 1  # a row whose answers all have it is one row
+        parts: dict[str, Array] = {}
+        for side, (ids, weights) in zip(self.sides, encoded, strict=True):
+            parts |= {side: np.asarray(ids, np.int32), f"{side}_trained": weights > 0}
+        parts |= {name: np.asarray([getattr(example, name)], kind) for name, kind in self.further.items()}
+        return self.make_row(parts, origin)
+
+    def _check_usable(self, prompt: Any, answers: Sequence[Any]) -> None:
+        reasons = {NO_PROMPT: not prompt, EMPTY_ANSWER: not all(answers)}
+        reasons[EQUAL] = len(answers) > 1 and answers[0] == answers[1]
+        for reason in (reason for reason, applies in reasons.items() if applies):
+            if self.unusable == "drop":
+                raise Dropped(reason)
+            what = reason if reason == EQUAL else f"the row has {reason}"
+            raise DataError(what, f"mend it, or write objective.{self.unusable_key}: drop")
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        """The length of each side."""
+        return tuple(len(parts[side]) for side in self.sides)
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        """A row counts once, if it has no empty answer."""
+        return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
+
+    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+        """Ids of the prompt, and its first answer's text."""
+        return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
+
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> AnswerRows:
+        """The rows with all sides in one line, or with a line for each side."""
+        shares = end_to_end and shares_prefixes and len(self.sides) > 1
+        return replace(self, end_to_end=end_to_end, shares_prefixes=shares)
+
+    def shared(self, row: Row) -> int:
+        """Tokens of the later sides that are computed with the first one."""
+        return self.prefix(row) * (len(self.sides) - 1)
+
+    def prefix(self, row: Row) -> int:
+        """The number of first tokens that are computed once for all sides; each side has at least one more."""
+        if not self.shares_prefixes:
+            return 0
+        if "prompt_size" in row.parts:
+            return int(row.parts["prompt_size"][0])
+        shortest = min(self.sizes_of(row.parts)) - 1
+        first, second = (row.parts[side][:shortest] for side in self.sides)
+        return int(np.argmin(np.append(first == second, False)))
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """Tokens start .. stop-1 of every side."""
+        names = [name for side in self.sides for name in (side, f"{side}_trained")]
+        cut = {name: row.parts[name][start:stop] for name in names}
+        return self.make_row({**row.parts, **cut}, row.origin, row.number)
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row whose sides all have this size, are answers from the start, and have little in common."""
+        row, parts = next(rows), dict[str, Array]()
+        for side, way in zip(self.sides, (1, -1), strict=False):  # the second side backwards
+            parts |= {side: np.resize(row.parts[side][::way], size), f"{side}_trained": np.ones(size, np.bool_)}
+        return [self.make_row({**row.parts, **parts}, row.origin, row.number)]
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """The further parts of the rows, and those that a step added, are targets (P, ...)."""
+        batch = self.laid(sequences)
+        rows, sides = batch.rows, {name for side in self.sides for name in (side, f"{side}_trained")}
+        names = [name for name in rows[0].parts if name not in sides]
+        further = {name: torch.from_numpy(np.stack([row.parts[name] for row in rows])) for name in names}
+        return replace(batch, targets={**batch.targets, **further})
+
+    def laid(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """The batch whose targets are only those of the sides.
+
+        Shapes: input_ids, position_ids (B, T), or (S P, T) where each of the S sides of P rows is a line.
+        """
+        rows = [row for sequence in sequences for row in sequence]
+        lines = self._lines(sequences)
+        shared = [self.prefix(row) for row in rows]
+        skipped = [[shared[number] if side != self.sides[0] else 0 for number, side in line] for line in lines]
+        arrays = [
+            [rows[number].parts[side][skip:] for (number, side), skip in zip(*pair, strict=True)]
+            for pair in zip(lines, skipped, strict=True)
+        ]
+        ids = lay_end_to_end(arrays, self.tokenizer.pad_id)  # (B, T)
+        places: Places = {}
+        for line, (documents, skips) in enumerate(zip(lines, skipped, strict=True)):
+            start = line * ids.shape[1]
+            for (number, side), skip, array in zip(documents, skips, arrays[line], strict=True):
+                before = places[number, self.sides[0]][:skip] if skip else np.empty(0, np.int64)
+                places[number, side] = np.concatenate([before, np.arange(start, start + len(array))])
+                start += len(array)
+        inputs = {"input_ids": ids, "position_ids": positions([list(map(len, line)) for line in arrays], skipped)}
+        targets = self._last_tokens(rows, places) if self.scored else self._predicted(rows, places)
+        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def _lines(self, sequences: Sequence[Sequence[Row]]) -> list[list[tuple[int, str]]]:
+        """The row's number in the batch and the side of each document, by line."""
+        count = sum(map(len, sequences))
+        if not self.end_to_end and count == len(sequences):
+            return [[(number, side)] for side in self.sides for number in range(count)]
+        starts = np.cumsum([0, *map(len, sequences)]).tolist()
+        return [
+            [(start + place, side) for place in range(len(sequence)) for side in self.sides]
+            for start, sequence in zip(starts, sequences, strict=False)
+        ]
+
+    def _predicted(self, rows: Sequence[Row], places: Places) -> dict[str, Tensor]:
+        """`counts`: (S P,) how many predicted tokens each first answer has, then each second one (then each prompt);
+        `index`, `ids`: (N,) those tokens, in this order."""
+        groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
+        groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
+        index, targets = list[NDArray[Any]](), list[NDArray[Any]]()
+        for number, side, trained in groups:
+            chosen = np.flatnonzero(rows[number].parts[f"{side}_trained"][1:] == trained)
+            index.append(places[number, side][chosen])
+            targets.append(rows[number].parts[side][1:][chosen])
+        arrays = {"index": np.concatenate(index), "ids": np.concatenate(targets).astype(np.int64)}
+        counts = torch.tensor(list(map(len, index)))
+        return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "counts": counts}
+
+    def _last_tokens(self, rows: Sequence[Row], places: Places) -> dict[str, Tensor]:
+        """`last`: (2 P,) where the score of each chosen answer is read, then of each rejected one."""
+        order = [(number, side) for side in self.sides for number in range(len(rows))]
+        last = [
+            int(places[number, side][last_token(rows[number].parts[side], self.tokenizer.pad_id)])
+            for number, side in order
+        ]
+        return {"last": torch.tensor(last)}
+
+    def spans(self, row: Row) -> list[Span]:
+        """Every side, titled with the further values; the first token of each is never predicted."""
+        values = "".join(f", {name}: {row.parts[name][0]}" for name in self.further)
+        marks = {side: row.parts[f"{side}_trained"] for side in self.sides}
+        predicted = {
+            side: np.zeros_like(trained) if self.scored else np.append(False, trained[1:])
+            for side, trained in marks.items()
+        }
+        return [Span(row.parts[side], predicted[side], title=side + values) for side in self.sides]
+
+
+def last_token(ids: Any, pad_id: int) -> int:
+    """The last place whose id is not the padding's, as transformers reads a score."""
+    return int(np.flatnonzero(np.asarray(ids) != pad_id).max(initial=0))
+
+
+def pair_rows(settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions) -> AnswerRows:
+    """Rows of a preferred and a rejected answer."""
+    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
+    return AnswerRows(tokenizer, fingerprint, options, unusable=settings.unusable_pairs)

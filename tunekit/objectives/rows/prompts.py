@@ -1,0 +1,201 @@
+"""Rows of prompts: before the model has written completions to them, and with their completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Array, Batch, Row, RowLayout, Span, Window
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.errors import DataError, Problem
+from tunekit.objectives.rows.answers import NO_PROMPT, AnswerRows
+from tunekit.objectives.rows.text import TextRows
+
+PER_TOKEN = ("old", "reference", "kl")  # parts SIDE_NAME of a prepared row, with a number for each predicted token
+PER_COMPLETION = ("advantages", "weights")  # parts with a number for each completion
+PER_ROW = ("share", "rewards", "ended", "lengths")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion as the model wrote it: ids up to the stop token that ended it, if one did, and their text."""
+
+    ids: list[int]
+    ended: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text."""
+
+    prompt: Any
+    columns: Mapping[str, Any]
+    text: str
+
+    @property
+    def formatted(self) -> Any:
+        """In the form of the prompt: a text, or a list of one message."""
+        return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptRows(TextRows):
+    """Parts of a prompt: `prompt` (T,) ids, and `context`, the JSON that rewards read. With its completions it is a row
+    of `answers`, one row for the whole group, so that no micro-batch separates them.
+
+    `count`: completions of a prompt; `longest`: most tokens of one; `unusable`: error or drop, for a row without a
+    prompt; `masks_truncated`: completions without a stop token are left out of the loss.
+    """
+
+    answers: AnswerRows
+    count: int
+    longest: int
+    unusable: str
+    masks_truncated: bool
+    example = "prompt"
+    packable = True
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """Of prompts without completions."""
+        return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
+
+    def problems(self) -> list[Problem]:
+        """Options that mean nothing for prompts."""
+        problems = []
+        if self.options.train_on != "assistant":
+            what = "the model's own completions are what it learns from"
+            problems.append(Problem(what, "write assistant", key="data.train_on"))
+        if self.options.excess_length in ("split", "truncate"):
+            what = "a prompt that is cut asks something else"
+            problems.append(Problem(what, "write drop or error", key="data.excess_length"))
+        return problems
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped or DataError for a row without a prompt, as the recipe states."""
+        if not example.prompt:
+            if self.unusable == "drop":
+                raise Dropped(NO_PROMPT)
+            raise DataError(f"the row has {NO_PROMPT}", "mend it, or write objective.unusable_rows: drop")
+        context = np.frombuffer(context_json(example).encode(), np.uint8)
+        return self.make_row({"prompt": np.asarray(self._ids(example), np.int32), "context": context}, origin)
+
+    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+        """Ids of the prompt, and the reference answer; None if the row has none."""
+        return None if example.answer is None else (self._ids(example), example.answer)
+
+    def _ids(self, example: Any) -> list[int]:
+        prompt = self.renderer.prompt(example.answered("an answer"))
+        assert prompt is not None
+        return prompt[0]
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        """Those with the longest completions, as long as there are none."""
+        if "prompt" not in parts:
+            return self.answers.sizes_of(parts)
+        return (len(parts["prompt"]) + self.longest,) * self.count
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        """The number of completions."""
+        return self.count if "prompt" in parts else len(self.answers.sides)
+
+    def evaluation_copy(self) -> PromptRows:
+        """With one completion of each prompt."""
+        return replace(self, answers=replace(self.answers, sides=self.answers.sides[:1]))
+
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> PromptRows:
+        """As the completions are laid out."""
+        return replace(self, answers=self.answers.laid_out(end_to_end, shares_prefixes))
+
+    def shared(self, row: Row) -> int:
+        """Tokens of the prompt, computed once for all completions."""
+        if "prompt" not in row.parts:
+            return self.answers.shared(row)
+        return len(row.parts["prompt"]) * (len(self.answers.sides) - 1) if self.answers.shares_prefixes else 0
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """A row with the same beginning and at most this size; prompts of a run are never cut."""
+        longest = min(self.longest, max(stop - start - 1, 0))
+        return self._with_prompt(row, row.parts["prompt"][start : max(stop - longest, start + 1)])
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row whose prompt with the longest completion has this size."""
+        row = next(rows)
+        return [self._with_prompt(row, np.resize(row.parts["prompt"], max(size - self.longest, 1)))]
+
+    def _with_prompt(self, row: Row, ids: Array) -> Row:
+        return self.make_row({**row.parts, "prompt": ids}, row.origin, row.number)
+
+    def spans(self, row: Row) -> list[Span]:
+        """The prompt, titled with the columns that rewards read; nothing of it is trained on."""
+        columns = {name: value for name, value in read_context(row)["columns"].items() if value is not None}
+        values = "".join(f", {name}: {value}" for name, value in columns.items())
+        ids = row.parts["prompt"]
+        return [Span(ids, np.zeros(len(ids), np.bool_), title=f"prompt{values}")]
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """As answers are laid out; prompts without completions as if these had their full length."""
+        if any("prompt" in row.parts for row in sequences[0]):
+            completed = [[self.completed(row, self.longest_samples(row)) for row in some] for some in sequences]
+            batch = self.answers.laid(completed)
+            return replace(batch, targets={}, sequences=tuple(map(tuple, sequences)))
+        batch = self.answers.laid(sequences)
+        return replace(batch, targets={**batch.targets, **self._prepared(batch.rows)})
+
+    def longest_samples(self, row: Row) -> list[Sample]:
+        """Completions of full length, of a prompt that gets none from the model."""
+        ids = np.resize(row.parts["prompt"], self.longest).tolist()
+        return [Sample(ids, True, "")] * len(self.answers.sides)
+
+    def completed(self, row: Row, group: Sequence[Sample]) -> Row:
+        """The prompt with its completions."""
+        prompt = row.parts["prompt"]
+        parts: dict[str, Any] = {"prompt_size": np.array([len(prompt)])}
+        for side, sample in zip(self.answers.sides, group, strict=True):
+            counts = sample.ended or not self.masks_truncated
+            parts[side] = np.concatenate([prompt, np.asarray(sample.ids, np.int32)])
+            parts[f"{side}_trained"] = np.append(np.zeros(len(prompt), np.bool_), np.full(len(sample.ids), counts))
+        return self.make_row(parts, row.origin, row.number)
+
+    def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
+        """The window whose rows have a number for each predicted token. Shapes: values (N,) of each batch."""
+        batches = []
+        for batch, numbers in zip(window.batches, values, strict=True):
+            split = torch.split(numbers.float(), batch.targets["counts"].tolist())
+            rows, count = [], len(batch.rows)
+            for number, row in enumerate(batch.rows):
+                sides = zip(self.answers.sides, split[number::count], strict=True)
+                rows.append(row.with_parts({f"{side}_{name}": part.numpy() for side, part in sides}))
+            batches.append(self.remade(batch, rows))
+        return replace(window, batches=tuple(batches))
+
+    def _prepared(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """(N,) of tokens, (G P,) of completions, each in the order of the predicted tokens; (P, ...) of rows."""
+        parts, sides, prepared = rows[0].parts, self.answers.sides, dict[str, Array]()
+        for name in (name for name in PER_TOKEN if f"{sides[0]}_{name}" in parts):
+            prepared[name] = np.concatenate([row.parts[f"{side}_{name}"] for side in sides for row in rows])
+        for name in (name for name in PER_COMPLETION if name in parts):
+            prepared[name] = np.stack([row.parts[name] for row in rows], axis=1).reshape(-1)
+        for name in (name for name in PER_ROW if name in parts):
+            prepared[name] = np.stack([row.parts[name] for row in rows])
+        return {name: torch.from_numpy(values) for name, values in prepared.items()}
+
+
+def context_json(example: Any) -> str:
+    """The prompt and the columns of an example, which its row keeps for rewards."""
+    columns = {"answer": example.answer, **example.columns}
+    return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
+
+
+def read_context(row: Row) -> dict[str, Any]:
+    """The prompt and the columns of a row."""
+    context: dict[str, Any] = json.loads(row.parts["context"].tobytes())
+    return context
