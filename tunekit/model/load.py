@@ -1,13 +1,10 @@
-"""A base from disk, frozen and ready: as it is, or packed; or the same modules without any weight.
-
-Comes in: the model section and a device.  Goes out: `LoadedModel`.
-"""
+"""A base from disk, frozen and ready: as it is, or packed; or the same modules on the meta device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -15,24 +12,28 @@ from torch import nn
 from tunekit.errors import ModelError
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
-from tunekit.model.compute import resolve_attention, resolve_dtype
-from tunekit.model.families import Family, make_family, text_config
+from tunekit.model.compute import resolve_dtype
+from tunekit.model.families import Family, text_config
 from tunekit.model.families.heads import draw_head, new_head
-from tunekit.model.families.pipeline.parts import load_pipeline
+from tunekit.model.families.structure import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
+from tunekit.model.request import Request, read_request
 from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
-from tunekit.model.storage.packing import packed_base, quantize_layers
+from tunekit.model.storage.packing import packed_base
 from tunekit.model.storage.reading import MappedFiles, fill_net, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
-from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.recipe.model import ModelSection
 from tunekit.records import ModelFacts, TextFacts
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
 
@@ -42,49 +43,20 @@ class LoadedModel:
     """A base model, frozen and in eval mode. `fingerprint` is None for a model without weights."""
 
     net: nn.Module
-    config: Any
+    config: PreTrainedConfig
     family: Family
     dtype: torch.dtype
     device: torch.device
     fingerprint: str | None
     facts: ModelFacts
     text: TextFacts | None  # None: it neither reads nor writes text
-    generation_config: Any
+    generation_config: GenerationConfig | None
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
     mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
     # of a model without weights: whether load_model will need one tensor at a time, to pack it or to copy it
     packed_while_read: bool = False
     copied_while_read: bool = False
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is loaded, and for which device; checked, but for the weights."""
-
-    section: ModelSection
-    source: ModelSource
-    config: Any
-    family: Family
-    dtype: torch.dtype
-    device: torch.device
-    attention: str | None
-    fingerprint: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """How transformers makes the net."""
-        return {
-            "dtype": self.dtype,
-            "attn_implementation": self.attention,
-            "trust_remote_code": self.section.trust_remote_code,
-        }
-
-    def packed(self, net: nn.Module, device: torch.device) -> list[str]:
-        """Pack the net's layers, where the section asks for it; notes."""
-        if self.section.quantization == "none":
-            return []
-        return quantize_layers(net, self.family, self.section, self.dtype, device)
 
 
 def load_model(
@@ -100,15 +72,16 @@ def load_model(
     """
     resolve_dtype(section, device)
     source = find_source(section, weights=True)
-    if inspection.is_pipeline(source):
-        return _load_pipeline(source, section, device)
+    indexed = inspection.indexed_family(source)
+    if indexed is not None:
+        return _load_indexed(indexed, source, section, device)
     if section.quantization == "none" and source.gguf_file is None:
         raw = inspection.read_config(source)
         if inspection.is_packed_by_bitsandbytes(raw):
             inspection.find_family(raw, section)
             return load_packed_folder(section, device)
     with parsed_once(section.name_or_path):
-        request = _read_request(source, section, device, weights=True)
+        request = read_request(source, section, device, weights=True)
         if streamed or streamed_head:
             return _load_streamed(request, streamed, streamed_head)
         direct = _from_files(request)
@@ -121,7 +94,7 @@ def load_model(
     return loaded
 
 
-def _load_streamed(request: _Request, streamed: bool, streamed_head: bool) -> LoadedModel:
+def _load_streamed(request: Request, streamed: bool, streamed_head: bool) -> LoadedModel:
     """The base with its layers, its head, or both in mapped files."""
     assert request.attention is not None
     assert request.fingerprint is not None
@@ -149,9 +122,10 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     Raises: ModelError as load_model does, but for what only the weights show.
     """
     source = find_source(section, weights=False)
-    if inspection.is_pipeline(source):
-        return _load_pipeline(source, section, device, meta=True)
-    request = _read_request(source, section, device, weights=False)
+    indexed = inspection.indexed_family(source)
+    if indexed is not None:
+        return _load_indexed(indexed, source, section, device, meta=True)
+    request = read_request(source, section, device, weights=False)
     with model_errors(section), quiet(), torch.device("meta"):
         net = request.family.auto_class().from_config(request.config, **request.arguments)
     dense, alone = section.quantization == "none", _can_be_read_alone(net, request)
@@ -164,19 +138,19 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     return loaded
 
 
-def _load_pipeline(
-    source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
+def _load_indexed(
+    family: Family, source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
 ) -> LoadedModel:
-    """A diffusion pipeline, the parts that are trained on the device; `meta`: without weights.
+    """A base that its family loads by itself, the trained parts on the device; `meta`: without weights.
 
     Raises: ModelError where the section asks for what only language models have.
     """
-    dtype, family = resolve_dtype(section, device), make_family(inspection.pipeline_family(section))
-    net = load_pipeline(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
+    dtype = resolve_dtype(section, device)
+    net = family.load(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
     fingerprint = None if meta else inspection.fingerprint(source)
-    request = _Request(section, source, net.config, family, dtype, device, "sdpa", fingerprint)
+    request = Request(section, source, config_of(net), family, dtype, device, "sdpa", fingerprint)
     loaded = _finish(net, request, [], meta=meta)
-    everything = loaded.facts.total_parameters + sum(map(element_count, net.beside.values()))
+    everything = loaded.facts.total_parameters + sum(map(element_count, family.beside(net)))
     loaded.facts = replace(loaded.facts, total_parameters=everything)
     return loaded
 
@@ -189,8 +163,8 @@ def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, Tens
         return
     files = MappedFiles(folder, headers)
     if not torch.equal(*map(files.view, stored)):
-        head: Any = net.get_submodule(stored[0].removesuffix(".weight"))
-        head.weight = nn.Parameter(torch.empty_like(head.weight))
+        head = net.get_submodule(stored[0].removesuffix(".weight"))
+        head.register_parameter("weight", nn.Parameter(torch.empty_like(net.get_parameter(stored[0]))))
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
@@ -206,7 +180,7 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
         return {}
 
 
-def _can_be_read_alone(net: nn.Module, request: _Request) -> bool:
+def _can_be_read_alone(net: nn.Module, request: Request) -> bool:
     """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
     if request.source.gguf_file is not None or request.section.trust_remote_code:
         return False
@@ -222,12 +196,16 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
-    family = make_family(inspection.find_family(inspection.read_config(source), section))
+    family = inspection.find_family(inspection.read_config(source), section)
     attention = None if section.attention == "auto" else section.attention
-    request = _Request(section, source, None, family, resolve_dtype(section, device), device, attention)
+    request = Request(section, source, None, family, resolve_dtype(section, device), device, attention)
     with model_errors(section), quiet():
-        net = family.auto_class().from_pretrained(
-            str(source.folder), local_files_only=True, use_safetensors=True, **request.arguments
+        net, _ = family.auto_class().from_pretrained(
+            str(source.folder),
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            **request.arguments,
         )
     adopt_packed(net, request.dtype)
     return _finish(net, request, [])
@@ -238,59 +216,7 @@ def base_fingerprint(section: ModelSection) -> str:
     return inspection.fingerprint(find_source(section, weights=True))
 
 
-def _read_request(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> _Request:
-    """Everything that is known before the weights are read.
-
-    Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
-    """
-    dtype = resolve_dtype(section, device)
-    config, family = _read_configuration(source, section)
-    if weights and source.gguf_file is None:
-        read_headers(source.folder)
-    attention = resolve_attention(section, config, device, family.auto_class())
-    fingerprint = inspection.fingerprint(source) if weights else None
-    return _Request(section, source, config, family, dtype, device, attention, fingerprint)
-
-
-def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any, Family]:
-    """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
-    from transformers import AutoConfig
-
-    arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
-    if source.gguf_file is not None:
-        inspection.check_gguf(source)
-        arguments["gguf_file"] = source.gguf_file
-        family = make_family(section.family if isinstance(section, HeadedModel) else "causal")
-    else:
-        raw = inspection.read_config(source)
-        inspection.check_quantized(raw, section)
-        family = make_family(inspection.find_family(raw, section))
-    with model_errors(section), quiet():
-        config = AutoConfig.from_pretrained(str(source.folder), **arguments)
-    if isinstance(section, HeadedModel):
-        config.id2label = dict(enumerate(section.labels))
-        config.label2id = {label: number for number, label in enumerate(section.labels)}
-        pad_id = getattr(config, "pad_token_id", None)
-        config.pad_token_id = section.head_pad_id if pad_id is None else pad_id
-    _check_known(config, family, section)
-    config.use_cache = False
-    if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it would name another file than the one that was checked
-    return config, family
-
-
-def _check_known(config: Any, family: Family, section: ModelSection) -> None:
-    """Refuse a configuration for which transformers has no model of this family."""
-    if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
-        return
-    raise ModelError(
-        f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows",
-        "choose another base, or a newer transformers",
-        key="model.name_or_path",
-    )
-
-
-def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
+def _read_weights(request: Request) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
     section, source = request.section, request.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
@@ -303,7 +229,7 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
             **request.arguments,
             **arguments,
         )
-    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    missing = [name for key in ("missing_keys", "mismatched_keys") for name in sorted(map(str, loading[key]))]
     for head in new_head(section, request.family, net):
         if any(key.startswith(f"{head}.") for key in missing):
             net.get_submodule(head).to("meta")  # to be drawn
@@ -315,11 +241,11 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
             "they would be random; give a complete model",
             key="model.name_or_path",
         )
-    unused = sorted(key for key in loading["unexpected_keys"] if not key.startswith(request.family.unread))
+    unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(request.family.unread))
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def _from_files(request: _Request) -> tuple[nn.Module, list[str], Sidecar | None] | None:
+def _from_files(request: Request) -> tuple[nn.Module, list[str], Sidecar | None] | None:
     """The net read tensor by tensor, packed or in copies, or mapped as it was packed before; None where only
     transformers can read it, and where transformers maps files that can be used as they are."""
     source, section, family, dtype = request.source, request.section, request.family, request.dtype
@@ -343,13 +269,13 @@ def _from_files(request: _Request) -> tuple[nn.Module, list[str], Sidecar | None
     return net, [*packed.notes, *notes], sidecar
 
 
-def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool = False) -> LoadedModel:
+def _finish(net: nn.Module, request: Request, notes: list[str], *, meta: bool = False) -> LoadedModel:
     """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
     net.requires_grad_(False)
     net.eval()
     if request.family.looks_back(net):
         attend_per_document(net, request.device, request.dtype)
-    config: Any = net.config
+    config = config_of(net)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if hasattr(config, "rescale_every"):
@@ -368,7 +294,7 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
     )
 
 
-def _facts(net: nn.Module, request: _Request) -> ModelFacts:
+def _facts(net: nn.Module, request: Request) -> ModelFacts:
     config, section, family = text_config(net), request.section, request.family
     return ModelFacts(
         name_or_path=section.name_or_path,
@@ -390,7 +316,7 @@ def _text_facts(net: nn.Module, family: Family) -> TextFacts | None:
     if family.ids is None:
         return None
     config, name = text_config(net), family.embedding_name(net)
-    embedding: Any = net.get_submodule(name) if name else None
+    embedding = cast(nn.Embedding, net.get_submodule(name)) if name else None
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
     return TextFacts(
         vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
