@@ -15,7 +15,7 @@ from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.families.heads import draw_head, new_head
-from tunekit.model.families.structure import config_of
+from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.request import Request, read_request

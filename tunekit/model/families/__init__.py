@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from tunekit.model.families.family import Family as Family
-from tunekit.model.families.structure import text_config as text_config
+from tunekit.model.pretrained import text_config as text_config
 
 
 @cache

@@ -12,7 +12,7 @@ from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
-from tunekit.model.families.structure import config_of
+from tunekit.model.pretrained import config_of
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 

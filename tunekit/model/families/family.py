@@ -12,16 +12,8 @@ from tunekit.contracts import ModelOutput, Processor, Stages
 from tunekit.errors import ModelError
 from tunekit.model.families.heads import TextHead, label_head, label_head_name, make_head
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
-from tunekit.model.families.structure import (
-    AutoClass,
-    accepted_names,
-    as_pretrained,
-    base_of,
-    call_accepted,
-    config_of,
-    name_of,
-    text_config,
-)
+from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
+from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_config
 from tunekit.recipe.model import ModelSection
 
 UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses

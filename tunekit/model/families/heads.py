@@ -10,7 +10,8 @@ from torch import nn
 
 from tunekit.errors import ModelError
 from tunekit.model.call import seed_for
-from tunekit.model.families.structure import as_pretrained, base_name, config_of, text_config
+from tunekit.model.families.structure import base_name
+from tunekit.model.pretrained import as_pretrained, config_of, text_config
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 

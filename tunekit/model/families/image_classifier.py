@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,14 @@ from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.family import Family
-from tunekit.model.families.structure import call_accepted, seeded, text_config
+from tunekit.model.families.structure import call_accepted, seeded
+from tunekit.model.pretrained import text_config
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 CONFIG = "preprocessor_config.json"
 SIZES = ("size", "crop_size", "resize_short")  # its keys that say how large pictures are
@@ -31,6 +35,7 @@ MOST_SIDE = 4096
 PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that show what a processor does
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
+Size = float | Mapping[str, object]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
@@ -79,7 +84,7 @@ class PixelProcessor:
         return {**self.config, **sizes}
 
     @cached_property
-    def own(self) -> Any:
+    def own(self) -> BaseImageProcessor:
         """transformers' processor. Raises: ModelError."""
         sizes = {key: self.written[key] for key in SIZES if self.written.get(key)}
         try:
@@ -184,11 +189,11 @@ class PixelProcessor:
         write_json(folder / CONFIG, self.written)
 
 
-def _sides(size: Any) -> list[Any]:
+def _sides(size: object) -> list[object]:
     return list(size.values()) if isinstance(size, Mapping) else [size]
 
 
-def _sized(size: Any, share: float) -> Any:
+def _sized(size: Size, share: float) -> Size:
     """A size of a processor's file, so many times as large."""
     if isinstance(size, Mapping):
         return {name: round(value * share) if isinstance(value, int) else value for name, value in size.items()}

@@ -10,7 +10,8 @@ from torch import nn
 from tunekit.contracts import Processor
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import TWO
-from tunekit.model.families.structure import as_pretrained, config_of, noise_features, seeded
+from tunekit.model.families.structure import noise_features, seeded
+from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.speech.processor import load_speech_processor
 from tunekit.recipe.model import ModelSection
 

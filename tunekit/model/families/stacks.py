@@ -13,16 +13,8 @@ from tunekit.errors import ModelError
 from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
 from tunekit.model.families.heads import before_projection
 from tunekit.model.families.stages import is_proven, make_stack
-from tunekit.model.families.structure import (
-    as_pretrained,
-    base_of,
-    call_accepted,
-    config_of,
-    find_layers,
-    last_hidden,
-    name_of,
-    text_config,
-)
+from tunekit.model.families.structure import base_of, call_accepted, find_layers, last_hidden, name_of
+from tunekit.model.pretrained import as_pretrained, config_of, text_config
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput

@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import known_documents
+from tunekit.model.pretrained import config_of
+from tunekit.model.pretrained import text_config as text_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
     from transformers.utils import ModelOutput
-
-
-class AutoClass(Protocol):
-    """transformers' class that makes or loads the net of any configuration for one task."""
-
-    __name__: str
-    _model_mapping: Mapping[type, type[nn.Module]]
-
-    def from_config(self, config: PreTrainedConfig, **settings: object) -> nn.Module:
-        """The net with random values."""
-
-    def from_pretrained(
-        self, folder: str, *, output_loading_info: Literal[True], **settings: object
-    ) -> tuple[nn.Module, Mapping[str, Collection[object]]]:
-        """The net with the folder's weights, and the names of missing and of unexpected tensors."""
-
-
-def as_pretrained(net: nn.Module) -> PreTrainedModel:
-    """The net, with the methods that transformers gives it beyond torch's."""
-    return net
-
-
-def config_of(net: nn.Module) -> PreTrainedConfig:
-    """The net's configuration."""
-    return as_pretrained(net).config
-
-
-def text_config(net: nn.Module) -> PreTrainedConfig:
-    """The configuration of the text model."""
-    config = config_of(net)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def expert_layout(net: nn.Module) -> str | None:

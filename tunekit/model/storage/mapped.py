@@ -7,7 +7,7 @@ is computed; else over a sidecar that is written once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
 from tunekit.model.storage.source import ModelSource
 from tunekit.recipe.model import ModelSection
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 HOW = "write memory.streaming: off"
 KEY = "memory.streaming"
 
@@ -28,7 +31,7 @@ KEY = "memory.streaming"
 def mapped_net(
     source: ModelSource,
     section: ModelSection,
-    config: Any,
+    config: PreTrainedConfig,
     family: Family,
     dtype: torch.dtype,
     attention: str,
