@@ -12,18 +12,17 @@ from torch import nn
 from tunekit.errors import ModelError
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
+from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
-from tunekit.model.families.heads import draw_head, new_head
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
-from tunekit.model.request import Request, read_request
 from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
-from tunekit.model.storage.packing import packed_base
+from tunekit.model.storage.packing import packed_base, quantize_layers
 from tunekit.model.storage.reading import MappedFiles, fill_net, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
@@ -81,37 +80,33 @@ def load_model(
             inspection.find_family(raw, section)
             return load_packed_folder(section, device)
     with parsed_once(section.name_or_path):
-        request = read_request(source, section, device, weights=True)
+        spec = read_base_spec(source, section, device, weights=True)
         if streamed or streamed_head:
-            return _load_streamed(request, streamed, streamed_head)
-        direct = _from_files(request)
-        net, notes, sidecar = direct or (*_read_weights(request), None)
-        draw_head(section, request.family, net, request.dtype)
+            return _load_streamed(spec, streamed, streamed_head)
+        direct = _from_files(spec)
+        net, notes, sidecar = direct or (*_read_weights(spec), None)
+        spec.family.draw_head(section, net, spec.dtype)
     if direct is None:
-        notes += request.packed(net, device)
-    loaded = _finish(net.to(device), request, notes)
+        notes += _packed(net, spec, device)
+    loaded = _finish(net.to(device), spec, notes)
     loaded.sidecar = sidecar
     return loaded
 
 
-def _load_streamed(request: Request, streamed: bool, streamed_head: bool) -> LoadedModel:
+def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> LoadedModel:
     """The base with its layers, its head, or both in mapped files."""
-    assert request.attention is not None
-    assert request.fingerprint is not None
-    section, family = request.section, request.family
-    with model_errors(section), quiet(), no_fetched_code():
-        net, notes, mapped = mapped_net(
-            request.source, section, request.config, family, request.dtype, request.attention, request.fingerprint
-        )
-        draw_head(section, family, net, request.dtype)
+    family = spec.family
+    with model_errors(spec.section), quiet(), no_fetched_code():
+        net, notes, mapped = mapped_net(spec)
+        family.draw_head(spec.section, net, spec.dtype)
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     names = (family.head_name(net), family.embedding_name(net)) if streamed_head else ()
     tables = [tensor for name in names if name for tensor in net.get_submodule(name).parameters()]
     inside = {id(tensor) for tensor in [*(stored if streamed else []), *tables]}
     for tensor in [*net.parameters(), *net.buffers()]:
         if id(tensor) not in inside:
-            tensor.data = tensor.data.to(request.device)
-    loaded = _finish(net, request, notes)
+            tensor.data = tensor.data.to(spec.device)
+    loaded = _finish(net, spec, notes)
     loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped and streamed else frozenset()
     return loaded
 
@@ -125,15 +120,15 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     indexed = inspection.indexed_family(source)
     if indexed is not None:
         return _load_indexed(indexed, source, section, device, meta=True)
-    request = read_request(source, section, device, weights=False)
+    spec = read_base_spec(source, section, device, weights=False)
     with model_errors(section), quiet(), torch.device("meta"):
-        net = request.family.auto_class().from_config(request.config, **request.arguments)
-    dense, alone = section.quantization == "none", _can_be_read_alone(net, request)
+        net = spec.family.auto_class().from_config(spec.config, **spec.arguments)
+    dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
-    copied = dense and alone and (not headers or needs_copies(headers, request.dtype, device))
-    _untie(net, request.family, source.folder, headers)
-    notes = request.packed(net, torch.device("meta"))
-    loaded = _finish(net, request, notes, meta=True)
+    copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
+    _untie(net, spec.family, source.folder, headers)
+    notes = _packed(net, spec, torch.device("meta"))
+    loaded = _finish(net, spec, notes, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
 
@@ -148,11 +143,16 @@ def _load_indexed(
     dtype = resolve_dtype(section, device)
     net = family.load(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
     fingerprint = None if meta else inspection.fingerprint(source)
-    request = Request(section, source, config_of(net), family, dtype, device, "sdpa", fingerprint)
-    loaded = _finish(net, request, [], meta=meta)
+    spec = BaseSpec(section, source, config_of(net), family, dtype, device, "sdpa", fingerprint)
+    loaded = _finish(net, spec, [], meta=meta)
     everything = loaded.facts.total_parameters + sum(map(element_count, family.beside(net)))
     loaded.facts = replace(loaded.facts, total_parameters=everything)
     return loaded
+
+
+def _packed(net: nn.Module, spec: BaseSpec, device: torch.device) -> list[str]:
+    """Pack the net's layers, where the section asks for it; notes."""
+    return [] if spec.is_dense else quantize_layers(net, spec.family, spec.section, spec.dtype, device)
 
 
 def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
@@ -180,13 +180,11 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
         return {}
 
 
-def _can_be_read_alone(net: nn.Module, request: Request) -> bool:
+def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
     """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
-    if request.source.gguf_file is not None or request.section.trust_remote_code:
-        return False
     try:
-        head = new_head(request.section, request.family, net)
-        return open_base(net, request.source.folder, request.dtype, head) is not None
+        head = spec.family.new_head(spec.section, net)
+        return spec.read_by_us and open_base(net, spec.source.folder, spec.dtype, head) is not None
     except ModelError:
         return True
 
@@ -196,19 +194,19 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
-    family = inspection.find_family(inspection.read_config(source), section)
-    attention = None if section.attention == "auto" else section.attention
-    request = Request(section, source, None, family, resolve_dtype(section, device), device, attention)
+    family, dtype = inspection.find_family(inspection.read_config(source), section), resolve_dtype(section, device)
     with model_errors(section), quiet():
         net, _ = family.auto_class().from_pretrained(
             str(source.folder),
             local_files_only=True,
             output_loading_info=True,
             use_safetensors=True,
-            **request.arguments,
+            dtype=dtype,
+            attn_implementation=None if section.attention == "auto" else section.attention,
+            trust_remote_code=section.trust_remote_code,
         )
-    adopt_packed(net, request.dtype)
-    return _finish(net, request, [])
+    adopt_packed(net, dtype)
+    return _finish(net, BaseSpec(section, source, config_of(net), family, dtype, device, section.attention), [])
 
 
 def base_fingerprint(section: ModelSection) -> str:
@@ -216,21 +214,21 @@ def base_fingerprint(section: ModelSection) -> str:
     return inspection.fingerprint(find_source(section, weights=True))
 
 
-def _read_weights(request: Request) -> tuple[nn.Module, list[str]]:
+def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
-    section, source = request.section, request.source
+    section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
-        net, loading = request.family.auto_class().from_pretrained(
+        net, loading = spec.family.auto_class().from_pretrained(
             str(source.folder),
-            config=request.config,
+            config=spec.config,
             local_files_only=True,
             output_loading_info=True,
-            **request.arguments,
+            **spec.arguments,
             **arguments,
         )
     missing = [name for key in ("missing_keys", "mismatched_keys") for name in sorted(map(str, loading[key]))]
-    for head in new_head(section, request.family, net):
+    for head in spec.family.new_head(section, net):
         if any(key.startswith(f"{head}.") for key in missing):
             net.get_submodule(head).to("meta")  # to be drawn
             missing = [key for key in missing if not key.startswith(f"{head}.")]
@@ -241,40 +239,36 @@ def _read_weights(request: Request) -> tuple[nn.Module, list[str]]:
             "they would be random; give a complete model",
             key="model.name_or_path",
         )
-    unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(request.family.unread))
+    unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def _from_files(request: Request) -> tuple[nn.Module, list[str], Sidecar | None] | None:
+def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
     """The net read tensor by tensor, packed or in copies, or mapped as it was packed before; None where only
     transformers can read it, and where transformers maps files that can be used as they are."""
-    source, section, family, dtype = request.source, request.section, request.family, request.dtype
-    assert request.attention is not None
-    assert request.fingerprint is not None
-    if source.gguf_file is not None or section.trust_remote_code:
+    if not spec.read_by_us:
         return None
-    dense = section.quantization == "none"
-    if dense and not needs_copies(read_headers(source.folder), dtype, request.device):
+    if spec.is_dense and not needs_copies(read_headers(spec.source.folder), spec.dtype, spec.device):
         return None
-    with model_errors(section), quiet(), no_fetched_code():
-        opened = open_net(source.folder, section, request.config, family, dtype, request.attention)
+    with model_errors(spec.section), quiet(), no_fetched_code():
+        opened = open_net(spec)
     if opened is None:
         return None
     net, reader = opened
-    if dense:
+    if spec.is_dense:
         fill_net(net, reader)
         return net, [], None
-    packed = packed_base(net, reader, family, section, dtype, request.device)
-    sidecar, notes = kept_base(packed, source, request.fingerprint)
+    packed = packed_base(net, reader, spec.family, spec.section, spec.dtype, spec.device)
+    sidecar, notes = kept_base(packed, spec.source, str(spec.fingerprint))
     return net, [*packed.notes, *notes], sidecar
 
 
-def _finish(net: nn.Module, request: Request, notes: list[str], *, meta: bool = False) -> LoadedModel:
+def _finish(net: nn.Module, spec: BaseSpec, notes: list[str], *, meta: bool = False) -> LoadedModel:
     """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
     net.requires_grad_(False)
     net.eval()
-    if request.family.looks_back(net):
-        attend_per_document(net, request.device, request.dtype)
+    if spec.family.looks_back(net):
+        attend_per_document(net, spec.device, spec.dtype)
     config = config_of(net)
     if hasattr(config, "use_cache"):
         config.use_cache = False
@@ -283,32 +277,32 @@ def _finish(net: nn.Module, request: Request, notes: list[str], *, meta: bool = 
     return LoadedModel(
         net=net,
         config=config,
-        family=request.family,
-        dtype=request.dtype,
-        device=torch.device("meta") if meta else request.device,
-        fingerprint=request.fingerprint,
-        facts=_facts(net, request),
-        text=_text_facts(net, request.family),
+        family=spec.family,
+        dtype=spec.dtype,
+        device=torch.device("meta") if meta else spec.device,
+        fingerprint=spec.fingerprint,
+        facts=_facts(net, spec),
+        text=_text_facts(net, spec.family),
         generation_config=getattr(net, "generation_config", None),
         notes=notes,
     )
 
 
-def _facts(net: nn.Module, request: Request) -> ModelFacts:
-    config, section, family = text_config(net), request.section, request.family
+def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:
+    config, section, family = text_config(net), spec.section, spec.family
     return ModelFacts(
         name_or_path=section.name_or_path,
-        revision=request.source.commit,
+        revision=spec.source.commit,
         family=family.name,
         model_type=str(config.model_type),
-        dtype=str(request.dtype).removeprefix("torch."),
+        dtype=str(spec.dtype).removeprefix("torch."),
         quantization=section.quantization,
         double_quantization=section.double_quantization and section.quantization in ("nf4", "fp4"),
         attention=str(config._attn_implementation),
         total_parameters=element_count(net),
         layers=len(family.layers(net)),
         hidden_size=family.hidden_size(net),
-        fingerprint=request.fingerprint,
+        fingerprint=spec.fingerprint,
     )
 
 

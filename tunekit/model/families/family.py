@@ -10,11 +10,11 @@ from torch import nn
 
 from tunekit.contracts import ModelOutput, Processor, Stages
 from tunekit.errors import ModelError
-from tunekit.model.families.heads import TextHead, label_head, label_head_name, make_head
+from tunekit.model.families.heads import TextHead, draw_module, label_head, label_head_name, make_head
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
 from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_config
-from tunekit.recipe.model import ModelSection
+from tunekit.recipe.model import HeadedModel, ModelSection
 
 UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses
 
@@ -105,6 +105,24 @@ class Family:
         """Names of modules that are trained whole beside any adapter."""
         name = self.head_name(net) if self.labelled else None
         return [] if name is None else [name]
+
+    def new_head(self, section: ModelSection, net: nn.Module) -> tuple[str, ...]:
+        """Names of the modules of the head that the section asks for, which the base's files need not hold."""
+        return tuple(self.trained_with(net)) if isinstance(section, HeadedModel) else ()
+
+    def head_modules(self, net: nn.Module) -> list[str]:
+        """Names of the output projection and of what is trained whole: no quantization packs them."""
+        names = (self.head_name(net), *self.trained_with(net))
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def draw_head(self, section: ModelSection, net: nn.Module, dtype: torch.dtype) -> None:
+        """Values for the modules of a head that the base's files do not hold, and for scores of other labels."""
+        if not isinstance(section, HeadedModel):
+            return
+        for name in self.trained_with(net):
+            other_labels = section.new_head and name == self.head_name(net)
+            if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
+                draw_module(net, name, section.head_seed, dtype)
 
     def beside(self, net: nn.Module) -> list[nn.Module]:
         """Modules that are no part of the net and are needed now and then: their place is the host."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,17 +11,6 @@ from tunekit.errors import ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families.structure import base_name
 from tunekit.model.pretrained import as_pretrained, config_of, text_config
-from tunekit.recipe.model import HeadedModel, ModelSection
-
-
-class NamesHead(Protocol):
-    """What names the modules of a net's head: a family."""
-
-    def head_name(self, net: nn.Module) -> str | None:
-        """Module name of the output projection."""
-
-    def trained_with(self, net: nn.Module) -> list[str]:
-        """Names of modules that are trained whole beside any adapter."""
 
 
 @dataclass(frozen=True)
@@ -103,34 +91,11 @@ def label_head_name(net: nn.Module) -> str | None:
     return None
 
 
-def new_head(section: ModelSection, family: NamesHead, net: nn.Module) -> tuple[str, ...]:
-    """Names of the modules of the head that the section asks for, which the base's files need not hold; none of other
-    bases."""
-    return tuple(family.trained_with(net)) if isinstance(section, HeadedModel) else ()
-
-
-def head_modules(family: NamesHead, net: nn.Module) -> list[str]:
-    """Names of the output projection, and of what is trained whole beside any adapter: no quantization packs them."""
-    return list(dict.fromkeys(name for name in (family.head_name(net), *family.trained_with(net)) if name is not None))
-
-
-def draw_head(section: ModelSection, family: NamesHead, net: nn.Module, dtype: torch.dtype) -> None:
-    """Values for the modules of a head that the base's files do not hold, and for scores of other labels, as
-    transformers initialises them.
-
-    They are drawn on the CPU and depend on the section's seed and the module's name alone.
-    """
-    for name in new_head(section, family, net):
-        assert isinstance(section, HeadedModel)
-        other_labels = section.new_head and name == family.head_name(net)
-        if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
-            _draw(section, net, name, dtype)
-
-
-def _draw(section: HeadedModel, net: nn.Module, name: str, dtype: torch.dtype) -> None:
+def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> None:
+    """Values for a module of a head, as transformers initialises it: drawn on the CPU, from the seed and the name."""
     drawn = net.get_submodule(name).to_empty(device="cpu").float()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for("head", section.head_seed, name))
+        torch.manual_seed(seed_for("head", seed, name))
         for module in drawn.modules():
             vars(module)["_is_hf_initialized"] = False
             as_pretrained(net)._init_weights(module)

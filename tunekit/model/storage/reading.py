@@ -25,12 +25,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tunekit.files.tensors import TensorEntry, fill_from_file
 from tunekit.files.untrusted import MODEL_FILE
-from tunekit.model.families import Family
-from tunekit.model.families.heads import new_head
+from tunekit.model.base_spec import BaseSpec
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import read_headers
-from tunekit.recipe.model import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -266,12 +264,11 @@ def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: Sequence[s
     return reader if reader._find(net) else None
 
 
-def open_net(
-    folder: Path, section: ModelSection, config: PreTrainedConfig, family: Family, dtype: torch.dtype, attention: str
-) -> tuple[nn.Module, BaseReader] | None:
+def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
     """The net of `unfilled_net`, and the reader that `open_base` gives for it; None where that gives none."""
-    net = unfilled_net(family.auto_class(), config, dtype, attention)
-    reader = open_base(net, folder, dtype, new_head(section, family, net))
+    folder = spec.source.folder
+    net = unfilled_net(spec.family.auto_class(), spec.config, spec.dtype, spec.attention)
+    reader = open_base(net, folder, spec.dtype, spec.family.new_head(spec.section, net))
     if reader is None:
         return None
     load_generation_config(net, folder)

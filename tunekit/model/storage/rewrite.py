@@ -19,7 +19,6 @@ from torch import nn
 
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
-from tunekit.model.families.heads import head_modules
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind
@@ -295,7 +294,7 @@ class Rewriter:
                 "bnb_4bit_use_double_quant": self.section.double_quantization,
                 "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": [*head_modules(self.family, self.net), *sorted(uncalled_layers(self.modules))],
+                "llm_int8_skip_modules": [*self.family.head_modules(self.net), *sorted(uncalled_layers(self.modules))],
             }
         return config
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 INDEX = PIPELINE_INDEX
 KEY = "model.name_or_path"
-DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PIPELINES = {  # class of the pipeline -> its denoiser
     "StableDiffusionPipeline": "unet",

@@ -1,4 +1,4 @@
-"""A base that is to be loaded, with all that is known before its weights are read: configuration, family, dtype."""
+"""What is known of a base before its weights are read: where it is, configuration, family, dtype, device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from tunekit.errors import ModelError
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family
 from tunekit.model.storage import inspection
-from tunekit.model.storage.packing import quantize_layers
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import model_errors, quiet
@@ -23,17 +21,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is loaded, and for which device; checked, but for the weights."""
+class BaseSpec:
+    """A base with all that is known before its weights are read, and the device for which it is loaded."""
 
     section: ModelSection
     source: ModelSource
-    config: PreTrainedConfig | None  # None: transformers reads it with the weights
+    config: PreTrainedConfig
     family: Family
     dtype: torch.dtype
     device: torch.device
-    attention: str | None
-    fingerprint: str | None = None
+    attention: str
+    fingerprint: str | None = None  # None: without weights
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -44,14 +42,18 @@ class Request:
             "trust_remote_code": self.section.trust_remote_code,
         }
 
-    def packed(self, net: nn.Module, device: torch.device) -> list[str]:
-        """Pack the net's layers, where the section asks for it; notes."""
-        if self.section.quantization == "none":
-            return []
-        return quantize_layers(net, self.family, self.section, self.dtype, device)
+    @property
+    def read_by_us(self) -> bool:
+        """Whether the files may be read without transformers."""
+        return self.source.gguf_file is None and not self.section.trust_remote_code
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer is packed."""
+        return self.section.quantization == "none"
 
 
-def read_request(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> Request:
+def read_base_spec(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> BaseSpec:
     """Everything that is known before the weights are read.
 
     Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
@@ -62,7 +64,7 @@ def read_request(source: ModelSource, section: ModelSection, device: torch.devic
         read_headers(source.folder)
     attention = resolve_attention(section, config, device, family.auto_class())
     fingerprint = inspection.fingerprint(source) if weights else None
-    return Request(section, source, config, family, dtype, device, attention, fingerprint)
+    return BaseSpec(section, source, config, family, dtype, device, attention, fingerprint)
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:
