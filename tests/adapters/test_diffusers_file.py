@@ -19,7 +19,7 @@ from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.summary import summarise_adapter
 from tunekit.errors import AdapterError
-from tunekit.model.families.diffusion import IDS, DiffusionFamily
+from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PIPELINES, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor, load_processor
 from tunekit.recipe.model import ModelSection
@@ -64,7 +64,7 @@ def saved(adapter: AttachedAdapter, folder: Path, processor: PipelineProcessor) 
 def ours(adapter: AttachedAdapter, processor: PipelineProcessor) -> torch.Tensor:
     net: Any = adapter.net
     ids = {f"{IDS}{name}": torch.from_numpy(each) for name, each in processor.ids(["a photo of sks dog"]).items()}
-    return DiffusionFamily().logits(net, {**_inputs(processor), **ids})
+    return FAMILY.logits(net, {**_inputs(processor), **ids})
 
 
 def _inputs(processor: PipelineProcessor) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.model.call import Call, calling
-from tunekit.model.families import Family
+from tunekit.model.families.causal import FAMILY
 from tunekit.model.quantized.weights import PackedLinear, pack_linear
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
@@ -61,9 +61,9 @@ def unfused(net: Any, attached: AttachedAdapter) -> None:
 
 
 def gradients(net: Any, attached: AttachedAdapter, checkpointed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    prepare_layers([layer for _, layer in Family().layers(net)], checkpointed)
+    prepare_layers([layer for _, layer in FAMILY.layers(net)], checkpointed)
     net.train()
-    hidden = Family().hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
+    hidden = FAMILY.hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
     (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
     return hidden.detach(), {name: parameter.grad for name, parameter in attached.trained().items()}  # type: ignore[misc]
 
@@ -246,10 +246,10 @@ def test_below_the_lowest_adapted_layer_nothing_is_kept_or_computed_again(checkp
         return tensor
 
     store = BoundaryStore(None)
-    prepare_layers([each for _, each in Family().layers(net)], checkpointed, store)
+    prepare_layers([each for _, each in FAMILY.layers(net)], checkpointed, store)
     net.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = Family().hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
+        hidden = FAMILY.hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
     assert where == [0], "something below was kept"
     assert len(store) == (1 if checkpointed else 0), "an input below was kept"
     assert set(runs) == {0, 1, 2}

@@ -28,7 +28,7 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.tiling import Tiles, tile_layers
 from tunekit.model.call import current_call
-from tunekit.model.families import Family
+from tunekit.model.families.causal import FAMILY
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -238,7 +238,7 @@ def test_mlps_of_many_kinds_in_tiles(model_type: str, checkpointed: int) -> None
     found = []
     for tokens in (None, 4):
         net, attached = adapted(model_type, checkpointed, tokens)
-        hidden = Family().hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
+        hidden = FAMILY.hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
         (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
         found.append((hidden.detach(), {name: value.grad for name, value in attached.trained().items()}))
     (hidden, expected), (tiled_hidden, tiled) = found
@@ -254,7 +254,7 @@ def adapted(model_type: str, checkpointed: int, tokens: int | None) -> tuple[Any
     generator = torch.Generator().manual_seed(2)
     for parameter in attached.trained().values():
         parameter.data.normal_(0, 0.1, generator=generator)
-    layers = Family().layers(net)
+    layers = FAMILY.layers(net)
     prepare_layers([layer for _, layer in layers], checkpointed)
     net.eval()  # no dropout, which tiles draw otherwise
     for _, layer in layers:

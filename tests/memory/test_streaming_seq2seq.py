@@ -20,7 +20,7 @@ from tunekit.contracts import Engine, Row, Window
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
-from tunekit.model.families import Seq2SeqFamily
+from tunekit.model.families.seq2seq import FAMILY
 from tunekit.model.families.stages import PROVEN
 from tunekit.model.load import load_model
 from tunekit.recipe.model import ModelSection
@@ -249,6 +249,6 @@ def test_the_tables_of_two_stacks_stay_on_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["encoder_layerdrop", "decoder_layerdrop"])
 def test_layers_left_out_at_random_are_not_cut(setting: str) -> None:
-    family = Seq2SeqFamily()
+    family = FAMILY
     assert family.stages(make_net("bart")) is not None
     assert family.stages(make_net("bart", **{setting: 0.1})) is None

@@ -21,7 +21,7 @@ from tunekit.model.attention.documents import (
 )
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling
-from tunekit.model.families import Family
+from tunekit.model.families.causal import FAMILY
 
 CPU = torch.device("cpu")
 LENGTHS = ((9, 1, 5), (3, 12))  # documents of two rows: longer and shorter than a window of 4, and of one token
@@ -48,7 +48,7 @@ def other(model_type: str) -> Any:
 
 def hidden(net: Any, ids: torch.Tensor, positions: torch.Tensor, segments: Segments | None) -> torch.Tensor:
     with calling(Call(segments=segments)):
-        return Family().hidden(net, {"input_ids": ids, "position_ids": positions})
+        return FAMILY.hidden(net, {"input_ids": ids, "position_ids": positions})
 
 
 def test_segments_are_where_positions_restart() -> None:
@@ -153,7 +153,7 @@ def test_gradients_equal_those_of_the_dense_mask(model_type: str, checkpointed: 
     found = []
     for segments in (find_segments(POSITIONS), None):
         net = make(model_type).train()
-        prepare_layers([layer for _, layer in Family().layers(net)], checkpointed)
+        prepare_layers([layer for _, layer in FAMILY.layers(net)], checkpointed)
         weights = [net.model.layers[0].self_attn.q_proj.weight, net.model.layers[2].self_attn.v_proj.weight]
         for weight in weights:
             weight.requires_grad_(True)

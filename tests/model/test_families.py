@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
-from tunekit.model.families import Family
+from tunekit.model.families.causal import FAMILY
 
 SHAPE = {
     "vocab_size": 97,
@@ -71,7 +71,7 @@ POSITIONS = torch.arange(11)[None].repeat(2, 1)
 
 
 def test_head_of_hidden_equals_the_nets_own_logits(net: nn.Module) -> None:
-    family = Family()
+    family = FAMILY
     hidden = family.hidden(net, {"input_ids": IDS, "position_ids": POSITIONS})
     logits = family.head(net).logits(hidden.reshape(-1, hidden.shape[-1]))
     own = net(input_ids=IDS, use_cache=False).logits
@@ -81,7 +81,7 @@ def test_head_of_hidden_equals_the_nets_own_logits(net: nn.Module) -> None:
 
 
 def test_structure_is_found(net: nn.Module) -> None:
-    family = Family()
+    family = FAMILY
     layers = family.layers(net)
     assert len(layers) == 3
     assert all(net.get_submodule(name) is layer for name, layer in layers)
@@ -92,7 +92,7 @@ def test_structure_is_found(net: nn.Module) -> None:
 
 
 def test_stages_equal_the_plain_forward_bit_for_bit(net: nn.Module) -> None:
-    family = Family()
+    family = FAMILY
     stages = family.stages(net)
     assert stages is not None
     # two packed rows: positions restart, and no mask is given
@@ -108,7 +108,7 @@ def test_stages_equal_the_plain_forward_bit_for_bit(net: nn.Module) -> None:
 
 def test_soft_cap_is_not_left_out() -> None:
     net = make_net("gemma2", final_logit_softcapping=0.5)
-    family = Family()
+    family = FAMILY
     hidden = family.hidden(net, {"input_ids": IDS})
     assert family.head(net).logits(hidden[0]).abs().max() <= 0.5
 
@@ -125,7 +125,7 @@ def test_wrapped_head_takes_part() -> None:
             return self.base_layer(x) + 1.0  # type: ignore[no-any-return]
 
     net: Any = make_net("llama")
-    family = Family()
+    family = FAMILY
     hidden = family.hidden(net, {"input_ids": IDS})[0]
     before = family.head(net).logits(hidden)
     net.lm_head = Wrapper(net.lm_head)
@@ -137,11 +137,11 @@ def test_net_without_layers_is_refused() -> None:
     net: Any = make_net("llama")
     net.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="7 decoder layers"):
-        Family().layers(net)
+        FAMILY.layers(net)
 
 
 def test_learned_positions_are_told_from_other_tables() -> None:
-    family = Family()
+    family = FAMILY
     assert [family.learned_positions(make_net(kind)) for kind in ("gpt2", "opt", "llama", "bloom")] == [
         64,
         64,

@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from tests.support.tiny_pipelines import KINDS, SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.errors import ModelError
-from tunekit.model.families.diffusion import IDS, DiffusionFamily
+from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.parts import PIPELINES, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor, load_processor
@@ -56,7 +56,7 @@ def test_the_denoiser_is_called_as_diffusers_scripts_call_it(tmp_path: Path, kin
     prompts, times = encode_prompts(net, ids_of(processor)), torch.tensor([3, 700])
     sizes = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2)
     inputs = {"latents": latents, "times": times, "sizes": sizes}
-    family = DiffusionFamily()
+    family = FAMILY
     ours = family.logits(net, {**inputs, **prompts})
     part, prompt = net.denoiser, prompts["prompt"]
     if kind == "sd":
@@ -77,7 +77,7 @@ def test_the_denoiser_is_called_as_diffusers_scripts_call_it(tmp_path: Path, kin
 def test_layers_are_those_that_run_in_their_order(tmp_path: Path, kind: str) -> None:
     net, processor = loaded(tmp_path, kind)
     ran: list[str] = []
-    layers = DiffusionFamily().layers(net)
+    layers = FAMILY.layers(net)
     for name, layer in layers:
         assert net.get_submodule(name) is layer
         layer.register_forward_pre_hook(lambda *_given, name=name: ran.append(name), with_kwargs=True)
@@ -87,7 +87,7 @@ def test_layers_are_those_that_run_in_their_order(tmp_path: Path, kind: str) -> 
         "times": torch.tensor([3, 700]),
         "sizes": torch.zeros(2, 6),
     }
-    DiffusionFamily().logits(net, {**inputs, **prompts})
+    FAMILY.logits(net, {**inputs, **prompts})
     assert ran == [name for name, _ in layers]
     assert len(ran) == net.config.num_hidden_layers
 

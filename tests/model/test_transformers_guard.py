@@ -22,7 +22,7 @@ from tunekit.errors import DataError
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling
-from tunekit.model.families import Family
+from tunekit.model.families.causal import FAMILY
 from tunekit.model.storage.reading import unfilled_net
 from tunekit.model.text.templates import FIXED_DAY, render_template
 from tunekit.model.transformers_guard import replaced
@@ -96,8 +96,8 @@ def test_documents_of_packed_rows(fails: bool) -> None:
     net.model.layers[0].register_forward_pre_hook(look)
     inputs = {"input_ids": torch.arange(5)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
     with calling(Call(segments=Segments(((3, 2),)))):
-        raises(fails, lambda: Family().hidden(net, inputs))
-    raises(fails, lambda: Family().hidden(net, inputs))  # without segments transformers finds out by itself
+        raises(fails, lambda: FAMILY.hidden(net, inputs))
+    raises(fails, lambda: FAMILY.hidden(net, inputs))  # without segments transformers finds out by itself
     assert seen == [True, False]
 
 

@@ -30,7 +30,7 @@ from tunekit.generate import answer, generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
 from tunekit.model.load import load_model
-from tunekit.model.speech.features import AudioProcessor, load_audio_processor
+from tunekit.model.speech.features import AudioProcessor
 from tunekit.model.storage.shards import read_headers
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.recordings import SILENT
@@ -68,7 +68,9 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(whisper: Path) -> AudioProcessor:
-    return load_audio_processor(ModelSection(name_or_path=str(whisper)))
+    processor = make_family("audio_classifier").processor(ModelSection(name_or_path=str(whisper)))
+    assert isinstance(processor, AudioProcessor)
+    return processor
 
 
 def write(folder: Path, base: Path, source: Path, **sections: Any) -> Path:
@@ -250,7 +252,7 @@ def test_other_encoders_are_refused(whisper: Path, recordings: Path, tmp_path: P
         assert caught.value.exit_code == 2
         assert len(caught.value.problems) == 1, "said once"
         with pytest.raises(ModelError, match=said):
-            load_audio_processor(ModelSection(name_or_path=str(folder)))
+            make_family("audio_classifier").processor(ModelSection(name_or_path=str(folder)))
 
 
 # Steps.

@@ -21,7 +21,7 @@ from tunekit.arithmetic.merge_output import (
 from tunekit.files.durable import write_json
 from tunekit.files.tensors import read_tensor_header
 from tunekit.files.untrusted import MODEL_FILE
-from tunekit.model.families.diffusion import IDS, DiffusionFamily
+from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PipelineNet, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.storage.model_folder import whole_model_folder
@@ -119,4 +119,4 @@ def _predicted(net: PipelineNet, processor: PipelineProcessor) -> torch.Tensor:
         "times": torch.tensor(TIMES),
         "sizes": torch.tensor([[side, side, 0, 0, side, side]] * count),
     }
-    return DiffusionFamily().logits(net, {**inputs, **ids})
+    return FAMILY.logits(net, {**inputs, **ids})

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import torch
 
@@ -32,7 +31,7 @@ class Call:
     micro_batch: int = 0
     seed: int = 0
     segments: Segments | None = None
-    rows: Any = None
+    rows: object = None
 
 
 _PLAIN = Call()

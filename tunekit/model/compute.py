@@ -5,14 +5,18 @@ Comes in: the model section, the configuration, the device.  Goes out: a dtype, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tunekit.errors import ModelError
 from tunekit.machine import devices
 from tunekit.machine.environment import cpu_facts
+from tunekit.model.pretrained import AutoClass
 from tunekit.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +53,9 @@ def _cpu_has_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
-def resolve_attention(section: ModelSection, config: Any, device: torch.device, auto_class: Any) -> str:
+def resolve_attention(
+    section: ModelSection, config: PreTrainedConfig, device: torch.device, auto_class: AutoClass
+) -> str:
     """The attention implementation; auto is torch's sdpa where the model has it, else the plain one.
 
     `auto_class`: transformers' class that loads models of this family.

@@ -1,13 +1,10 @@
-"""A base from disk, frozen and ready: as it is, or packed; or the same modules without any weight.
-
-Comes in: the model section and a device.  Goes out: `LoadedModel`.
-"""
+"""A base from disk, frozen and ready: as it is, or packed; or the same modules on the meta device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -15,10 +12,10 @@ from torch import nn
 from tunekit.errors import ModelError
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
-from tunekit.model.compute import resolve_attention, resolve_dtype
-from tunekit.model.families import Family, make_family, text_config
-from tunekit.model.families.heads import draw_head, new_head
-from tunekit.model.families.pipeline.parts import load_pipeline
+from tunekit.model.base_spec import BaseSpec, read_base_spec
+from tunekit.model.compute import resolve_dtype
+from tunekit.model.families import Family, text_config
+from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.storage import inspection
@@ -31,8 +28,11 @@ from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
-from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.recipe.model import ModelSection
 from tunekit.records import ModelFacts, TextFacts
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
 
@@ -42,49 +42,20 @@ class LoadedModel:
     """A base model, frozen and in eval mode. `fingerprint` is None for a model without weights."""
 
     net: nn.Module
-    config: Any
+    config: PreTrainedConfig
     family: Family
     dtype: torch.dtype
     device: torch.device
     fingerprint: str | None
     facts: ModelFacts
     text: TextFacts | None  # None: it neither reads nor writes text
-    generation_config: Any
+    generation_config: GenerationConfig | None
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
     mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
     # of a model without weights: whether load_model will need one tensor at a time, to pack it or to copy it
     packed_while_read: bool = False
     copied_while_read: bool = False
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is loaded, and for which device; checked, but for the weights."""
-
-    section: ModelSection
-    source: ModelSource
-    config: Any
-    family: Family
-    dtype: torch.dtype
-    device: torch.device
-    attention: str | None
-    fingerprint: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """How transformers makes the net."""
-        return {
-            "dtype": self.dtype,
-            "attn_implementation": self.attention,
-            "trust_remote_code": self.section.trust_remote_code,
-        }
-
-    def packed(self, net: nn.Module, device: torch.device) -> list[str]:
-        """Pack the net's layers, where the section asks for it; notes."""
-        if self.section.quantization == "none":
-            return []
-        return quantize_layers(net, self.family, self.section, self.dtype, device)
 
 
 def load_model(
@@ -100,45 +71,42 @@ def load_model(
     """
     resolve_dtype(section, device)
     source = find_source(section, weights=True)
-    if inspection.is_pipeline(source):
-        return _load_pipeline(source, section, device)
+    indexed = inspection.indexed_family(source)
+    if indexed is not None:
+        return _load_indexed(indexed, source, section, device)
     if section.quantization == "none" and source.gguf_file is None:
         raw = inspection.read_config(source)
         if inspection.is_packed_by_bitsandbytes(raw):
             inspection.find_family(raw, section)
             return load_packed_folder(section, device)
     with parsed_once(section.name_or_path):
-        request = _read_request(source, section, device, weights=True)
+        spec = read_base_spec(source, section, device, weights=True)
         if streamed or streamed_head:
-            return _load_streamed(request, streamed, streamed_head)
-        direct = _from_files(request)
-        net, notes, sidecar = direct or (*_read_weights(request), None)
-        draw_head(section, request.family, net, request.dtype)
+            return _load_streamed(spec, streamed, streamed_head)
+        direct = _from_files(spec)
+        net, notes, sidecar = direct or (*_read_weights(spec), None)
+        spec.family.draw_head(section, net, spec.dtype)
     if direct is None:
-        notes += request.packed(net, device)
-    loaded = _finish(net.to(device), request, notes)
+        notes += _packed(net, spec, device)
+    loaded = _finish(net.to(device), spec, notes)
     loaded.sidecar = sidecar
     return loaded
 
 
-def _load_streamed(request: _Request, streamed: bool, streamed_head: bool) -> LoadedModel:
+def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> LoadedModel:
     """The base with its layers, its head, or both in mapped files."""
-    assert request.attention is not None
-    assert request.fingerprint is not None
-    section, family = request.section, request.family
-    with model_errors(section), quiet(), no_fetched_code():
-        net, notes, mapped = mapped_net(
-            request.source, section, request.config, family, request.dtype, request.attention, request.fingerprint
-        )
-        draw_head(section, family, net, request.dtype)
+    family = spec.family
+    with model_errors(spec.section), quiet(), no_fetched_code():
+        net, notes, mapped = mapped_net(spec)
+        family.draw_head(spec.section, net, spec.dtype)
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     names = (family.head_name(net), family.embedding_name(net)) if streamed_head else ()
     tables = [tensor for name in names if name for tensor in net.get_submodule(name).parameters()]
     inside = {id(tensor) for tensor in [*(stored if streamed else []), *tables]}
     for tensor in [*net.parameters(), *net.buffers()]:
         if id(tensor) not in inside:
-            tensor.data = tensor.data.to(request.device)
-    loaded = _finish(net, request, notes)
+            tensor.data = tensor.data.to(spec.device)
+    loaded = _finish(net, spec, notes)
     loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped and streamed else frozenset()
     return loaded
 
@@ -149,36 +117,42 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     Raises: ModelError as load_model does, but for what only the weights show.
     """
     source = find_source(section, weights=False)
-    if inspection.is_pipeline(source):
-        return _load_pipeline(source, section, device, meta=True)
-    request = _read_request(source, section, device, weights=False)
+    indexed = inspection.indexed_family(source)
+    if indexed is not None:
+        return _load_indexed(indexed, source, section, device, meta=True)
+    spec = read_base_spec(source, section, device, weights=False)
     with model_errors(section), quiet(), torch.device("meta"):
-        net = request.family.auto_class().from_config(request.config, **request.arguments)
-    dense, alone = section.quantization == "none", _can_be_read_alone(net, request)
+        net = spec.family.auto_class().from_config(spec.config, **spec.arguments)
+    dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
-    copied = dense and alone and (not headers or needs_copies(headers, request.dtype, device))
-    _untie(net, request.family, source.folder, headers)
-    notes = request.packed(net, torch.device("meta"))
-    loaded = _finish(net, request, notes, meta=True)
+    copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
+    _untie(net, spec.family, source.folder, headers)
+    notes = _packed(net, spec, torch.device("meta"))
+    loaded = _finish(net, spec, notes, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
 
 
-def _load_pipeline(
-    source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
+def _load_indexed(
+    family: Family, source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
 ) -> LoadedModel:
-    """A diffusion pipeline, the parts that are trained on the device; `meta`: without weights.
+    """A base that its family loads by itself, the trained parts on the device; `meta`: without weights.
 
     Raises: ModelError where the section asks for what only language models have.
     """
-    dtype, family = resolve_dtype(section, device), make_family(inspection.pipeline_family(section))
-    net = load_pipeline(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
+    dtype = resolve_dtype(section, device)
+    net = family.load(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
     fingerprint = None if meta else inspection.fingerprint(source)
-    request = _Request(section, source, net.config, family, dtype, device, "sdpa", fingerprint)
-    loaded = _finish(net, request, [], meta=meta)
-    everything = loaded.facts.total_parameters + sum(map(element_count, net.beside.values()))
+    spec = BaseSpec(section, source, config_of(net), family, dtype, device, "sdpa", fingerprint)
+    loaded = _finish(net, spec, [], meta=meta)
+    everything = loaded.facts.total_parameters + sum(map(element_count, family.beside(net)))
     loaded.facts = replace(loaded.facts, total_parameters=everything)
     return loaded
+
+
+def _packed(net: nn.Module, spec: BaseSpec, device: torch.device) -> list[str]:
+    """Pack the net's layers, where the section asks for it; notes."""
+    return [] if spec.is_dense else quantize_layers(net, spec.family, spec.section, spec.dtype, device)
 
 
 def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
@@ -189,8 +163,8 @@ def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, Tens
         return
     files = MappedFiles(folder, headers)
     if not torch.equal(*map(files.view, stored)):
-        head: Any = net.get_submodule(stored[0].removesuffix(".weight"))
-        head.weight = nn.Parameter(torch.empty_like(head.weight))
+        head = net.get_submodule(stored[0].removesuffix(".weight"))
+        head.register_parameter("weight", nn.Parameter(torch.empty_like(net.get_parameter(stored[0]))))
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
@@ -206,13 +180,11 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
         return {}
 
 
-def _can_be_read_alone(net: nn.Module, request: _Request) -> bool:
+def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
     """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
-    if request.source.gguf_file is not None or request.section.trust_remote_code:
-        return False
     try:
-        head = new_head(request.section, request.family, net)
-        return open_base(net, request.source.folder, request.dtype, head) is not None
+        head = spec.family.new_head(spec.section, net)
+        return spec.read_by_us and open_base(net, spec.source.folder, spec.dtype, head) is not None
     except ModelError:
         return True
 
@@ -222,15 +194,19 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
-    family = make_family(inspection.find_family(inspection.read_config(source), section))
-    attention = None if section.attention == "auto" else section.attention
-    request = _Request(section, source, None, family, resolve_dtype(section, device), device, attention)
+    family, dtype = inspection.find_family(inspection.read_config(source), section), resolve_dtype(section, device)
     with model_errors(section), quiet():
-        net = family.auto_class().from_pretrained(
-            str(source.folder), local_files_only=True, use_safetensors=True, **request.arguments
+        net, _ = family.auto_class().from_pretrained(
+            str(source.folder),
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=dtype,
+            attn_implementation=None if section.attention == "auto" else section.attention,
+            trust_remote_code=section.trust_remote_code,
         )
-    adopt_packed(net, request.dtype)
-    return _finish(net, request, [])
+    adopt_packed(net, dtype)
+    return _finish(net, BaseSpec(section, source, config_of(net), family, dtype, device, section.attention), [])
 
 
 def base_fingerprint(section: ModelSection) -> str:
@@ -238,73 +214,21 @@ def base_fingerprint(section: ModelSection) -> str:
     return inspection.fingerprint(find_source(section, weights=True))
 
 
-def _read_request(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> _Request:
-    """Everything that is known before the weights are read.
-
-    Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
-    """
-    dtype = resolve_dtype(section, device)
-    config, family = _read_configuration(source, section)
-    if weights and source.gguf_file is None:
-        read_headers(source.folder)
-    attention = resolve_attention(section, config, device, family.auto_class())
-    fingerprint = inspection.fingerprint(source) if weights else None
-    return _Request(section, source, config, family, dtype, device, attention, fingerprint)
-
-
-def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any, Family]:
-    """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
-    from transformers import AutoConfig
-
-    arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
-    if source.gguf_file is not None:
-        inspection.check_gguf(source)
-        arguments["gguf_file"] = source.gguf_file
-        family = make_family(section.family if isinstance(section, HeadedModel) else "causal")
-    else:
-        raw = inspection.read_config(source)
-        inspection.check_quantized(raw, section)
-        family = make_family(inspection.find_family(raw, section))
-    with model_errors(section), quiet():
-        config = AutoConfig.from_pretrained(str(source.folder), **arguments)
-    if isinstance(section, HeadedModel):
-        config.id2label = dict(enumerate(section.labels))
-        config.label2id = {label: number for number, label in enumerate(section.labels)}
-        pad_id = getattr(config, "pad_token_id", None)
-        config.pad_token_id = section.head_pad_id if pad_id is None else pad_id
-    _check_known(config, family, section)
-    config.use_cache = False
-    if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it would name another file than the one that was checked
-    return config, family
-
-
-def _check_known(config: Any, family: Family, section: ModelSection) -> None:
-    """Refuse a configuration for which transformers has no model of this family."""
-    if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
-        return
-    raise ModelError(
-        f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows",
-        "choose another base, or a newer transformers",
-        key="model.name_or_path",
-    )
-
-
-def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
+def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
-    section, source = request.section, request.source
+    section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
-        net, loading = request.family.auto_class().from_pretrained(
+        net, loading = spec.family.auto_class().from_pretrained(
             str(source.folder),
-            config=request.config,
+            config=spec.config,
             local_files_only=True,
             output_loading_info=True,
-            **request.arguments,
+            **spec.arguments,
             **arguments,
         )
-    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    for head in new_head(section, request.family, net):
+    missing = [name for key in ("missing_keys", "mismatched_keys") for name in sorted(map(str, loading[key]))]
+    for head in spec.family.new_head(section, net):
         if any(key.startswith(f"{head}.") for key in missing):
             net.get_submodule(head).to("meta")  # to be drawn
             missing = [key for key in missing if not key.startswith(f"{head}.")]
@@ -315,41 +239,37 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
             "they would be random; give a complete model",
             key="model.name_or_path",
         )
-    unused = sorted(key for key in loading["unexpected_keys"] if not key.startswith(request.family.unread))
+    unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def _from_files(request: _Request) -> tuple[nn.Module, list[str], Sidecar | None] | None:
+def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
     """The net read tensor by tensor, packed or in copies, or mapped as it was packed before; None where only
     transformers can read it, and where transformers maps files that can be used as they are."""
-    source, section, family, dtype = request.source, request.section, request.family, request.dtype
-    assert request.attention is not None
-    assert request.fingerprint is not None
-    if source.gguf_file is not None or section.trust_remote_code:
+    if not spec.read_by_us:
         return None
-    dense = section.quantization == "none"
-    if dense and not needs_copies(read_headers(source.folder), dtype, request.device):
+    if spec.is_dense and not needs_copies(read_headers(spec.source.folder), spec.dtype, spec.device):
         return None
-    with model_errors(section), quiet(), no_fetched_code():
-        opened = open_net(source.folder, section, request.config, family, dtype, request.attention)
+    with model_errors(spec.section), quiet(), no_fetched_code():
+        opened = open_net(spec)
     if opened is None:
         return None
     net, reader = opened
-    if dense:
+    if spec.is_dense:
         fill_net(net, reader)
         return net, [], None
-    packed = packed_base(net, reader, family, section, dtype, request.device)
-    sidecar, notes = kept_base(packed, source, request.fingerprint)
+    packed = packed_base(net, reader, spec.family, spec.section, spec.dtype, spec.device)
+    sidecar, notes = kept_base(packed, spec.source, str(spec.fingerprint))
     return net, [*packed.notes, *notes], sidecar
 
 
-def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool = False) -> LoadedModel:
+def _finish(net: nn.Module, spec: BaseSpec, notes: list[str], *, meta: bool = False) -> LoadedModel:
     """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
     net.requires_grad_(False)
     net.eval()
-    if request.family.looks_back(net):
-        attend_per_document(net, request.device, request.dtype)
-    config: Any = net.config
+    if spec.family.looks_back(net):
+        attend_per_document(net, spec.device, spec.dtype)
+    config = config_of(net)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if hasattr(config, "rescale_every"):
@@ -357,32 +277,32 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
     return LoadedModel(
         net=net,
         config=config,
-        family=request.family,
-        dtype=request.dtype,
-        device=torch.device("meta") if meta else request.device,
-        fingerprint=request.fingerprint,
-        facts=_facts(net, request),
-        text=_text_facts(net, request.family),
+        family=spec.family,
+        dtype=spec.dtype,
+        device=torch.device("meta") if meta else spec.device,
+        fingerprint=spec.fingerprint,
+        facts=_facts(net, spec),
+        text=_text_facts(net, spec.family),
         generation_config=getattr(net, "generation_config", None),
         notes=notes,
     )
 
 
-def _facts(net: nn.Module, request: _Request) -> ModelFacts:
-    config, section, family = text_config(net), request.section, request.family
+def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:
+    config, section, family = text_config(net), spec.section, spec.family
     return ModelFacts(
         name_or_path=section.name_or_path,
-        revision=request.source.commit,
+        revision=spec.source.commit,
         family=family.name,
         model_type=str(config.model_type),
-        dtype=str(request.dtype).removeprefix("torch."),
+        dtype=str(spec.dtype).removeprefix("torch."),
         quantization=section.quantization,
         double_quantization=section.double_quantization and section.quantization in ("nf4", "fp4"),
         attention=str(config._attn_implementation),
         total_parameters=element_count(net),
         layers=len(family.layers(net)),
         hidden_size=family.hidden_size(net),
-        fingerprint=request.fingerprint,
+        fingerprint=spec.fingerprint,
     )
 
 
@@ -390,7 +310,7 @@ def _text_facts(net: nn.Module, family: Family) -> TextFacts | None:
     if family.ids is None:
         return None
     config, name = text_config(net), family.embedding_name(net)
-    embedding: Any = net.get_submodule(name) if name else None
+    embedding = cast(nn.Embedding, net.get_submodule(name)) if name else None
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
     return TextFacts(
         vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),

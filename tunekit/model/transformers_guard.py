@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import ModuleType
+from typing import TypeVar, cast
 
 import torch
 
@@ -22,6 +23,7 @@ from tunekit.recipe.model import ModelSection
 # Modules of transformers that look for `kernels` when a GGUF file is loaded.
 ASKING = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
 
+T = TypeVar("T")
 NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf", "diffusers")
 
 
@@ -49,11 +51,11 @@ def _no_progress_bars() -> Iterator[None]:
     """Switch off every tqdm bar, whoever makes it: the switches of the libraries miss some of their own."""
     from transformers.utils import logging as transformers_logging
 
-    bars: Any = transformers_logging.tqdm_lib.tqdm
-    base: Any = next((cls for cls in bars.__mro__ if cls.__module__ == "tqdm.std"), bars)
+    bars = transformers_logging.tqdm_lib.tqdm
+    base = next((cls for cls in bars.__mro__ if cls.__module__ == "tqdm.std"), bars)
     original, stored = base.__init__, vars(base)["__init__"]  # another library may have put a partial method there
 
-    def disabled(self: Any, *positional: Any, **named: Any) -> None:
+    def disabled(self: object, *positional: object, **named: object) -> None:
         original(self, *positional, **{**named, "disable": True})
 
     base.__init__ = disabled
@@ -64,7 +66,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 @contextmanager
-def replaced(namespace: MutableMapping[str, Any], **values: Any) -> Iterator[None]:
+def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
     """Other values for some names of another library inside the block, its own again after it, also after an error.
 
     `namespace`: `vars(module)`, or any other mapping of names; a name that was not there is removed again.
@@ -84,13 +86,13 @@ def replaced(namespace: MutableMapping[str, Any], **values: Any) -> Iterator[Non
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
     """Make `kernels` unimportable inside the block and, for GGUF, tell transformers that it is not installed."""
     with ExitStack() as stack:
-        stack.enter_context(replaced(sys.modules, kernels=None))
+        stack.enter_context(replaced(cast("dict[str, ModuleType | None]", sys.modules), kernels=None))
         for module in filter(None, map(_module, ASKING if gguf else ())):
             stack.enter_context(replaced(vars(module), is_kernels_available=lambda *_versions: False))
         yield
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType | None:
     """The module, where this version of transformers has it and it asks at all."""
     try:
         module = importlib.import_module(name)

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -23,26 +22,26 @@ PRODUCTS = ("linear", "matmul")  # functions that multiply
 def uncalled_layers(modules: Mapping[str, nn.Module]) -> set[str]:
     """Names of those among a net's modules."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
-    kinds: dict[str, Any] = {name: type(module) for name, module in modules.items()}
+    kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}
     return {name for name, parent, own in split if parent in kinds and own in _multiplied(kinds[parent])}
 
 
 @cache
-def returns_several(kind: Any) -> bool:
+def returns_several(kind: type) -> bool:
     """Whether a class of linear layers gives more than a product, as Llama 4's routers do."""
-    if kind.forward is nn.Linear.forward:
+    if getattr(kind, "forward", None) is nn.Linear.forward:
         return False
     return any(isinstance(each, ast.Return) and isinstance(each.value, ast.Tuple) for each in ast.walk(_code(kind)))
 
 
 @cache
-def _multiplied(kind: Any) -> frozenset[str]:
+def _multiplied(kind: type) -> frozenset[str]:
     """Attributes of a class whose `weight` its code multiplies by something, or takes."""
     factors = (factor for each in ast.walk(_code(kind)) for factor in _factors(each))
     return frozenset(found[1] for factor in factors for found in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if found)
 
 
-def _code(kind: Any) -> ast.AST:
+def _code(kind: type) -> ast.AST:
     """The class as it is written; nothing where that is not to be had."""
     return _classes(kind.__module__).get(kind.__name__, ast.Pass())
 

@@ -20,7 +20,7 @@ from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
-from tunekit.model.families import FAMILIES, make_family
+from tunekit.model.families import known_families, make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import family_of_base
@@ -263,7 +263,7 @@ def family_of(target: Target) -> str:
 
 
 def _family_of_task(task_type: str) -> str | None:
-    return next((name for name, kind in FAMILIES.items() if kind.task_type == task_type), None)
+    return next((family.name for family in known_families() if family.task_type == task_type), None)
 
 
 def objective_of(target: Target, processor: Processor) -> Objective | None:

@@ -43,10 +43,12 @@ class TunedModel:
 
     def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
         """What the objective reads; where positions restart, another row begins."""
-        if self.base.family.reads_rows(self.base.net):
-            with calling(self.call_for(inputs)):
-                return ModelOutput(logits=self.own_logits(inputs))
-        return self.finished(self.hidden(inputs))
+        with calling(self.call_for(inputs)):
+            output = self.base.family.forward(self.base.net, self.entering(inputs))
+        if output.logits is not None:
+            return replace(output, logits=self.leaving(output.logits))
+        assert output.hidden is not None
+        return self.finished(self.leaving(output.hidden))
 
     def scored(
         self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, bypassed: bool = False

@@ -10,10 +10,11 @@ knows of them: they work with and without one, and in a recomputed layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import as_added
@@ -30,12 +31,17 @@ from tunekit.model.attention.self_attention import (
 from tunekit.model.call import current_call
 from tunekit.model.families.structure import training_mode
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
-Masks = dict[int | None, tuple[tuple[Any, ...], Tensor | None]]  # by window: what the last one was made of, and it
-Hooked = tuple[tuple[Any, ...], dict[str, Any]]
+Masks = dict[int | None, tuple[tuple[object, ...], Tensor | None]]  # by window: what the last one was made of, and it
+Hooked = tuple[tuple[object, ...], dict[str, Any]]
 
 
-def enter(net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues) -> list[Any]:
+def enter(
+    net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues
+) -> list[RemovableHandle]:
     """Make every layer see `length` keys and values before its own, at the positions 0 to `length` - 1.
 
     The tokens' own positions then begin at `length`. Returns the hooks; `remove()` takes one out again.
@@ -46,7 +52,7 @@ def enter(net: nn.Module, attentions: list[SelfAttention], length: int, keys_val
     return [*handles, *_shift_positions(net, attentions, length)]
 
 
-def _same(ones: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+def _same(ones: tuple[object, ...], others: tuple[object, ...]) -> bool:
     """Whether masks made of these would be the same: tensors are compared as objects."""
     pairs = zip(ones, others, strict=True)
     return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
@@ -79,7 +85,7 @@ class _Entry:
             named[self.mask_name] = self.masks[window][1]
         return (), named
 
-    def _mask(self, mask: Any, past: Any, seen: int, hidden: Tensor, positions: Any) -> Tensor | None:
+    def _mask(self, mask: object, past: Cache | None, seen: int, hidden: Tensor, positions: object) -> Tensor | None:
         """The layer's mask with `length` columns before its own; None where all is seen anyway."""
         queries = hidden.shape[1]
         if mask is None:
@@ -100,7 +106,7 @@ class _Entry:
         ]  # booleans would become one such in each layer
         return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
 
-    def _visible(self, positions: Any, queries: int, seen: int, device: torch.device) -> Tensor:
+    def _visible(self, positions: object, queries: int, seen: int, device: torch.device) -> Tensor:
         """(1 or B, 1, T, P) bool: which of the earlier keys each query sees; in a window, those it still reaches."""
         if self.attention.window is None:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
@@ -123,10 +129,10 @@ def _causal_mask(queries: int, keys: int, offset: int, window: int | None, devic
 class EarlierPast:
     """What an attention module takes for its cache: the real one, if there is one, and P keys and values before it."""
 
-    def __init__(self, past: Any, attention: SelfAttention, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, past: Cache | None, attention: SelfAttention, keys: Tensor, values: Tensor) -> None:
         self._past, self._attention, self._keys, self._values = past, attention, keys, values
 
-    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *more: object, **named: object) -> tuple[Tensor, Tensor]:
         """Store the new keys and values (B, H, T, D) in the real cache; return all of them, the learned ones first."""
         for own, learned in ((keys, self._keys), (values, self._values)):
             if own.shape[1] != learned.shape[0] or own.shape[3] != learned.shape[2]:
@@ -148,16 +154,16 @@ def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor
     """What every layer of the plain base makes of these ids (1, T): keys and values (H, T, D), float32 on the CPU."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def record(attention: SelfAttention) -> Any:
+    def record(attention: SelfAttention) -> Callable[..., Hooked]:
         names, cache = parameters_of(attention.module), parameter_of(attention.module, CACHE_NAMES)
 
-        def give(module: nn.Module, positional: Any, named: dict[str, Any]) -> Any:
+        def give(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Hooked:
             recorder = {cache or "": _Recorder(found, attention.layer)}
             return (), dict(zip(names, positional, strict=False)) | named | recorder
 
         return give
 
-    outer: Any = decoder(net)
+    outer = decoder(net)
     handles = [each.module.register_forward_pre_hook(record(each), with_kwargs=True) for each in attentions]
     try:
         with training_mode(net, False):
@@ -174,7 +180,7 @@ class _Recorder:
     def __init__(self, found: dict[int, tuple[Tensor, Tensor]], layer: int) -> None:
         self.found, self.layer = found, layer
 
-    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *more: object, **named: object) -> tuple[Tensor, Tensor]:
         """Note keys and values (1, H, T, D)."""
         self.found[self.layer] = keys[0].float().cpu(), values[0].float().cpu()
         return keys, values
@@ -189,7 +195,7 @@ def _joined(learned: Tensor, own: Tensor) -> Tensor:
     return torch.cat([learned.to(own.dtype).expand(own.shape[0], *learned.shape), own], dim=2)
 
 
-def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: int) -> list[Any]:
+def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: int) -> list[RemovableHandle]:
     """A hook that adds `length` to the positions of the tokens, wherever this decoder makes them.
 
     Raises: ModelError where it makes them in a way of its own.

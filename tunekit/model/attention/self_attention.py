@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from tunekit.errors import ModelError
-from tunekit.model.families import text_config
+from tunekit.model.pretrained import as_pretrained, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 KEY = "adapter.method"
 CACHE_NAMES = ("cache", "layer_past", "past_key_values")
@@ -56,13 +59,12 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
 
 def decoder(net: nn.Module) -> nn.Module:
     """The module that makes positions and masks for the decoder layers."""
-    get: Any = getattr(net, "get_decoder", None)
-    module = get() if get is not None else net
+    module = as_pretrained(net).get_decoder() if hasattr(net, "get_decoder") else net
     assert isinstance(module, nn.Module)
     return module
 
 
-def _decoder_config(net: nn.Module) -> Any:
+def _decoder_config(net: nn.Module) -> PreTrainedConfig:
     return getattr(decoder(net), "config", None) or text_config(net)
 
 
@@ -72,7 +74,7 @@ def _name_in(net: nn.Module, wanted: nn.Module) -> str:
     return f"{name}." if name else ""
 
 
-def _attention(config: Any, name: str, module: nn.Module, layer: int) -> SelfAttention:
+def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: int) -> SelfAttention:
     """One of them with its sizes.
 
     Raises: ModelError where a layer is of a kind that prefixes were not made for.
@@ -96,7 +98,7 @@ def _attention(config: Any, name: str, module: nn.Module, layer: int) -> SelfAtt
     return attention
 
 
-def heads_and_width(config: Any) -> tuple[int, int]:
+def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
     """Key and value heads, and the width of one."""
     queries = int(config.num_attention_heads)
     heads = int(getattr(config, "num_key_value_heads", None) or queries)
@@ -104,7 +106,7 @@ def heads_and_width(config: Any) -> tuple[int, int]:
     return heads, int(width)
 
 
-def no_way_in(config: Any, why: str) -> ModelError:
+def no_way_in(config: PreTrainedConfig, why: str) -> ModelError:
     """The refusal of a family, with its reason."""
     what = f"{config.model_type} {why}, so that no keys and values can be put before its own"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)

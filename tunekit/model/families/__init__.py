@@ -1,32 +1,25 @@
-"""The families of models, a small class each: where layers, head and hidden states are, how a net is called.
-
-Comes in: a family's name, found in the base's configuration by model/inspection.py.  Goes out: `Family`.
-"""
+"""The families of models. Each file here that defines FAMILY is one; the others hold what families share."""
 
 from __future__ import annotations
 
-from tunekit.model.families.audio_classifier import AudioClassifierFamily
-from tunekit.model.families.causal import Family as Family
-from tunekit.model.families.classifier import ClassifierFamily
-from tunekit.model.families.diffusion import DiffusionFamily
-from tunekit.model.families.image_classifier import ImageClassifierFamily
-from tunekit.model.families.seq2seq import Seq2SeqFamily
-from tunekit.model.families.speech import SpeechFamily
-from tunekit.model.families.structure import text_config as text_config
-from tunekit.model.families.token_classifier import TokenClassifierFamily
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
-FAMILIES: dict[str, type[Family]] = {
-    "causal": Family,
-    "seq2seq": Seq2SeqFamily,
-    "classifier": ClassifierFamily,
-    "token_classifier": TokenClassifierFamily,
-    "image_classifier": ImageClassifierFamily,
-    "audio_classifier": AudioClassifierFamily,
-    "diffusion": DiffusionFamily,
-    "speech": SpeechFamily,
-}
+from tunekit.model.families.family import Family as Family
+from tunekit.model.pretrained import text_config as text_config
+
+
+@cache
+def known_families() -> tuple[Family, ...]:
+    """Every family, those of a higher precedence first."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    names = [file.stem for file in files if re.search(r"^FAMILY = ", file.read_text("utf-8"), re.MULTILINE)]
+    return tuple(sorted(map(make_family, names), key=lambda family: -family.precedence))
 
 
 def make_family(name: str) -> Family:
-    """The family of this name; inspection.find_family gives no other."""
-    return FAMILIES[name]()
+    """The family of this name, which is the name of its file."""
+    family: Family = import_module(f"tunekit.model.families.{name}").FAMILY
+    return family

@@ -1,24 +1,30 @@
-"""Audio classifiers: Whisper's encoder with one row of logits per recording.
-
-Comes in: a net as transformers builds it.  Goes out: `AudioClassifierFamily`.
-"""
+"""Audio classifiers: Whisper's encoder with one row of logits per recording."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from tunekit.contracts import Processor, Stages
-from tunekit.model.families.causal import Family
-from tunekit.model.families.classifier import ClassifierFamily
+from tunekit.contracts import Processor
+from tunekit.errors import ModelError
+from tunekit.model.families.family import Family
 from tunekit.model.families.heads import TextHead
-from tunekit.model.families.speech import noise_features
+from tunekit.model.families.structure import noise_features
+from tunekit.model.speech.features import AudioProcessor, load_extractor
+from tunekit.model.storage.inspection import read_config
+from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 
 PROJECTOR, CLASSIFIER = "projector", "classifier"
+MODEL_TYPES = ("whisper",)
+HEARING = (
+    "is no Whisper: audio_classify trains Whisper's encoder, which hears log-mel features, and none that reads raw "
+    "waveforms (Wav2Vec2, HuBERT, WavLM) or spectrograms of another kind (AST)"
+)
+MIXED = "mixes its layers by trained weights (use_weighted_layer_sum), which audio_classify does not train"
 
 
 @dataclass(frozen=True)
@@ -34,66 +40,49 @@ class MeanHead(TextHead):
         return super().logits(self.net.get_submodule(PROJECTOR)(hidden))
 
 
-@dataclass(frozen=True)
-class AudioClassifierFamily(ClassifierFamily):
+class AudioClassifier(Family):
     """Log-mel features in (input_features (B, M, F)), hidden states of the encoder (B, T, D), a head that reads their
     mean, (D) -> (C), C labels."""
 
-    name: str = "audio_classifier"
-    task_type: str | None = None
-    text: str = "an audio classifier"
-    reads_ids: bool = False
-    ids: str | None = None
-    unread: tuple[str, ...] = ("model.decoder.", "proj_out.")  # of a base that was saved as one that writes
+    endings = ("ForAudioClassification",)
+    class_name = "AutoModelForAudioClassification"
+    text = "an audio classifier"
+    answers = False
+    labelled = True
+    reads_ids = False
+    ids = None
+    unread = ("model.decoder.", "proj_out.")  # of a base that was saved as one that writes
 
-    def auto_class(self) -> Any:
-        from transformers import AutoModelForAudioClassification
-
-        return AutoModelForAudioClassification
+    def obstacle(self, config: Mapping[str, object]) -> str | None:
+        if config.get("model_type") not in MODEL_TYPES:
+            return HEARING
+        return MIXED if config.get("use_weighted_layer_sum") else None
 
     def processor(self, section: ModelSection) -> Processor:
-        """Its feature extractor; it reads no text."""
-        from tunekit.model.speech.features import load_audio_processor
+        """Its feature extractor; it reads no text. Raises: ModelError for a base that cannot label recordings."""
+        source = find_source(section, weights=False)
+        config = {} if source.gguf_file is not None else read_config(source)
+        why = self.obstacle(config) if config else None
+        if why is not None:
+            what = f"{section.name_or_path} ({config.get('model_type', 'unknown')}) {why}"
+            raise ModelError(what, "choose a Whisper model, such as openai/whisper-tiny", key="model.name_or_path")
+        return AudioProcessor(*load_extractor(section))
 
-        return load_audio_processor(section)
-
-    def decoder(self, net: nn.Module) -> bool:
-        """Never."""
+    def looks_back(self, net: nn.Module) -> bool:
         return False
-
-    def reads_rows(self, net: nn.Module) -> bool:
-        """Never: what the head reads of a recording is the mean of its hidden states."""
-        return False
-
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The encoder's; the configuration speaks of a decoder too, which the net has not."""
-        return Family.layers(self, net)
 
     def trained_with(self, net: nn.Module) -> list[str]:
         """Both parts of the head."""
         return [PROJECTOR, CLASSIFIER]
 
     def head_name(self, net: nn.Module) -> str | None:
-        """Of what gives one score a label."""
         return CLASSIFIER
 
     def head(self, net: nn.Module) -> TextHead:
         return MeanHead(net, CLASSIFIER)
 
-    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, C)."""
-        return Family.logits(self, net, inputs)
-
     def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_features": noise_features(net)}
 
-    def embedding_name(self, net: nn.Module) -> str | None:
-        return None
 
-    def learned_positions(self, net: nn.Module) -> int | None:
-        """None that rows are measured by: every recording fills all of them."""
-        return None
-
-    def stages(self, net: nn.Module) -> Stages | None:
-        """The encoder's layers and its norm."""
-        return Family.stages(self, net)
+FAMILY = AudioClassifier()

@@ -1,20 +1,16 @@
-"""Diffusion pipelines: a denoiser with its VAE and text encoders.
-
-Comes in: a PipelineNet.  Goes out: `DiffusionFamily`.
-"""
+"""Diffusion pipelines: a denoiser with its VAE and text encoders."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from tunekit.contracts import Processor, Stages
 from tunekit.errors import ModelError
-from tunekit.model.families.causal import Family
-from tunekit.model.families.pipeline.parts import PIPELINES, PipelineNet, denoising_layers
+from tunekit.model.families.family import Family
+from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, PipelineNet, denoising_layers, load_pipeline
 from tunekit.model.families.pipeline.processor import load_processor
 from tunekit.model.families.pipeline.prompts import encode_prompts
 from tunekit.recipe.model import ModelSection
@@ -22,25 +18,22 @@ from tunekit.recipe.model import ModelSection
 IDS = "ids of "  # before a text encoder's name, in the inputs
 
 
-@dataclass(frozen=True)
-class DiffusionFamily(Family):
+class Diffusion(Family):
     """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or as ids in; predictions (B, C, H, W) out."""
 
-    name: str = "diffusion"
-    task_type: str | None = None
-    text: str = "a diffusion pipeline"
-    answers: bool = False
-    is_pipeline: bool = True
-    reads_ids: bool = False
-    ids: str | None = None
+    index_file = INDEX
+    text = "a diffusion pipeline"
+    answers = False
+    reads_ids = False
+    ids = None
+
+    def load(self, folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool) -> nn.Module:
+        _check(section, self.name)
+        return load_pipeline(folder, section, dtype, meta=meta)
 
     def processor(self, section: ModelSection) -> Processor:
         """Its tokenizers, latents and noise schedule. Raises: ModelError."""
         return load_processor(section)
-
-    def auto_class(self) -> Any:
-        """None: diffusers loads each part by its own class."""
-        raise ModelError("a diffusion pipeline has no single class", "load it as a pipeline")
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """Those of the denoiser, in the order in which they run."""
@@ -56,7 +49,7 @@ class DiffusionFamily(Family):
             ids = {name.removeprefix(IDS): value for name, value in inputs.items() if name.startswith(IDS)}
             given = encode_prompts(pipeline, ids)
         given = {name: value.to(pipeline.dtype) for name, value in given.items()}
-        more: dict[str, Any] = {}
+        more: dict[str, torch.Tensor | dict[str, torch.Tensor]] = {}
         if pipeline.config.model_type == "StableDiffusion3Pipeline":
             more["pooled_projections"] = given["pooled"]
         elif "pooled" in given:
@@ -82,16 +75,7 @@ class DiffusionFamily(Family):
     def reads_rows(self, net: nn.Module) -> bool:
         return True
 
-    def takes_positions(self, net: nn.Module) -> bool:
-        return False
-
     def head_name(self, net: nn.Module) -> str | None:
-        return None
-
-    def embedding_name(self, net: nn.Module) -> str | None:
-        return None
-
-    def learned_positions(self, net: nn.Module) -> int | None:
         return None
 
     def stages(self, net: nn.Module) -> Stages | None:
@@ -102,3 +86,20 @@ class DiffusionFamily(Family):
 def _as_pipeline(net: nn.Module) -> PipelineNet:
     assert isinstance(net, PipelineNet)
     return net
+
+
+def _check(section: ModelSection, family: str) -> None:
+    """Raises: ModelError for keys that pipelines do not have."""
+    wrong = (
+        ("family", section.family not in ("auto", family), "diffusion or auto"),
+        ("quantization", section.quantization != "none", "none"),
+        ("attention", section.attention not in ("auto", "sdpa"), "auto"),
+        ("trust_remote_code", section.trust_remote_code, "false"),
+    )
+    for key, is_wrong, instead in wrong:
+        if is_wrong:
+            what = f"{section.name_or_path} is a diffusion pipeline, which is not loaded so"
+            raise ModelError(what, f"write {instead}", key=f"model.{key}")
+
+
+FAMILY = Diffusion()

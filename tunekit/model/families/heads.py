@@ -1,18 +1,16 @@
-"""The output projection of a text model: hidden states -> logits in float32, as the model itself would make them.
-
-Comes in: the net and the name of its head module.  Goes out: `TextHead.logits`.
-"""
+"""The modules after the last layer: hidden states -> logits in float32, as the model itself would make them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
 
+from tunekit.errors import ModelError
 from tunekit.model.call import seed_for
-from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.model.families.structure import base_name
+from tunekit.model.pretrained import as_pretrained, config_of, text_config
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class TextHead:
         return logits
 
 
-def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
+def make_head(net: nn.Module, name: str) -> TextHead:
     """The head with the scale and the cap that the configuration names."""
-    scale, divisor = 1.0, 1.0
+    scale, divisor, config = 1.0, 1.0, text_config(net)
     if config.model_type.startswith("cohere"):
         scale = float(getattr(config, "logit_scale", None) or 1.0)
     elif config.model_type == "falcon_h1":
@@ -63,35 +61,42 @@ def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
     return TextHead(net, name, scale, divisor, None if cap is None else float(cap), offset)
 
 
-def new_head(section: ModelSection, family: Any, net: nn.Module) -> tuple[str, ...]:
-    """Names of the modules of the head that the section asks for, which the base's files need not hold; none of other
-    bases."""
-    return tuple(family.trained_with(net)) if isinstance(section, HeadedModel) else ()
+def before_projection(net: nn.Module) -> list[nn.Module]:
+    """What a head does before its projection, where that is a module beside it, as in ModernBERT's decoder."""
+    head, projection = getattr(net, "lm_head", None), as_pretrained(net).get_output_embeddings()
+    if not isinstance(head, nn.Module) or projection is None or projection in head.modules():
+        return []
+    return [head]
 
 
-def head_modules(family: Any, net: nn.Module) -> list[str]:
-    """Names of the output projection, and of what is trained whole beside any adapter: no quantization packs them."""
-    return list(dict.fromkeys(name for name in (family.head_name(net), *family.trained_with(net)) if name is not None))
+def scores_tokens(net: nn.Module) -> bool:
+    """Whether the net is a decoder with a head of labels, `score`, which reads hidden states one by one."""
+    return isinstance(getattr(net, "score", None), nn.Module)
 
 
-def draw_head(section: ModelSection, family: Any, net: nn.Module, dtype: torch.dtype) -> None:
-    """Values for the modules of a head that the base's files do not hold, and for scores of other labels, as
-    transformers initialises them.
-
-    They are drawn on the CPU and depend on the section's seed and the module's name alone.
-    """
-    for name in new_head(section, family, net):
-        assert isinstance(section, HeadedModel)
-        other_labels = section.new_head and name == family.head_name(net)
-        if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
-            _draw(section, net, name, dtype)
+def label_head(net: nn.Module) -> TextHead:
+    """Of a decoder: hidden states (D) -> scores (C). Raises: ModelError for others."""
+    if not scores_tokens(net):
+        raise ModelError(f"{type(net).__name__} gives one row of logits per text, none per token", "read its logits")
+    return TextHead(net, "score")
 
 
-def _draw(section: HeadedModel, net: nn.Module, name: str, dtype: torch.dtype) -> None:
-    drawn, owner = net.get_submodule(name).to_empty(device="cpu").float(), cast(Any, net)
+def label_head_name(net: nn.Module) -> str | None:
+    """Name of the module beside the base that ends in one number per label."""
+    labels, base = int(config_of(net).num_labels), base_name(net)
+    for name, module in net.named_children():
+        outputs = [getattr(inner, "out_features", None) for inner in module.modules()]
+        if name != base and labels in outputs:
+            return name
+    return None
+
+
+def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> None:
+    """Values for a module of a head, as transformers initialises it: drawn on the CPU, from the seed and the name."""
+    drawn = net.get_submodule(name).to_empty(device="cpu").float()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for("head", section.head_seed, name))
+        torch.manual_seed(seed_for("head", seed, name))
         for module in drawn.modules():
-            cast(Any, module)._is_hf_initialized = False
-            owner._init_weights(module)
+            vars(module)["_is_hf_initialized"] = False
+            as_pretrained(net)._init_weights(module)
     drawn.to(dtype)

@@ -1,7 +1,4 @@
-"""Image classifiers: a vision transformer with one row of logits per picture.
-
-Comes in: a net as transformers builds it.  Goes out: `ImageClassifierFamily`, and what its processor says of pixels.
-"""
+"""Image classifiers: a vision transformer with one row of logits per picture, and its processor of pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +18,15 @@ from tunekit.contracts import Processor, Stages, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
-from tunekit.model.families.classifier import ClassifierFamily
-from tunekit.model.families.structure import call_accepted, text_config
+from tunekit.model.families.family import Family
+from tunekit.model.families.structure import call_accepted, seeded
+from tunekit.model.pretrained import text_config
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 CONFIG = "preprocessor_config.json"
 SIZES = ("size", "crop_size", "resize_short")  # its keys that say how large pictures are
@@ -34,6 +35,7 @@ MOST_SIDE = 4096
 PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that show what a processor does
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
+Size = float | Mapping[str, object]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
@@ -82,7 +84,7 @@ class PixelProcessor:
         return {**self.config, **sizes}
 
     @cached_property
-    def own(self) -> Any:
+    def own(self) -> BaseImageProcessor:
         """transformers' processor. Raises: ModelError."""
         sizes = {key: self.written[key] for key in SIZES if self.written.get(key)}
         try:
@@ -187,39 +189,37 @@ class PixelProcessor:
         write_json(folder / CONFIG, self.written)
 
 
-def _sides(size: Any) -> list[Any]:
+def _sides(size: object) -> list[object]:
     return list(size.values()) if isinstance(size, Mapping) else [size]
 
 
-def _sized(size: Any, share: float) -> Any:
+def _sized(size: Size, share: float) -> Size:
     """A size of a processor's file, so many times as large."""
     if isinstance(size, Mapping):
         return {name: round(value * share) if isinstance(value, int) else value for name, value in size.items()}
     return round(size * share)
 
 
-@dataclass(frozen=True)
-class ImageClassifierFamily(ClassifierFamily):
+class ImageClassifier(Family):
     """Pixels (B, 3, H, W) in, logits (B, C) out, C labels."""
 
-    name: str = "image_classifier"
-    task_type: str | None = None
-    text: str = "an image classifier"
-    reads_ids: bool = False
-    ids: str | None = None
-
-    def auto_class(self) -> Any:
-        from transformers import AutoModelForImageClassification
-
-        return AutoModelForImageClassification
+    endings = ("ForImageClassification",)
+    class_name = "AutoModelForImageClassification"
+    text = "an image classifier"
+    answers = False
+    labelled = True
+    reads_ids = False
+    ids = None
 
     def processor(self, section: ModelSection) -> Processor:
         """How its pictures are scaled."""
         return PixelProcessor(find_source(section, weights=False).folder)
 
-    def decoder(self, net: nn.Module) -> bool:
-        """Never."""
+    def looks_back(self, net: nn.Module) -> bool:
         return False
+
+    def reads_rows(self, net: nn.Module) -> bool:
+        return True
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers in order, with their module names. Raises: ModelError for a net of convolutions."""
@@ -229,7 +229,7 @@ class ImageClassifierFamily(ClassifierFamily):
             raise _no_transformer(net) from None
 
     def hidden_size(self, net: nn.Module) -> int:
-        """Of what the layers hand on. Raises: ModelError for a net of convolutions."""
+        """Width of the hidden states. Raises: ModelError for a net of convolutions."""
         try:
             return super().hidden_size(net)
         except AttributeError:
@@ -237,22 +237,14 @@ class ImageClassifierFamily(ClassifierFamily):
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, C). Pictures of another size than the model's have positions between its own."""
-        dtype = next(net.parameters()).dtype
-        given: dict[str, Any] = {"pixel_values": inputs["pixel_values"].to(dtype), "interpolate_pos_encoding": True}
-        found: torch.Tensor = call_accepted(net, given).logits
-        return found
+        pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
+        logits: torch.Tensor = call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
+        return logits
 
     def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
         size = getattr(text_config(net), "image_size", SIDE)
         height, width = (size, size) if isinstance(size, int) else size
-        generator = torch.Generator("cpu").manual_seed(0)
-        return {"pixel_values": torch.randn(1, 3, height, width, generator=generator)}
-
-    def embedding_name(self, net: nn.Module) -> str | None:
-        return None
-
-    def learned_positions(self, net: nn.Module) -> int | None:
-        return None
+        return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded())}
 
     def stages(self, net: nn.Module) -> Stages | None:
         return None
@@ -261,3 +253,6 @@ class ImageClassifierFamily(ClassifierFamily):
 def _no_transformer(net: nn.Module) -> ModelError:
     what = f"{type(net).__name__} is no vision transformer with a list of its layers"
     return ModelError(what, "choose a ViT, DeiT, Swin, DINOv2 or the like", key="model.name_or_path")
+
+
+FAMILY = ImageClassifier()

@@ -8,13 +8,15 @@ masks and position embeddings are made by the model's own code, whatever its ver
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import LayerCall, SideInput, Stack
 from tunekit.model.transformers_guard import replaced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Families on which tests compare stages with the plain forward bit for bit.
 PROVEN = frozenset(
@@ -44,12 +46,14 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module, side_outputs: int) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)  # not a child: it must not be moved or saved twice
-        self.arguments: tuple[Any, ...] = ()
-        self.keywords: dict[str, Any] = {}
-        self.hidden: torch.Tensor | None = None
+        self.arguments: tuple[object, ...] = ()
+        self.keywords: dict[str, object] = {}
+        self.hidden: Tensor | None = None
         self.side_outputs = tuple(SideInput() for _ in range(side_outputs))
 
-    def forward(self, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def forward(
+        self, hidden: Tensor, *arguments: object, **keywords: object
+    ) -> Tensor | tuple[Tensor | SideInput, ...]:
         self.hidden, self.arguments, self.keywords = hidden, arguments, keywords
         return (hidden, *self.side_outputs) if self.side_outputs else hidden
 
@@ -70,7 +74,7 @@ class StageLayer(nn.Module):
         self.layer = layer
         object.__setattr__(self, "finish", finish)  # no part of the layer
 
-    def forward(self, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
         arguments = [_value(argument) for argument in call.arguments]
         output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
         if isinstance(output, tuple | list):
@@ -83,11 +87,11 @@ class StageLayer(nn.Module):
         return output  # type: ignore[no-any-return]
 
 
-def _value(argument: Any) -> Any:
+def _value(argument: object) -> object:
     return argument.value if isinstance(argument, SideInput) else argument
 
 
-def is_proven(config: Any) -> bool:
+def is_proven(config: PreTrainedConfig) -> bool:
     """Whether nets of this kind, with these settings, compute the same layer by layer."""
     drops = any(getattr(config, name, 0.0) > 0 for name in LAYER_DROPS)
     return config.model_type in PROVEN and not drops
@@ -96,20 +100,19 @@ def is_proven(config: Any) -> bool:
 def make_stack(
     parent: nn.Module,
     attribute: str,
-    run: Callable[[dict[str, torch.Tensor], torch.Tensor | None], object],
+    run: Callable[[dict[str, Tensor], Tensor | None], object],
     finish: Sequence[nn.Module],
     model_type: str,
 ) -> Stack:
     """The layers that `parent` holds under this name. `run(inputs, source)` calls what embeds and passes them, and
     `finish` is what it does after the last."""
-    layers: Any = getattr(parent, attribute)
+    layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
-    def embed(inputs: dict[str, torch.Tensor], source: SideInput | None) -> tuple[torch.Tensor, list[LayerCall]]:
+    def embed(inputs: dict[str, Tensor], source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:
         recorders = [_Recorder(layer, SIDE_OUTPUTS.get(model_type, 0)) for layer in layers]
         with replaced(parent._modules, **{attribute: nn.ModuleList(recorders)}):
             run(inputs, None if source is None else source.value)
-        hidden: Any = recorders[0].hidden  # (B, T, D)
-        return hidden, _calls(recorders, source)
+        return cast(Tensor, recorders[0].hidden), _calls(recorders, source)
 
     last = len(layers) - 1
     return Stack(embed, [StageLayer(layer, finish if index == last else ()) for index, layer in enumerate(layers)])
@@ -118,7 +121,7 @@ def make_stack(
 def _calls(recorders: Sequence[_Recorder], source: SideInput | None) -> list[LayerCall]:
     """What was recorded, with `source` in place of its value, and of the side outputs only those that are read."""
 
-    def given(argument: Any) -> Any:
+    def given(argument: object) -> object:
         return source if source is not None and argument is source.value else argument
 
     calls = [

@@ -1,28 +1,25 @@
-"""What every family looks up in a net: by structure and declared names, never by class names.
-
-Comes in: a net as transformers builds it.  Goes out: names and modules.
-"""
+"""Names and modules that every family finds in a net: by structure and declared names, never by class names."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import known_documents
+from tunekit.model.pretrained import config_of
+from tunekit.model.pretrained import text_config as text_config
 
-
-def text_config(net: nn.Module) -> Any:
-    """The configuration of the text model."""
-    config: Any = net.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.utils import ModelOutput
 
 
 def expert_layout(net: nn.Module) -> str | None:
@@ -57,12 +54,17 @@ def base_name(net: nn.Module) -> str:
     return name
 
 
+def base_of(net: nn.Module) -> nn.Module:
+    """The net without its head."""
+    return net.get_submodule(base_name(net))
+
+
 def accepted_names(module: nn.Module) -> frozenset[str]:
     """Names that the module's forward declares; what it would swallow as **kwargs does not count."""
     return frozenset(inspect.signature(module.forward).parameters)
 
 
-def call_accepted(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+def call_accepted(module: nn.Module, inputs: Mapping[str, Tensor | bool | None]) -> ModelOutput:
     """The module's output for those of the inputs that it accepts; no cache is made."""
     accepted = accepted_names(module)
     taken = {key: value for key, value in inputs.items() if key in accepted}
@@ -85,26 +87,51 @@ def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
 
 def fixed_parameters(net: nn.Module) -> frozenset[str]:
     """Names of parameters that the model's own class keeps as they are, such as computed positions."""
-    config: Any = getattr(net, "config", None)
-    kinds: tuple[Any, Any] = (type(net), type(config))
-    return frozenset() if config is None else _fixed_by(*kinds, config.to_json_string())
+    config: PreTrainedConfig | None = getattr(net, "config", None)
+    make: Callable[..., nn.Module] = type(net)
+    return frozenset() if config is None else _fixed_by(make, type(config).from_dict, config.to_json_string())
 
 
 @cache
-def _fixed_by(kind: Any, config_kind: Any, config: str) -> frozenset[str]:
+def _fixed_by(make: Callable[..., nn.Module], read: Callable[..., PreTrainedConfig], config: str) -> frozenset[str]:
     with torch.device("meta"):
-        plain = kind(config_kind.from_dict(json.loads(config)))
+        plain = make(read(json.loads(config)))
     return frozenset(name for name, tensor in plain.named_parameters() if not tensor.requires_grad)
 
 
-def last_hidden(output: Any) -> torch.Tensor:
+def last_hidden(output: ModelOutput | tuple[Tensor, ...]) -> Tensor:
     """(B, T, D) of a base's output."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    return hidden
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
 
-def name_of(net: nn.Module, wanted: Any) -> str | None:
+def name_of(net: nn.Module, module: nn.Module | None) -> str | None:
     """The name under which a module hangs in the net, also where an adapter has been put around it."""
-    if wanted is None:
+    if module is None:
         return None
-    return next((name for name, module in net.named_modules(remove_duplicate=False) if module is wanted), None)
+    return next((name for name, each in net.named_modules(remove_duplicate=False) if each is module), None)
+
+
+def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that holds as many layers as the configuration says, nearest to the root."""
+    count, prefix = int(text_config(net).num_hidden_layers), base_name(net)
+    lists = [
+        (name, module)
+        for name, module in net.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and name.startswith(prefix + ".")
+    ]
+    if not lists:
+        raise ModelError(
+            f"{type(net).__name__} has no list of {count} decoder layers", "choose a decoder-only language model"
+        )
+    return min(lists, key=lambda pair: pair[0].count("."))
+
+
+def noise_features(net: nn.Module) -> Tensor:
+    """(1, M, F) seeded noise, as large as the features of a recording."""
+    config = config_of(net)
+    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=seeded())
+
+
+def seeded() -> torch.Generator:
+    """A generator that draws the same noise at every call."""
+    return torch.Generator().manual_seed(0)

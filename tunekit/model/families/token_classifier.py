@@ -1,43 +1,54 @@
-"""Token classifiers: an encoder or a decoder with one row of logits per token.
-
-Comes in: a net as transformers builds it.  Goes out: `TokenClassifierFamily`.
-"""
+"""Token classifiers: an encoder or a decoder with one row of logits per token."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from tunekit.contracts import Stages
-from tunekit.model.families.causal import Family
-from tunekit.model.families.classifier import ClassifierFamily
+from tunekit.contracts import Processor, Stages
+from tunekit.model.families.family import Family
+from tunekit.model.families.heads import scores_tokens
+from tunekit.model.families.stacks import stacks_of
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.recipe.model import ModelSection
 
 
-@dataclass(frozen=True)
-class TokenClassifierFamily(ClassifierFamily):
+class TokenClassifier(Family):
     """Tokens in, logits (B, T, C) out, C labels."""
 
-    name: str = "token_classifier"
-    task_type: str | None = "TOKEN_CLS"
-    text: str = "a token classifier"
+    endings = ("ForTokenClassification",)
+    class_name = "AutoModelForTokenClassification"
+    text = "a token classifier"
+    task_type = "TOKEN_CLS"
+    answers = False
+    labelled = True
 
-    def auto_class(self) -> Any:
-        from transformers import AutoModelForTokenClassification
+    def processor(self, section: ModelSection) -> Processor:
+        return load_tokenizer(section)
 
-        return AutoModelForTokenClassification
+    def looks_back(self, net: nn.Module) -> bool:
+        return scores_tokens(net)
 
     def reads_rows(self, net: nn.Module) -> bool:
-        """Always: what stands between the last layer and the scores, such as dropout, differs from net to net."""
+        """Always: the modules between the last layer and the scores, such as dropout, differ from net to net."""
         return True
+
+    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        return {"input_ids": ids}
+
+    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+        return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, T, C). A decoder needs no mask, since padding comes last, and tells rows of one line apart by their
         positions; an encoder counts positions itself: some begin at another number than 0."""
-        left_out = "attention_mask" if self.decoder(net) else "position_ids"
-        return Family.logits(self, net, {name: value for name, value in inputs.items() if name != left_out})
+        left_out = "attention_mask" if scores_tokens(net) else "position_ids"
+        return super().logits(net, {name: value for name, value in inputs.items() if name != left_out})
+
+    def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().hidden(net, {name: value for name, value in inputs.items() if name != "attention_mask"})
 
     def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(T, C) float32."""
@@ -46,3 +57,6 @@ class TokenClassifierFamily(ClassifierFamily):
     def stages(self, net: nn.Module) -> Stages | None:
         """None: what follows the layers is not a norm alone."""
         return None
+
+
+FAMILY = TokenClassifier()

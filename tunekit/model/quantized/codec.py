@@ -11,8 +11,10 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,11 +24,14 @@ from tunekit.model.quantized import four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
 from tunekit.model.transformers_guard import no_fetched_code, replaced
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
 FOUR_BIT = ("nf4", "fp4")
 EIGHT_BIT = ("int8", "int8_weight_only")
 
 
-def import_bitsandbytes() -> Any:
+def import_bitsandbytes() -> ModuleType:
     """Import bitsandbytes without what it does on the side.
 
     On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`: that package is made
@@ -40,8 +45,7 @@ def import_bitsandbytes() -> Any:
     logger.setLevel(logging.CRITICAL)
     try:
         with no_fetched_code(), replaced(vars(torch), compile=_uncompiled):
-            import bitsandbytes
-            import bitsandbytes.functional
+            import_module("bitsandbytes.functional")
     except ImportError as error:
         raise ModelError(
             f"bitsandbytes cannot be imported ({error})",
@@ -50,10 +54,10 @@ def import_bitsandbytes() -> Any:
         ) from error
     finally:
         logger.setLevel(level)
-    return bitsandbytes
+    return sys.modules["bitsandbytes"]
 
 
-def _uncompiled(function: Any = None, **_settings: Any) -> Any:
+def _uncompiled(function: Callable[..., object] | None = None, **_settings: object) -> Callable[..., object]:
     """torch.compile's signature, without the compiling."""
     return function if function is not None else (lambda wrapped: wrapped)
 
@@ -141,9 +145,9 @@ def outlier_product(
         return _product_without_values(x, packed, absmax)
     functional = import_bitsandbytes().functional
     quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
-    product: Callable[..., Any] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+    product: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
     output, _ = product(x, quantized, packed, scales, absmax, outliers, bias)
-    return output  # type: ignore[no-any-return]
+    return output
 
 
 def _product_without_values(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -161,7 +165,7 @@ def _product_without_values(x: torch.Tensor, packed: torch.Tensor, absmax: torch
 def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
     """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
     tensors = pack(matrix, quantization, double_quantization)
-    facts: dict[str, Any] = {"quant_type": quantization, "blocksize": BLOCK}
+    facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
     facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
     saved = {
         "": tensors["packed"],
@@ -176,7 +180,7 @@ def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: boo
     return saved | {f".quant_state.bitsandbytes__{quantization}": text}
 
 
-def tensors_of_state(packed: torch.Tensor, state: Any) -> tuple[dict[str, torch.Tensor], str]:
+def tensors_of_state(packed: torch.Tensor, state: QuantState) -> tuple[dict[str, torch.Tensor], str]:
     """Our named tensors, and the quantization, of a weight that bitsandbytes packed.
 
     Raises: ModelError for blocks of another size than ours.

@@ -5,6 +5,7 @@ Comes in: a module of the base.  Goes out: `Weight`, a matrix (O, I) whatever th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ class PackedLinear(nn.Module):
         double = ", double" if self.double_quantization else ""
         return f"{self.in_features}, {self.out_features}, {self.quantization}{double}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         """Move to a device, but never to another dtype: the scales stay float32."""
         before = self.tensors()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -149,7 +150,7 @@ def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
     not packed into `dtype`: of such a folder transformers leaves each `weight` in the dtype in which it is stored."""
     kind = codec.import_bitsandbytes().nn.Linear4bit
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
-        parameter: Any = module.weight
+        parameter = module.weight
         tensors, quantization = codec.tensors_of_state(parameter.data, parameter.quant_state)
         bias = None if module.bias is None else nn.Parameter(module.bias.data, requires_grad=False)
         layer = PackedLinear(
@@ -237,7 +238,7 @@ def _dense(module: nn.Module) -> torch.Tensor:
 def layer_kind(module: nn.Module) -> str | None:
     """linear, conv1d or embedding, by structure; None for anything else."""
     if isinstance(module, PackedLinear | nn.Linear):
-        kind: Any = type(module)
+        kind: type = type(module)
         return None if returns_several(kind) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"

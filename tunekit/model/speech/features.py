@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
-from tunekit.model.storage.inspection import audio_obstacle, read_config
+from tunekit.model.storage.inspection import read_config
 from tunekit.model.storage.source import find_source
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
@@ -124,14 +124,3 @@ def load_extractor(section: ModelSection) -> tuple[Any, Path]:
         what = f"{section.name_or_path} hears by {type(extractor).__name__}, which this version does not know"
         raise ModelError(what, "choose Whisper or Moonshine", key="model.name_or_path")
     return extractor, source.folder
-
-
-def load_audio_processor(section: ModelSection) -> AudioProcessor:
-    """The base's extractor. Raises: ModelError where it has none, and for a base that cannot label recordings."""
-    source = find_source(section, weights=False)
-    config = {} if source.gguf_file is not None else read_config(source)
-    why = audio_obstacle(config) if config else None
-    if why is not None:
-        what = f"{section.name_or_path} ({config.get('model_type', 'unknown')}) {why}"
-        raise ModelError(what, "choose a Whisper model, such as openai/whisper-tiny", key="model.name_or_path")
-    return AudioProcessor(*load_extractor(section))

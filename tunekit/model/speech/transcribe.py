@@ -38,6 +38,7 @@ def transcribe(
     """
     net: Any = model.net
     settings = deepcopy(model.generation_config)
+    assert settings is not None
     settings.forced_decoder_ids, settings.return_timestamps = None, timestamps
     settings.update(
         max_new_tokens=most_tokens, max_length=None, num_beams=1, use_cache=True, **drawn_settings(sampling)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 def stored_names(net: nn.Module) -> dict[str, str]:
     """Names in the files of parameters that transformers renames while it loads -> their names in the net."""
-    whole: Any = {name: torch.empty(tensor.shape, device="meta") for name, tensor in net.state_dict().items()}
+    whole = {name: torch.empty(tensor.shape, device="meta") for name, tensor in net.state_dict().items()}
     own = {id(tensor): name for name, tensor in whole.items()}
-    stored = revert_weight_conversion(cast(Any, net), whole).items()
+    stored = revert_weight_conversion(net, whole).items()
     return {name: own[id(tensor)] for name, tensor in stored if own.get(id(tensor), name) != name}
 
 
@@ -37,8 +37,7 @@ class StoredPieces:
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """The pieces by their names in the files."""
-        net: Any = self.net
-        pieces: dict[str, Tensor] = revert_weight_conversion(net, {self.parameter: whole})
+        pieces: dict[str, Tensor] = revert_weight_conversion(self.net, {self.parameter: whole})
         return pieces
 
     def places(self, whole: Tensor) -> dict[str, Tensor] | None:
@@ -60,5 +59,7 @@ class StoredPieces:
 class _NoCopies(TorchFunctionMode):
     """Inside the block a tensor is taken for contiguous, so that a split gives views."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
         return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))

@@ -1,7 +1,4 @@
-"""What a base is, from its files alone: refusals by name before a weight is read, and the fingerprint.
-
-Comes in: a ModelSource.  Goes out: ModelError, or facts.
-"""
+"""The facts of a base that its files state: family, labels, fingerprint, and refusals before a weight is read."""
 
 from __future__ import annotations
 
@@ -9,14 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE
+from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.shards import shard_files
-from tunekit.model.storage.source import PIPELINE_INDEX, ModelSource, find_source, read_json
+from tunekit.model.storage.source import ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 CHUNK_BYTES = 64 * 1024
@@ -32,18 +31,6 @@ VOLATILE = (
     "_attn_implementation",
     "_diffusers_version",
 )
-SPEECH = ("whisper", "moonshine")  # model types of speech models, whatever their architecture's ending
-LABELLING = ("whisper",)  # those whose encoders can be trained to label recordings
-HEADS = {  # ending of the architecture's name -> family
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "ForConditionalGeneration": "seq2seq",
-    "MTModel": "seq2seq",  # MarianMTModel
-    "ForSequenceClassification": "classifier",
-    "ForTokenClassification": "token_classifier",
-    "ForImageClassification": "image_classifier",
-    "ForAudioClassification": "audio_classifier",
-}
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
     "ForQuestionAnswering": "is a question-answering model",
@@ -52,11 +39,6 @@ OTHER_HEADS = {
     "ForPreTraining": "is a model with pre-training heads",
 }
 MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
-HEARING = (
-    "is no Whisper: audio_classify trains Whisper's encoder, which hears log-mel features, and none that reads raw "
-    "waveforms (Wav2Vec2, HuBERT, WavLM) or spectrograms of another kind (AST)"
-)
-MIXED = "mixes its layers by trained weights (use_weighted_layer_sum), which audio_classify does not train"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -78,7 +60,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
         if ggufs:
             how = f"name the file itself, for example {source.folder / ggufs[0]}"
             raise ModelError(f"{source.name_or_path} holds GGUF files", how, key="model.name_or_path")
-        if is_pipeline(source):
+        if indexed_family(source) is not None:
             raise ModelError(
                 f"{source.name_or_path} is a diffusion pipeline, and the objective trains another kind of model",
                 "write objective: dreambooth, or choose another base",
@@ -87,31 +69,27 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     return read_json(source.folder / "config.json")
 
 
-def is_pipeline(source: ModelSource) -> bool:
-    """Whether a base is a diffusion pipeline, as diffusers saves it."""
-    return source.gguf_file is None and (source.folder / PIPELINE_INDEX).exists()
+def indexed_family(source: ModelSource) -> Family | None:
+    """The family of a base that is recognised by a file of its own, such as a pipeline's model_index.json."""
+    if source.gguf_file is not None:
+        return None
+    return next((family for family in known_families() if _has_index(source.folder, family)), None)
 
 
-def pipeline_family(section: ModelSection) -> str:
-    """The family of a pipeline. Raises: ModelError where the section asks for what it has not."""
-    wrong = (
-        ("family", section.family not in ("auto", "diffusion"), "diffusion or auto"),
-        ("quantization", section.quantization != "none", "none"),
-        ("attention", section.attention not in ("auto", "sdpa"), "auto"),
-        ("trust_remote_code", section.trust_remote_code, "false"),
-    )
-    for key, is_wrong, instead in wrong:
-        if is_wrong:
-            what = f"{section.name_or_path} is a diffusion pipeline, which is not loaded so"
-            raise ModelError(what, f"write {instead}", key=f"model.{key}")
-    return "diffusion"
+def _has_index(folder: Path, family: Family) -> bool:
+    return family.index_file is not None and (folder / family.index_file).exists()
+
+
+def unnamed_family() -> Family:
+    """The family of a base whose files do not say more, such as a GGUF file."""
+    return next(family for family in known_families() if family.recognises("", {}))
 
 
 def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
     """Labels of the rows of the head of a classifier of this family, as the base's configuration names them; none of
     others."""
     raw = {} if source.gguf_file is not None else read_config(source)
-    endings = tuple(ending for ending, kind in HEADS.items() if kind == family)
+    endings = make_family(family).endings
     if not any(str(name).endswith(endings) for name in raw.get("architectures") or ()):
         return ()
     names = raw.get("id2label")
@@ -119,64 +97,56 @@ def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
     return tuple(str(names.get(str(number))) for number in range(len(names)))
 
 
-def find_family(config: dict[str, Any], section: ModelSection) -> str:
+def find_family(config: dict[str, Any], section: ModelSection) -> Family:
     """The family of a base, by the architecture that its configuration names; `model.family` must say the same.
 
     Raises: ModelError with the reason for what is of none of the families.
     """
-    if section.family == "diffusion":
-        what = f"{section.name_or_path} is no diffusion pipeline: it holds no {PIPELINE_INDEX}"
-        raise ModelError(what, "give a pipeline's folder, as diffusers saves it", key="model.name_or_path")
-    kind = str(config.get("model_type", "unknown"))
-    name = f"{section.name_or_path} ({kind})"
-    headed = isinstance(section, HeadedModel)
+    asked = None if section.family == "auto" else make_family(section.family)
+    if asked is not None and asked.index_file is not None:
+        what = f"{section.name_or_path} is not {asked.text}: it holds no {asked.index_file}"
+        raise ModelError(what, "give a folder that has this file", key="model.name_or_path")
+    name = f"{section.name_or_path} ({config.get('model_type', 'unknown')})"
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    family = next((family for ending, family in HEADS.items() if architecture.endswith(ending)), None)
-    if kind in SPEECH and family == "seq2seq":
-        family = "speech"
-    reason = None
-    if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
-        reason = "is a vision-language or audio-language model"
-    elif architecture and family is None and not headed:
-        known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
-        reason = next(known, f"has the architecture {architecture}, which is none that tunekit knows")
-    elif "audio_classifier" in (family, section.family):
-        reason = audio_obstacle(config)
+    family = next((family for family in known_families() if family.recognises(architecture, config)), None)
+    reason = _obstacle(config, architecture, family, asked, isinstance(section, HeadedModel))
     if reason:
         raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
-    if headed:
-        return section.family
-    plain = "speech" if kind in SPEECH else "seq2seq" if config.get("is_encoder_decoder") else "causal"
-    found = family or plain
-    if section.family not in ("auto", found):
+    if asked is not None and isinstance(section, HeadedModel):
+        return asked
+    assert family is not None
+    if asked not in (None, family):
         raise ModelError(
-            f"{name} is of the family {found}, by its architecture {architecture or '(none named)'}, and model.family "
-            f"is {section.family}",
+            f"{name} is of the family {family.name}, by its architecture {architecture or '(none named)'}, and "
+            f"model.family is {section.family}",
             "write family: auto, or choose another base",
             key="model.family",
         )
-    return found
+    return family
 
 
-def audio_obstacle(config: dict[str, Any]) -> str | None:
-    """Why a base cannot be trained to label recordings; None where it can."""
-    if config.get("model_type") not in LABELLING:
-        return HEARING
-    return MIXED if config.get("use_weighted_layer_sum") else None
+def _obstacle(
+    config: dict[str, Any], architecture: str, family: Family | None, asked: Family | None, headed: bool
+) -> str | None:
+    """Why a base cannot be loaded; None where it can."""
+    if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
+        return "is a vision-language or audio-language model"
+    if family is None and not headed:
+        known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
+        return next(known, f"has the architecture {architecture}, which is none that tunekit knows")
+    reasons = (each.obstacle(config) for each in (family, asked) if each is not None)
+    return next((reason for reason in reasons if reason), None)
 
 
 def family_of_base(section: ModelSection) -> str:
     """The family of a base by its own files; causal where they do not say, which is told where it is loaded."""
     source = find_source(section, weights=False)
-    if is_pipeline(source):
-        return "diffusion"
-    if source.gguf_file is not None or not (source.folder / "config.json").exists():
-        return "causal"
-    try:
-        return find_family(read_json(source.folder / "config.json"), section)
-    except ModelError:
-        return "causal"
+    family = indexed_family(source)
+    if family is None and source.gguf_file is None and (source.folder / "config.json").exists():
+        with suppress(ModelError):
+            family = find_family(read_json(source.folder / "config.json"), section)
+    return (family or unnamed_family()).name
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
@@ -186,10 +156,9 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
         return None
     config, newer = read_json(path), source.folder / "generation_config.json"
     try:
-        family = find_family(config, section)
-    except ModelError:  # said where the base is loaded
-        return None
-    if family not in ("seq2seq", "speech"):
+        if not find_family(config, section).reads_source:
+            return None
+    except ModelError:  # stated where the base is loaded
         return None
     named = [read_json(newer)] if newer.exists() else []
     found = [values.get("decoder_start_token_id") for values in (*named, config)]
@@ -234,7 +203,7 @@ def fingerprint(source: ModelSource) -> str:
     if source.gguf_file is not None:
         _digest_samples(digest, source.folder / source.gguf_file, 0, GGUF_HEAD_BYTES)
         return digest.hexdigest()
-    if is_pipeline(source):
+    if indexed_family(source) is not None:
         for path in sorted(source.folder.glob("*/config.json")):
             digest.update(path.parent.name.encode())
             _digest_folder(digest, read_json(path), sorted(path.parent.glob("*.safetensors")))
@@ -243,7 +212,7 @@ def fingerprint(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def _digest_folder(digest: Any, config: dict[str, Any], files: Sequence[Path]) -> None:
+def _digest_folder(digest: hashlib._Hash, config: dict[str, Any], files: Sequence[Path]) -> None:
     """Feed a configuration without what changes by itself, and the headers and samples of files."""
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     digest.update(json.dumps(kept, sort_keys=True).encode())
@@ -253,7 +222,7 @@ def _digest_folder(digest: Any, config: dict[str, Any], files: Sequence[Path]) -
         _digest_samples(digest, path, start, CHUNK_BYTES)
 
 
-def _digest_samples(digest: Any, path: Path, start: int, head_bytes: int) -> None:
+def _digest_samples(digest: hashlib._Hash, path: Path, start: int, head_bytes: int) -> None:
     """Feed size, the first bytes after `start`, and chunks at even distances to the end."""
     size = path.stat().st_size
     digest.update(size.to_bytes(8, "little"))

@@ -7,50 +7,38 @@ is computed; else over a sidecar that is written once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from tunekit.errors import ModelError, ResourceError
+from tunekit.model.base_spec import BaseSpec
 from tunekit.model.families import Family
-from tunekit.model.families.heads import head_modules
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
 from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
-from tunekit.model.storage.source import ModelSource
-from tunekit.recipe.model import ModelSection
 
 HOW = "write memory.streaming: off"
 KEY = "memory.streaming"
 
 
-def mapped_net(
-    source: ModelSource,
-    section: ModelSection,
-    config: Any,
-    family: Family,
-    dtype: torch.dtype,
-    attention: str,
-    fingerprint: str,
-) -> tuple[nn.Module, list[str], bool]:
+def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
     """The net on the CPU, notes, and whether its weights are mapped; a small base is held in memory.
 
     Raises: ModelError for a base that only transformers can read; ResourceError where a sidecar cannot be written.
     """
-    if source.gguf_file is not None or section.trust_remote_code:
-        what = "a GGUF file" if source.gguf_file is not None else "a base with code of its own"
+    if not spec.read_by_us:
+        what = "a GGUF file" if spec.source.gguf_file is not None else "a base with code of its own"
         raise ModelError(f"{what} cannot be streamed: its weights are no tensors of the net's names", HOW, key=KEY)
-    opened = open_net(source.folder, section, config, family, dtype, attention)
+    opened = open_net(spec)
     if opened is None:
-        what = f"{section.name_or_path} stores its weights under other names or shapes than the net"
+        what = f"{spec.section.name_or_path} stores its weights under other names or shapes than the net"
         raise ModelError(f"{what}, so that it cannot be streamed", HOW, key=KEY)
     net, reader = opened
-    if section.quantization == "none" and all(map(reader.is_mapped, reader.names)):
-        _place_views(net, reader, family)
+    if spec.is_dense and all(map(reader.is_mapped, reader.names)):
+        _place_views(net, reader, spec.family)
         return net, [], True
-    base = _to_be_kept(net, reader, family, section, dtype)
-    sidecar, notes = kept_base(base, source, fingerprint)
+    base = _to_be_kept(net, reader, spec)
+    sidecar, notes = kept_base(base, spec.source, str(spec.fingerprint))
     if notes:
         raise ResourceError(
             f"a base that is streamed must lie in a file as it is computed, and {notes[0]}",
@@ -62,18 +50,16 @@ def mapped_net(
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
     """Views into the files. Of the head a copy where it is not aligned as in a resident base, since its products depend
     on that; a streamed layer is copied in any case, and no other tensor enters a product."""
-    head = tuple(f"{name}." for name in head_modules(family, net))
+    head = tuple(f"{name}." for name in family.head_modules(net))
     for name in reader.names:
         view = reader.view(name)
         in_head = any(alias.startswith(head) for alias in reader.aliases(name))
         place(net, reader, name, reader.read(name) if in_head and view.data_ptr() % ALIGNMENT else view)
 
 
-def _to_be_kept(
-    net: nn.Module, reader: BaseReader, family: Family, section: ModelSection, dtype: torch.dtype
-) -> PackedBase:
+def _to_be_kept(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
     """The base packed on the CPU, or, unquantized, in the computation's dtype."""
-    device = torch.device("cpu")
-    if section.quantization != "none":
+    family, section, dtype, device = spec.family, spec.section, spec.dtype, torch.device("cpu")
+    if not spec.is_dense:
         return packed_base(net, reader, family, section, dtype, device)
     return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family, reader.new))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tunekit.errors import ModelError
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.families import Family
-from tunekit.model.families.heads import head_modules
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place
 from tunekit.model.storage.sidecar import Sidecar, StoredTensor
@@ -44,7 +43,7 @@ def quantize_layers(
 def packable(net: nn.Module, family: Family) -> list[str]:
     """Names of the layers that are packed: every linear one but the head's, and but those whose matrix the model's code
     reads itself."""
-    head, modules = tuple(f"{name}." for name in head_modules(family, net)), dict(net.named_modules())
+    head, modules = tuple(f"{name}." for name in family.head_modules(net)), dict(net.named_modules())
     uncalled = uncalled_layers(modules)
     names = [name for name, module in modules.items() if layer_kind(module) in ("linear", "conv1d")]
     return [name for name in names if name not in uncalled and not f"{name}.".startswith(head)]

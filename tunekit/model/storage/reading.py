@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tunekit.files.tensors import TensorEntry, fill_from_file
 from tunekit.files.untrusted import MODEL_FILE
-from tunekit.model.families import Family
-from tunekit.model.families.heads import new_head
+from tunekit.model.base_spec import BaseSpec
+from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import read_headers
-from tunekit.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CHUNK_BYTES = 4 * 2**20  # of a file, held beside the tensor that is read
 ALIGNMENT = 64  # of a tensor's first byte, as torch's own are
@@ -37,7 +39,7 @@ ALIGNMENT = 64  # of a tensor's first byte, as torch's own are
 COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 
 
-def unfilled_net(auto_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
+def unfilled_net(auto_class: AutoClass, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
     """The net of a configuration with its parameters on the meta device and its buffers as from_pretrained makes them.
 
     Tied parameters are one object.  `auto_class`: transformers' class for the family.  `config` is left as it is.
@@ -262,22 +264,21 @@ def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: Sequence[s
     return reader if reader._find(net) else None
 
 
-def open_net(
-    folder: Path, section: ModelSection, config: Any, family: Family, dtype: torch.dtype, attention: str
-) -> tuple[Any, BaseReader] | None:
+def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
     """The net of `unfilled_net`, and the reader that `open_base` gives for it; None where that gives none."""
-    net = unfilled_net(family.auto_class(), config, dtype, attention)
-    reader = open_base(net, folder, dtype, new_head(section, family, net))
+    folder = spec.source.folder
+    net = unfilled_net(spec.family.auto_class(), spec.config, spec.dtype, spec.attention)
+    reader = open_base(net, folder, spec.dtype, spec.family.new_head(spec.section, net))
     if reader is None:
         return None
     load_generation_config(net, folder)
-    net.config.name_or_path = str(folder)
+    config_of(net).name_or_path = str(folder)
     return net, reader
 
 
 def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None:
     """Put `tensor` where the net has `name`, under all its names; parameters become frozen ones."""
-    holder: dict[str, Any] = {}
+    holder: dict[str, nn.Parameter] = {}
     for alias in reader.aliases(name):
         path, _, own = alias.rpartition(".")
         module = net.get_submodule(path)
@@ -293,15 +294,16 @@ def fill_net(net: nn.Module, reader: BaseReader) -> None:
         place(net, reader, name, reader.read(name))
 
 
-def load_generation_config(net: Any, folder: Path) -> None:
+def load_generation_config(net: nn.Module, folder: Path) -> None:
     """The generation settings that from_pretrained finds: generation_config.json, else what config.json says."""
     from transformers import GenerationConfig
 
-    if not net.can_generate():
+    own = as_pretrained(net)
+    if not own.can_generate():
         return
     try:
-        net.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        own.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except OSError:
-        net.generation_config = GenerationConfig.from_pretrained(
+        own.generation_config = GenerationConfig.from_pretrained(
             str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True
         )

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
-from tunekit.model.families.heads import head_modules
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind
@@ -30,6 +29,9 @@ from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
 LayerChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
@@ -121,7 +123,7 @@ class Rewriter:
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
         self.packable = packable(self.net, self.family)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
-        self.generation_config: Any = None  # of a base that has no file of that name to copy
+        self.generation_config: GenerationConfig | None = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.names())
         self.aliases = self._find_aliases()
@@ -292,7 +294,7 @@ class Rewriter:
                 "bnb_4bit_use_double_quant": self.section.double_quantization,
                 "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": [*head_modules(self.family, self.net), *sorted(uncalled_layers(self.modules))],
+                "llm_int8_skip_modules": [*self.family.head_modules(self.net), *sorted(uncalled_layers(self.modules))],
             }
         return config
 

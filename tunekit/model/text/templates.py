@@ -10,12 +10,15 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import DataError
 from tunekit.machine.memory import address_space_bytes
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.transformers_guard import replaced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KEY = "data.chat_template"
 LIMIT_SECONDS = 5.0
@@ -33,7 +36,7 @@ Messages = Sequence[dict[str, Any]]
 
 
 def render_template(
-    native: Any,
+    native: PreTrainedTokenizerBase,
     template: str,
     messages: Messages,
     tools: Sequence[dict[str, Any]] | None,
@@ -86,7 +89,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(
-    native: Any,
+    native: PreTrainedTokenizerBase,
     template: str,
     messages: Messages,
     tools: Sequence[dict[str, Any]] | None,

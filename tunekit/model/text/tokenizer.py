@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import DataError, ModelError
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
@@ -19,6 +19,10 @@ from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.text.templates import render_template
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 FILES = (
     "tokenizer.json",
@@ -41,7 +45,9 @@ class LoadedTokenizer:
     `native` is transformers' object; `backend` a copy of its fast tokenizer, which nothing outside changes.
     """
 
-    def __init__(self, native: Any, source: ModelSource | None, answer_start_id: int | None = None) -> None:
+    def __init__(
+        self, native: PreTrainedTokenizerBase, source: ModelSource | None, answer_start_id: int | None = None
+    ) -> None:
         self.native = native
         self.source = source
         self.answer_start_id = answer_start_id
@@ -187,7 +193,7 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     return LoadedTokenizer(native, source, read_answer_start(source, section))
 
 
-def _make_backend(native: Any) -> Any:
+def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
     """A copy of the fast tokenizer without truncation, padding and post-processing, control tokens marked special.
 
     Without the post-processor, which adds special tokens and trims offsets, the offsets cover the whole text.
@@ -206,7 +212,7 @@ def _is_marker(content: str) -> bool:
     return content.startswith("<|") and content.endswith("|>")
 
 
-def _one_template(template: Any) -> str | None:
+def _one_template(template: str | dict[str, str] | None) -> str | None:
     """The default one of several named templates."""
     if isinstance(template, dict):
         chosen = template.get("default")

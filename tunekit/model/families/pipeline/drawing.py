@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet, imported
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.transformers_guard import quiet
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
@@ -38,7 +41,7 @@ def draw_pictures(
     device = next(net.denoiser.parameters()).device
     found = []
     with quiet(), net.beside_on(device):
-        pipeline = _pipeline(imported(), net, processor)
+        pipeline = _pipeline(net, processor)
         pipeline.set_progress_bar_config(disable=True)
         for prompt, seed in zip(prompts, seeds, strict=True):
             latents = pipeline(
@@ -64,10 +67,10 @@ def decoded(net: PipelineNet, latents: torch.Tensor) -> NDArray[np.uint8]:
     return np.asarray(pixels.cpu().numpy(), np.uint8)
 
 
-def _pipeline(diffusers: Any, net: PipelineNet, processor: PipelineProcessor) -> Any:
-    kind = net.config.model_type
+def _pipeline(net: PipelineNet, processor: PipelineProcessor) -> DiffusionPipeline:
+    diffusers, kind = imported(), net.config.model_type
     scheduler = processor.configs["scheduler"]
-    parts: dict[str, Any] = {
+    parts: dict[str, object] = {
         "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
         "vae": net.part("vae"),
         ("transformer" if kind == "StableDiffusion3Pipeline" else "unet"): net.denoiser,

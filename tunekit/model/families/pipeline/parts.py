@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,9 +25,12 @@ from tunekit.model.storage.source import PIPELINE_INDEX, read_json
 from tunekit.model.transformers_guard import no_fetched_code, quiet
 from tunekit.recipe.model import ModelSection, PipelineModel
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
 INDEX = PIPELINE_INDEX
 KEY = "model.name_or_path"
-DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PIPELINES = {  # class of the pipeline -> its denoiser
     "StableDiffusionPipeline": "unet",
@@ -71,7 +75,7 @@ class PipelineNet(nn.Module):
             self.add_module(name, part)
 
     @property
-    def denoiser(self) -> Any:
+    def denoiser(self) -> ModelMixin:
         """The net that sees noise."""
         return getattr(self, PIPELINES[self.config.model_type])
 
@@ -114,13 +118,13 @@ class PipelineNet(nn.Module):
                 part.to(device if self.stays else before[name])
 
 
-def imported() -> Any:
+def imported() -> ModuleType:
     """diffusers. Raises: ModelError where it is not installed."""
     if find_spec("bitsandbytes") is not None:
         import_bitsandbytes()  # which diffusers imports too, with what that does on the side
     try:
         with quiet(), no_fetched_code():
-            import diffusers
+            diffusers = import_module("diffusers")
     except ImportError as error:
         how = "run: pip install 'tunekit[diffusion]'"
         raise ModelError("a diffusion pipeline needs diffusers, which is not installed", how, key=KEY) from error
@@ -178,10 +182,10 @@ def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, me
     return net
 
 
-def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) -> Any:
+def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) -> ModelMixin | PreTrainedModel:
     diffusers, transformers = imported(), import_module("transformers")
     from_diffusers = class_name in OF_DIFFUSERS
-    kind: Any = getattr(diffusers if from_diffusers else transformers, class_name)
+    kind = getattr(diffusers if from_diffusers else transformers, class_name)
     try:
         with quiet():
             if meta:

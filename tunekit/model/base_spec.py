@@ -1,0 +1,105 @@
+"""What is known of a base before its weights are read: where it is, configuration, family, dtype, device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunekit.errors import ModelError
+from tunekit.model.compute import resolve_attention, resolve_dtype
+from tunekit.model.families import Family, make_family
+from tunekit.model.storage import inspection
+from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.source import ModelSource
+from tunekit.model.transformers_guard import model_errors, quiet
+from tunekit.recipe.model import HeadedModel, ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """A base with all that is known before its weights are read, and the device for which it is loaded."""
+
+    section: ModelSection
+    source: ModelSource
+    config: PreTrainedConfig
+    family: Family
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+    fingerprint: str | None = None  # None: without weights
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """How transformers makes the net."""
+        return {
+            "dtype": self.dtype,
+            "attn_implementation": self.attention,
+            "trust_remote_code": self.section.trust_remote_code,
+        }
+
+    @property
+    def read_by_us(self) -> bool:
+        """Whether the files may be read without transformers."""
+        return self.source.gguf_file is None and not self.section.trust_remote_code
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer is packed."""
+        return self.section.quantization == "none"
+
+
+def read_base_spec(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> BaseSpec:
+    """Everything that is known before the weights are read.
+
+    Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
+    """
+    dtype = resolve_dtype(section, device)
+    config, family = _read_configuration(source, section)
+    if weights and source.gguf_file is None:
+        read_headers(source.folder)
+    attention = resolve_attention(section, config, device, family.auto_class())
+    fingerprint = inspection.fingerprint(source) if weights else None
+    return BaseSpec(section, source, config, family, dtype, device, attention, fingerprint)
+
+
+def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:
+    """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
+    from transformers import AutoConfig
+
+    arguments: dict[str, object] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
+    if source.gguf_file is not None:
+        inspection.check_gguf(source)
+        arguments["gguf_file"] = source.gguf_file
+        family = make_family(section.family) if isinstance(section, HeadedModel) else inspection.unnamed_family()
+    else:
+        raw = inspection.read_config(source)
+        inspection.check_quantized(raw, section)
+        family = inspection.find_family(raw, section)
+    with model_errors(section), quiet():
+        config = AutoConfig.from_pretrained(str(source.folder), **arguments)
+    if isinstance(section, HeadedModel):
+        config.id2label = dict(enumerate(section.labels))
+        config.label2id = {label: number for number, label in enumerate(section.labels)}
+        pad_id = getattr(config, "pad_token_id", None)
+        config.pad_token_id = section.head_pad_id if pad_id is None else pad_id
+    _check_known(config, family, section)
+    config.use_cache = False
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights  # it would name another file than the one that was checked
+    return config, family
+
+
+def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection) -> None:
+    """Refuse a configuration for which transformers has no model of this family."""
+    if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
+        return
+    raise ModelError(
+        f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows",
+        "choose another base, or a newer transformers",
+        key="model.name_or_path",
+    )

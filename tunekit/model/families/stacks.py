@@ -1,0 +1,135 @@
+"""How a net's layers are arranged, one stack or an encoder and a decoder, and how they are called without the head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.contracts import Stages
+from tunekit.errors import ModelError
+from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
+from tunekit.model.families.heads import before_projection
+from tunekit.model.families.stages import is_proven, make_stack
+from tunekit.model.families.structure import base_of, call_accepted, find_layers, last_hidden, name_of
+from tunekit.model.pretrained import as_pretrained, config_of, text_config
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+FINAL_NORMS = (
+    *("norm", "ln_f", "final_layernorm", "final_layer_norm"),
+    *("norm_f", "final_norm", "layer_norm", "layernorm", "embedding_norm"),  # the last one LFM2's
+)
+OF_DECODER = "decoder_"
+FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's dropout is a number, and for embeddings
+
+
+class OneStack:
+    """A decoder or an encoder alone."""
+
+    reads_source = False
+
+    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers in order, with their module names."""
+        name, layers = find_layers(net)
+        return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+
+    def hidden(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) after the final norm."""
+        hidden = last_hidden(call_accepted(base_of(net), inputs))
+        for module in before_projection(net):
+            hidden = module(hidden)
+        return hidden
+
+    def stages(self, net: nn.Module) -> Stages | None:
+        """The net cut for layer-by-layer execution; None where no test shows that this computes the same."""
+        config, base, name = text_config(net), base_of(net), find_layers(net)[0]
+        if not is_proven(config):
+            return None
+        holder, _, attribute = name.rpartition(".")
+        parent = net.get_submodule(holder)
+        norms = [norm for name in FINAL_NORMS if isinstance(norm := getattr(parent, name, None), nn.Module)]
+        finish = [*norms[:1], *before_projection(net)]
+        return Stages(
+            [make_stack(parent, attribute, lambda inputs, _: call_accepted(base, inputs), finish, config.model_type)]
+        )
+
+
+class TwoStacks:
+    """An encoder that reads a source, and a decoder of answers (inputs `decoder_...`) that reads what it gives."""
+
+    reads_source = True
+
+    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The encoder's layers in order, then the decoder's, with their module names."""
+        return [
+            (f"{name_of(net, stack)}.{own}.{index}", layer)
+            for stack in _stacks(net)
+            for own, layers in [_layer_list(stack)]
+            for index, layer in enumerate(layers)
+        ]
+
+    def hidden(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) of the decoder after its final norm; `source_rows` (N,) in the inputs: answers share sources."""
+        encoder, decoder = _stacks(net)
+        source = last_hidden(_read(encoder, inputs))  # (B, S, D)
+        rows = inputs.get("source_rows")
+        if rows is not None:
+            source, inputs = source[rows], {**inputs, "attention_mask": inputs["attention_mask"][rows]}  # (N, S, D)
+        if torch.is_grad_enabled():
+            seed_layer(current_call(), BETWEEN_STACKS)
+        return last_hidden(_answer(decoder, inputs, source))
+
+    def stages(self, net: nn.Module) -> Stages | None:
+        """The net cut for layer-by-layer execution; None where no test shows that this computes the same."""
+        config = text_config(net)
+        if not is_proven(config):
+            return None
+        encoder, decoder = _stacks(net)
+        runs = ((encoder, partial(_read, encoder)), (decoder, partial(_answer, decoder)))
+        return Stages(
+            [make_stack(each, _layer_list(each)[0], run, _finish(each), config.model_type) for each, run in runs]
+        )
+
+
+ONE, TWO = OneStack(), TwoStacks()
+
+
+def stacks_of(net: nn.Module) -> OneStack | TwoStacks:
+    """The arrangement that the net's configuration declares."""
+    return TWO if getattr(config_of(net), "is_encoder_decoder", False) else ONE
+
+
+def _read(encoder: nn.Module, inputs: dict[str, Tensor], source: Tensor | None = None) -> ModelOutput:
+    """The encoder's output."""
+    return call_accepted(encoder, {key: value for key, value in inputs.items() if not key.startswith(OF_DECODER)})
+
+
+def _answer(decoder: nn.Module, inputs: dict[str, Tensor], source: Tensor | None) -> ModelOutput:
+    """The decoder's output. Shapes: source (B, S, D)."""
+    given = {key.removeprefix(OF_DECODER): value for key, value in inputs.items() if key.startswith(OF_DECODER)}
+    mask = {"encoder_attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
+    return call_accepted(decoder, {**given, "encoder_hidden_states": source, **mask})
+
+
+def _finish(stack: nn.Module) -> list[nn.Module]:
+    """The modules after a stack's last layer; none in those that normalise inside of each."""
+    modules = [getattr(stack, name, None) for name in FINISH]
+    return [module for module in modules if isinstance(module, nn.Module)]
+
+
+def _stacks(net: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder."""
+    holder = as_pretrained(net)
+    return holder.get_encoder(), holder.get_decoder()
+
+
+def _layer_list(stack: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of layers that a stack holds, with its name there."""
+    for name, module in stack.named_children():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return name, module
+    raise ModelError(f"{type(stack).__name__} has no list of layers", "choose an encoder-decoder such as T5 or BART")

@@ -1,0 +1,41 @@
+"""A torch module as the net that transformers made it, with its configuration, and the classes that make nets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class AutoClass(Protocol):
+    """transformers' class that makes or loads the net of any configuration for one task."""
+
+    _model_mapping: Mapping[type, type[nn.Module]]
+
+    def from_config(self, config: PreTrainedConfig, **settings: object) -> nn.Module:
+        """The net with random values."""
+
+    def from_pretrained(
+        self, folder: str, *, output_loading_info: Literal[True], **settings: object
+    ) -> tuple[nn.Module, Mapping[str, Collection[object]]]:
+        """The net with the folder's weights, and the names of missing and of unexpected tensors."""
+
+
+def as_pretrained(net: nn.Module) -> PreTrainedModel:
+    """The net, with the methods that transformers gives it beyond torch's."""
+    return net
+
+
+def config_of(net: nn.Module) -> PreTrainedConfig:
+    """The net's configuration."""
+    return as_pretrained(net).config
+
+
+def text_config(net: nn.Module) -> PreTrainedConfig:
+    """The configuration of the text model."""
+    config = config_of(net)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
