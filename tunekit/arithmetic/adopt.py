@@ -12,14 +12,13 @@ from torch import nn
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.diffusers_file import ForeignLora, read_foreign
 from tunekit.adapters.folder.write import save_adapter_folder
-from tunekit.model.families.diffusion import DiffusionFamily
+from tunekit.model.families.diffusion import FAMILY
 from tunekit.model.families.pipeline.parts import PipelineNet
 from tunekit.model.load import base_fingerprint, make_meta_model
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.recipe import make_adapter_settings
 
-FAMILY = DiffusionFamily.name
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 CPU = torch.device("cpu")
 
@@ -33,12 +32,12 @@ def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, i
     whole = make_meta_model(bare, device=CPU).net
     assert isinstance(whole, PipelineNet)
     parts = tuple(name for name in PARTS if whole.part(name) is not None)
-    section = PipelineModel.of(bare, family=FAMILY, trained=parts)
+    section = PipelineModel.of(bare, family=FAMILY.name, trained=parts)
     net = make_meta_model(section, device=CPU).net
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     found = read_foreign(path, linear)
     trained = tuple(name for name in parts if any(module.startswith(f"{name}.") for module in found.alphas))
-    net = make_meta_model(PipelineModel.of(bare, family=FAMILY, trained=trained), device=CPU).net
+    net = make_meta_model(PipelineModel.of(bare, family=FAMILY.name, trained=trained), device=CPU).net
     settings = _settings(found)
     attached = attach_adapter(net, settings, seed=0, head_name=None, device=CPU, filled=True)
     names = {part.file_key(name): name for part in attached.parts() for name in part.exported()}
