@@ -338,6 +338,45 @@ def test_the_loop_fits_on_a_page() -> None:
     assert len((PACKAGE / "training" / "loop.py").read_text("utf-8").splitlines()) <= 200
 
 
+CONTRACT_BASES = frozenset(  # depth is counted from these, and from classes of other packages
+    {"LayerAdapter", "ModelAdapter", "ParameterAdapter", "SharedPart", "TrainedCopy"}
+    | {"Section", "AdapterSettings", "ObjectiveSettings", "StartSettings", "TunekitError"}
+)
+DEEPER_UNTIL_REWRITTEN = frozenset(  # of objectives/, and of adapters/ until their types are merged
+    {"Classify", "Cpo", "Distill", "Dpo", "Grpo", "Kto", "Orpo", "PairObjective", "PromptObjective", "Reward", "Rloo"}
+    | {"SampleObjective", "Seq2seqChoices", "SftChoices", "Simpo", "TokenClassify"}
+    | {"Dora", "LoraFa", "MultitaskPrompt", "NotMergeable"}
+)
+
+
+def own_bases() -> dict[str, set[str]]:
+    """Each class of the package with the names of its bases; classes of one name count as one."""
+    bases: dict[str, set[str]] = {}
+    for node in (node for file in source_files() for node in ast.walk(ast.parse(file.read_text("utf-8")))):
+        if isinstance(node, ast.ClassDef):
+            plain = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
+            bases.setdefault(node.name, set()).update(ast.unparse(base).rpartition(".")[2] for base in plain)
+    return bases
+
+
+def depth_of(name: str, bases: dict[str, set[str]]) -> int:
+    """How many classes of ours a class is below a base of the contracts, or below one of another package."""
+    if name in CONTRACT_BASES or name not in bases:
+        return 0
+    return max((1 + depth_of(base, bases) for base in bases[name] - {name, "Protocol", "Generic"}), default=0)
+
+
+def test_inheritance_is_shallow() -> None:
+    bases = own_bases()
+    deep = {name: depth for name in bases if (depth := depth_of(name, bases)) > 2}
+    assert not deep.keys() - DEEPER_UNTIL_REWRITTEN, deep
+
+
+def test_a_class_too_deep_is_found() -> None:
+    bases = {"A": {"AdapterSettings"}, "B": {"A"}, "C": {"B", "Other"}, "D": set(), "E": {"D"}, "F": {"Module"}}
+    assert {name: depth_of(name, bases) for name in bases} == {"A": 1, "B": 2, "C": 3, "D": 0, "E": 1, "F": 1}
+
+
 def test_names_say_what_a_file_is() -> None:
     parts = {part for file in source_files() for part in file.relative_to(PACKAGE).with_suffix("").parts}
     assert not [part for part in parts if DRAWERS.match(part)]

@@ -28,8 +28,8 @@ LIMIT_EXTRA_BYTES = 2 * 2**30
 FIXED_DAY = datetime(2024, 7, 26)
 
 
-class _Refused(DataError):
-    pass
+class _Refusal(Exception):
+    """A template's own error, in words."""
 
 
 Messages = Sequence[dict[str, Any]]
@@ -50,19 +50,19 @@ def render_template(
     parts = [_with_parts(message) for message in messages]
     forms = [messages, parts, *([_with_text_arguments(message) for message in form] for form in (messages, parts))]
     written: list[str] = []
-    refusals: list[_Refused] = []
+    refusals: list[_Refusal] = []
     for number, form in enumerate(forms):
         if form in forms[:number]:
             continue
         try:
             written.append(_apply(native, template, form, tools, add_generation_prompt))
-        except _Refused as error:
-            refusals.append(error)
+        except _Refusal as refusal:
+            refusals.append(refusal)
             continue
         if _is_written(messages, written[-1]):
             return written[-1]
     if not written:
-        raise refusals[0]
+        raise DataError(f"the chat template refused the row: {refusals[0]}", key=KEY) from refusals[0]
     return written[0]
 
 
@@ -111,8 +111,7 @@ def _apply(
     except RecursionError as error:
         raise DataError("the chat template, or the row, nests too deeply") from error
     except Exception as error:  # a template may raise anything
-        reason = str(error).strip() or type(error).__name__
-        raise _Refused(f"the chat template refused the row: {reason}", key=KEY) from error
+        raise _Refusal(str(error).strip() or type(error).__name__) from error
     if len(text) > LIMIT_CHARACTERS:
         raise DataError(f"the chat template wrote {len(text)} characters")
     return str(text)
