@@ -272,8 +272,7 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     steps = 2 if few else 8
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
     beginning = BEGINNINGS.get(look.objective) if look else None
-    packed = wanted.quantization != "none"  # nothing is, where images are drawn
-    draws = look is not None and not packed and shows_of(look.objective).draws
+    draws = look is not None and wanted.quantization == "none" and shows_of(look.objective).draws  # nothing packed
     lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
     if beginning and wanted.method == "lora":
         lora.append((f"  target_modules: {beginning.targets}", ""))
