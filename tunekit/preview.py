@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tunekit.artifacts.report.pictures import inlined
-from tunekit.artifacts.report.preview_page import PreviewPart, PreviewRow, PreviewToken, preview_page
+from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
 from tunekit.contracts import Objective, Row, Span, Tokenizer
 from tunekit.data.batching.order import epoch_rows
@@ -139,7 +139,7 @@ def page(
     notes: Sequence[str],
 ) -> str:
     """A page that stands alone."""
-    shown: list[PreviewRow] = [
+    shown = [
         {
             "heading": visible(heading(row, objective.rows.spans(row), shows_of(objective.name).sizes)),
             "parts": [_shown(part, tokenizer) for part in objective.rows.spans(row)],
@@ -149,9 +149,9 @@ def page(
     return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 
-def _shown(part: Span, tokenizer: Tokenizer | None) -> PreviewPart:
+def _shown(part: Span, tokenizer: Tokenizer | None) -> dict[str, object]:
     special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
-    tokens: list[PreviewToken] = [
+    tokens = [
         {
             "text": visible(token.text).replace("\n", "\N{RETURN SYMBOL}\n"),
             "title": f"{token.token_id}: {token.why}",

@@ -20,21 +20,21 @@ from tests.support.run_case import write_run
 from tunekit.artifacts.report.compare import comparison_report
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.pictures import inlined, picture_name
-from tunekit.artifacts.report.preview_page import PreviewRow, PreviewToken, preview_page
+from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.run import PICTURES
 
 pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TOKENS: list[PreviewToken] = [
+TOKENS = [
     {"text": "<|im_start|>", "title": "1: not trained on: prompt", "kinds": "p s"},
     {"text": "two lemon cakes " * 40, "title": "2: trained on", "kinds": "t"},
     {"text": "and" * 200, "title": "3: not trained on: another turn", "kinds": "o"},
     {"text": "<|im_end|>", "title": "4: trained on", "kinds": "t s"},
 ]
 IMAGE = inlined(np.zeros((64, 400, 3), np.uint8))
-PREVIEWED: list[PreviewRow] = [
+PREVIEWED: list[dict[str, object]] = [
     {"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS, "image": None}]},
     {"heading": "photos:1: 25,600 pixels", "parts": [{"title": "a kite" * 60, "tokens": [], "image": IMAGE}]},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -27,6 +28,11 @@ class Measured:
 
 
 SHOWN = ("step", "eval", "sources")  # of an evaluation
+
+
+def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
+    """The means over the first and the last tenth of the steps."""
+    return {f"first_{name}": fmean(values[:tenth]), f"final_{name}": fmean(values[-tenth:])} if values else {}
 
 
 def report_facts(
@@ -76,9 +82,7 @@ def report_facts(
         final_step=state.step,
         first_loss=fmean(steps[:tenth]) if steps else None,
         final_loss=fmean(steps[-tenth:]) if steps else None,
-        headline={f"first_{name}": fmean(headline[:tenth]), f"final_{name}": fmean(headline[-tenth:])}
-        if headline
-        else {},
+        headline=_ends(name, headline, tenth),
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,

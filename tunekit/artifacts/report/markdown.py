@@ -34,7 +34,7 @@ def _section(section: ReportSection) -> Iterator[str]:
     yield from map(escape, section.paragraphs)
     yield from (f"**{escape(warning)}**" for warning in section.warnings)
     if section.tiles:
-        yield _table(["", "", ""], [[tile.name, tile.value, tile.note] for tile in section.tiles])
+        yield _table(["", "", ""], section.tiles)
     if section.charts:
         yield _fenced("\n".join(map(_curve_lines, section.charts)))
     if section.bars:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from tunekit.artifacts.report.sections import Bar, ReportSection, ReportTable, Tile
+from tunekit.artifacts.report.sections import Bar, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues
 from tunekit.console.text import cell_text
 from tunekit.records import PeakBytes, bytes_text, calibration_text
@@ -28,25 +28,25 @@ ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "token
 
 def overview(run: RunValues) -> Iterator[ReportSection]:
     """The most important numbers as tiles."""
-    report, shows, tiles = run.report, run.shows, []
+    report, shows, tiles = run.report, run.shows, list[tuple[str, str, str]]()
     last = run.evaluations[-1].numbers("eval") if run.evaluations else {}
     first = run.evaluations[0].numbers("eval") if run.evaluations and run.evaluations[0]["step"] == 0 else {}
     for name, value in list(last.items())[:4]:
         note = f"{cell_text(first[name])} before training" if name in first else "last"
-        tiles.append(Tile(f"evaluation {name}", cell_text(value), note))
+        tiles.append((f"evaluation {name}", cell_text(value), note))
     predicted, measured = (sum(report.numbers(name).values()) for name in ("predicted_bytes", "measured_bytes"))
     if measured:
         note = f"predicted {bytes_text(predicted)} ({_difference(predicted, measured)})"
-        tiles.append(Tile("peak memory of the run", bytes_text(measured), note))
+        tiles.append(("peak memory of the run", bytes_text(measured), note))
     if rate := report.number("tokens_per_second"):
         counts = f"{report.count('tokens'):,} {shows.sizes}, {report.count('supervised_tokens'):,} {shows.units}"
-        tiles.append(Tile("speed", f"{rate:,.0f} {shows.sizes}/s", counts))
+        tiles.append(("speed", f"{rate:,.0f} {shows.sizes}/s", counts))
     if seconds := report.numbers("seconds"):
         note = f"{duration_text(seconds.get('train', 0))} of it in steps"
-        tiles.append(Tile("time", duration_text(sum(seconds.values())), note))
+        tiles.append(("time", duration_text(sum(seconds.values())), note))
     if result := report.number("adapter_bytes"):
         share = result / max(report.count("base_bytes"), 1)
-        tiles.append(Tile("result", bytes_text(result), f"{share:.2%} of the base"))
+        tiles.append(("result", bytes_text(result), f"{share:.2%} of the base"))
     if tiles:
         yield ReportSection(tiles=tiles)
 

@@ -26,15 +26,6 @@ class ReportTable:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One number at the top of a page."""
-
-    name: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
 class Bar:
     """A total by part: (name, size, the size as text) each. The bars of a section have one scale."""
 
@@ -79,7 +70,7 @@ class ReportSection:
     title: str = ""
     paragraphs: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    tiles: Sequence[Tile] = ()
+    tiles: Sequence[tuple[str, str, str]] = ()  # name, value and note of the most important numbers
     charts: Sequence[Chart] = ()
     bars: Sequence[Bar] = ()
     facts: Sequence[tuple[str, object]] = ()
