@@ -42,13 +42,23 @@ LORA_FIXED: Fixed = {  # first the value written, then the others that change no
 }
 
 
+LORA_MENDS = {
+    "init_lora_weights": "such a start may have moved weights of the base: tunekit adapter convert writes plain LoRA",
+}
+
+
 def lora_side(
     settings: type[Settings], fields: PeftFields = LORA_FIELDS, claims: Mapping[str, object] | None = None
 ) -> PeftSide[Settings]:
     """The side of a method of peft_type LORA with these fields and claims."""
     fixed = {name: values for name, values in LORA_FIXED.items() if name not in fields}
     known = ("LORA", settings, fields, fixed, claims or {})
-    return PeftSide(*known, refuses_kernel_layers=True, takes_experts=True)
+    return PeftSide(*known, mends=LORA_MENDS, resolve=_without_dropout, refuses_kernel_layers=True, takes_experts=True)
+
+
+def _without_dropout(settings: object, targets: object, config: Mapping[str, object]) -> dict[str, float]:
+    """PEFT does not drop from the input of a parameter, and refuses a file that asks for it."""
+    return {"lora_dropout": 0.0} if config["target_parameters"] else {}
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:

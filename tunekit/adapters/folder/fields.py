@@ -52,9 +52,6 @@ SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that stand for the 
     "target_parameters": [],
     "trainable_token_indices": [],
 }
-MENDS = {  # PEFT's name -> what to do about a value that is refused
-    "init_lora_weights": "such a start may have moved weights of the base: tunekit adapter convert writes plain LoRA",
-}
 OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of these values changes nothing
 
 
@@ -66,6 +63,7 @@ class PeftSide(Generic[Settings]):
     `fields`: PEFT's name -> (our setting, PEFT's default where a file leaves the field out).
     `fixed`: PEFT's name -> values accepted, the first of which is written; any other value is refused by name.
     `claims`: fields by which this method is told from others of the same peft_type.
+    `mends`: PEFT's name -> what to do about a value that is refused.
     `absent`: fields of MODULES that PEFT's class does not have, and warns of.
     `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and takes layers
     of the names of former experts for fused ones (peft_models.py says where).
@@ -78,6 +76,7 @@ class PeftSide(Generic[Settings]):
     fixed: Fixed = field(default_factory=dict)
     claims: Mapping[str, Any] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    mends: Mapping[str, str] = field(default_factory=dict)
     refuses_kernel_layers: bool = False
     takes_experts: bool = False
     resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
@@ -103,7 +102,7 @@ class PeftSide(Generic[Settings]):
         problems = [
             Problem(
                 f"the field has the value {shown(value)}, which tunekit does not support here",
-                MENDS.get(name, ""),
+                self.mends.get(name, ""),
                 file,
                 None,
                 name,

@@ -72,12 +72,11 @@ def save_adapter_folder(
         "double_quantization": double_quantization,
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
-    name, header = TENSORS_NAME, {"format": "pt"}
+    file: TensorsFile = TENSORS_NAME, {"format": "pt"}
     if of_pipeline and plain.method.in_diffusers_file:
-        name, header = DIFFUSERS_NAME, diffusers_header(plain.method.peft.claims, plain.settings, plain.targets)
+        file = DIFFUSERS_NAME, diffusers_header(plain.method.peft.claims, plain.settings, plain.targets)
         tensors = diffusers_tensors(tensors)
-    with_header = (name, header)
-    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, with_header)
+    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, file)
 
 
 def write_adapter_folder(
@@ -160,8 +159,8 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
     if "target_parameters" in config:
         fused = [written[target.name] for target in targets if target.name in experts or target.kind == "parameter"]
-        entries = concrete_targets(fused, parameter_names(attached.net), depths=(1, 2)) if fused else None
-        config |= {"target_parameters": entries} | ({"lora_dropout": 0.0} if experts else {})
+        names = parameter_names(attached.net)
+        config["target_parameters"] = concrete_targets(fused, names, depths=(1, 2)) if fused else None
     if "trainable_token_indices" in attached.method.peft.fields:
         config["trainable_token_indices"] = written_indices(settings, attached.tokens)
     for key, default, resolved in (

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
-from tunekit.adapters.blocks.lora_fields import LORA_FIXED
+from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_MENDS
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Conflict, Method
@@ -72,8 +72,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         """This layer's share of the mean over all layers, halved as PEFT has it."""
         if not self.settings.orth_reg_weight:
             return None
-        weight: float = self.settings.orth_reg_weight / (2 * len(self.shared.layers))
-        return self.nonorthogonality() * weight
+        return self.nonorthogonality() * (self.settings.orth_reg_weight / (2 * len(self.shared.layers)))
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -237,7 +236,7 @@ def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
 
 
 METHOD = Method(
-    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, refuses_kernel_layers=True),
+    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, mends=LORA_MENDS, refuses_kernel_layers=True),
     layer=Adalora,
     shared=RankBudget,
     unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # of training
