@@ -15,6 +15,7 @@ import time
 import torch
 
 from tunekit.data.rows import Written
+from tunekit.evaluation import choices as room
 from tunekit.formats.example import CompletionExample
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import load_model
@@ -22,7 +23,6 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.tuned import choices as room
 from tunekit.tuned.model import TunedModel
 
 

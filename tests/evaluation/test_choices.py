@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from tunekit.objectives.choices import Answer, Question, split_question
 
 from tests.architectures.tiny import write_tiny
 from tests.conftest import write_tiny_llama
@@ -21,6 +20,7 @@ from tunekit.contracts import EncodeOptions
 from tunekit.data.rows import Written
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.evaluation import choices as room
 from tunekit.evaluation.choices import Choices, choice_scores, choose, make_questions
 from tunekit.formats.example import CompletionExample
 from tunekit.generate import answer
@@ -31,6 +31,7 @@ from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.confusion import label_sums
+from tunekit.objectives.rows.choices import Answer, Question, split_question
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -38,7 +39,6 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import settings_class
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned import choices as room
 from tunekit.tuned.model import TunedModel
 
 ANSWERS = ("good", "goodness me", "bad", "no", "nothing at all")
