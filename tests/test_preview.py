@@ -40,7 +40,7 @@ def recipe(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_segments_and_reasons(tiny: LoadedTokenizer) -> None:
     row = encode_example(chat(("user", "é"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), tiny)
-    (part,) = objective_of().spans(row)
+    (part,) = objective_of().rows.spans(row)
     assert segments(part, tiny) == [
         ("<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n", False),
         ("b<|im_end|>", True),

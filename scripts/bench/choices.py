@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rows import Written
+from tunekit.evaluation import choices as room
 from tunekit.formats.example import CompletionExample
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import load_model
@@ -23,7 +23,6 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.tuned import choices as room
 from tunekit.tuned.model import TunedModel
 
 
@@ -45,7 +44,7 @@ def main() -> None:
     chosen = room.Choices(tuple(sorted({label for _, label in lines})), "sum")
     rows = [Written(asked.data, at, CompletionExample(f"{text}\nIntent:", f" {label}")) for at, (text, label) in
             enumerate(lines[: asked.rows], 2)]  # fmt: skip
-    questions = room.make_questions(rows, chosen, objective, EncodeOptions("assistant", None, 512, "drop"))
+    questions = room.make_questions(rows, chosen, objective.rows)
 
     def measure(count: int) -> tuple[float, torch.Tensor]:
         started = time.process_time()

@@ -26,7 +26,7 @@ from tunekit.adapters.kernels.joined_lora import GatedMlp
 from tunekit.contracts import Batch, Objective, Row, Window
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.sft import make_row
+from tunekit.objectives.rows.sequences import sequence_parts
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
@@ -49,9 +49,10 @@ def packed_batch(tokens: int, vocabulary: int, objective: Objective) -> Batch:
     while left >= SHORTEST:
         length = min(left, max(SHORTEST, int(draw.lognormal(np.log(MEDIAN_TOKENS), SPREAD))))
         ids = draw.integers(0, vocabulary, length).astype(np.int32)
-        rows.append(make_row(ids, np.arange(length) >= length // 2, f"row {len(rows)}"))
+        parts = sequence_parts(ids, np.arange(length) >= length // 2)
+        rows.append(objective.rows.make_row(parts, f"row {len(rows)}"))
         left -= length
-    return objective.collate([rows])
+    return objective.rows.collate([rows])
 
 
 class Switch:
@@ -81,7 +82,7 @@ class Switch:
 def measure(model: TunedModel, objective: Objective, batch: Batch, repeats: int) -> dict[str, dict[str, float]]:
     """CPU seconds and loss of each variant."""
     switch = Switch(model)
-    window, units = Window(0, 0.0, (0,), (batch,)), objective.units(batch)
+    window, units = Window(0, 0.0, (0,), (batch,)), objective.loss.units(batch)
     found: dict[str, dict[str, float]] = {}
     with model.training_mode(True):
         for _ in range(repeats):

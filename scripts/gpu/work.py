@@ -11,8 +11,9 @@ from shapes import MODELS, Row
 
 from tunekit.contracts import Batch, Objective, Window
 from tunekit.contracts import Row as EncodedRow
-from tunekit.objectives import seq2seq, sft
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.rows.sequences import sequence_parts
+from tunekit.objectives.rows.sources import source_parts
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.objectives.sft import SftSettings
 
@@ -42,14 +43,16 @@ def micro_batch(row: Row, step: int, number: int) -> Batch:
                 for place, length in enumerate(lengths)
             ]
         )
-    return objective_of(row).collate(sequences)
+    return objective_of(row).rows.collate(sequences)
 
 
 def _made_row(row: Row, ids: np.ndarray, origin: str) -> EncodedRow:
     """Of a source and an answer, the first token behind the source is the one with which the answer begins."""
+    kind = objective_of(row).rows
     if row.reads_source:
-        return seq2seq.make_row(ids[: row.source_tokens], ids[row.source_tokens :], origin)
-    return sft.make_row(ids, np.arange(len(ids)) >= (len(ids) // 2 if row.documents else 0), origin)
+        return kind.make_row(source_parts(ids[: row.source_tokens], ids[row.source_tokens :]), origin)
+    trained = np.arange(len(ids)) >= (len(ids) // 2 if row.documents else 0)
+    return kind.make_row(sequence_parts(ids, trained), origin)
 
 
 def _documents(draw: np.random.Generator, tokens: int) -> list[int]:

@@ -22,7 +22,7 @@ LENGTHS = [2 + (7 * index) % 30 for index in range(23)]  # 2 .. 31 tokens
 
 
 def windows_of(lengths: list[int], chosen: BatchSettings, **changes: int) -> TrainingWindows:
-    return TrainingWindows(Rows(lengths), objective_of(), chosen, **changes)
+    return TrainingWindows(Rows(lengths), objective_of().rows, chosen, **changes)
 
 
 def groups_of(batch: Batch) -> list[list[int]]:
@@ -158,7 +158,7 @@ def test_micro_batches_by_padded_tokens() -> None:
 
 
 def test_collation_restarts_positions_and_hides_first_labels() -> None:
-    batch = collate(Rows([3, 2, 4]), [(0, 1), (2,), (1,)], objective_of(pad_id=9))
+    batch = collate(Rows([3, 2, 4]), [(0, 1), (2,), (1,)], objective_of(pad_id=9).rows)
     assert batch.inputs["input_ids"].tolist() == [
         [0, 1, 2, 1000, 1001],
         [2000, 2001, 2002, 2003, 9],
@@ -202,7 +202,7 @@ def test_weights_take_whole_copies_and_a_fresh_draw_of_the_rest() -> None:
 
 def test_evaluation_sees_every_row_once() -> None:
     for size in (1, 4):
-        batches = list(evaluation_batches(Rows(LENGTHS), objective_of(), batch_size=size))
+        batches = list(evaluation_batches(Rows(LENGTHS), objective_of().rows, batch_size=size))
         assert sorted(row.number for batch in batches for row in batch.rows) == list(range(23))
         assert sum(int((batch.targets["labels"] != IGNORED).sum()) for batch in batches) == sum(LENGTHS) - 23
 
@@ -211,7 +211,7 @@ def test_evaluation_sees_every_row_once() -> None:
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 128}])
 def test_no_epoch_has_a_larger_batch_than_one_of_full_sequences(changes: dict[str, object], end_to_end: bool) -> None:
     chosen = settings(epochs=20.0, **changes, end_to_end=end_to_end and "packing" not in changes)
-    full = filled_batch(Rows(LENGTHS), objective_of(), chosen)
+    full = filled_batch(Rows(LENGTHS), objective_of().rows, chosen)
     assert full.lengths == [64, 64]
     found = [batch for window in windows_of(LENGTHS, chosen).windows(0) for batch in window.batches]
     assert max(batch.inputs["input_ids"].numel() for batch in found) <= full.inputs["input_ids"].numel() == full.padded

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.data_case import tokenizer_of, write_lines
+from tunekit.contracts import EncodeOptions
 from tunekit.data.encoding import outcomes
-from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.sources import EncodedSource, load_source
 from tunekit.errors import DataError, Problem
 from tunekit.objectives.base import make_objective
@@ -20,8 +20,8 @@ OPTIONS = EncodeOptions("assistant", None, 64, "split")
 
 
 def load(rows: Path, model: Path, cache: Path) -> EncodedSource:
-    objective = make_objective(SftSettings(), tokenizer_of(model))
-    return load_source(Source(path=str(rows)), objective, OPTIONS, cache_folder=cache)
+    objective = make_objective(SftSettings(), tokenizer_of(model), options=OPTIONS)
+    return load_source(Source(path=str(rows)), objective.rows, cache_folder=cache)
 
 
 def in_processes(patch: pytest.MonkeyPatch) -> None:

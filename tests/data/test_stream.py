@@ -142,7 +142,7 @@ def test_counts_are_estimated_and_marked(
     assert rows.counts.read == exact.read == ROWS
     assert rows.counts.tokens == pytest.approx(exact.tokens, rel=0.05)
     assert len(rows.train) == 50
-    assert filled_batch(rows.train, rows.objective, settings(max_length=32)).lengths == [32, 32]
+    assert filled_batch(rows.train, rows.objective.rows, settings(max_length=32)).lengths == [32, 32]
 
 
 def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:

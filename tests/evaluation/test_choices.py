@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from tunekit.objectives.rows.choices import Answer, Question, split_question
+from tunekit.objectives.losses.confusion import label_sums
 
 from tests.architectures.tiny import write_tiny
 from tests.conftest import write_tiny_llama
 from tests.memory.test_streaming_seq2seq import make_net
 from tests.support.loop_case import CPU
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import EncodeOptions
 from tunekit.data.rows import Written
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.evaluation import choices as room
 from tunekit.evaluation.choices import Choices, choice_scores, choose, make_questions
 from tunekit.formats.example import CompletionExample
 from tunekit.generate import answer
@@ -29,8 +32,6 @@ from tunekit.metrics.classes import class_facts, counts_of
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.choices import Answer, Question, split_question
-from tunekit.objectives.confusion import label_sums
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -38,7 +39,6 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import settings_class
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned import choices as room
 from tunekit.tuned.model import TunedModel
 
 ANSWERS = ("good", "goodness me", "bad", "no", "nothing at all")
@@ -49,10 +49,10 @@ OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
 def questions_and_model(folder: Path, objective: str, rows: Sequence[tuple[str, str]] = ROWS) -> Any:
     section = ModelSection(name_or_path=str(folder), dtype="float32")
     tokenizer, base = load_tokenizer(section), load_model(section, device=CPU)
-    made = make_objective(settings_class("objectives", objective)(method=objective), tokenizer)
+    made = make_objective(settings_class("objectives", objective)(method=objective), tokenizer, options=OPTIONS)
     examples = [Written("rows", line, CompletionExample(*row)) for line, row in enumerate(rows, 1)]
     chosen = Choices(ANSWERS, "sum")
-    return TunedModel(base, None), made, chosen, make_questions(examples, chosen, made, OPTIONS)
+    return TunedModel(base, None), made, chosen, make_questions(examples, chosen, made.rows)
 
 
 def scores(folder: Path, objective: str, batch_size: int = 4) -> torch.Tensor:
@@ -175,9 +175,8 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
     assert [line["rows"] for line in after["classes"]["per_class"]] == [3, 3, 3]
     assert "Each label, of the exported weights" in (run / "report.md").read_text("utf-8")
     target = load_target(find_target(str(run), None, ['evaluation.choices=[" stop", " go"]']), CPU)
-    options = EncodeOptions("assistant", None, 64, "drop")
-    expected = choose(target.model, target.objective, Choices((" stop", " go"), "sum"), ["red. Do:"], options, 1,
-                      make_devices())  # fmt: skip
+    choices = Choices((" stop", " go"), "sum")
+    expected = choose(target.model, target.objective, choices, ["red. Do:"], 1, make_devices())
     assert answer(target, ["red. Do:"]) == expected
     assert expected[0] in ("stop", "go")
 

@@ -42,7 +42,7 @@ def gradient_of(case: Case, batches: list[Batch], objective: Any = None) -> tupl
         torch.manual_seed(sum(parameter.shape))  # B is zero at first, and A would get no gradient
         parameter.data.copy_(torch.randn(parameter.shape) * 0.05)
     case.optimizer.zero_gradients()
-    units = torch.stack([objective.units(batch) for batch in batches]).sum(0)
+    units = torch.stack([objective.loss.units(batch) for batch in batches]).sum(0)
     window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
     with case.model.training_mode(True):
         loss, _ = WindowEngine(0).run_window(case.model, objective, window, units)
@@ -61,8 +61,8 @@ def test_packed_documents_equal_padded_rows(folder: Path, device: torch.device, 
     looped = PRODUCTS if device.type == "cpu" else "sdpa_per_document"
     assert case.model.base.facts.attention == (VARLEN if kernel else looped)
     rows = make_rows(7, longest=31, shortest=5).rows
-    packed = objective_of().collate([rows[:4], rows[4:]])
-    padded = objective_of().collate([[row] for row in rows])
+    packed = objective_of().rows.collate([rows[:4], rows[4:]])
+    padded = objective_of().rows.collate([[row] for row in rows])
     ours, reference = gradient_of(case, [packed]), gradient_of(case, [padded])
     assert difference(ours[0], reference[0]) < TOLERANCE[dtype]
     assert difference(ours[1], reference[1]) < TOLERANCE[dtype]

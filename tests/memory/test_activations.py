@@ -116,7 +116,7 @@ def in_tiles(case: Case, tokens: int) -> Case:
 def first_gradients(case: Case) -> dict[str, Tensor]:
     """Of the first window, by name."""
     window = next(iter(case.windows.windows(0)))
-    units: Any = sum(case.parts.objective.units(batch) for batch in window.batches)
+    units: Any = sum(case.parts.objective.loss.units(batch) for batch in window.batches)
     with case.model.training_mode(True):
         case.parts.engine.run_window(case.model, case.parts.objective, window, units)
     found = {name: tensor.grad.clone() for name, tensor in case.adapter.trained().items() if tensor.grad is not None}
@@ -271,7 +271,7 @@ def simulated(folder: Path, device: str = "cpu", layers: int = 0, tokens: int = 
         TrainingSection(), Choice(logits_chunk_tokens=16, checkpointed_layers=layers, **memory), torch.device(device),
     )  # fmt: skip
     rows = make_rows(1, shortest=tokens, longest=tokens)
-    return run.training_step(objective_of().collate([rows.rows]))
+    return run.training_step(objective_of().rows.collate([rows.rows]))
 
 
 def test_tiles_take_a_tiles_memory(tmp_path: Path) -> None:

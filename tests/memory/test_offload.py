@@ -183,7 +183,7 @@ def start(folder: Path, store: BoundaryStore | None, checkpointed: int, **change
 def run_window(case: Case) -> None:
     """Forward and backward of the first step."""
     window = next(iter(case.windows.windows(0)))
-    units: Any = sum(case.parts.objective.units(batch) for batch in window.batches)
+    units: Any = sum(case.parts.objective.loss.units(batch) for batch in window.batches)
     with case.model.training_mode(True):
         case.parts.engine.run_window(case.model, case.parts.objective, window, units)
 
@@ -244,7 +244,7 @@ def test_a_run_without_waits_goes_wrong(deep_llama: Path, plain: dict[str, Tenso
 def test_evaluation_in_between_touches_nothing(deep_llama: Path, plain: dict[str, Tensor]) -> None:
     copies = TriedCopies(late=True)
     case = start(deep_llama, store_with(copies), LAYERS)
-    batches = list(evaluation_batches(make_rows(4), case.parts.objective, batch_size=2))
+    batches = list(evaluation_batches(make_rows(4), case.parts.objective.rows, batch_size=2))
     losses: list[float] = []
 
     def evaluate() -> Evaluation:

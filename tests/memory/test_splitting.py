@@ -31,7 +31,7 @@ CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 
 
 
 def batch_of(groups: list[tuple[int, ...]]) -> Batch:
-    return collate(ROWS, groups, objective_of())
+    return collate(ROWS, groups, objective_of().rows)
 
 
 def targets(batch: Batch) -> list[tuple[str, int, int]]:
@@ -51,7 +51,7 @@ def targets(batch: Batch) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize("groups", [[(0,), (5,), (2,)], [(0, 1), (2, 3, 4)], [(7, 1, 4, 9)], [(3, 3)]])
 def test_halves_hold_every_target_once_and_in_order(groups: list[tuple[int, ...]]) -> None:
     batch = batch_of(groups)
-    halves = split_batch(batch, objective_of())
+    halves = split_batch(batch, objective_of().rows)
     assert halves is not None
     assert [target for half in halves for target in targets(half)] == targets(batch)
     assert sum(half.supervised for half in halves) == batch.supervised
@@ -64,7 +64,7 @@ def test_halves_hold_every_target_once_and_in_order(groups: list[tuple[int, ...]
 
 
 def test_a_single_document_is_not_split() -> None:
-    assert split_batch(batch_of([(4,)]), objective_of()) is None
+    assert split_batch(batch_of([(4,)]), objective_of().rows) is None
 
 
 def test_the_allocators_own_errors_are_known() -> None:
@@ -119,7 +119,9 @@ def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
 
 
 def gradient(case: Case, engine: WindowEngine, window: Window) -> tuple[torch.Tensor, float]:
-    units = sum((case.parts.objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
+    units = sum(
+        (case.parts.objective.loss.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64)
+    )
     case.optimizer.zero_gradients()
     with case.model.training_mode(True):
         total, _ = engine.run_window(case.model, case.parts.objective, window, units, len(window.batches))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from tests.architectures.test_architectures import NAMES
-from tests.support.data_case import objective_of
+from tests.support.data_case import objective_of, source_row
 from tests.support.loop_case import CPU
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Engine, Row, Window
@@ -23,7 +23,6 @@ from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
 from tunekit.model.families import Seq2SeqFamily
 from tunekit.model.families.stages import PROVEN
 from tunekit.model.load import load_model
-from tunekit.objectives.seq2seq import make_row
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.reading.names import settings_class
@@ -78,7 +77,7 @@ def make_window(step: int) -> Window:
     batches = []
     for number in range(3):
         rows = [answer_row(generator, 7 + number, 5 + number), answer_row(generator, 4 + number, 3)]
-        batches.append(objective_of(Seq2seqSettings()).collate([[row] for row in rows]))
+        batches.append(objective_of(Seq2seqSettings()).rows.collate([[row] for row in rows]))
     return Window(step, 0.0, (0, 1, 2), tuple(batches))
 
 
@@ -86,7 +85,7 @@ def answer_row(generator: np.random.Generator, source: int, answer: int) -> Row:
     """So many tokens, with the 0 between them with which these nets' answers begin."""
     ids = generator.integers(3, VOCABULARY, source + 1 + answer)
     ids[source] = 0
-    return make_row(ids[:source], ids[source:], "rows:1")
+    return source_row(ids[:source], ids[source:], "rows:1")
 
 
 @dataclass
@@ -130,7 +129,7 @@ def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, quantizat
     with tuned.training_mode(True):
         for step in range(2):
             window = make_window(step)
-            units = torch.stack([objective.units(batch) for batch in window.batches]).sum(0)
+            units = torch.stack([objective.loss.units(batch) for batch in window.batches]).sum(0)
             losses.append(engine.run_window(tuned, objective, window, units, 3)[0])
             for name, parameter in trained.items():
                 assert parameter.grad is not None, name

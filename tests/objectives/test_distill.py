@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_logprobs import CappedHead, numbers
 from tests.support.train_case import lose_the_end, records, result_bytes, without_times, write_recipe
-from tunekit.companions.teacher import load_teacher
+from tunekit.companions.base import load_companions
 from tunekit.contracts import ModelOutput
 from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.memory.bandwidths import layer_bytes
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.logprobs import divergence, divergences
 from tunekit.planning.plan import make_plan
-from tunekit.planning.tiers import layer_bytes
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 
@@ -63,8 +63,8 @@ def test_values_and_gradients_in_chunks(trained: bool, beta: float, chunk: int) 
     expected = divergence(exact.logits(hidden.reshape(-1, HIDDEN)[index]), logits, beta, 1.5)
     head, ours = CappedHead(torch.float32, trained), hidden.detach().float().requires_grad_()
     parameters = [head.weight] if trained else []
-    output = ModelOutput(ours, head, parameters, chunk, teacher_head=TeacherHead(torch.float32, unused=3))
-    found = divergences(output, index, taught.float(), beta=beta, temperature=1.5)
+    output, of_teacher = ModelOutput(ours, head, parameters, chunk), TeacherHead(torch.float32, unused=3)
+    found = divergences(output, index, taught.float(), of_teacher, beta=beta, temperature=1.5)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     upstream = numbers(5, POSITIONS)
     wanted = [(ours, hidden), (head.weight, exact.weight)][: 1 + trained]
@@ -74,7 +74,8 @@ def test_values_and_gradients_in_chunks(trained: bool, beta: float, chunk: int) 
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
     assert head.rows <= chunk, "never more logits than a chunk's"
     with torch.no_grad():
-        torch.testing.assert_close(divergences(output, index, taught.float(), beta=beta, temperature=1.5), found)
+        again = divergences(output, index, taught.float(), of_teacher, beta=beta, temperature=1.5)
+        torch.testing.assert_close(again, found)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +140,10 @@ def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teache
     layers = layer_bytes(load_model(loaded.recipe.objective.teacher, device=CPU))
     assert saved == pytest.approx(layers / 3 if tier == "disk" else -2 * layers / 3, rel=0.25), "two of three in slots"
     assert any("layers wait" in note and "once for all rows of a step" in note for note in planned.notes)
-    asked = load_teacher(prepared.rows.objective, CPU)
-    assert asked is not None
-    assert asked.slots is not None
-    batches = [prepared.rows.objective.collate([[prepared.rows.train[number]]]) for number in range(3)]
-    asked.scored(batches, lambda output, batch: output.hidden)
-    assert asked.slots.traffic.copies == 3, "its layers"
+    companion: Any = load_companions(prepared.rows.objective, CPU)["objective.teacher"]
+    batches = [prepared.rows.objective.rows.collate([[prepared.rows.train[number]]]) for number in range(3)]
+    companion.score(batches, lambda output, batch: output.hidden)
+    assert companion.model.slots.traffic.copies == 3, "its layers"
 
 
 def test_a_teacher_that_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor, nn
 
-from tests.support.data_case import objective_of
+from tests.support.data_case import objective_of, sequence_row
 from tests.support.loop_case import ListedRows
 from tests.support.peft_case import BASES, TOLERANCE, close
 from tunekit.adapters.attach import AttachedAdapter
@@ -36,7 +36,6 @@ from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized.weights import weight_of
-from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.training.calibrate import first_windows
@@ -51,9 +50,9 @@ def make_windows(rows: int, batch: int) -> TrainingWindows:
     """Rows of 12 random ids, the first four of each a prompt."""
     generator = np.random.default_rng(0)
     trained = np.arange(TOKENS) >= 4
-    listed = [make_row(generator.integers(3, 97, TOKENS).astype(np.int32), trained, f"r:{n}") for n in range(rows)]
+    listed = [sequence_row(generator.integers(3, 97, TOKENS).astype(np.int32), trained, f"r:{n}") for n in range(rows)]
     settings = BatchSettings(batch, None, 2, TOKENS, False, False, 0, 1.0, None)
-    return TrainingWindows(ListedRows(listed), objective_of(), settings)
+    return TrainingWindows(ListedRows(listed), objective_of().rows, settings)
 
 
 def peft_inputs(windows: TrainingWindows, batches: int) -> Iterator[dict[str, Tensor]]:

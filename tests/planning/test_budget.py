@@ -96,12 +96,12 @@ def test_time_grows_with_everything_that_saves_memory() -> None:
 def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int], changes: dict[str, Any]) -> None:
     rows = Rows([2 + (7 * index) % 30 for index in range(61)])
     given = settings(micro_batch_size=written[0], gradient_accumulation_steps=written[1], **({"epochs": 2.0} | changes))
-    expected = [_rows_of(window) for window in TrainingWindows(rows, objective_of(), given).windows(0)]
+    expected = [_rows_of(window) for window in TrainingWindows(rows, objective_of().rows, given).windows(0)]
     options = smaller_micro_batches(*written)
     assert options[0] == written
     assert options[-1] == (1, written[0] * written[1])
     for size, steps in options:
-        windows = TrainingWindows(rows, objective_of(), as_chosen(given, Choice(size, steps, 64)))
+        windows = TrainingWindows(rows, objective_of().rows, as_chosen(given, Choice(size, steps, 64)))
         found = list(windows.windows(0))
         assert [_rows_of(window) for window in found] == expected
         assert max(len(batch.lengths) for window in found for batch in window.batches) <= (size or 0)
@@ -330,9 +330,9 @@ def test_batches_by_tokens_are_planned_by_their_largest(seed: int, packing: bool
     given = settings(
         micro_batch_size=None, micro_batch_tokens=150, packing=packing, seed=seed, epochs=3.0, max_length=64
     )
-    windows = TrainingWindows(rows, objective_of(), given)
+    windows = TrainingWindows(rows, objective_of().rows, given)
     sizes = [batch.inputs["input_ids"].numel() for window in windows.windows(0) for batch in window.batches]
-    assert largest_batch(windows, rows, objective_of(), given).padded == max(sizes)
+    assert largest_batch(windows, rows, objective_of().rows, given).padded == max(sizes)
     assert len(set(sizes)) > 3, "they are uneven"
     assert np.max(sizes) <= 150
 

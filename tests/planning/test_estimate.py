@@ -100,7 +100,7 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
         optimizer = make_tracked_optimizer(tracker, adapter, run.training)
         tracker.start()
         with tuned.training_mode(True):
-            units = run.objective.units(batch)
+            units = run.objective.loss.units(batch)
             WindowEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
         optimizer.gradient_norm()
     return tracker.result()
@@ -129,7 +129,7 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
     )
     rows = make_rows(8, shortest=100, longest=120)
     groups = [(0, 1, 2), (3, 4)] if packed else [(0,), (1,), (2,)]
-    batch = collate(rows, groups, objective_of())
+    batch = collate(rows, groups, objective_of().rows)
     simulated, real = run.training_step(batch), real_step(run, batch)
     # ids and positions exist on the host before a real step, and are placed on the device inside a simulated one
     placed = 3 * batch.padded * 8
@@ -139,7 +139,7 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
 
 
 def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> None:
-    batch = collate(make_rows(2), [(0,), (1,)], objective_of())
+    batch = collate(make_rows(2), [(0,), (1,)], objective_of().rows)
     peaks = {}
     for quantization in ("none", "int8_weight_only", "nf4"):
         section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
@@ -190,7 +190,7 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
         Choice(),
         CPU,
     )
-    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], objective_of())
+    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], objective_of().rows)
     totals = [replace(run, choice=Choice(checkpointed_layers=n)).training_step(batch).total for n in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert totals[3] < totals[0]
@@ -202,7 +202,7 @@ def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
         ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), Choice(), CPU
     )
     before = torch.random.get_rng_state()
-    run.training_step(collate(make_rows(2), [(0,)], objective_of()))
+    run.training_step(collate(make_rows(2), [(0,)], objective_of().rows))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -212,9 +212,9 @@ def test_the_largest_batch_is_one_that_the_run_makes() -> None:
         micro_batch_size=2, micro_batch_tokens=None, gradient_accumulation_steps=2, max_length=32, packing=True,
         shuffle=True, seed=3, epochs=2.0, max_steps=None,
     )  # fmt: skip
-    windows = TrainingWindows(rows, objective_of(), settings)
+    windows = TrainingWindows(rows, objective_of().rows, settings)
     sizes = [batch.padded for window in windows.windows(0) for batch in window.batches]
-    largest = largest_batch(windows, rows, objective_of(), settings)
+    largest = largest_batch(windows, rows, objective_of().rows, settings)
     assert largest.inputs["input_ids"].numel() == largest.padded == max(sizes)
 
 

@@ -351,7 +351,7 @@ def test_a_simulated_step_needs_what_a_real_one_needs(dtype: Any, checkpointed: 
     objective = make_case(folder, make_rows(2), training=training()).parts.objective
     section = ModelSection(name_or_path=str(folder), dtype=dtype)
     run = SimulatedRun(section, FullSettings(), objective, TrainingSection(), choice, CPU)
-    batch = collate(make_rows(8, shortest=100, longest=120), [(0,), (1,), (2,)], objective)
+    batch = collate(make_rows(8, shortest=100, longest=120), [(0,), (1,), (2,)], objective.rows)
     simulated, real = run.training_step(batch), real_step(run, batch)
     assert abs(simulated.total - real.total) <= 3 * batch.padded * 8
     count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())

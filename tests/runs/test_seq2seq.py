@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.runs.test_every_method_trains import SETTINGS
-from tests.support.data_case import chat, encoder_of, objective_of, settings, tokenizer_of
+from tests.support.data_case import chat, encoder_of, objective_of, settings, source_row, tokenizer_of
 from tests.support.loop_case import CPU, ListedRows, make_case
-from tunekit.contracts import IGNORED, Row, RowEncoder
+from tunekit.contracts import IGNORED, Row, RowKind
 from tunekit.data.batching.windows import TrainingWindows, filled_batch
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER
@@ -24,7 +24,7 @@ from tunekit.formats.example import CompletionExample, TextExample
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.text.tokenizer import LoadedTokenizer
-from tunekit.objectives.seq2seq import EMPTY_SOURCE, ONLY_LAST_ANSWER, make_row
+from tunekit.objectives.rows.sources import EMPTY_SOURCE, ONLY_LAST_ANSWER
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -83,10 +83,10 @@ def measured(target: Path, output: Path, *overrides: str, **given: Any) -> dict[
 def row(source: int, answer: int, first: int = 10) -> Row:
     """Ids that count up, with the start of the answer between them."""
     ids = np.arange(first, first + source + answer)
-    return make_row(ids[:source], np.array([START, *ids[source:]]), "rows:1")
+    return source_row(ids[:source], np.array([START, *ids[source:]]), "rows:1")
 
 
-def seq2seq_encoder(tokenizer: LoadedTokenizer, template: str | None = None) -> RowEncoder:
+def seq2seq_encoder(tokenizer: LoadedTokenizer, template: str | None = None) -> RowKind:
     return encoder_of(tokenizer, template=template, settings=Seq2seqSettings())
 
 
@@ -99,7 +99,7 @@ def test_a_row_is_source_start_and_answer(model: Path) -> None:
     assert source[-1] == answer[-1] == tokenizer.eos_id
     assert found.sizes == (len(source), len(answer))
     assert found.supervised == len(answer)  # the first one counts, unlike a causal row's
-    shown = objective_of(Seq2seqSettings()).spans(found)
+    shown = objective_of(Seq2seqSettings()).rows.spans(found)
     assert [span.ids.tolist() for span in shown] == [source, [START, *answer]]
     assert [span.trained.tolist() for span in shown] == [[False] * len(source), [False] + [True] * len(answer)]
 
@@ -163,7 +163,7 @@ def test_options_without_a_meaning_are_refused(
 
 def test_source_and_answer_are_padded_by_themselves() -> None:
     objective = objective_of(Seq2seqSettings())
-    batch = objective.collate([[row(4, 2)], [row(2, 3, first=30)]])
+    batch = objective.rows.collate([[row(4, 2)], [row(2, 3, first=30)]])
     mask = batch.inputs["attention_mask"]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert [ids[real.bool()].tolist() for ids, real in zip(batch.inputs["input_ids"], mask, strict=True)] == [
@@ -174,7 +174,7 @@ def test_source_and_answer_are_padded_by_themselves() -> None:
     assert batch.inputs["decoder_input_ids"][0, :2].tolist() == [START, 14]
     assert batch.inputs["decoder_input_ids"][1].tolist() == [START, 32, 33]
     assert (batch.lengths, batch.width, batch.padded) == ([6, 5], 4 + 3, 2 * (4 + 3))
-    assert objective.units(batch).tolist() == [5.0]
+    assert objective.loss.units(batch).tolist() == [5.0]
 
 
 def test_no_micro_batch_by_tokens_is_larger_with_its_padding() -> None:
@@ -182,14 +182,14 @@ def test_no_micro_batch_by_tokens_is_larger_with_its_padding() -> None:
     rows = ListedRows([row(9, 1), row(1, 9), row(5, 5), row(8, 2), row(2, 8), row(4, 4)])
     chosen = settings(micro_batch_size=None, micro_batch_tokens=24, packing=False, shuffle=False, epochs=1.0)
     objective = objective_of(Seq2seqSettings())
-    found = TrainingWindows(rows, objective, chosen)
+    found = TrainingWindows(rows, objective.rows, chosen)
     widths = [tuple(sizes) for sizes in rows.sizes.tolist()]
     assert widths[:2] == [(9, 1), (1, 9)]
     batches = [[widths[index] for (index,) in batch] for batch in found.micro_batches(0)]
     sizes = [len(batch) * sum(max(part) for part in zip(*batch, strict=True)) for batch in batches]
     assert max(sizes) <= 24
     assert [len(batch) for batch in found.micro_batches(0)] == [1, 1, 1, 1, 2]
-    largest = largest_batch(found, rows, objective, chosen)
+    largest = largest_batch(found, rows, objective.rows, chosen)
     made = largest.inputs["input_ids"].numel() + largest.inputs["decoder_input_ids"].numel()
     assert made == largest.padded == max(sizes)
 
@@ -197,7 +197,7 @@ def test_no_micro_batch_by_tokens_is_larger_with_its_padding() -> None:
 def test_of_a_stream_no_batch_is_larger_than_the_filled_one() -> None:
     """As long a source in one row as an answer in every other, and as many predicted tokens as that allows."""
     rows = ListedRows([row(9, 1), row(1, 9), row(5, 5)])
-    batch = filled_batch(rows, objective_of(Seq2seqSettings()), settings(micro_batch_size=3, max_length=16))
+    batch = filled_batch(rows, objective_of(Seq2seqSettings()).rows, settings(micro_batch_size=3, max_length=16))
     assert [one.sizes for one in batch.rows] == [(15, 1), (1, 15), (1, 15)]
     assert (batch.padded, batch.supervised) == (3 * 30, 31)
 
@@ -258,7 +258,7 @@ def _random_row(generator: np.random.Generator, vocabulary: int) -> Row:
     source, answer = int(generator.integers(2, 12)), int(generator.integers(1, 9))
     ids = generator.integers(3, vocabulary, source + 1 + answer)
     ids[source] = 0
-    return make_row(ids[:source], ids[source:], "rows:1")
+    return source_row(ids[:source], ids[source:], "rows:1")
 
 
 def _parted(one: Row) -> tuple[torch.Tensor, torch.Tensor]:

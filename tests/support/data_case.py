@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import Objective, Row, RowEncoder, Tokenizer
+from tunekit.contracts import Array, EncodeOptions, Objective, Row, RowKind, Tokenizer
 from tunekit.data.batching.windows import BatchSettings
-from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.formats.example import ChatExample, Example, Message
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.sft import make_row
+from tunekit.objectives.rows.sequences import sequence_parts
+from tunekit.objectives.rows.sources import source_parts
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.objectives.sft import SftSettings
 
 
@@ -45,16 +46,26 @@ def objective_of(settings: ObjectiveSettings | None = None, *, pad_id: int = 0) 
     return make_objective(settings or SftSettings(), BareTokenizer(pad_id))  # type: ignore[arg-type]
 
 
+def sequence_row(ids: Array, trained: Array, origin: str, number: int = 0) -> Row:
+    """A row of the objective sft."""
+    return objective_of().rows.make_row(sequence_parts(ids, trained), origin, number)
+
+
+def source_row(source: Array, answer: Array, origin: str) -> Row:
+    """A row of the objective seq2seq."""
+    return objective_of(Seq2seqSettings()).rows.make_row(source_parts(source, answer), origin)
+
+
 def encoder_of(
     tokenizer: Tokenizer,
     train_on: str = "assistant",
     template: str | None = None,
     settings: ObjectiveSettings | None = None,
     rewritten_answers: str = "last",
-) -> RowEncoder:
-    """What encodes examples for an objective, sft unless another is asked for."""
+) -> RowKind:
+    """The rows of an objective, sft unless another is named, as they encode examples."""
     options = EncodeOptions(train_on, template, 2048, "drop", rewritten_answers)
-    return make_objective(settings or SftSettings(), tokenizer).row_encoder(options)
+    return make_objective(settings or SftSettings(), tokenizer, options=options).rows
 
 
 def encode_example(
@@ -95,7 +106,7 @@ class Rows:
     def __getitem__(self, index: int) -> Row:
         length = int(self.lengths[index])
         ids = np.arange(length, dtype=np.int32) + 1000 * index
-        return make_row(ids, np.ones(length, dtype=np.bool_), f"rows:{index}", index)
+        return sequence_row(ids, np.ones(length, dtype=np.bool_), f"rows:{index}", index)
 
     @property
     def sizes(self) -> Any:

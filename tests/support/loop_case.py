@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.support.data_case import objective_of
+from tests.support.data_case import objective_of, sequence_row
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.contracts import Engine, Row
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
@@ -24,7 +24,6 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.model.load import load_model
-from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.evaluation import EvaluationSection
@@ -82,7 +81,7 @@ def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: 
         ids = generator.integers(3, vocabulary, length).astype(np.int32)
         trained = np.arange(length) >= length // 2
         trained[-1] = True
-        rows.append(make_row(ids, trained, f"rows:{number + 1}"))
+        rows.append(sequence_row(ids, trained, f"rows:{number + 1}"))
     return ListedRows(rows)
 
 
@@ -169,7 +168,7 @@ def make_case(
         end_to_end=end_to_end,
     )
     minimised = objective_of(objective)
-    windows = TrainingWindows(rows, minimised, settings, rank=rank, world=world)
+    windows = TrainingWindows(rows, minimised.rows, settings, rank=rank, world=world)
     optimizer = make_optimizer(training, attached)
     records: list[StepRecord | EvaluationRecord] = []
     saved: list[int] = []

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import write_tiny_llama
 from tests.support.train_case import train_in_child, write_recipe
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.contracts import EncodeOptions
 from tunekit.errors import AdapterError, ModelError
 from tunekit.evaluate import evaluate_verb
 from tunekit.machine.devices import make_devices
@@ -68,8 +68,8 @@ def test_a_moved_run_uses_the_base_that_has_its_fingerprint(
 
 
 def prompt_of(loaded: LoadedTarget) -> str:
-    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 64, "drop"))
-    return loaded.tokenizer.decode(encoder.question("q"))
+    kind = loaded.objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template))
+    return loaded.tokenizer.decode(kind.question("q"))
 
 
 def test_the_template_goes_with_the_adapter(run: Path, tiny_llama: Path, tmp_path: Path) -> None:

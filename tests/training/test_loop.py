@@ -113,7 +113,7 @@ class OneByOne:
     def windows(self, first_step: int) -> Iterator[Window]:
         for window in self._windows.windows(first_step):
             numbers = [row.number for batch in window.batches for row in batch.rows]
-            batches = tuple(collate(self._rows, [(number,)], objective_of()) for number in numbers)
+            batches = tuple(collate(self._rows, [(number,)], objective_of().rows) for number in numbers)
             yield Window(window.step, window.epoch, tuple(range(len(batches))), batches)
 
 
@@ -191,10 +191,10 @@ def test_evaluation_changes_nothing(tiny_llama: Path) -> None:
     def evaluate() -> Evaluation:
         torch.rand(3)  # a metric that draws numbers
         modes["inside"] = case.model.base.net.training
-        batches = evaluation_batches(rows, case.parts.objective, batch_size=4)
+        batches = evaluation_batches(rows, case.parts.objective.rows, batch_size=4)
         sums = summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices)
         modes["after"] = case.model.base.net.training
-        return Evaluation(sums, sums.metrics(case.parts.objective.metrics))
+        return Evaluation(sums, sums.metrics(case.parts.objective.loss.metrics))
 
     case.parts.evaluate = evaluate
     case.run()
@@ -210,7 +210,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(tiny_llama: Path) -> None:
     case.run()
     found = []
     for size in (1, 4, 23):
-        batches = evaluation_batches(rows, case.parts.objective, batch_size=size)
+        batches = evaluation_batches(rows, case.parts.objective.rows, batch_size=size)
         found.append(summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices))
     for sums in found:
         assert sums.metrics(["loss"])["loss"] == pytest.approx(found[0].metrics(["loss"])["loss"], rel=1e-6)
@@ -242,7 +242,7 @@ def test_the_metrics_are_those_of_the_metrics_folder(monkeypatch: pytest.MonkeyP
     from tunekit.metrics import token_accuracy
 
     sums = EvaluationSums({"loss": 6.0, "correct": 1.0, "units": 4.0}, tokens=9, rows=1)
-    assert sums.metrics(objective_of().metrics) == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}
+    assert sums.metrics(objective_of().loss.metrics) == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}
     monkeypatch.setattr(token_accuracy, "from_sums", lambda sums: 0.125)
     assert sums.metrics(["token_accuracy"]) == {"token_accuracy": 0.125}
 

@@ -73,7 +73,7 @@ def test_a_simulation_counts_other_kernels_and_runs_compiled_layers_plain(tiny_l
     run = SimulatedRun(section, LoraSettings(r=4), objective_of(), TrainingSection(), Choice(), CPU)
     small = Choice(logits_chunk_tokens=64)  # so that the peak lies in the layers
     rows = make_rows(2, shortest=256, longest=256)
-    batch = objective_of().collate([[rows[0]], [rows[1]]])
+    batch = objective_of().rows.collate([[rows[0]], [rows[1]]])
     plain, liger, compiled = (
         replace(run, choice=choice).training_step(batch).peak["activations"]
         for choice in (small, replace(small, kernels="liger"), replace(small, compiled=True))

@@ -23,7 +23,7 @@ from tunekit.errors import DataError, InputError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.text.generation import check_prompts
-from tunekit.objectives.confusion import label_sums
+from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.losses.logprobs import row_losses
 from tunekit.objectives.rows import RowObjective, put_around
 from tunekit.recipe.bases.label_settings import LabelSettings

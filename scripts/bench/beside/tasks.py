@@ -203,7 +203,7 @@ def paired_accuracy(run: Path, held: Path, length: int) -> float:
     section = DataSection(train=source, eval=source, max_length=length, excess_length="truncate")
     rows = load_evaluation_rows(section, objective, seed=0).evaluation
     assert rows is not None
-    batches = evaluation_batches(rows, objective, batch_size=8)
+    batches = evaluation_batches(rows, objective.rows, batch_size=8)
     found = summed_evaluation(loaded.model, objective, batches, make_devices())
     return found.metrics(["rewards_accuracies"])["rewards_accuracies"]
 

@@ -36,7 +36,7 @@ class SequenceRows(TextRows):
     def encode(self, example: Example, origin: str) -> Row:
         """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
         ids, weights = self.renderer.sequence(example)
-        return self.make_row(_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights), origin)
+        return self.make_row(sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights), origin)
 
     def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
         return (len(parts["ids"]),)
@@ -47,7 +47,7 @@ class SequenceRows(TextRows):
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """Tokens start .. stop-1."""
         parts = (row.parts[name][start:stop] for name in self.layout.parts)
-        return self.make_row(_parts(*parts), row.origin, row.number)
+        return self.make_row(sequence_parts(*parts), row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """Rows end to end."""
@@ -92,7 +92,8 @@ def weights_title(weights: Array) -> str:
     return "weight of the loss: " + ", ".join(f"{weight:.6g} of {count:,} tokens" for weight, count in counted)
 
 
-def _parts(ids: Array, trained: Array, weights: Array) -> dict[str, Array]:
+def sequence_parts(ids: Array, trained: Array, weights: Array = UNWEIGHTED) -> dict[str, Array]:
+    """The parts of a row. Shapes: (T,) each; no weights stand for 1 each."""
     weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
     return {"ids": ids, "trained": trained, "weights": weights}
 

@@ -71,7 +71,7 @@ class SourceRows(TextRows):
         if not weight:
             raise Dropped(NO_WEIGHT)
         ids = (np.asarray(source, np.int32), np.asarray([start, *answer], np.int32))
-        return self.make_row(_parts(*ids, weight), origin)
+        return self.make_row(source_parts(*ids, weight), origin)
 
     def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
         return len(parts["source"]), self.units_in(parts)
@@ -113,7 +113,7 @@ class SourceRows(TextRows):
         ids = np.concatenate([row.parts[name] for row in some for name in ("source", "answer")])
         source = size - 1 if part == 0 else 1
         filled = np.resize(ids, size + 1)
-        return [self.make_row(_parts(filled[:source], filled[source:]), some[0].origin, some[0].number)]
+        return [self.make_row(source_parts(filled[:source], filled[source:]), some[0].origin, some[0].number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Source and answer, each padded by itself; the answer needs no mask, since padding comes last.
@@ -152,5 +152,6 @@ def answer_weight(example: Any) -> float:
     return float(example.weight * (1.0 if index is None else example.messages[index].weight))
 
 
-def _parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:
+def source_parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:
+    """The parts of a row. Shapes: source (S,), answer (A + 1,)."""
     return {"source": source, "answer": answer, "weight": np.array([weight], np.float32)}
