@@ -42,7 +42,7 @@ from beside.watch import MOST_MEMORY
 from tunekit.data.rows import load_rows
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.pairs import SIDES
+from tunekit.objectives.rows.answers import SIDES
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings

@@ -56,12 +56,12 @@ THEIRS = {  # TRL's settings; a step has the same 8 completions in each
 RECORDED = """
 import json
 from pathlib import Path
-from tunekit.objectives.prompts import Completion
-from tunekit.objectives.samples import SampleObjective
+from tunekit.objectives.losses.samples import SampledLoss
+from tunekit.objectives.rows.prompts import Sample
 
 GROUPS = [json.loads(line)["completion_ids"] for line in Path({rows!r}).read_text("utf-8").splitlines()]
-SampleObjective.sampled = lambda self, model, window, rows: [
-    [Completion(ids, True, str(number)) for number, ids in enumerate(GROUPS[row.number])] for row in rows
+SampledLoss.sampled = lambda self, run, window, rows: [
+    [Sample(ids, True, str(number)) for number, ids in enumerate(GROUPS[row.number])] for row in rows
 ]
 """
 REWARD = """

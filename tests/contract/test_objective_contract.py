@@ -16,16 +16,17 @@ from tests.memory.test_streaming_seq2seq import make_net
 from tests.support.data_case import objective_of, settings, tokenizer_of, write_lines
 from tests.support.image_case import held_picture
 from tests.support.loop_case import CPU, ListedRows
+from tests.support.pair_case import parts_of
 from tests.support.speech_case import held_sound, write_sounds, write_tiny_whisper
 from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import AT_STEP_0, ROW_LOSSES, TEACHER, Batch, Objective, Processor, Row, RowLayout
+from tunekit.companions.base import make_companions
+from tunekit.contracts import ROW_LOSSES, Batch, EncodeOptions, Objective, Processor, Row, RowLayout
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
 from tunekit.data.encoding.cache import CODE, PACKAGES, cached_store
-from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.store import ChosenRows, Part, StoreWriter, TokenStore
 from tunekit.data.rows import load_rows
 from tunekit.evaluation.scores import added, prepared
@@ -45,6 +46,7 @@ from tunekit.model.families import make_family
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.rows.answers import SIDES
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
@@ -53,6 +55,7 @@ from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.run_view import ModelRun
 
 ANSWERED = tuple(
     CompletionExample(*row)
@@ -104,7 +107,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "rloo": SAMPLED,
 }  # settings without a default
 SAMPLES = ("grpo", "rloo")
-OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
+OPTIONS = EncodeOptions(max_length=64)
 every_objective = pytest.mark.parametrize("name", known_names("objectives"))
 
 
@@ -144,25 +147,24 @@ def processors(tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> dict[str
 
 def make(name: str, processors: Mapping[str, Processor]) -> Objective:
     settings = settings_class("objectives", name)(method=name, **NEEDED.get(name, {}))
-    return make_objective(settings, processors[settings.family])  # type: ignore[attr-defined]
+    return make_objective(settings, processors[settings.family], options=OPTIONS)  # type: ignore[attr-defined]
 
 
 def make_case(name: str, processors: Mapping[str, Processor]) -> tuple[Objective, list[Row]]:
     """An objective, told of its rows, and rows of every kind of example that it learns from."""
     objective = make(name, processors)
-    encoder = objective.row_encoder(OPTIONS)
     rows = [
-        encoder.encode(one, f"d:{line}")
-        for line, example in enumerate(EXAMPLES[objective.example])
-        for one in encoder.examples(example)
+        objective.rows.encode(one, f"d:{line}")
+        for line, example in enumerate(EXAMPLES[objective.rows.example])
+        for one in objective.rows.examples(example)
     ]
     listed = ListedRows(rows)
-    return objective.informed([listed]), listed.rows
+    return objective.learn([listed]), listed.rows
 
 
 def counted(objective: Objective, rows: Sequence[Row]) -> float:
     """What the loss of rows of `make_case` is divided by."""
-    examples = EXAMPLES[objective.example]
+    examples = EXAMPLES[objective.rows.example]
     return sum(row.supervised * getattr(examples[row.number], "weight", 1.0) for row in rows)
 
 
@@ -194,36 +196,36 @@ def assert_equal(one: Row, other: Row, layout: RowLayout) -> None:
 @every_objective
 def test_rows_survive_the_store(name: str, processors: dict[str, Processor], tmp_path: Path) -> None:
     objective, rows = make_case(name, processors)
-    store = stored(tmp_path, objective.layout, rows)
+    store = stored(tmp_path, objective.rows.layout, rows)
     assert any(isinstance(values, np.memmap) for values in store.parts.values())
-    assert set(objective.layout.token_parts) <= set(objective.layout.parts)
+    assert set(objective.rows.layout.token_parts) <= set(objective.rows.layout.parts)
     for number, row in enumerate(rows):
-        assert len(row.sizes) == objective.layout.sizes
+        assert len(row.sizes) == objective.rows.layout.sizes
         assert row.supervised > 0
-        assert_equal(store.row(number, "d", number), row, objective.layout)
+        assert_equal(store.row(number, "d", number), row, objective.rows.layout)
 
 
 @every_objective
 def test_a_whole_row_is_what_is_cut_at_its_size(name: str, processors: dict[str, Processor]) -> None:
     objective, rows = make_case(name, processors)
     for row in rows:
-        length = objective.layout.length(row.sizes)
-        assert_equal(objective.cut(row, 0, length), row, objective.layout)
+        length = objective.rows.layout.length(row.sizes)
+        assert_equal(objective.rows.cut(row, 0, length), row, objective.rows.layout)
         if not length:  # a picture is never cut
             continue
-        assert objective.layout.length(objective.cut(row, 0, length - 1).sizes) == length - 1
+        assert objective.rows.layout.length(objective.rows.cut(row, 0, length - 1).sizes) == length - 1
 
 
 @every_objective
 def test_a_batch_counts_what_its_rows_do(name: str, processors: dict[str, Processor]) -> None:
     objective, rows = make_case(name, processors)
-    layouts = [[[row] for row in rows], [rows[:1], rows[1:]]] if objective.packable else [[[row] for row in rows]]
+    layouts = [[[row] for row in rows], [rows[:1], rows[1:]]] if objective.rows.packable else [[[row] for row in rows]]
     for sequences in layouts:
-        batch = objective.collate(sequences)
+        batch = objective.rows.collate(sequences)
         assert batch.rows == rows
         assert batch.tokens == sum(row.size for row in rows)
         assert batch.supervised == sum(row.supervised for row in rows)
-        assert objective.units(batch).tolist() == [counted(objective, rows)]
+        assert objective.loss.units(batch).tolist() == [counted(objective, rows)]
         assert batch.padded >= batch.tokens
 
 
@@ -232,39 +234,44 @@ def test_halves_hold_each_row_once_and_add_up(
     name: str, processors: dict[str, Processor], folders: dict[str, Path]
 ) -> None:
     objective, rows = make_case(name, processors)
-    section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"))
+    section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"), 0)
     base = load_model(section, device=CPU)
     model = TunedModel(base, None, chunk_tokens=3)
-    model.teacher = TunedModel(load_model(section, device=CPU), None) if objective.reference == TEACHER else None
-    if objective.reference == AT_STEP_0:  # else the policy is its own reference
+    model.companions = make_companions(objective.companions)
+    for companion in model.companions.values():
+        if name == "distill":
+            vars(companion)["_model"] = TunedModel(load_model(section, device=CPU), None)
+        elif name in SAMPLES:
+            companion.load(CPU)
+    if objective.loss.reference:  # else the policy is its own reference
         model.adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     base.net.eval()
     torch.manual_seed(0)
     for parameter in base.net.parameters():  # so that a row that saw another would show
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     layouts = [[[row] for row in rows]]
-    layouts += [[rows], [rows[:1], rows[1:]]] if objective.packable else []
+    layouts += [[rows], [rows[:1], rows[1:]]] if objective.rows.packable else []
     for sequences in layouts:
-        whole = prepared(model, objective, objective.collate(sequences))
-        halves = split_batch(whole, objective)
+        whole = prepared(model, objective, objective.rows.collate(sequences))
+        halves = split_batch(whole, objective.rows)
         assert halves is not None
         assert [row for half in halves for row in half.rows] == whole.rows
-        losses = [objective.loss(model.output(batch.inputs), batch).total for batch in (whole, *halves)]
+        losses = [objective.loss.loss(model.output(batch.inputs), batch).total for batch in (whole, *halves)]
         assert float(losses[0]) > 0 or name in SAMPLES  # of which advantages are around 0
         torch.testing.assert_close(losses[1] + losses[2], losses[0], rtol=1e-5, atol=1e-6)
         if name in SAMPLES:  # which measure other completions than those they learn from
             continue
-        sums = [objective.sums(model.output(batch.inputs), batch) for batch in (whole, *halves)]
+        sums = [objective.loss.sums(model.output(batch.inputs), batch) for batch in (whole, *halves)]
         together = added(sums[1], sums[2])
         assert together.keys() == sums[0].keys()
         for kind, value in sums[0].items():
             torch.testing.assert_close(together[kind].double(), value.double(), rtol=1e-5, atol=1e-6)
         for batch, found in zip((whole, *halves), sums, strict=True):
-            assert found["units"].item() == objective.units(batch).item() == counted(objective, batch.rows)
+            assert found["units"].item() == objective.loss.units(batch).item() == counted(objective, batch.rows)
         assert {*settings_class("objectives", name).sums, ROW_LOSSES} == set(sums[0])  # type: ignore[attr-defined]
         assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
-        by_itself = [objective.collate([[row]]) for row in whole.rows]  # as prepared: of the same window
-        alone = [float(objective.sums(model.output(batch.inputs), batch)["loss"]) for batch in by_itself]
+        by_itself = [objective.rows.collate([[row]]) for row in whole.rows]  # as prepared: of the same window
+        alone = [float(objective.loss.sums(model.output(batch.inputs), batch)["loss"]) for batch in by_itself]
         assert sums[0][ROW_LOSSES].tolist() == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
@@ -272,14 +279,17 @@ def test_halves_hold_each_row_once_and_add_up(
 
 
 BETA = 2.0
-PAIRED: Any = objective_of(DpoSettings())
+PAIRED = objective_of(DpoSettings())
 PAIR_LENGTHS = [(5, 9), (7, 3), (12, 4), (6, 6), (3, 11), (8, 5), (4, 4)]
 
 
 def pair(number: int, lengths: tuple[int, int]) -> Row:
     draw = np.random.default_rng(number)
-    sides = [(draw.integers(3, 250, length).astype(np.int32), np.ones(length, np.bool_)) for length in lengths]
-    return PAIRED.make_row(sides, {}, f"d:{number}", number)
+    sides = [
+        (name, draw.integers(3, 250, length).astype(np.int32), np.ones(length, np.bool_))
+        for name, length in zip(SIDES, lengths, strict=True)
+    ]
+    return PAIRED.rows.make_row(parts_of(*sides), f"d:{number}", number)
 
 
 def expected_losses(net: Any, rows: Sequence[Row], reference: Mapping[int, Any]) -> list[float]:
@@ -296,30 +306,32 @@ def expected_losses(net: Any, rows: Sequence[Row], reference: Mapping[int, Any])
 
 
 def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
-    objective: Any = make_objective(DpoSettings(beta=BETA), tokenizer)
-    loss, seen = objective.loss, list[Batch]()
-    objective.loss = lambda output, batch: (seen.append(batch), loss(output, batch))[1]
+    objective, seen = make_objective(DpoSettings(beta=BETA), tokenizer), list[Batch]()
+    loss: Any = objective.loss
+    object.__setattr__(
+        loss, "loss", lambda output, batch, plain=loss.loss: (seen.append(batch), plain(output, batch))[1]
+    )
     written = [pair(number, lengths) for number, lengths in enumerate(PAIR_LENGTHS)]
-    store = stored(tmp_path, objective.layout, written)
+    store = stored(tmp_path, objective.rows.layout, written)
     rows = ChosenRows([Part(store, np.arange(len(store)), "d")])
     chosen = settings(micro_batch_size=None, micro_batch_tokens=60, gradient_accumulation_steps=9)
-    (window,) = TrainingWindows(rows, objective, chosen).windows(0)
+    (window,) = TrainingWindows(rows, objective.rows, chosen).windows(0)
     assert sorted(row.number for batch in window.batches for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
     assert max(len(batch.rows) for batch in window.batches) > 1
     assert max(batch.padded for batch in window.batches) <= 60
     for row in (row for batch in window.batches for row in batch.rows):
-        assert_equal(row, written[row.number], objective.layout)
+        assert_equal(row, written[row.number], objective.rows.layout)
 
     base = load_model(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), device=CPU)
     adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     model, trained = TunedModel(base, adapter), adapter.trained()
-    window = objective.prepare(model, window)
+    window = objective.prepare(ModelRun(model, objective.rows), window)
     reference = {row.number: row.parts["reference"] for batch in window.batches for row in batch.rows}
     assert len(reference) == len(PAIR_LENGTHS)
     generator = torch.Generator().manual_seed(0)
     for parameter in trained.values():  # else the policy is its own reference
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    units = torch.stack([objective.units(batch) for batch in window.batches]).sum(0)
+    units = torch.stack([objective.loss.units(batch) for batch in window.batches]).sum(0)
     assert units.tolist() == [len(PAIR_LENGTHS)]
 
     found = []
@@ -373,7 +385,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
     }
 
     def entries(objective: Objective) -> int:
-        path = write_lines(tmp_path / "d.jsonl", rows[objective.example])
+        path = write_lines(tmp_path / "d.jsonl", rows[objective.rows.example])
         load_rows(DataSection(train=(Source(path=str(path)),)), objective, seed=0, cache_dir=tmp_path / "cache")
         return len(os.listdir(tmp_path / "cache" / "tokens"))
 
