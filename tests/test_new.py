@@ -18,6 +18,7 @@ KINDS = {
     "objective": (["tests/contract/test_objective_contract.py"], 3),
     "format": (["tests/formats"], 2),
     "metric": (["tests/metrics", "tests/recipe/test_schema.py"], 2),
+    "family": (["tests/model/test_new_family.py"], 1),
 }
 
 
@@ -50,7 +51,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_is_written_passes_the_tests_of_its_kind(kind: str, copy: Path) -> None:
     tests, least = KINDS[kind]
-    named = [] if kind in ("format", "metric") else ["-k", f"new_{kind} or table_of_methods"]
+    named = [] if kind in ("format", "metric", "family") else ["-k", f"new_{kind} or table_of_methods"]
     done = call(copy, "-m", "pytest", "-p", "no:cacheprovider", *named, *tests)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.rpartition(" passed")[0].split()[-1]) >= least, done.stdout[-300:]
@@ -63,7 +64,7 @@ def test_what_is_written_keeps_the_rules_of_the_project(copy: Path) -> None:
     done = call(copy, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_architecture.py")
     assert done.returncode == 0, done.stdout[-3000:]
     for words in (["check", "--quiet"], ["format", "--check", "--quiet"]):
-        linted = call(copy, "-m", "ruff", *words, "tunekit", "tests/formats", "tests/metrics")
+        linted = call(copy, "-m", "ruff", *words, "tunekit", "tests/formats", "tests/metrics", "tests/model")
         assert linted.returncode == 0, linted.stdout
 
 

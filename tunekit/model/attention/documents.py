@@ -109,7 +109,7 @@ class DocumentMask:
         return tensor.index_select(1, self._places[row])
 
 
-Mask = DocumentMask | Tensor | None
+AttentionMask = DocumentMask | Tensor | None
 Attended = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the weights where a function gives them
 
 
@@ -252,13 +252,17 @@ def _mask_function(plain: str) -> Callable[..., object]:
     return make_mask
 
 
-def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **named: object) -> Attended:
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
+) -> Attended:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), mask, named)
 
 
-def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **named: object) -> Attended:
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
+) -> Attended:
     """The plain attention of the module's own file, which knows its soft cap and its sinks."""
     from importlib import import_module
 
@@ -266,7 +270,9 @@ def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: M
     return _each_document(plain, query.dtype, module, (query, key, value), mask, named)
 
 
-def _kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **named: object) -> Attended:
+def _kernel(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
+) -> Attended:
     """All documents in one call of torch's kernel; what it does not know goes document by document."""
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
@@ -286,7 +292,9 @@ def _kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None  # (B, T, H, D)
 
 
-def _products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **named: object) -> Attended:
+def _products(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
+) -> Attended:
     """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
     asked = named.get("is_causal")
     whole = mask is None and query.shape[2] == key.shape[2]
@@ -346,7 +354,7 @@ def _each_document(
     block_dtype: torch.dtype,
     module: nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor],
-    mask: Mask,
+    mask: AttentionMask,
     named: dict[str, object],
 ) -> Attended:
     """`attend` over each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).

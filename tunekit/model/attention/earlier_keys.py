@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
-Masks = dict[int | None, tuple[tuple[object, ...], Tensor | None]]  # by window: what the last one was made of, and it
+MaskCache = dict[
+    int | None, tuple[tuple[object, ...], Tensor | None]
+]  # by window: what the last one was made of, and it
 Hooked = tuple[tuple[object, ...], dict[str, Any]]
 
 
@@ -46,7 +48,7 @@ def enter(
 
     The tokens' own positions then begin at `length`. Returns the hooks; `remove()` takes one out again.
     """
-    masks: Masks = {}
+    masks: MaskCache = {}
     entries = [_Entry(attention, length, keys_values, masks) for attention in attentions]
     handles = [entry.attention.module.register_forward_pre_hook(entry, with_kwargs=True) for entry in entries]
     return [*handles, *_shift_positions(net, attentions, length)]
@@ -61,7 +63,7 @@ def _same(ones: tuple[object, ...], others: tuple[object, ...]) -> bool:
 class _Entry:
     """The hook of one attention module: an earlier past, and a mask that shows it."""
 
-    def __init__(self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: Masks) -> None:
+    def __init__(self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: MaskCache) -> None:
         self.attention, self.length, self.keys_values, self.masks = attention, length, keys_values, masks
         self.names = parameters_of(attention.module)
         self.cache_name = parameter_of(attention.module, CACHE_NAMES)
@@ -158,7 +160,7 @@ def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor
         names, cache = parameters_of(attention.module), parameter_of(attention.module, CACHE_NAMES)
 
         def give(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Hooked:
-            recorder = {cache or "": _Recorder(found, attention.layer)}
+            recorder = {cache or "": _RecordingCache(found, attention.layer)}
             return (), dict(zip(names, positional, strict=False)) | named | recorder
 
         return give
@@ -174,7 +176,7 @@ def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor
     return [found[attention.layer] for attention in attentions]
 
 
-class _Recorder:
+class _RecordingCache:
     """An empty cache that notes what it is given."""
 
     def __init__(self, found: dict[int, tuple[Tensor, Tensor]], layer: int) -> None:

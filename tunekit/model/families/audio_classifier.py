@@ -40,7 +40,7 @@ class MeanHead(TextHead):
         return super().logits(self.net.get_submodule(PROJECTOR)(hidden))
 
 
-class AudioClassifier(Family):
+class AudioClassifierFamily(Family):
     """Log-mel features in (input_features (B, M, F)), hidden states of the encoder (B, T, D), a head that reads their
     mean, (D) -> (C), C labels."""
 
@@ -68,9 +68,6 @@ class AudioClassifier(Family):
             raise ModelError(what, "choose a Whisper model, such as openai/whisper-tiny", key="model.name_or_path")
         return AudioProcessor(*load_extractor(section))
 
-    def looks_back(self, net: nn.Module) -> bool:
-        return False
-
     def trained_with(self, net: nn.Module) -> list[str]:
         """Both parts of the head."""
         return [PROJECTOR, CLASSIFIER]
@@ -85,4 +82,4 @@ class AudioClassifier(Family):
         return {"input_features": noise_features(net)}
 
 
-FAMILY = AudioClassifier()
+FAMILY = AudioClassifierFamily()

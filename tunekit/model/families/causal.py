@@ -10,7 +10,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 
-class Causal(Family):
+class CausalFamily(Family):
     """A decoder alone; also what a base is taken for whose configuration names no architecture."""
 
     endings = ("ForCausalLM", "LMHeadModel")
@@ -25,4 +25,4 @@ class Causal(Family):
         return load_tokenizer(section)
 
 
-FAMILY = Causal()
+FAMILY = CausalFamily()

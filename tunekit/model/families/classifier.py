@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
@@ -17,7 +15,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 
-class Classifier(Family):
+class ClassifierFamily(Family):
     """Tokens in, logits (B, C) out, C labels. The head may be a small network, and reads one position of each row: of a
     decoder the last token."""
 
@@ -31,15 +29,9 @@ class Classifier(Family):
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)
 
-    def looks_back(self, net: nn.Module) -> bool:
-        return scores_tokens(net)
-
     def reads_rows(self, net: nn.Module) -> bool:
         """Of encoders and encoder-decoders, whose heads differ from net to net."""
         return not scores_tokens(net)
-
-    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        return {"input_ids": ids}
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         return stacks_of(net).layers(net)
@@ -57,13 +49,9 @@ class Classifier(Family):
             )
         return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})
 
-    def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, T, D) of a decoder after its final norm; padding comes last, so that none of it is seen."""
-        return super().hidden(net, {name: value for name, value in inputs.items() if name != "attention_mask"})
-
     def stages(self, net: nn.Module) -> Stages | None:
         """Of decoders as of causal models; None of others: what follows their layers is not a norm alone."""
         return super().stages(net) if scores_tokens(net) else None
 
 
-FAMILY = Classifier()
+FAMILY = ClassifierFamily()

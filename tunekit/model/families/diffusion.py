@@ -18,7 +18,7 @@ from tunekit.recipe.model import ModelSection
 IDS = "ids of "  # before a text encoder's name, in the inputs
 
 
-class Diffusion(Family):
+class DiffusionFamily(Family):
     """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or as ids in; predictions (B, C, H, W) out."""
 
     index_file = INDEX
@@ -102,4 +102,4 @@ def _check(section: ModelSection, family: str) -> None:
             raise ModelError(what, f"write {instead}", key=f"model.{key}")
 
 
-FAMILY = Diffusion()
+FAMILY = DiffusionFamily()

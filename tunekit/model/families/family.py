@@ -10,7 +10,7 @@ from torch import nn
 
 from tunekit.contracts import ModelOutput, Processor, Stages
 from tunekit.errors import ModelError
-from tunekit.model.families.heads import TextHead, draw_module, label_head, label_head_name, make_head
+from tunekit.model.families.heads import TextHead, draw_module, label_head, label_head_name, make_head, scores_tokens
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
 from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_config
@@ -33,17 +33,13 @@ class Family:
     reads_ids = True  # whether a question is token ids; else recordings or images
     ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
     unread: tuple[str, ...] = ()  # beginnings of names in the base's files for which the net has no place
+    reads_source = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
     stacks: OneStack | TwoStacks = ONE
 
     @property
     def name(self) -> str:
         """The name of its file."""
         return type(self).__module__.rpartition(".")[2]
-
-    @property
-    def reads_source(self) -> bool:
-        """Whether an encoder reads the prompt, and the answer is a sequence of its own."""
-        return self.stacks.reads_source
 
     @property
     def is_pipeline(self) -> bool:
@@ -89,9 +85,11 @@ class Family:
     def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, T, D) hidden states after the final norm; no head, no cache, no full logits.
 
-        Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts.
+        Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts; a decoder
+        with a head of labels needs no mask, since padding comes last.
         """
-        return self.stacks.hidden(net, inputs)
+        left_out = "attention_mask" if self.labelled else ""
+        return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != left_out})
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
@@ -100,7 +98,7 @@ class Family:
 
     def looks_back(self, net: nn.Module) -> bool:
         """Whether each position sees only those before it, so that rows may lie end to end."""
-        return not self.reads_source
+        return scores_tokens(net) if self.labelled else not self.reads_source
 
     def reads_rows(self, net: nn.Module) -> bool:
         """Whether the head reads whole rows, so that only the net itself can call it."""
@@ -146,7 +144,7 @@ class Family:
     def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What the net is called with for one row of ids (1, T); `beside`: of a batch, whose first row has what else
         the net reads."""
-        return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+        return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
     def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
         """Of a family that reads no ids: what the net could be called with for one row, always the same."""

@@ -35,7 +35,7 @@ MOST_SIDE = 4096
 PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that show what a processor does
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
-Size = float | Mapping[str, object]
+ConfiguredSize = float | Mapping[str, object]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
@@ -193,14 +193,14 @@ def _sides(size: object) -> list[object]:
     return list(size.values()) if isinstance(size, Mapping) else [size]
 
 
-def _sized(size: Size, share: float) -> Size:
+def _sized(size: ConfiguredSize, share: float) -> ConfiguredSize:
     """A size of a processor's file, so many times as large."""
     if isinstance(size, Mapping):
         return {name: round(value * share) if isinstance(value, int) else value for name, value in size.items()}
     return round(size * share)
 
 
-class ImageClassifier(Family):
+class ImageClassifierFamily(Family):
     """Pixels (B, 3, H, W) in, logits (B, C) out, C labels."""
 
     endings = ("ForImageClassification",)
@@ -214,9 +214,6 @@ class ImageClassifier(Family):
     def processor(self, section: ModelSection) -> Processor:
         """How its pictures are scaled."""
         return PixelProcessor(find_source(section, weights=False).folder)
-
-    def looks_back(self, net: nn.Module) -> bool:
-        return False
 
     def reads_rows(self, net: nn.Module) -> bool:
         return True
@@ -255,4 +252,4 @@ def _no_transformer(net: nn.Module) -> ModelError:
     return ModelError(what, "choose a ViT, DeiT, Swin, DINOv2 or the like", key="model.name_or_path")
 
 
-FAMILY = ImageClassifier()
+FAMILY = ImageClassifierFamily()

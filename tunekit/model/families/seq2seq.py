@@ -13,7 +13,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 
-class Seq2Seq(Family):
+class Seq2SeqFamily(Family):
     """Tokens of the source in (input_ids, attention_mask), those of the answer so far (decoder_input_ids,
     decoder_attention_mask), each also as embeddings. Hidden states are the decoder's, a head (D) -> (V)."""
 
@@ -22,6 +22,7 @@ class Seq2Seq(Family):
     class_name = "AutoModelForSeq2SeqLM"
     text = "an encoder-decoder"
     task_type = "SEQ_2_SEQ_LM"
+    reads_source = True
     stacks = TWO
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
@@ -35,4 +36,4 @@ class Seq2Seq(Family):
         return {"input_ids": ids, "decoder_input_ids": ids}
 
 
-FAMILY = Seq2Seq()
+FAMILY = Seq2SeqFamily()

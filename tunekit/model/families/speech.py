@@ -20,7 +20,7 @@ INPUTS = ("input_features", "input_values")
 SAMPLES = 16_000  # of a recording that a net is tried on
 
 
-class Speech(Family):
+class SpeechFamily(Family):
     """Log-mel features (input_features (B, M, F)) or samples (input_values (B, N)) in, with the tokens of the answer so
     far (decoder_input_ids); hidden states are the decoder's, a head (D) -> (V).
 
@@ -33,6 +33,7 @@ class Speech(Family):
     text = "a speech model"  # PEFT's class for encoder-decoders asks for input_ids, so that there is no task_type
     reads_ids = False
     ids = "decoder_input_ids"
+    reads_source = True
     stacks = TWO
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
@@ -60,4 +61,4 @@ class Speech(Family):
         return {"input_features": noise_features(net), "decoder_input_ids": ids}
 
 
-FAMILY = Speech()
+FAMILY = SpeechFamily()

@@ -14,7 +14,7 @@ from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
 from tunekit.model.families.heads import before_projection
 from tunekit.model.families.stages import is_proven, make_stack
 from tunekit.model.families.structure import base_of, call_accepted, find_layers, last_hidden, name_of
-from tunekit.model.pretrained import as_pretrained, config_of, text_config
+from tunekit.model.pretrained import as_pretrained, config_of
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -30,8 +30,6 @@ FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's dropout
 class OneStack:
     """A decoder or an encoder alone."""
 
-    reads_source = False
-
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers in order, with their module names."""
         name, layers = find_layers(net)
@@ -46,22 +44,18 @@ class OneStack:
 
     def stages(self, net: nn.Module) -> Stages | None:
         """The net cut for layer-by-layer execution; None where no test shows that this computes the same."""
-        config, base, name = text_config(net), base_of(net), find_layers(net)[0]
-        if not is_proven(config):
+        base, name = base_of(net), find_layers(net)[0]
+        if not is_proven(net):
             return None
         holder, _, attribute = name.rpartition(".")
         parent = net.get_submodule(holder)
         norms = [norm for name in FINAL_NORMS if isinstance(norm := getattr(parent, name, None), nn.Module)]
         finish = [*norms[:1], *before_projection(net)]
-        return Stages(
-            [make_stack(parent, attribute, lambda inputs, _: call_accepted(base, inputs), finish, config.model_type)]
-        )
+        return Stages([make_stack(net, parent, attribute, lambda inputs, _: call_accepted(base, inputs), finish)])
 
 
 class TwoStacks:
     """An encoder that reads a source, and a decoder of answers (inputs `decoder_...`) that reads what it gives."""
-
-    reads_source = True
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The encoder's layers in order, then the decoder's, with their module names."""
@@ -85,14 +79,11 @@ class TwoStacks:
 
     def stages(self, net: nn.Module) -> Stages | None:
         """The net cut for layer-by-layer execution; None where no test shows that this computes the same."""
-        config = text_config(net)
-        if not is_proven(config):
+        if not is_proven(net):
             return None
         encoder, decoder = _stacks(net)
         runs = ((encoder, partial(_read, encoder)), (decoder, partial(_answer, decoder)))
-        return Stages(
-            [make_stack(each, _layer_list(each)[0], run, _finish(each), config.model_type) for each, run in runs]
-        )
+        return Stages([make_stack(net, each, _layer_list(each)[0], run, _finish(each)) for each, run in runs])
 
 
 ONE, TWO = OneStack(), TwoStacks()

@@ -8,15 +8,13 @@ masks and position embeddings are made by the model's own code, whatever its ver
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tunekit.contracts import LayerCall, SideInput, Stack
+from tunekit.model.pretrained import text_config
 from tunekit.model.transformers_guard import replaced
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # Families on which tests compare stages with the plain forward bit for bit.
 PROVEN = frozenset(
@@ -40,7 +38,7 @@ SIDE_OUTPUTS = {"t5": 2, "mt5": 2, **dict.fromkeys(ONE_MORE, 1)}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
 
 
-class _Recorder(nn.Module):
+class _LayerRecorder(nn.Module):
     """Stands in for a layer: records what it is called with and returns its hidden states."""
 
     def __init__(self, layer: nn.Module, side_outputs: int) -> None:
@@ -91,25 +89,26 @@ def _value(argument: object) -> object:
     return argument.value if isinstance(argument, SideInput) else argument
 
 
-def is_proven(config: PreTrainedConfig) -> bool:
+def is_proven(net: nn.Module) -> bool:
     """Whether nets of this kind, with these settings, compute the same layer by layer."""
+    config = text_config(net)
     drops = any(getattr(config, name, 0.0) > 0 for name in LAYER_DROPS)
     return config.model_type in PROVEN and not drops
 
 
 def make_stack(
+    net: nn.Module,
     parent: nn.Module,
     attribute: str,
     run: Callable[[dict[str, Tensor], Tensor | None], object],
     finish: Sequence[nn.Module],
-    model_type: str,
 ) -> Stack:
-    """The layers that `parent` holds under this name. `run(inputs, source)` calls what embeds and passes them, and
-    `finish` is what it does after the last."""
+    """The layers of `parent`, a part of the net, under this name. `run(inputs, source)` calls what embeds and passes
+    them; `finish` is what it does after the last."""
     layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
     def embed(inputs: dict[str, Tensor], source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:
-        recorders = [_Recorder(layer, SIDE_OUTPUTS.get(model_type, 0)) for layer in layers]
+        recorders = [_LayerRecorder(layer, SIDE_OUTPUTS.get(text_config(net).model_type, 0)) for layer in layers]
         with replaced(parent._modules, **{attribute: nn.ModuleList(recorders)}):
             run(inputs, None if source is None else source.value)
         return cast(Tensor, recorders[0].hidden), _calls(recorders, source)
@@ -118,7 +117,7 @@ def make_stack(
     return Stack(embed, [StageLayer(layer, finish if index == last else ()) for index, layer in enumerate(layers)])
 
 
-def _calls(recorders: Sequence[_Recorder], source: SideInput | None) -> list[LayerCall]:
+def _calls(recorders: Sequence[_LayerRecorder], source: SideInput | None) -> list[LayerCall]:
     """What was recorded, with `source` in place of its value, and of the side outputs only those that are read."""
 
     def given(argument: object) -> object:

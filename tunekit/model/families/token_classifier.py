@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
@@ -15,7 +13,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 
-class TokenClassifier(Family):
+class TokenClassifierFamily(Family):
     """Tokens in, logits (B, T, C) out, C labels."""
 
     endings = ("ForTokenClassification",)
@@ -28,15 +26,9 @@ class TokenClassifier(Family):
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)
 
-    def looks_back(self, net: nn.Module) -> bool:
-        return scores_tokens(net)
-
     def reads_rows(self, net: nn.Module) -> bool:
         """Always: the modules between the last layer and the scores, such as dropout, differ from net to net."""
         return True
-
-    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        return {"input_ids": ids}
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         return stacks_of(net).layers(net)
@@ -47,9 +39,6 @@ class TokenClassifier(Family):
         left_out = "attention_mask" if scores_tokens(net) else "position_ids"
         return super().logits(net, {name: value for name, value in inputs.items() if name != left_out})
 
-    def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().hidden(net, {name: value for name, value in inputs.items() if name != "attention_mask"})
-
     def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(T, C) float32."""
         return super().scores(net, inputs)[0]
@@ -59,4 +48,4 @@ class TokenClassifier(Family):
         return None
 
 
-FAMILY = TokenClassifier()
+FAMILY = TokenClassifierFamily()

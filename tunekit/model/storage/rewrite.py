@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
-LayerChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+MatrixChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Changes:
     """What becomes of the base: layers by module name; whole parameters by parameter name, before a layer's change."""
 
-    layers: Mapping[str, LayerChange]
+    layers: Mapping[str, MatrixChange]
     parameters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
     vocabulary_size: int | None = None  # where it becomes another
 
