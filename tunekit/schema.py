@@ -1,6 +1,5 @@
 """`tunekit schema`: what a recipe may hold, as JSON Schema for an editor or as a text for a person.
-
-Comes in: an optional file.  Goes out: the schema there or on stdout; a file ending in .txt or .md gets the text.
+A file whose name ends in .txt or .md gets the text.
 """
 
 from __future__ import annotations

@@ -26,12 +26,19 @@ CHECKED = (
 )
 READ_BY_LINE = ("jsonl", "csv", "text")  # whose first row costs nothing
 CONFIG = "adapter_config.json"
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether it is a name on the hub, a file, or a folder with a configuration."""
+    return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
+
+
 ABSENCE: dict[str, tuple[Callable[[Path], bool], str, str]] = {  # what a path is expected to name, unlike rows
     "file": (Path.is_file, "no such file", "check the path"),
     "code": (Path.is_file, "no such file", "check the path: FILE.py:NAME"),
     "folder": (Path.is_dir, "no such folder", "check the path"),
     "adapter": (lambda path: (path / CONFIG).is_file(), f"no adapter there ({CONFIG})", "check the path"),
-    "model": (lambda path: _may_be_model(path), "no model there", "check the path, or write a hub name"),
+    "model": (_may_be_model, "no model there", "check the path, or write a hub name"),
 }
 
 
@@ -72,11 +79,6 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def _read_by_line(path: str) -> bool:
     """Whether the first row costs nothing. Raises: DataError for what is no source."""
     return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
-
-
-def _may_be_model(path: Path) -> bool:
-    """Whether it is a name on the hub, a file, or a folder with a configuration."""
-    return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
 
 
 def _missing_files(recipe: Recipe) -> Iterator[Problem]:

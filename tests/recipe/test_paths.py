@@ -10,10 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.recipe.test_reader import SMALL, problems_of
+from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.dump import dump_recipe, yaml_scalar
 from tunekit.recipe.reading.yaml_reader import read_yaml
 from tunekit.recipe.recipe import Recipe
+from tunekit.validate import validate
 
 ALL_PATHS = """\
 model: {model}
@@ -90,6 +92,23 @@ def test_a_recipe_reached_from_another_folder(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_recipe("../recipe.yaml").recipe.output.dir == str(tmp_path / "out")
+
+
+def test_every_local_file_of_a_recipe_must_be_there(tmp_path: Path) -> None:
+    objective = "objective: {{method: {}}}\n"
+    rewards = "[{function: scores.py:f, allow_code: true}, {model: scorer}]"
+    for line, keys in {
+        objective.format("distill, teacher: ./teacher"): {"objective.teacher.name_or_path"},
+        objective.format(f"grpo, reward: {rewards}"): {"objective.reward.0.function", "objective.reward.1.model"},
+        objective.format("dreambooth, class_prompt: a dog, class_data_dir: made"): set(),
+    }.items():
+        path = tmp_path / "recipe.yaml"
+        text = ALL_PATHS.format(model="./model").replace("train: [rows.jsonl, ", "train: [org/rows, ")
+        path.write_text(text.replace("../up.csv, ./local, $HOME/x.jsonl", "org/more") + line, encoding="utf-8")
+        with pytest.raises(RecipeError) as caught:
+            validate(str(path))
+        found = {problem.key for problem in caught.value.problems} - {"data.eval.0.path"}
+        assert found == {"model.name_or_path", "data.chat_template", "adapter.init_from"} | keys
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,9 @@ def test_every_named_file_states_its_facts() -> None:
         for name in known_names(kind):
             needed = {"distill": {"teacher": ModelSection(name_or_path="a teacher")}}.get(name, {})
             assert settings_class(kind, name)(method=name, **needed).method == name
+
+
+def test_a_family_is_a_file_of_its_own() -> None:
+    """Files that families share are none."""
+    models = {"causal", "seq2seq", "classifier", "token_classifier", "image_classifier", "audio_classifier"}
+    assert set(known_names("families")) == {*models, "speech", "diffusion"}

@@ -1,7 +1,4 @@
-"""recipe.yaml + command-line overrides -> Recipe, or every problem at once with file, line and key.
-
-Comes in: a path and KEY=VALUE texts.  Goes out: LoadedRecipe.
-"""
+"""recipe.yaml + command-line overrides -> Recipe, or every problem at once with file, line and key."""
 
 from __future__ import annotations
 

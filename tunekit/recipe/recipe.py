@@ -1,7 +1,4 @@
-"""The whole recipe: one frozen value made of its sections.
-
-Comes in: the mapping load.py read, or the `recipe` of a plan.json.  Goes out: `Recipe`.
-"""
+"""The whole recipe: one frozen value made of its sections."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`start: NAME` or `start: {method: NAME, ...}` of the LoRA family -> the settings of one of recipe/starts/.
-
-Comes in: a name or a mapping.  Goes out: StartSettings.
-"""
+"""`start: NAME` or `start: {method: NAME, ...}` of the LoRA family -> the settings of one of recipe/starts/."""
 
 from __future__ import annotations
 

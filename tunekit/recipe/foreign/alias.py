@@ -1,7 +1,4 @@
-"""What a name of another tool means: a key of ours and how its value is translated, or why there is none.
-
-Comes in: names.  Goes out: tables of Alias.
-"""
+"""What a name of another tool means: a key of ours and how its value is translated, or why there is none."""
 
 from __future__ import annotations
 

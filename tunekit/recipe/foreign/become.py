@@ -1,7 +1,4 @@
-"""What becomes of another tool's key: written under our name, said to change nothing, or complained of.
-
-Comes in: a Draft, a key and its meaning.  Goes out: the same Draft, with a line in `rewrites` or in `problems`.
-"""
+"""What becomes of another tool's key: written under our name, said to change nothing, or complained of."""
 
 from __future__ import annotations
 

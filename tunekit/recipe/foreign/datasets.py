@@ -1,7 +1,6 @@
 """LLaMA-Factory's data sets: names in `dataset`, and what dataset_info.json says of each, become sources.
+What has no exact translation is a problem.
 
-Comes in: a Draft as read.  Goes out: the same Draft with a list of sources under those names; what has no exact
-translation is a problem.
 Source: LLaMA-Factory's data/README.md.
 """
 

@@ -1,6 +1,5 @@
 """Configurations with sections of another tool, torchtune's or Unsloth's -> tunekit's keys.
-
-Comes in: a Draft as read.  Goes out: the same Draft with our keys alone; what has no exact translation is a problem.
+What has no exact translation is a problem.
 """
 
 from __future__ import annotations

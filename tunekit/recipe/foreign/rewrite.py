@@ -1,7 +1,5 @@
 """Other tools' keys -> tunekit's, each rewrite recorded with its place.
-
-Comes in: a Draft as read.  Goes out: the same Draft without foreign keys; `rewrites` says what became of each.  Two
-spellings of one thing, and a value without an exact translation, are problems.
+Two spellings of one thing, and a value without an exact translation, are problems.
 """
 
 from __future__ import annotations

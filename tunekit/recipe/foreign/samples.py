@@ -1,7 +1,4 @@
-"""The keys of TRL's GRPOConfig and RLOOConfig, and what a micro-batch counts there.
-
-Comes in: names, then a Draft whose keys are ours.  Goes out: a table of Alias; the Draft with micro-batches of prompts.
-"""
+"""The keys of TRL's GRPOConfig and RLOOConfig, and what a micro-batch counts there."""
 
 from __future__ import annotations
 

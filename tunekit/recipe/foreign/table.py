@@ -1,7 +1,4 @@
-"""The key names of Axolotl, LLaMA-Factory, TRL and PEFT, where those tools put them, and tunekit's key for each.
-
-Comes in: nothing.  Goes out: `TOP_LEVEL` (flat files) and `IN_ADAPTER` (PEFT's names).
-"""
+"""The key names of Axolotl, LLaMA-Factory, TRL and PEFT, where those tools put them, and tunekit's key for each."""
 
 from __future__ import annotations
 

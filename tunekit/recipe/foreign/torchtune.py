@@ -1,6 +1,5 @@
 """torchtune's configurations, whose sections name a component and its arguments -> tunekit's keys.
 
-Comes in: a Draft as read.  Goes out: the same Draft with our keys alone.
 Source: torchtune's recipes/configs, and the arguments of the builders that they name.
 """
 

@@ -1,6 +1,5 @@
 """Unsloth's configurations (sections model, data, training, lora, logging) and its script's options -> tunekit's keys.
 
-Comes in: a Draft as read.  Goes out: the same Draft with our keys alone.
 Source: unsloth_cli/config.py and unsloth-cli.py.
 """
 

@@ -1,7 +1,5 @@
 """Values of other tools -> tunekit's values, exactly or not at all.
-
-Comes in: one value as Axolotl, LLaMA-Factory, TRL or PEFT write it.  Goes out: our value, or NOTHING where the value
-says what is so anyway.  Raises: NotExact, naming what would be lost.
+NOTHING: the value changes nothing here. NotExact: what would be lost.
 """
 
 from __future__ import annotations

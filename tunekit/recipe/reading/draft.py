@@ -1,8 +1,4 @@
-"""A recipe while it is being read: plain values, and for every written key the place it was written.
-
-Comes in: what the reader of the file and overrides.py find.  Goes out: the same values in canonical form, every problem
-found on the way.
-"""
+"""A recipe while it is being read: plain values, and for every written key the place it was written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """KEY=VALUE and ~KEY of the command line -> changes of the Draft, under the same rules as the file.
-
-Comes in: the texts and the file's Draft in canonical form.  Goes out: the Draft with them applied; what is wrong is a
-problem at `command line`.  Values are read as YAML; keys are dotted, list items by index, other tools' names allowed.
+Values are read as YAML; keys are dotted, list items by index, other tools' names allowed.
 """
 
 from __future__ import annotations

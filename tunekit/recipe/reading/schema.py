@@ -1,8 +1,4 @@
-"""What a recipe may hold, for editors (JSON Schema) and for people (reference text).
-
-Comes in: the section classes.  Goes out: a JSON Schema with the shorthands of structure and the other tools' names, and
-a text that lists each key with its type, default and meaning.
-"""
+"""What a recipe may hold, for editors (JSON Schema) and for people (reference text)."""
 
 from __future__ import annotations
 

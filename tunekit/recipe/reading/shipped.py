@@ -1,7 +1,4 @@
-"""Where the shipped recipes, their data and their schema lie: inside an installed package, or beside it in a clone.
-
-Comes in: nothing.  Goes out: a folder, the recipes in it by name, and what each says of itself.
-"""
+"""Where the shipped recipes, their data and their schema lie: inside an installed package, or beside it in a clone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Did you mean: the nearest known name, and how a wrong value is shown in a message.
-
-Comes in: what a user wrote and what exists.  Goes out: words.
-"""
+"""Did you mean: the nearest known name, and how a wrong value is shown in a message."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the recipe's grammar knows but this version cannot do: refused by name, never read and ignored.
-
-Comes in: a valid Recipe.  Goes out: one Problem per option, with its key.
-"""
+"""What the recipe's grammar knows but this version cannot do: refused by name, never read and ignored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """YAML text -> plain values with the line of every key, read the way people mean it.
 
-Comes in: a recipe file, or the value of a command-line override.  Goes out: a Draft.
-
 Scalars follow YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, `no`, dates and 12:30 are
 text. Values are built here from the parser's events, so no resolver table of PyYAML is touched or relied upon, and
 anchors, merge keys and tags are refused where they stand instead of being expanded.
