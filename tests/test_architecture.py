@@ -344,6 +344,7 @@ CONTRACT_BASES = frozenset(  # depth is counted from these, and from classes of 
 )
 DEEPER_UNTIL_REWRITTEN = frozenset(  # of objectives/, and of adapters/ until their types are merged
     {"Classify", "Cpo", "Distill", "Dpo", "Grpo", "Kto", "Orpo", "PairObjective", "PromptObjective", "Reward", "Rloo"}
+    | {"NewObjective"}  # of scripts/new, until its template is rewritten
     | {"SampleObjective", "Seq2seqChoices", "SftChoices", "Simpo", "TokenClassify"}
     | {"Dora", "LoraFa", "MultitaskPrompt", "NotMergeable"}
 )

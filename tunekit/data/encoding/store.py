@@ -72,15 +72,16 @@ class StoreWriter:
     """Appends rows to one stream a file and keeps their sha256; in files, memory does not grow with the rows."""
 
     def __init__(self, layout: RowLayout, streams: Sequence[IO[bytes]]) -> None:
-        self._files, self._streams = files_of(layout), streams
+        self._parts, self._files, self._streams = tuple(layout.parts), files_of(layout), streams
         self._hashes = [hashlib.sha256() for _ in streams]
 
     def add(self, row: Row, line: int, number: int, digest: int) -> None:
         """One row more."""
-        lengths = tuple(len(values) for values in row.parts.values())
+        parts = [row.parts[name] for name in self._parts]
+        lengths = tuple(map(len, parts))
         record = np.array([(lengths, row.sizes, row.supervised, line, number, digest)], dtype=self._files[RECORDS])
         for stream, digester, values, kind in zip(
-            self._streams, self._hashes, (*row.parts.values(), record), self._files.values(), strict=True
+            self._streams, self._hashes, (*parts, record), self._files.values(), strict=True
         ):
             raw = np.ascontiguousarray(values, dtype=kind).tobytes()
             stream.write(raw)
