@@ -14,7 +14,7 @@ import numpy as np
 from tunekit.artifacts.report.pictures import inlined
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
-from tunekit.contracts import Objective, Row, Tokenizer
+from tunekit.contracts import Objective, Row, Span, Tokenizer
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.evaluation.row_losses import segments
