@@ -314,7 +314,7 @@ def test_prompts_that_are_nowhere_are_said_to_be(tmp_path: Path, pipeline: Path)
 def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"prediction_type": "v_prediction"})
     objective: Any = make_plan(load_recipe(str(recipe), []))[1].rows.objective
-    again = make(
+    again: Any = make(
         make_objective_settings({"method": "dreambooth"}),
         load_processor(ModelSection(name_or_path=str(pipeline))),
         objective.facts,

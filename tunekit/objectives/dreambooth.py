@@ -36,9 +36,9 @@ def make(
     buckets = buckets_of(settings, processor)
     decides = (settings.method, settings.instance_prompt, buckets)  # what a row is made of
     fingerprint = hash_of([*decides, processor.fingerprint])
-    kept = {name: getattr(settings, name) for name in FACTS}
+    stated = {name: getattr(settings, name) for name in FACTS}
     if settings.aspect_ratio_buckets is not None:
-        kept["aspect_ratio_buckets"] = [*map(list, buckets)]
+        stated["aspect_ratio_buckets"] = [*map(list, buckets)]
     return Objective(
         settings.method,
         settings.family,
@@ -47,7 +47,7 @@ def make(
         picture_answering(settings, processor),
         companions=(CompanionSpec("pipeline", KEY, settings),),
         section=partial(_section, settings, processor),
-        facts=kept,
+        facts=stated,
         notes=() if len(buckets) == 1 else (CUT,),
     )
 

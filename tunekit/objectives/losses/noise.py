@@ -140,7 +140,7 @@ class DiffusionLoss(LossKind):
         """The row as the network sees it, without its pixels."""
         parts = {name: values for name, values in row.parts.items() if name != "pixels"}
         parts |= {name: np.stack([picture[name] for picture in pictures]) for name in ("latents", "target")}
-        parts["times"] = self.schedule.times.numpy()[[picture["step"] for picture in pictures]]
+        parts["times"] = self.schedule.times[torch.tensor([picture["step"] for picture in pictures])].numpy().copy()
         parts["sizes"] = np.array([picture["sizes"] for picture in pictures], np.int64)
         parts["weights"] = np.array(weights, np.float32)
         return replace(row, parts=parts | text_parts(run.companion(KEY).texts(run, prompts)))
