@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedConfig
 
 from tunekit.errors import ModelError
 from tunekit.model.compute import resolve_attention, resolve_dtype
@@ -15,9 +15,6 @@ from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import HeadedModel, ModelSection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)

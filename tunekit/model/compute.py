@@ -5,18 +5,14 @@ Comes in: the model section, the configuration, the device.  Goes out: a dtype, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import PreTrainedConfig
 
 from tunekit.errors import ModelError
 from tunekit.machine import devices
 from tunekit.machine.environment import cpu_facts
 from tunekit.model.pretrained import AutoClass
 from tunekit.recipe.model import ModelSection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -109,8 +109,8 @@ class DocumentMask:
         return tensor.index_select(1, self._places[row])
 
 
-AttentionMask = DocumentMask | Tensor | None
-Attended = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the weights where a function gives them
+LayerMask = DocumentMask | Tensor | None
+Output = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the weights where a function gives them
 
 
 def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,7 +209,7 @@ def _register() -> None:
         AttentionMaskInterface.register(name, _mask_function("eager" if function is _eager else "sdpa"))
 
 
-def _functions() -> dict[str, Callable[..., Attended]]:
+def _functions() -> dict[str, Callable[..., Output]]:
     """Our attention functions by the names under which transformers knows them."""
     return {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
 
@@ -252,17 +252,13 @@ def _mask_function(plain: str) -> Callable[..., object]:
     return make_mask
 
 
-def _sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
-) -> Attended:
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), mask, named)
 
 
-def _eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
-) -> Attended:
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
     """The plain attention of the module's own file, which knows its soft cap and its sinks."""
     from importlib import import_module
 
@@ -270,9 +266,7 @@ def _eager(
     return _each_document(plain, query.dtype, module, (query, key, value), mask, named)
 
 
-def _kernel(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
-) -> Attended:
+def _kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
     """All documents in one call of torch's kernel; what it does not know goes document by document."""
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
@@ -292,9 +286,7 @@ def _kernel(
     return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None  # (B, T, H, D)
 
 
-def _products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **named: object
-) -> Attended:
+def _products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
     """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
     asked = named.get("is_causal")
     whole = mask is None and query.shape[2] == key.shape[2]
@@ -350,13 +342,13 @@ def _with_all_heads(
 
 
 def _each_document(
-    attend: Callable[..., Attended],
+    attend: Callable[..., Output],
     block_dtype: torch.dtype,
     module: nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor],
-    mask: AttentionMask,
+    mask: LayerMask,
     named: dict[str, object],
-) -> Attended:
+) -> Output:
     """`attend` over each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
     Rows are taken apart by unbind and split, whose backward passes put gradients together in one go: a slice for each

@@ -35,9 +35,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
-MaskCache = dict[
-    int | None, tuple[tuple[object, ...], Tensor | None]
-]  # by window: what the last one was made of, and it
+MaskCache = dict[int | None, tuple[tuple[object, ...], Tensor | None]]  # by window: the origin of the last one, and it
 Hooked = tuple[tuple[object, ...], dict[str, Any]]
 
 

@@ -8,16 +8,13 @@ The weights are random: such a model shows that a recipe runs, not what it learn
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from tunekit.files.cache_folder import default_cache_folder
 from tunekit.files.durable import whole_folder
 from tunekit.model.transformers_guard import quiet
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 PREFIX = "builtin:"  # no hub name can hold a colon
 LAYOUT = "v1"  # part of the folder's name: change it with anything below
@@ -69,7 +66,7 @@ def write_tiny_llama(folder: Path) -> None:
         native.save_pretrained(folder)
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def _byte_tokenizer() -> Any:
     """One token per byte and three special tokens, so that no text is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -60,9 +60,10 @@ def read_config(source: ModelSource) -> dict[str, Any]:
         if ggufs:
             how = f"name the file itself, for example {source.folder / ggufs[0]}"
             raise ModelError(f"{source.name_or_path} holds GGUF files", how, key="model.name_or_path")
-        if indexed_family(source) is not None:
+        indexed = indexed_family(source)
+        if indexed is not None:
             raise ModelError(
-                f"{source.name_or_path} is a diffusion pipeline, and the objective trains another kind of model",
+                f"{source.name_or_path} is {indexed.text}, and the objective trains another kind of model",
                 "write objective: dreambooth, or choose another base",
                 key="model.name_or_path",
             )
@@ -71,13 +72,8 @@ def read_config(source: ModelSource) -> dict[str, Any]:
 
 def indexed_family(source: ModelSource) -> Family | None:
     """The family of a base that is recognised by a file of its own, such as a pipeline's model_index.json."""
-    if source.gguf_file is not None:
-        return None
-    return next((family for family in known_families() if _has_index(source.folder, family)), None)
-
-
-def _has_index(folder: Path, family: Family) -> bool:
-    return family.index_file is not None and (folder / family.index_file).exists()
+    families = () if source.gguf_file is not None else known_families()
+    return next((each for each in families if each.index_file and (source.folder / each.index_file).exists()), None)
 
 
 def unnamed_family() -> Family:

@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from tunekit.files.tensors import TensorEntry, fill_from_file
@@ -29,9 +29,6 @@ from tunekit.model.base_spec import BaseSpec
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import read_headers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 CHUNK_BYTES = 4 * 2**20  # of a file, held beside the tensor that is read
 ALIGNMENT = 64  # of a tensor's first byte, as torch's own are

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,9 +29,6 @@ from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
 MatrixChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
@@ -123,7 +120,7 @@ class Rewriter:
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
         self.packable = packable(self.net, self.family)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
-        self.generation_config: GenerationConfig | None = None  # of a base that has no file of that name to copy
+        self.generation_config: Any = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.names())
         self.aliases = self._find_aliases()
