@@ -342,14 +342,6 @@ CONTRACT_BASES = frozenset(  # depth is counted from these, and from classes of 
     {"LayerAdapter", "ModelAdapter", "ParameterAdapter", "SharedPart", "TrainedCopy"}
     | {"Section", "AdapterSettings", "ObjectiveSettings", "StartSettings", "TunekitError"}
 )
-DEEPER_UNTIL_REWRITTEN = frozenset(  # of objectives/, and of adapters/ until their types are merged
-    {"Classify", "Cpo", "Distill", "Dpo", "Grpo", "Kto", "Orpo", "PairObjective", "PromptObjective", "Reward", "Rloo"}
-    | {"NewObjective"}  # of scripts/new, until its template is rewritten
-    | {"SampleObjective", "Seq2seqChoices", "SftChoices", "Simpo", "TokenClassify"}
-    | {"Dora", "LoraFa", "MultitaskPrompt", "NotMergeable"}
-)
-
-
 def own_bases() -> dict[str, set[str]]:
     """Each class of the package with the names of its bases; classes of one name count as one."""
     bases: dict[str, set[str]] = {}
@@ -370,7 +362,7 @@ def depth_of(name: str, bases: dict[str, set[str]]) -> int:
 def test_inheritance_is_shallow() -> None:
     bases = own_bases()
     deep = {name: depth for name in bases if (depth := depth_of(name, bases)) > 2}
-    assert not deep.keys() - DEEPER_UNTIL_REWRITTEN, deep
+    assert not deep
 
 
 def test_a_class_too_deep_is_found() -> None:
@@ -422,13 +414,6 @@ def test_any_is_rare() -> None:
     assert sum(counts.values()) <= MOST_ANY, f"{sum(counts.values())} times; most of them in {worst}"
 
 
-SHARED_TYPE_NAMES = (  # names that still stand for several types
-    "Answer Array Asked Call Change Changes Choices Difference Group Inputs LayerChange Loss LossType "
-    "Optimizer Part Piece Pixels Place Rewards Scores Share Size Target TargetOverrides Tried Written "
-    "_Recorder"
-)
-
-
 def types_of(file: Path) -> Iterator[str]:
     """Classes, and names of types such as `Pixels = NDArray[np.uint8]`; type variables are no types."""
     for node in ast.parse(file.read_text("utf-8")).body:
@@ -446,7 +431,7 @@ def test_a_type_name_has_one_meaning() -> None:
         for name in types_of(file):
             places.setdefault(name, []).append(name_of(file))
     several = {name: files for name, files in places.items() if len(files) > 1}
-    assert not several.keys() - set(SHARED_TYPE_NAMES.split()), several
+    assert not several
 
 
 def tracked_files() -> list[Path]:

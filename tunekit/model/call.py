@@ -1,7 +1,4 @@
-"""The one value that layers read besides their input: how this forward is made.
-
-Comes in: a Call set by the engine, re-entered in recomputation.  Goes out: `current_call()` inside any layer.
-"""
+"""The one value that layers read besides their input: how this forward is made."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`.
-
-Comes in: the model section, the configuration, the device.  Goes out: a dtype, an attention name.
-"""
+"""What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`."""
 
 from __future__ import annotations
 

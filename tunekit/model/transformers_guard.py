@@ -1,7 +1,4 @@
-"""The one place that silences transformers, huggingface_hub and bitsandbytes, and puts everything back afterwards.
-
-Comes in: nothing.  Goes out: `quiet()`, a block inside which those libraries print neither warnings nor progress bars.
-"""
+"""The one place that silences transformers, huggingface_hub and bitsandbytes, and puts everything back afterwards."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Causal attention as matrix products, for a CPU, where torch's own kernel is slow for rows of usual lengths.
 
-Comes in: queries, keys and values of the documents of one row.  Goes out: what each token attends to.
-
     P = softmax(scale Q K^T),  O = P V;   with G = dL/dO, S = scale P * (G V^T - rowsum(G * O)):
     dV = P^T G,  dQ = S K,  dK = S^T Q
 

@@ -1,7 +1,5 @@
 """Attention within each document of a packed row, without a mask of T x T.
 
-Comes in: a net, and `Segments` in the Call of a forward.  Goes out: the same attention, document by document.
-
 transformers gives every layer what its mask function returns. Ours returns a DocumentMask where the forward has
 segments; the attention functions take that apart and hand each document to the function they replace. So scaling,
 grouped heads, soft caps and sinks stay that function's business, and a layer whose mask is not made by transformers'

@@ -1,7 +1,5 @@
 """Keys and values that stand before those of every layer's tokens, and what a base makes of a text as such.
 
-Comes in: a net, the SelfAttention and P keys and values of each layer.  Goes out: hooks in the net.
-
 Inside one attention module the learned keys and values are what its cache seems to hold: the module's own code joins
 them to its own, so that scaling, grouped heads, soft caps and relative biases stay its business. No cache of the model
 knows of them: they work with and without one, and in a recomputed layer.

@@ -1,7 +1,4 @@
-"""Where the documents of packed rows begin and end, found once for each batch.
-
-Comes in: position ids on the host.  Goes out: `Segments`, which travel in the Call.
-"""
+"""Where the documents of packed rows begin and end, found once for each batch."""
 
 from __future__ import annotations
 

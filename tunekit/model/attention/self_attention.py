@@ -1,7 +1,4 @@
-"""Each decoder layer's self-attention: where it is, its key heads, how far back it sees.
-
-Comes in: a net as transformers builds it.  Goes out: SelfAttention, one a layer, or why there are none.
-"""
+"""Each decoder layer's self-attention: where it is, its key heads, how far back it sees."""
 
 from __future__ import annotations
 

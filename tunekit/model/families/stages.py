@@ -1,6 +1,5 @@
 """A net cut into embed and layers, of one stack or of several, so that an engine can run it layer by layer.
 
-Comes in: the module that has a list of layers, and a way to run the base.  Goes out: Stack.
 The embed stage runs the base's own forward with recorders in place of the layers, so that
 masks and position embeddings are made by the model's own code, whatever its version.
 """

@@ -1,6 +1,5 @@
 """Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
 
-Comes in: a dense matrix (O, I).  Goes out: named tensors that hold it packed, and the dense matrix again.
 bitsandbytes is imported here only, and only when it is used: for 4 bits on other devices than a CPU, and for LLM.int8.
 """
 

@@ -1,7 +1,5 @@
 """NF4 and FP4 in plain torch on a CPU, bit for bit what bitsandbytes packs and unpacks.
 
-Comes in: a dense matrix.  Goes out: its packed tensors, and the dense matrix again.
-
 A block of 64 numbers is divided by its largest magnitude, and each becomes the nearest of 16 values, two in a byte, the
 first in the high half.  With double quantization the blocks' magnitudes, less their mean, are packed too: 256 of them
 share a scale, and each is the nearest of 256 values.  Source: Dettmers et al. 2023 (QLoRA), section 3.

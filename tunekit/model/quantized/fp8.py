@@ -1,7 +1,5 @@
 """Weights in float8 (e4m3) with one scale for each row, and products with inputs rounded the same way: approximate.
 
-Comes in: a matrix (O, I), later inputs x (N, I).  Goes out: packed bytes with scales; x W^T.
-
 On a GPU of compute capability 9.0 or more the product runs on the float8 units. Elsewhere the same rounded numbers are
 multiplied in float32, so that a CPU computes what the GPU does up to the order of sums: for trying a recipe out.
 """

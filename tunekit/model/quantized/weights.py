@@ -1,7 +1,4 @@
-"""The one file that knows quantized weights: a layer's matrix to read and to replace, behind one handle.
-
-Comes in: a module of the base.  Goes out: `Weight`, a matrix (O, I) whatever the storage, and `PackedLinear`.
-"""
+"""The one file that knows quantized weights: a layer's matrix to read and to replace, behind one handle."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Built-in models that need no download: a name such as `builtin:tiny-llama` -> a model folder, made on first use.
 
-Comes in: model.name_or_path.  Goes out: a folder of a few hundred kilobytes (llama, byte-level tokenizer, ChatML
-template) whose bytes depend on nothing but the name.
 The weights are random: such a model shows that a recipe runs, not what it learns.
 """
 

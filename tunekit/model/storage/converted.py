@@ -1,6 +1,5 @@
 """Parameters that a checkpoint stores in pieces: a mixture's experts one by one, where the net has them fused.
 
-Comes in: the net, without values, and the names in its files.  Goes out: the fused parameter from its pieces, and back.
 Which piece belongs where is asked of transformers, whose loading joins them.
 """
 

@@ -1,7 +1,4 @@
-"""GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once.
-
-Comes in: a ModelSource with a GGUF file.  Goes out: arguments for transformers, and a block in which parsing is shared.
-"""
+"""GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once."""
 
 from __future__ import annotations
 

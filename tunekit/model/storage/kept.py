@@ -1,8 +1,4 @@
-"""A packed base kept between runs: which file holds it, and when that file may be used.
-
-Comes in: a base to be packed and where its files lie.  Goes out: the net with its tensors, mapped from a sidecar or in
-memory.
-"""
+"""A packed base kept between runs: which file holds it, and when that file may be used."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """A base whose weights stay in files: every parameter a view into a shared read-only mapping, for layers that are
 streamed.
-
-Comes in: a net without values and where its files lie.  Goes out: the net over its own files, where they hold it as it
-is computed; else over a sidecar that is written once.
 """
 
 from __future__ import annotations

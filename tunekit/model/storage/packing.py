@@ -1,7 +1,4 @@
-"""A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order.
-
-Comes in: a net without values, a reader of its files.  Goes out: the net with packed layers, its tensors one by one.
-"""
+"""A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """A base read by the names of its net, one tensor at a time, straight from the safetensors files.
 
-Comes in: a net without values and the folder.  Goes out: views into shared read-only mappings, or copies of their own.
-
 transformers' from_pretrained holds a whole base at once. What is read here is bit for bit what it would give: where
 that is not certain (renamed or unknown tensors, code of the model's own), `open_base` gives None and it stays in use.
 """

@@ -1,8 +1,4 @@
-"""A base written anew with some of its matrices changed: tensor by tensor, in float32, with one cast at the end.
-
-Comes in: the model section, changes by module name, and what to change them onto.  Goes out: config and weights of a
-model folder.
-"""
+"""A base written anew with some of its matrices changed: tensor by tensor, in float32, with one cast at the end."""
 
 from __future__ import annotations
 

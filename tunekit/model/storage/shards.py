@@ -1,7 +1,4 @@
-"""Safetensors folders read and written one tensor at a time, in bounded memory.
-
-Comes in: a folder of model.safetensors or shards with an index.  Goes out: headers, tensors, folders of that form.
-"""
+"""Safetensors folders read and written one tensor at a time, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """A loaded base in one file of the cache folder, as it is held: packed once, mapped from then on.
 
-Comes in: a key, the tensors' layout, and the tensors one after the other.  Goes out: `Sidecar`, views into the file.
-
 A safetensors file.  Each tensor starts at a multiple of 64 bytes and each layer at one of a page; filler tensors stand
 between them, since the format allows no gaps.  Its header holds the key, and its last 32 bytes are the sha256 of
 all before them; a file that differs in either is made anew.

@@ -1,7 +1,4 @@
-"""Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache.
-
-Comes in: the model section.  Goes out: `ModelSource`, always local from here on, so that nothing later needs a network.
-"""
+"""Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Chat templates: code from a stranger, run in transformers' sandbox with limits on time and memory.
-
-Comes in: a template and messages.  Goes out: text, or DataError with what the template said.
-"""
+"""Chat templates: code from a stranger, run in transformers' sandbox with limits on time and memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Text to ids and back, special tokens, chat templates: protocols.Tokenizer over a tokenizer of transformers.
-
-Comes in: the model section.  Goes out: `LoadedTokenizer`.
-"""
+"""Text to ids and back, special tokens, chat templates: protocols.Tokenizer over a tokenizer of transformers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tokens against rows of the embedding: a token without a row is refused.
-
-Comes in: a tokenizer and the number of rows.  Goes out: ModelError naming the tokens.
-"""
+"""Tokens against rows of the embedding: a token without a row is refused."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ Kind = Literal["adapters", "objectives", "starts", "families", "formats", "metri
 SettingsKind = Literal["adapters", "objectives", "starts"]
 
 _STATES_FAMILY = re.compile(r"^FAMILY\b[^=\n]*=", re.MULTILINE)
-_DEFINES_FAMILY = re.compile(r"^class \w*Family\b", re.MULTILINE)
 
 
 @cache
@@ -28,9 +27,7 @@ def known_names(kind: Kind) -> tuple[str, ...]:
     families those that state FAMILY, which are read as text because they import torch."""
     if kind == "families":
         files = sorted((Path(__file__).parents[2] / "model" / kind).glob("*.py"))
-        stating = [file.stem for file in files if _STATES_FAMILY.search(file.read_text("utf-8"))]
-        # for as long as the families' files state no FAMILY: those that define one
-        return tuple(stating or [file.stem for file in files if _DEFINES_FAMILY.search(file.read_text("utf-8"))])
+        return tuple(file.stem for file in files if _STATES_FAMILY.search(file.read_text("utf-8")))
     settings = Path(__file__).parents[1] / kind
     folder = settings if settings.is_dir() else settings.parents[1] / kind
     names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
