@@ -227,7 +227,7 @@ def test_a_forbidden_import_is_found(importer: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("importer", "text"),
     [
-        ("data/rows", "from tunekit.contracts import Batch\nfrom tunekit.data import batching\nimport numpy"),
+        ("data/rows", "from tunekit.contracts import Pixels, Batch\nfrom tunekit.data import batching\nimport numpy"),
         ("planning/plan", "from tunekit.data.rows import load_rows"),
         ("merge", "from tunekit.targets.target import open_target\nimport torch, os"),
         ("training/optimizers", "import bitsandbytes"),
@@ -342,6 +342,8 @@ CONTRACT_BASES = frozenset(  # depth is counted from these, and from classes of 
     {"LayerAdapter", "ModelAdapter", "ParameterAdapter", "SharedPart", "TrainedCopy"}
     | {"Section", "AdapterSettings", "ObjectiveSettings", "StartSettings", "TunekitError"}
 )
+
+
 def own_bases() -> dict[str, set[str]]:
     """Each class of the package with the names of its bases; classes of one name count as one."""
     bases: dict[str, set[str]] = {}

@@ -26,7 +26,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
-from tunekit.targets.target import LoadedTarget, Target, find_target, load_target
+from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
 from tunekit.tuned.fit import row_problems
 
 
@@ -95,7 +95,7 @@ def _check_metrics(names: Sequence[str]) -> None:
         )
 
 
-def _data_section(target: Target, overrides: Sequence[str]) -> DataSection:
+def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
     """The rows to evaluate: the eval rows of the run or recipe, as overridden, or those that the overrides name."""
     own = target.data
     if (own is None or own.eval is None) and not any(text.startswith("data.eval") for text in overrides):

@@ -232,7 +232,11 @@ def answer(
         return choose(model, objective, choices, texts, settings.batch_size, devices or make_devices())
     answering = objective.answering
     if answering is None or answering.write is None:
-        how = "name a different target" if answering is None or answering.score is None else "give answers with --score FILE"
+        how = (
+            "name a different target"
+            if answering is None or answering.score is None
+            else "give answers with --score FILE"
+        )
         raise InputError(f"the target was trained for {objective.name}, which writes no answers", how)
     prompts = [objective.rows.question(text) for text in texts]
     if model.base.family.reads_ids and model.base.text is not None:

@@ -15,7 +15,7 @@ from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
-from tunekit.console.progress import Progress
+from tunekit.console.progress import StepProgress
 from tunekit.errors import InputError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
@@ -83,7 +83,7 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    progress = Progress(
+    progress = StepProgress(
         session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective)
     )
     with trackers, progress:

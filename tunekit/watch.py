@@ -9,13 +9,13 @@ from dataclasses import MISSING, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tunekit.artifacts.metrics_log import METRICS_NAME, Line, Record, records_from
+from tunekit.artifacts.metrics_log import METRICS_NAME, LoggedLine, Record, records_from
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import read_run, run_values, state_of
 from tunekit.artifacts.run import read_json
 from tunekit.console import Console
-from tunekit.console.progress import Progress
+from tunekit.console.progress import StepProgress
 from tunekit.errors import InputError, RunFolderError
 from tunekit.files.lock import is_held
 from tunekit.records import EvaluationRecord, StepRecord
@@ -35,7 +35,7 @@ def watch_verb(folder: str, port: int | None) -> None:
         return
     run = run_values(path)
     console.info(f"{path}: {state_of(run)}")
-    with Progress(console, run.plan.count("steps"), shows=run.shows) as progress:
+    with StepProgress(console, run.plan.count("steps"), shows=run.shows) as progress:
         for record in _records(path):
             if isinstance(record, StepRecord):
                 progress.update(record)
@@ -46,7 +46,7 @@ def watch_verb(folder: str, port: int | None) -> None:
 
 def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
     """What the run has said so far, and then what it says, until it ends. A resume that goes back begins again."""
-    told: list[Line] = []
+    told: list[LoggedLine] = []
     seen: tuple[int, int] | None = None
     while True:
         ended = not _goes_on(path)
@@ -62,7 +62,7 @@ def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
         time.sleep(LOOK_SECONDS)
 
 
-def _since(metrics: Path, told: list[Line]) -> tuple[int, list[Line]]:
+def _since(metrics: Path, told: list[LoggedLine]) -> tuple[int, list[LoggedLine]]:
     """How many of the lines told are still so, and those after them; of a log that only grew its new end is read."""
     try:
         grown = list(records_from(metrics, told[-2][0])) if len(told) > 1 else []

@@ -298,7 +298,7 @@ def progress(model: Path) -> dict[str, Any]:
     """CPU microseconds of the progress view for a step on a terminal, and of `watch` while a run goes on."""
     from tests.support.run_case import write_run
     from tunekit.console import Console
-    from tunekit.console.progress import Progress
+    from tunekit.console.progress import StepProgress
     from tunekit.files.lock import FolderLock
     from tunekit.records import StepRecord
 
@@ -307,7 +307,7 @@ def progress(model: Path) -> dict[str, Any]:
     records = [StepRecord(at, 0.1, 2.0, 1e-4, 1.0, 600, 150, 1.0, 600.0, 1 << 29) for at in range(1, 2001)]
     clock = iter(float(at) for at in range(10**6)).__next__  # a second a step: every line is drawn
     with os.fdopen(writer, "w", encoding="utf-8") as terminal:
-        view = Progress(Console(output=terminal), len(records) + 1, budget_bytes=1 << 30, clock=clock)
+        view = StepProgress(Console(output=terminal), len(records) + 1, budget_bytes=1 << 30, clock=clock)
 
         def shown() -> None:
             for record in records:

@@ -14,7 +14,7 @@ import termios
 import pytest
 
 from tunekit.console import Console, visible
-from tunekit.console.progress import Counting, Progress
+from tunekit.console.progress import Counting, StepProgress
 from tunekit.console.text import Flow, cell_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord
 
@@ -82,7 +82,7 @@ def test_data_cannot_command_the_terminal() -> None:
     console.table([evil], [[evil]], title=evil)
     console.panel(evil, {evil: evil})
     console.print_segments([(evil, True)])
-    with Progress(console, 1) as progress:
+    with StepProgress(console, 1) as progress:
         progress.evaluation(EvaluationRecord(1, {evil: 1.0}))
     for letter in "\x1b\x07\x9b\r\x00":
         assert letter not in output.getvalue() + errors.getvalue()
@@ -146,7 +146,7 @@ def test_other_ranks_print_nothing() -> None:
     console.table(["a"], [[1]])
     console.panel("x", {"a": 1})
     console.print_segments([("x", True)])
-    with Progress(console, 2) as progress:
+    with StepProgress(console, 2) as progress:
         progress.update(record(1))
         progress.evaluation(EvaluationRecord(1, {"loss": 1.0}))
     assert output.getvalue() == errors.getvalue() == ""
@@ -166,7 +166,7 @@ class Clock:
 def test_plain_lines_first_last_and_now_and_then() -> None:
     console, output, _ = both()
     clock = Clock()
-    with Progress(console, 1000, 0, clock) as progress:
+    with StepProgress(console, 1000, 0, clock) as progress:
         for step in range(1, 1001):
             clock.now += 1.0
             progress.update(record(step))
@@ -179,12 +179,12 @@ def test_plain_lines_first_last_and_now_and_then() -> None:
 
 def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> None:
     console, output, _ = both()
-    with Progress(console, 1) as progress:
+    with StepProgress(console, 1) as progress:
         progress.update(record(1))
     assert output.getvalue().count("step 1/1") == 1
     console, output, _ = both()
     clock = Clock()
-    with Progress(console, 100, 0, clock) as progress:
+    with StepProgress(console, 100, 0, clock) as progress:
         for step in (1, 2, 3):
             progress.update(record(step))
     assert [line.split()[1] for line in output.getvalue().splitlines()] == ["1/100", "3/100"]
@@ -193,7 +193,7 @@ def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> No
 def test_time_left_does_not_count_the_evaluation_before_training() -> None:
     console, _, _ = both()
     clock = Clock()
-    progress = Progress(console, 10, 0, clock)
+    progress = StepProgress(console, 10, 0, clock)
     clock.now += 500.0
     progress.evaluation(EvaluationRecord(0, {"loss": 1.0}))
     clock.now += 2.0
@@ -204,7 +204,7 @@ def test_time_left_does_not_count_the_evaluation_before_training() -> None:
 def test_time_left_after_a_resume_counts_this_leg_only() -> None:
     console, _, _ = both()
     clock = Clock()
-    progress = Progress(console, 100, 90, clock)
+    progress = StepProgress(console, 100, 90, clock)
     assert progress.seconds_left() is None
     clock.now += 3.0
     progress.update(record(91))
@@ -213,7 +213,7 @@ def test_time_left_after_a_resume_counts_this_leg_only() -> None:
 
 def test_one_live_line_that_steps_aside() -> None:
     console, output, _ = both(True)
-    with Progress(console, 3) as progress:
+    with StepProgress(console, 3) as progress:
         progress.update(record(1))
         console.info("a message")
         progress.update(record(3, loss=0.5))
@@ -231,7 +231,7 @@ def test_one_live_line_that_steps_aside() -> None:
 def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     console, output, _ = both(True)
-    with Progress(console, 3) as progress:
+    with StepProgress(console, 3) as progress:
         progress.update(record(1))
     drawn = output.getvalue().replace("\x1b[K", "").replace("\n", "").split("\r")
     assert all(len(line) <= 19 for line in drawn)
@@ -253,7 +253,7 @@ def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setenv("COLUMNS", str(columns))
         budget = 2 << 30 if "of 2.0" in shown else None
-        progress = Progress(both(True)[0], 9, 0, clock, budget_bytes=budget)
+        progress = StepProgress(both(True)[0], 9, 0, clock, budget_bytes=budget)
         progress._curve.extend([1.0, 2.0, 3.0, 3.0, 2.0, 1.0] if budget else [])
         clock.now += 3.0
         progress._pace.append((1, clock.now))
@@ -304,7 +304,7 @@ def test_a_reader_that_has_gone_is_given_up(number: int) -> None:
     console = Console(output=gone, errors=errors)
     console.info("x")
     console.table(["a"], [[1]])
-    with Progress(console, 2) as progress:
+    with StepProgress(console, 2) as progress:
         progress.update(record(1))
     console.warn("still here")
     assert gone.calls == 1
@@ -320,12 +320,12 @@ def test_closed_streams_are_no_error() -> None:
 
 PIPED = """
 from tunekit.console import Console
-from tunekit.console.progress import Counting, Progress
+from tunekit.console.progress import Counting, StepProgress
 from tunekit.records import StepRecord
 console = Console()
 for step in range(20000):
     console.info("a line of text")
-with Progress(console, 1) as progress:
+with StepProgress(console, 1) as progress:
     progress.update(StepRecord(1, 0.1, 1.0, 1e-4, 0.5, 10, 5, 0.1, 100.0, 1))
 """
 

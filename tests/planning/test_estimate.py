@@ -39,7 +39,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.training.engines.window import WindowEngine
-from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.optimizers import Optimizer, ParameterGroup
 from tunekit.tuned.network import prepare_network
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> N
 def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> None:
     kernels = importlib.import_module("bitsandbytes.backends.cpu.ops")
     parameter = torch.nn.Parameter(torch.randn(2**16))
-    optimizer = Optimizer(TrainingSection(optimizer=name), [Group(("w",))], {"w": parameter})
+    optimizer = Optimizer(TrainingSection(optimizer=name), [ParameterGroup(("w",))], {"w": parameter})
     flat, gradient = optimizer.groups[0].data, optimizer.gradients()[0]
     gradient.normal_()
     state = optimizer.native.state[flat]
@@ -179,7 +179,7 @@ def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> Non
         else:
             kernels._optimizer_update_32bit_cpu(*given, unorm_vec=None, max_unorm=0.0, param_norm=0.0, **shared)
     assert tracker.peak_total - held == sum(optimizer.update_blocks(CPU))
-    assert Optimizer(TrainingSection(), [Group(("w",))], {"w": parameter}).update_blocks(CPU) == []
+    assert Optimizer(TrainingSection(), [ParameterGroup(("w",))], {"w": parameter}).update_blocks(CPU) == []
 
 
 def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:

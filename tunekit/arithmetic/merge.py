@@ -31,7 +31,7 @@ from tunekit.model.storage.model_folder import copy_other_files, whole_model_fol
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
-from tunekit.targets.target import LoadedTarget, Target, as_trained, family_of, load_target, processor_of
+from tunekit.targets.target import LoadedTarget, TargetSpec, as_trained, family_of, load_target, processor_of
 from tunekit.tuned.network import prepare_network
 
 SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
@@ -45,7 +45,7 @@ TEXTS = (
 )
 
 
-def merge(target: Target, output: Path, onto: str | None = None, dtype: torch.dtype | None = None) -> MergeResult:
+def merge(target: TargetSpec, output: Path, onto: str | None = None, dtype: torch.dtype | None = None) -> MergeResult:
     """Write the merged base next to `output`, measure it, and rename it into place; after any failure nothing stays.
 
     `dtype`: of the written weights; by default each as the base has it.
@@ -65,7 +65,7 @@ def merge(target: Target, output: Path, onto: str | None = None, dtype: torch.dt
 
 
 def _merge_model(
-    target: Target, adapter: Path, output: Path, onto: str | None, dtype: torch.dtype | None
+    target: TargetSpec, adapter: Path, output: Path, onto: str | None, dtype: torch.dtype | None
 ) -> MergeResult:
     chosen, reason = choose_onto(target, onto)
     if chosen == "quantized" and dtype is not None:
@@ -89,7 +89,7 @@ def _merge_model(
     return result
 
 
-def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
+def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
     """What to merge onto, and why, in words.
 
     Raises: InputError where the base is not quantized, or not to 4 bits.
@@ -110,7 +110,7 @@ def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
     return "quantized", f"asked for; rounding the merged weights to {kind} again loses a part of the adapter"
 
 
-def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:
+def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:
     """Run both models on the same rows, one after the other, so that only one is in memory."""
     device, requantized = torch.device("cpu"), rewriter.onto == "quantized"
     loaded = load_target(target, device)
@@ -138,7 +138,7 @@ def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes
 
 def _without_rounding(
     difference: LogitDifference,
-    target: Target,
+    target: TargetSpec,
     section: ModelSection,
     rewriter: Rewriter,
     changes: Changes,
@@ -172,7 +172,7 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     return max(float((first - second).abs().max()) for first, second in zip(before, after, strict=True))
 
 
-def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
+def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
     """What the net is called with for up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else
     fixed texts, or one row of noise where it reads no text."""
     base, objective = loaded.model.base, loaded.objective

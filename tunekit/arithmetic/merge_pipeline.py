@@ -28,12 +28,12 @@ from tunekit.model.storage.model_folder import whole_model_folder
 from tunekit.model.storage.rewrite import Changes
 from tunekit.model.storage.source import find_source
 from tunekit.model.transformers_guard import quiet
-from tunekit.targets.target import LoadedTarget, Target, load_target
+from tunekit.targets.target import LoadedTarget, TargetSpec, load_target
 
 PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # of what is compared
 
 
-def merge_pipeline(target: Target, adapter: Path, output: Path, dtype: torch.dtype | None) -> MergeResult:
+def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch.dtype | None) -> MergeResult:
     """Write the merged pipeline next to `output`, measure it, and rename it; after any failure nothing stays.
 
     Raises: InputError, AdapterError and ResourceError as merge.

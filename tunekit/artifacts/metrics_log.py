@@ -16,7 +16,7 @@ from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
 Record = dict[str, Any]  # a line: `step`, and of a step its numbers by name, of an evaluation `eval` and more
-Line = tuple[int, Record]  # where the line ends in the file, and its record
+LoggedLine = tuple[int, Record]  # where the line ends in the file, and its record
 BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
 
 
@@ -53,7 +53,7 @@ def append_line(path: Path, line: bytes) -> None:
         os.close(number)
 
 
-def records_from(path: Path, offset: int = 0) -> Iterator[Line]:
+def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
     """(offset of the line's end, record) for every whole line from `offset` on; a torn last line ends the file.
 
     Raises: RunFolderError where a line is damaged, naming it if all lines are read.

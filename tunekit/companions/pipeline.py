@@ -21,13 +21,14 @@ from tunekit.contracts import (
     Companion,
     CompanionFacts,
     CompanionSpec,
-    Counting,
+    CountingAs,
     Model,
+    Pixels,
     Row,
     Rows,
     RunView,
 )
-from tunekit.data.encoding.images import Pixels, Size, covering, cropped, png_bytes, read_image
+from tunekit.data.encoding.images import Size, covering, cropped, png_bytes, read_image
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.data_file import content_hash
 from tunekit.data.reading.folder import passed_over
@@ -165,7 +166,7 @@ class Pipeline(Companion):
         parts = net.beside.values() if self.draws or net.stays else [net.part("vae")]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
-    def rehearse(self, run: RunView, batch: Batch, counting_as: Counting) -> None:
+    def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
         """One image encoded, and one decoded if some are drawn."""
         vae, how = run.model.base.net.part("vae"), drawing_of(self.settings)
         vae.encode(torch.empty(1, 3, *bucket_of(batch.rows[0]), device="meta"))

@@ -18,18 +18,18 @@ from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.prompts import Completion
-from tunekit.targets.target import LoadedTarget, Target, find_target, load_target
+from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
 
 BATCH_SIZE = 16  # completions that are scored side by side
 Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
-def find_reward_model(folder: str) -> Target:
+def find_reward_model(folder: str) -> TargetSpec:
     """The target that a recipe names."""
     return find_target(folder, None, [])
 
 
-def weight_bytes(target: Target, device: torch.device) -> int:
+def weight_bytes(target: TargetSpec, device: torch.device) -> int:
     """Bytes of its weights, before they are loaded."""
     return stored_bytes(make_meta_model(target.model, device=device).net)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tunekit.companions.base import Planned
-from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, Counting, RunView, Window
+from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView, Window
 from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
@@ -16,7 +16,7 @@ from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.tuned.fit import longest_tokens
 
 
-class Sampling(Companion):
+class Sampler(Companion):
     """`window`: the last one with new completions.  A rehearsal has `count` completions side by side, each of
     `prompt_tokens` and `new_tokens`: the longest ones of the run."""
 
@@ -49,7 +49,7 @@ class Sampling(Companion):
                 what = f"{updates} steps share the same completions, which no checkpoint between them keeps"
                 yield Problem(what, f"write a multiple of {updates} (objective.num_iterations)", key=f"training.{name}")
 
-    def rehearse(self, run: RunView, batch: Batch, counting_as: Counting) -> None:
+    def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
         """The forward of the prompts, then the last token's logits and the draw, with the keys and values of all
         layers."""
         base = run.model.base
@@ -71,6 +71,6 @@ class Sampling(Companion):
         del kept
 
 
-def make(spec: CompanionSpec) -> Sampling:
+def make(spec: CompanionSpec) -> Sampler:
     """The sampling that the settings state."""
-    return Sampling(spec)
+    return Sampler(spec)

@@ -19,7 +19,7 @@ CURVE_STEPS, CURVE_COLUMNS = 500, 12
 BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 
 
-class Progress:
+class StepProgress:
     """Reports steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Progress:
         self._pace: deque[tuple[int, float]] = deque([(first_step, self._began)], maxlen=RATE_STEPS + 1)
         self._is_live = console.is_terminal
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -273,7 +273,7 @@ class CompanionFacts:
     usable: bool = True
 
 
-Counting = Callable[[str], AbstractContextManager[None]]  # part of the memory ("logits") -> a block counted as it
+CountingAs = Callable[[str], AbstractContextManager[None]]  # part of the memory ("logits") -> a block counted as it
 
 
 class Companion:
@@ -320,7 +320,7 @@ class Companion:
         """Further tensors that are on the device while `rehearse` runs."""
         return ()
 
-    def rehearse(self, run: RunView, batch: Batch, counting_as: Counting) -> None:
+    def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
         """In the simulated run: compute what needs most memory, for the largest batch."""
 
 

@@ -15,6 +15,7 @@ from tunekit.records import Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 Array = NDArray[Any]
+Pixels = NDArray[np.uint8]  # (H, W, 3)
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of all ranks
 Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
 

@@ -40,7 +40,7 @@ def _choices(value: object) -> Any:
 
 
 ANSWERS = {"type": "array", "minItems": 2, "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
-Choices = Annotated[
+ChoiceList = Annotated[
     Several[Text] | Literal["from_data"] | None,
     BeforeValidator(_choices),
     WithJsonSchema({"anyOf": [ANSWERS, {"const": FROM_DATA}, {"type": "null"}]}),
@@ -50,7 +50,7 @@ Choices = Annotated[
 class EvaluationSection(Section):
     """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
 
-    choices: Choices = Field(
+    choices: ChoiceList = Field(
         None, description="the answers to choose from by their log-probability; from_data: those of the rows"
     )
     choice_score: Literal["sum", "mean_per_token", "mean_per_byte"] = Field(

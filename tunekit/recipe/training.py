@@ -30,7 +30,7 @@ SCHEDULERS: dict[str, dict[str, float | str | None]] = {
     "inverse_sqrt": {"timescale": None},
     "warmup_stable_decay": {"num_decay_steps": None, "decay_type": "cosine", "min_lr_ratio": 0.0, "num_cycles": 0.5},
 }
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
 def _scheduler(value: object) -> Any:
@@ -61,7 +61,7 @@ class TrainingSection(Section):
         0.03, description="warm-up as a share of all steps"
     )
     warmup_steps: CountOrZero | None = Field(None, description="warm-up in steps, instead of warmup_ratio")
-    optimizer: Optimizer = Field("adamw", description="AdamW with 32-bit or 8-bit state, paged or not")
+    optimizer: OptimizerName = Field("adamw", description="AdamW with 32-bit or 8-bit state, paged or not")
     weight_decay: NotNegative = Field(0.0, description="never on biases, norms or scaling vectors")
     max_grad_norm: Positive | None = Field(1.0, description="clip the step's gradient to this norm; null: never")
     epochs: Positive | None = Field(1.0, description="passes over the training rows")

@@ -45,7 +45,7 @@ NAME_BASE = "give the base with --base"
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetSpec:
     """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
 
     kind: str  # adapter, run, checkpoint, model, recipe
@@ -101,7 +101,7 @@ class Target:
 class LoadedTarget:
     """A target with its model, its processor and its objective."""
 
-    target: Target
+    target: TargetSpec
     model: TunedModel
     processor: Processor
     objective: Objective  # for which it was trained, or which measures models of its family
@@ -116,7 +116,7 @@ class LoadedTarget:
         return self.processor.tokenizer
 
 
-def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Target:
+def find_target(target: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
     """What TARGET is, from the files it has; nothing is loaded.
 
     Raises: InputError where it is nothing, or where no base can be found for an adapter.
@@ -172,7 +172,7 @@ def _require_model(target: str, section: ModelSection) -> None:
         ) from error
 
 
-def _from_folder(folder: Path, given: TargetOverrides) -> Target:
+def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
     if (folder / "adapter_config.json").exists():
         return _from_adapter(folder, given)
     if (folder / "plan.json").exists():
@@ -193,15 +193,15 @@ def _from_folder(folder: Path, given: TargetOverrides) -> Target:
     )
 
 
-def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> Target:
+def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> TargetSpec:
     evaluation, model = recipe.evaluation.model_copy(update=given.evaluation), given.model
     if adapter is not None and "name_or_path" not in model:
         base = base_section(read_adapter_config(adapter), {}, NAME_BASE)
         model = base.model_dump(include={"name_or_path", "revision"}, exclude_unset=True) | model
-    return Target(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
+    return TargetSpec(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
 
 
-def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> Target:
+def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> TargetSpec:
     """The run as it was after that step."""
     holder = TemporaryDirectory(prefix="tunekit-")
     adapter = Path(holder.name) / "adapter"
@@ -210,13 +210,13 @@ def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> Target:
     return replace(_from_recipe("checkpoint", recipe, adapter, given), holder=holder)
 
 
-def _from_adapter(folder: Path, given: TargetOverrides) -> Target:
+def _from_adapter(folder: Path, given: TargetOverrides) -> TargetSpec:
     """An adapter folder; in a run folder it also has that run's data."""
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
         return _from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given)
     model = base_section(read_adapter_config(folder), given.model, NAME_BASE)
-    return Target("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
+    return TargetSpec("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
 
 
 def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
@@ -238,17 +238,17 @@ def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) 
     return ModelSection.model_validate({**known, **overrides})
 
 
-def _bare_model(name: str, given: TargetOverrides) -> Target:
+def _bare_model(name: str, given: TargetOverrides) -> TargetSpec:
     model = ModelSection.model_validate({"name_or_path": name} | given.model)
-    return Target("model", model, EvaluationSection().model_copy(update=given.evaluation))
+    return TargetSpec("model", model, EvaluationSection().model_copy(update=given.evaluation))
 
 
-def processor_of(target: Target) -> Processor:
+def processor_of(target: TargetSpec) -> Processor:
     """What makes rows for the target's base. Raises: ModelError."""
     return make_family(family_of(target)).processor(target.model)
 
 
-def family_of(target: Target) -> str:
+def family_of(target: TargetSpec) -> str:
     """The family as which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
     if target.recipe is not None:
         return str(target.recipe.objective.family)
@@ -266,7 +266,7 @@ def _family_of_task(task_type: str) -> str | None:
     return next((family.name for family in known_families() if family.task_type == task_type), None)
 
 
-def objective_of(target: Target, processor: Processor) -> Objective | None:
+def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     """For what the target was or would be trained, as its recipe or its adapter's folder say; None of bare models."""
     config = None if target.adapter is None else read_adapter_config(target.adapter)
     facts = dict((config.objective if config else None) or {})
@@ -289,7 +289,7 @@ def objective_of(target: Target, processor: Processor) -> Objective | None:
     return None if settings is None else make_objective(settings, processor, facts)
 
 
-def as_trained(target: Target, processor: Processor) -> tuple[Target, Objective | None]:
+def as_trained(target: TargetSpec, processor: Processor) -> tuple[TargetSpec, Objective | None]:
     """The target with its base as the objective has it loaded, and that objective."""
     objective = objective_of(target, processor)
     return (target if objective is None else replace(target, model=objective.section(target.model, 0))), objective
@@ -301,15 +301,15 @@ def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
     Raises: ModelError where nothing says which base it is.
     """
     section = base_section(config, named_base(base), "name it with --base MODEL")
-    target = Target("adapter", section, EvaluationSection(), adapter=config.folder)
+    target = TargetSpec("adapter", section, EvaluationSection(), adapter=config.folder)
     if make_family(family_of(target)).answers:
         return section
     return as_trained(target, processor_of(target))[0].model
 
 
 def load_base(
-    target: Target, device: torch.device, choice: Choice | None = None
-) -> tuple[Target, LoadedModel, Processor, Objective]:
+    target: TargetSpec, device: torch.device, choice: Choice | None = None
+) -> tuple[TargetSpec, LoadedModel, Processor, Objective]:
     """The target with its base as the objective has it loaded, that base, what makes rows for it, and the objective."""
     choice = choice or Choice()
     with parsed_once(target.model.name_or_path):
@@ -321,7 +321,7 @@ def load_base(
     return target, base, processor, objective or measuring_objective(base, processor)
 
 
-def load_target(target: Target, device: torch.device) -> LoadedTarget:
+def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
     """Load the base, put the adapter into it, and load what makes rows for it; ready for evaluation.
 
     Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.

@@ -20,7 +20,7 @@ ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that share a learning-rate multiplier and whether weight decay touches them."""
 
     names: tuple[str, ...]
@@ -31,7 +31,7 @@ class Group:
 class FlatGroup:
     """One group's parameters as views of `data` (N,), their gradients as views of `gradient` (N,), both float32."""
 
-    def __init__(self, group: Group, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, group: ParameterGroup, parameters: Mapping[str, nn.Parameter]) -> None:
         self.group = group
         self.layout: dict[str, tuple[int, tuple[int, ...]]] = {}
         size = 0
@@ -57,7 +57,9 @@ class Optimizer:
     read first.
     """
 
-    def __init__(self, settings: TrainingSection, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self, settings: TrainingSection, groups: Sequence[ParameterGroup], parameters: Mapping[str, nn.Parameter]
+    ):
         self.name = settings.optimizer
         self.learning_rate = settings.learning_rate
         self.groups = [FlatGroup(group, parameters) for group in groups if group.names]
@@ -165,7 +167,7 @@ class Optimizer:
 
 def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
     """The optimizer over the groups that the adapter's method names."""
-    return Optimizer(settings, [Group(*group) for group in adapter.groups(settings)], adapter.trained())
+    return Optimizer(settings, [ParameterGroup(*group) for group in adapter.groups(settings)], adapter.trained())
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from tunekit.artifacts.fingerprint import (
 )
 from tunekit.artifacts.run import RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
-from tunekit.console.progress import Progress
+from tunekit.console.progress import StepProgress
 from tunekit.errors import ResourceError, RunFolderError, TunekitError
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.memory.splitting import is_out_of_memory
@@ -203,7 +203,7 @@ def make_trackers(session: Session, step: int) -> Trackers:
 
 
 def make_recorder(
-    session: Session, progress: Progress, trackers: Trackers
+    session: Session, progress: StepProgress, trackers: Trackers
 ) -> Callable[[StepRecord | EvaluationRecord], None]:
     """Where records go: metrics.jsonl, the progress line, the trackers; nowhere on other ranks."""
 

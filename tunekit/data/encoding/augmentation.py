@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from tunekit.contracts import Pixels
 from tunekit.errors import DataError
-
-Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 
 def transforms() -> Any:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tunekit.contracts import Pixels
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 
-Pixels = NDArray[np.uint8]  # (H, W, 3)
 Size = tuple[int, int]  # height and width in pixels
 BILINEAR = 2  # PIL's number of it
 LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left

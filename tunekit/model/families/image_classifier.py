@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from tunekit.contracts import Processor, Stages, Tokenizer
+from tunekit.contracts import Pixels, Processor, Stages, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
@@ -36,7 +35,6 @@ PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that sh
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
 ConfiguredSize = float | Mapping[str, object]
-Pixels = NDArray[np.uint8]  # (H, W, 3)
 PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
 

@@ -24,7 +24,7 @@ from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
 
 MOST_RATIO = 4 / 3  # of the weighted numbers of good and bad rows; eq. 8
 SIDE = "completion"
-Answer = tuple[Array, Array]  # (T,) ids and marks
+IdsAndMarks = tuple[Array, Array]  # (T,) ids and marks
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class KtoLoss(AnswerLoss):
         """With the KL of all evaluation rows, so that it does not depend on their batches."""
         longest = int(np.asarray(rows.sizes).max(initial=0))
 
-        def before(row: Row) -> Answer:
+        def before(row: Row) -> IdsAndMarks:
             return _answer(rows[(row.number - 1) % len(rows)])
 
         apart, labels = list[float](), list[bool]()
@@ -125,13 +125,13 @@ def _mismatched_window(run: RunView, window: Window) -> list[Batch]:
     return [_mismatched(run.rows, batch, lambda row: before[row.number], max(sizes)) for batch in window.batches]
 
 
-def _answer(row: Row) -> Answer:
+def _answer(row: Row) -> IdsAndMarks:
     ids, trained = row.parts[SIDE], row.parts[f"{SIDE}_trained"]
     start = int(np.argmax(trained))
     return ids[start:], trained[start:]
 
 
-def _mismatched(rows: RowKind, batch: Batch, other: Callable[[Row], Answer], longest: int) -> Batch:
+def _mismatched(rows: RowKind, batch: Batch, other: Callable[[Row], IdsAndMarks], longest: int) -> Batch:
     """Each row's prompt with the answer of a different row, cut at so many tokens."""
 
     def joined(row: Row) -> Row:

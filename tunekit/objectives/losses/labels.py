@@ -18,7 +18,7 @@ from tunekit.metrics.span_f1 import find_spans, kinds_of
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.losses.logprobs import row_losses
 
-Scores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
+ReadScores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
 
 
 def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 class LabelLoss(LossKind):
     """`scores`: gives (N, C) float32 scores of the batch's labels and their (N,) numbers, on the device."""
 
-    scores: Scores = row_scores
+    scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
 
@@ -79,7 +79,7 @@ class LabelLoss(LossKind):
 class TagLoss(LabelLoss):
     """Labels are tags of words, which form spans (B-PER I-PER)."""
 
-    scores: Scores = word_scores
+    scores: ReadScores = word_scores
     metrics: Sequence[str] = ("loss", "token_accuracy", "span_f1")
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Row, Rows, RunView, Sums, Window, drawn_rows
-from tunekit.data.encoding.images import Pixels, Size, cropped
+from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Pixels, Row, Rows, RunView, Sums, Window, drawn_rows
+from tunekit.data.encoding.images import Size, cropped
 from tunekit.errors import Problem
 from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import placed
@@ -27,7 +27,7 @@ from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, te
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 KEY = "objective"  # of the companion that encodes images and prompts
-Place = tuple[int | str, ...]  # decides what is drawn: seed, step, row, and which of the row's images
+DrawKey = tuple[int | str, ...]  # decides what is drawn: seed, step, row, and which of the row's images
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,12 @@ class DiffusionLoss(LossKind):
         """Each row with noisy latents, their times and targets. A row that has them already stays as it is."""
         return drawn_rows(run.rows, window, partial(self._prepared, run))
 
-    def _prepared(self, run: RunView, row: Row, place: Place) -> Row:
+    def _prepared(self, run: RunView, row: Row, place: DrawKey) -> Row:
         if "latents" in row.parts:
             return row
         return self._at_fixed_times(run, row) if self.measures else self._at_drawn_time(run, row, place)
 
-    def _at_drawn_time(self, run: RunView, row: Row, place: Place) -> Row:
+    def _at_drawn_time(self, run: RunView, row: Row, place: DrawKey) -> Row:
         """The image and, with prior preservation, one of the class."""
         settings, size, prompts = self.settings, bucket_of(row), [prompt_of(row)]
         pictures = [self._sample(run, pixels_of(row), row.parts["original"].tolist(), size, (*place, 0))]
@@ -86,13 +86,13 @@ class DiffusionLoss(LossKind):
         pictures = []
         for draw in range(count):
             step = int((draw + 0.5) * len(self.schedule) / count)
-            place: Place = ("evaluation", row.number, draw)
+            place: DrawKey = ("evaluation", row.number, draw)
             original = row.parts["original"].tolist()
             pictures.append(self._sample(run, pixels_of(row), original, bucket_of(row), place, step))
         return self._with(run, row, pictures, [1.0 / count] * count, [prompt_of(row)] * count)
 
     def _sample(
-        self, run: RunView, pixels: Pixels, original: Sequence[int], size: Size, place: Place, step: int | None = None
+        self, run: RunView, pixels: Pixels, original: Sequence[int], size: Size, place: DrawKey, step: int | None = None
     ) -> dict[str, Any]:
         """Noisy latents of an image, their target, and the step, which is drawn unless it is given."""
         settings, fixed = self.settings, step is not None
@@ -109,7 +109,7 @@ class DiffusionLoss(LossKind):
             "sizes": [*map(int, original), *corner, *size],
         }
 
-    def view(self, pixels: Pixels, size: Size, place: Place) -> tuple[Pixels, Size]:
+    def view(self, pixels: Pixels, size: Size, place: DrawKey) -> tuple[Pixels, Size]:
         """The part of an image that this step sees, and where it begins."""
         generator, corner = generator_for("view", *place), None
         if bool(torch.rand((), generator=generator) < 0.5) and self.settings.random_flip:
@@ -120,7 +120,7 @@ class DiffusionLoss(LossKind):
             corner = (top, left)
         return cropped(pixels, size, corner)
 
-    def _step(self, place: Place) -> int:
+    def _step(self, place: DrawKey) -> int:
         """A step of the schedule: each equally likely, or for a flow as its weighting scheme draws them."""
         generator, settings, count = generator_for("step", *place), self.settings, len(self.schedule)
         if self.schedule.prediction != "flow":

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Model, Row, RowKind, RowLayout, Span
+from tunekit.contracts import Array, Batch, EncodeOptions, Model, Pixels, Row, RowKind, RowLayout, Span
 from tunekit.data.encoding.augmentation import Augmentation
-from tunekit.data.encoding.images import Pixels, Size, covering, read_image
+from tunekit.data.encoding.images import Size, covering, read_image
 from tunekit.formats.image_label import ImageLabelExample
 from tunekit.model.call import seed_for
 from tunekit.model.families.image_classifier import PixelProcessor

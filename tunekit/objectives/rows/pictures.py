@@ -17,8 +17,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tunekit.contracts import Answering, Array, Batch, EncodeOptions, Model, Progress, Row, RowKind, RowLayout, Span
-from tunekit.data.encoding.images import Pixels, Size, covering, cropped, read_image
+from tunekit.contracts import (
+    Answering,
+    Array,
+    Batch,
+    EncodeOptions,
+    Model,
+    Pixels,
+    Progress,
+    Row,
+    RowKind,
+    RowLayout,
+    Span,
+)
+from tunekit.data.encoding.images import Size, covering, cropped, read_image
 from tunekit.errors import DataError, Problem
 from tunekit.formats.image import ImageExample
 from tunekit.model.call import seed_for

@@ -107,7 +107,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, dict) else value
 
 
-Rewards = Annotated[Several[RewardSource], BeforeValidator(_listed), Field(min_length=1)]
+RewardList = Annotated[Several[RewardSource], BeforeValidator(_listed), Field(min_length=1)]
 
 
 def reward_names(rewards: Sequence[RewardSource]) -> list[str]:
@@ -138,7 +138,7 @@ class SampleSettings(ObjectiveSettings):
         1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times that of full training"
     )
 
-    reward: Rewards = Field(
+    reward: RewardList = Field(
         (), description="required: what gives a completion its reward; several are added up by their weights"
     )
     num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(

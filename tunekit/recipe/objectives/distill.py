@@ -9,7 +9,7 @@ from pydantic import Field
 from tunekit.recipe.bases.section import Number, ObjectiveSettings, Positive
 from tunekit.recipe.model import ModelSection
 
-Share = Annotated[Number, Field(ge=0, le=1)]
+UnitShare = Annotated[Number, Field(ge=0, le=1)]
 
 
 class DistillSettings(ObjectiveSettings):
@@ -23,9 +23,11 @@ class DistillSettings(ObjectiveSettings):
     teacher_streaming: Literal["off", "host", "disk"] = Field(
         "off", description="where the teacher's layers wait; each is copied to the device once a step, for all its rows"
     )
-    beta: Share = Field(
+    beta: UnitShare = Field(
         0.0,
         description="0: forward KL(teacher | student); 1: reverse KL; between: JSD, of both with a mixture",
     )
     temperature: Positive = Field(1.0, description="that both distributions are taken at")
-    kd_ratio: Share = Field(1.0, description="share of the divergence; the rest is cross entropy on the data's tokens")
+    kd_ratio: UnitShare = Field(
+        1.0, description="share of the divergence; the rest is cross entropy on the data's tokens"
+    )

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from tunekit.recipe.bases.pair_settings import PairSettings
 from tunekit.recipe.bases.section import FirstRecipe, NotNegative, Number, Positive, Several
 
-LossType = Literal[
+DpoLossType = Literal[
     "sigmoid",
     "hinge",
     "ipo",
@@ -27,7 +27,7 @@ LossType = Literal[
 SMOOTHED = ("robust", "exo_pair", "aot")
 
 
-NAMES = {"enum": list(get_args(LossType))}
+NAMES = {"enum": list(get_args(DpoLossType))}
 
 
 def _listed(value: Any) -> Any:
@@ -35,7 +35,7 @@ def _listed(value: Any) -> Any:
 
 
 LossTypes = Annotated[
-    Several[LossType],
+    Several[DpoLossType],
     BeforeValidator(_listed),
     Field(min_length=1),
     WithJsonSchema({"anyOf": [NAMES, {"type": "array", "minItems": 1, "items": NAMES}]}),

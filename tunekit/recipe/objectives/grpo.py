@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tunekit.recipe.bases.sample_settings import SampleSettings
 
-LossType = Literal["grpo", "dapo", "dr_grpo", "cispo"]
+GrpoLossType = Literal["grpo", "dapo", "dr_grpo", "cispo"]
 BNPO = (
     "bnpo divides by the tokens of each micro-batch, so that micro-batches would change the result; write dapo, which "
     "divides by those of the whole step"
@@ -26,7 +26,7 @@ class GrpoSettings(SampleSettings):
     """TRL's names and defaults; a step's completions are one batch, whatever its micro-batches."""
 
     method: Literal["grpo"] = Field("grpo", description="samples of the model, each against the others to its prompt")
-    loss_type: Annotated[LossType, BeforeValidator(_not_by_micro_batch)] = Field(
+    loss_type: Annotated[GrpoLossType, BeforeValidator(_not_by_micro_batch)] = Field(
         "dapo",
         description="grpo: mean of each completion's mean; dapo: by all tokens of the step; dr_grpo: by "
         "max_completion_length; cispo: the ratio capped at epsilon_high, its gradient left out, by all tokens",
