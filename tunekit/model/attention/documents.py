@@ -108,7 +108,7 @@ class DocumentMask:
 
 
 LayerMask = DocumentMask | Tensor | None
-Output = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the weights where a function gives them
+AttentionOutput = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the weights where a function gives them
 
 
 def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,7 +207,7 @@ def _register() -> None:
         AttentionMaskInterface.register(name, _mask_function("eager" if function is _eager else "sdpa"))
 
 
-def _functions() -> dict[str, Callable[..., Output]]:
+def _functions() -> dict[str, Callable[..., AttentionOutput]]:
     """Our attention functions by the names under which transformers knows them."""
     return {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
 
@@ -250,13 +250,17 @@ def _mask_function(plain: str) -> Callable[..., object]:
     return make_mask
 
 
-def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+) -> AttentionOutput:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), mask, named)
 
 
-def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+) -> AttentionOutput:
     """The plain attention of the module's own file, which knows its soft cap and its sinks."""
     from importlib import import_module
 
@@ -264,7 +268,9 @@ def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: L
     return _each_document(plain, query.dtype, module, (query, key, value), mask, named)
 
 
-def _kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
+def _kernel(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+) -> AttentionOutput:
     """All documents in one call of torch's kernel; what it does not know goes document by document."""
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
@@ -284,7 +290,9 @@ def _kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None  # (B, T, H, D)
 
 
-def _products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object) -> Output:
+def _products(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+) -> AttentionOutput:
     """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
     asked = named.get("is_causal")
     whole = mask is None and query.shape[2] == key.shape[2]
@@ -340,13 +348,13 @@ def _with_all_heads(
 
 
 def _each_document(
-    attend: Callable[..., Output],
+    attend: Callable[..., AttentionOutput],
     block_dtype: torch.dtype,
     module: nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor],
     mask: LayerMask,
     named: dict[str, object],
-) -> Output:
+) -> AttentionOutput:
     """`attend` over each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
     Rows are taken apart by unbind and split, whose backward passes put gradients together in one go: a slice for each
