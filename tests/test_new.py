@@ -16,6 +16,8 @@ KINDS = {
     "adapter": (["tests/contract/test_layer_contract.py", "tests/test_readme.py"], 1 + 4 * 6),
     "start": (["tests/contract/test_starts_contract.py"], 5 * 2),
     "objective": (["tests/contract/test_objective_contract.py"], 3),
+    "loss": (["tests/objectives/test_new_loss.py"], 1),
+    "companion": (["tests/companions/test_new_companion.py"], 1),
     "format": (["tests/formats"], 2),
     "metric": (["tests/metrics", "tests/recipe/test_schema.py"], 2),
     "family": (["tests/model/test_new_family.py"], 1),
@@ -43,6 +45,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in KINDS:
         written = call(folder, "scripts/new", kind, f"new_{kind}")
         assert written.returncode == 0, written.stderr
+        files = [line for line in written.stdout.splitlines() if line.startswith("wrote tunekit/")]
+        assert len(files) == (2 if kind in ("adapter", "start", "objective") else 1)
     return folder
 
 
@@ -51,7 +55,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_is_written_passes_the_tests_of_its_kind(kind: str, copy: Path) -> None:
     tests, least = KINDS[kind]
-    named = [] if kind in ("format", "metric", "family") else ["-k", f"new_{kind} or table_of_methods"]
+    named = [] if kind not in ("adapter", "start", "objective") else ["-k", f"new_{kind} or table_of_methods"]
     done = call(copy, "-m", "pytest", "-p", "no:cacheprovider", *named, *tests)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.rpartition(" passed")[0].split()[-1]) >= least, done.stdout[-300:]
@@ -64,7 +68,9 @@ def test_what_is_written_keeps_the_rules_of_the_project(copy: Path) -> None:
     done = call(copy, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_architecture.py")
     assert done.returncode == 0, done.stdout[-3000:]
     for words in (["check", "--quiet"], ["format", "--check", "--quiet"]):
-        linted = call(copy, "-m", "ruff", *words, "tunekit", "tests/formats", "tests/metrics", "tests/model")
+        linted = call(
+            copy, "-m", "ruff", *words, "tunekit", "tests/formats", "tests/metrics", "tests/model", "tests/objectives"
+        )
         assert linted.returncode == 0, linted.stdout
 
 
