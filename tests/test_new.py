@@ -12,6 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COPIED = ("tunekit", "tests", "scripts", "recipes", "README.md", "pyproject.toml")
+LINTED = ("formats", "metrics", "model", "objectives", "companions")  # folders of the tests that scripts/new writes
 KINDS = {
     "adapter": (["tests/contract/test_layer_contract.py", "tests/test_readme.py"], 1 + 4 * 6),
     "start": (["tests/contract/test_starts_contract.py"], 5 * 2),
