@@ -250,11 +250,12 @@ def test_a_real_limit_on_file_size(tmp_path: Path) -> None:
     """The system itself refuses half way through the tensors: exit 4, the old checkpoint whole, no rubbish."""
     run = RunFolder.open_new(tmp_path / "run")
     save(run, 1)
+    big = torch.zeros(100_000)  # here: a fork has none of the threads that fill a large tensor
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            save_checkpoint(run, 2, {"big": torch.zeros(100_000)}, {}, keep=1)
+            save_checkpoint(run, 2, {"big": big}, {}, keep=1)
         except ResourceError as error:
             os._exit(error.exit_code if "tensors.safetensors" in str(error) else 99)
         os._exit(0)
