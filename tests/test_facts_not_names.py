@@ -64,9 +64,9 @@ def decided_by_name(text: str) -> Iterator[str]:
                 yield f"line {node.lineno}: imports {node.module}"
         elif isinstance(node, ast.Attribute) and node.attr in own_settings and is_objective(node.value):
             yield f"line {node.lineno}: reads objective.{node.attr}"
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and is_objective(node.args[0]):
-            if set(constants(node.args[1])) & own_settings:
-                yield f"line {node.lineno}: reads {ast.unparse(node)}"
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+            words = [word for word in constants(node.args[1]) if word in own_settings and is_objective(node.args[0])]
+            yield from (f"line {node.lineno}: reads objective.{word}" for word in words)
 
 
 def is_objective(node: ast.AST) -> bool:

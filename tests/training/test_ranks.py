@@ -77,6 +77,48 @@ def test_two_processes_give_the_curve_of_one(recipe: Path, tmp_path: Path, launc
             assert right[name] == left[name]
 
 
+COUNTING = """
+import os, sys
+from tunekit.model.text import generation
+from tunekit.tuned.model import TunedModel
+
+calls = {"forward": 0, "answers": 0}
+forward, generate = TunedModel.output, generation._generate
+
+def counted(name, function):
+    def call(*values, **named):
+        calls[name] += 1
+        return function(*values, **named)
+    return call
+
+TunedModel.output = counted("forward", forward)
+generation._generate = counted("answers", generate)
+from tunekit.cli import main
+
+try:
+    main()
+finally:
+    with open(os.path.join(os.environ["COUNTS"], os.environ["RANK"]), "w") as file:
+        file.write(str(calls))
+"""
+
+
+def test_ranks_make_equally_many_forwards(recipe: Path, tmp_path: Path) -> None:
+    """Steps, evaluations and answers: a rank that has none left goes along, and changes nothing."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    metrics = ["data.eval=0.2", "training.eval_steps=2", "evaluation.batch_size=2", "evaluation.metrics=[exact_match]"]
+    settings = [f"output.dir={tmp_path / 'run'}", *metrics, "evaluation.max_new_tokens=2"]
+    words = [str(tmp_path / "counting.py"), "train", str(recipe), *settings]
+    places = {"COUNTS": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu"} | places
+    command = [sys.executable, *TORCHRUN, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = [(tmp_path / rank).read_text() for rank in ("0", "1")]
+    assert counts[0] == counts[1]
+    assert "'answers': 0" not in counts[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
 def test_two_processes_give_the_preferences_of_one(tiny_llama: Path, tmp_path: Path, loss_type: str) -> None:

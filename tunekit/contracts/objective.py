@@ -397,3 +397,6 @@ class Engine(Protocol):
     ) -> tuple[torch.Tensor, Sums]:
         """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
         `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""
+
+    def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
+        """Forward and backward of a batch, so many times, with a weight of zero: no gradient changes."""

@@ -24,12 +24,15 @@ def answer_questions(
     length share a batch."""
     assert answering.write is not None  # the settings of the objective state which metrics it has
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
+    chunks = [mine[start : start + limits.batch_size] for start in range(0, len(mine), limits.batch_size)]
+    own, size = len(chunks), devices.world * limits.batch_size
+    chunks += [[0]] * (-(-len(questions) // size) - own)  # so that all ranks write equally often
     texts: list[str] = []
     with undisturbed(model):
-        for start in range(0, len(mine), limits.batch_size):
-            progress("answers written", devices.world * start, len(questions))
-            prompts = [questions[index].prompt for index in mine[start : start + limits.batch_size]]
-            texts += answering.write(model, prompts, limits)
+        for number, chunk in enumerate(chunks):
+            progress("answers written", number * size, len(questions))
+            answers = answering.write(model, [questions[index].prompt for index in chunk], limits)
+            texts += answers if number < own else []
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 

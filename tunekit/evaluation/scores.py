@@ -73,14 +73,13 @@ def summed_evaluation(
     sums: Sums = {}
     stopped, failed = False, None
     with undisturbed(model):
-        for number, batch in enumerate(batches):
-            if number % devices.world != devices.rank:
-                continue
+        for batch, counts in devices.rounds(batches):
             stopped = stopped or stop()
             if stopped:
                 break
             try:
-                sums = added(sums, _sums_or_halves(model, objective, batch, on_split))
+                measured = _sums_or_halves(model, objective, batch, on_split)
+                sums = added(sums, measured) if counts else sums
             except RewardError as error:  # the user's code, of whose failure the other ranks know nothing
                 failed = error
                 break

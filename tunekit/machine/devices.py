@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import psutil
@@ -20,6 +21,7 @@ from torch import Tensor
 from tunekit.errors import RecipeError, TunekitError
 
 Value = TypeVar("Value")
+Item = TypeVar("Item")
 ENDING_SECONDS = 5.0  # a connection closes before the process that had it has ended
 
 
@@ -164,6 +166,21 @@ class Devices:
         value = torch.tensor([flag], dtype=torch.int64, device=self.device)
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
         return int(value.item())
+
+    def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+        """This rank's item of each round of `world` items, and whether it counts.
+
+        If the last round has too few items, the other ranks take its first one again, which does not count: ranks that
+        share a base must make equally many forwards.
+        """
+        batches = iter(items)
+        while some := list(islice(batches, self.world)):
+            counts = self.rank < len(some)
+            yield some[self.rank if counts else 0], counts
+
+    def missing(self, items: int, own: int) -> int:
+        """How many forwards this rank makes fewer than the first one, if ranks take turns at so many items."""
+        return -(-items // self.world) - own
 
     def from_main(self, value: Value) -> Value:
         """The main rank's plain value (JSON-like), on every rank."""

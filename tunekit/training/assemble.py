@@ -17,6 +17,7 @@ from tunekit.artifacts.run import ROWS_NAME
 from tunekit.companions.base import load_companions
 from tunekit.console.progress import Counting
 from tunekit.contracts import Companion
+from tunekit.data.batching.split import cut_batch
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.images import png_bytes
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
@@ -37,6 +38,7 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.training.trial import (
+    dry_run_batch,
     make_splitting,
     probe_layout,
     probe_logprobs,
@@ -102,6 +104,8 @@ def assemble_run(
         warn=session.console.warn,
         shows=shows_of(plan.objective),
     )
+    if devices.world > 1:
+        run.spare = dry_run_batch(run, cut_batch(prepared.largest_batch, run.objective.rows, sequences=1))
     if plan.tries_longest_batch or session.dry_run:
         with session.timed("try"):
             _try_longest(session, prepared, run)

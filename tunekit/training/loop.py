@@ -70,6 +70,9 @@ def _make_step(run: Run, window: Window) -> Reading:
     run.engine.loss_scale = state.scale.factor
     with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
         total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+    missing = run.devices.missing(int(counts[2]), len(window.batches))
+    if missing and run.spare is not None:
+        run.engine.make_up(run.model, run.objective, run.spare, missing)
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())

@@ -97,6 +97,7 @@ class Run:
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
+    spare: Batch | None = None  # of several ranks: the batch that keeps a rank in step which has none left
 
     @property
     def adapter(self) -> AttachedAdapter:

@@ -97,13 +97,18 @@ def split_evaluation_noted(session: Session, state: LoopState) -> Callable[[Batc
     return note
 
 
+def dry_run_batch(run: Run, batch: Batch) -> Batch:
+    """The batch as a step that trains nothing prepares it."""
+    return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
+
+
 def try_longest_batch(run: Run, batch: Batch) -> None:
     """Forward and backward of the longest micro-batch, without an update.
 
     No gradient and no random number stays behind: what is trained afterwards is the same to the bit.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
-        window = run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
+        window = Window(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))
         with reaching_all(run.adapter, run.devices):
             run.engine.run_window(run.model, run.objective, window, run.objective.loss.units(batch))
     run.model.clear_gradient()

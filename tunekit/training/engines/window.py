@@ -39,6 +39,7 @@ class WindowRun:
         self.units = placed(units, model.device)
         self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) each
         self.metrics: Sums = {}
+        self.weight = 1.0  # of every loss; 0 for forwards that only keep ranks in step
 
     def call(self, piece: Piece) -> Call:
         """A split micro-batch's pieces draw as micro-batches of their own."""
@@ -58,7 +59,7 @@ class WindowRun:
         for term in (loss.per_step, penalty()):
             if term is not None:
                 value = value + term / piece.shares
-        (value * self.engine.loss_scale).backward()  # type: ignore[no-untyped-call]
+        (value * self.engine.loss_scale * self.weight).backward()  # type: ignore[no-untyped-call]
         self.losses[piece.index] += loss.total.detach().to(self.units.dtype)
         for name, metric in loss.metrics.items():
             self.metrics[name] = self.metrics[name] + metric if name in self.metrics else metric
@@ -103,6 +104,14 @@ class WindowEngine:
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])
         return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
+
+    def make_up(self, model: TunedModel, objective: Objective, batch: Batch, forwards: int) -> None:
+        """Forward and backward of a batch, so many times, with a weight of zero: no gradient changes."""
+        window = Window(0, 0.0, tuple(range(forwards)), (batch,) * forwards)
+        run = WindowRun(self, model, objective, window, objective.loss.units(batch))
+        run.weight = 0.0
+        with model.unchanged_weights(), model.nothing_left():
+            self._run(run, [Piece(batch, index, 0, forwards) for index in window.indices])
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
         """Forward and backward of every piece, in the order of the step. Only one piece's activations are alive."""
