@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,7 @@ class BlockSettings(AdapterSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_voids_the_other(cls, values: Any) -> Any:
+    def _one_voids_the_other(cls, values: object) -> object:
         if isinstance(values, dict) and values.get("blocks") and "block_size" not in values:
             return {**values, "block_size": 0}
         return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
@@ -10,7 +10,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings, Several, Text
 from tunekit.records import Shows
 
 
-def _label(value: Any) -> Any:
+def _label(value: object) -> object:
     """As the rows' labels are read: a whole number is its text, and blanks around a label are no part of it."""
     return str(value).strip() if isinstance(value, str | int) else value
 

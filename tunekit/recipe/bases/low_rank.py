@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -30,12 +30,12 @@ from tunekit.recipe.bases.section import (
 from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
 
 
-def _names_or_nothing(value: object) -> Any:
+def _names_or_nothing(value: object) -> str | tuple[str, ...]:
     """Text or texts, as everywhere; nothing too, where other things are adapted."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
-def _token_ids(value: object) -> Any:
+def _token_ids(value: object) -> object:
     """Ids of tokens, each once; or a mapping of modules to such lists."""
     if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
         return {name: _listed_ids(ids) for name, ids in value.items()}
@@ -64,8 +64,7 @@ class LowRankSettings(AdapterSettings):
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
     dropout: Fraction = DROPOUT
     target_parameters: Several[Text] = Field(
-        (),
-        description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
+        (), description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone"
     )
     rank_pattern: dict[Expression, Count] = RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN

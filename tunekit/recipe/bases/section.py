@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
@@ -150,43 +150,41 @@ class StartSettings(MethodSettings):
     moves_weights: ClassVar[bool] = False  # a part of W goes into A and B; W as it was less that part stays frozen
     divides_by_scaling: ClassVar[bool] = False  # so that alpha must not be 0
     looks_at: ClassVar[str] = ""
+    decomposes: ClassVar[bool] = True  # a matrix of each layer; else A and B are drawn without a look at the base
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_finite(value: float) -> bool:
-    """math.isfinite for whole numbers of any length (it overflows on an int beyond 1e308)."""
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number (never a bool) that a float can hold; math.isfinite overflows on an int beyond 1e308."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     return abs(value) < 10**300 if isinstance(value, int) else math.isfinite(value)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> float:
     """Accept int or float (never bool, NaN or infinity) and hand on a float."""
-    if not _is_number(value):
-        raise ValueError("must be a number")
     if not _is_finite(value):
-        raise ValueError("must be a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        raise ValueError("must be a finite number" if number else "must be a number")
     return float(value)
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> int:
     """Accept an int, or a float without a fraction such as 1e3; never a bool."""
-    if not _is_number(value) or not _is_finite(value) or value != int(value):
+    if not _is_finite(value) or value != int(value):
         raise ValueError("must be a whole number")
     return int(value)
 
 
-def _auto_or_bool(value: Any) -> Any:
+def _auto_or_bool(value: object) -> object:
     if isinstance(value, bool) or value == "auto":
         return value
     raise ValueError("must be auto, true or false")
 
 
-def _auto_bool_or_count(value: Any) -> Any:
+def _auto_bool_or_count(value: object) -> object:
     if isinstance(value, bool) or value == "auto":
         return value
-    if not _is_number(value) or not _is_finite(value) or value != int(value) or not 0 <= value <= LARGEST_COUNT:
+    if not _is_finite(value) or value != int(value) or not 0 <= value <= LARGEST_COUNT:
         raise ValueError("must be auto, true, false or a number of layers")
     return int(value)
 
@@ -199,12 +197,12 @@ def _expression(text: str) -> str:
     return text
 
 
-def _one_or_several(value: object) -> Any:
+def _one_or_several(value: object) -> object:
     """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def text_or_texts(value: Any) -> Any:
+def text_or_texts(value: object) -> str | tuple[str, ...]:
     """A regular expression, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
         return _expression(value)

@@ -3,7 +3,7 @@ model as it was before step 1."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -30,7 +30,7 @@ SMOOTHED = ("robust", "exo_pair", "aot")
 NAMES = {"enum": list(get_args(DpoLossType))}
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 

@@ -13,5 +13,6 @@ class DefaultSettings(StartSettings):
     """A uniform, B = 0."""
 
     fills_experts: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = False
 
     method: Literal["default"] = Field("default", description="A uniform, B = 0")

@@ -13,5 +13,6 @@ class GaussianSettings(StartSettings):
     """A normal, B = 0."""
 
     fills_experts: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = False
 
     method: Literal["gaussian"] = Field("gaussian", description="A normal with deviation 1 / r, B = 0")

@@ -13,5 +13,6 @@ class OrthogonalSettings(StartSettings):
     """A and B that cancel out."""
 
     needs_even_rank: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = False
 
     method: Literal["orthogonal"] = Field("orthogonal", description="A and B are not 0, but B A is")
