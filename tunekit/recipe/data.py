@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -13,7 +13,7 @@ from tunekit.recipe.bases.section import Count, Number, Positive, Section, Sever
 class Source(Section):
     """One data source: a file (JSONL, JSON, CSV, Parquet) or a hub data set."""
 
-    short: ClassVar[str | None] = "path"
+    short = "path"
 
     path: RowsPath = Field(description="a file, or a data set of the hub")
     format: Text = Field("auto", description="what a row is; auto decides from the columns and prints why")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -27,7 +27,7 @@ FamilyName = Annotated[str, BeforeValidator(_family), WithJsonSchema({"enum": li
 class ModelSection(Section):
     """The base model. `name_or_path`: a local folder, a .gguf file, or a hub id."""
 
-    short: ClassVar[str | None] = "name_or_path"
+    short = "name_or_path"
 
     name_or_path: ModelPath = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")

@@ -30,11 +30,11 @@ Label = Annotated[
 class LabelSettings(ObjectiveSettings):
     """Labels are those of the data unless they are listed."""
 
-    shows: ClassVar[Shows] = Shows(unit="label")
+    shows = Shows(unit="label")
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
-    supervised: ClassVar[bool] = True
-    has_head: ClassVar[bool] = True
-    names_labels: ClassVar[bool] = True
+    supervised = True
+    has_head = True
+    names_labels = True
 
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
         (), description="every label in the order of the head's rows; empty: those of the data, sorted"

@@ -149,6 +149,7 @@ class StartSettings(MethodSettings):
     fills_experts: ClassVar[bool] = False  # also A and B of fused expert parameters
     moves_weights: ClassVar[bool] = False  # a part of W goes into A and B; W as it was less that part stays frozen
     divides_by_scaling: ClassVar[bool] = False  # so that alpha must not be 0
+    depends_on_layout: ClassVar[bool] = False  # a transposed W, as Conv1D stores it, would give other A and B
     looks_at: ClassVar[str] = ""
     decomposes: ClassVar[bool] = True  # a matrix of each layer; else A and B are drawn without a look at the base
 

@@ -3,7 +3,7 @@ text."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -50,14 +50,14 @@ Buckets = Annotated[
 class DreamboothSettings(ObjectiveSettings):
     """diffusers' names; its defaults but for center_crop, which it leaves to chance."""
 
-    family: ClassVar[str] = "diffusion"
-    example: ClassVar[str] = "image"
-    answers: ClassVar[bool] = False
-    supervised: ClassVar[bool] = True
-    measures_training: ClassVar[bool] = True
-    shows: ClassVar[Shows] = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
-    medium: ClassVar[str | None] = "image"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+    family = "diffusion"
+    example = "image"
+    answers = False
+    supervised = True
+    measures_training = True
+    shows = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
+    medium = "image"
+    first_recipe = FirstRecipe(
         order=40,
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model_comment="the folder of a pipeline, or a hub name",
@@ -67,8 +67,8 @@ class DreamboothSettings(ObjectiveSettings):
         objective=(("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),),
         training=(("  scheduler: constant", ""), ("  warmup_steps: 0", ""), ("  max_steps: 500", "")),
     )
-    sums: ClassVar[tuple[str, ...]] = ("loss", "units")
-    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
+    sums = ("loss", "units")
+    default_learning_rate = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"
     )
 
