@@ -6,25 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.bases.section import (
-    EXCLUDE_MODULES,
-    MODULES_TO_SAVE,
-    TARGET_MODULES,
-    AdapterSettings,
-    Count,
-    CountOrZero,
-    Several,
-    Text,
-    TextOrTexts,
-)
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Several, Text, TextOrTexts
 
 
 class BlockSettings(AdapterSettings):
     """Rotations of blocks, whose size or number is given; the other one is 0."""
 
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
-    target_modules: TextOrTexts = TARGET_MODULES
-    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
+    target_modules: TextOrTexts = fields.TARGET_MODULES
+    exclude_modules: TextOrTexts | None = fields.EXCLUDE_MODULES
     block_size: CountOrZero
     blocks: CountOrZero = Field(0, description="number of blocks, instead of block_size")
 

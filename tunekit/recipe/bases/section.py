@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.paths import AdapterPath
 from tunekit.recipe.bases.paths import Text as Text
 from tunekit.records import DEFAULT_SHOWS, Shows
@@ -232,25 +233,12 @@ Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kep
 Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
-# Fields that several settings have: each settings class lists its own, so that none inherits from a chain of others.
-MODULES_TO_SAVE = Field((), description="modules trained whole, such as a head: names or name endings")
-TARGET_MODULES = Field("all-linear", description="all-linear, a list of names, or a regular expression")
-EXCLUDE_MODULES = Field(None, description="modules never adapted, written the same way")
-DROPOUT = Field(0.0, description="on the update's input, while training")
-RANK_PATTERN: dict[str, int] = Field(default_factory=dict, description="module pattern: its own r")
-ALPHA_PATTERN: dict[str, float] = Field(default_factory=dict, description="module pattern: its own alpha")
-LAYERS_TO_TRANSFORM = Field((), description="numbers of the layers adapted; none: all")
-LAYERS_PATTERN = Field(
-    None, description="name of the list that holds the layers, where a module's name has several numbers"
-)
-
-
 class TargetedSettings(AdapterSettings):
     """What the adapters have whose layers the user chooses."""
 
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
-    target_modules: TextOrTexts = TARGET_MODULES
-    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
+    target_modules: TextOrTexts = fields.TARGET_MODULES
+    exclude_modules: TextOrTexts | None = fields.EXCLUDE_MODULES
 
 
 class CalibratedStart(StartSettings):
