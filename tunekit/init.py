@@ -105,9 +105,8 @@ def init_verb(
     if asks and found and model is None:
         console.info("models at hand: " + ", ".join(found[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", usual)
-    method = method or _ask(
-        asks, "Which method? lora, dora, ia3, full (every weight), or another", DEFAULT_METHOD["adapter"]
-    )
+    question = "Which method? lora, dora, ia3, full (every weight), or another"
+    method = method or _ask(asks, question, DEFAULT_METHOD["adapter"])
     if method not in known_names("adapters"):
         raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
     question = "Which share of the rows to evaluate on?"
@@ -141,9 +140,8 @@ def _refuse(target: Path) -> None:
     if target.exists():
         raise RecipeError("exists already", "name another file with --output", file=str(target))
     if not target.absolute().parent.is_dir():
-        raise RecipeError(
-            f"there is no folder {target.absolute().parent}", "make it, or name another", file=str(target)
-        )
+        what = f"there is no folder {target.absolute().parent}"
+        raise RecipeError(what, "make it, or name another", file=str(target))
 
 
 def _ask(asks: bool, question: str, default: str) -> str:
@@ -164,11 +162,10 @@ def _share(text: str) -> float:
 def models_at_hand() -> list[str]:
     """Hub names whose files lie in the hub's cache, the newest first."""
     hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
-    folders = [
-        folder for folder in Path(hub).expanduser().glob("models--*--*") if any(folder.glob("snapshots/*/config.json"))
-    ]
-    folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+    folders = Path(hub).expanduser().glob("models--*--*")
+    complete = [folder for folder in folders if any(folder.glob("snapshots/*/config.json"))]
+    complete.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in complete]
 
 
 def look_at(data: str) -> Look | None:
@@ -179,9 +176,8 @@ def look_at(data: str) -> Look | None:
     if not Path(data).exists():
         if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
             return None
-        raise DataError(
-            f"there is no file {data}", "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
-        )
+        how = "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
+        raise DataError(f"there is no file {data}", how)
     problems = Problems()
     rows = read_source(Source(path=str(Path(data).absolute())), problems)
     values = [row.values for row in islice(rows, LOOKED_AT + 1)]
@@ -189,21 +185,12 @@ def look_at(data: str) -> Look | None:
     if not values:
         raise DataError("there is no row in it", "", file=data)
     objective, format_name, columns = _kind(values[0], data)
-    seen = values[:LOOKED_AT]
+    method, seen = objective.model_fields["method"].default, values[:LOOKED_AT]
     sizes = sorted(sum(map(len, _texts(row))) for row in seen)
     longest = int(sizes[min(int(len(sizes) * SHARE_KEPT), len(sizes) - 1)] / CHARACTERS_OF_A_TOKEN) + 32
-    fields = Counter(name for row in seen for name in row).most_common(6)
-    complete = len(values) <= LOOKED_AT
-    return Look(
-        objective.model_fields["method"].default,
-        format_name,
-        len(seen),
-        complete,
-        longest,
-        tuple(name for name, _ in fields),
-        columns,
-        _label_notes(seen) if format_name == "text" else _folder_notes(data),
-    )
+    fields = tuple(name for name, _ in Counter(name for row in seen for name in row).most_common(6))
+    notes = _label_notes(seen) if format_name == "text" else _folder_notes(data)
+    return Look(method, format_name, len(seen), seen == values, longest, fields, columns, notes)
 
 
 def _names(kind: str, value: object) -> bool:
@@ -215,18 +202,15 @@ def _names(kind: str, value: object) -> bool:
 
 def _label_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Of a column beside the text that has few values, each of them in many rows: it may be what is to be learnt."""
-    few = [
-        (name, count)
-        for name in rows[0]
-        if name != "text"
-        and all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
-        and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL
-    ]
-    return [
-        f"{name} has {count} values: to learn them instead of the text, write objective: classify, and as "
-        f"data.train {{path: ..., format: labels, columns: {{{name}: label}}}}"
-        for name, count in few
-    ]
+    notes = []
+    for name in (name for name in rows[0] if name != "text"):
+        short = all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
+        if short and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL:
+            notes.append(
+                f"{name} has {count} values: to learn them instead of the text, write objective: classify, and as "
+                f"data.train {{path: ..., format: labels, columns: {{{name}: label}}}}"
+            )
+    return notes
 
 
 def _folder_notes(data: str) -> list[str]:
@@ -285,22 +269,17 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
         ("# What now: tunekit preview (the rows), tunekit plan (steps and memory), tunekit train.", ""),
         ("# Every key: tunekit schema --reference", ""),
-        ("", ""),
         ("model:", ""),
         (f"  name_or_path: {_quoted(model)}", first.model_comment),
         *([] if draws else [(f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}")]),
-        ("", ""),
         ("data:", ""),
         *_source_lines(data, look),
         (f"  eval: {wanted.evaluation or 'null'}", _evaluation_said(look, data)),
         *([] if media else [(f"  max_length: {length}", "tokens; longer rows are dropped, and told")]),
-        ("", ""),
         ("adapter:", ""),
         (f"  method: {wanted.method}", "every weight of the base is trained" if adapter.trains_base else ""),
         *method,
-        ("", ""),
         *(chosen if media else [(f"objective: {objective}", "")]),
-        ("", ""),
         ("training:", ""),
         (f"  learning_rate: {FULL_RATE if adapter.trains_base else first.learning_rate}", RATE_COMMENT),
         *epochs,
@@ -309,11 +288,11 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
         ("  eval_steps: 50", ""),
         ("  save_steps: 50", "tunekit train --resume goes on from there"),
-        ("", ""),
         ("output:", ""),
         (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
     ]
-    return "".join(f"{text:<34} # {said}".rstrip() + "\n" if said else f"{text}\n" for text, said in lines)
+    commented = (f"{text:<34} # {comment}" if comment else text for text, comment in lines)
+    return "".join(f"\n{line}\n" if line[0].isalpha() else f"{line}\n" for line in commented)  # a gap before a section
 
 
 def _source_lines(data: str, look: Look | None) -> list[Line]:
@@ -345,9 +324,7 @@ def _beside(name: str, target: Path) -> str:
 
 def _quoted(text: str) -> str:
     """As YAML reads it back."""
-    plain = all(letter.isalnum() or letter in "/._-" for letter in text) and text[:1].isalnum() | text.startswith(
-        ("/", ".")
-    )
+    plain = all(letter.isalnum() or letter in "/._-" for letter in text) and text[:1] not in ("", "_", "-")
     return text if plain else "'" + text.replace("'", "''") + "'"
 
 

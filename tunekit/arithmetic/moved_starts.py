@@ -27,16 +27,16 @@ START = "init_lora_weights"  # PEFT's field
 HOW = "give --initial DIR, the adapter as it was saved before training"
 
 
-def _moving() -> dict[str, StartSettings]:
-    """Our settings of the initialisations that move weights, by name; PEFT's names begin so."""
+def _starts() -> dict[str, StartSettings]:
+    """Our settings of every initialisation, by name; PEFT's names begin so."""
     known = [settings_class("starts", name)(method=name) for name in known_names("starts")]
-    return {start.method: start for start in known if isinstance(start, StartSettings) and start.moves_weights}
+    return {start.method: start for start in known if isinstance(start, StartSettings)}
 
 
 def follows_from_base(start: str) -> bool:
     """Whether A and B at the start can be computed again from the base's weights alone."""
-    settings = _moving().get(start)
-    return settings is not None and not settings.looks_at
+    settings = _starts().get(start)
+    return settings is not None and settings.moves_weights and not settings.looks_at
 
 
 def start_of(folder: Path) -> str | None:
@@ -48,15 +48,15 @@ def start_of(folder: Path) -> str | None:
     start = fields.get(START)
     if fields.get("peft_type") != plain_lora_method().peft.peft_type or not isinstance(start, str):
         return None
-    start = start.lower()
-    if start == "loftq":
+    start, known = start.lower(), _starts()
+    if start in known and known[start].looks_at == "original":
         raise AdapterError(
             "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other",
             "load the base with that quantization, and write true for the field",
             file=str(folder / CONFIG_NAME),
             key=START,
         )
-    return start if start.startswith(tuple(_moving())) else None
+    return start if start.startswith(tuple(name for name in known if known[name].moves_weights)) else None
 
 
 def read_moved(folder: Path) -> LoraFolder:
@@ -99,7 +99,8 @@ def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], T
         raise AdapterError(
             f"the start {shown(start)} cannot be computed again", HOW, file=trained.config.file, key=START
         )
-    if trained.fan_in_fan_out and start == "olora":
+    settings = _starts()[start]
+    if trained.fan_in_fan_out and settings.depends_on_layout:
         raise AdapterError("OLoRA of Conv1D layers cannot be computed again", HOW, file=trained.config.file, key=START)
     updates = {}
     for name, update in trained.updates.items():
@@ -112,7 +113,7 @@ def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], T
             raise AdapterError(what, "name the right base with --base", file=trained.config.file)
         (outputs, inputs), generator = update.shape, torch.Generator()
         given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, matrix.float, None)
-        a, b = make_factors(_moving()[start], given)
+        a, b = make_factors(settings, given)
         updates[name] = difference(update, LowRank(a, b, update.scaling))
     return updates
 

@@ -18,7 +18,6 @@ from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart, Start
 from tunekit.records import Target, bytes_text
 
 DECOMPOSITION_BYTES = 4 * 8  # for each number of the largest matrix: it, and what it is decomposed into, in float64
-SIMPLE = ("default", "gaussian", "orthogonal")  # which decompose nothing of the base
 
 
 def calibrated_start(settings: AdapterSettings) -> CalibratedStart | None:
@@ -60,7 +59,7 @@ def reference_problems(settings: AdapterSettings, objective: Objective) -> Itera
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
     """The most that a start keeps and works with, beside the base; all of it is gone before step 1."""
     start, linear = getattr(settings, "start", None), [target for target in targets if target.kind in LINEAR]
-    if start is None or start.method in SIMPLE or not linear:
+    if start is None or not start.decomposes or not linear:
         return 0
     work = DECOMPOSITION_BYTES * max(target.in_features * target.out_features for target in linear)
     return work + _statistics_bytes(calibrated_start(settings), linear)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -13,7 +13,7 @@ from tunekit.recipe.bases.section import Count, Number, Positive, Section, Sever
 class Source(Section):
     """One data source: a file (JSONL, JSON, CSV, Parquet) or a hub data set."""
 
-    short: ClassVar[str | None] = "path"
+    short = "path"
 
     path: RowsPath = Field(description="a file, or a data set of the hub")
     format: Text = Field("auto", description="what a row is; auto decides from the columns and prints why")
@@ -25,7 +25,7 @@ class Source(Section):
     streaming: bool = Field(False, description="larger than memory: read on the fly (needs training.max_steps)")
 
 
-def _eval_rows(value: object) -> Any:
+def _eval_rows(value: object) -> object:
     """Neither true nor a text in quotes is a fraction; a path has become a source before this."""
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
         raise ValueError("must be a fraction, a file, or a list of sources")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -16,13 +16,13 @@ CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # alway
 _BEST = re.compile(r"eval\.[a-z0-9_]+")
 
 
-def _best(value: object) -> Any:
+def _best(value: object) -> str:
     if isinstance(value, str) and _BEST.fullmatch(value):
         return value
     raise ValueError("must be eval.METRIC, such as eval.loss")
 
 
-def _choices(value: object) -> Any:
+def _choices(value: object) -> object:
     """A list of two texts or more, no two equal; a whole number is its text."""
     if value is None or value == FROM_DATA:
         return value

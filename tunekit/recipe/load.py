@@ -17,16 +17,10 @@ from tunekit.recipe.foreign.command_line import ENDING, read_command_line
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
 from tunekit.recipe.foreign.samples import count_prompts
 from tunekit.recipe.foreign.tools import AXOLOTL, PEFT, TRL, WHOLE, drop_empty, tool_of, trains_base, write_defaults
-from tunekit.recipe.reading.checks import (
-    check_across,
-    check_secrets,
-    settle_generation,
-    settle_learning_rate,
-    settle_pairs,
-)
-from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath, Place
+from tunekit.recipe.reading import checks
+from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, Place
 from tunekit.recipe.reading.dump import dump_recipe
-from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.reading.names import adapter_class, known_names
 from tunekit.recipe.reading.overrides import apply_overrides
 from tunekit.recipe.reading.paths import resolve_paths
 from tunekit.recipe.reading.problems import missing_key, problems_of, unknown_key
@@ -87,8 +81,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, imported: bo
     apply_overrides(draft, overrides)
     count_prompts(draft, of_tool=imported and tool in (AXOLOTL, TRL))
     if "~adapter" in overrides and not draft.has(("adapter",)):
-        known = known_names("adapters")
-        whole = [name for name in known if getattr(settings_class("adapters", name), "trains_base", False)]
+        whole = [name for name in known_names("adapters") if adapter_class(name).trains_base]
         default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
         draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
     if tool is not None and not imported:
@@ -115,17 +108,16 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     """
     draft = Draft(COMMAND_LINE)
     apply_overrides(draft, overrides)
-    settle_generation(draft)
+    checks.settle_generation(draft)
     resolve_paths(draft, Path.cwd())
     model, evaluation = draft.values.get("model", {}), draft.values.get("evaluation", {})
     for name in [name for name in draft.values if name not in ("model", "evaluation")]:
-        draft.add_problem(
-            (name,), "cannot be overridden here", "only model.* and evaluation.* can; in eval also data.*"
-        )
+        how = "only model.* and evaluation.* can; in eval also data.*"
+        draft.add_problem((name,), "cannot be overridden here", how)
     if isinstance(model, dict):
         draft.values["model"] = {"name_or_path": "any", **model}  # required, and not what an override is about
     sections = {name: section for name in ("model", "evaluation") if (section := _make_section(name, draft))}
-    check_across(draft, sections)
+    checks.check_across(draft, sections)
     if draft.problems:
         raise RecipeError.of(draft.problems, draft.rewrites)
     return TargetOverrides(
@@ -149,7 +141,7 @@ def override_data(data: DataSection | None, overrides: Sequence[str], objective:
     if isinstance(draft.get(("data", "eval")), list):
         draft.set(("data", "train"), draft.get(("data", "eval")), draft.place(("data", "eval")))
     section = _make_section("data", draft)
-    check_across(draft, {} if section is None else {"data": section})
+    checks.check_across(draft, {} if section is None else {"data": section})
     if draft.problems or not isinstance(section, DataSection):
         raise RecipeError.of(draft.problems, draft.rewrites)
     return section
@@ -160,13 +152,13 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
 
     Raises: RecipeError with every problem of the draft.
     """
-    check_secrets(draft)
-    settle_pairs(draft)
-    settle_generation(draft)
-    settle_learning_rate(draft)
+    checks.check_secrets(draft)
+    checks.settle_pairs(draft)
+    checks.settle_generation(draft)
+    checks.settle_learning_rate(draft)
     resolve_paths(draft, folder)
     sections = _make_sections(draft)
-    check_across(draft, sections)
+    checks.check_across(draft, sections)
     if draft.problems:
         raise RecipeError.of(sorted(draft.problems, key=_place_order), draft.rewrites)
     return Recipe.model_validate(sections)
@@ -175,38 +167,32 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
 def _make_sections(draft: Draft) -> dict[str, Section]:
     """Each valid section; what is wrong with the others is noted in the draft."""
     sections: dict[str, Section] = {}
-    for name in draft.values:
-        if name not in Recipe.model_fields:
-            draft.problems.append(unknown_key((name,), draft))
+    draft.problems += [unknown_key((name,), draft) for name in draft.values if name not in Recipe.model_fields]
     for name, field_info in Recipe.model_fields.items():
-        if name not in draft.values:
-            if field_info.is_required() and name not in {key[0] for key in draft.untranslated}:
-                draft.problems.append(missing_key((name,), draft))
-            continue
-        section = _make_section(name, draft)
-        if section is not None:
-            sections[name] = section
+        if name in draft.values:
+            if section := _make_section(name, draft):
+                sections[name] = section
+        elif field_info.is_required() and name not in {key[0] for key in draft.untranslated}:
+            draft.problems.append(missing_key((name,), draft))
     return sections
 
 
 def _make_section(name: str, draft: Draft) -> Section | None:
     values = draft.values.get(name, {})
     owner = section_class(name, values)
-    key: KeyPath = (name,)
     if owner is None:
-        method = values["method"]
-        known = known_names(kind_of(name))
-        how = did_you_mean(str(method), known, f"known {kind_of(name)}")
+        kind, method = kind_of(name), values["method"]
+        how = did_you_mean(str(method), known_names(kind), f"known {kind}")
         draft.add_problem((name, "method"), f"unknown {name} {show(method)}", how)
         return None
     if not isinstance(values, dict):
         what = f"must be a mapping{' or a name' if name in ('model', *DEFAULT_METHOD) else ''}, not {show(values)}"
-        draft.add_problem(key, what, "remove the key to take the defaults" if values is None else "")
+        draft.add_problem((name,), what, "remove the key to take the defaults" if values is None else "")
         return None
     try:
         return owner.model_validate(values)
     except ValidationError as error:
-        draft.problems.extend(problems_of(error, key, draft))
+        draft.problems.extend(problems_of(error, (name,), draft))
         return None
 
 

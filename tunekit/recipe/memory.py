@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -14,7 +14,7 @@ _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "Gi
 _UNITS |= {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 
 
-def _size(value: object) -> Any:
+def _size(value: object) -> str:
     if isinstance(value, str) and _SIZE.fullmatch(value) and size_bytes(value):
         return value
     raise ValueError("must be a size with its unit, such as 8GiB")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -15,7 +15,7 @@ Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
 FAMILIES = ("auto", *known_names("families"))
 
 
-def _family(value: object) -> Any:
+def _family(value: object) -> str:
     if not isinstance(value, str) or value not in FAMILIES:
         raise PydanticCustomError("literal_error", "unknown family", {"expected": ", ".join(FAMILIES)})
     return value
@@ -27,7 +27,7 @@ FamilyName = Annotated[str, BeforeValidator(_family), WithJsonSchema({"enum": li
 class ModelSection(Section):
     """The base model. `name_or_path`: a local folder, a .gguf file, or a hub id."""
 
-    short: ClassVar[str | None] = "name_or_path"
+    short = "name_or_path"
 
     name_or_path: ModelPath = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")
@@ -45,7 +45,7 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never without reading it")
 
     @classmethod
-    def of(cls, section: ModelSection, **facts: Any) -> Self:
+    def of(cls, section: ModelSection, **facts: object) -> Self:
         """The section with facts of a model that is loaded for one purpose."""
         return cls.model_validate({**section.model_dump(), **facts})
 

@@ -18,17 +18,17 @@ from tunekit.recipe.training import TrainingSection
 DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
 
 
-def make_adapter_settings(values: Any) -> Any:
+def make_adapter_settings(values: object) -> Any:
     """{method: lora, r: 8} -> LoraSettings; settings pass as they are."""
     return _named_settings("adapter", "adapters", values)
 
 
-def make_objective_settings(values: Any) -> Any:
+def make_objective_settings(values: object) -> Any:
     """{method: sft} -> SftSettings; settings pass as they are."""
     return _named_settings("objective", "objectives", values)
 
 
-def _named_settings(section: str, kind: SettingsKind, values: Any) -> Any:
+def _named_settings(section: str, kind: SettingsKind, values: object) -> object:
     if not isinstance(values, dict):
         return values
     name = values.get("method", DEFAULT_METHOD[section])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,7 +33,7 @@ SCHEDULERS: dict[str, dict[str, float | str | None]] = {
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
-def _scheduler(value: object) -> Any:
+def _scheduler(value: object) -> str:
     """A known name; constant_with_warmup is constant, since every schedule has a warm-up."""
     if not isinstance(value, str) or value not in (*SCHEDULERS, "constant_with_warmup"):
         raise PydanticCustomError("literal_error", "unknown scheduler", {"expected": ", ".join(SCHEDULERS)})

@@ -6,10 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.section import (
-    DROPOUT,
-    LAYERS_PATTERN,
-    LAYERS_TO_TRANSFORM,
     Count,
     CountOrZero,
     Fraction,
@@ -33,12 +31,12 @@ class AdaloraSettings(TargetedSettings):
     """
 
     method: Literal["adalora"] = Field("adalora", description="lora whose rank is shared out among the layers")
-    layers_to_transform: Layers = LAYERS_TO_TRANSFORM
-    layers_pattern: TextOrTexts | None = LAYERS_PATTERN
+    layers_to_transform: Layers = fields.LAYERS_TO_TRANSFORM
+    layers_pattern: TextOrTexts | None = fields.LAYERS_PATTERN
     init_r: Count = Field(12, description="rank of every layer at the start")
     target_r: Count = Field(8, description="mean rank of the layers at the end")
     alpha: Positive = Field(32.0, description="the update is scaled by alpha / init_r")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT
     tinit: CountOrZero = Field(0, description="steps before the first rank is taken away")
     tfinal: CountOrZero = Field(0, description="last steps, in which the ranks stay as they are")
     deltaT: Count = Field(1, description="steps between two changes of ranks")

@@ -6,16 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import (
-    DROPOUT,
-    RANK_PATTERN,
-    Count,
-    Expression,
-    Fraction,
-    NotNegative,
-    TargetedSettings,
-    metamath_rate,
-)
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, Expression, Fraction, NotNegative, TargetedSettings, metamath_rate
 
 
 class DeloraSettings(TargetedSettings):
@@ -26,5 +18,5 @@ class DeloraSettings(TargetedSettings):
     method: Literal["delora"] = Field("delora", description="a low-rank update of unit factors and trained strength")
     r: Count = Field(8, description="rank")
     delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
-    dropout: Fraction = DROPOUT
-    rank_pattern: dict[Expression, Count] = RANK_PATTERN
+    dropout: Fraction = fields.DROPOUT
+    rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import MODULES_TO_SAVE, AdapterSettings, Several, Text, TextOrTexts, metamath_rate
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import AdapterSettings, Several, Text, TextOrTexts, metamath_rate
 
 
 class FullSettings(AdapterSettings):
@@ -17,7 +18,7 @@ class FullSettings(AdapterSettings):
     trains_base = True
 
     method: Literal["full"] = Field("full", description="the base's own weights, all of them or some modules'")
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = Field(
         "all-weights", description="all-weights, modules by name or name ending, or a regular expression"
     )

@@ -6,15 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import (
-    DROPOUT,
-    Count,
-    CountOrZero,
-    Fraction,
-    NotNegative,
-    TargetedSettings,
-    metamath_rate,
-)
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, NotNegative, TargetedSettings, metamath_rate
 
 
 class GraloraSettings(TargetedSettings):
@@ -27,4 +20,4 @@ class GraloraSettings(TargetedSettings):
     k: Count = Field(2, description="blocks on either side; it divides every layer's inputs and outputs")
     hybrid_r: CountOrZero = Field(0, description="rank of a plain LoRA beside the blocks")
     alpha: NotNegative = Field(64.0, description="the update is scaled by alpha / (r + hybrid_r)")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT

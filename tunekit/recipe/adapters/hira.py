@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import DROPOUT, Count, Fraction, TargetedSettings, metamath_rate
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, Fraction, TargetedSettings, metamath_rate
 
 
 class HiraSettings(TargetedSettings):
@@ -16,4 +17,4 @@ class HiraSettings(TargetedSettings):
 
     method: Literal["hira"] = Field("hira", description="the base's matrix times a low-rank one, number by number")
     r: Count = Field(32, description="rank of the factor")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import MODULES_TO_SAVE, AdapterSettings, Several, Text, TextOrTexts
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import AdapterSettings, Several, Text, TextOrTexts
 
 
 class LnTuningSettings(AdapterSettings):
@@ -14,7 +15,7 @@ class LnTuningSettings(AdapterSettings):
     which at its general rate of 1e-4 learned nothing (accuracy 0): try higher."""
 
     method: Literal["ln_tuning"] = Field("ln_tuning", description="the base's norms themselves")
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = Field(
         "all-norms", description="all-norms, a list of names or name endings, or a regular expression"
     )

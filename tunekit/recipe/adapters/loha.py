@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import ALPHA_PATTERN, RANK_PATTERN, Count, Expression, NotNegative, TargetedSettings
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, Expression, NotNegative, TargetedSettings
 
 
 class LohaSettings(TargetedSettings):
@@ -15,5 +16,5 @@ class LohaSettings(TargetedSettings):
     method: Literal["loha"] = Field("loha", description="an elementwise product of two low-rank updates")
     r: Count = Field(8, description="rank of each of the two factors")
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
-    rank_pattern: dict[Expression, Count] = RANK_PATTERN
-    alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN
+    rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
+    alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN

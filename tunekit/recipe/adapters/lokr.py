@@ -6,16 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import (
-    ALPHA_PATTERN,
-    LARGEST_COUNT,
-    RANK_PATTERN,
-    Count,
-    Expression,
-    NotNegative,
-    TargetedSettings,
-    Whole,
-)
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import LARGEST_COUNT, Count, Expression, NotNegative, TargetedSettings, Whole
 
 
 class LokrSettings(TargetedSettings):
@@ -28,5 +20,5 @@ class LokrSettings(TargetedSettings):
     decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
         -1, description="larger bound of the smaller matrix's sides; -1: the divisor next to the square root"
     )
-    rank_pattern: dict[Expression, Count] = RANK_PATTERN
-    alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN
+    rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
+    alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN

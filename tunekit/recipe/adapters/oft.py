@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.bases.section import (
-    EXCLUDE_MODULES,
-    MODULES_TO_SAVE,
-    TARGET_MODULES,
-    AdapterSettings,
-    Count,
-    CountOrZero,
-    Several,
-    Text,
-    TextOrTexts,
-)
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Several, Text, TextOrTexts
 
 
 class BlockSettings(AdapterSettings):
     """Rotations of blocks, whose size or number is given; the other one is 0."""
 
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
-    target_modules: TextOrTexts = TARGET_MODULES
-    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
+    target_modules: TextOrTexts = fields.TARGET_MODULES
+    exclude_modules: TextOrTexts | None = fields.EXCLUDE_MODULES
     block_size: CountOrZero
     blocks: CountOrZero = Field(0, description="number of blocks, instead of block_size")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_voids_the_other(cls, values: Any) -> Any:
+    def _one_voids_the_other(cls, values: object) -> object:
         if isinstance(values, dict) and values.get("blocks") and "block_size" not in values:
             return {**values, "block_size": 0}
         return values

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import DROPOUT, Count, CountOrZero, Fraction, NotNegative, TargetedSettings
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, NotNegative, TargetedSettings
 
 
 class RandloraSettings(TargetedSettings):
@@ -16,7 +17,7 @@ class RandloraSettings(TargetedSettings):
     method: Literal["randlora"] = Field("randlora", description="trained scales of many frozen random updates")
     r: Count = Field(32, description="rank of each random matrix; a smaller one means more trained numbers")
     alpha: NotNegative = Field(640.0, description="the update is scaled by alpha / r")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT
     sparse: bool = Field(False, description="random matrices of -1, 0 and 1, of which 0 two thirds")
     very_sparse: bool = Field(False, description="the same with one in sqrt(D) not 0, D the smaller side")
     projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, as PEFT draws them")

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import DROPOUT, Count, Fraction, Positive, TargetedSettings
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, Fraction, Positive, TargetedSettings
 
 
 class VbloraSettings(TargetedSettings):
@@ -18,6 +19,6 @@ class VbloraSettings(TargetedSettings):
     num_vectors: Count = Field(256, description="vectors in the bank")
     vector_length: Count = Field(256, description="length of a vector; it must divide both sides of every layer")
     topk: Count = Field(2, description="vectors mixed for each piece of a factor")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT
     init_vector_bank_bound: Positive = Field(0.02, description="the bank starts uniform within this bound")
     init_logits_std: Positive = Field(0.1, description="spread of the initial mixing logits")

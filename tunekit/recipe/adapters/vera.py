@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import DROPOUT, Count, CountOrZero, Fraction, Number, TargetedSettings, metamath_rate
+from tunekit.recipe.bases import fields
+from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, TargetedSettings, metamath_rate
 
 
 class VeraSettings(TargetedSettings):
@@ -18,6 +19,6 @@ class VeraSettings(TargetedSettings):
     method: Literal["vera"] = Field("vera", description="trained scales of one frozen random update")
     r: Count = Field(256, description="rank of the shared matrices")
     d_initial: Number = Field(0.1, description="initial value of the scales between the two matrices")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT
     projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, as PEFT draws them")
     save_projection: bool = Field(True, description="whether the adapter's file holds the frozen matrices")

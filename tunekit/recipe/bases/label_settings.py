@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
@@ -10,7 +10,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings, Several, Text
 from tunekit.records import Shows
 
 
-def _label(value: Any) -> Any:
+def _label(value: object) -> object:
     """As the rows' labels are read: a whole number is its text, and blanks around a label are no part of it."""
     return str(value).strip() if isinstance(value, str | int) else value
 
@@ -30,11 +30,11 @@ Label = Annotated[
 class LabelSettings(ObjectiveSettings):
     """Labels are those of the data unless they are listed."""
 
-    shows: ClassVar[Shows] = Shows(unit="label")
+    shows = Shows(unit="label")
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
-    supervised: ClassVar[bool] = True
-    has_head: ClassVar[bool] = True
-    names_labels: ClassVar[bool] = True
+    supervised = True
+    has_head = True
+    names_labels = True
 
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
         (), description="every label in the order of the head's rows; empty: those of the data, sorted"

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.section import (
-    ALPHA_PATTERN,
-    DROPOUT,
-    EXCLUDE_MODULES,
     LARGEST_COUNT,
-    LAYERS_PATTERN,
-    LAYERS_TO_TRANSFORM,
-    MODULES_TO_SAVE,
-    RANK_PATTERN,
-    TARGET_MODULES,
     AdapterSettings,
     Count,
     Expression,
@@ -30,12 +23,12 @@ from tunekit.recipe.bases.section import (
 from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
 
 
-def _names_or_nothing(value: object) -> Any:
+def _names_or_nothing(value: object) -> str | tuple[str, ...]:
     """Text or texts, as everywhere; nothing too, where other things are adapted."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
-def _token_ids(value: object) -> Any:
+def _token_ids(value: object) -> object:
     """Ids of tokens, each once; or a mapping of modules to such lists."""
     if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
         return {name: _listed_ids(ids) for name, ids in value.items()}
@@ -55,20 +48,19 @@ def _listed_ids(value: object) -> tuple[int, ...]:
 class LowRankSettings(AdapterSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
-    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = TARGET_MODULES
-    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
-    layers_to_transform: Layers = LAYERS_TO_TRANSFORM
-    layers_pattern: TextOrTexts | None = LAYERS_PATTERN
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = fields.TARGET_MODULES
+    exclude_modules: TextOrTexts | None = fields.EXCLUDE_MODULES
+    layers_to_transform: Layers = fields.LAYERS_TO_TRANSFORM
+    layers_pattern: TextOrTexts | None = fields.LAYERS_PATTERN
     r: Count = Field(16, description="rank")
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
-    dropout: Fraction = DROPOUT
+    dropout: Fraction = fields.DROPOUT
     target_parameters: Several[Text] = Field(
-        (),
-        description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
+        (), description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone"
     )
-    rank_pattern: dict[Expression, Count] = RANK_PATTERN
-    alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN
+    rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
+    alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
     bias: Literal["none", "all", "lora_only"] = Field(

@@ -22,10 +22,10 @@ REWARDS = (
 class PairSettings(ObjectiveSettings):
     """Each row is a prompt with an answer that was preferred and another one."""
 
-    example: ClassVar[str] = "preference"
-    shows: ClassVar[Shows] = Shows(unit="pair")
+    example = "preference"
+    shows = Shows(unit="pair")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDS)
-    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
+    default_learning_rate = PublishedRate(
         5e-6, "huggingface/trl 1.16, trl/scripts/dpo.py, its LoRA example: ten times that of full training"
     )
 

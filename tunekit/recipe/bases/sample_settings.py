@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -103,7 +103,7 @@ class RewardSource(Section):
         return self
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     return (value,) if isinstance(value, dict) else value
 
 
@@ -126,15 +126,15 @@ def several(value: int) -> int:
 class SampleSettings(ObjectiveSettings):
     """TRL's names. Each row is a prompt, to which the model writes a group of completions."""
 
-    example: ClassVar[str] = "prompt"
-    shows: ClassVar[Shows] = SHOWS
-    sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDED)
-    samples: ClassVar[bool] = True
-    needs_recipe: ClassVar[bool] = True
+    example = "prompt"
+    shows = SHOWS
+    sums = ("loss", "units", *REWARDED)
+    samples = True
+    needs_recipe = True
     required: ClassVar[Mapping[str, str]] = {
         "reward": "write reward: [{function: FILE.py:NAME, allow_code: true}], or {exact_match: answer}, regex or model"
     }
-    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
+    default_learning_rate = PublishedRate(
         1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times that of full training"
     )
 

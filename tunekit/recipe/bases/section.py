@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.paths import AdapterPath
 from tunekit.recipe.bases.paths import Text as Text
 from tunekit.records import DEFAULT_SHOWS, Shows
@@ -149,44 +150,43 @@ class StartSettings(MethodSettings):
     fills_experts: ClassVar[bool] = False  # also A and B of fused expert parameters
     moves_weights: ClassVar[bool] = False  # a part of W goes into A and B; W as it was less that part stays frozen
     divides_by_scaling: ClassVar[bool] = False  # so that alpha must not be 0
+    depends_on_layout: ClassVar[bool] = False  # a transposed W, as Conv1D stores it, would give other A and B
     looks_at: ClassVar[str] = ""
+    decomposes: ClassVar[bool] = True  # a matrix of each layer; else A and B are drawn without a look at the base
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_finite(value: float) -> bool:
-    """math.isfinite for whole numbers of any length (it overflows on an int beyond 1e308)."""
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number (never a bool) that a float can hold; math.isfinite overflows on an int beyond 1e308."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     return abs(value) < 10**300 if isinstance(value, int) else math.isfinite(value)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> float:
     """Accept int or float (never bool, NaN or infinity) and hand on a float."""
-    if not _is_number(value):
-        raise ValueError("must be a number")
     if not _is_finite(value):
-        raise ValueError("must be a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        raise ValueError("must be a finite number" if number else "must be a number")
     return float(value)
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> int:
     """Accept an int, or a float without a fraction such as 1e3; never a bool."""
-    if not _is_number(value) or not _is_finite(value) or value != int(value):
+    if not _is_finite(value) or value != int(value):
         raise ValueError("must be a whole number")
     return int(value)
 
 
-def _auto_or_bool(value: Any) -> Any:
+def _auto_or_bool(value: object) -> object:
     if isinstance(value, bool) or value == "auto":
         return value
     raise ValueError("must be auto, true or false")
 
 
-def _auto_bool_or_count(value: Any) -> Any:
+def _auto_bool_or_count(value: object) -> object:
     if isinstance(value, bool) or value == "auto":
         return value
-    if not _is_number(value) or not _is_finite(value) or value != int(value) or not 0 <= value <= LARGEST_COUNT:
+    if not _is_finite(value) or value != int(value) or not 0 <= value <= LARGEST_COUNT:
         raise ValueError("must be auto, true, false or a number of layers")
     return int(value)
 
@@ -199,12 +199,12 @@ def _expression(text: str) -> str:
     return text
 
 
-def _one_or_several(value: object) -> Any:
+def _one_or_several(value: object) -> object:
     """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def text_or_texts(value: Any) -> Any:
+def text_or_texts(value: object) -> str | tuple[str, ...]:
     """A regular expression, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
         return _expression(value)
@@ -233,25 +233,12 @@ Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kep
 Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
-# Fields that several settings have: each settings class lists its own, so that none inherits from a chain of others.
-MODULES_TO_SAVE = Field((), description="modules trained whole, such as a head: names or name endings")
-TARGET_MODULES = Field("all-linear", description="all-linear, a list of names, or a regular expression")
-EXCLUDE_MODULES = Field(None, description="modules never adapted, written the same way")
-DROPOUT = Field(0.0, description="on the update's input, while training")
-RANK_PATTERN: dict[str, int] = Field(default_factory=dict, description="module pattern: its own r")
-ALPHA_PATTERN: dict[str, float] = Field(default_factory=dict, description="module pattern: its own alpha")
-LAYERS_TO_TRANSFORM = Field((), description="numbers of the layers adapted; none: all")
-LAYERS_PATTERN = Field(
-    None, description="name of the list that holds the layers, where a module's name has several numbers"
-)
-
-
 class TargetedSettings(AdapterSettings):
     """What the adapters have whose layers the user chooses."""
 
-    modules_to_save: Several[Text] = MODULES_TO_SAVE
-    target_modules: TextOrTexts = TARGET_MODULES
-    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
+    modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
+    target_modules: TextOrTexts = fields.TARGET_MODULES
+    exclude_modules: TextOrTexts | None = fields.EXCLUDE_MODULES
 
 
 class CalibratedStart(StartSettings):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
@@ -13,13 +11,12 @@ from tunekit.recipe.bases.section import StartSettings
 from tunekit.recipe.reading.names import known_names, settings_class
 
 _NAMES = known_names("starts")
+_Settings: Any = Annotated[Union[*(settings_class("starts", name) for name in _NAMES)], Field(discriminator="method")]
+_NamedOrSettings: Any = Literal[*_NAMES] | _Settings
 DEFAULT_START: Any = settings_class("starts", "default")(method="default")
-_CLASSES: tuple[Any, ...] = tuple(settings_class("starts", name) for name in _NAMES)
-_Settings: Any = Annotated[reduce(operator.or_, _CLASSES), Field(discriminator="method")]
-_NamedOrSettings: Any = Literal.__getitem__(_NAMES) | _Settings
 
 
-def _named(value: object) -> Any:
+def _named(value: object) -> object:
     """pissa -> {method: pissa}; settings pass as they are."""
     if isinstance(value, str):
         value = {"method": value}
@@ -32,14 +29,12 @@ def _named(value: object) -> Any:
     return value
 
 
-def _shortest(start: StartSettings) -> Any:
+def _shortest(start: StartSettings) -> object:
     """The name where a start has no settings, else all of them."""
     values = start.model_dump(mode="json")
     return start.method if len(values) == 1 else values
 
 
 StartChoice = Annotated[
-    _Settings,
-    BeforeValidator(_named, json_schema_input_type=_NamedOrSettings),
-    PlainSerializer(_shortest),
+    _Settings, BeforeValidator(_named, json_schema_input_type=_NamedOrSettings), PlainSerializer(_shortest)
 ]

@@ -22,6 +22,11 @@ def to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
     return dict.fromkeys(names, Alias(tuple(dotted_key.split(".")), by))
 
 
+def same_names(section: str, *names: str) -> dict[str, Alias]:
+    """Keys of one of our sections that bear our names there too."""
+    return {name: Alias((section, name), same) for name in names}
+
+
 def nowhere(by: Translate, *names: str) -> dict[str, Alias]:
     """Names of keys that say nothing here, or cannot be obeyed."""
     return dict.fromkeys(names, Alias(None, by))

@@ -17,19 +17,26 @@ def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
     inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
     draft.remove(key)
     if value is None:
-        return record(draft, place, dotted(key), "nothing (it is empty)")
+        record(draft, place, dotted(key), "nothing (it is empty)")
+    elif (target := settle(draft, key, alias, value, place)) is not None:
+        for index, at in enumerate(inner):  # the items of a translated list keep their own lines
+            for known in [known for known in draft.places if known[: len(target) + 1] == (*target, index)]:
+                draft.places[known] = Place(at.file, at.line, draft.places[known].spelled)
+
+
+def settle(draft: Draft, key: KeyPath, alias: Alias, value: object, place: Place) -> KeyPath | None:
+    """A key that was taken out, by its table entry -> where its value is written; None where it is not."""
+    spelled = dotted(key)
     try:
         ours = alias.translate(value)
     except NotExact as lost:
-        complain(draft, place, dotted(key), lost.what, lost.how)
+        complain(draft, place, spelled, lost.what, lost.how)
         draft.untranslated.add(alias.target or key)
         return None
     if ours is NOTHING or alias.target is None:
-        return record(draft, place, dotted(key), f"nothing ({alias.why})")
-    if write(draft, alias.target, ours, place, dotted(key), translated=ours != value):
-        for index, at in enumerate(inner):
-            _move_places(draft, (*alias.target, index), at)
-    return None
+        record(draft, place, spelled, f"nothing ({alias.why})")
+        return None
+    return alias.target if write(draft, alias.target, ours, place, spelled, translated=ours != value) else None
 
 
 def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool = True) -> bool:
@@ -61,12 +68,6 @@ def take(draft: Draft, name: str) -> tuple[Any, Place] | None:
         record(draft, place, name, "nothing (it is empty)")
         return None
     return value, place
-
-
-def _move_places(draft: Draft, key: KeyPath, place: Place) -> None:
-    """The items of a translated list keep their own lines."""
-    for known in [known for known in draft.places if known[: len(key)] == key]:
-        draft.places[known] = Place(place.file, place.line, draft.places[known].spelled)
 
 
 def record(draft: Draft, place: Place, spelled: str, what: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.reading.draft import Draft, Place
@@ -67,9 +66,7 @@ def _read_options(draft: Draft, words: list[tuple[str, int]]) -> None:
 
 
 def _set(draft: Draft, name: str, words: list[str], line: int) -> None:
-    key, values = name.replace("-", "_"), [read_scalar(word) for word in words]
-    shell = next((word for word in words if "$" in word or "`" in word), None)
-    value: Any = True if not values else values[0] if len(values) == 1 else values
-    draft.set((key,), value, Place(draft.file, line))
-    if shell is not None:
-        draft.add_problem((key,), f"{shell} is for a shell to put in", "write the value itself")
+    key, values = (name.replace("-", "_"),), [read_scalar(word) for word in words] or [True]
+    draft.set(key, values[0] if len(values) == 1 else values, Place(draft.file, line))
+    for word in [word for word in words if "$" in word or "`" in word][:1]:
+        draft.add_problem(key, f"{word} is for a shell to put in", "write the value itself")

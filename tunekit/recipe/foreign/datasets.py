@@ -60,7 +60,7 @@ def name_sources(draft: Draft) -> None:
         draft.rewrites.append(f"{place}: {FOLDER_KEY} -> nothing (the paths of the files are written)")
 
 
-def _descriptions(draft: Draft, folder: Any) -> tuple[dict[str, Any], Path]:
+def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
     """What dataset_info.json says, and where it was found: relative to the configuration, else to the shell."""
     beside = Path(os.path.abspath(draft.file)).parent
     asked = [str(folder)] if folder is not None else [".", "data"]

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunekit.recipe.foreign.alias import Alias
-from tunekit.recipe.foreign.become import complain, record, write
-from tunekit.recipe.foreign.values import NOTHING, NotExact
+from tunekit.recipe.foreign.become import complain, record, settle, write
 from tunekit.recipe.reading.draft import Draft, Place
 
 
@@ -22,12 +21,12 @@ class Theirs:
     values: dict[str, tuple[Any, Place]]
     places: dict[str, Place] = field(default_factory=dict)  # of those that were taken
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:
         """The value; `default` where it is absent or empty."""
         value = self.values.get(name, (None, None))[0]
         return default if value is None else value
 
-    def take(self, name: str, default: Any = None) -> Any:
+    def take(self, name: str, default: object = None) -> Any:
         """The value, which is dealt with now."""
         value, place = self.values.pop(name, (None, Place(self.draft.file)))
         self.places[name] = place
@@ -55,19 +54,7 @@ class Theirs:
             elif alias is None:
                 self.complain(name, "is a key of another tool and would be lost: it has no translation", "remove it")
             else:
-                self._settle(name, value, alias)
-
-    def _settle(self, name: str, value: object, alias: Alias) -> None:
-        try:
-            ours = alias.translate(value)
-        except NotExact as lost:
-            self.complain(name, lost.what, lost.how)
-            self.draft.untranslated.add(alias.target or (name,))
-            return
-        if ours is NOTHING or alias.target is None:
-            self.record(name, f"nothing ({alias.why})")
-        else:
-            write(self.draft, alias.target, ours, self.places[name], name, translated=ours != value)
+                settle(self.draft, (name,), alias, value, self.places[name])
 
 
 def take_all(draft: Draft) -> Theirs:

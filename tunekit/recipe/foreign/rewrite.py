@@ -6,14 +6,7 @@ from __future__ import annotations
 
 from tunekit.recipe.foreign.become import complain, record, rewrite, take, write
 from tunekit.recipe.foreign.datasets import name_sources
-from tunekit.recipe.foreign.table import (
-    IN_ADAPTER,
-    PRECISION_KEYS,
-    SOURCE_KEYS,
-    TEMPLATE_KEYS,
-    TEMPLATES,
-    TOP_LEVEL,
-)
+from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, SOURCE_KEYS, TEMPLATE_KEYS, TEMPLATES, TOP_LEVEL
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 

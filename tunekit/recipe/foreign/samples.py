@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.values import NOTHING, lost, one_of
 from tunekit.recipe.reading.draft import Draft, KeyPath
 from tunekit.recipe.reading.names import known_names, settings_class
@@ -14,25 +14,13 @@ OF_COMPLETIONS = ("per_device_train_batch_size", "micro_batch_size")  # TRL's, a
 _SCALES = {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}
 
 OF_SAMPLES: dict[str, Alias] = {
-    **to("objective.num_generations", "num_generations"),
-    **to("objective.max_completion_length", "max_completion_length"),
-    **to("objective.temperature", "temperature"),
-    **to("objective.top_p", "top_p"),
-    **to("objective.top_k", "top_k"),
-    **to("objective.num_iterations", "num_iterations"),
-    **to("objective.epsilon", "epsilon"),
-    **to("objective.epsilon_high", "epsilon_high"),
-    **to("objective.importance_sampling_level", "importance_sampling_level"),
+    **same_names("objective", "num_generations", "max_completion_length", "temperature", "top_p", "top_k"),
+    **same_names("objective", "num_iterations", "epsilon", "epsilon_high", "importance_sampling_level"),
     **to("objective.scale_rewards", "scale_rewards", by=one_of(_SCALES)),
-    **to("objective.mask_truncated_completions", "mask_truncated_completions"),
-    **to("objective.use_bias_correction_kl", "use_bias_correction_kl"),
-    **to("objective.normalize_advantages", "normalize_advantages"),
+    **same_names("objective", "mask_truncated_completions", "use_bias_correction_kl", "normalize_advantages"),
     **to("data.shuffle", "shuffle_dataset"),
     **nowhere(
-        lost(
-            "a reward is named by its file",
-            "write objective.reward: [{function: FILE.py:NAME, allow_code: true}]",
-        ),
+        lost("a reward is named by its file", "write objective.reward: [{function: FILE.py:NAME, allow_code: true}]"),
         *("reward_funcs", "reward_model_name_or_path", "reward_processing_classes"),
     ),
     **nowhere(lost("a weight stands beside its reward", "write weight: in objective.reward"), "reward_weights"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tunekit.recipe.foreign import values as values
-from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.samples import OF_SAMPLES
-from tunekit.recipe.foreign.values import NOTHING, NotExact, lost, one_of, same
+from tunekit.recipe.foreign.values import NOTHING, NotExact, lost, one_of, same, these
 from tunekit.recipe.reading.draft import KeyPath
 from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.training import SCHEDULERS
@@ -15,19 +15,16 @@ _SCHEDULERS = one_of(
 )
 _OPTIMIZERS = one_of(
     {
-        "adamw": "adamw",
-        "adamw_torch": "adamw",
-        "adamw_torch_fused": "adamw",
-        "adamw_8bit": "adamw_8bit",
-        "adamw_bnb_8bit": "adamw_8bit",
-        "paged_adamw": "paged_adamw",
-        "paged_adamw_32bit": "paged_adamw",
+        **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused"), "adamw"),
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+        **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw"),
         "paged_adamw_8bit": "paged_adamw_8bit",
     },
     "write training.optimizer: adamw, adamw_8bit, paged_adamw or paged_adamw_8bit",
 )
-_SWITCH = one_of({True: True, False: False})
+_SWITCH = these(True, False)
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
+_STRATEGY = one_of({"steps": NOTHING}, "saving and evaluating go by save_steps and eval_steps")
 PRECISION_KEYS = ("bf16", "fp16")
 SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
 TEMPLATE_KEYS = ("template", "chat_template")
@@ -41,12 +38,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("model.name_or_path", "base_model", "model_name_or_path", "model_name"),
     **to("model.revision", "model_revision", "revision_of_model"),
     **to("model.trust_remote_code", "trust_remote_code"),
-    **to(
-        "model.dtype",
-        "torch_dtype",
-        "dtype",
-        by=one_of({name: name for name in ("auto", "bfloat16", "float16", "float32")}),
-    ),
+    **to("model.dtype", "torch_dtype", "dtype", by=these("auto", "bfloat16", "float16", "float32")),
     **to("model.attention", "attn_implementation"),
     **to("model.attention", "flash_attention", by=one_of({True: "flash_attention_2", False: NOTHING})),
     **to("model.attention", "sdp_attention", by=one_of({True: "sdpa", False: NOTHING})),
@@ -87,17 +79,12 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("adapter.modules_to_save", "lora_modules_to_save"),
     **nowhere(lost("it is an adapter of its own", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
     **to("objective.method", "stage", by=values.stage),
-    **to("objective.method", "rl", by=one_of({name: name for name in known_names("objectives")})),
+    **to("objective.method", "rl", by=these(*known_names("objectives"))),
     **to("objective.beta", "beta", "rl_beta", "pref_beta"),
     **to("objective.loss_type", "loss_type"),
-    **to("objective.loss_type", "pref_loss", by=one_of({name: name for name in ("sigmoid", "hinge", "ipo")})),
+    **to("objective.loss_type", "pref_loss", by=these("sigmoid", "hinge", "ipo")),
     **to("objective.label_smoothing", "label_smoothing", "dpo_label_smoothing"),
-    **to("objective.loss_weights", "loss_weights"),
-    **to("objective.rpo_alpha", "rpo_alpha"),
-    **to("objective.ld_alpha", "ld_alpha"),
-    **to("objective.simpo_gamma", "simpo_gamma"),
-    **to("objective.cpo_alpha", "cpo_alpha"),
-    **to("objective.discopop_tau", "discopop_tau"),
+    **same_names("objective", "loss_weights", "rpo_alpha", "ld_alpha", "simpo_gamma", "cpo_alpha", "discopop_tau"),
     **to("objective.desirable_weight", "desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),
     **to("objective.undesirable_weight", "undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
     **to("objective.center_rewards_coefficient", "center_rewards_coefficient"),
@@ -110,25 +97,18 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("training.epochs", "num_epochs", "num_train_epochs"),
     **to("training.max_steps", "max_steps", by=values.unset_by_negative),
     **to("training.micro_batch_size", "micro_batch_size", "per_device_train_batch_size"),
-    **to("training.gradient_accumulation_steps", "gradient_accumulation_steps"),
-    **to("training.learning_rate", "learning_rate"),
+    **same_names("training", "gradient_accumulation_steps", "learning_rate"),
     **to("training.scheduler", "lr_scheduler", "lr_scheduler_type", by=_SCHEDULERS),
     **to("training.scheduler_settings", "lr_scheduler_kwargs"),
-    **to("training.warmup_steps", "warmup_steps"),
-    **to("training.warmup_ratio", "warmup_ratio"),
+    **same_names("training", "warmup_steps", "warmup_ratio"),
     **to("training.optimizer", "optimizer", "optim", by=_OPTIMIZERS),
     **to("training.weight_decay", "weight_decay"),
     **to("training.max_grad_norm", "max_grad_norm", by=values.turned_off_by_zero),
     **to("training.loraplus_ratio", "loraplus_lr_ratio"),
-    **to("training.seed", "seed"),
-    **to("training.save_steps", "save_steps"),
+    **same_names("training", "seed", "save_steps"),
     **to("training.keep_checkpoints", "save_total_limit"),
     **to("training.eval_steps", "eval_steps"),
-    **nowhere(
-        one_of({"steps": NOTHING}, "saving and evaluating go by save_steps and eval_steps"),
-        "save_strategy",
-        "eval_strategy",
-    ),
+    **nowhere(_STRATEGY, "save_strategy", "eval_strategy"),
     **nowhere(one_of({True: NOTHING}, "run `tunekit train`"), "do_train"),
     **to("evaluation.batch_size", "per_device_eval_batch_size", "eval_batch_size"),
     **to("evaluation.patience", "early_stopping_patience"),

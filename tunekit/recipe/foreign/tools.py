@@ -26,13 +26,18 @@ SIGNS = {  # keys by which the flat ones are told, in this order
 }
 _TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "training.gradient_accumulation_steps": 1}
 _TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
-_RATES = {
-    "dpo": 1e-6,
-    "kto": 1e-6,
-    "reward": 1e-4,
-    "grpo": 1e-6,
-    "rloo": 1e-6,
-}  # of TRL's trainers; of its SFTTrainer 2e-5
+_RATES = {**dict.fromkeys(("dpo", "kto", "grpo", "rloo"), 1e-6), "reward": 1e-4}  # of TRL's trainers; SFTTrainer: 2e-5
+_UNSLOTH = {  # what its command and its script have in common
+    "training.optimizer": "adamw_8bit",
+    "training.scheduler": "linear",
+    "training.warmup_steps": 5,
+    "training.weight_decay": 0.01,
+    "training.gradient_accumulation_steps": 4,
+    "data.excess_length": "truncate",
+    "data.train_on": "all",
+    "adapter.alpha": 16.0,
+    "output.dir": "outputs",
+}
 DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is meant by a key that is not written
     TRL: {**_TRAINER, "data.max_length": 1024, "adapter.dropout": 0.05, "output.dir": "trainer_output"},
     FACTORY: {**_TRAINER, "training.learning_rate": 5e-5, "adapter.r": 8},
@@ -42,32 +47,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is 
         "data.max_length": 512,
         "output.dir": "model-out",
     },
-    UNSLOTH: {
-        "training.optimizer": "adamw_8bit",
-        "training.scheduler": "linear",
-        "training.epochs": 3.0,
-        "training.warmup_steps": 5,
-        "training.weight_decay": 0.01,
-        "training.gradient_accumulation_steps": 4,
-        "data.excess_length": "truncate",
-        "data.train_on": "all",
-        "adapter.r": 64,
-        "adapter.alpha": 16.0,
-        "model.quantization": "nf4",
-        "output.dir": "outputs",
-    },
-    SCRIPT: {
-        "training.optimizer": "adamw_8bit",
-        "training.scheduler": "linear",
-        "training.max_steps": 400,
-        "training.warmup_steps": 5,
-        "training.weight_decay": 0.01,
-        "training.gradient_accumulation_steps": 4,
-        "data.excess_length": "truncate",
-        "data.train_on": "all",
-        "adapter.alpha": 16.0,
-        "output.dir": "outputs",
-    },
+    UNSLOTH: {**_UNSLOTH, "training.epochs": 3.0, "adapter.r": 64, "model.quantization": "nf4"},
+    SCRIPT: {**_UNSLOTH, "training.max_steps": 400},
     TORCHTUNE: {
         "adapter.r": 8,
         "adapter.alpha": 16.0,
@@ -75,11 +56,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is 
         "training.gradient_accumulation_steps": 1,
     },
 }
-OF_SAMPLING = {  # which cuts no prompt
-    "objective.max_completion_length": 512,
-    "data.excess_length": "error",
-    "data.max_length": 2048,
-}
+# of objectives that sample, which cut no prompt
+OF_SAMPLING = {"objective.max_completion_length": 512, "data.excess_length": "error", "data.max_length": 2048}
 ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
 
 

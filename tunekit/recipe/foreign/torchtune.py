@@ -11,7 +11,7 @@ from typing import Any
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
-from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, lost, one_of
+from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, lost, one_of, these
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
@@ -50,7 +50,7 @@ CROSS_ENTROPY = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntr
 LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "CometLogger": ["comet_ml"]}
 
 
-def exactly(*known: Any, how: str = "") -> Translate:
+def exactly(*known: object, how: str = "") -> Translate:
     """Only these values, which change nothing."""
     return one_of(dict.fromkeys(known, NOTHING), how)
 
@@ -73,7 +73,7 @@ TABLE: dict[str, Alias] = {
     **to("training.save_steps", "save_every_n_steps"),
     **to("training.keep_checkpoints", "checkpointer.keep_last_n_checkpoints"),
     **to("evaluation.batch_size", "batch_size_val"),
-    **to("memory.gradient_checkpointing", "enable_activation_checkpointing", by=one_of({True: True, False: False})),
+    **to("memory.gradient_checkpointing", "enable_activation_checkpointing", by=these(True, False)),
     **nowhere(exactly(False, how="write memory.activation_offload"), "enable_activation_offloading"),
     **to("output.dir", "output_dir"),
     **to("objective.beta", "loss.beta"),
@@ -116,12 +116,11 @@ def rewrite_torchtune(draft: Draft) -> None:
     theirs.settle(TABLE)
 
 
-def _referred(theirs: Theirs, value: Any) -> Any:
+def _referred(theirs: Theirs, value: object) -> object:
     """A value with what `${key}` stands for in it."""
     if not isinstance(value, str):
         return value
-    whole = REFERENCE.fullmatch(value)
-    if whole is not None:
+    if whole := REFERENCE.fullmatch(value):
         return theirs.get(whole[1], value)
     return REFERENCE.sub(lambda found: str(theirs.get(found[1], found[0])), value)
 

@@ -5,13 +5,11 @@ Source: unsloth_cli/config.py and unsloth-cli.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 from tunekit.recipe.foreign import values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
-from tunekit.recipe.foreign.values import NOTHING, lost, one_of
+from tunekit.recipe.foreign.values import NOTHING, lost, one_of, these
 from tunekit.recipe.reading.draft import Draft
 
 FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
@@ -20,24 +18,20 @@ _LOFTQ = one_of({True: "loftq", False: NOTHING})
 _IMAGES = "only text is trained on"
 
 
-def unset_by_zero(value: object) -> Any:
+def unset_by_zero(value: object) -> object:
     """0 stands there for a key that is not written."""
     return NOTHING if value == 0 and not isinstance(value, bool) else value
 
 
-def _dtype(value: object) -> Any:
-    return (
-        NOTHING
-        if value in ("None", "none", "auto")
-        else one_of({each: each for each in ("bfloat16", "float16")})(value)
-    )
+def _dtype(value: object) -> object:
+    return NOTHING if value in ("None", "none", "auto") else these("bfloat16", "float16")(value)
 
 
 SECTIONS: dict[str, Alias] = {
     **to("model.name_or_path", "model"),
     **to("model.quantization", "training.load_in_4bit", by=one_of({True: "nf4", False: "none"})),
     **to("data.max_length", "training.max_seq_length"),
-    **to("data.packing", "training.packing", by=one_of({True: True, False: False})),
+    **to("data.packing", "training.packing", by=these(True, False)),
     **to("data.train_on", "training.train_on_completions", by=one_of({True: "assistant", False: "all"})),
     **to("adapter.r", "lora.lora_r"),
     **to("adapter.alpha", "lora.lora_alpha"),

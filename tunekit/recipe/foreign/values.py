@@ -10,7 +10,7 @@ from typing import Any, Final
 from tunekit.recipe.reading.suggest import show
 
 NOTHING: Final = object()
-Translate = Callable[[Any], Any]
+Translate = Callable[[object], object]
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 _DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
@@ -35,7 +35,7 @@ class NotExact(Exception):
         self.what, self.how = what, how
 
 
-def same(value: object) -> Any:
+def same(value: object) -> object:
     """Only the name differs."""
     return value
 
@@ -43,7 +43,7 @@ def same(value: object) -> Any:
 def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
     """A table of values; true and false are never taken for 1 and 0."""
 
-    def translate(value: object) -> Any:
+    def translate(value: object) -> object:
         for known, ours in choices.items():
             if value == known and type(value) is type(known):
                 return ours
@@ -53,7 +53,12 @@ def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
     return translate
 
 
-def always_so(value: object) -> Any:
+def these(*choices: str | bool) -> Translate:
+    """Only these values, which stay as they are."""
+    return one_of({choice: choice for choice in choices})
+
+
+def always_so(value: object) -> object:
     """Any value: the setting changes no result here."""
     return NOTHING
 
@@ -61,7 +66,7 @@ def always_so(value: object) -> Any:
 def lost(why: str, how: str = "") -> Translate:
     """Only false (or empty) can be translated: tunekit has nothing like it."""
 
-    def translate(value: object) -> Any:
+    def translate(value: object) -> object:
         if value is False or value == "" or value == [] or value == {}:
             return NOTHING
         raise NotExact(f"is a key of another tool and would be lost: {why}", how)
@@ -69,7 +74,7 @@ def lost(why: str, how: str = "") -> Translate:
     return translate
 
 
-def tokens_of_padding(value: object) -> Any:
+def tokens_of_padding(value: object) -> object:
     """Axolotl's special_tokens: which token pads changes nothing, for padding is masked."""
     others = [name for name, token in value.items() if name != "pad_token" and token] if isinstance(value, dict) else []
     if others:
@@ -77,7 +82,7 @@ def tokens_of_padding(value: object) -> Any:
     return NOTHING
 
 
-def plugins(value: object) -> Any:
+def plugins(value: object) -> object:
     """Axolotl's plugins: those of kernels alone change no result."""
     others = [name for name in value or () if not str(name).endswith(KERNEL_PLUGINS)] if isinstance(value, list) else []
     if others or not isinstance(value, list):
@@ -85,34 +90,34 @@ def plugins(value: object) -> Any:
     return NOTHING
 
 
-def model_class(value: object) -> Any:
+def model_class(value: object) -> object:
     """Axolotl's model_type: a causal language model is what sft loads anyway."""
     if str(value).endswith("ForCausalLM"):
         return NOTHING
     raise NotExact(f"{show(value)} is no causal language model", "write model.family")
 
 
-def turned_off_by_zero(value: object) -> Any:
+def turned_off_by_zero(value: object) -> object:
     """max_grad_norm 0 is no clipping: null here."""
     return None if value == 0 and not isinstance(value, bool) else value
 
 
-def unset_by_negative(value: object) -> Any:
+def unset_by_negative(value: object) -> object:
     """max_steps -1 is unset there."""
     return NOTHING if value == -1 and not isinstance(value, bool) else value
 
 
-def stage(value: object) -> Any:
+def stage(value: object) -> object:
     """LLaMA-Factory's name of a reward model is rm; pre-training is sft on plain text."""
     return {"rm": "reward", "pt": "sft"}.get(value, value) if isinstance(value, str) else value
 
 
-def negated(value: object) -> Any:
+def negated(value: object) -> object:
     """A switch with the opposite sense."""
     return not value if isinstance(value, bool) else value
 
 
-def evaluation_share(value: object) -> Any:
+def evaluation_share(value: object) -> object:
     """val_set_size: a fraction of the rows; 0 is none; a number of rows has no translation."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
@@ -123,7 +128,7 @@ def evaluation_share(value: object) -> Any:
     return value
 
 
-def lora_targets(value: object) -> Any:
+def lora_targets(value: object) -> object:
     """LLaMA-Factory: `all`, or names separated by commas."""
     if not isinstance(value, str):
         return value
@@ -132,21 +137,21 @@ def lora_targets(value: object) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-def trackers(value: object) -> Any:
+def trackers(value: object) -> object:
     """report_to: a name, a list of names, none."""
     if value in ("none", ["none"]):
         return []
     return [value] if isinstance(value, str) else value
 
 
-def best_metric(value: object) -> Any:
+def best_metric(value: object) -> object:
     """metric_for_best_model: loss and eval_loss are eval.loss."""
     if not isinstance(value, str):
         return value
     return f"eval.{value.removeprefix('eval_')}"
 
 
-def dataset_files(value: object) -> Any:
+def dataset_files(value: object) -> object:
     """LLaMA-Factory's `dataset`: names of files; those of dataset_info.json are sources already (datasets.py)."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
@@ -156,7 +161,7 @@ def dataset_files(value: object) -> Any:
     return [{"path": name} for name in names]
 
 
-def dataset_list(value: object) -> Any:
+def dataset_list(value: object) -> object:
     """Axolotl's and TRL's `datasets`: a list of {path, type, ...}."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise NotExact("must be a list of {path: ..., type: ...}", "write data.train: FILE")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,11 +15,11 @@ from tunekit.records import Shows
 class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
     """One label a recording, by Whisper's encoder."""
 
-    family: ClassVar[str] = "audio_classifier"
-    example: ClassVar[str] = "audio_label"
-    shows: ClassVar[Shows] = Shows(unit="label", size_unit="frame")
-    medium: ClassVar[str | None] = "audio"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+    family = "audio_classifier"
+    example = "audio_label"
+    shows = Shows(unit="label", size_unit="frame")
+    medium = "audio"
+    first_recipe = FirstRecipe(
         order=20,
         model="openai/whisper-tiny",
         model_comment="a folder or a hub name, of Whisper",

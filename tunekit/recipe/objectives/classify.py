@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,8 +13,8 @@ from tunekit.recipe.bases.section import FirstRecipe
 class ClassifySettings(LabelSettings):
     """One label a text."""
 
-    family: ClassVar[str] = "classifier"
-    example: ClassVar[str] = "label"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=70)
+    family = "classifier"
+    example = "label"
+    first_recipe = FirstRecipe(order=70)
 
     method: Literal["classify"] = Field("classify", description="cross entropy on one label for each text")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,8 +15,8 @@ UnitShare = Annotated[Number, Field(ge=0, le=1)]
 class DistillSettings(ObjectiveSettings):
     """TRL's names; beta is 0, and not its 1, because the tokens are those of the data and not the student's own."""
 
-    needs_recipe: ClassVar[bool] = True
-    one_sequence: ClassVar[bool] = True
+    needs_recipe = True
+    one_sequence = True
 
     method: Literal["distill"] = Field("distill", description="the next-token distribution of a teacher model")
     teacher: ModelSection = Field(description="a model over the same vocabulary: a name, or what a model section has")

@@ -3,7 +3,7 @@ model as it was before step 1."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -30,7 +30,7 @@ SMOOTHED = ("robust", "exo_pair", "aot")
 NAMES = {"enum": list(get_args(DpoLossType))}
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
@@ -45,8 +45,8 @@ LossTypes = Annotated[
 class DpoSettings(PairSettings):
     """TRL's names and defaults."""
 
-    reference: ClassVar[str] = "policy at step 0"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=50)
+    reference = "policy at step 0"
+    first_recipe = FirstRecipe(order=50)
 
     method: Literal["dpo"] = Field("dpo", description="preferred against rejected answers, held to the reference model")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference; of ipo the paper's tau")

@@ -3,7 +3,7 @@ text."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -25,18 +25,17 @@ from tunekit.records import Shows
 LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
 
 
-def _buckets(value: Any) -> Any:
+def _buckets(value: object) -> object:
     """auto, or sizes as tuples."""
     if value == "auto":
         return value
-    pairs = isinstance(value, list | tuple) and value and all(isinstance(pair, list | tuple) for pair in value)
-    sides = [side for pair in value for side in pair] if pairs else []
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not sides or any(len(pair) != 2 for pair in value) or not whole:
+    pairs = value if isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) for pair in value) else ()
+    sides = [side for pair in pairs for side in pair]
+    if not sides or any(len(pair) != 2 for pair in pairs) or not all(type(side) is int for side in sides):
         raise ValueError("must be auto, or sizes in pixels, such as [[512, 512], [512, 768]], heights first")
     if not all(LEAST_SIDE <= side <= MOST_SIDE for side in sides):
         raise ValueError(f"must have sides of {LEAST_SIDE} to {MOST_SIDE} pixels")
-    return tuple((height, width) for height, width in value)
+    return tuple((height, width) for height, width in pairs)
 
 
 SIDE = {"type": "integer", "minimum": LEAST_SIDE, "maximum": MOST_SIDE}
@@ -51,14 +50,14 @@ Buckets = Annotated[
 class DreamboothSettings(ObjectiveSettings):
     """diffusers' names; its defaults but for center_crop, which it leaves to chance."""
 
-    family: ClassVar[str] = "diffusion"
-    example: ClassVar[str] = "image"
-    answers: ClassVar[bool] = False
-    supervised: ClassVar[bool] = True
-    measures_training: ClassVar[bool] = True
-    shows: ClassVar[Shows] = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
-    medium: ClassVar[str | None] = "image"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+    family = "diffusion"
+    example = "image"
+    answers = False
+    supervised = True
+    measures_training = True
+    shows = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
+    medium = "image"
+    first_recipe = FirstRecipe(
         order=40,
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model_comment="the folder of a pipeline, or a hub name",
@@ -68,8 +67,8 @@ class DreamboothSettings(ObjectiveSettings):
         objective=(("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),),
         training=(("  scheduler: constant", ""), ("  warmup_steps: 0", ""), ("  max_steps: 500", "")),
     )
-    sums: ClassVar[tuple[str, ...]] = ("loss", "units")
-    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
+    sums = ("loss", "units")
+    default_learning_rate = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"
     )
 

@@ -3,7 +3,7 @@ learns those whose reward is above the others'."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,7 +16,7 @@ BNPO = (
 )
 
 
-def _not_by_micro_batch(value: Any) -> Any:
+def _not_by_micro_batch(value: object) -> object:
     if value == "bnpo":
         raise ValueError(BNPO)
     return value

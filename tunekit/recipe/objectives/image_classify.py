@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -20,11 +20,11 @@ def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
 class ImageClassifySettings(LabelSettings):
     """One label a picture. Pictures are changed by torchvision's transforms, another way in each step."""
 
-    family: ClassVar[str] = "image_classifier"
-    example: ClassVar[str] = "image_label"
-    shows: ClassVar[Shows] = Shows(unit="label", size_unit="pixel")
-    medium: ClassVar[str | None] = "image"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+    family = "image_classifier"
+    example = "image_label"
+    shows = Shows(unit="label", size_unit="pixel")
+    medium = "image"
+    first_recipe = FirstRecipe(
         order=30,
         model="google/vit-base-patch16-224-in21k",
         model_comment="a folder or a hub name, of an image classifier",

@@ -3,7 +3,7 @@ was before step 1."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,14 +16,12 @@ LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen
 class KtoSettings(ObjectiveSettings):
     """TRL's names and defaults."""
 
-    example: ClassVar[str] = "unpaired"
-    shows: ClassVar[Shows] = Shows(unit="answer")
-    reference: ClassVar[str] = "policy at step 0"
-    sums: ClassVar[tuple[str, ...]] = ("loss", "units", *LOGGED)
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=80)
-    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
-        5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml"
-    )
+    example = "unpaired"
+    shows = Shows(unit="answer")
+    reference = "policy at step 0"
+    sums = ("loss", "units", *LOGGED)
+    first_recipe = FirstRecipe(order=80)
+    default_learning_rate = PublishedRate(5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml")
 
     method: Literal["kto"] = Field("kto", description="answers marked as good or bad, held to the reference model")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")

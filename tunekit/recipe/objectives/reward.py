@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,14 +15,12 @@ SCORES = REWARDS[:4]  # what is logged of two scores alone
 class RewardSettings(PairSettings):
     """TRL's names and defaults."""
 
-    family: ClassVar[str] = "classifier"
-    sums: ClassVar[tuple[str, ...]] = ("loss", "units", *SCORES)
-    answers: ClassVar[bool] = False
-    has_head: ClassVar[bool] = True
-    single_score: ClassVar[bool] = True
-    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
-        1e-4, "huggingface/trl 1.16, the default of its RewardConfig"
-    )
+    family = "classifier"
+    sums = ("loss", "units", *SCORES)
+    answers = False
+    has_head = True
+    single_score = True
+    default_learning_rate = PublishedRate(1e-4, "huggingface/trl 1.16, the default of its RewardConfig")
 
     method: Literal["reward"] = Field("reward", description="a score for each answer, higher for preferred ones")
     center_rewards_coefficient: Positive | None = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 class Seq2seqSettings(ObjectiveSettings):
     """No settings of its own."""
 
-    supervised: ClassVar[bool] = True
-    family: ClassVar[str] = "seq2seq"
+    supervised = True
+    family = "seq2seq"
 
     method: Literal["seq2seq"] = Field("seq2seq", description="cross entropy on the answers of encoder-decoders")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -14,12 +14,12 @@ from tunekit.records import Shows
 class SpeechSettings(SpecAugmentSettings):
     """What is said in a recording, in which language, and whether with times."""
 
-    family: ClassVar[str] = "speech"
-    example: ClassVar[str] = "transcript"
-    supervised: ClassVar[bool] = True
-    shows: ClassVar[Shows] = Shows(size_unit="frames and token")
-    medium: ClassVar[str | None] = "audio"
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
+    family = "speech"
+    example = "transcript"
+    supervised = True
+    shows = Shows(size_unit="frames and token")
+    medium = "audio"
+    first_recipe = FirstRecipe(
         order=10,
         model="openai/whisper-tiny",
         model_comment="a folder or a hub name, of Whisper's kind",

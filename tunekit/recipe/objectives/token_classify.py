@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -14,10 +14,10 @@ from tunekit.records import Shows
 class TokenClassifySettings(LabelSettings):
     """One label a word."""
 
-    family: ClassVar[str] = "token_classifier"
-    example: ClassVar[str] = "tags"
-    shows: ClassVar[Shows] = Shows(unit="word")
-    sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=60)
+    family = "token_classifier"
+    example = "tags"
+    shows = Shows(unit="word")
+    sums = (*LabelSettings.sums, "spans")
+    first_recipe = FirstRecipe(order=60)
 
     method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")

@@ -10,15 +10,14 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import CHOICE_METRICS, EvaluationSection
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.names import (
-    SettingsKind,
     facts_of,
     formats_of,
     known_names,
     needs_generation,
     objective_class,
-    settings_class,
     unmeasurable,
 )
+from tunekit.recipe.reading.sections import section_class
 from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.recipe import DEFAULT_METHOD
 
@@ -68,15 +67,12 @@ def settle_learning_rate(draft: Draft) -> None:
     training = draft.values.get("training", {})
     if not isinstance(training, dict) or "learning_rate" in training:
         return
-    kinds: dict[str, SettingsKind] = {"objective": "objectives", "adapter": "adapters"}
-    for section, kind in kinds.items():
-        written = draft.values.get(section)
-        method = written.get("method") if isinstance(written, dict) else written
-        if method not in known_names(kind):
-            continue
-        rate = getattr(settings_class(kind, method), "default_learning_rate", None)
-        if rate is not None:
+    for section in ("objective", "adapter"):
+        owner = section_class(section, draft.values.get(section))
+        rate = getattr(owner, "default_learning_rate", None)
+        if owner is not None and rate is not None:
             draft.values["training"] = {**training, "learning_rate": rate.value}
+            method = owner.model_fields["method"].default
             draft.defaults.append(f"training.learning_rate {rate.value:g}: the default of {method} ({rate.source})")
             return
 
@@ -94,9 +90,8 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
     if isinstance(evaluation, EvaluationSection):
         _check_metrics(draft, evaluation, objective)
-    if isinstance(data, DataSection) and isinstance(evaluation, EvaluationSection) and data.eval is None:
         for name in ("best", "patience"):
-            if getattr(evaluation, name) is not None:
+            if isinstance(data, DataSection) and data.eval is None and getattr(evaluation, name) is not None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
 
 
@@ -111,16 +106,11 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
 
 def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
     """Only a row of one sequence may be several, and only where all of its answers are trained on, and they alone."""
-    key, what = ("data", "rewritten_answers"), ""
-    if draft.get(key) != "each":
-        return
-    train_on = draft.get(("data", "train_on")) or "assistant"
-    if not objective.one_sequence:
-        what = "a row of this objective has one answer to train on, or none"
-    elif train_on != "assistant":
-        what = f"each is of data.train_on: assistant, which is {train_on}"
-    if what:
-        draft.add_problem(key, what, "remove it")
+    key, train_on = ("data", "rewritten_answers"), draft.get(("data", "train_on")) or "assistant"
+    if draft.get(key) == "each" and not objective.one_sequence:
+        draft.add_problem(key, "a row of this objective has one answer to train on, or none", "remove it")
+    elif draft.get(key) == "each" and train_on != "assistant":
+        draft.add_problem(key, f"each is of data.train_on: assistant, which is {train_on}", "remove it")
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
@@ -183,9 +173,8 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
         elif needs_generation(name) and not objective.answers:
-            draft.add_problem(
-                key, f"the metric {name} needs answers, and this objective's model gives none", "remove it"
-            )
+            what = f"the metric {name} needs answers, and this objective's model gives none"
+            draft.add_problem(key, what, "remove it")
         elif wrong := unmeasurable(name, objective, chosen=chosen):
             draft.add_problem(key, *wrong)
     best = (evaluation.best or "eval.loss").removeprefix("eval.")

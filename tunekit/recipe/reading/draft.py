@@ -40,9 +40,9 @@ class Draft:
         """Whether the key is written (also as null)."""
         return key in self.places
 
-    def get(self, key: KeyPath, default: Any = None) -> Any:
+    def get(self, key: KeyPath, default: object = None) -> Any:
         """The value at a key, `default` where it is not written."""
-        value: Any = self.values
+        value = self.values
         for part in key:
             if not has_item(value, part):
                 return default
@@ -59,7 +59,7 @@ class Draft:
     def set(self, key: KeyPath, value: object, place: Place) -> None:
         """Write a value (its inner keys get the same place); the mappings on the way are made where absent."""
         self.forget(key)
-        holder: Any = self.values
+        holder = self.values
         for length, part in enumerate(key[:-1], 1):
             holder = holder.setdefault(part, {}) if isinstance(holder, dict) else holder[part]
             self.places.setdefault(key[:length], place)
@@ -72,7 +72,7 @@ class Draft:
 
     def remove(self, key: KeyPath) -> Any:
         """Take a written key out and return its value."""
-        holder: Any = self.get(key[:-1]) if len(key) > 1 else self.values
+        holder = self.get(key[:-1])
         value = holder.pop(key[-1])
         self.forget(key)
         if isinstance(holder, list):
@@ -117,16 +117,15 @@ class Draft:
             self._mark((*key, part), inner, place)
 
     def _close_gap(self, key: KeyPath) -> None:
-        """After an item of a list is gone, the places of the later items move up by one."""
-        prefix, gone = key[:-1], key[-1]
+        """After an item of a list is removed, the places of the later items move up by one."""
+        *prefix, removed = key
         depth = len(prefix)
-        moved: dict[KeyPath, Place] = {}
-        for known, place in self.places.items():
-            position = known[depth] if len(known) > depth and known[:depth] == prefix else None
-            if isinstance(position, int) and isinstance(gone, int) and position > gone:
-                known = (*prefix, position - 1, *known[depth + 1 :])
-            moved[known] = place
-        self.places = moved
+        places, self.places = self.places, {}
+        for known, place in places.items():
+            inside = len(known) > depth and known[:depth] == tuple(prefix)
+            if inside and int(known[depth]) > int(removed):
+                known = (*prefix, int(known[depth]) - 1, *known[depth + 1 :])
+            self.places[known] = place
 
 
 def has_item(value: object, part: str | int) -> bool:

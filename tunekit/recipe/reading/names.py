@@ -9,7 +9,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 from tunekit.recipe.bases.section import AdapterSettings, MethodSettings, ObjectiveSettings
 from tunekit.recipe.evaluation import CHOICE_SUMS
@@ -28,26 +28,22 @@ def known_names(kind: Kind) -> tuple[str, ...]:
     if kind == "families":
         files = sorted((Path(__file__).parents[2] / "model" / kind).glob("*.py"))
         return tuple(file.stem for file in files if _STATES_FAMILY.search(file.read_text("utf-8")))
-    settings = Path(__file__).parents[1] / kind
-    folder = settings if settings.is_dir() else settings.parents[1] / kind
+    listed = kind in ("formats", "metrics")
+    folder = Path(__file__).parents[2 if listed else 1] / kind
     names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
-    return tuple(
-        names if settings.is_dir() else (name for name in names if hasattr(facts_of(kind, name), "DESCRIPTION"))
-    )
+    return tuple(name for name in names if not listed or hasattr(facts_of(kind, name), "DESCRIPTION"))
 
 
 def facts_of(kind: Kind, name: str) -> ModuleType:
     """The torch-free file of a known name."""
-    return import_module(
-        f"tunekit.{kind}.{name}" if kind in ("formats", "metrics") else f"tunekit.recipe.{kind}.{name}"
-    )
+    folder = kind if kind in ("formats", "metrics") else f"recipe.{kind}"
+    return import_module(f"tunekit.{folder}.{name}")
 
 
 def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
     """The settings class of a known name: lora.py defines LoraSettings, p_tuning.py PTuningSettings."""
     title = "".join(part.capitalize() for part in name.split("_"))
-    found: Any = getattr(facts_of(kind, name), f"{title}Settings")
-    return found  # type: ignore[no-any-return]
+    return getattr(facts_of(kind, name), f"{title}Settings")  # type: ignore[no-any-return]
 
 
 def objective_class(name: str) -> type[ObjectiveSettings]:

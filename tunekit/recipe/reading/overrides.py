@@ -5,7 +5,7 @@ Values are read as YAML; keys are dotted, list items by index, other tools' name
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_origin
+from typing import get_origin
 
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
@@ -65,7 +65,7 @@ def _assign(draft: Draft, foreign: Draft, text: str, given: set[KeyPath]) -> Non
 
 def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
     """Write one value where the values on the way can hold it."""
-    holder: Any = draft.values
+    holder = draft.values
     for length, part in enumerate(key):
         in_list = isinstance(holder, list) and isinstance(part, int) and part <= len(holder)
         fits = isinstance(holder, dict) or in_list
@@ -74,7 +74,7 @@ def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
             _complain(draft, dotted(key), f"{dotted(key[:length])} {inner}", "")
             return
         at_end = isinstance(holder, list) and part == len(holder)
-        holder = {} if at_end else holder.get(part, {}) if isinstance(holder, dict) else holder[int(part)]
+        holder = {} if at_end else holder.get(part, {}) if isinstance(holder, dict) else holder[part]
         if at_end and length < len(key) - 1:
             draft.set(key[: length + 1], {}, place)
             holder = draft.get(key[: length + 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from tunekit.errors import Problem
 from tunekit.recipe.data import Source
@@ -15,7 +16,7 @@ from tunekit.recipe.reading.suggest import did_you_mean, nearest, show
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
-_YES_NO = {"no": "false", "off": "false", "n": "false", "yes": "true", "on": "true", "y": "true"}
+_YES_NO = {**dict.fromkeys(("no", "off", "n"), "false"), **dict.fromkeys(("yes", "on", "y"), "true")}
 _COMPARISONS = {
     "greater_than": ("must be greater than", "gt"),
     "greater_than_equal": ("must be at least", "ge"),
@@ -25,9 +26,7 @@ _COMPARISONS = {
 _KINDS = {
     "string_type": "must be text",
     "bool_type": "must be true or false",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "model_attributes_type": "must be a mapping",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
     "tuple_type": "must be a list",
 }
 # what people write from habit: the key, or the value, that is meant
@@ -44,19 +43,16 @@ _MEANT_VALUES = {
     **dict.fromkeys(("int4", "4bit", "4", "bnb", "bnb_nf4", "qlora"), "nf4"),
     **dict.fromkeys(("8bit", "8", "llm.int8"), "int8"),
     "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
+    **dict.fromkeys(("fp16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "float"), "float32"),
     **dict.fromkeys(("flash", "fa2", "flash_attention"), "flash_attention_2"),
     "adam": "adamw",
 }
-_EMPTY = {"too_short", "string_too_short"}
 
 
 def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
     """Every finding of one section's validation, in our words."""
-    findings = [dict(finding) for finding in error.errors(include_url=False)]
+    findings = error.errors(include_url=False)
     return [_problem(finding, section, draft) for finding in findings if not _is_echo(finding, section, draft)]
 
 
@@ -92,21 +88,21 @@ def _leaf_elsewhere(name: str) -> KeyPath | None:
     return ("data", "train", 0, name) if name in Source.model_fields else None
 
 
-def _is_echo(finding: dict[str, Any], section: KeyPath, draft: Draft) -> bool:
+def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
     """A list whose items are all wrong is not also too short; what an alias failed to write is not also missing."""
     if finding["type"] == "missing":
         return (*section, *finding["loc"]) in draft.untranslated
     return finding["type"] == "too_short" and len(finding["input"]) > 0
 
 
-def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem:
+def _problem(finding: ErrorDetails, section: KeyPath, draft: Draft) -> Problem:
     kind, context, value = finding["type"], finding.get("ctx", {}), finding.get("input")
     key = _written_key((*section, *finding["loc"]), draft, keep_last=kind == "missing")
     if kind == "extra_forbidden":
         return unknown_key(key, draft)
     if kind == "missing":
         return missing_key(key, draft)
-    if kind in _EMPTY:
+    if kind in ("too_short", "string_too_short"):
         return draft.problem(key, "must not be empty")
     of_section = not finding["loc"] or isinstance(finding["loc"][-1], int)  # or of an item that is one
     if kind == "value_error" and of_section and isinstance(value, dict):  # its first word names the key
@@ -151,7 +147,7 @@ def _mend(what: str, value: object) -> str:
 
 def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -> KeyPath:
     """pydantic's location without the union members it names on the way."""
-    value: Any = draft.values
+    value = draft.values
     key: list[str | int] = []
     for position, part in enumerate(loc):
         if has_item(value, part):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tunekit.recipe.bases.section import Section
 from tunekit.recipe.data import Source
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.reading.draft import dotted
@@ -38,19 +40,16 @@ def schema_text() -> str:
 def make_schema() -> JsonSchema:
     """The JSON Schema of a recipe file."""
     definitions: JsonSchema = {}
-    properties: JsonSchema = {}
-    for name in Recipe.model_fields:
-        if name in DEFAULT_METHOD:
-            properties[name] = _named_schema(name, definitions)
-            continue
-        owner = section_class(name, None)
-        if owner is not None:
-            properties[name] = _schema_of(owner, definitions)
+    properties: JsonSchema = {
+        name: _named_schema(name, definitions) if name in DEFAULT_METHOD else _schema_of(owner, definitions)
+        for name, owner in _sections()
+    }
     properties["model"] = {"anyOf": [TEXT, properties["model"]]}
     _add_source_shorthands(properties["data"]["properties"])
-    trackers = properties["output"]["properties"]["report_to"]
-    properties["output"]["properties"]["report_to"] = {"anyOf": [trackers["items"], {"const": "none"}, trackers]}
-    _add_known_names(definitions["Source"], properties["evaluation"])
+    output = properties["output"]["properties"]
+    output["report_to"] = {"anyOf": [output["report_to"]["items"], {"const": "none"}, output["report_to"]]}
+    definitions["Source"]["properties"]["format"]["enum"] = ["auto", *known_names("formats")]
+    properties["evaluation"]["properties"]["metrics"]["items"] = {"enum": list(known_names("metrics"))}
     foreign = {name: _alias_schema(name) for name in TOP_LEVEL}
     return {
         "$schema": DIALECT,
@@ -65,12 +64,10 @@ def make_schema() -> JsonSchema:
 def make_reference() -> str:
     """Each key with its type, default and meaning, a line each, section by section."""
     lines: list[str] = []
-    for name in Recipe.model_fields:
-        if name not in DEFAULT_METHOD:
-            lines += _reference_of(name, section_class(name, None))
-            continue
-        for method in known_names(kind_of(name)):
-            owner = settings_class(kind_of(name), method)
+    for name, section in _sections():
+        methods = known_names(kind_of(name)) if name in DEFAULT_METHOD else ()
+        owners: list[type[Section]] = [settings_class(kind_of(name), method) for method in methods]
+        for owner in owners or [section]:
             lines += _reference_of(name, owner)
             rate = getattr(owner, "default_learning_rate", None)
             if rate is not None:
@@ -81,21 +78,26 @@ def make_reference() -> str:
     for kind in ("formats", "metrics"):
         lines += [f"{kind}:", *(f"  {name:<20} {facts_of(kind, name).DESCRIPTION}" for name in known_names(kind)), ""]
     lines.append("names of other tools, accepted where they put them:")
-    for name in sorted(TOP_LEVEL):
-        target = alias_target(name)
-        if target:
-            lines.append(f"  {name:<30} {dotted(target)}")
+    targets = {name: alias_target(name) for name in sorted(TOP_LEVEL)}
+    lines += [f"  {name:<30} {dotted(target)}" for name, target in targets.items() if target]
     return "\n".join(lines) + "\n"
 
 
-def _schema_of(owner: Any, definitions: JsonSchema) -> JsonSchema:
+def _sections() -> Iterator[tuple[str, type[Section]]]:
+    """Each section with its settings class; of adapter and objective that of the default method."""
+    for name in Recipe.model_fields:
+        if (owner := section_class(name, None)) is not None:
+            yield name, owner
+
+
+def _schema_of(owner: type[Section], definitions: JsonSchema) -> JsonSchema:
     """One section's schema; what it refers to goes into the definitions."""
     schema: JsonSchema = _in_standard_words(owner.model_json_schema())
     definitions.update(schema.pop("$defs", {}))
     return schema
 
 
-def _in_standard_words(schema: Any) -> Any:
+def _in_standard_words(schema: object) -> Any:
     """Bounds that pydantic leaves in its own words, because a validator stands before them, in JSON Schema's; without
     the titles that it makes of the keys' names."""
     if isinstance(schema, list):
@@ -124,67 +126,50 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
 
 def _with_shorthand(field: JsonSchema) -> JsonSchema:
     """A model may be its name alone, and a list of mappings one of them."""
-    told = {"description": field["description"]} if "description" in field else {}
+    described = {key: text for key, text in field.items() if key == "description"}
     if field.get("$ref") == "#/$defs/ModelSection":
-        return {**told, "anyOf": [TEXT, {"$ref": field["$ref"]}]}
+        return {**described, "anyOf": [TEXT, {"$ref": field["$ref"]}]}
     if field.get("type") == "array" and "$ref" in field["items"]:
-        return {**told, "anyOf": [field["items"], {"type": "array", "minItems": 1, "items": field["items"]}]}
+        return {**described, "anyOf": [field["items"], {"type": "array", "minItems": 1, "items": field["items"]}]}
     return field
 
 
 def _add_source_shorthands(data: JsonSchema) -> None:
     """A path, a source, or a list of either."""
-    source: JsonSchema = {"$ref": "#/$defs/Source"}
+    source = {"$ref": "#/$defs/Source"}
     several = {"type": "array", "minItems": 1, "items": {"anyOf": [TEXT, source]}}
     fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     for name, choices in (("train", []), ("eval", [fraction, {"type": "null"}])):
-        description = data[name].get("description", "")
-        data[name] = {"description": description, "anyOf": [TEXT, source, several, *choices]}
-
-
-def _add_known_names(source: JsonSchema, evaluation: JsonSchema) -> None:
-    source["properties"]["format"]["enum"] = ["auto", *known_names("formats")]
-    evaluation["properties"]["metrics"]["items"] = {"enum": list(known_names("metrics"))}
+        data[name] = {"description": data[name]["description"], "anyOf": [TEXT, source, several, *choices]}
 
 
 def _alias_schema(name: str) -> JsonSchema:
     target = alias_target(name)
-    return {
-        "deprecated": True,
-        "description": f"another tool's name of {dotted(target)}" if target else "another tool's",
-    }
+    description = f"another tool's name of {dotted(target)}" if target else "another tool's"
+    return {"deprecated": True, "description": description}
 
 
-def _reference_of(title: str, owner: Any) -> list[str]:
+def _reference_of(title: str, owner: type[Section]) -> list[str]:
     """One section of the reference text."""
-    lines = [f"{title}: {first_line(owner)}"]
-    for key in reference_keys(owner):
-        lines.append(f"  {key.name:<28} {key.type:<52} {key.default:<12} {key.meaning}".rstrip())
-    return [*lines, ""]
+    keys = reference_keys(owner)
+    lines = [f"  {key.name:<28} {key.type:<52} {key.default:<12} {key.meaning}".rstrip() for key in keys]
+    return [f"{title}: {first_line(owner)}", *lines, ""]
 
 
-def reference_keys(owner: Any) -> list[Key]:
+def reference_keys(owner: type[Section]) -> list[Key]:
     """Every key of a section or of a method's settings, in words."""
-    schema: JsonSchema = owner.model_json_schema()
-    required = schema.get("required", [])
-    return [
-        Key(
-            name,
-            _type_words(field),
-            "required" if name in required else _default_words(field.get("default", {})),
-            field.get("description", ""),
-        )
-        for name, field in schema["properties"].items()
-    ]
+    schema, keys = owner.model_json_schema(), list[Key]()
+    for name, field in schema["properties"].items():
+        value = field.get("default", {})
+        default = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else yaml_scalar(value)
+        default = "required" if name in schema.get("required", ()) else default
+        keys.append(Key(name, _type_words(field), default, field.get("description", "")))
+    return keys
 
 
-def first_line(owner: Any) -> str:
+def first_line(owner: type[Section]) -> str:
     """What a section or a method's settings say of themselves."""
     return str(owner.model_json_schema().get("description", "")).partition("\n")[0]
-
-
-def _default_words(value: object) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else yaml_scalar(value)
 
 
 def _type_words(field: JsonSchema) -> str:

@@ -11,12 +11,12 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from tunekit.errors import Problem, RecipeError
-from tunekit.recipe.reading.draft import Draft, KeyPath, Place
+from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 
 LARGEST_FILE_BYTES = 1 << 20
 DEEPEST_LEVEL = 20
@@ -59,25 +59,21 @@ def read_yaml(text: str, file: str) -> Draft:
 
     Raises: RecipeError at a syntax error.
     """
-    bad = _NOT_TEXT.search(text)
-    if bad:
-        line = text.count("\n", 0, bad.start()) + 1
-        raise RecipeError(
-            f"the character U+{ord(bad.group()):04X} cannot stand in YAML", "remove it", file=file, line=line
-        )
+    if bad := _NOT_TEXT.search(text):
+        what = f"the character U+{ord(bad.group()):04X} cannot stand in YAML"
+        raise RecipeError(what, "remove it", file=file, line=text.count("\n", 0, bad.start()) + 1)
     reader = _Reader(file)
     try:
         reader.read(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = _syntax_words(error)
-        raise RecipeError(what, file=file, line=mark.line + 1 if mark else None) from None
+        raise RecipeError(_syntax_words(error), file=file, line=mark.line + 1 if mark else None) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", file=file) from None
     return reader.draft
 
 
-def read_scalar(text: str) -> Any:
+def read_scalar(text: str) -> object:
     """The value of an unquoted scalar: null, a boolean, a number, or the text itself."""
     if text in _NULL:
         return None
@@ -89,8 +85,7 @@ def read_scalar(text: str) -> Any:
         return float(text)
     if _BASED.fullmatch(text):
         return int(text, 0) if len(text) <= LONGEST_NUMBER else float("inf")
-    not_finite = _NOT_FINITE.fullmatch(text)
-    if not_finite:
+    if not_finite := _NOT_FINITE.fullmatch(text):
         return float("nan") if not_finite.group(3) else float(f"{not_finite.group(1)}inf")
     return text
 
@@ -108,9 +103,8 @@ def _read_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         raise RecipeError("no such file", "`tunekit init` writes a start", file=file) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"cannot be read: {getattr(error, 'strerror', None) or error}", file=_printable(file)
-        ) from None
+        what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise RecipeError(what, file=file if len(file) <= 200 and file.isprintable() else f"{file[:80]!r}...") from None
     if len(data) > LARGEST_FILE_BYTES:
         raise RecipeError("is larger than 1 MiB; a recipe is a page of YAML", "check the file name", file=file)
     return data
@@ -126,10 +120,6 @@ def _decode(data: bytes, file: str) -> str:
         raise RecipeError("is not UTF-8 text here", "save the file as UTF-8", file=file, line=line) from None
 
 
-def _printable(text: str) -> str:
-    return text if len(text) <= 200 and text.isprintable() else f"{text[:80]!r}..."
-
-
 def _syntax_words(error: yaml.MarkedYAMLError) -> str:
     """One line for a syntax error."""
     problem = (error.problem or "cannot be read").replace("\n", " ")
@@ -137,6 +127,9 @@ def _syntax_words(error: yaml.MarkedYAMLError) -> str:
         return "not valid YAML: a tab cannot indent; use spaces"
     context = f" ({error.context})" if error.context else ""
     return f"not valid YAML: {problem}{context}".replace("\n", " ")
+
+
+_Node = yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.AliasEvent
 
 
 class _Reader:
@@ -156,18 +149,17 @@ class _Reader:
                 documents += 1
                 if documents > 1:
                     self._fail(event, "a second YAML document starts here", "a recipe is one document: remove the ---")
-            elif isinstance(event, yaml.NodeEvent):
+            elif isinstance(event, _Node):
                 value = self._value(event, ())
         self.draft.values = value
 
-    def _value(self, event: Any, key: KeyPath) -> Any:
+    def _value(self, event: _Node, key: KeyPath) -> object:
         if isinstance(event, yaml.AliasEvent):
             self._note(event, key, f"the alias *{event.anchor} is not allowed", "write the value out")
             return None
         if event.anchor is not None:
             self._note(event, key, f"the anchor &{event.anchor} is not allowed", "remove it")
-        explicit_tag = event.tag is not None and event.tag != "!"
-        if explicit_tag:
+        if event.tag is not None and event.tag != "!":
             self._note(event, key, f"the tag {event.tag} is not allowed", "remove it, or quote text")
         if isinstance(event, yaml.ScalarEvent):
             plain = event.style is None and event.tag is None
@@ -176,22 +168,22 @@ class _Reader:
             self._fail(event, f"is nested more than {DEEPEST_LEVEL} levels deep", "a recipe needs no more than four")
         return self._list(key) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(key)
 
-    def _text(self, event: Any, key: KeyPath) -> str:
+    def _text(self, event: yaml.ScalarEvent, key: KeyPath) -> str:
         bad = _NOT_TEXT.search(event.value)
         if bad and (bad.group() == "\0" or "\ud800" <= bad.group() <= "\udfff"):
             self._note(event, key, f"holds the character U+{ord(bad.group()):04X}, which is no text", "remove it")
-        return str(event.value)
+        return event.value
 
-    def _list(self, key: KeyPath) -> list[Any]:
-        items: list[Any] = []
+    def _list(self, key: KeyPath) -> list[object]:
+        items: list[object] = []
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
             inner = (*key, len(items))
-            self.draft.places[inner] = Place(self.draft.file, event.start_mark.line + 1)
+            self.draft.places[inner] = self._place(event)
             items.append(self._value(event, inner))
         return items
 
-    def _mapping(self, key: KeyPath) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _mapping(self, key: KeyPath) -> dict[str, object]:
+        values: dict[str, object] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             name = self._name(event, key)
             inner = (*key, name)
@@ -201,38 +193,37 @@ class _Reader:
             elif name == "<<" and event.style is None:
                 self._note(event, inner, "merge keys are not allowed", "write the keys out")
                 self._skip(next(self._events))
-            elif name in found:
+            elif name in values:
                 first = self.draft.places[inner].line
                 self._note(event, inner, f"is written twice (first in line {first})", "keep one")
                 self._skip(next(self._events))
             else:
-                self.draft.places[inner] = Place(self.draft.file, event.start_mark.line + 1)
-                found[name] = None
-                found[name] = self._value(next(self._events), inner)
-        return found
+                self.draft.places[inner] = self._place(event)
+                values[name] = self._value(next(self._events), inner)
+        return values
 
-    def _name(self, event: Any, key: KeyPath) -> str:
+    def _name(self, event: yaml.Event, key: KeyPath) -> str:
         """A key is the text of a scalar, whatever it looks like: `no`, `1` and `true` are names too."""
         if not isinstance(event, yaml.ScalarEvent):
             self._fail(event, "a key must be a name, not a list, mapping or alias", "write KEY: VALUE")
         if event.anchor is not None or event.tag is not None:
             self._note(event, key, "an anchor or tag on a key is not allowed", "remove it")
-        return str(event.value)
+        return event.value
 
-    def _skip(self, event: Any) -> None:
+    def _skip(self, event: yaml.Event) -> None:
         """Read past a value whose key was refused."""
-        depth = 0
-        while True:
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth == 0:
-                return
+        depth = int(isinstance(event, yaml.CollectionStartEvent))
+        while depth:
             event = next(self._events)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
 
-    def _note(self, event: Any, key: KeyPath, what: str, how: str) -> None:
-        name = ".".join(str(part) for part in key)
-        self.draft.problems.append(
-            Problem(what, how, file=self.draft.file, line=event.start_mark.line + 1, key=name or None)
-        )
+    def _note(self, event: yaml.Event, key: KeyPath, what: str, how: str) -> None:
+        place = self._place(event)
+        self.draft.problems.append(Problem(what, how, file=place.file, line=place.line, key=dotted(key) or None))
 
-    def _fail(self, event: Any, what: str, how: str) -> None:
-        raise RecipeError(what, how, file=self.draft.file, line=event.start_mark.line + 1)
+    def _fail(self, event: yaml.Event, what: str, how: str) -> NoReturn:
+        raise RecipeError(what, how, file=self.draft.file, line=self._place(event).line)
+
+    def _place(self, event: yaml.Event) -> Place:
+        mark = event.start_mark
+        return Place(self.draft.file, mark.line + 1 if mark else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,9 +12,9 @@ from tunekit.recipe.bases.section import CalibratedStart
 class CordaSettings(CalibratedStart):
     """Context-oriented decomposition: of W C, C the covariance of the inputs."""
 
-    looks_at: ClassVar[str] = "inputs"
-    moves_weights: ClassVar[bool] = True
-    divides_by_scaling: ClassVar[bool] = True
+    looks_at = "inputs"
+    moves_weights = True
+    divides_by_scaling = True
 
     method: Literal["corda"] = Field("corda", description="a part of W weighed by the covariance of its inputs")
     mode: Literal["ipm", "kpm"] = Field(

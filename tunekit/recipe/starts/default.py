@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from tunekit.recipe.bases.section import StartSettings
 class DefaultSettings(StartSettings):
     """A uniform, B = 0."""
 
-    fills_experts: ClassVar[bool] = True
+    fills_experts = True
+    decomposes = False
 
     method: Literal["default"] = Field("default", description="A uniform, B = 0")

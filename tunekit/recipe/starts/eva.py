@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from tunekit.recipe.bases.section import CalibratedStart, Number
 class EvaSettings(CalibratedStart):
     """Principal components of each layer's inputs as A, B = 0."""
 
-    looks_at: ClassVar[str] = "inputs"
+    looks_at = "inputs"
 
     method: Literal["eva"] = Field("eva", description="principal components of each layer's inputs")
     rho: Annotated[Number, Field(ge=1, le=1000)] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from tunekit.recipe.bases.section import StartSettings
 class LoftqSettings(StartSettings):
     """The best correction of rank r of a quantized base."""
 
-    divides_by_scaling: ClassVar[bool] = True
-    looks_at: ClassVar[str] = "original"
+    divides_by_scaling = True
+    looks_at = "original"
 
     method: Literal["loftq"] = Field("loftq", description="the r largest singular values of W - dequantized(W)")

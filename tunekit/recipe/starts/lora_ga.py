@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,9 +12,9 @@ from tunekit.recipe.bases.section import CalibratedStart, Count, Positive
 class LoraGaSettings(CalibratedStart):
     """The first steps then follow those of full fine-tuning."""
 
-    looks_at: ClassVar[str] = "gradients"
-    moves_weights: ClassVar[bool] = True
-    needs_twice_the_rank: ClassVar[bool] = True
+    looks_at = "gradients"
+    moves_weights = True
+    needs_twice_the_rank = True
 
     method: Literal["lora_ga"] = Field("lora_ga", description="singular vectors of each matrix's gradient")
     direction: Literal["ArB2r", "A2rBr", "ArBr"] = Field(

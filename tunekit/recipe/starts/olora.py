@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from tunekit.recipe.bases.section import StartSettings
 class OloraSettings(StartSettings):
     """Orthonormal B, by a QR decomposition of W."""
 
-    moves_weights: ClassVar[bool] = True
+    moves_weights = True
+    depends_on_layout = True
 
     method: Literal["olora"] = Field("olora", description="the first r columns and rows of W = Q R")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from tunekit.recipe.bases.section import StartSettings
 class OrthogonalSettings(StartSettings):
     """A and B that cancel out."""
 
-    needs_even_rank: ClassVar[bool] = True
+    needs_even_rank = True
+    decomposes = False
 
     method: Literal["orthogonal"] = Field("orthogonal", description="A and B are not 0, but B A is")

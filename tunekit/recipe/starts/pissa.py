@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,8 +12,8 @@ from tunekit.recipe.bases.section import Count, StartSettings
 class PissaSettings(StartSettings):
     """The principal part of W, by a singular value decomposition: exact, or fast."""
 
-    moves_weights: ClassVar[bool] = True
-    divides_by_scaling: ClassVar[bool] = True
+    moves_weights = True
+    divides_by_scaling = True
 
     method: Literal["pissa"] = Field("pissa", description="the r largest singular values of W")
     iterations: Count | None = Field(
