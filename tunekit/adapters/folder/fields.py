@@ -41,6 +41,11 @@ MODULES: Fixed = {  # of every PEFT type that adapts modules, unless the method 
     "layers_to_transform": (None, []),
     "modules_to_save": (None, []),
 }
+LAYER_FIXED: Fixed = {  # of most methods whose layers are linear
+    "bias": ("none",),
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_weights": (True, False),
+}
 SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that stand for the settings of that name
     "target_modules": None,
     "exclude_modules": None,
@@ -137,6 +142,11 @@ class PeftSide(Generic[Settings]):
             return same(value, self.claims[name])
         accepted = {**COMMON, **UNWRITTEN, **MODULES, **self.fixed}.get(name, OFF)
         return any(other is ANY or same(value, other) for other in accepted)
+
+
+def named_alike(**defaults: object) -> PeftFields:
+    """Fields that have the names of our settings, from PEFT's defaults."""
+    return {name: (name, default) for name, default in defaults.items()}
 
 
 def plain(value: object, default: object = None) -> object:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_MENDS
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
@@ -136,16 +136,9 @@ def _conflicts(settings: AdaloraSettings, targets: Sequence[Target], file: bool)
 
 
 FIELDS: PeftFields = {
-    "init_r": ("init_r", 12),
-    "target_r": ("target_r", 8),
+    **named_alike(init_r=12, target_r=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5),
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
-    "tinit": ("tinit", 0),
-    "tfinal": ("tfinal", 0),
-    "deltaT": ("deltaT", 1),
-    "beta1": ("beta1", 0.85),
-    "beta2": ("beta2", 0.85),
-    "orth_reg_weight": ("orth_reg_weight", 0.5),
     "rank_pattern": ("kept", {}),
 }
 FIXED: Fixed = {

@@ -18,7 +18,7 @@ from tunekit.adapters.blocks.virtual_tokens import (
     is_encoder_decoder,
     width_of,
 )
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, RecipeError
@@ -149,8 +149,7 @@ METHOD = Method(
         {
             "cpt_token_ids": ("token_ids", None),
             "cpt_tokens_type_mask": ("token_types", None),
-            "opt_projection_epsilon": ("opt_projection_epsilon", 0.1),
-            "opt_projection_format_epsilon": ("opt_projection_format_epsilon", 0.1),
+            **named_alike(opt_projection_epsilon=0.1, opt_projection_format_epsilon=0.1),
         },
         {
             **BASE_FIELDS,

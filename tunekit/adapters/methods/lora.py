@@ -78,8 +78,7 @@ class Lora(LayerAdapter[LowRankSettings]):
     @property
     def scaling(self) -> float:
         """s."""
-        settings = self.settings
-        return scaling_of(self.target, settings.r, settings.alpha, settings.use_rslora)
+        return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B; where a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
