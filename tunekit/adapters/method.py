@@ -20,6 +20,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
 
+WrittenForm = tuple[AdapterSettings, list[Target], dict[str, LayerAdapter[Any]]]  # layers as the folder holds them
 Copies = dict[str, tuple[str, ...] | None]  # module name -> its parameters that are copied; None: all of them
 
 
@@ -30,15 +31,6 @@ class Conflict:
     key: str
     what: str
     how: str
-
-
-@dataclass(frozen=True)
-class WrittenForm:
-    """An adapter's layers as its folder holds them, with the settings and targets that belong to them."""
-
-    settings: AdapterSettings
-    targets: list[Target]
-    layers: dict[str, LayerAdapter[Any]]
 
 
 def saved_modules(settings: AdapterSettings) -> Sequence[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.folder.fields import MODULES, PeftSide
@@ -57,10 +58,10 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
 
     def attach(self, net: nn.Module) -> None:
         self.attention_name = MODULE_NAMES[text_config(net).model_type]
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
         self._projected: dict[int, Tensor] = {}  # layer -> what its query projection gave, until its attention ends
         for place in _upper(self.settings, net):
-            source: Any = place.module.c_attn if self.attention_name == "attn" else place.module.q_proj
+            source = place.module.get_submodule("c_attn" if self.attention_name == "attn" else "q_proj")
             self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
             self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
 
