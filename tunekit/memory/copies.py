@@ -111,8 +111,8 @@ class StreamCopier(ThreadCopier):
 
     def wait(self, copy: Copy) -> None:
         event = copy.result() if isinstance(copy, Future) else copy
-        assert event is not None
-        torch.accelerator.current_stream(self.device).wait_event(event)
+        if event is not None:
+            torch.accelerator.current_stream(self.device).wait_event(event)
 
     def mark(self) -> Mark:
         return torch.accelerator.current_stream(self.device).record_event()

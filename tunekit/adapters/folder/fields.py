@@ -20,11 +20,7 @@ Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the value that is writte
 PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
 
 
-class _Any:
-    """Accepts every value: the field has no effect on what a finished adapter computes."""
-
-
-ANY = _Any()
+ANY = object()  # accepts every value: the field has no effect on what a finished adapter computes
 COMMON: Fixed = {  # of every PEFT type: what we write, then what else we accept
     "auto_mapping": (None, ANY),  # names Python code to import: never followed
     "base_model_name_or_path": (None, ANY),  # read by folder/config.py

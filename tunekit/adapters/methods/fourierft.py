@@ -50,9 +50,8 @@ def _conflicts(settings: FourierftSettings, targets: Sequence[Target], file: boo
     smallest = min(target.in_features * target.out_features for target in targets)
     if settings.n_frequency <= smallest:
         return []
-    return [
-        Conflict("n_frequency", f"{settings.n_frequency} is too many for the smallest layer", f"at most {smallest}")
-    ]
+    what = f"{settings.n_frequency} is too many for the smallest layer"
+    return [Conflict("n_frequency", what, f"at most {smallest}")]
 
 
 FIELDS = named_alike(n_frequency=1000, scaling=150.0, random_loc_seed=777)

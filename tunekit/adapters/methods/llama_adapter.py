@@ -50,11 +50,10 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
         return slots
 
     def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
         for attribute in sorted(self.declared, key=lambda name: -int(name.rpartition("_")[2])):  # the same from the top
             if attribute.startswith("prompt"):
                 nn.init.normal_(getattr(self, attribute), generator=generator)
-            else:
-                nn.init.zeros_(getattr(self, attribute))
 
     def attach(self, net: nn.Module) -> None:
         self.attention_name = MODULE_NAMES[text_config(net).model_type]

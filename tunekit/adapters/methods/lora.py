@@ -54,13 +54,11 @@ class Lora(LayerAdapter[LowRankSettings]):
         return slots
 
     def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
         if self.target.kind == "embedding":
-            nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
         else:
             self.initialise_from(generator, None)
-        if "update_bias" in self.declared:
-            nn.init.zeros_(self.update_bias)
         if "own_bias" in self.declared:
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
