@@ -43,7 +43,7 @@ def attach(family: str, settings: Any) -> AttachedAdapter:
         return adapter
     evidence, generator = {}, torch.Generator().manual_seed(3)
     for target in adapter.targets:
-        statistics = start_module(settings.start.method).Statistics(settings.start, target)
+        statistics = start_module(settings.start.method).STATISTICS(settings.start, target)
         x = torch.randn(60, target.in_features, generator=generator)
         gradients = torch.randn(60, target.out_features, generator=generator) * 0.01
         statistics.add(LayerActivations(x, torch.arange(60) // 20, torch.ones(60, dtype=torch.bool), gradients))

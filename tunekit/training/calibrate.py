@@ -41,7 +41,7 @@ class Watch:
     """The statistics of every watched layer, and the micro-batch that is running."""
 
     def __init__(self, start: CalibratedStart, targets: Sequence[Target]) -> None:
-        make = start_module(start.method).Statistics
+        make = start_module(start.method).STATISTICS
         self.statistics = {target.name: make(start, target) for target in targets if target.kind in LINEAR}
         self.reached: set[str] = set()
         self.scale = 1.0

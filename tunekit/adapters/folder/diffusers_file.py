@@ -77,9 +77,7 @@ def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targe
             "r": rank,
             "lora_alpha": alpha,
             "rank_pattern": {name: target.r for name, target in own.items() if target.r != rank},
-            "alpha_pattern": {
-                name: own_alpha for name, own_alpha in zip(own, alphas, strict=True) if own_alpha != alpha
-            },
+            "alpha_pattern": {name: value for name, value in zip(own, alphas, strict=True) if value != alpha},
             "target_modules": list(own),
             "use_rslora": bool(getattr(settings, "use_rslora", False)),
             "use_dora": False,

@@ -15,7 +15,7 @@ DAMPING, WORST_INVERSE = 0.01, 0.05  # the authors'
 MOST_DAMPING = 1e6
 
 
-class Statistics:
+class CordaStatistics:
     """C (I, I) = mean over rows of X^T X, each row's X (T, I) divided by its largest element, as the authors do."""
 
     def __init__(self, settings: CordaSettings, target: Target) -> None:
@@ -38,7 +38,7 @@ class Statistics:
 
 
 def statistics_bytes(settings: CordaSettings, target: Target) -> int:
-    """What Statistics keeps of one layer."""
+    """What CordaStatistics keeps of one layer."""
     return torch.float32.itemsize * target.in_features**2
 
 
@@ -68,3 +68,6 @@ def _invertible(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
         damping *= 2
     what = f"the covariance of the inputs of {name} cannot be inverted"
     raise NumericsError(what, "look at the rows, or at the base")
+
+
+STATISTICS = CordaStatistics

@@ -16,7 +16,7 @@ from tunekit.recipe.starts.eva import EvaSettings
 from tunekit.records import Target
 
 
-class Statistics:
+class EvaStatistics:
     """The principal components of all inputs so far, by incremental decomposition; only they are kept.
 
     Shapes: components (C, I), C = rho R; mean (I,).    Source: Ross et al. 2008, as PEFT's IncrementalPCA.
@@ -64,7 +64,7 @@ def component_count(settings: EvaSettings, target: Target) -> int:
 
 
 def statistics_bytes(settings: EvaSettings, target: Target) -> int:
-    """What Statistics keeps of one layer."""
+    """What EvaStatistics keeps of one layer."""
     return torch.float64.itemsize * target.in_features * (component_count(settings, target) + 1)
 
 
@@ -125,3 +125,6 @@ def make_start(settings: EvaSettings, layer: StartLayer[dict[str, Tensor]]) -> t
     if settings.whiten:
         a = a / values[: layer.rank, None].sqrt()
     return a, torch.zeros(layer.outputs, layer.rank)
+
+
+STATISTICS = EvaStatistics

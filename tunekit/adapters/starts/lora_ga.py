@@ -12,7 +12,7 @@ from tunekit.recipe.starts.lora_ga import LoraGaSettings
 from tunekit.records import Target
 
 
-class Statistics:
+class LoraGaStatistics:
     """G (O, I) float32: the gradient of the mean loss over all batches."""
 
     def __init__(self, settings: LoraGaSettings, target: Target) -> None:
@@ -30,7 +30,7 @@ class Statistics:
 
 
 def statistics_bytes(settings: LoraGaSettings, target: Target) -> int:
-    """What Statistics keeps of one layer."""
+    """What LoraGaStatistics keeps of one layer."""
     return torch.float32.itemsize * target.in_features * target.out_features
 
 
@@ -57,3 +57,6 @@ def _places(direction: str, rank: int) -> tuple[slice, slice]:
     if direction == "ArBr":
         return slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
     return (first, second) if direction == "ArB2r" else (second, first)
+
+
+STATISTICS = LoraGaStatistics
