@@ -16,7 +16,7 @@ from tests.support.loop_case import make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import Casts
 from tunekit.adapters.folder.read import save_adapter_folder
-from tunekit.adapters.kernels.joined_lora import GatedMlp, describe, planned_groups
+from tunekit.adapters.kernels.joined_lora import GatedMlp, describe
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
@@ -289,8 +289,8 @@ def test_plan_finds_the_same_groups_without_an_adapter() -> None:
     settings = LoraSettings(r=3)
     net = make_net("llama")
     targets = find_targets(net, settings, head_name="lm_head")
-    groups = planned_groups(net, load_method("lora"), settings, targets)
-    assert planned_groups(net, load_method("dora"), settings, targets) == []
+    groups = load_method("lora").groups(net, settings, targets)
+    assert load_method("dora").groups(net, settings, targets) == []
     assert groups == adapted("llama")[1].joined
     assert describe(groups) == ("3 x gate_proj + up_proj + down_proj, 3 x o_proj, 3 x q_proj + k_proj + v_proj")
     packed = PackedLinear(4, 4, "int8", False, {}, None)

@@ -13,7 +13,7 @@ from tunekit.adapters.base import KINDS, AdapterPart, Casts, LayerAdapter, Model
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.kernels.norms import lighten_norms
-from tunekit.adapters.method import LayerGroup, Method, load_method
+from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import TrainedTokens, token_rows
@@ -39,7 +39,7 @@ class AttachedAdapter:
         self.model_adapter: ModelAdapter[Any] | None = None
         self.added_rows: dict[str, Tensor] = {}  # of a folder for a larger vocabulary: module -> rows beyond the base's
         self.casts = Casts()
-        self.joined: list[LayerGroup] = []
+        self.joined: list[tuple[str, ...]] = []  # names of layers that are computed together
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in net.modules():

@@ -5,8 +5,7 @@ The module that owns the parameter goes in; a wrapper under which it reads W + d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
 
 import torch
@@ -73,22 +72,16 @@ class ParameterHost(Wrapper):
         super().__init__(base)
         self.adapters = nn.ModuleDict(adapters)  # parameter's own name -> adapter
 
-    @contextmanager
-    def _changed(self) -> Iterator[None]:
-        """An entry in the instance's own dictionary is found before the registered parameter."""
-        own = self.base_layer.__dict__
-        own.update({name: ChangedParameter(adapter) for name, adapter in self.adapters.items()})  # type: ignore[arg-type]
-        try:
-            yield
-        finally:
-            for name in self.adapters:
-                del own[name]
-
     def forward(self, *inputs: object, **named: object) -> object:
         if current_call().bypassed:
             return self.base_layer(*inputs, **named)
-        with self._changed():
+        own = self.base_layer.__dict__  # what is in there is found before a registered parameter
+        own.update({name: ChangedParameter(adapter) for name, adapter in self.adapters.items()})  # type: ignore[arg-type]
+        try:
             return self.base_layer(*inputs, **named)
+        finally:
+            for name in self.adapters:
+                del own[name]
 
 
 def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int | None, int, int]:

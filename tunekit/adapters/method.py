@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-from tunekit.adapters.base import Casts, LayerAdapter, ModelAdapter, SharedPart
+from tunekit.adapters.base import LayerAdapter, ModelAdapter, SharedPart
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.kernels.joined_lora import JoinedProducts, LayerGroup
 from tunekit.adapters.module_names import is_within, named_copies
 from tunekit.contracts import Tokenizer
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
 
+WrittenForm = tuple[AdapterSettings, list[Target], dict[str, LayerAdapter[Any]]]  # layers as the folder holds them
 Copies = dict[str, tuple[str, ...] | None]  # module name -> its parameters that are copied; None: all of them
-LayerGroup = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,6 @@ class Conflict:
     key: str
     what: str
     how: str
-
-
-class Kernel(Protocol):
-    """A method's own way to compute several of its layers together."""
-
-    def groups(
-        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]
-    ) -> list[LayerGroup]:
-        """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
-
-    def join(
-        self,
-        net: nn.Module,
-        layers: Mapping[str, LayerAdapter[Any]],
-        settings: AdapterSettings,
-        targets: Sequence[Target],
-        casts: Casts,
-    ) -> list[LayerGroup]:
-        """Let the layers, which are in place in `net`, compute in groups; returns the groups."""
-
-
-@dataclass(frozen=True)
-class WrittenForm:
-    """An adapter's layers as its folder holds them, with the settings and targets that belong to them."""
-
-    settings: AdapterSettings
-    targets: list[Target]
-    layers: dict[str, LayerAdapter[Any]]
 
 
 def saved_modules(settings: AdapterSettings) -> Sequence[str]:
@@ -96,7 +69,7 @@ class Method:
     model: type[ModelAdapter[Any]] | None = None
     only_copies: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
     copy: type[TrainedCopy] = TrainedCopy
-    kernel: Kernel | None = None
+    kernel: JoinedProducts | None = None
     written_form: Callable[[WrittenForm], WrittenForm] = lambda form: form
     tensors: tuple[str, ...] = ()
     is_linear: Callable[[Any], bool] = lambda settings: False
@@ -107,6 +80,11 @@ class Method:
     with_tokenizer: Callable[[Any, Tokenizer], Any] = lambda settings, tokenizer: settings
     read_as: str | None = None
     in_diffusers_file: bool = False
+
+    def groups(self, net: nn.Module, settings: AdapterSettings, targets: Sequence[Target]) -> list[LayerGroup]:
+        """The groups of layers that attaching to this base will compute together; none without a kernel."""
+        modules = dict(net.named_modules(remove_duplicate=False))
+        return [] if self.kernel is None else self.kernel.groups(net, modules, settings, targets)
 
     def copied_modules(
         self, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]

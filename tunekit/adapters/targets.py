@@ -59,7 +59,8 @@ def find_targets(
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
     targets = search.layers() + search.parameters()
     search.check_patterns([target.name for target in targets])
-    search.tokens([target.name for target in targets])
+    for what, how in wrong_tokens(net, settings, [target.name for target in targets], search.copies):
+        search.report("trainable_token_indices", what, how)
     search.report_large_ranks()
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
@@ -165,11 +166,6 @@ class Search:
             for layer, _, own in [name.rpartition(".")]
         ]
 
-    def tokens(self, targets: Sequence[str]) -> None:
-        """Report what cannot be trained by rows."""
-        for what, how in wrong_tokens(self.net, self.settings, targets, self.copies):
-            self.report("trainable_token_indices", what, how)
-
     def _in_layers(self, names: set[str]) -> set[str]:
         """Those in the chosen layers; a number without a layer is a problem."""
         missing, there = outside(self.modules, self.settings)
@@ -184,9 +180,12 @@ class Search:
         if targets and entries == ALL_LINEAR:
             return self._all_linear()
         found: set[str] = set()
+        regex, patterns = isinstance(entries, str), self._patterns_of(key)
         for entry in [entries] if isinstance(entries, str) else entries:
-            regex = isinstance(entries, str)
-            names = self._regex_matches(key, entry) if regex else self.by_ending.get(entry, [])
+            if regex:
+                names = [name for name in self.modules if name and patterns.matches(entry, name)]
+            else:
+                names = self.by_ending.get(entry, [])
             if not names and not self.file:
                 self._miss(key, entry)
             found.update(self._adaptable(entry, names, regex) if targets else names)
@@ -204,10 +203,6 @@ class Search:
             for weight in [weight_of(module)]
             if weight is not None and weight.shape[0] > 1
         }
-
-    def _regex_matches(self, key: str, pattern: str) -> list[str]:
-        patterns = self._patterns_of(key)
-        return [name for name in self.modules if name and patterns.matches(pattern, name)]
 
     def _adaptable(self, entry: str, names: Sequence[str], regex: bool) -> list[str]:
         """The names whose layers the method adapts; another layer in the way is a problem.

@@ -177,9 +177,8 @@ def wrong_tokens(
         for used, how in ((targets, "target_modules"), (copies, "modules_to_save")):
             shared = {other for other in tied_with(modules, name) if other in used} if _by_rows(modules[name]) else ()
             for other in sorted(shared):
-                what = f"rows of '{name}' are trained and " + (
-                    f"'{other}' shares them" if other != name else "all of it"
-                )
+                what = f"'{other}' shares them" if other != name else "all of it"
+                what = f"rows of '{name}' are trained and {what}"
                 wrong.append((f"{what}, which {how} trains too", f"leave it out of {how}, or write no {KEY}"))
     return wrong
 
@@ -192,10 +191,8 @@ def _by_rows(module: nn.Module) -> bool:
 
 def _wrong_module(name: str, modules: Mapping[str, nn.Module], ids: Sequence[int]) -> list[Wrong]:
     if not _by_rows(modules[name]):
-        kind = type(modules[name]).__name__
-        return [
-            (f"'{name}' ({kind}) is no embedding or linear layer in full precision", "name an embedding, or a head")
-        ]
+        what = f"'{name}' ({type(modules[name]).__name__}) is no embedding or linear layer in full precision"
+        return [(what, "name an embedding, or a head")]
     if plain_entries([name], modules) is None:
         return [(f"'{name}' cannot be told from other modules in PEFT's format", "leave it out")]
     last = modules[name].get_parameter("weight").shape[0] - 1

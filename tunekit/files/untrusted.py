@@ -92,11 +92,8 @@ def sha256_of(path: Path, kind: FileKind = ADAPTER_FILE) -> str:
 
     Raises: the kind's error.
     """
-    digest = hashlib.sha256()
-    with opened(path, kind) as (number, _):
-        while piece := os.read(number, 1024 * 1024):
-            digest.update(piece)
-    return digest.hexdigest()
+    with opened(path, kind) as (number, _), open(number, "rb", closefd=False) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_exactly(number: int, size_bytes: int, path: Path, kind: FileKind) -> bytes:

@@ -61,9 +61,8 @@ def _read_answer(row: Mapping[str, Any], name: str) -> str | None:
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, str) and not (
-        isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
-    ):
+    turns = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+    if not turns and not isinstance(value, str):
         return None
     said = read_side(row, name)
     return said if isinstance(said, str) else "".join(message.content for message in said)

@@ -20,15 +20,9 @@ EXAMPLE = "text"
 
 ROLES_BY_SENDER = {
     "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation"), "tool"),
     "function_call": "assistant",
 }
 

@@ -47,11 +47,7 @@ def make_example(row: Mapping[str, Any]) -> TranscriptExample:
     row = renamed(row, ALIASES)
     segments = _segments(row.get("segments"))
     audio = read_media(row, "audio")
-    text = (
-        read_text(row, "text")
-        if row.get("text") is not None or not segments
-        else "".join(each.text for each in segments)
-    )
+    text = "".join(each.text for each in segments) if segments and row.get("text") is None else read_text(row, "text")
     task = read_optional_text(row, "task") or None
     if task is not None and task not in TASKS:
         raise DataError(f"unknown 'task' {task!r}", f"write {' or '.join(TASKS)}")

@@ -46,6 +46,7 @@ class LayerBlob:
             self.pieces.append(TensorPlace(tensor, self.size_bytes))
             self.size_bytes = aligned(self.size_bytes + tensor.nbytes)
         self.source: list[Tensor] = [tensor.data for tensor in tensors]
+        self.gathered = False  # whether the source is one blob
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
         """Copy the values into one blob (bytes,) uint8, which is the source from now on: one copy moves a whole layer.
@@ -56,12 +57,7 @@ class LayerBlob:
             piece.view(blob).copy_(values)
             if values.data_ptr() in mapped:
                 forget_pages(values)
-        self.source = [blob]
-
-    @property
-    def gathered(self) -> bool:
-        """Whether the source is one blob."""
-        return len(self.source) == 1 and self.source[0].dtype == torch.uint8 and self.source[0].dim() == 1
+        self.source, self.gathered = [blob], True
 
     def copies(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What to copy where, so that `slot` (bytes,) holds the layer: pairs of target and source."""

@@ -107,12 +107,12 @@ class StreamCopier(ThreadCopier):
     def start(self, copies: Pairs, after: Mark) -> Copy:
         if all(source.device.type != "cpu" or source.is_pinned() for _, source in copies):
             return self._send(copies, after)
-        return self._worker.submit(self._through_ring, copies, after)
+        return self._worker.submit(self._send, copies, after, through_ring=True)
 
     def wait(self, copy: Copy) -> None:
         event = copy.result() if isinstance(copy, Future) else copy
-        assert event is not None
-        torch.accelerator.current_stream(self.device).wait_event(event)
+        if event is not None:
+            torch.accelerator.current_stream(self.device).wait_event(event)
 
     def mark(self) -> Mark:
         return torch.accelerator.current_stream(self.device).record_event()
@@ -121,26 +121,16 @@ class StreamCopier(ThreadCopier):
         if mark is not None:
             mark.synchronize()
 
-    def _send(self, copies: Pairs, after: Mark) -> torch.Event:
+    def _send(self, copies: Pairs, after: Mark, through_ring: bool = False) -> torch.Event:
         with self.stream:
             if after is not None:
                 self.stream.wait_event(after)
             for target, source in copies:
-                target.copy_(source, non_blocking=True)
-                if target.device.type != "cpu":
-                    self._keep(target)
-            return self.stream.record_event()
-
-    def _keep(self, on_device: Tensor) -> None:
-        """What a copy writes is not given to others before it is made; what one reads, the caller holds."""
-        on_device.record_stream(self.stream)
-
-    def _through_ring(self, copies: Pairs, after: Mark) -> torch.Event:
-        with self.stream:
-            if after is not None:
-                self.stream.wait_event(after)
-            for target, source in copies:
-                self._keep(target)
+                if target.device.type != "cpu":  # its memory is not given to others before the copy is made
+                    target.record_stream(self.stream)
+                if not through_ring:
+                    target.copy_(source, non_blocking=True)
+                    continue
                 wide, narrow = as_bytes(target), as_bytes(source)
                 for start in range(0, narrow.numel(), RING_BYTES):
                     self._pass_on(wide[start : start + RING_BYTES], narrow[start : start + RING_BYTES])

@@ -57,11 +57,9 @@ class LayerSlots:
     def __post_init__(self) -> None:
         largest = max(blob.size_bytes for blob in self.blobs)
         count = min(max(self.count, SLOTS), len(self.blobs))
-        self.slots = [
-            DeviceSlot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
-        ]  # (bytes,) each
-        for slot in self.slots:
-            slot.used = self.copier.mark()  # what had its memory before may still be computed
+        memories = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(count)]  # (bytes,) each
+        # What had a slot's memory before may still be computed.
+        self.slots = [DeviceSlot(memory, used=self.copier.mark()) for memory in memories]
         self._computed: int | None = None
         for slot in self.slots if self.poison else ():
             slot.memory.fill_(UNSET_BYTE)
@@ -78,9 +76,8 @@ class LayerSlots:
         if self._computed is not None:
             raise TunekitError(f"layer {layer} is wanted while layer {self._computed} is computed")
         slot = self._bring(layer, then)
-        if slot.copy is not None:
-            self.copier.wait(slot.copy)
-            slot.copy = None
+        self.copier.wait(slot.copy)
+        slot.copy = None
         self.blobs[layer].bind(slot.memory)
         self._computed = layer
         try:
@@ -113,9 +110,8 @@ class LayerSlots:
         taken = [slot for slot in self.slots if slot.layer not in (self._computed, other)]
         taken = taken or [slot for slot in self.slots if slot.layer != self._computed]
         slot = max(taken, key=lambda each: abs((each.layer or 0) - layer))
-        if slot.copy is not None:  # brought in and never used: its copy may still be under way
-            self.copier.wait(slot.copy)
-            slot.copy = None
+        self.copier.wait(slot.copy)  # brought in and never used, it may still be under way
+        slot.copy = None
         assert slot.layer is not None
         self.blobs[slot.layer].unbind(self.device)
         if self.poison:
@@ -128,8 +124,7 @@ class LayerSlots:
     def drop(self) -> None:
         """Empty every slot: the sources were changed, or nothing is computed for a while."""
         for slot in self.slots:
-            if slot.copy is not None:
-                self.copier.wait(slot.copy)
+            self.copier.wait(slot.copy)
             if slot.layer is not None:
                 self.blobs[slot.layer].unbind(self.device)
             slot.layer = slot.copy = None

@@ -13,7 +13,7 @@ Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,24 +134,19 @@ class Tiles:
             torch.manual_seed(seed_for("tile", call.seed, call.step, call.micro_batch, self.number, index))
 
 
-class _TiledContext(Context, Protocol):
-    tiles: Tiles
-    call: Call
-
-
 class _Tiled(torch.autograd.Function):
     """Keeps x alone."""
 
     @staticmethod
-    def forward(ctx: _TiledContext, tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
-        ctx.tiles, ctx.call = tiles, call
+    def forward(ctx: Context[tuple[Tiles, Call]], tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
+        ctx.beside = tiles, call
         ctx.save_for_backward(x)
         return tiles.output(x, call)
 
     @staticmethod
-    def backward(ctx: _TiledContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        of_x, of_trained = ctx.tiles.gradients(x, gradients[0], ctx.call, ctx.needs_input_grad[2])
+    def backward(ctx: Context[tuple[Tiles, Call]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (tiles, call), (x,) = ctx.beside, ctx.saved_tensors
+        of_x, of_trained = tiles.gradients(x, gradients[0], call, ctx.needs_input_grad[2])
         return None, None, of_x, *of_trained
 
 

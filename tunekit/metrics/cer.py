@@ -1,7 +1,5 @@
 """Character error rate: characters to be changed, put in or left out, over those of the references."""
 
-from __future__ import annotations
-
 from tunekit.metrics.spoken import error_rate
 
 DESCRIPTION = "CER: changed, missing and surplus characters over all characters of the references"

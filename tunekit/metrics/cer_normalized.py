@@ -1,7 +1,5 @@
 """Character error rate of texts whose spellings were made alike, by the model's own normaliser."""
 
-from __future__ import annotations
-
 from tunekit.metrics.cer import score as score
 
 DESCRIPTION = "CER after the model's normaliser: case, punctuation and spellings count no more"

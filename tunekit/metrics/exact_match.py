@@ -1,7 +1,5 @@
 """Share of answers equal to their reference, white space at both ends aside."""
 
-from __future__ import annotations
-
 from tunekit.metrics.pairs import mean_of_pairs
 
 DESCRIPTION = "share of generated answers equal to the reference, white space at the ends aside"

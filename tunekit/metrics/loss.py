@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 DESCRIPTION = "mean negative log-likelihood of the supervised tokens"
-NEEDS = ("loss", "units")
 HIGHER_IS_BETTER = False
 
 
-def mean_of(name: str) -> Callable[[Mapping[str, Any]], float]:
-    """`from_sums` of a metric that is the sum `name` over the number of its units (tokens, labels, pairs)."""
+def mean_of(name: str) -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
+    """NEEDS and `from_sums` of a metric: the sum `name` over the number of its units (tokens, labels, pairs)."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
         """Raises ValueError without units."""
@@ -19,7 +18,7 @@ def mean_of(name: str) -> Callable[[Mapping[str, Any]], float]:
             raise ValueError("no supervised tokens")
         return float(sums[name] / sums["units"])
 
-    return from_sums
+    return (name, "units"), from_sums
 
 
-from_sums = mean_of("loss")  # in nats a unit
+NEEDS, from_sums = mean_of("loss")  # in nats a unit

@@ -9,7 +9,7 @@ from typing import Any
 from tunekit.metrics import loss
 
 DESCRIPTION = "exp of the loss"
-NEEDS = ("loss", "units")
+NEEDS = loss.NEEDS
 HIGHER_IS_BETTER = False
 
 

@@ -20,9 +20,7 @@ def from_sums(sums: Mapping[str, Any]) -> float:
 
     `spans`: of each kind how many were predicted right, predicted, and there.
     """
-    right, predicted, there = (
-        (sum(column) for column in zip(*sums["spans"], strict=True)) if sums["spans"] else (0,) * 3
-    )
+    right, predicted, there = map(sum, zip(*sums["spans"], strict=True)) if sums["spans"] else (0, 0, 0)
     return f1(right, predicted, there)
 
 

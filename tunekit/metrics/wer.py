@@ -1,7 +1,5 @@
 """Word error rate: words to be changed, put in or left out, over those of the references."""
 
-from __future__ import annotations
-
 from tunekit.metrics.spoken import error_rate
 
 DESCRIPTION = "WER: changed, missing and surplus words over all words of the references"

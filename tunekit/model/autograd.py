@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+Value = TypeVar("Value")
 
-class Context(Protocol):
-    """A function that keeps more than tensors states the further attributes in a protocol of its own."""
 
+class Context(Protocol[Value]):
+    """`beside`: what a function keeps that is no tensor."""
+
+    beside: Value
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 

@@ -10,7 +10,7 @@ import torch
 
 import tunekit
 from tunekit.adapters.base import slot_count
-from tunekit.adapters.kernels.joined_lora import describe, planned_groups
+from tunekit.adapters.kernels.joined_lora import describe
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
 from tunekit.companions.base import Planned, make_companions
@@ -374,7 +374,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)
-    groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
+    groups = load_method(recipe.adapter.method).groups(inputs.base.net, recipe.adapter, inputs.targets)
     if groups:
         notes.append(f"layers that share one computation, which saves memory and time: {describe(groups)}")
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,24 +37,22 @@ def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> T
     return product
 
 
-class _DeltaContext(Context, Protocol):
-    make: Callable[..., Tensor]
-
-
 class _DeltaProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _DeltaContext, x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
-        ctx.make = make
+    def forward(
+        ctx: Context[Callable[..., Tensor]], x: Tensor, make: Callable[..., Tensor], *factors: Tensor
+    ) -> Tensor:
+        ctx.beside = make
         ctx.save_for_backward(x, *factors)
         return F.linear(x, make(*factors).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: _DeltaContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[Callable[..., Tensor]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # (..., O)
         x, *factors = ctx.saved_tensors
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_(factor.is_floating_point()) for factor in factors]
-            delta = ctx.make(*leaves)  # (O, I)
+            delta = ctx.beside(*leaves)  # (O, I)
         of_x = gradient @ delta.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
         flat, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, O), (N, I)
         of_delta = (flat.t() @ inputs).to(delta.dtype)  # (O, I)

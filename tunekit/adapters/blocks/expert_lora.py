@@ -63,8 +63,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
     @property
     def scaling(self) -> float:
         """s."""
-        settings = self.settings
-        return scaling_of(self.target, settings.r, settings.alpha, settings.use_rslora)
+        return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self, index: Index) -> Factors:
         experts = self.target.experts
@@ -86,13 +85,9 @@ def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) 
     if not file and not settings.start.fills_experts:
         what = f"start: {settings.start.method} cannot fill fused parameters"
         found.append(Conflict("start", what, "write start: default or gaussian, or no target_parameters"))
-    copied = [target.name for target in targets for name in settings.modules_to_save if _inside(target.name, name)]
+    named = [f".{name}." for name in settings.modules_to_save]  # by whole names, or by endings
+    copied = [target.name for target in targets if any(name in f".{target.name}" for name in named)]
     if copied:
         what = f"'{copied[0]}' is inside a module of modules_to_save, which is trained whole"
         found.append(Conflict("target_parameters", what, "leave it out of one of them"))
     return found
-
-
-def _inside(parameter: str, module: str) -> bool:
-    """Whether a module named by a whole name or an ending holds the parameter."""
-    return f".{module}." in f".{parameter}"

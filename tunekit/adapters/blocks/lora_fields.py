@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tunekit.adapters.base import Settings
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import LINEAR
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 LORA_FIELDS: PeftFields = {  # PEFT's field -> our setting, PEFT's default
-    "r": ("r", 8),
+    **named_alike(r=8, use_rslora=False, bias="none"),
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
-    "use_rslora": ("use_rslora", False),
-    "bias": ("bias", "none"),
 }
 LORA_FIXED: Fixed = {  # first the value written, then the others that change nothing
     "alora_invocation_tokens": (None, []),

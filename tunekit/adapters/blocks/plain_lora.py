@@ -22,30 +22,28 @@ def as_plain_lora(form: WrittenForm) -> WrittenForm:
 
     B A - B' A' = [B - B', B'] [A; A - A'].  Alpha grows with the rank, so that the scaling stays what it was.
     """
-    moved = {name for name, layer in form.layers.items() if "start_A" in layer.declared}
+    before, old_targets, layers = form
+    moved = {name for name, layer in layers.items() if "start_A" in layer.declared}
     if not moved:
         return form
-    assert isinstance(form.settings, LowRankSettings)
-    rank = 2 * form.settings.r
-    changes: dict[str, object] = {"r": rank, "alpha": _alpha(form.settings, form.settings.alpha, form.settings.r, rank)}
+    assert isinstance(before, LowRankSettings)
+    rank = 2 * before.r
+    changes: dict[str, object] = {"r": rank, "alpha": alpha_for_rank(before, before.alpha, before.r, rank)}
     changes |= {"start": DEFAULT_START, "rank_pattern": {}, "alpha_pattern": {}}  # written from the targets
-    settings = form.settings.model_copy(update=changes)
-    targets = {t.name: _target(t, settings) if t.name in moved else t for t in form.targets}
-    layers = {
-        name: _plain_layer(layer, settings, targets[name]) if name in moved else layer
-        for name, layer in form.layers.items()
-    }
-    return WrittenForm(settings, list(targets.values()), layers)
+    settings = before.model_copy(update=changes)
+    targets = {t.name: _target(t, settings) if t.name in moved else t for t in old_targets}
+    plain = {name: _plain_layer(layers[name], settings, targets[name]) for name in moved}
+    return settings, list(targets.values()), {name: plain.get(name, layer) for name, layer in layers.items()}
 
 
 def _target(target: Target, settings: LowRankSettings) -> Target:
     """The target with the rank of its plain form: 2R, or the smaller side of a matrix that is narrower than that."""
     old, alpha = target.r or 0, target.alpha or 0.0
     rank = min(2 * old, target.in_features, target.out_features)
-    return replace(target, r=rank, alpha=_alpha(settings, alpha, old, rank))
+    return replace(target, r=rank, alpha=alpha_for_rank(settings, alpha, old, rank))
 
 
-def _alpha(settings: LowRankSettings, alpha: float, old: int, new: int) -> float:
+def alpha_for_rank(settings: LowRankSettings, alpha: float, old: int, new: int) -> float:
     """The alpha with which rank `new` scales as `alpha` does with rank `old`."""
     return alpha * (math.sqrt(new / old) if settings.use_rslora else new / old)
 

@@ -20,7 +20,7 @@ from tunekit.adapters.folder.fields import ANY, MODULES, Fixed, PeftFields
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
-from tunekit.model.families.structure import text_config
+from tunekit.model.pretrained import as_pretrained, text_config
 from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
@@ -145,9 +145,9 @@ class ClassifierCopy(TrainedCopy):
     file_prefix = "base_model."
 
 
-def width_of(net: Any) -> int:
+def width_of(net: nn.Module) -> int:
     """D of the token embedding, whose rows the vectors stand beside."""
-    return int(net.get_input_embeddings().weight.shape[1])
+    return int(as_pretrained(net).get_input_embeddings().weight.shape[1])
 
 
 def is_encoder_decoder(net: nn.Module) -> bool:
@@ -155,12 +155,12 @@ def is_encoder_decoder(net: nn.Module) -> bool:
     return bool(getattr(getattr(net, "config", None), "is_encoder_decoder", False))
 
 
-def embeddings_of(net: Any, ids: Sequence[int] | Tensor) -> Tensor:
+def embeddings_of(net: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
     """(ids, D) float32 on the CPU, as the base looks the ids up; zeros on a meta base, whose values come later.
 
     Raises: AdapterError for an id that the base does not have.
     """
-    table = net.get_input_embeddings()
+    table = as_pretrained(net).get_input_embeddings()
     tokens = torch.as_tensor(ids, dtype=torch.int64)
     if int(tokens.max()) >= table.weight.shape[0]:
         largest = f"token {int(tokens.max())} is none of this base's {table.weight.shape[0]}"
@@ -172,12 +172,12 @@ def embeddings_of(net: Any, ids: Sequence[int] | Tensor) -> Tensor:
     return found
 
 
-def started(net: Any, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
+def started(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
     """(vectors, D) float32 as `init` says: embeddings of ids, each as likely, N(0, 1), or embeddings of a text."""
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
-        size = min(int(text_config(net).vocab_size), net.get_input_embeddings().weight.shape[0])
+        size = min(int(text_config(net).vocab_size), as_pretrained(net).get_input_embeddings().weight.shape[0])
         return embeddings_of(net, torch.randint(0, size, (vectors,), generator=generator))
     if settings.init_ids is None:
         raise AdapterError("the text of the prompt has not been made into tokens", "give init_ids", key="adapter.init")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -54,9 +54,8 @@ def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, Tensor
     """
     text = (read_raw_header(path)[2].get("__metadata__") or {}).get(METADATA)
     if not isinstance(text, str):
-        raise AdapterError(
-            f"has no {METADATA}", "bring it in with: tunekit adapter adopt FILE --base PIPELINE", file=str(path)
-        )
+        how = "bring it in with: tunekit adapter adopt FILE --base PIPELINE"
+        raise AdapterError(f"has no {METADATA}", how, file=str(path))
     fields = parse_json(text.encode(), str(path))
     named = {part: fields.get(f"{part}.target_modules") or [] for part in KOHYA_PARTS}
     flat = [part for part, names in named.items() if any(str(name).startswith("encoder.") for name in names)]
@@ -72,16 +71,13 @@ def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targe
     fields: dict[str, Any] = {}
     for part in sorted({target.name.partition(".")[0] for target in targets}):
         own = {target.name.partition(".")[2]: target for target in targets if target.name.startswith(f"{part}.")}
-        rank, alpha = (
-            Counter(values).most_common(1)[0][0] for values in zip(*map(_numbers, own.values()), strict=True)
-        )
+        ranks, alphas = zip(*map(_numbers, own.values()), strict=True)
+        rank, alpha = mode(ranks), mode(alphas)
         values = {
             "r": rank,
             "lora_alpha": alpha,
             "rank_pattern": {name: target.r for name, target in own.items() if target.r != rank},
-            "alpha_pattern": {
-                name: _numbers(target)[1] for name, target in own.items() if _numbers(target)[1] != alpha
-            },
+            "alpha_pattern": {name: value for name, value in zip(own, alphas, strict=True) if value != alpha},
             "target_modules": list(own),
             "use_rslora": bool(getattr(settings, "use_rslora", False)),
             "use_dora": False,
@@ -171,9 +167,8 @@ def _from_diffusers(
         module, _, matrix = own.rpartition(".lora_")
         module = module if module in known else module.replace(".text_model.", ".", 1)
         if module not in known or matrix not in ("A.weight", "B.weight"):
-            raise AdapterError(
-                f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline", "choose its own", file=file
-            )
+            what = f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline"
+            raise AdapterError(what, "choose its own", file=file)
         found[f"{PREFIX}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
             part = module.partition(".")[0]

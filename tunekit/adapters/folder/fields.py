@@ -20,11 +20,7 @@ Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the value that is writte
 PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
 
 
-class _Any:
-    """Accepts every value: the field has no effect on what a finished adapter computes."""
-
-
-ANY = _Any()
+ANY = object()  # accepts every value: the field has no effect on what a finished adapter computes
 COMMON: Fixed = {  # of every PEFT type: what we write, then what else we accept
     "auto_mapping": (None, ANY),  # names Python code to import: never followed
     "base_model_name_or_path": (None, ANY),  # read by folder/config.py
@@ -40,6 +36,11 @@ MODULES: Fixed = {  # of every PEFT type that adapts modules, unless the method 
     "layers_pattern": (None, [], ""),
     "layers_to_transform": (None, []),
     "modules_to_save": (None, []),
+}
+LAYER_FIXED: Fixed = {  # of most methods whose layers are linear
+    "bias": ("none",),
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_weights": (True, False),
 }
 SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that stand for the settings of that name
     "target_modules": None,
@@ -137,6 +138,11 @@ class PeftSide(Generic[Settings]):
             return same(value, self.claims[name])
         accepted = {**COMMON, **UNWRITTEN, **MODULES, **self.fixed}.get(name, OFF)
         return any(other is ANY or same(value, other) for other in accepted)
+
+
+def named_alike(**defaults: object) -> PeftFields:
+    """Fields that have the names of our settings, from PEFT's defaults."""
+    return {name: (name, default) for name, default in defaults.items()}
 
 
 def plain(value: object, default: object = None) -> object:

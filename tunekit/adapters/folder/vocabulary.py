@@ -41,11 +41,9 @@ def added_rows(net: nn.Module, head_name: str | None, path: Path) -> dict[str, T
         rows.setdefault(head_name, rows[embedding])
     if len(rows) == 1 and head_name not in (None, embedding):
         (name,) = rows
-        what = (
-            f"holds {len(rows[name])} new rows of '{name}' and none of {'the head' if name == embedding else 'tokens'}"
-        )
+        other = "the head" if name == embedding else "tokens"
         how = "save it anew with peft, and save_embedding_layers=True"
-        raise AdapterError(what, how, file=str(path))
+        raise AdapterError(f"holds {len(rows[name])} new rows of '{name}' and none of {other}", how, file=str(path))
     return rows
 
 

@@ -21,7 +21,7 @@ from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSI
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_header, diffusers_tensors
 from tunekit.adapters.folder.peft_models import taken_for_experts
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
-from tunekit.adapters.method import WrittenForm, saved_modules
+from tunekit.adapters.method import saved_modules
 from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
 from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
@@ -57,9 +57,9 @@ def save_adapter_folder(
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
     folder = Path(os.path.abspath(folder))
-    form = attached.method.written_form(WrittenForm(attached.settings, attached.targets, attached.layers))
     plain = copy.copy(attached)
-    plain.settings, plain.targets, plain.layers = form.settings, form.targets, form.layers
+    form = (attached.settings, attached.targets, attached.layers)
+    plain.settings, plain.targets, plain.layers = attached.method.written_form(form)
     name, path = base_names(base_name, folder)
     config = peft_config(plain)
     config |= {"base_model_name_or_path": name, "revision": revision, "task_type": task_type}

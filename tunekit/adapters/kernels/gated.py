@@ -23,20 +23,25 @@ def is_gated_mlp(module: nn.Module) -> bool:
     return _computes_gated(type(module))  # type: ignore[arg-type]
 
 
-@cache
-def _computes_gated(kind: type[nn.Module]) -> bool:
-    """Whether the body of `forward(self, x)` is a return of one of EXPRESSIONS, perhaps through one name."""
+def forward_code(kind: type[nn.Module]) -> tuple[list[str], str]:
+    """The arguments of a class's `forward` and the code in it, without its docstring; none where it cannot be read."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):
+        return [], ""
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        return [], ""
+    body = function.body if ast.get_docstring(function) is None else function.body[1:]
+    return [argument.arg for argument in function.args.args], "\n".join(map(ast.unparse, body))
+
+
+@cache
+def _computes_gated(kind: type[nn.Module]) -> bool:
+    """Whether the body of `forward(self, x)` is a return of one of EXPRESSIONS, perhaps through one name."""
+    arguments, text = forward_code(kind)
+    if len(arguments) != 2:
         return False
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) != 2:
-        return False
-    argument, body = function.args.args[1].arg, list(function.body)
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):  # a docstring
-        body = body[1:]
-    text = "\n".join(ast.unparse(statement) for statement in body)
-    return any(text in _forms(expression.replace("(x)", f"({argument})")) for expression in EXPRESSIONS)
+    return any(text in _forms(expression.replace("(x)", f"({arguments[1]})")) for expression in EXPRESSIONS)
 
 
 def _forms(expression: str) -> list[str]:

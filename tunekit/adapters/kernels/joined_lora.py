@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import Casts, LayerAdapter
 from tunekit.adapters.kernels.gated import is_gated_mlp
-from tunekit.adapters.kernels.lora_products import Gated, Member, Products, gated_product, products
-from tunekit.adapters.method import LayerGroup, Method
+from tunekit.adapters.kernels.lora_products import Gated, Products, gated_product, products
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import multiplies_exactly
 from tunekit.recipe.bases.low_rank import LowRankSettings
@@ -29,6 +28,7 @@ from tunekit.records import Target, short_name
 JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
 CROSS = ("encoder_attn",)  # attention modules whose keys and values are of another input than their queries
 GATED = ("gate_proj", "up_proj", "down_proj")
+LayerGroup = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class JoinedProducts:
         """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
         children: dict[str, set[str]] = {}
         for target in targets:
-            if self._is_plain(settings, target) and multiplies_exactly(modules[target.name]):
+            plain = target.kind == "linear" and set(self.layer.slots(settings, target)) == {"A", "B"}
+            if plain and "." in target.name and multiplies_exactly(modules[target.name]):
                 parent, _, own = target.name.rpartition(".")
                 children.setdefault(parent, set()).add(own)
         inputs = {target.name: target.in_features for target in targets}
@@ -60,9 +61,6 @@ class JoinedProducts:
             together += [(own,) for own in sorted(alone)]
             groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
         return groups
-
-    def _is_plain(self, settings: AdapterSettings, target: Target) -> bool:
-        return target.kind == "linear" and "." in target.name and set(self.layer.slots(settings, target)) == {"A", "B"}
 
     def join(
         self,
@@ -86,22 +84,10 @@ class JoinedProducts:
         return groups
 
 
-def planned_groups(
-    net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]
-) -> list[LayerGroup]:
-    """The groups that attaching an adapter to this base will make; none for a method without a kernel."""
-    modules = dict(net.named_modules(remove_duplicate=False))
-    return [] if method.kernel is None else method.kernel.groups(net, modules, settings, targets)
-
-
 def describe(groups: Sequence[LayerGroup]) -> str:
     """How many layers of each kind are computed in one go."""
     counts = Counter(" + ".join(map(short_name, group)) for group in groups)
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
-
-
-def _member(layer: LayerAdapter[LowRankSettings]) -> Member:
-    return Member(layer.base_layer, layer.scaling, layer.A.shape[0])
 
 
 def _factors(layers: Sequence[LayerAdapter[LowRankSettings]]) -> list[Tensor]:
@@ -127,8 +113,8 @@ class JoinedLayers:
     def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.layers, self.casts = list(layers), casts
         self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks are drawn where a layer is called
-        self.whole = Products([_member(layer) for layer in layers], casts)
-        self.single = {id(layer): Products([_member(layer)], casts) for layer in layers}
+        self.whole = Products(layers, casts)
+        self.single = {id(layer): Products([layer], casts) for layer in layers}
         self._input: Tensor | None = None
         self._left: dict[int, Tensor] = {}
 
@@ -156,8 +142,7 @@ class GatedMlp:
 
     def __init__(self, mlp: Any, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.mlp, self.layers = mlp, list(layers)
-        gate, up, down = (_member(layer) for layer in layers)
-        self.gated = Gated(Products([gate, up], casts), mlp.act_fn, Products([down], casts))
+        self.gated = Gated(Products(layers[:2], casts), mlp.act_fn, Products(layers[2:], casts))
 
     def __call__(self, x: Tensor) -> Tensor:
         in_place = all(getattr(self.mlp, own) is layer for own, layer in zip(GATED, self.layers, strict=True))

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def use_liger(net: nn.Module) -> None:
         fused.gated = LigerGated(fused.gated.inner, fused.gated.activation, fused.gated.down)
 
 
-def _liger_norm(norm: Any, x: Tensor) -> Tensor:
+def _liger_norm(norm: nn.Module, x: Tensor) -> Tensor:
     if x.is_meta:
         stand_in: Tensor = _SimulatedNorm.apply(x)  # type: ignore[no-untyped-call]
         return stand_in
@@ -75,10 +74,10 @@ class _SimulatedNorm(torch.autograd.Function):
     """Keeps x (..., D) and a float32 number for each of its rows."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor) -> Tensor:
+    def forward(ctx: Context[None], x: Tensor) -> Tensor:
         ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Context, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Context[None], *gradients: Tensor) -> Tensor:
         return torch.empty_like(gradients[0])

@@ -10,24 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunekit.adapters.base import Casts
+from tunekit.adapters.base import Casts, LayerAdapter
 from tunekit.model.autograd import Context
 from tunekit.model.quantized.weights import product_matrix
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One adapted layer of a group."""
-
-    base: nn.Module
-    scaling: float
-    rank: int
+from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +44,15 @@ def draw_masks(x: Tensor, dropout: float, count: int) -> DropMasks:
 class Products:
     """W_p x + s_p B_p A_p x for each layer p of a group. `factors`: A_1, B_1, A_2, B_2, ..."""
 
-    def __init__(self, members: Sequence[Member], casts: Casts) -> None:
-        self.members, self.casts = tuple(members), casts
-        starts = [sum(member.rank for member in members[:index]) for index in range(len(members))]
-        self.columns = [slice(start, start + member.rank) for start, member in zip(starts, members, strict=True)]
+    def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
+        self.bases, self.scalings = [layer.base_layer for layer in layers], [layer.scaling for layer in layers]
+        ends = accumulate((len(layer.A) for layer in layers), initial=0)
+        self.columns = [slice(start, end) for start, end in pairwise(ends)]  # of each layer's rank, of all ranks
+        self.casts = casts
 
     def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(sum of R, I): every A, one below the other."""
-        if len(self.members) == 1:
+        if len(self.bases) == 1:
             return self._cast(factors[0], (id(self), "a"), dtype)
         return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
 
@@ -73,11 +66,11 @@ class Products:
     def forward(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
         """Shapes: x (..., I) -> (..., O) of each layer."""
         outputs = []
-        for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, masks), strict=True)):
-            bias: Tensor | None = getattr(member.base, "bias", None)
-            y = F.linear(x, product_matrix(member.base, x.dtype), None if bias is None else bias.to(x.dtype))
+        for index, (base, low) in enumerate(zip(self.bases, self._lows(x, factors, masks), strict=True)):
+            bias: Tensor | None = getattr(base, "bias", None)
+            y = F.linear(x, product_matrix(base, x.dtype), None if bias is None else bias.to(x.dtype))
             b = self._b(index, factors, x.dtype)
-            y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=member.scaling * masks.scale)
+            y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=self.scalings[index] * masks.scale)
             outputs.append(y)
         return outputs
 
@@ -100,14 +93,14 @@ class Products:
         through = torch.zeros_like(low)  # (N, sum of R): s g B
         of_x: Tensor | None = None  # (N, I), summed in place
         of_factors = [torch.zeros_like(factor) for factor in factors]
-        for index, (member, gradient) in enumerate(zip(self.members, gradients, strict=True)):
+        for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             g, own = gradient.reshape(-1, gradient.shape[-1]), self.columns[index]  # (N, O)
-            through[:, own] = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)
-            of_factors[2 * index + 1].copy_((g.t() @ low[:, own]).mul_(member.scaling))
+            through[:, own] = (g @ self._b(index, factors, x.dtype)).mul_(self.scalings[index])
+            of_factors[2 * index + 1].copy_((g.t() @ low[:, own]).mul_(self.scalings[index]))
             if wants_x:
-                w = product_matrix(member.base, x.dtype)  # (O, I)
+                w = product_matrix(self.bases[index], x.dtype)  # (O, I)
                 of_x = g @ w if of_x is None else of_x.addmm_(g, w)
                 del w
         of_a = through.t() @ flat  # (sum of R, I)
@@ -122,40 +115,37 @@ class Products:
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
         of_x = torch.zeros_like(flat) if wants_x else None  # (N, I)
         of_factors = [torch.zeros_like(factor) for factor in factors]
-        for index, (member, gradient, mask) in enumerate(zip(self.members, gradients, masks.each, strict=True)):
+        for index, (gradient, mask) in enumerate(zip(gradients, masks.each, strict=True)):
             if gradient is None:
                 continue
-            own, scaling = a[self.columns[index]], member.scaling * masks.scale
+            own, scaling = a[self.columns[index]], self.scalings[index] * masks.scale
             g, dropped = gradient.reshape(-1, gradient.shape[-1]), torch.where(mask, flat, 0)  # (N, O), (N, I)
             through = (g @ self._b(index, factors, x.dtype)).mul_(scaling)  # (N, R)
             of_factors[2 * index].copy_(through.t() @ dropped)
             of_factors[2 * index + 1].copy_((g.t() @ (dropped @ own.t())).mul_(scaling))
             del dropped
             if of_x is not None:
-                of_x.add_(torch.where(mask, through @ own, 0)).addmm_(g, product_matrix(member.base, x.dtype))
+                of_x.add_(torch.where(mask, through @ own, 0)).addmm_(g, product_matrix(self.bases[index], x.dtype))
         return None if of_x is None else of_x.view(x.shape), of_factors
-
-
-class _GroupContext(Context, Protocol):
-    group: Products
-    scale: float
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _GroupContext, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        masks = draw_masks(x, dropout, len(group.members))
-        ctx.group, ctx.scale = group, masks.scale
+    def forward(
+        ctx: Context[tuple[Products, float]], group: Products, dropout: float, x: Tensor, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        masks = draw_masks(x, dropout, len(group.bases))
+        ctx.beside = group, masks.scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors, *masks.each)
         return tuple(group.forward(x, factors, masks))
 
     @staticmethod
-    def backward(ctx: _GroupContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *others = ctx.saved_tensors
-        count = 2 * len(ctx.group.members)
-        masks = DropMasks(tuple(others[count:]), ctx.scale)
-        of_x, of_factors = ctx.group.backward(x, others[:count], gradients, ctx.needs_input_grad[2], masks)
+    def backward(ctx: Context[tuple[Products, float]], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        (group, scale), (x, *others) = ctx.beside, ctx.saved_tensors
+        count = 2 * len(group.bases)
+        masks = DropMasks(tuple(others[count:]), scale)
+        of_x, of_factors = group.backward(x, others[:count], gradients, ctx.needs_input_grad[2], masks)
         return None, None, of_x, *of_factors
 
 
@@ -192,29 +182,24 @@ class Gated:
         return of_gate, of_up, of_down
 
 
-class _GatedContext(Context, Protocol):
-    gated: Gated
-    scale: float
-
-
 class _Gated(torch.autograd.Function):
     """Keeps x, gate and up; the activation and its product with up are made again."""
 
     @staticmethod
-    def forward(ctx: _GatedContext, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: Context[tuple[Gated, float]], gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
         inner = draw_masks(x, dropout, 2)
         gate, up = gated.inner.forward(x, factors[:4], inner)
         hidden = gated.hidden(gate, up)  # (..., H)
         down = draw_masks(hidden, dropout, 1)
-        ctx.gated, ctx.scale = gated, inner.scale
+        ctx.beside = gated, inner.scale
         ctx.save_for_backward(x, gate, up, *factors, *inner.each, *down.each)
         return gated.down.forward(hidden, factors[4:], down)[0]
 
     @staticmethod
-    def backward(ctx: _GatedContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gated, (x, gate, up, *others) = ctx.gated, ctx.saved_tensors
+    def backward(ctx: Context[tuple[Gated, float]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gated, scale), (x, gate, up, *others) = ctx.beside, ctx.saved_tensors
         factors, masks = others[:6], (others[6:8], others[8:])
-        inner, down = (DropMasks(tuple(each), ctx.scale) for each in masks)
+        inner, down = (DropMasks(tuple(each), scale) for each in masks)
 
         def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
             of_hidden, of_factors = gated.down.backward(hidden, factors[4:], gradients, True, down)

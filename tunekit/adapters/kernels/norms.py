@@ -1,6 +1,6 @@
 """Root-mean-square norms that keep their input in its own dtype for the backward pass, not a copy of it in float32.
 
-Comes in: a net whose layers are in place.  Goes out: the same net; forward values are the same bits.
+Forward values are the same bits as those of the module's own code.
 
     y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
 
@@ -10,15 +10,12 @@ modules compute this is read from their code.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunekit.adapters.kernels.gated import forward_code
 from tunekit.model.autograd import Context
 
 BODY = """\
@@ -43,24 +40,17 @@ def computes_rms_norm(module: nn.Module) -> bool:
 
 @cache
 def _computes_body(kind: type[nn.Module]) -> bool:
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return False
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        return False
-    names = [argument.arg for argument in function.args.args]
-    return names == ["self", "hidden_states"] and "\n".join(map(ast.unparse, function.body)) == BODY
+    return forward_code(kind) == (["self", "hidden_states"], BODY)
 
 
 class LightNorm:
     """Stands where the module's forward stood."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        weight = self.norm.weight
+        weight = self.norm.get_parameter("weight")
         if weight.requires_grad or not (torch.is_grad_enabled() and hidden_states.requires_grad):
             plain: Tensor = type(self.norm).forward(self.norm, hidden_states)
             return plain
@@ -72,14 +62,14 @@ class _LightNorm(torch.autograd.Function):
     """Keeps x and r (..., 1)."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Context[None], x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.float32)
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[None], *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
         normal = x.to(torch.float32) * scale  # (..., D)
         gradient = (gradients[0] * weight).to(x.dtype).to(torch.float32)

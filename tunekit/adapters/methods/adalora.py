@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_MENDS
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
@@ -62,17 +62,13 @@ class Adalora(LowRankLayer[AdaloraSettings]):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A * self.E, self.B
 
-    def nonorthogonality(self) -> Tensor:
-        """() float32: |A A^T - 1| + |B^T B - 1|, Frobenius norms."""
-        one = torch.eye(len(self.A), device=self.A.device)  # (R, R)
-        norms: Tensor = torch.linalg.matrix_norm(torch.stack([self.A @ self.A.T - one, self.B.T @ self.B - one]))
-        return norms.sum()
-
     def penalty(self) -> Tensor | None:
-        """This layer's share of the mean over all layers, halved as PEFT has it."""
+        """This layer's share of the mean over all layers of |A A^T - 1| + |B^T B - 1|, halved as PEFT has it."""
         if not self.settings.orth_reg_weight:
             return None
-        return self.nonorthogonality() * (self.settings.orth_reg_weight / (2 * len(self.shared.layers)))
+        one = torch.eye(len(self.A), device=self.A.device)  # (R, R)
+        norms: Tensor = torch.linalg.matrix_norm(torch.stack([self.A @ self.A.T - one, self.B.T @ self.B - one]))
+        return norms.sum() * (self.settings.orth_reg_weight / (2 * len(self.shared.layers)))
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -99,8 +95,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
 
     def left(self) -> Tensor:
         """(R,) bool: what a file holds. Between two changes of ranks a triplet that is not kept may be at work."""
-        at_work: Tensor = self.E.detach()[:, 0] != 0
-        return self.kept | at_work
+        return self.kept | (self.E.detach()[:, 0] != 0)
 
     def rank_pattern(self) -> list[bool]:
         """`left` as PEFT writes it, of the ranks at the very start."""
@@ -136,16 +131,9 @@ def _conflicts(settings: AdaloraSettings, targets: Sequence[Target], file: bool)
 
 
 FIELDS: PeftFields = {
-    "init_r": ("init_r", 12),
-    "target_r": ("target_r", 8),
+    **named_alike(init_r=12, target_r=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5),
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
-    "tinit": ("tinit", 0),
-    "tfinal": ("tfinal", 0),
-    "deltaT": ("deltaT", 1),
-    "beta1": ("beta1", 0.85),
-    "beta2": ("beta2", 0.85),
-    "orth_reg_weight": ("orth_reg_weight", 0.5),
     "rank_pattern": ("kept", {}),
 }
 FIXED: Fixed = {
@@ -168,6 +156,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
     Source: Zhang et al. 2023, eq. 12; ties fall together, as in PEFT's RankAllocator.
     """
 
+    layers: list[Adalora]  # those that share the budget
     total_steps: Tensor  # (1,), 0 before the first step: a file of PEFT states it
 
     @classmethod
@@ -175,13 +164,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
         return {"total_steps": Slot("total_steps", (1,), kind="resume", dtype=torch.int64)}
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
-        self.__dict__["_layers"] = list(layers.values())  # not submodules
-
-    @property
-    def layers(self) -> Sequence[Adalora]:
-        """Those that share the budget."""
-        layers: Sequence[Adalora] = self.__dict__["_layers"]
-        return layers
+        self.__dict__["layers"] = list(layers.values())  # not submodules
 
     def after_step(self, step: int, total_steps: int) -> None:
         self.total_steps.fill_(total_steps)
@@ -219,7 +202,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
 
     def file_fields(self) -> dict[str, Any]:
         """rank_pattern, where a rank is gone, and a total_step with which PEFT takes the schedule for possible."""
-        patterns = {f"{layer.module_name}.lora_E": layer.rank_pattern() for layer in self.layers}
+        patterns = {pattern_key(layer.module_name): layer.rank_pattern() for layer in self.layers}
         least = self.settings.tinit + self.settings.tfinal + 1
         return {
             "rank_pattern": patterns if not all(map(all, patterns.values())) else None,

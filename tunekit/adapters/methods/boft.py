@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.boft import BoftSettings
@@ -51,7 +51,7 @@ class Boft(LayerAdapter[BoftSettings]):
         return x
 
     def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(self.rotated(x))  # (..., O)
+        y = self.base_output(self.rotated(x))  # (..., O)
         bias = self.base_weight().bias
         plain = y if bias is None else y - bias.to(y.dtype)
         return y + plain * (self.s[:, 0] - 1).to(y.dtype)  # exactly y where s = 1
@@ -79,10 +79,5 @@ FIELDS: PeftFields = {
     "boft_block_num": ("blocks", 0),
     "boft_n_butterfly_factor": ("butterfly_factors", 1),
 }
-FIXED: Fixed = {
-    "bias": ("none",),
-    "boft_dropout": (0.0, ANY),  # of peft's training alone
-    "fan_in_fan_out": (False, True),  # the layer's own class decides
-    "init_weights": (True, False),
-}
+FIXED: Fixed = {**LAYER_FIXED, "boft_dropout": (0.0, ANY)}  # of peft's training alone
 METHOD = Method(peft=PeftSide("BOFT", BoftSettings, FIELDS, FIXED), layer=Boft)

@@ -10,7 +10,7 @@ from torch.fft import irfft, rfft
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method, always
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.records import Target
@@ -51,9 +51,7 @@ def _conflicts(settings: C3aSettings, targets: Sequence[Target], file: bool) -> 
 
 FIXED: Fixed = {"bias": ("none",), "block_size_pattern": ({}, None), "init_weights": (True, ANY)}
 METHOD = Method(
-    peft=PeftSide(
-        "C3A", C3aSettings, {"block_size": ("block_size", 256)}, FIXED, absent=frozenset({"exclude_modules"})
-    ),
+    peft=PeftSide("C3A", C3aSettings, named_alike(block_size=256), FIXED, absent=frozenset({"exclude_modules"})),
     layer=C3a,
     tensors=("c3a_kernel",),
     is_linear=always,

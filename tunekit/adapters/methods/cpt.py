@@ -10,15 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.virtual_tokens import (
-    ABSENT,
-    BASE_FIELDS,
-    VirtualTokens,
-    embeddings_of,
-    is_encoder_decoder,
-    width_of,
-)
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.blocks import virtual_tokens as prompts
+from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, RecipeError
@@ -33,7 +26,7 @@ HOW = "write adapter.examples as a list of {input: ..., output: ...}"
 PAPER_WIDTH = 2048  # for which the bounds are meant
 
 
-class Cpt(VirtualTokens[CptSettings]):
+class Cpt(prompts.VirtualTokens[CptSettings]):
     """P = E + projected(delta), E the base's embeddings of the examples; |delta_i| <= epsilon_i.
 
     Shapes: P, E, delta (P, D); epsilon (P,).    Starts away from the base, with the examples before each row.
@@ -46,7 +39,7 @@ class Cpt(VirtualTokens[CptSettings]):
 
     @classmethod
     def slots(cls, settings: CptSettings, net: nn.Module) -> dict[str, Slot]:
-        shape = (cls.vector_count(settings), width_of(net))
+        shape = (cls.vector_count(settings), prompts.width_of(net))
         return {
             "delta": Slot("delta_embedding.weight", shape, decays=False),
             "context": Slot("embedding.weight", shape, kind="resume"),
@@ -60,16 +53,16 @@ class Cpt(VirtualTokens[CptSettings]):
 
     def attach(self, net: nn.Module) -> None:
         super().attach(net)
-        if is_encoder_decoder(net):
+        if prompts.is_encoder_decoder(net):
             raise RecipeError("cpt is for decoder-only models, as PEFT's is", "use prompt", key="adapter.method")
 
     def initialise(self, generator: Generator) -> None:
         super().initialise(generator)
-        self.context.copy_(embeddings_of(self.net, self.settings.token_ids or ()))
+        self.context.copy_(prompts.embeddings_of(self.net, self.settings.token_ids or ()))
 
     def bounds(self) -> Tensor:
         """(P,) float32: how far each vector may move."""
-        scale = math.sqrt(width_of(self.net) / PAPER_WIDTH)
+        scale = math.sqrt(prompts.width_of(self.net) / PAPER_WIDTH)
         types = torch.tensor(self.settings.token_types)  # (P,)
         within = types.remainder(TYPES)
         bounds = torch.full(types.shape, self.settings.opt_projection_format_epsilon * scale)
@@ -149,11 +142,10 @@ METHOD = Method(
         {
             "cpt_token_ids": ("token_ids", None),
             "cpt_tokens_type_mask": ("token_types", None),
-            "opt_projection_epsilon": ("opt_projection_epsilon", 0.1),
-            "opt_projection_format_epsilon": ("opt_projection_format_epsilon", 0.1),
+            **named_alike(opt_projection_epsilon=0.1, opt_projection_format_epsilon=0.1),
         },
         {
-            **BASE_FIELDS,
+            **prompts.BASE_FIELDS,
             "num_transformer_submodules": (1,),
             "num_virtual_tokens": (None, ANY),
             "cpt_mask": (None, ANY),  # PEFT reads it nowhere
@@ -162,7 +154,7 @@ METHOD = Method(
             "tokenizer_name_or_path": (None, ANY),
             "modules_to_save": (None, []),
         },
-        absent=ABSENT,
+        absent=prompts.ABSENT,
     ),
     model=Cpt,
     with_tokenizer=with_context_ids,

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method, always
 from tunekit.machine.placing import placed
 from tunekit.recipe.adapters.fourierft import FourierftSettings
@@ -50,22 +50,12 @@ def _conflicts(settings: FourierftSettings, targets: Sequence[Target], file: boo
     smallest = min(target.in_features * target.out_features for target in targets)
     if settings.n_frequency <= smallest:
         return []
-    return [
-        Conflict("n_frequency", f"{settings.n_frequency} is too many for the smallest layer", f"at most {smallest}")
-    ]
+    what = f"{settings.n_frequency} is too many for the smallest layer"
+    return [Conflict("n_frequency", what, f"at most {smallest}")]
 
 
-FIELDS = {
-    "n_frequency": ("n_frequency", 1000),
-    "scaling": ("scaling", 150.0),
-    "random_loc_seed": ("random_loc_seed", 777),
-}
-FIXED: Fixed = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False, True),
-    "init_weights": (True, ANY),
-    "n_frequency_pattern": ({}, None),
-}
+FIELDS = named_alike(n_frequency=1000, scaling=150.0, random_loc_seed=777)
+FIXED: Fixed = {**LAYER_FIXED, "init_weights": (True, ANY), "n_frequency_pattern": ({}, None)}
 METHOD = Method(
     peft=PeftSide("FOURIERFT", FourierftSettings, FIELDS, FIXED),
     layer=Fourierft,

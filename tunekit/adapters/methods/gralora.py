@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import LAYER_FIXED, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.gralora import GraloraSettings
@@ -79,19 +79,12 @@ class Gralora(LayerAdapter[GraloraSettings]):
 
 
 FIELDS: PeftFields = {
-    "r": ("r", 32),
+    **named_alike(r=32, hybrid_r=0, alpha=64),
     "gralora_k": ("k", 2),
-    "hybrid_r": ("hybrid_r", 0),
-    "alpha": ("alpha", 64),
     "gralora_dropout": ("dropout", 0.0),
 }
-FIXED: Fixed = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False, True),  # the layer's own class decides
-    "init_weights": (True, False),
-}
 METHOD = Method(
-    peft=PeftSide("GRALORA", GraloraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
+    peft=PeftSide("GRALORA", GraloraSettings, FIELDS, LAYER_FIXED, absent=frozenset({"exclude_modules"})),
     layer=Gralora,
     tensors=("gralora_A_general.weight", "gralora_B_general.weight"),
 )

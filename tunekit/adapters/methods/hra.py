@@ -45,8 +45,7 @@ class Hra(LayerAdapter[HraSettings]):
 
     def adapted(self, x: Tensor) -> Tensor:
         unit, rest = (factor.to(x.dtype) for factor in self.factors())
-        y: Tensor = self.base_layer(x - F.linear(F.linear(x, rest), unit))
-        return y
+        return self.base_output(x - F.linear(F.linear(x, rest), unit))
 
     def changed(self, weight: Tensor) -> Tensor:
         unit, rest = (factor.to(weight.device) for factor in self.factors())

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.folder.fields import PeftSide, named_alike
 from tunekit.adapters.folder.targets import entries_for
 from tunekit.adapters.method import Conflict, Method, always
 from tunekit.adapters.patterns import Patterns
@@ -34,9 +34,8 @@ class Ia3(LayerAdapter[Ia3Settings]):
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.scale.shape[0] == 1:
-            x = (x * self.scale.flatten()).to(x.dtype)
-            return self.base_layer(x)  # type: ignore[no-any-return]
-        y: Tensor = self.base_layer(x)  # (..., O)
+            return self.base_output((x * self.scale.flatten()).to(x.dtype))
+        y = self.base_output(x)  # (..., O)
         return (y * self.scale.flatten()).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -57,13 +56,13 @@ def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
 def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     """Every entry for the feed-forward block must be one of a layer; in a file, shapes tell."""
     entries = settings.feedforward_modules
-    each: tuple[Any, ...] = (entries,) if isinstance(entries, str) else tuple((entry,) for entry in entries or ())
-    idle = [e for e in each if not any(is_feedforward(e, target.name) for target in targets)]
     how = "name layers that target_modules also names"
-    shown = [entry if isinstance(entry, str) else entry[0] for entry in idle]
-    return (
-        [] if file else [Conflict("feedforward_modules", f"'{entry}' matches no adapted layer", how) for entry in shown]
-    )
+    return [
+        Conflict("feedforward_modules", f"'{entry}' matches no adapted layer", how)
+        for entry in ([entries] if isinstance(entries, str) else entries or ())
+        if not file
+        and not any(is_feedforward(entry if entry is entries else (entry,), target.name) for target in targets)
+    ]
 
 
 def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,11 +71,10 @@ def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[s
     return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}
 
 
-FIELDS = {"feedforward_modules": ("feedforward_modules", None)}
 FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
 ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("IA3", Ia3Settings, FIELDS, FIXED, absent=ABSENT, resolve=_resolve),
+    peft=PeftSide("IA3", Ia3Settings, named_alike(feedforward_modules=None), FIXED, absent=ABSENT, resolve=_resolve),
     layer=Ia3,
     tensors=("ia3_l",),
     is_linear=always,

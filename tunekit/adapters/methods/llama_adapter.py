@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.folder.fields import MODULES, PeftSide
@@ -49,18 +50,17 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
         return slots
 
     def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
         for attribute in sorted(self.declared, key=lambda name: -int(name.rpartition("_")[2])):  # the same from the top
             if attribute.startswith("prompt"):
                 nn.init.normal_(getattr(self, attribute), generator=generator)
-            else:
-                nn.init.zeros_(getattr(self, attribute))
 
     def attach(self, net: nn.Module) -> None:
         self.attention_name = MODULE_NAMES[text_config(net).model_type]
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
         self._projected: dict[int, Tensor] = {}  # layer -> what its query projection gave, until its attention ends
         for place in _upper(self.settings, net):
-            source: Any = place.module.c_attn if self.attention_name == "attn" else place.module.q_proj
+            source = place.module.get_submodule("c_attn" if self.attention_name == "attn" else "q_proj")
             self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
             self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
 

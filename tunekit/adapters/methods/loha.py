@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.records import Target
@@ -40,11 +40,10 @@ class Loha(DeltaLayer[LohaSettings]):
         return (a1 @ b1) * (a2 @ b2) * scaling_of(self.target, self.settings.r, self.settings.alpha)
 
 
-FIELDS: PeftFields = {"r": ("r", 8), "alpha": ("alpha", 8)}
 FIXED: Fixed = {
     "init_weights": (True, False),
     "module_dropout": (0.0, ANY),  # of peft's training alone, as the next one
     "rank_dropout": (0.0, ANY),
     "use_effective_conv2d": (False, True),  # of convolutions, which are not adapted
 }
-METHOD = Method(peft=PeftSide("LOHA", LohaSettings, FIELDS, FIXED), layer=Loha)
+METHOD = Method(peft=PeftSide("LOHA", LohaSettings, named_alike(r=8, alpha=8), FIXED), layer=Loha)

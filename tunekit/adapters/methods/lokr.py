@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.records import Target
@@ -70,12 +70,7 @@ def divisors(size: int, bound: int) -> tuple[int, int]:
     return smaller, size // smaller
 
 
-FIELDS: PeftFields = {
-    "r": ("r", 8),
-    "alpha": ("alpha", 8),
-    "decompose_both": ("decompose_both", False),
-    "decompose_factor": ("decompose_factor", -1),
-}
+FIELDS = named_alike(r=8, alpha=8, decompose_both=False, decompose_factor=-1)
 FIXED: Fixed = {
     "init_weights": (True, False, "lycoris"),
     "module_dropout": (0.0, ANY),  # of peft's training alone, as the next two

@@ -54,13 +54,11 @@ class Lora(LayerAdapter[LowRankSettings]):
         return slots
 
     def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
         if self.target.kind == "embedding":
-            nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
         else:
             self.initialise_from(generator, None)
-        if "update_bias" in self.declared:
-            nn.init.zeros_(self.update_bias)
         if "own_bias" in self.declared:
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
@@ -78,8 +76,7 @@ class Lora(LayerAdapter[LowRankSettings]):
     @property
     def scaling(self) -> float:
         """s."""
-        settings = self.settings
-        return scaling_of(self.target, settings.r, settings.alpha, settings.use_rslora)
+        return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B; where a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).

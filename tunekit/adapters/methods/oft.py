@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.records import Target
@@ -36,8 +36,7 @@ class Oft(LayerAdapter[OftSettings]):
         return cayley(q)
 
     def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(rotate_blocks(x, self.rotation().to(x.dtype)))
-        return y
+        return self.base_output(rotate_blocks(x, self.rotation().to(x.dtype)))
 
     def changed(self, weight: Tensor) -> Tensor:
         return rotate_blocks(weight, self.rotation().to(weight.device).transpose(-1, -2))
@@ -53,16 +52,12 @@ def block_size(settings: OftSettings, inputs: int) -> int:
 FIELDS: PeftFields = {
     "r": ("blocks", 0),
     "oft_block_size": ("block_size", 32),
-    "block_share": ("block_share", False),
-    "use_cayley_neumann": ("use_cayley_neumann", True),
-    "num_cayley_neumann_terms": ("num_cayley_neumann_terms", 5),
+    **named_alike(block_share=False, use_cayley_neumann=True, num_cayley_neumann_terms=5),
 }
 FIXED: Fixed = {
-    "bias": ("none",),
+    **LAYER_FIXED,
     "coft": (False,),
     "eps": (6e-5, ANY),  # of coft
-    "fan_in_fan_out": (False, True),  # the layer's own class decides
-    "init_weights": (True, False),
     "module_dropout": (0.0, ANY),  # of peft's training alone
 }
 METHOD = Method(peft=PeftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft, tensors=("oft_R.weight",))

@@ -10,15 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.virtual_tokens import (
-    ABSENT,
-    BASE_FIELDS,
-    FIELDS,
-    IN_FILES,
-    ClassifierCopy,
-    VirtualTokens,
-    width_of,
-)
+from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
@@ -26,7 +18,7 @@ from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
 GATES = 4  # of an LSTM's cell
 
 
-class PTuning(VirtualTokens[PTuningSettings]):
+class PTuning(prompts.VirtualTokens[PTuningSettings]):
     """P = head(E), where the head is an MLP, or an MLP over a bidirectional LSTM that reads the rows of E in order.
 
     Shapes: E (P, D) -> (P, D); hidden width H.    Folders hold P, which is all that is left there.
@@ -37,7 +29,7 @@ class PTuning(VirtualTokens[PTuningSettings]):
 
     @classmethod
     def slots(cls, settings: PTuningSettings, net: nn.Module) -> dict[str, Slot]:
-        width, table = width_of(net), cls.vector_count(settings)
+        width, table = prompts.width_of(net), cls.vector_count(settings)
         hidden = settings.encoder_hidden_size or width
         lstm = settings.encoder_reparameterization_type == "LSTM"
         sizes = [2 * hidden, 2 * hidden, width] if lstm else [width, hidden, hidden, width]
@@ -54,7 +46,7 @@ class PTuning(VirtualTokens[PTuningSettings]):
     def initialise(self, generator: Generator) -> None:
         """As torch starts an Embedding, an LSTM and Linear layers."""
         nn.init.normal_(self.table, generator=generator)
-        hidden = self.settings.encoder_hidden_size or width_of(self.net)
+        hidden = self.settings.encoder_hidden_size or prompts.width_of(self.net)
         for name in self.declared:
             tensor, bound = getattr(self, name), hidden**-0.5
             if name.startswith(("weight_", "bias_")):
@@ -84,12 +76,12 @@ class PTuning(VirtualTokens[PTuningSettings]):
 
     def exported(self) -> dict[str, Tensor]:
         """Without dropout, whatever mode the network is in."""
-        return {IN_FILES: self._encoded(0.0).detach()}
+        return {prompts.IN_FILES: self._encoded(0.0).detach()}
 
     def file_fields(self) -> dict[str, Any]:
         names = ("encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout")
         own = {name: getattr(self.settings, name) for name in names}
-        hidden = self.settings.encoder_hidden_size or width_of(self.net)
+        hidden = self.settings.encoder_hidden_size or prompts.width_of(self.net)
         return {**super().file_fields(), **own, "encoder_hidden_size": hidden}
 
 
@@ -113,17 +105,17 @@ METHOD = Method(
     peft=PeftSide(
         "P_TUNING",
         PTuningSettings,
-        FIELDS,
+        prompts.FIELDS,
         {
-            **BASE_FIELDS,
+            **prompts.BASE_FIELDS,
             "encoder_reparameterization_type": ("MLP", ANY),
             "encoder_hidden_size": (None, ANY),
             "encoder_num_layers": (MLP_LAYERS, ANY),
             "encoder_dropout": (0.0, ANY),
         },
-        absent=ABSENT,
+        absent=prompts.ABSENT,
     ),
     model=PTuning,
-    copy=ClassifierCopy,
+    copy=prompts.ClassifierCopy,
     unbinding=frozenset({"encoder_hidden_size"}),  # a shape of the state
 )

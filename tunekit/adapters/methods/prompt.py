@@ -5,22 +5,13 @@ from __future__ import annotations
 from torch import Generator, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.virtual_tokens import (
-    ABSENT,
-    FIELDS,
-    FIRST_VALUES,
-    START_FIELDS,
-    ClassifierCopy,
-    VirtualTokens,
-    started,
-    with_text_ids,
-)
+from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.prompt import PromptSettings
 
 
-class PromptTuning(VirtualTokens[PromptSettings]):
+class PromptTuning(prompts.VirtualTokens[PromptSettings]):
     """The vectors themselves are trained; of an encoder-decoder the encoder has them.
 
     Shapes: (P, D).    Starts away from the base: something stands before each row.    Source: Lester et al. 2021.
@@ -31,13 +22,13 @@ class PromptTuning(VirtualTokens[PromptSettings]):
         return cls.file_slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
-        self.prompt.data.copy_(started(self.net, self.settings, self.prompt.shape[0], generator))
+        self.prompt.data.copy_(prompts.started(self.net, self.settings, self.prompt.shape[0], generator))
 
 
 METHOD = Method(
-    peft=PeftSide("PROMPT_TUNING", PromptSettings, FIELDS, START_FIELDS, absent=ABSENT),
+    peft=PeftSide("PROMPT_TUNING", PromptSettings, prompts.FIELDS, prompts.START_FIELDS, absent=prompts.ABSENT),
     model=PromptTuning,
-    copy=ClassifierCopy,
-    unbinding=FIRST_VALUES,
-    with_tokenizer=with_text_ids,
+    copy=prompts.ClassifierCopy,
+    unbinding=prompts.FIRST_VALUES,
+    with_tokenizer=prompts.with_text_ids,
 )

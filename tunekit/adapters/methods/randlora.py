@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot, ternary
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.randlora import RandloraSettings
 from tunekit.records import Target
@@ -89,15 +89,11 @@ class Randlora(LayerAdapter[RandloraSettings]):
 
 
 FIELDS = {
-    "r": ("r", 32),
+    **named_alike(r=32, projection_prng_key=0, save_projection=True, sparse=False, very_sparse=False),
     "randlora_alpha": ("alpha", 640),
-    "projection_prng_key": ("projection_prng_key", 0),
-    "save_projection": ("save_projection", True),
     "randlora_dropout": ("dropout", 0.0),
-    "sparse": ("sparse", False),
-    "very_sparse": ("very_sparse", False),
 }
-FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "init_weights": (True, ANY)}
+FIXED = {**LAYER_FIXED, "init_weights": (True, ANY)}
 METHOD = Method(
     peft=PeftSide(
         "RANDLORA", RandloraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"}), refuses_kernel_layers=True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.records import Target
@@ -69,10 +69,11 @@ def _conflicts(settings: RoadSettings, targets: Sequence[Target], file: bool) ->
     return undivided("group_size", settings.group_size, targets, inputs=False)
 
 
-FIELDS = {"variant": ("variant", "road_1"), "group_size": ("group_size", 64)}
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("ROAD", RoadSettings, FIELDS, {"init_weights": (True, ANY)}, absent=ABSENT),
+    peft=PeftSide(
+        "ROAD", RoadSettings, named_alike(variant="road_1", group_size=64), {"init_weights": (True, ANY)}, absent=ABSENT
+    ),
     layer=Road,
     conflicts=_conflicts,
 )

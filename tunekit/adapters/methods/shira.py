@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Method, always
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.shira import ShiraSettings
@@ -55,7 +55,6 @@ class Shira(DeltaLayer[ShiraSettings]):
         return flat.reshape(self.target.out_features, self.target.in_features)
 
 
-FIELDS = {"r": ("r", 32)}
 FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False),
@@ -64,7 +63,7 @@ FIXED: Fixed = {
 }
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("SHIRA", ShiraSettings, FIELDS, FIXED, absent=ABSENT),
+    peft=PeftSide("SHIRA", ShiraSettings, named_alike(r=32), FIXED, absent=ABSENT),
     layer=Shira,
     tensors=("shira_weight", "shira_indices"),
     is_linear=always,

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import SharedPart, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.folder.fields import PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.records import Target
@@ -75,13 +75,8 @@ def _conflicts(settings: VbloraSettings, targets: Sequence[Target], file: bool) 
 
 
 FIELDS = {
-    "r": ("r", 4),
-    "num_vectors": ("num_vectors", 256),
-    "vector_length": ("vector_length", 256),
-    "topk": ("topk", 2),
+    **named_alike(r=4, num_vectors=256, vector_length=256, topk=2, init_vector_bank_bound=0.02, init_logits_std=0.1),
     "vblora_dropout": ("dropout", 0.0),
-    "init_vector_bank_bound": ("init_vector_bank_bound", 0.02),
-    "init_logits_std": ("init_logits_std", 0.1),
 }
 FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "save_only_topk_weights": (False,)}
 METHOD = Method(

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.vera import VeraSettings
 from tunekit.records import Target
@@ -69,13 +69,10 @@ class Vera(LayerAdapter[VeraSettings]):
 
 
 FIELDS = {
-    "r": ("r", 256),
-    "projection_prng_key": ("projection_prng_key", 0),
-    "save_projection": ("save_projection", True),
+    **named_alike(r=256, projection_prng_key=0, save_projection=True, d_initial=0.1),
     "vera_dropout": ("dropout", 0.0),
-    "d_initial": ("d_initial", 0.1),
 }
-FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "init_weights": (True, ANY)}
+FIXED = {**LAYER_FIXED, "init_weights": (True, ANY)}
 METHOD = Method(
     peft=PeftSide("VERA", VeraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
     layer=Vera,

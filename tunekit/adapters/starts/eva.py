@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from tunekit.adapters.blocks.plain_lora import alpha_for_rank
 from tunekit.adapters.starts.start import LayerActivations, StartLayer
 from tunekit.errors import DataError
 from tunekit.machine.devices import doubled
@@ -106,8 +106,7 @@ def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | No
     assert isinstance(settings.start, EvaSettings)
     if not settings.start.adjust_alpha or target.alpha is None or not target.r:
         return target.alpha
-    growth = rank / target.r
-    return target.alpha * (math.sqrt(growth) if settings.use_rslora else growth)
+    return alpha_for_rank(settings, target.alpha, target.r, rank)
 
 
 def make_start(settings: EvaSettings, layer: StartLayer[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
