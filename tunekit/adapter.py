@@ -19,13 +19,7 @@ from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
 from tunekit.arithmetic.nearest_lora import RankLoss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
-from tunekit.arithmetic.write import (
-    BaseFacts,
-    base_of,
-    check_new_folder,
-    refuse_other_labels,
-    write_lora,
-)
+from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, refuse_other_labels, write_lora
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
 from tunekit.errors import AdapterError, InputError
@@ -132,9 +126,9 @@ def _convert_method(
         what = f"no LoRA computes exactly what a {method} adapter does"
         raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
     attached, rewriter = attach_to_base(config.folder, trained_base(config, base))
-    found = nearest_lora(attached, config, rewriter.trained_on, rank)
-    _tell_losses(console, found.losses, rank)
-    write_lora(place, base_of([config], base), found.lora, found.lora.updates)
+    lora, losses = nearest_lora(attached, config, rewriter.trained_on, rank)
+    _tell_losses(console, losses, rank)
+    write_lora(place, base_of([config], base), lora, lora.updates)
     console.info(f"written to {place}")
 
 

@@ -41,11 +41,7 @@ ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(
-    loaded: LoadedRecipe,
-    resume: bool,
-    dry_run: bool,
-    overwrite: bool = False,
-    json_file: str | None = None,
+    loaded: LoadedRecipe, resume: bool, dry_run: bool, overwrite: bool = False, json_file: str | None = None
 ) -> None:
     """Run the recipe.
 
@@ -157,10 +153,7 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
     with session.timed("load"):
         choice = plan.choice
         return load_model(
-            prepared.model,
-            device=device,
-            streamed=choice.streaming != "off",
-            streamed_head=choice.streamed_head,
+            prepared.model, device=device, streamed=choice.streaming != "off", streamed_head=choice.streamed_head
         )
 
 

@@ -79,7 +79,7 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
     return AdapterChanges(
         config,
         frozenset(attached.layers),
-        lambda name: layer_change(attached, name, rewriter.trained_on).delta,
+        lambda name: layer_change(attached.layers[name], *rewriter.trained_on(name))[0],
         trained_beside(attached),
         frozenset(name for name, kind in kinds.items() if kind == "embedding"),
         "conv1d" in kinds.values(),

@@ -191,7 +191,4 @@ def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank
 def _keys(name: str, update: LowRank) -> dict[str, Tensor]:
     """Tensors by file key, float32."""
     suffixes = {factor: suffix for suffix, (factor, embedding) in FACTORS.items() if embedding == update.embedding}
-    return {
-        f"{PREFIX}{name}{suffixes['A']}": update.a.float(),
-        f"{PREFIX}{name}{suffixes['B']}": update.b.float(),
-    }
+    return {f"{PREFIX}{name}{suffixes['A']}": update.a.float(), f"{PREFIX}{name}{suffixes['B']}": update.b.float()}

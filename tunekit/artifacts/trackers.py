@@ -190,18 +190,15 @@ def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None
 def _finish(name: str, tracker: GeneralTracker, error: BaseException | None) -> None:
     """End it; accelerate knows good ends only."""
     stopped = isinstance(error, Stopped | KeyboardInterrupt)
-    if error is None:
-        tracker.finish()
-    elif name == "mlflow":
+    if error is not None and name == "clearml":
+        tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))
+    if error is not None and name == "mlflow":
         import mlflow
 
         mlflow.end_run("KILLED" if stopped else "FAILED")
-    elif name == "wandb":
+    elif error is not None and name == "wandb":
         tracker.tracker.finish(exit_code=getattr(error, "exit_code", 1))
-    elif name == "clearml":
-        tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))
-        tracker.finish()
-    elif name == "swanlab":
+    elif error is not None and name == "swanlab":
         tracker.tracker.finish("crashed", error=str(error))
     else:
         tracker.finish()

@@ -29,9 +29,7 @@ TargetKeys = Annotated[
 MergeOverrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="KEY=VALUE",
-        help="of model.*, such as model.trust_remote_code=true",
-        autocompletion=override("model."),
+        metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true", autocompletion=override("model.")
     ),
 ]
 TargetName = Annotated[

@@ -1,10 +1,9 @@
-"""A plan as a section: names with values, and tables of its targets and its memory."""
+"""What `tunekit plan` shows: names with values, and tables of the plan's targets and its memory."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.artifacts.report.sections import ReportSection, ReportTable
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Target, bytes_text, short_name
 
@@ -14,15 +13,6 @@ ATTENTION = {
     "eager_per_document": "eager, each document of a row by itself",
     "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it does not fit",
 }
-
-
-def plan_section(plan: Plan, available: int | None) -> ReportSection:
-    """What `tunekit plan` shows; `available`: free bytes on the device."""
-    tables = [
-        ReportTable(["target", "layers", "shape", "rank", "parameters"], target_rows(plan)),
-        ReportTable(["memory", "at the peak"], memory_rows(plan, available)),
-    ]
-    return ReportSection(plan.model.name_or_path, facts=list(facts(plan).items()), tables=tables)
 
 
 def facts(plan: Plan) -> dict[str, object]:
@@ -81,7 +71,7 @@ def target_rows(plan: Plan) -> list[list[object]]:
 
 
 def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
-    """One line for each part of the peak, and the total against the budget and what is free."""
+    """One line for each part of the peak, and the total against the budget and the free bytes on the device."""
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)
