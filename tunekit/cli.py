@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -76,7 +76,7 @@ def start(
 class Verb(TyperCommand):
     """A command, whose errors become words on stderr and an exit code."""
 
-    def invoke(self, ctx: Any) -> NoReturn:
+    def invoke(self, ctx: typer.Context) -> NoReturn:
         """Call the verb, whose module is imported only now."""
         if self.name not in LIGHT and sys.stderr.isatty() and not is_quiet():
             print("loading ...", file=sys.stderr, flush=True)
@@ -87,14 +87,13 @@ class Verb(TyperCommand):
             sys.stdout.flush()
         except typer.BadParameter:
             raise  # typer prints it below the usage
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+            code = EXIT_BROKEN_PIPE
         except (Exception, KeyboardInterrupt) as error:
-            if ctx.obj and not isinstance(error, BrokenPipeError):
+            if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)
-            if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
-                code = EXIT_BROKEN_PIPE
-            else:
-                code = _say(*told(error))
+            code = _say(*told(error))
         finally:
             gc.set_threshold(*ordinary)
         raise typer.Exit(code)

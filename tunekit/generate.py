@@ -1,4 +1,4 @@
-"""`tunekit generate`: the answer of a target to one prompt, or to each line of a file; of a reward model, its scores."""
+"""`tunekit generate`: answers to one prompt or to each line of a file, the scores of a reward model, or pictures."""
 
 from __future__ import annotations
 

@@ -66,9 +66,8 @@ def check_mixture(mixture: Mixture, count: int) -> None:
     if not all(math.isfinite(weight) and weight != 0 for weight in mixture.weights):
         raise InputError("a weight must be a number other than 0", "leave an adapter out instead", key="--weights")
     if mixture.majority_sign not in SIGNS:
-        raise InputError(
-            f"'{mixture.majority_sign}' is no majority", "choose total or frequency", key="--majority-sign"
-        )
+        what = f"'{mixture.majority_sign}' is no majority"
+        raise InputError(what, "choose total or frequency", key="--majority-sign")
     prunes = mixture.kind.removesuffix("_svd") in PRUNING
     if prunes and (mixture.density is None or not 0 < mixture.density <= 1):
         raise InputError(f"{mixture.kind} needs a density above 0 and up to 1", "such as 0.5", key="--density")
@@ -156,14 +155,9 @@ def _factor_wise(
 def _weighted(
     mixture: Mixture, tensors: Sequence[Tensor], weights: Sequence[float], generators: Sequence[Generator]
 ) -> Tensor:
-    return weighted(
-        mixture.kind.removesuffix("_svd"),
-        tensors,
-        weights,
-        density=1.0 if mixture.density is None else mixture.density,
-        majority_sign=mixture.majority_sign,
-        generators=generators,
-    )
+    kind, density = mixture.kind.removesuffix("_svd"), 1.0 if mixture.density is None else mixture.density
+    sign = mixture.majority_sign
+    return weighted(kind, tensors, weights, density=density, majority_sign=sign, generators=generators)
 
 
 def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generator:

@@ -75,9 +75,7 @@ def difference(trained: LowRank, initial: LowRank) -> LowRank:
     return LowRank(a, b, trained.scaling, trained.embedding)
 
 
-def subtract_start(
-    trained: LoraFolder, start: StartSettings, matrix_of: Callable[[str], Tensor]
-) -> dict[str, LowRank]:
+def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
     """The same with the start computed again from the base's matrices (O, I), float32; embeddings start plainly."""
     if trained.fan_in_fan_out and start.method == "olora":
         raise AdapterError("OLoRA of Conv1D layers cannot be computed again", HOW, file=trained.config.file, key=START)

@@ -43,8 +43,11 @@ class RankLoss:
         return 1.0 - self.share**2
 
 
-def layer_change(layer: LayerAdapter, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def layer_change(
+    attached: AttachedAdapter, name: str, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """One layer's update (O, I), float32 (of an embedding (D, V)), and its new bias (O,)."""
+    layer = attached.layers[name]
     changed, new_bias = layer.merged(weight, bias)
     delta = (changed - weight).t() if layer.target.kind == "embedding" else changed - weight
     return delta.detach(), None if new_bias is None else new_bias.detach()
@@ -68,12 +71,12 @@ def nearest_lora(
     moved = False
     for name, layer in attached.layers.items():
         weight, bias = base_layer(name)
-        delta, new_bias = layer_change(layer, weight, bias)
+        delta, new_bias = layer_change(attached, name, weight, bias)
         embedding = layer.target.kind == "embedding"
         updates[name] = decompose(delta, rank, embedding=embedding)
         losses[name] = loss_of(name, delta, updates[name])
         if new_bias is not None and bias is not None:
-            moved = moved or bool((new_bias - bias).norm() > SAME * bias.norm())
+            moved = moved or not bool((new_bias - bias).norm() <= SAME * bias.norm())
         if new_bias is not None and not embedding:
             biases[f"{PREFIX}{name}.base_layer.bias"] = new_bias
     rest = trained_beside(attached)

@@ -113,9 +113,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
     return found
 
 
-def _changes(
-    old: Mapping[str, object], new: Mapping[str, object], part: str
-) -> Iterator[tuple[str, object, object]]:
+def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) -> Iterator[tuple[str, object, object]]:
     """(key, old value, new value) of everything that differs in a part, in the order of the keys."""
     before, now = _part(old, part), _part(new, part)
     for key in sorted(set(before) | set(now)):

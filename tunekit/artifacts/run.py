@@ -256,7 +256,7 @@ def _tidy(path: Path) -> None:
             durable.unlink(entry)
         elif durable.is_real_folder(entry) and part["name"] in RESULT_FILES and _holds_only(entry, part["name"]):
             if part["old"] and not os.path.lexists(path / part["name"]):
-                durable.rename(entry, path / part["name"])  # the old result, moved aside for a new one that is not there
+                durable.rename(entry, path / part["name"])  # the old result, whose new one is not there
             else:
                 durable.remove_tree(entry)
 

@@ -10,27 +10,17 @@ import typer
 from tunekit.commands.completion import among, override, recipe_file
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=recipe_file)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one",
-        autocompletion=override(),
-    ),
-]
+
+
+def keys(help: str, *sections: str) -> object:
+    """KEY=VALUE arguments; of these sections, if some are named."""
+    return typer.Argument(metavar="KEY=VALUE", help=help, autocompletion=override(*sections))
+
+
+Overrides = Annotated[list[str] | None, keys("training.learning_rate=1e-4 changes a key, ~training.epochs removes one")]
 TargetKeys = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="of model.* and evaluation.*, such as evaluation.batch_size=1",
-        autocompletion=override("model.", "evaluation."),
-    ),
-]
-MergeOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true", autocompletion=override("model.")
-    ),
+    keys("of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation."),
 ]
 TargetName = Annotated[
     str,

@@ -1,4 +1,4 @@
-"""How much is said: notes and progress, as usual; nothing but results, warnings and errors; or what libraries log too."""
+"""How much is said: notes and progress, as usual; nothing but results, warnings and errors; or more."""
 
 from __future__ import annotations
 
