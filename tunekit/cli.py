@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -76,7 +76,7 @@ def start(
 class Verb(TyperCommand):
     """A command, whose errors become words on stderr and an exit code."""
 
-    def invoke(self, ctx: typer.Context) -> NoReturn:
+    def invoke(self, ctx: Any) -> NoReturn:
         """Call the verb, whose module is imported only now."""
         if self.name not in LIGHT and sys.stderr.isatty() and not is_quiet():
             print("loading ...", file=sys.stderr, flush=True)

@@ -52,14 +52,10 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))
         console.info(f"table: {csv_file}")
+    outcomes = [dict(zip(outcome.names, row, strict=True)) for row in outcome.values]
     results = [
-        {
-            "name": run.name,
-            "path": str(run.path),
-            "state": run.state,
-            "outcome": dict(zip(outcome.names, row, strict=True)),
-        }
-        for run, row in zip(runs, outcome.values, strict=True)
+        {"name": run.name, "path": str(run.path), "state": run.state, "outcome": values}
+        for run, values in zip(runs, outcomes, strict=True)
     ]
     differing = {key: values for key, *values in keys}
     write_result({"runs": results, "differing": differing, "paired": [asdict(each) for each in paired]})

@@ -94,7 +94,10 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     for name in names:
         members = [index for index, adapter in enumerate(adapters) if name in adapter.updates]
         own = [adapters[index].updates[name] for index in members]
-        _refuse_other_shapes(name, own, [adapters[index] for index in members])
+        for update, index in zip(own, members, strict=True):
+            if (update.shape, update.embedding) != (own[0].shape, own[0].embedding):
+                what = f"'{name}' is {list(update.shape)} there and {list(own[0].shape)} in {adapters[members[0]].name}"
+                raise AdapterError(what, "only adapters of one base go together", file=adapters[index].name)
         exact = weighted_sum(own, [mixture.weights[index] for index in members])
         updates[name] = _combine_layer(name, own, members, exact, mixture)
         errors[name] = weighted_sum([updates[name], exact], [1.0, -1.0]).norm()
@@ -107,13 +110,6 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     distance = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
     rest = {key: _combine_copies(key, adapters, mixture) for key in sorted({key for a in adapters for key in a.rest})}
     return Combined(updates, rest, distance, (worst, relative[worst]))
-
-
-def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LoraFolder]) -> None:
-    for update, adapter in zip(updates, adapters, strict=True):
-        if (update.shape, update.embedding) != (updates[0].shape, updates[0].embedding):
-            what = f"'{name}' is {list(update.shape)} there and {list(updates[0].shape)} in {adapters[0].name}"
-            raise AdapterError(what, "only adapters of one base go together", file=adapter.name)
 
 
 def _combine_layer(

@@ -17,6 +17,7 @@ from tunekit.model.storage.rewrite import Changes
 from tunekit.records import bytes_text
 
 Change = Callable[[torch.Tensor], torch.Tensor]  # of a whole parameter
+REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
 
 
@@ -27,10 +28,10 @@ class LogitDifference:
     largest: float
     mean: float
     spread: float
-    running_loss: float | None  # of the next token; None of models that predict none
-    merged_loss: float | None
     rows: str  # which rows, in words
     tokens: int
+    running_loss: float | None = None  # of the next token; None of models that predict none
+    merged_loss: float | None = None
     # largest, all computed in float32: of the merge before its weights are rounded; of rounding them to what is written
     unrounded: float | None = None
     rounding: float | None = None
@@ -100,7 +101,7 @@ def _replaced(new: torch.Tensor, _old: torch.Tensor) -> torch.Tensor:
 
 
 def write_report(folder: Path, result: MergeResult) -> None:
-    """Write merge_report.json into the folder of a merge."""
+    """Write REPORT into the folder of a merge."""
     difference = result.difference
     measured = {
         "largest_logit_difference_unrounded": difference.unrounded,
@@ -120,4 +121,4 @@ def write_report(folder: Path, result: MergeResult) -> None:
         "loss_running": difference.running_loss,
         "loss_merged": difference.merged_loss,
     }
-    write_json(folder / "merge_report.json", report)
+    write_json(folder / REPORT, report)

@@ -66,17 +66,9 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
-    difference = LogitDifference(
-        largest=float((after - before).abs().max()),
-        mean=float((after - before).abs().mean()),
-        spread=float(before.std()),
-        running_loss=None,
-        merged_loss=None,
-        rows=f"predictions of noise at {len(TIMES)} times",
-        tokens=0,
-        unrounded=unrounded,
-        rounding=rounding,
-    )
+    gap, rows = (after - before).abs(), f"predictions of noise at {len(TIMES)} times"
+    largest, mean, spread = float(gap.max()), float(gap.mean()), float(before.std())
+    difference = LogitDifference(largest, mean, spread, rows, 0, unrounded=unrounded, rounding=rounding)
     kinds = sorted({str(kind).removeprefix("torch.") for kind in written.values()})
     reason = "the adapter was trained on the base's own weights"
     return MergeResult(staging, "full", reason, " and ".join(kinds), "float32", difference)

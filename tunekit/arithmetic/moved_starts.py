@@ -43,12 +43,9 @@ def start_of(folder: Path) -> str | None:
         return None
     start = start.lower()
     if start == "loftq":
-        raise AdapterError(
-            "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other",
-            "load the base with that quantization, and write true for the field",
-            file=str(folder / CONFIG_NAME),
-            key=START,
-        )
+        what = "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other"
+        how = "load the base with that quantization, and write true for the field"
+        raise AdapterError(what, how, file=str(folder / CONFIG_NAME), key=START)
     return start if start.startswith(tuple(_moving())) else None
 
 
@@ -123,8 +120,6 @@ def untouched_updates(
     if absent:
         what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
         raise AdapterError(what, "name the right base with --base", file=lora.config.file)
-    note = (
-        f"the start {start} is computed again from {section.name_or_path}: right where training began from exactly "
-        "these weights, not quantized"
-    )
+    right = "right where training began from exactly these weights, not quantized"
+    note = f"the start {start} is computed again from {section.name_or_path}: {right}"
     return subtract_start(lora, settings, lambda name: rewriter.trained_on(name)[0]), note

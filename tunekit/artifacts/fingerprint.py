@@ -10,23 +10,13 @@ from collections.abc import Iterator, Mapping
 from tunekit.errors import Problem, RunFolderError
 
 FREE_KEYS = {
-    "output.report_to",
-    "output.dir",
-    "training.save_steps",
-    "training.keep_checkpoints",
-    "training.eval_steps",
-    "evaluation.before_training",
-    "objective.teacher_streaming",
+    *("output.report_to", "output.dir", "training.save_steps", "training.keep_checkpoints", "training.eval_steps"),
+    *("evaluation.before_training", "objective.teacher_streaming"),
 }
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
 PATH_KEYS = (
-    "data.train.",
-    "data.eval.",
-    "data.chat_template",
-    "model.name_or_path",
-    "adapter.init_from",
-    "objective.reward.",
-    "objective.teacher.name_or_path",
+    *("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from"),
+    *("objective.reward.", "objective.teacher.name_or_path"),
 )
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 MISSING = "(absent)"
@@ -136,10 +126,8 @@ def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[s
     """Differences that are only reported: another model of accelerator may change results in their last digits."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
-    return [
-        f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}: "
-        "the run goes on, but not bit by bit as it would have there"
-    ]
+    what = f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}"
+    return [f"{what}: the run goes on, but not bit by bit as it would have there"]
 
 
 def require_same(old: Mapping[str, object], new: Mapping[str, object], *, lines: Mapping[str, int], file: str) -> None:
@@ -147,14 +135,9 @@ def require_same(old: Mapping[str, object], new: Mapping[str, object], *, lines:
 
     Raises: RunFolderError naming each difference.
     """
+    how = "put it back, or start a new run (adapter.init_from continues an adapter)"
     problems = [
-        Problem(
-            f"changed since the run: {text}",
-            "put it back, or start a new run (adapter.init_from continues an adapter)",
-            file if key in lines else None,
-            lines.get(key),
-            key,
-        )
+        Problem(f"changed since the run: {text}", how, file if key in lines else None, lines.get(key), key)
         for key, text in compare_fingerprints(old, new)
     ]
     if problems:

@@ -79,11 +79,9 @@ class RunFolder:
         """Refuse to start without room for twice this: an old checkpoint stays until the new one is whole."""
         free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
         if free < needed:
-            raise ResourceError(
-                f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)} "
-                f"({needed} bytes) for its checkpoints and results",
-                "free some space, choose another output.dir, or lower training.keep_checkpoints",
-            )
+            what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)}"
+            how = "free some space, choose another output.dir, or lower training.keep_checkpoints"
+            raise ResourceError(f"{what} ({needed} bytes) for its checkpoints and results", how)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one file of the run folder, whole or not at all."""

@@ -19,16 +19,10 @@ def keys(help: str, *sections: str) -> object:
 
 Overrides = Annotated[list[str] | None, keys("training.learning_rate=1e-4 changes a key, ~training.epochs removes one")]
 TargetKeys = Annotated[
-    list[str] | None,
-    keys("of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation."),
+    list[str] | None, keys("of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation.")
 ]
-TargetName = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
-    ),
-]
+TARGET = "a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name"
+TargetName = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET)]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
 JsonFile = Annotated[

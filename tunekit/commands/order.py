@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
+
 from typer.core import TyperGroup
 
 ORDER = (
@@ -14,7 +15,7 @@ ORDER = (
 class InOrderOfUse(TyperGroup):
     """The commands of the program; one that has no place here comes last."""
 
-    def list_commands(self, context: typer.Context) -> list[str]:
+    def list_commands(self, context: Any) -> list[str]:
         """The names, in order."""
         names = super().list_commands(context)
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))

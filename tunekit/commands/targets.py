@@ -62,9 +62,9 @@ def generate(
     """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""
     from tunekit.generate import generate_verb
 
-    keys = overrides or []
+    changes = overrides or []
     generate_verb(
-        target, base, prompt, prompts, keys, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
+        target, base, prompt, prompts, changes, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
     )
 
 

@@ -174,11 +174,9 @@ class Console:
         rich_console = RichConsole(
             file=paper,
             force_terminal=self.is_terminal,
-            no_color=not self.has_colours,
             color_system="auto" if self.has_colours else None,
             width=self.columns,
             legacy_windows=False,
-            safe_box=True,
         )
         rich_console.print(thing, markup=False, highlight=False, emoji=False)
         paper.seek(0)

@@ -107,14 +107,9 @@ def _exported(run: RunValues) -> dict[str, float]:
 
 
 def _facts(run: RunValues) -> list[float | None]:
-    report = run.report
-    return [
-        report.number("final_loss"),
-        report.number("tokens_per_second"),
-        sum(report.numbers("measured_bytes").values()) or None,
-        report.part("seconds").number("train"),
-        report.number("adapter_bytes"),
-    ]
+    loss, speed, size = map(run.report.number, ("final_loss", "tokens_per_second", "adapter_bytes"))
+    peak = sum(run.report.numbers("measured_bytes").values()) or None
+    return [loss, speed, peak, run.report.part("seconds").number("train"), size]
 
 
 def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
