@@ -110,8 +110,7 @@ def evaluate_rows(
     progress: Progress,
 ) -> Evaluation:
     """Every metric by name, and what it was measured on; `data`: whose answers those `from_data` are."""
-    settings, model = loaded.target.evaluation, loaded.model
-    evaluation = rows.evaluation
+    settings, model, evaluation = loaded.target.evaluation, loaded.model, rows.evaluation
     assert evaluation is not None  # _data_section saw to it
     kind = objective_class(rows.objective.name)
     for name in metrics:

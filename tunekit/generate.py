@@ -32,8 +32,6 @@ from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
-PICTURES = "pictures"  # the folder where they go
-
 
 def generate_verb(
     target: str,
@@ -79,7 +77,7 @@ def generate_verb(
         if files and (draws or loaded.model.base.family.reads_ids):
             raise InputError(f"{prompts}: the model reads texts, no files", "give a file with one prompt a line")
         if draws:
-            _draw(console, loaded, texts, seed or 0, Path(output or PICTURES))
+            _draw(console, loaded, texts, seed or 0, Path(output or "pictures"))
             return
         asked = texts
         if not loaded.model.base.family.reads_ids and prompts is not None:
@@ -113,12 +111,11 @@ def _check_flags(draws: bool, output: str | None, given: Sequence[str]) -> None:
 def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
     """An image of each prompt, the first one with this seed, under names that are free in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    answering = loaded.objective.answering
-    assert answering is not None
-    assert answering.draw is not None  # a pipeline's objective draws
+    draw = loaded.objective.answering and loaded.objective.answering.draw
+    assert draw is not None  # a pipeline's objective draws
     for number, prompt in enumerate(prompts):
         with undisturbed(loaded.model):
-            pixels = answering.draw(loaded.model, [prompt], [seed + number], no_progress)[0]
+            pixels = draw(loaded.model, [prompt], [seed + number], no_progress)[0]
         names = (folder / f"{seed + number:05d}{f'-{again}' if again else ''}.png" for again in count())
         place = next(each for each in names if not each.exists())
         write_bytes(place, png_bytes(pixels))
@@ -200,8 +197,7 @@ def answer(
     loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
     """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
-    settings, model = loaded.target.evaluation, loaded.model
-    data = loaded.target.data
+    settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
     objective = loaded.objective.with_options(options)

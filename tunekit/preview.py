@@ -27,7 +27,6 @@ PROMPT = "not trained on: prompt"
 BETWEEN = "not trained on: another turn, or the template's own text"
 AFTER = "not trained on: after the last answer"
 
-PIXELS = "pixels"
 KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # of a page; all others are o
 
 
@@ -107,7 +106,7 @@ def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]
     ]
     if "token" in units and sizes == "tokens":
         facts.append(("share trained on", f"{100 * share:.1f} %"))
-    if sizes != PIXELS:  # those of images are what the recipe says
+    if sizes != "pixels":  # those of images are what the recipe says
         facts += [
             ("shortest", int(lengths.min(initial=counts.longest_tokens))),
             ("median length", int(np.median(lengths))),

@@ -76,7 +76,7 @@ def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: 
         raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
     tensors = combine_linear(parts, mixture.weights)
     fields = {key: config.fields[key] for key in ("target_modules", "fan_in_fan_out") if key in config.fields}
-    write_without_base(place, facts, config.method, config.settings, tensors, fields)
+    write_without_base(place, facts, config, tensors, fields)
 
 
 def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:

@@ -109,8 +109,7 @@ def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, cha
     running = loaded.model.base
     rows, described = _rows(target, loaded)
     before = _logits(running, rows)
-    dtype, attention = running.facts.dtype, running.facts.attention
-    family = running.family
+    dtype, attention, family = running.facts.dtype, running.facts.attention, running.family
     del loaded, running
     gc.collect()
     section = target.model.model_copy(

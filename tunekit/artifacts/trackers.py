@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 PROJECT = "tunekit"  # where the tracker's own environment variable names no other
-IDS_NAME = "ids.json"  # by which a resumed run is found again
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Trackers:
 
     def __init__(self, names: tuple[str, ...], run: TrackedRun, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._ids_file = run.folder / IDS_NAME
+        self._ids_file = run.folder / "ids.json"  # by which a resumed run is found again
         ids = read_json(self._ids_file)
         self._ids: dict[str, str] = ids if isinstance(ids, dict) else {}
         self._trackers: dict[str, GeneralTracker] = {}

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.completion import among, override, recipe_file
+from tunekit.commands.completion import among, complete_recipe_file, override
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=recipe_file)]
+RECIPE = typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=complete_recipe_file)
+RecipeFile = Annotated[str, RECIPE]
 
 
 def keys(help: str, *sections: str) -> object:

@@ -21,7 +21,8 @@ def facts(plan: Plan) -> dict[str, object]:
     per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
     about = "about " if rows.estimated else ""
-    shows = shows_of(plan.objective)
+    shows, kernel = shows_of(plan.objective), model.attention
+    attention = kernel if plan.text is None else ATTENTION.get(kernel, f"{kernel}, with a mask over whole rows")
     learned = f"{about}{plan.supervised_tokens:,} {shows.units}"
     dropped = "".join(f"; {number:,} dropped: {reason}" for reason, number in rows.dropped_reasons.items())
     return {
@@ -31,7 +32,7 @@ def facts(plan: Plan) -> dict[str, object]:
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
         shows.sizes: f"{about}{rows.tokens:,} an epoch; {learned} in the run",
         "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
-        "attention": _attention(plan),
+        "attention": attention,
         "packing": None if plan.text is None else f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
         "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
         "micro-batches": _micro_batches(plan),
@@ -39,12 +40,6 @@ def facts(plan: Plan) -> dict[str, object]:
         "recomputed": f"{choice.checkpointed_layers} of {model.layers} layers",
         "logits": None if plan.text is None else f"{choice.logits_chunk_tokens:,} positions at a time",
     }
-
-
-def _attention(plan: Plan) -> str:
-    """Which kernel, and of texts what it sees of a row."""
-    kernel = plan.model.attention
-    return kernel if plan.text is None else ATTENTION.get(kernel, f"{kernel}, with a mask over whole rows")
 
 
 def _micro_batches(plan: Plan) -> str:
