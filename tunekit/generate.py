@@ -111,7 +111,8 @@ def _check_flags(draws: bool, output: str | None, given: Sequence[str]) -> None:
 def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
     """An image of each prompt, the first one with this seed, under names that are free in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = loaded.objective.answering and loaded.objective.answering.draw
+    answering = loaded.objective.answering
+    draw = None if answering is None else answering.draw
     assert draw is not None  # a pipeline's objective draws
     for number, prompt in enumerate(prompts):
         with undisturbed(loaded.model):
