@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_cli import HEAVY
-from tunekit.commands.offers import complete_override, complete_recipe_file
+from tunekit.commands.completion import complete_recipe_file
+from tunekit.commands.offers import complete_override
 from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.reading.shipped import shipped_folder, shipped_recipes
 

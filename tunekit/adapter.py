@@ -19,13 +19,7 @@ from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
 from tunekit.arithmetic.nearest_lora import RankLoss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
-from tunekit.arithmetic.write import (
-    BaseFacts,
-    base_of,
-    check_new_folder,
-    refuse_other_labels,
-    write_lora,
-)
+from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, refuse_other_labels, write_lora
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
 from tunekit.errors import AdapterError, InputError
@@ -36,6 +30,8 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.targets.export import export_checkpoint
 from tunekit.targets.target import named_base, trained_base
+
+LEFT_OUT = "tensors differ that a LoRA cannot hold, and are left out"
 
 
 def show_verb(adapter: str, json_file: str | None) -> None:
@@ -132,9 +128,9 @@ def _convert_method(
         what = f"no LoRA computes exactly what a {method} adapter does"
         raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
     attached, rewriter = attach_to_base(config.folder, trained_base(config, base))
-    found = nearest_lora(attached, config, rewriter.trained_on, rank)
-    _tell_losses(console, found.losses, rank)
-    write_lora(place, base_of([config], base), found.lora, found.lora.updates)
+    lora, losses = nearest_lora(attached, config, rewriter.trained_on, rank)
+    _tell_losses(console, losses, rank)
+    write_lora(place, base_of([config], base), lora, lora.updates)
     console.info(f"written to {place}")
 
 
@@ -156,9 +152,8 @@ def adopt_verb(file: str, base: str | None, output: str) -> None:
     if not path.is_file():
         raise InputError(f"there is no file {file}", "name a .safetensors file of diffusers or kohya")
     if base is None:
-        raise InputError(
-            "the file does not say of which pipeline it is", "name that with --base PIPELINE", key="--base"
-        )
+        what = "the file does not say of which pipeline it is"
+        raise InputError(what, "name that with --base PIPELINE", key="--base")
     place = check_new_folder(Path(output), [path])
     layers, size_bytes = adopt_lora(path, named_base(base), place)
     Console().info(f"{layers} layers, written to {place} ({bytes_text(size_bytes)})")
@@ -200,17 +195,15 @@ def _diff_adapters(
 ) -> list[TensorDifference]:
     first, second = (read_changes(folder, base) for folder in folders)
     facts = base_of([first.config, second.config], base)
-    differences = [
-        compare(name, first.of(name), second.of(name)) for name in sorted(first.names | second.names, key=in_order)
-    ]
+    names = sorted(first.names | second.names, key=in_order)
+    differences = [compare(name, first.of(name), second.of(name)) for name in names]
     _tell_differences(console, "updates of layers", differences)
     others = [compare(key, first.rest.get(key), second.rest.get(key)) for key in sorted({*first.rest, *second.rest})]
     if others:
         _tell_differences(console, "tensors trained whole", others)
     if rank is not None and place is not None:
         lora, losses = extract(first, second, rank)
-        changed = [other.name for other in others if not other.equal]
-        _list(console, "tensors differ that a LoRA cannot hold, and are left out", changed)
+        _list(console, LEFT_OUT, [other.name for other in others if not other.equal])
         _write_extracted(console, place, facts, lora, losses, rank)
     return differences + others
 
@@ -229,7 +222,7 @@ def _diff_models(console: Console, names: list[str], rank: int | None, output: P
         found = extract_models(one, two, rank)
         facts = BaseFacts(sections[0].name_or_path, fingerprint=one.fingerprint(), task_type=one.family.task_type)
         lora = plain_lora(found.updates, conv1d=found.conv1d, target_modules=found.target_modules)
-        _list(console, "tensors differ that a LoRA cannot hold, and are left out", list(found.left_out))
+        _list(console, LEFT_OUT, list(found.left_out))
         _write_extracted(console, place, facts, lora, found.losses, rank)
     return differences
 
@@ -257,15 +250,12 @@ def _tell_differences(console: Console, what: str, differences: list[TensorDiffe
 
 def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) -> None:
     """What a lower rank loses, layer by layer."""
-    rows = [
-        (loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}")
-        for loss in sorted(losses.values(), key=lambda loss: in_order(loss.name))
-    ]
+    ordered = sorted(losses.values(), key=lambda loss: in_order(loss.name))
+    rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in ordered]
     console.table(["layer", "norm of the update", "error", "energy kept"], rows)
     whole = total(losses)
-    console.info(
-        f"rank {rank}: error {whole.share:.2%} of the norm of all updates, {whole.kept:.2%} of the energy kept"
-    )
+    error, energy = f"{whole.share:.2%} of the norm of all updates", f"{whole.kept:.2%} of the energy kept"
+    console.info(f"rank {rank}: error {error}, {energy}")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

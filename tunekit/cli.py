@@ -87,14 +87,13 @@ class Verb(TyperCommand):
             sys.stdout.flush()
         except typer.BadParameter:
             raise  # typer prints it below the usage
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+            code = EXIT_BROKEN_PIPE
         except (Exception, KeyboardInterrupt) as error:
-            if ctx.obj and not isinstance(error, BrokenPipeError):
+            if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)
-            if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
-                code = EXIT_BROKEN_PIPE
-            else:
-                code = _say(*told(error))
+            code = _say(*told(error))
         finally:
             gc.set_threshold(*ordinary)
         raise typer.Exit(code)

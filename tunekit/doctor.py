@@ -34,35 +34,24 @@ FEATURES = {  # what it is for -> (modules that it needs, what installs them)
 def doctor_verb(clear: bool, json_file: str | None) -> None:
     """Look, and say. Raises: RunFolderError where a cache cannot be removed."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
-    facts = machine_facts()
+    versions, (values, shown, findings) = library_versions(), machine_facts()
     caches = {str(path): size for path, size in cache_sizes().items()}
     missing = {name: how for name, (modules, how) in FEATURES.items() if not all(map(find_spec, modules))}
-    console.panel("tunekit and what it stands on", library_versions() | {"python": platform.python_version()})
-    console.panel("this machine", facts["shown"])
+    console.panel("tunekit and what it stands on", versions | {"python": platform.python_version()})
+    console.panel("this machine", shown)
     console.table(["cache", "size"], [[path, bytes_text(size)] for path, size in caches.items()])
     console.table(["feature", "here"], [[name, missing.get(name) or "yes"] for name in FEATURES])
-    for finding in facts["findings"]:
-        console.warn(finding)
-    cleared = 0
+    console.warn(*findings)
+    cleared = sum(map(_bytes, cache_entries())) if clear else 0
     if clear:
-        folder = default_cache_folder()
-        cleared = sum(map(_bytes, cache_entries()))
         clear_cache()
-        console.info(f"{folder}: {bytes_text(cleared)} freed; what a run needs of it is made again")
-    write_result(
-        {
-            "versions": library_versions(),
-            "machine": facts["values"],
-            "cache_bytes": caches,
-            "missing": missing,
-            "findings": facts["findings"],
-            "cleared_bytes": cleared,
-        }
-    )
+        console.info(f"{default_cache_folder()}: {bytes_text(cleared)} freed; what a run needs of it is made again")
+    result = {"versions": versions, "machine": values, "cache_bytes": caches, "missing": missing}
+    write_result(result | {"findings": findings, "cleared_bytes": cleared})
 
 
-def machine_facts() -> dict[str, Any]:
-    """`values` for programs, `shown` for people, and `findings`: what will stand in a run's way."""
+def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """The values for programs, the same for people, and what will be in a run's way."""
     import torch
 
     devices = make_devices()
@@ -82,9 +71,8 @@ def machine_facts() -> dict[str, Any]:
     if device.type == "cpu" and find_spec("bitsandbytes") is None:
         findings.append("bitsandbytes is missing: model.quantization: int8 needs it; pip install bitsandbytes")
     if not accelerator_names() and shutil.which("nvidia-smi"):
-        findings.append(
-            f"there is an NVIDIA driver, and torch {torch.__version__} sees no GPU: install a CUDA build of it"
-        )
+        seen = f"there is an NVIDIA driver, and torch {torch.__version__} sees no GPU"
+        findings.append(f"{seen}: install a CUDA build of it")
     shown = {
         "processor": f"{values['cpu']}, {values['cores']} cores",
         "accelerators": ", ".join(values["accelerators"]) or "none; runs use the CPU",
@@ -92,7 +80,7 @@ def machine_facts() -> dict[str, Any]:
         "model.dtype: auto": values["computes_in"],
         "free disk, this folder": bytes_text(values["free_disk_bytes"]),
     }
-    return {"values": values, "shown": shown, "findings": findings}
+    return values, shown, findings
 
 
 def cache_sizes() -> dict[Path, int]:

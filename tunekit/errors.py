@@ -1,7 +1,5 @@
-"""Every error a user can meet: where it is (file, line, key), what is wrong, how to mend it, and the exit code.
-
-Comes in: nothing.  Goes out: exceptions that cli.py prints, one line per problem, and the filter for secrets that all
-text passes on its way out.  Imports nothing of ours.
+"""Every error a user can meet: where it is (file, line, key), what is wrong, how to mend it, and the exit code; and
+the filter for secrets that all printed text passes.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # of access tokens
 _PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
@@ -41,11 +38,8 @@ class Problem:
     key: str | None = None
 
     def __str__(self) -> str:
-        place = self.file or ""
-        if self.file and self.line:
-            place += f":{self.line}"
-        parts = [part for part in (place, self.key) if part]
-        text = ": ".join([*parts, self.what])
+        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        text = ": ".join(filter(None, (place, self.key, self.what)))
         return f"{text}; {self.how}" if self.how else text
 
 
@@ -75,7 +69,7 @@ class TunekitError(Exception):
         error.args = ("\n".join(str(problem) for problem in problems),)
         return error
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """As another process is handed it."""
         return type(self).of, (self.problems,)
 

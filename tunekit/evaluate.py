@@ -1,7 +1,4 @@
-"""`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or a recipe's untuned base.
-
-Comes in: TARGET and, for what has no recipe, --data.  Goes out: a table, and --json.
-"""
+"""`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or a recipe's untuned base."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 from tunekit.companions.base import load_companions
 from tunekit.console import Console
 from tunekit.console.progress import Counting
-from tunekit.contracts import Progress, no_progress
+from tunekit.contracts import Progress
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
@@ -76,23 +73,18 @@ def evaluate_verb(
             console.table(*sources_table(evaluation.sources))
         if evaluation.classes is not None:
             result["classes"] = class_facts(evaluation.classes)
-            _show_classes(console, result["classes"])
+            lines = result["classes"]["per_class"]
+            console.table(COLUMNS, [[line[name] for name in COLUMNS] for line in lines])
+            if (confusion := confusion_table(result["classes"])) is not None:
+                console.table(*confusion)
         write_result(result)
-
-
-def _show_classes(console: Console, facts: dict[str, Any]) -> None:
-    console.table(COLUMNS, [[line[name] for name in COLUMNS] for line in facts["per_class"]])
-    confusion = confusion_table(facts)
-    if confusion is not None:
-        console.table(*confusion)
 
 
 def _check_metrics(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known_names("metrics")]
     if unknown:
-        raise RecipeError(
-            f"unknown metric {unknown[0]!r}", f"known metrics: {', '.join(known_names('metrics'))}", key="--metric"
-        )
+        how = f"known metrics: {', '.join(known_names('metrics'))}"
+        raise RecipeError(f"unknown metric {unknown[0]!r}", how, key="--metric")
 
 
 def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
@@ -114,12 +106,11 @@ def evaluate_rows(
     metrics: Sequence[str],
     devices: Devices,
     data: DataSection,
-    template: str | None = None,
-    progress: Progress = no_progress,
+    template: str | None,
+    progress: Progress,
 ) -> Evaluation:
     """Every metric by name, and what it was measured on; `data`: whose answers those `from_data` are."""
-    settings, model = loaded.target.evaluation, loaded.model
-    evaluation = rows.evaluation
+    settings, model, evaluation = loaded.target.evaluation, loaded.model, rows.evaluation
     assert evaluation is not None  # _data_section saw to it
     kind = objective_class(rows.objective.name)
     for name in metrics:

@@ -18,14 +18,13 @@ from tunekit.model.load import make_meta_model
 from tunekit.records import bytes_text
 from tunekit.targets.target import as_trained, family_of, find_target, processor_of
 
-FORMATS = ("kohya",)
 CPU = torch.device("cpu")
 
 
 def export_verb(adapter: str, to: str, output: str, base: str | None) -> None:
     """Write the file. Raises: InputError for a format or an adapter that does not go with it."""
-    if to not in FORMATS:
-        raise InputError(f"--to {to} is unknown", f"choose {', '.join(FORMATS)}", key="--to")
+    if to != "kohya":
+        raise InputError(f"--to {to} is unknown", "choose kohya", key="--to")
     target, place = find_target(adapter, base, []), Path(os.path.abspath(Path(output).expanduser()))
     if target.adapter is None or not make_family(family_of(target)).is_pipeline:
         what = f"{adapter} is no adapter of a diffusion pipeline, and {to} is a format of those"

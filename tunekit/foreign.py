@@ -13,7 +13,6 @@ from tunekit.recipe.load import dump_recipe, load_recipe
 from tunekit.recipe.reading.dump import yaml_lines
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 
-ADAPTER_CONFIG = "adapter_config.json"
 ROWS, RUN = "train.jsonl", "runs/imported"  # what an adapter's configuration cannot say
 
 

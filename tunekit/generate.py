@@ -1,8 +1,4 @@
-"""`tunekit generate`: the answer of a target to one prompt, or to each line of a file; of a reward model, its scores.
-
-Comes in: TARGET and --prompt, --prompts, --score or standard input.  Goes out: text; for a file, one JSON object per
-line.
-"""
+"""`tunekit generate`: answers to one prompt or to each line of a file, the scores of a reward model, or pictures."""
 
 from __future__ import annotations
 
@@ -36,8 +32,6 @@ from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
-PICTURES = "pictures"  # the folder where they go
-
 
 def generate_verb(
     target: str,
@@ -61,14 +55,14 @@ def generate_verb(
         how = "give one of --prompt TEXT, --prompts FILE and --score FILE, or prompts on standard input, one a line"
         raise InputError(how)
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
-    if max_new_tokens is not None:
-        overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
-    if choices is not None:
-        overrides = [*overrides, f"evaluation.choices={choices}"]
+    settings = {"max_new_tokens": max_new_tokens, "choices": choices}
+    overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
     texts = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
     draws = make_family(family_of(found)).is_pipeline
-    _check_flags(draws, temperature, max_new_tokens, top_p, top_k, seed, score, choices, output)
+    sampled = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
+    flags = {**sampled, "--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
+    _check_flags(draws, output, [flag for flag, value in flags.items() if value is not None])
     if found.evaluation.choices is not None and (temperature or max_new_tokens is not None):
         what = "the likeliest of evaluation.choices is the answer; nothing is sampled or written token by token"
         raise InputError(what, "leave --temperature and --max-new-tokens out, or add evaluation.choices=null")
@@ -83,7 +77,7 @@ def generate_verb(
         if files and (draws or loaded.model.base.family.reads_ids):
             raise InputError(f"{prompts}: the model reads texts, no files", "give a file with one prompt a line")
         if draws:
-            _draw(console, loaded, texts, seed or 0, Path(output or PICTURES))
+            _draw(console, loaded, texts, seed or 0, Path(output or "pictures"))
             return
         asked = texts
         if not loaded.model.base.family.reads_ids and prompts is not None:
@@ -101,30 +95,16 @@ def generate_verb(
         console.json({"prompt": text, "answer": reply})
 
 
-def _check_flags(
-    draws: bool,
-    temperature: float,
-    max_new_tokens: int | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    score: str | None,
-    choices: str | None,
-    output: str | None,
-) -> None:
-    """Raises: InputError for a flag that would say nothing."""
+def _check_flags(draws: bool, output: str | None, given: Sequence[str]) -> None:
+    """Raises: InputError for --output, or another flag that is given, which has no effect."""
     if not draws and output is not None:
         raise InputError("the target writes no images", "leave --output out")
-    if draws:
-        flags = (("--temperature", temperature or None), ("--max-new-tokens", max_new_tokens), ("--top-p", top_p))
-        others = (("--top-k", top_k), ("--score", score), ("--choices", choices))
-        given = [flag for flag, value in (*flags, *others) if value is not None]
-        if given:
-            raise InputError(f"a pipeline draws images, of which {' and '.join(given)} says nothing", "leave it out")
-        return
-    given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
-    if given and not temperature:
-        what = f"without --temperature nothing is sampled, so {' and '.join(given)} would say nothing"
+    useless = " and ".join(flag for flag in given if flag != "--seed")
+    if draws and useless:
+        raise InputError(f"a pipeline draws images, of which {useless} says nothing", "leave it out")
+    useless = " and ".join(flag for flag in given if flag in ("--top-p", "--top-k", "--seed"))
+    if not draws and useless and "--temperature" not in given:
+        what = f"without --temperature nothing is sampled, so {useless} would say nothing"
         raise InputError(what, "add --temperature 1")
 
 
@@ -132,11 +112,11 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
     """An image of each prompt, the first one with this seed, under names that are free in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     answering = loaded.objective.answering
-    assert answering is not None
-    assert answering.draw is not None  # a pipeline's objective draws
+    draw = None if answering is None else answering.draw
+    assert draw is not None  # a pipeline's objective draws
     for number, prompt in enumerate(prompts):
         with undisturbed(loaded.model):
-            pixels = answering.draw(loaded.model, [prompt], [seed + number], no_progress)[0]
+            pixels = draw(loaded.model, [prompt], [seed + number], no_progress)[0]
         names = (folder / f"{seed + number:05d}{f'-{again}' if again else ''}.png" for again in count())
         place = next(each for each in names if not each.exists())
         write_bytes(place, png_bytes(pixels))
@@ -152,9 +132,8 @@ def read_prompts(path: Path) -> list[str]:
     if path.is_dir():
         if found := [name for name in sorted(os.listdir(path)) if is_media(name)]:
             return found
-        raise DataError(
-            "there is no recording and no image in it", "its own files are read, not its folders", file=str(path)
-        )
+        how = "its own files are read, not its folders"
+        raise DataError("there is no recording and no image in it", how, file=str(path))
     if str(path) != "-" and not path.exists():
         raise DataError("there is no such file or folder", "check the path given to --prompts", file=str(path))
     if is_media(path.name):
@@ -164,9 +143,8 @@ def read_prompts(path: Path) -> list[str]:
         lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", "give a UTF-8 text file", file=str(path)) from error
-    prompts = [
-        _prompt_of(line.rstrip("\r"), path, number) for number, line in enumerate(lines, start=1) if line.strip()
-    ]
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [_prompt_of(line, path, number) for number, line in numbered]
     if not prompts:
         file = "standard input" if str(path) == "-" else str(path)
         raise DataError("there is no prompt in it", "write one prompt a line, or give --prompt TEXT", file=file)
@@ -192,10 +170,8 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
     Raises: InputError where the target is no reward model; DataError naming every wrong row.
     """
     objective, model = loaded.objective, loaded.model
-    answering, kind = (
-        objective.answering,
-        objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template)),
-    )
+    kind = objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template))
+    answering = objective.answering
     if answering is None or answering.score is None or not isinstance(kind, TextRows):
         raise InputError(f"it was made for {objective.name} and gives no scores", "name a model of objective: reward")
     assert model.base.text is not None  # it reads text
@@ -222,8 +198,7 @@ def answer(
     loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
     """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
-    settings, model = loaded.target.evaluation, loaded.model
-    data = loaded.target.data
+    settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
     objective = loaded.objective.with_options(options)
@@ -232,11 +207,8 @@ def answer(
         return choose(model, objective, choices, texts, settings.batch_size, devices or make_devices())
     answering = objective.answering
     if answering is None or answering.write is None:
-        how = (
-            "name a different target"
-            if answering is None or answering.score is None
-            else "give answers with --score FILE"
-        )
+        scores = answering is not None and answering.score is not None
+        how = "give answers with --score FILE" if scores else "name a different target"
         raise InputError(f"the target was trained for {objective.name}, which writes no answers", how)
     prompts = [objective.rows.question(text) for text in texts]
     if model.base.family.reads_ids and model.base.text is not None:

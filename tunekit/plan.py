@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.artifacts.report.plan_page import plan_section
+from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.console import Console
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
@@ -12,7 +12,6 @@ from tunekit.machine.memory import available_bytes
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.records import Plan
 
 
 def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
@@ -26,18 +25,12 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
     try:
         console.info(*loaded.rewrites)
         plan, _ = make_plan(loaded, device=devices.device, check_folder=True)
-        print_plan(console, plan, available_bytes(devices.device))
+        console.panel(plan.model.name_or_path, facts(plan))
+        console.table(["target", "layers", "shape", "rank", "parameters"], target_rows(plan))
+        console.table(["memory", "at the peak"], memory_rows(plan, available_bytes(devices.device)))
+        console.info(*plan.notes)
         if devices.is_main:
             write_result(asdict(plan))
     finally:
         devices.close()
     raise_refusals(plan)
-
-
-def print_plan(console: Console, plan: Plan, available: int | None) -> None:
-    """The plan as a page."""
-    section = plan_section(plan, available)
-    console.panel(section.title, section.facts)
-    for table in section.tables:
-        console.table(table.head, table.rows)
-    console.info(*plan.notes)

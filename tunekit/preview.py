@@ -1,7 +1,4 @@
-"""`tunekit preview`: real training rows, token by token: which are trained on, which not, and why.
-
-Comes in: a recipe.  Goes out: rows and statistics on the screen, and --html FILE.  Reads tokenizer and data only.
-"""
+"""`tunekit preview`: real training rows, token by token: which are trained on, which not, and why."""
 
 from __future__ import annotations
 
@@ -23,7 +20,6 @@ from tunekit.model.families import make_family
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
-from tunekit.records import RowCounts
 
 TRAINED = "trained on"
 FIRST = "not trained on: nothing before it predicts the first token"
@@ -31,7 +27,6 @@ PROMPT = "not trained on: prompt"
 BETWEEN = "not trained on: another turn, or the template's own text"
 AFTER = "not trained on: after the last answer"
 
-PIXELS = "pixels"
 KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # of a page; all others are o
 
 
@@ -63,9 +58,8 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
                 console.info(part.title)
             console.print_segments(segments(part, tokenizer))
     if any(part.trained.any() for row in shown for part in loaded.objective.rows.spans(row)):
-        console.info(
-            "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
-        )
+        others = "prompts, other turns, and what the template writes itself"
+        console.info(f"\nMarked text is trained on. The rest is not: {others}.")
     facts = statistics(loaded, shows.units, shows.sizes)
     console.table(["rows", "value"], facts)
     if html is not None:
@@ -102,7 +96,6 @@ def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]
     counts = rows.counts
     lengths = np.asarray(rows.train.lengths)  # (rows,)
     share = counts.supervised_tokens / max(counts.tokens, 1)
-    of_tokens = [("share trained on", f"{100 * share:.1f} %")] if "token" in units and sizes == "tokens" else []
     facts: list[tuple[str, object]] = [
         ("read", counts.read),
         ("trained on", counts.trained),
@@ -110,9 +103,10 @@ def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]
         ("truncated", counts.truncated),
         (f"{sizes} of an epoch", counts.tokens),
         (f"{units} of an epoch", counts.supervised_tokens),
-        *of_tokens,
     ]
-    if sizes != PIXELS:  # those of images are what the recipe says
+    if "token" in units and sizes == "tokens":
+        facts.append(("share trained on", f"{100 * share:.1f} %"))
+    if sizes != "pixels":  # those of images are what the recipe says
         facts += [
             ("shortest", int(lengths.min(initial=counts.longest_tokens))),
             ("median length", int(np.median(lengths))),
@@ -121,14 +115,10 @@ def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]
         ]
     if counts.estimated:
         facts.append(("counts", "estimated from the first rows (streamed)"))
-    return [*facts, *_evaluation_facts(rows.eval_counts, sizes)]
-
-
-def _evaluation_facts(counts: RowCounts | None, sizes: str) -> list[tuple[str, object]]:
-    if counts is None:
-        return []
-    dropped = [(f"evaluation, dropped: {reason}", number) for reason, number in counts.dropped_reasons.items()]
-    return [("evaluation rows", counts.trained), (f"evaluation {sizes}", counts.tokens), *dropped]
+    if (held := rows.eval_counts) is not None:
+        facts += [("evaluation rows", held.trained), (f"evaluation {sizes}", held.tokens)]
+        facts += [(f"evaluation, dropped: {reason}", number) for reason, number in held.dropped_reasons.items()]
+    return facts
 
 
 def page(
@@ -139,13 +129,10 @@ def page(
     notes: Sequence[str],
 ) -> str:
     """A page that stands alone."""
-    shown = [
-        {
-            "heading": visible(heading(row, objective.rows.spans(row), shows_of(objective.name).sizes)),
-            "parts": [_shown(part, tokenizer) for part in objective.rows.spans(row)],
-        }
-        for row in rows
-    ]
+    shown, sizes = list[dict[str, object]](), shows_of(objective.name).sizes
+    for row in rows:
+        parts = objective.rows.spans(row)
+        shown.append({"heading": visible(heading(row, parts, sizes)), "parts": [_shown(p, tokenizer) for p in parts]})
     return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 

@@ -12,7 +12,7 @@ from tunekit.artifacts.report.compare import Outcomes, comparison_report, differ
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.run_report import run_report
-from tunekit.artifacts.report.values import RunValues, read_run
+from tunekit.artifacts.report.values import read_run
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.files.durable import json_result, write_text
@@ -31,7 +31,8 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     runs = [read_run(path) for path in paths]
     write_result, console = json_result(json_file), Console(json_file=json_file)
     outcome, keys, repeats = outcome_table(runs), differing_keys(runs), same_but_seed(runs)
-    head, *lines = [["run", "state", *outcome.labels], *_with_state(runs, outcome)]
+    texts = zip(runs, outcome.texts(), strict=True)
+    head, *lines = [["run", "state", *outcome.labels], *([name, run.state, *cells] for run, (name, *cells) in texts)]
     if len(runs) <= MOST_COLUMNS:
         head, *lines = map(list, zip(head, *lines, strict=True))
     console.table(head, lines)
@@ -51,11 +52,13 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))
         console.info(f"table: {csv_file}")
-    write_result({**_json(runs, outcome, keys), "paired": [asdict(each) for each in paired]})
-
-
-def _with_state(runs: Sequence[RunValues], outcome: Outcomes) -> list[list[str]]:
-    return [[row[0], run.state, *row[1:]] for run, row in zip(runs, outcome.texts(), strict=True)]
+    outcomes = [dict(zip(outcome.names, row, strict=True)) for row in outcome.values]
+    results = [
+        {"name": run.name, "path": str(run.path), "state": run.state, "outcome": values}
+        for run, values in zip(runs, outcomes, strict=True)
+    ]
+    differing = {key: values for key, *values in keys}
+    write_result({"runs": results, "differing": differing, "paired": [asdict(each) for each in paired]})
 
 
 def _csv(outcome: Outcomes) -> str:
@@ -64,19 +67,3 @@ def _csv(outcome: Outcomes) -> str:
     lines.writerow(["run", *outcome.names])
     lines.writerows([run, *row] for run, row in zip(outcome.runs, outcome.values, strict=True))
     return text.getvalue()
-
-
-def _json(runs: Sequence[RunValues], outcome: Outcomes, keys: Sequence[Sequence[str]]) -> dict[str, object]:
-    """{runs: [{name, path, state, outcome}], differing: {key: [a value each]}}."""
-    return {
-        "runs": [
-            {
-                "name": run.name,
-                "path": str(run.path),
-                "state": run.state,
-                "outcome": dict(zip(outcome.names, row, strict=True)),
-            }
-            for run, row in zip(runs, outcome.values, strict=True)
-        ],
-        "differing": {key: values for key, *values in keys},
-    }

@@ -60,7 +60,7 @@ def clean_verb(folder: str, yes: bool) -> None:
     from tunekit.artifacts.checkpoint import removable, remove_checkpoints
 
     console = Console()
-    going: list[tuple[Path, list[Path]]] = []
+    going: list[tuple[Path, list[Path], int]] = []  # run, its checkpoints, their bytes
     for path in find_runs(Path(folder)):
         if is_held(path):
             console.info(f"{path}: a process is working there; left as it is")
@@ -71,26 +71,20 @@ def clean_verb(folder: str, yes: bool) -> None:
             console.warn(f"{error}; {path} is left as it is")
             continue
         if out:
-            going.append((path, out))
+            going.append((path, out, sum(map(size_bytes, out))))
     if not going:
         console.info("nothing to remove")
         return
-    sizes = [sum(map(size_bytes, out)) for _, out in going]
-    rows = [
-        [path, ", ".join(checkpoint.name for checkpoint in out), bytes_text(size)]
-        for (path, out), size in zip(going, sizes, strict=True)
-    ]
+    total = bytes_text(sum(size for _, _, size in going))
+    rows = [[path, ", ".join(checkpoint.name for checkpoint in out), bytes_text(size)] for path, out, size in going]
     console.table(["run", "checkpoints that go", "size"], rows)
     console.info("RUN@STEP of these will not be there any more; adapter/ and the reports stay.")
-    if not yes and not console.confirm(f"remove {bytes_text(sum(sizes))}?"):
+    if not yes and not console.confirm(f"remove {total}?"):
         raise InputError("nothing was removed", "answer yes, or give --yes where nobody can be asked")
-    for path, out in going:
-        run = RunFolder.open_resume(path)
-        try:
+    for path, out, _ in going:
+        with RunFolder.open_resume(path) as run:
             remove_checkpoints(run, out)
-        finally:
-            run.close()
-    console.info(f"removed {bytes_text(sum(sizes))}")
+    console.info(f"removed {total}")
 
 
 def find_runs(folder: Path) -> list[Path]:

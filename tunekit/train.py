@@ -41,11 +41,7 @@ ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(
-    loaded: LoadedRecipe,
-    resume: bool,
-    dry_run: bool,
-    overwrite: bool = False,
-    json_file: str | None = None,
+    loaded: LoadedRecipe, resume: bool, dry_run: bool, overwrite: bool = False, json_file: str | None = None
 ) -> None:
     """Run the recipe.
 
@@ -155,13 +151,8 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         limit_bytes(device, plan.budget_bytes)
     session.console.info(f"loading {plan.model.name_or_path} ({bytes_text(plan.peak_bytes.weights)} in memory) ...")
     with session.timed("load"):
-        choice = plan.choice
-        return load_model(
-            prepared.model,
-            device=device,
-            streamed=choice.streaming != "off",
-            streamed_head=choice.streamed_head,
-        )
+        waits, head_waits = plan.choice.streaming != "off", plan.choice.streamed_head
+        return load_model(prepared.model, device=device, streamed=waits, streamed_head=head_waits)
 
 
 def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared, run: Run) -> None:

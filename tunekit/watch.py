@@ -21,8 +21,7 @@ from tunekit.files.lock import is_held
 from tunekit.records import EvaluationRecord, StepRecord
 
 LOOK_SECONDS = 0.5  # between two looks at the files
-RELOAD_SECONDS = 5  # of the page
-REFRESH = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">'
+REFRESH = '<meta http-equiv="refresh" content="5">'  # the page loads itself again every 5 seconds
 PLAIN = tuple(field.name for field in fields(StepRecord) if field.default is field.default_factory is MISSING)
 
 

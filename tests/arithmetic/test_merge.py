@@ -19,8 +19,8 @@ from tests.architectures.tiny import write_tiny
 from tests.support.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
-from tunekit.arithmetic.merge import REPORT
 from tunekit.arithmetic.merge import merge as merge_target
+from tunekit.arithmetic.merge_output import REPORT
 from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
 from tunekit.merge import merge_verb
 from tunekit.model.load import LoadedModel, load_model

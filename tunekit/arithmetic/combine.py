@@ -66,9 +66,8 @@ def check_mixture(mixture: Mixture, count: int) -> None:
     if not all(math.isfinite(weight) and weight != 0 for weight in mixture.weights):
         raise InputError("a weight must be a number other than 0", "leave an adapter out instead", key="--weights")
     if mixture.majority_sign not in SIGNS:
-        raise InputError(
-            f"'{mixture.majority_sign}' is no majority", "choose total or frequency", key="--majority-sign"
-        )
+        what = f"'{mixture.majority_sign}' is no majority"
+        raise InputError(what, "choose total or frequency", key="--majority-sign")
     prunes = mixture.kind.removesuffix("_svd") in PRUNING
     if prunes and (mixture.density is None or not 0 < mixture.density <= 1):
         raise InputError(f"{mixture.kind} needs a density above 0 and up to 1", "such as 0.5", key="--density")
@@ -95,7 +94,10 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     for name in names:
         members = [index for index, adapter in enumerate(adapters) if name in adapter.updates]
         own = [adapters[index].updates[name] for index in members]
-        _refuse_other_shapes(name, own, [adapters[index] for index in members])
+        for update, index in zip(own, members, strict=True):
+            if (update.shape, update.embedding) != (own[0].shape, own[0].embedding):
+                what = f"'{name}' is {list(update.shape)} there and {list(own[0].shape)} in {adapters[members[0]].name}"
+                raise AdapterError(what, "only adapters of one base go together", file=adapters[index].name)
         exact = weighted_sum(own, [mixture.weights[index] for index in members])
         updates[name] = _combine_layer(name, own, members, exact, mixture)
         errors[name] = weighted_sum([updates[name], exact], [1.0, -1.0]).norm()
@@ -108,13 +110,6 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     distance = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
     rest = {key: _combine_copies(key, adapters, mixture) for key in sorted({key for a in adapters for key in a.rest})}
     return Combined(updates, rest, distance, (worst, relative[worst]))
-
-
-def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LoraFolder]) -> None:
-    for update, adapter in zip(updates, adapters, strict=True):
-        if (update.shape, update.embedding) != (updates[0].shape, updates[0].embedding):
-            what = f"'{name}' is {list(update.shape)} there and {list(updates[0].shape)} in {adapters[0].name}"
-            raise AdapterError(what, "only adapters of one base go together", file=adapter.name)
 
 
 def _combine_layer(
@@ -156,14 +151,9 @@ def _factor_wise(
 def _weighted(
     mixture: Mixture, tensors: Sequence[Tensor], weights: Sequence[float], generators: Sequence[Generator]
 ) -> Tensor:
-    return weighted(
-        mixture.kind.removesuffix("_svd"),
-        tensors,
-        weights,
-        density=1.0 if mixture.density is None else mixture.density,
-        majority_sign=mixture.majority_sign,
-        generators=generators,
-    )
+    kind, density = mixture.kind.removesuffix("_svd"), 1.0 if mixture.density is None else mixture.density
+    sign = mixture.majority_sign
+    return weighted(kind, tensors, weights, density=density, majority_sign=sign, generators=generators)
 
 
 def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generator:

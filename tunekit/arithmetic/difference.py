@@ -46,18 +46,15 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class AdapterChanges:
-    """An adapter's updates by module, each made when it is asked for, and what else it trains."""
+    """An adapter's updates by module, and what else it trains. `of`: one layer's update, made when it is asked for;
+    None where the adapter has none."""
 
     config: AdapterConfig
     names: frozenset[str]
-    make: Callable[[str], Update]
+    of: Callable[[str], Update | None]
     rest: Mapping[str, Tensor]
     embeddings: frozenset[str]
     conv1d: bool
-
-    def of(self, name: str) -> Update | None:
-        """One layer's update; None where the adapter has none."""
-        return self.make(name) if name in self.names else None
 
 
 def read_changes(folder: Path, base: str | None) -> AdapterChanges:
@@ -69,21 +66,20 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
     if config.method is plain_lora_method():
         lora = read_lora_folder(folder)
         embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
-        make = lora.updates.__getitem__
-        return AdapterChanges(config, frozenset(lora.updates), make, lora.rest, embeddings, lora.fan_in_fan_out)
+        names, conv1d = frozenset(lora.updates), lora.fan_in_fan_out
+        return AdapterChanges(config, names, lora.updates.get, lora.rest, embeddings, conv1d)
     attached, rewriter = attach_to_base(folder, trained_base(config, base))
     if attached.model_adapter is not None or attached.parameters:
         what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
         raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)
     kinds = {target.name: target.kind for target in attached.targets}
-    return AdapterChanges(
-        config,
-        frozenset(attached.layers),
-        lambda name: layer_change(attached, name, rewriter.trained_on).delta,
-        trained_beside(attached),
-        frozenset(name for name, kind in kinds.items() if kind == "embedding"),
-        "conv1d" in kinds.values(),
-    )
+    embeddings = frozenset(name for name, kind in kinds.items() if kind == "embedding")
+    names, conv1d = frozenset(attached.layers), "conv1d" in kinds.values()
+
+    def change_of(name: str) -> Tensor | None:
+        return layer_change(attached, name, *rewriter.trained_on(name))[0] if name in names else None
+
+    return AdapterChanges(config, names, change_of, trained_beside(attached), embeddings, conv1d)
 
 
 def compare(name: str, left: Update | None, right: Update | None) -> TensorDifference:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,12 +19,7 @@ from tunekit.files.untrusted import same, shown
 NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what a finished adapter computes
 
 
-@dataclass(frozen=True)
-class LinearFolder:
-    """An adapter of such a method by itself."""
-
-    config: AdapterConfig
-    tensors: dict[str, Tensor]
+LinearFolder = tuple[AdapterConfig, dict[str, Tensor]]  # an adapter of such a method by itself
 
 
 def read_linear(folder: Path) -> LinearFolder:
@@ -44,7 +38,7 @@ def read_linear(folder: Path) -> LinearFolder:
     if foreign or not header:
         what = f"'{shown(foreign[0], 200)}' is no tensor of this adapter" if foreign else "holds no tensors"
         raise AdapterError(what, file=str(path))
-    return LinearFolder(config, read_tensors(config, header))
+    return config, read_tensors(config, header)
 
 
 def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -52,13 +46,12 @@ def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -
 
     Raises: AdapterError where settings or tensors differ in anything but the trained numbers.
     """
-    first = adapters[0]
     for other in adapters[1:]:
-        _refuse_difference(first, other)
-    method = first.config.method
+        _refuse_difference(adapters[0], other)
+    config, first = adapters[0]
+    method = config.method
     if method.only_copies is not None and not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
-        name = first.config.settings.method
-        what = f"{name} trains whole tensors, and the weights sum to {sum(weights):g} and not to 1"
+        what = f"{config.settings.method} trains whole tensors, and the weights sum to {sum(weights):g} and not to 1"
         raise AdapterError(what, "give weights that sum to 1", key="--weights")
 
     def add(tensors: list[Tensor]) -> Tensor:
@@ -66,8 +59,8 @@ def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -
         return torch.stack(changes).sum(0) + method.neutral
 
     return {
-        key: add([adapter.tensors[key] for adapter in adapters]) if tensor.is_floating_point() else tensor
-        for key, tensor in first.tensors.items()
+        key: add([tensors[key] for _, tensors in adapters]) if tensor.is_floating_point() else tensor
+        for key, tensor in first.items()
     }
 
 
@@ -77,24 +70,25 @@ def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: 
     Raises: AdapterError where the method's adapters cannot be combined so.
     """
     parts = [read_linear(folder) for folder in folders]
-    config = parts[0].config
+    config, _ = parts[0]
     if mixture.kind != "linear":
         what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
         raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
     tensors = combine_linear(parts, mixture.weights)
     fields = {key: config.fields[key] for key in ("target_modules", "fan_in_fan_out") if key in config.fields}
-    write_without_base(place, facts, config.method, config.settings, tensors, fields)
+    write_without_base(place, facts, config, tensors, fields)
 
 
 def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
-    file, name = other.config.file, first.config.folder
-    here, there = (side.config.settings.model_dump(exclude=NOT_COMPARED) for side in (first, other))
+    (config, tensors), (other_config, other_tensors) = first, other
+    file, name = other_config.file, config.folder
+    here, there = (each.settings.model_dump(exclude=NOT_COMPARED) for each in (config, other_config))
     for key, value in here.items():
         if not same(_plain(value), _plain(there.get(key))):
             what = f"{key} is {shown(there.get(key))}, and {shown(value)} in {name}"
             raise AdapterError(what, "only adapters of the same settings can be added", file=file)
-    for key in sorted(first.tensors.keys() | other.tensors.keys()):
-        left, right = first.tensors.get(key), other.tensors.get(key)
+    for key in sorted(tensors.keys() | other_tensors.keys()):
+        left, right = tensors.get(key), other_tensors.get(key)
         if left is None or right is None or left.shape != right.shape:
             raise AdapterError(f"'{key}' is missing, or of another shape, in one of it and {name}", file=file)
         if not left.is_floating_point() and not torch.equal(left, right):

@@ -70,12 +70,10 @@ def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> 
     _check_shapes(config, factors, header, str(path))
     tensors = read_tensors(config, header)
     scalings = Scalings(config)
-    updates = {
-        module: LowRank(
-            tensors[pair["A"]].float(), tensors[pair["B"]].float(), scalings.of(module), _is_embedding(pair["A"])
-        )
-        for module, pair in sorted(factors.items())
-    }
+    updates: dict[str, LowRank] = {}
+    for module, pair in sorted(factors.items()):
+        a, b = tensors[pair["A"]].float(), tensors[pair["B"]].float()
+        updates[module] = LowRank(a, b, scalings.of(module), _is_embedding(pair["A"]))
     conv1d, targets = config.fields.get("fan_in_fan_out") is True, config.fields.get("target_modules")
     return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d, parameters)
 

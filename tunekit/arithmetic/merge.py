@@ -10,20 +10,12 @@ import numpy as np
 import torch
 
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.arithmetic.merge_output import (
-    REPORT,
-    LogitDifference,
-    MergeResult,
-    check_output,
-    check_space,
-    collect_changes,
-    report_of_merge,
-)
+from tunekit.arithmetic import merge_output
+from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError
-from tunekit.files.durable import write_json
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
@@ -74,10 +66,10 @@ def _merge_model(
     processor = processor_of(target)
     target, objective = as_trained(target, processor)
     output = output.expanduser().absolute()
-    check_output(output, [source.folder, adapter])
+    merge_output.check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
-    changes = collect_changes(attach_without_weights(adapter, target.model, rewriter))
-    check_space(output, rewriter.output_bytes(changes))
+    changes = merge_output.collect_changes(attach_without_weights(adapter, target.model, rewriter))
+    merge_output.check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
         answering = None if objective is None else objective.answering
@@ -85,7 +77,7 @@ def _merge_model(
         difference = measure_difference(target, staging, rewriter, changes)
         written = rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
         result = MergeResult(output, chosen, reason, str(written)[6:], str(rewriter.compute_dtype)[6:], difference)
-        write_json(staging / REPORT, report_of_merge(result))
+        merge_output.write_report(staging, result)
     return result
 
 
@@ -117,8 +109,7 @@ def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, cha
     running = loaded.model.base
     rows, described = _rows(target, loaded)
     before = _logits(running, rows)
-    dtype, attention = running.facts.dtype, running.facts.attention
-    family = running.family
+    dtype, attention, family = running.facts.dtype, running.facts.attention, running.family
     del loaded, running
     gc.collect()
     section = target.model.model_copy(
@@ -157,13 +148,8 @@ def _without_rounding(
     exact = _logits(model, rows)
     rewriter.fill(model.net, Changes({}, {}))
     assert target.adapter is not None
-    attach_adapter_folder(
-        model.net,
-        target.adapter,
-        head_name=model.family.head_name(model.net),
-        base_fingerprint=rewriter.fingerprint(),
-        device=device,
-    )
+    head, base = model.family.head_name(model.net), rewriter.fingerprint()
+    attach_adapter_folder(model.net, target.adapter, head_name=head, base_fingerprint=base, device=device)
     running = _logits(model, rows)
     return replace(difference, unrounded=_largest(running, exact), rounding=_largest(exact, rounded))
 
@@ -199,12 +185,10 @@ def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], st
 @torch.no_grad()
 def _logits(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
     """What the head makes of each row: (T, V) float32."""
-    return [
-        model.family.scores(
-            model.net, {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()}
-        )
-        for row in rows
+    cast = [
+        {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()} for row in rows
     ]
+    return [model.family.scores(model.net, row) for row in cast]
 
 
 def _compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.module_names import base_modules
 from tunekit.errors import AdapterError, InputError, ResourceError
-from tunekit.files.durable import free_bytes
+from tunekit.files.durable import free_bytes, write_json
 from tunekit.model.storage.rewrite import Changes
 from tunekit.records import bytes_text
 
+Change = Callable[[torch.Tensor], torch.Tensor]  # of a whole parameter
 REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
 
@@ -26,10 +28,10 @@ class LogitDifference:
     largest: float
     mean: float
     spread: float
-    running_loss: float | None  # of the next token; None of models that predict none
-    merged_loss: float | None
     rows: str  # which rows, in words
     tokens: int
+    running_loss: float | None = None  # of the next token; None of models that predict none
+    merged_loss: float | None = None
     # largest, all computed in float32: of the merge before its weights are rounded; of rounding them to what is written
     unrounded: float | None = None
     rounding: float | None = None
@@ -63,9 +65,8 @@ def check_space(output: Path, weight_bytes: int) -> None:
     """Raises: ResourceError where the disk has no room for them."""
     wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
     if wanted > free:
-        raise ResourceError(
-            f"{output} needs {bytes_text(wanted)}, and {bytes_text(free)} are free there", "choose another disk"
-        )
+        what = f"{output} needs {bytes_text(wanted)}, and {bytes_text(free)} are free there"
+        raise ResourceError(what, "choose another disk")
 
 
 def collect_changes(attached: AttachedAdapter) -> Changes:
@@ -75,46 +76,38 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     """
     if attached.model_adapter is not None:
         raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
-    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-    parameters = {name: adapter.merged for name, adapter in attached.parameters.items()}
+    parameters: dict[str, Change] = {name: adapter.merged for name, adapter in attached.parameters.items()}
     for copy in attached.copies.values():
-        parameters |= {name: _constant(tensor.detach()) for name, tensor in copy.state().items()}
+        parameters |= {name: partial(_replaced, tensor.detach()) for name, tensor in copy.state().items()}
     for name, tokens in attached.tokens.items():
         together = (name, *attached.tied_tokens.get(name, ()))  # one and the same change, so that they stay tied
         parameters |= {f"{each}.weight": tokens.merged for each in together}
     for name, rows in attached.added_rows.items():
-        parameters[f"{name}.weight"] = _enlarged(rows, parameters.get(f"{name}.weight"))
+        parameters[f"{name}.weight"] = partial(_enlarged, rows, parameters.get(f"{name}.weight"))
     modules = base_modules(attached.net)
     sizes = [len(modules[name].get_parameter("weight")) for name in attached.added_rows]
     layers = {name: layer.merged for name, layer in attached.layers.items()}
     return Changes(layers, parameters, vocabulary_size=max(sizes, default=None))
 
 
-def _enlarged(
-    rows: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor] | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A change that adds rows below the matrix before another one."""
-
-    def change(old: torch.Tensor) -> torch.Tensor:
-        whole = torch.cat([old, rows.to(old)])
-        return whole if then is None else then(whole)
-
-    return change
+def _enlarged(rows: torch.Tensor, then: Change | None, old: torch.Tensor) -> torch.Tensor:
+    """The matrix with rows added below, and changed after that."""
+    larger = torch.cat([old, rows.to(old)])
+    return larger if then is None else then(larger)
 
 
-def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A change that does not ask what was there."""
-    return lambda _old: new
+def _replaced(new: torch.Tensor, _old: torch.Tensor) -> torch.Tensor:
+    return new
 
 
-def report_of_merge(result: MergeResult) -> dict[str, object]:
-    """What REPORT says."""
+def write_report(folder: Path, result: MergeResult) -> None:
+    """Write REPORT into the folder of a merge."""
     difference = result.difference
     measured = {
         "largest_logit_difference_unrounded": difference.unrounded,
         "largest_logit_difference_of_rounding": difference.rounding,
     }
-    return {
+    report = {
         "onto": result.onto,
         "reason": result.reason,
         "dtype": result.dtype,
@@ -128,3 +121,4 @@ def report_of_merge(result: MergeResult) -> dict[str, object]:
         "loss_running": difference.running_loss,
         "loss_merged": difference.merged_loss,
     }
+    write_json(folder / REPORT, report)

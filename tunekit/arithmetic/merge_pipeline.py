@@ -9,16 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.arithmetic.merge_output import (
-    REPORT,
-    LogitDifference,
-    MergeResult,
-    check_output,
-    check_space,
-    collect_changes,
-    report_of_merge,
-)
-from tunekit.files.durable import write_json
+from tunekit.arithmetic import merge_output
+from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.files.tensors import read_tensor_header
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.families.diffusion import FAMILY, IDS
@@ -39,12 +31,12 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
     Raises: InputError, AdapterError and ResourceError as merge.
     """
     output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
-    check_output(output, [base, adapter])
-    check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
+    merge_output.check_output(output, [base, adapter])
+    merge_output.check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
     exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
     with whole_model_folder(output) as staging:
         result = replace(write_merged(load_target(exact, torch.device("cpu")), staging, dtype), folder=output)
-        write_json(staging / REPORT, report_of_merge(result))
+        merge_output.write_report(staging, result)
     return result
 
 
@@ -58,7 +50,7 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     assert isinstance(processor, PipelineProcessor)
     before = _predicted(net, processor)
     assert loaded.model.adapter is not None
-    changes = collect_changes(loaded.model.adapter)
+    changes = merge_output.collect_changes(loaded.model.adapter)
     loaded.model.adapter.detach()
     with torch.no_grad():
         _apply(net, changes)
@@ -74,17 +66,9 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
-    difference = LogitDifference(
-        largest=float((after - before).abs().max()),
-        mean=float((after - before).abs().mean()),
-        spread=float(before.std()),
-        running_loss=None,
-        merged_loss=None,
-        rows=f"predictions of noise at {len(TIMES)} times",
-        tokens=0,
-        unrounded=unrounded,
-        rounding=rounding,
-    )
+    gap, rows = (after - before).abs(), f"predictions of noise at {len(TIMES)} times"
+    largest, mean, spread = float(gap.max()), float(gap.mean()), float(before.std())
+    difference = LogitDifference(largest, mean, spread, rows, 0, unrounded=unrounded, rounding=rounding)
     kinds = sorted({str(kind).removeprefix("torch.") for kind in written.values()})
     reason = "the adapter was trained on the base's own weights"
     return MergeResult(staging, "full", reason, " and ".join(kinds), "float32", difference)

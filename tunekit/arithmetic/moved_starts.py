@@ -17,7 +17,6 @@ from tunekit.adapters.starts.start import StartLayer, make_factors
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import shown
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.bases.section import StartSettings
 from tunekit.recipe.reading.names import known_names, settings_class
@@ -33,12 +32,6 @@ def _starts() -> dict[str, StartSettings]:
     return {start.method: start for start in known if isinstance(start, StartSettings)}
 
 
-def follows_from_base(start: str) -> bool:
-    """Whether A and B at the start can be computed again from the base's weights alone."""
-    settings = _starts().get(start)
-    return settings is not None and settings.moves_weights and not settings.looks_at
-
-
 def start_of(folder: Path) -> str | None:
     """The folder's start, in small letters, where it moved weights of the base; else None.
 
@@ -50,18 +43,10 @@ def start_of(folder: Path) -> str | None:
         return None
     start, known = start.lower(), _starts()
     if start in known and known[start].looks_at == "original":
-        raise AdapterError(
-            "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other",
-            "load the base with that quantization, and write true for the field",
-            file=str(folder / CONFIG_NAME),
-            key=START,
-        )
+        what = "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other"
+        how = "load the base with that quantization, and write true for the field"
+        raise AdapterError(what, how, file=str(folder / CONFIG_NAME), key=START)
     return start if start.startswith(tuple(name for name in known if known[name].moves_weights)) else None
-
-
-def read_moved(folder: Path) -> LoraFolder:
-    """Read the folder as if it had started plainly: its tensors, and not what they mean."""
-    return read_lora_folder(folder, {START: True})
 
 
 def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowRank]:
@@ -72,16 +57,13 @@ def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowR
     here, there = trained.updates, initial.updates
     for name in sorted(here.keys() | there.keys()):
         left, right = here.get(name), there.get(name)
-        if left is None or right is None or _facts(left) != _facts(right):
+        facts = [update and (update.shape, update.rank, update.scaling) for update in (left, right)]
+        if None in facts or facts[0] != facts[1]:
             what = f"'{name}' is missing, or has another shape, rank or scaling, in one of it and {trained.name}"
             raise AdapterError(what, HOW, file=initial.name)
     if not any(bool(update.b.any()) for update in there.values()):
         raise AdapterError("is no such start: every B is zero", HOW, file=initial.name)
     return {name: difference(update, there[name]) for name, update in here.items()}
-
-
-def _facts(update: LowRank) -> tuple[object, ...]:
-    return update.shape, update.rank, update.scaling
 
 
 def difference(trained: LowRank, initial: LowRank) -> LowRank:
@@ -90,17 +72,9 @@ def difference(trained: LowRank, initial: LowRank) -> LowRank:
     return LowRank(a, b, trained.scaling, trained.embedding)
 
 
-def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
-    """The same with the start computed again from the base's matrices (O, I), float32; embeddings start plainly.
-
-    Raises: AdapterError where the start does not follow from the weights.
-    """
-    if not follows_from_base(start):
-        raise AdapterError(
-            f"the start {shown(start)} cannot be computed again", HOW, file=trained.config.file, key=START
-        )
-    settings = _starts()[start]
-    if trained.fan_in_fan_out and settings.depends_on_layout:
+def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
+    """The same with the start computed again from the base's matrices (O, I), float32; embeddings start plainly."""
+    if trained.fan_in_fan_out and start.depends_on_layout:
         raise AdapterError("OLoRA of Conv1D layers cannot be computed again", HOW, file=trained.config.file, key=START)
     updates = {}
     for name, update in trained.updates.items():
@@ -113,7 +87,7 @@ def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], T
             raise AdapterError(what, "name the right base with --base", file=trained.config.file)
         (outputs, inputs), generator = update.shape, torch.Generator()
         given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, matrix.float, None)
-        a, b = make_factors(settings, given)
+        a, b = make_factors(start, given)
         updates[name] = difference(update, LowRank(a, b, update.scaling))
     return updates
 
@@ -127,10 +101,11 @@ def untouched_updates(
     """
     if initial is not None:
         note = f"what the start moved into the adapter is taken from {initial}"
-        return subtract_initial(lora, read_moved(initial)), note
+        return subtract_initial(lora, read_lora_folder(initial, {START: True})), note  # as if it had started plainly
     if start is None:
         return lora.updates, None
-    if not follows_from_base(start):
+    settings = _starts().get(start)
+    if settings is None or settings.looks_at:  # not computed from the base's weights alone
         what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
     how = f"{HOW}, or --base MODEL, from which {start} can be computed again"
@@ -145,8 +120,6 @@ def untouched_updates(
     if absent:
         what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
         raise AdapterError(what, "name the right base with --base", file=lora.config.file)
-    note = (
-        f"the start {start} is computed again from {section.name_or_path}: right where training began from exactly "
-        "these weights, not quantized"
-    )
-    return subtract_start(lora, start, lambda name: rewriter.trained_on(name)[0]), note
+    right = "right where training began from exactly these weights, not quantized"
+    note = f"the start {start} is computed again from {section.name_or_path}: {right}"
+    return subtract_start(lora, settings, lambda name: rewriter.trained_on(name)[0]), note

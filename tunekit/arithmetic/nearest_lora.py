@@ -5,7 +5,7 @@ One matrix of the base is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,19 +43,20 @@ class RankLoss:
         return 1.0 - self.share**2
 
 
-@dataclass(frozen=True)
-class LayerUpdate:
-    """One layer's update (O, I), float32 (of an embedding (D, V)), and its bias (O,), with whether that changes."""
+def layer_change(
+    attached: AttachedAdapter, name: str, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's update (O, I), float32 (of an embedding (D, V)), and its new bias (O,)."""
+    layer = attached.layers[name]
+    changed, new_bias = layer.merged(weight, bias)
+    delta = (changed - weight).t() if layer.target.kind == "embedding" else changed - weight
+    return delta.detach(), None if new_bias is None else new_bias.detach()
 
-    name: str
-    delta: Tensor
-    embedding: bool
-    bias: Tensor | None
-    moves_bias: bool
 
-
-def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[LayerUpdate]:
-    """Every adapted layer's change of the base.
+def nearest_lora(
+    attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int
+) -> tuple[LoraFolder, dict[str, RankLoss]]:
+    """The LoRA of that rank for every layer, and what each loses; trained copies, rows and biases are handed on.
 
     Raises: AdapterError for methods that change something other than the weights of layers.
     """
@@ -64,55 +65,27 @@ def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[
     if attached.parameters or not attached.layers:
         what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
         raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
-    for name in attached.layers:
-        yield layer_change(attached, name, base_layer)
-
-
-def layer_change(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> LayerUpdate:
-    """One adapted layer's change of the base."""
-    layer = attached.layers[name]
-    weight, bias = base_layer(name)
-    embedding = layer.target.kind == "embedding"
-    changed, new_bias = layer.merged(weight, bias)
-    moves = new_bias is not None and bias is not None and not _same(new_bias, bias)
-    delta = (changed - weight).t() if embedding else changed - weight
-    return LayerUpdate(name, delta.detach(), embedding, None if new_bias is None else new_bias.detach(), moves)
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return bool((left - right).norm() <= SAME * right.norm())
-
-
-@dataclass(frozen=True)
-class NearestLora:
-    """A LoRA of any other adapter; `rest` and `settings` say what else the adapter trains."""
-
-    lora: LoraFolder
-    losses: dict[str, RankLoss]
-
-
-def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int) -> NearestLora:
-    """The LoRA of that rank for every layer; trained copies, rows and biases are handed on.
-
-    Raises: as layer_changes.
-    """
     updates: dict[str, LowRank] = {}
     losses: dict[str, RankLoss] = {}
     biases: dict[str, Tensor] = {}
     moved = False
-    for change in layer_changes(attached, base_layer):
-        update = decompose(change.delta, rank, embedding=change.embedding)
-        updates[change.name], losses[change.name] = update, loss_of(change.name, change.delta, update)
-        moved = moved or change.moves_bias
-        if change.bias is not None and not change.embedding:
-            biases[f"{PREFIX}{change.name}.base_layer.bias"] = change.bias
+    for name, layer in attached.layers.items():
+        weight, bias = base_layer(name)
+        delta, new_bias = layer_change(attached, name, weight, bias)
+        embedding = layer.target.kind == "embedding"
+        updates[name] = decompose(delta, rank, embedding=embedding)
+        losses[name] = loss_of(name, delta, updates[name])
+        if new_bias is not None and bias is not None:
+            moved = moved or not bool((new_bias - bias).norm() <= SAME * bias.norm())
+        if new_bias is not None and not embedding:
+            biases[f"{PREFIX}{name}.base_layer.bias"] = new_bias
     rest = trained_beside(attached)
     settings = lora_settings(attached.settings, moved)
     rest |= biases if settings.bias != "none" else {}
     targets = concrete_targets(list(updates), list(base_modules(attached.net)))
     conv1d = any(target.kind == "conv1d" for target in attached.targets)
     config = replace(config, method=plain_lora_method(), settings=settings)
-    return NearestLora(LoraFolder(config, updates, rest, targets, conv1d), losses)
+    return LoraFolder(config, updates, rest, targets, conv1d), losses
 
 
 def trained_beside(attached: AttachedAdapter) -> dict[str, Tensor]:

@@ -198,26 +198,16 @@ def _layers(
     for name, held in sorted(found.items(), key=lambda item: in_order(item[0])):
         finite = not any(tensor.not_finite for tensor in held)
         rank = factors[name]["A"].shape[0] if "A" in factors.get(name, {}) else None
-        layers.append(
-            LayerSummary(
-                name=name,
-                rank=rank,
-                parameters=sum(math.prod(tensor.shape) for tensor in held if tensor.dtype in NUMBERS),
-                norm=math.hypot(*(tensor.norm or 0.0 for tensor in held)) if finite else None,
-                update_norm=norms.get(name),
-            )
-        )
+        parameters = sum(math.prod(tensor.shape) for tensor in held if tensor.dtype in NUMBERS)
+        norm = math.hypot(*(tensor.norm or 0.0 for tensor in held)) if finite else None
+        layers.append(LayerSummary(name, rank, parameters, norm, norms.get(name)))
     return layers
 
 
 def _without_experts(factors: dict[str, dict[str, Tensor]], config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
     """Those of layers: the factors of fused experts lie in one tensor, whose first side is no rank."""
-    ranks = Resolved(config, "rank_pattern")
-    return {
-        name: pair
-        for name, pair in factors.items()
-        if "A" in pair and len(pair["A"]) == ranks.of(name, config.low_rank.r)
-    }
+    ranks, r = Resolved(config, "rank_pattern"), config.low_rank.r
+    return {name: pair for name, pair in factors.items() if "A" in pair and len(pair["A"]) == ranks.of(name, r)}
 
 
 def in_order(name: str) -> list[tuple[int, str]]:

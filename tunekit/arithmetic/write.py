@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ from torch import Tensor
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
 from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.folder.write import base_names, write_adapter_folder
-from tunekit.adapters.method import Method
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_small, shown
-from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.targets.target import named_base
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
@@ -75,7 +73,8 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         known[fact] = values.pop() if len(values) == 1 else None
         if len(values) > 0:
             notes.append(f"they were trained on a base of different {fact}")
-    templates = [_template(config) for config in configs]
+    files = [config.folder / TEMPLATE_NAME for config in configs]
+    templates = [read_small(file).decode("utf-8", "replace") if file.exists() else None for file in files]
     if len(set(templates)) > 1:
         notes.append(f"they were trained with different chat templates; that of {first.folder} is kept")
     return BaseFacts(
@@ -119,25 +118,16 @@ def _located(config: AdapterConfig) -> str | None:
     return config.base_location() or (name and os.path.abspath(config.folder / Path(name).expanduser()))
 
 
-def _template(config: AdapterConfig) -> str | None:
-    path = config.folder / TEMPLATE_NAME
-    return read_small(path).decode("utf-8", "replace") if path.exists() else None
-
-
 def write_without_base(
-    output: Path,
-    base: BaseFacts,
-    method: Method,
-    settings: AdapterSettings,
-    tensors: Mapping[str, Tensor],
-    fields: Mapping[str, Any],
+    output: Path, base: BaseFacts, config: AdapterConfig, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
 ) -> int:
-    """Write the folder; `fields` are PEFT's that settings do not tell. Returns its bytes."""
+    """Write the folder; `fields` are PEFT's that the settings do not contain. Returns its bytes."""
     name, path = (None, None) if base.name is None else base_names(base.name, output)
-    config = {**method.peft.write(settings), **fields, "base_model_name_or_path": name, "revision": base.revision}
-    config |= {"task_type": base.task_type}
+    peft, settings = config.method.peft, config.settings
+    written = {**peft.write(settings), **fields, "base_model_name_or_path": name, "revision": base.revision}
+    written |= {"task_type": base.task_type}
     facts = {"path": path} | {fact: getattr(base, fact) for fact in ("fingerprint", "revision", *BASE_FACTS)}
-    present = {key: None if value == [] else value for key, value in config.items() if key not in method.peft.absent}
+    present = {key: None if value == [] else value for key, value in written.items() if key not in peft.absent}
     if output.exists():
         output.rmdir()  # empty, as checked
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -170,10 +160,10 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
         target_modules = sorted(scaled.keys() - like.parameters)
         changed |= {"exclude_modules": None, "layers_to_transform": (), "layers_pattern": None}
     changed["target_modules"] = target_modules if isinstance(target_modules, str) else tuple(sorted(target_modules))
-    settings = like.config.settings.model_copy(update=changed)
+    config = replace(like.config, settings=like.config.settings.model_copy(update=changed))
     fields = {"target_modules": plain(changed["target_modules"]), "fan_in_fan_out": like.fan_in_fan_out}
     tensors = {key: value for name, update in scaled.items() for key, value in _keys(name, update).items()}
-    return write_without_base(output, base, like.config.method, settings, {**tensors, **like.rest}, fields)
+    return write_without_base(output, base, config, {**tensors, **like.rest}, fields)
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:
@@ -191,7 +181,4 @@ def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank
 def _keys(name: str, update: LowRank) -> dict[str, Tensor]:
     """Tensors by file key, float32."""
     suffixes = {factor: suffix for suffix, (factor, embedding) in FACTORS.items() if embedding == update.embedding}
-    return {
-        f"{PREFIX}{name}{suffixes['A']}": update.a.float(),
-        f"{PREFIX}{name}{suffixes['B']}": update.b.float(),
-    }
+    return {f"{PREFIX}{name}{suffixes['A']}": update.a.float(), f"{PREFIX}{name}{suffixes['B']}": update.b.float()}

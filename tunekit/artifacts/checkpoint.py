@@ -1,7 +1,6 @@
 """Checkpoints: everything an exact resume needs, written whole or not at all, verified before it is believed.
 
-Comes in: tensors by name and plain facts.  Goes out: checkpoints/step-000100/{tensors.safetensors, state.json,
-manifest.json}; read back bit by bit.  Only tensors and JSON; knows no method and no optimizer.
+checkpoints/step-000100/ contains tensors.safetensors, state.json and manifest.json.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ from tunekit.files.tensors import iterate_tensors, read_tensor_header, write_ten
 from tunekit.files.untrusted import RUN_FILE
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
-TEMPORARY_NAME = re.compile(r"\.tmp-step-\d{6,}-\d+(-\d+)?")
-DELETING_NAME = re.compile(r"\.deleting-step-\d{6,}-\d+(-\d+)?")
+HALF_DONE_NAME = re.compile(r"\.(tmp|deleting)-step-\d{6,}-\d+(-\d+)?")
 REPLACED_NAME = re.compile(r"\.replaced-(step-\d{6,})-\d+(-\d+)?")
 
 
@@ -73,8 +71,7 @@ def save_checkpoint(
         durable.sync(run.path)
     run.sync_metrics()
     temporary = parent / f".tmp-{checkpoint_name(step)}-{os.getpid()}"
-    if durable.is_real_folder(temporary):
-        _remove_temporary(temporary)
+    _remove_temporary(temporary)
     try:
         durable.make_folder(temporary)
         _write_files(temporary, step, tensors, facts)
@@ -144,7 +141,7 @@ def tidy_checkpoints(run: RunFolder) -> None:
         replaced = REPLACED_NAME.fullmatch(entry.name)
         if replaced and durable.is_real_folder(entry) and not os.path.lexists(run.checkpoints / replaced[1]):
             durable.rename(entry, run.checkpoints / replaced[1])
-        elif replaced or TEMPORARY_NAME.fullmatch(entry.name) or DELETING_NAME.fullmatch(entry.name):
+        elif replaced or HALF_DONE_NAME.fullmatch(entry.name):
             _remove_temporary(entry)
 
 
@@ -228,10 +225,8 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
             run.warn(f"checkpoint {reason}; going on from {folder.name}")
         return checkpoint
     if damaged:
-        raise RunFolderError(
-            f"no checkpoint in {run.checkpoints} is whole ({'; '.join(damaged)})",
-            "restore one, or start again in another output.dir",
-        )
+        what = f"no checkpoint in {run.checkpoints} is whole ({'; '.join(damaged)})"
+        raise RunFolderError(what, "restore one, or start again in another output.dir")
     return None
 
 
@@ -258,12 +253,10 @@ def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) ->
 
     Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.
     """
-    ours = [
-        (number, folder) for number, folder in list_checkpoints(run.checkpoints) if number <= step and is_ours(folder)
-    ]
-    newest = {number for number, _ in [item for item in ours if has_sizes(item[1])][: max(keep, 1)]} | {step}
-    for number, folder in ours:
-        if number not in newest and number not in protect:
+    ours = {number: at for number, at in list_checkpoints(run.checkpoints) if number <= step and is_ours(at)}
+    newest = [number for number, folder in ours.items() if has_sizes(folder)][: max(keep, 1)]
+    for number, folder in ours.items():
+        if number not in {step, *newest, *protect}:
             _delete(run, folder, folder.name)
 
 

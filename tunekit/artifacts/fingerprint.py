@@ -10,23 +10,13 @@ from collections.abc import Iterator, Mapping
 from tunekit.errors import Problem, RunFolderError
 
 FREE_KEYS = {
-    "output.report_to",
-    "output.dir",
-    "training.save_steps",
-    "training.keep_checkpoints",
-    "training.eval_steps",
-    "evaluation.before_training",
-    "objective.teacher_streaming",
+    *("output.report_to", "output.dir", "training.save_steps", "training.keep_checkpoints", "training.eval_steps"),
+    *("evaluation.before_training", "objective.teacher_streaming"),
 }
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
 PATH_KEYS = (
-    "data.train.",
-    "data.eval.",
-    "data.chat_template",
-    "model.name_or_path",
-    "adapter.init_from",
-    "objective.reward.",
-    "objective.teacher.name_or_path",
+    *("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from"),
+    *("objective.reward.", "objective.teacher.name_or_path"),
 )
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 MISSING = "(absent)"
@@ -60,7 +50,7 @@ def make_fingerprint(
 
 def recipe_values(recipe: Mapping[str, object]) -> dict[str, object]:
     """The values that a resume must not change, by their dotted keys."""
-    return {key: value for key, value in sorted(flat_values(recipe)) if key not in FREE_KEYS}
+    return dict(sorted(flat_values(recipe)))
 
 
 def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
@@ -92,53 +82,52 @@ def flat_values(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
     """(what, how it differs) for everything that forbids a resume; empty where it may go on."""
-    found = []
-    before, now = _part(old, "recipe"), _part(new, "recipe")
-    for key in sorted(set(before) | set(now)):
-        was, is_ = before.get(key, MISSING), now.get(key, MISSING)
-        if was != is_ and not _is_moved_file(key, was, is_):
-            found.append((key, f"was {_shown(was)}, is {_shown(is_)}"))
+    found = [
+        (key, f"was {_shown(was)}, is {_shown(is_)}")
+        for key, was, is_ in _changes(old, new, "recipe")
+        if not _is_moved_file(key, was, is_)
+    ]
     if old.get("data") != new.get("data"):
         found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         found.append(("model", "the base model's files differ"))
-    before, now = _part(old, "code"), _part(new, "code")
-    for key in sorted(set(before) | set(now)):
-        if before.get(key) != now.get(key):
-            taught = key.startswith("objective.teacher")
-            how = "the teacher's files differ" if taught else "the file has other content: its rewards would be others"
-            found.append((key, how))
+    for key, _, _ in _changes(old, new, "code"):
+        taught = key.startswith("objective.teacher")
+        how = "the teacher's files differ" if taught else "the file has other content: its rewards would be others"
+        found.append((key, how))
     before, now = _part(old, "files"), _part(new, "files")  # known once the objective has read them
     found += [(key, "its files have other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
-    before, now = _part(old, "versions"), _part(new, "versions")
-    for name in sorted(set(before) | set(now)):
-        if before.get(name) != now.get(name):
-            found.append((name, f"was version {before.get(name, MISSING)}, is {now.get(name, MISSING)}"))
+    found += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
     return found
 
 
+def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) -> Iterator[tuple[str, object, object]]:
+    """(key, old value, new value) of everything that differs in a part, in the order of the keys."""
+    before, now = _part(old, part), _part(new, part)
+    for key in sorted(set(before) | set(now)):
+        was, is_ = before.get(key, MISSING), now.get(key, MISSING)
+        if was != is_:
+            yield key, was, is_
+
+
 def _is_moved_file(key: str, was: object, is_: object) -> bool:
     """Whether only the place of a file changed."""
-    if not key.startswith(PATH_KEYS) or not isinstance(was, str) or not isinstance(is_, str):
-        return False
-    return os.path.isabs(was) and os.path.isabs(is_)
+    return key.startswith(PATH_KEYS) and all(isinstance(value, str) and os.path.isabs(value) for value in (was, is_))
 
 
 def _shown(value: object) -> str:
-    text = value if value == MISSING else repr(value)
-    return str(text) if len(str(text)) <= 80 else f"{str(text)[:77]}..."
+    text = MISSING if value == MISSING else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """Differences that are only reported: another model of accelerator may change results in their last digits."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
-    return [
-        f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}: "
-        "the run goes on, but not bit by bit as it would have there"
-    ]
+    what = f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}"
+    return [f"{what}: the run goes on, but not bit by bit as it would have there"]
 
 
 def require_same(old: Mapping[str, object], new: Mapping[str, object], *, lines: Mapping[str, int], file: str) -> None:
@@ -146,14 +135,9 @@ def require_same(old: Mapping[str, object], new: Mapping[str, object], *, lines:
 
     Raises: RunFolderError naming each difference.
     """
+    how = "put it back, or start a new run (adapter.init_from continues an adapter)"
     problems = [
-        Problem(
-            f"changed since the run: {text}",
-            "put it back, or start a new run (adapter.init_from continues an adapter)",
-            file if key in lines else None,
-            lines.get(key),
-            key,
-        )
+        Problem(f"changed since the run: {text}", how, file if key in lines else None, lines.get(key), key)
         for key, text in compare_fingerprints(old, new)
     ]
     if problems:

@@ -50,17 +50,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST} is not a tunekit manifest")
     version, step = manifest.get("version"), manifest.get("step")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise RunFolderError(
-            f"{folder} was written by a newer tunekit (checkpoint format {version}, this one reads {FORMAT_VERSION})",
-            "resume with the version that wrote it",
-        )
-    files = manifest.get("files")
-    if (
-        version != FORMAT_VERSION
-        or not isinstance(files, dict)
-        or set(files) != {TENSORS, STATE}
-        or not all(isinstance(expected, dict) for expected in files.values())
-    ):
+        formats = f"checkpoint format {version}, this one reads {FORMAT_VERSION}"
+        what = f"{folder} was written by a newer tunekit ({formats})"
+        raise RunFolderError(what, "resume with the version that wrote it")
+    files = manifest.get("files", {})
+    complete = isinstance(files, dict) and set(files) == {TENSORS, STATE}
+    if version != FORMAT_VERSION or not complete or not all(isinstance(facts, dict) for facts in files.values()):
         raise DamagedError(f"{MANIFEST} is incomplete")
     if not isinstance(step, int) or checkpoint_name(step) != folder.name:
         raise DamagedError(f"{MANIFEST} is of step {step}")

@@ -73,12 +73,8 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
         except ValueError as error:
             if torn:
                 return
-            raise RunFolderError(
-                "not a record of metrics",
-                f"remove the line ({error})",
-                file=str(path),
-                line=number if all_lines else None,
-            ) from None
+            how, at = f"remove the line ({error})", number if all_lines else None
+            raise RunFolderError("not a record of metrics", how, file=str(path), line=at) from None
         if torn:
             return
         offset += len(line) + 1

@@ -21,17 +21,8 @@ from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, of the weights that would be exported now
-FILES = (
-    "recipe.yaml",
-    "plan.json",
-    "environment.json",
-    "status.json",
-    "metrics.jsonl",
-    ROWS_NAME,
-    "report.json",
-    "report.md",
-    "report.html",
-)
+REPORTS = ("report.json", "report.md", "report.html")
+FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", ROWS_NAME, *REPORTS)
 PICTURES = "pictures"  # what the model drew at each evaluation
 FOLDERS = ("checkpoints", "adapter", "model", "tracking", PICTURES)
 RUN_SIGNS = ("plan.json", "checkpoints")
@@ -88,11 +79,9 @@ class RunFolder:
         """Refuse to start without room for twice this: an old checkpoint stays until the new one is whole."""
         free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
         if free < needed:
-            raise ResourceError(
-                f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)} "
-                f"({needed} bytes) for its checkpoints and results",
-                "free some space, choose another output.dir, or lower training.keep_checkpoints",
-            )
+            what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)}"
+            how = "free some space, choose another output.dir, or lower training.keep_checkpoints"
+            raise ResourceError(f"{what} ({needed} bytes) for its checkpoints and results", how)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one file of the run folder, whole or not at all."""
@@ -162,11 +151,6 @@ def is_finished(path: Path | str) -> bool:
     return isinstance(status, dict) and status.get("exit_code") == 0
 
 
-def refuse_old_run(path: Path) -> None:
-    """Raises: RunFolderError where a new run cannot have this folder."""
-    _refuse(path, resume=False)
-
-
 def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
     """Rename the folder of an earlier run to PATH.1, or the first of PATH.2 ... that is free; nothing in it changes."""
     if not any(os.path.lexists(path / name) for name in RUN_SIGNS):
@@ -189,10 +173,10 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
     made: list[Path] = []
     lock = None
     try:
-        _refuse(path, resume=resume)
+        refuse_old_run(path, resume=resume)
         _make_folders(path, made)
         lock = FolderLock(path)
-        _refuse(path, resume=resume, ours=True)
+        refuse_old_run(path, resume=resume, ours=True)
         _probe(path)
         _tidy(path)
     except BaseException as error:
@@ -207,8 +191,8 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
     return RunFolder(path, lock, warn)
 
 
-def _refuse(path: Path, *, resume: bool, ours: bool = False) -> None:
-    """Say why this folder cannot be used; reads only."""
+def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> None:
+    """Raises: RunFolderError where a run cannot have this folder. `ours`: this process has locked it."""
     if path.is_symlink() and not path.exists():
         raise RunFolderError(f"{path} is a symbolic link that leads nowhere", "remove it or mend it")
     if path.exists() and not path.is_dir():
@@ -228,19 +212,13 @@ def _refuse(path: Path, *, resume: bool, ours: bool = False) -> None:
         return
     foreign = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
     if foreign:
-        raise RunFolderError(
-            f"{path} holds {', '.join(foreign)}, which no run wrote and a run would overwrite",
-            "choose another output.dir",
-        )
+        what = f"{path} holds {', '.join(foreign)}, which no run wrote and a run would overwrite"
+        raise RunFolderError(what, "choose another output.dir")
 
 
 def _make_folders(path: Path, made: list[Path]) -> None:
     """Make the folder and its missing parents; adds those it made to `made`, outermost first."""
-    missing = []
-    folder = path
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         try:
             durable.perform("mkdir", folder, folder.mkdir)
@@ -275,15 +253,10 @@ def _tidy(path: Path) -> None:
         if durable.is_real_file(entry) and part["name"] in (*FILES, "probe") and not part["old"]:
             durable.unlink(entry)
         elif durable.is_real_folder(entry) and part["name"] in RESULT_FILES and _holds_only(entry, part["name"]):
-            _tidy_result(path / part["name"], entry, moved_aside=bool(part["old"]))
-
-
-def _tidy_result(result: Path, entry: Path, *, moved_aside: bool) -> None:
-    """Remove a half-written result; put back the old one that had been moved aside, unless the new one is there."""
-    if moved_aside and not os.path.lexists(result):
-        durable.rename(entry, result)
-    else:
-        durable.remove_tree(entry)
+            if part["old"] and not os.path.lexists(path / part["name"]):
+                durable.rename(entry, path / part["name"])  # the old result, whose new one is not there
+            else:
+                durable.remove_tree(entry)
 
 
 def _holds_only(folder: Path, result: str) -> bool:

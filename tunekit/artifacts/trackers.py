@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 PROJECT = "tunekit"  # where the tracker's own environment variable names no other
-IDS_NAME = "ids.json"  # by which a resumed run is found again
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Trackers:
 
     def __init__(self, names: tuple[str, ...], run: TrackedRun, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._ids_file = run.folder / IDS_NAME
+        self._ids_file = run.folder / "ids.json"  # by which a resumed run is found again
         ids = read_json(self._ids_file)
         self._ids: dict[str, str] = ids if isinstance(ids, dict) else {}
         self._trackers: dict[str, GeneralTracker] = {}
@@ -190,18 +189,15 @@ def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None
 def _finish(name: str, tracker: GeneralTracker, error: BaseException | None) -> None:
     """End it; accelerate knows good ends only."""
     stopped = isinstance(error, Stopped | KeyboardInterrupt)
-    if error is None:
-        tracker.finish()
-    elif name == "mlflow":
+    if error is not None and name == "clearml":
+        tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))
+    if error is not None and name == "mlflow":
         import mlflow
 
         mlflow.end_run("KILLED" if stopped else "FAILED")
-    elif name == "wandb":
+    elif error is not None and name == "wandb":
         tracker.tracker.finish(exit_code=getattr(error, "exit_code", 1))
-    elif name == "clearml":
-        tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))
-        tracker.finish()
-    elif name == "swanlab":
+    elif error is not None and name == "swanlab":
         tracker.tracker.finish("crashed", error=str(error))
     else:
         tracker.finish()

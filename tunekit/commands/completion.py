@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
 Completer = Callable[..., Any]
+ENDINGS = (".yaml", ".yml")
 
 
-def recipe_file(incomplete: str) -> list[str]:
-    """Recipe files and folders."""
-    from tunekit.commands.offers import complete_recipe_file
-
-    return complete_recipe_file(incomplete)
+def complete_recipe_file(incomplete: str) -> list[str]:
+    """Recipe files and folders; where one folder alone fits, what is in it."""
+    folder, slash, name = incomplete.rpartition("/")
+    try:
+        there = sorted(Path(folder + slash or ".").iterdir())
+    except OSError:
+        return []
+    fitting = [
+        f"{folder}{slash}{entry.name}{'/' if entry.is_dir() else ''}"
+        for entry in there
+        if entry.name.startswith(name) and (name or not entry.name.startswith("."))
+        if entry.is_dir() or entry.suffix in ENDINGS
+    ]
+    inside = complete_recipe_file(fitting[0]) if len(fitting) == 1 and fitting[0].endswith("/") else []
+    return inside or fitting
 
 
 def shipped_name(incomplete: str) -> list[tuple[str, str]]:

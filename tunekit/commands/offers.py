@@ -1,4 +1,4 @@
-"""Completions of recipe files, names of shipped recipes, and KEY=VALUE.
+"""Completions of names of shipped recipes and of KEY=VALUE.
 
 Keys and values are read from the schema file, because pydantic's classes take longer to import than a person waits.
 """
@@ -14,26 +14,8 @@ from tunekit.errors import TunekitError
 from tunekit.recipe.reading.shipped import SCHEMA_NAME, first_comment, shipped_folder, shipped_recipes
 from tunekit.recipe.reading.yaml_reader import read_recipe_file, read_scalar
 
-ENDINGS = (".yaml", ".yml")
 Completions = list[tuple[str, str]]
 SchemaFields = dict[str, dict[str, Any]]  # dotted key -> its part of the schema
-
-
-def complete_recipe_file(begun: str) -> list[str]:
-    """Recipe files and folders; where one folder alone fits, what is in it."""
-    folder, slash, name = begun.rpartition("/")
-    try:
-        there = sorted(Path(folder + slash or ".").iterdir())
-    except OSError:
-        return []
-    fitting = [
-        f"{folder}{slash}{found.name}{'/' if found.is_dir() else ''}"
-        for found in there
-        if found.name.startswith(name) and (name or not found.name.startswith("."))
-        if found.is_dir() or found.suffix in ENDINGS
-    ]
-    inside = complete_recipe_file(fitting[0]) if len(fitting) == 1 and fitting[0].endswith("/") else []
-    return inside or fitting
 
 
 def complete_shipped_name(begun: str) -> Completions:

@@ -7,40 +7,23 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.completion import among, override, recipe_file
+from tunekit.commands.completion import among, complete_recipe_file, override
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=recipe_file)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one",
-        autocompletion=override(),
-    ),
-]
+RECIPE = typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=complete_recipe_file)
+RecipeFile = Annotated[str, RECIPE]
+
+
+def keys(help: str, *sections: str) -> object:
+    """KEY=VALUE arguments; of these sections, if some are named."""
+    return typer.Argument(metavar="KEY=VALUE", help=help, autocompletion=override(*sections))
+
+
+Overrides = Annotated[list[str] | None, keys("training.learning_rate=1e-4 changes a key, ~training.epochs removes one")]
 TargetKeys = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="of model.* and evaluation.*, such as evaluation.batch_size=1",
-        autocompletion=override("model.", "evaluation."),
-    ),
+    list[str] | None, keys("of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation.")
 ]
-MergeOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="of model.*, such as model.trust_remote_code=true",
-        autocompletion=override("model."),
-    ),
-]
-TargetName = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
-    ),
-]
+TARGET = "a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name"
+TargetName = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET)]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
 JsonFile = Annotated[

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.completion import named, override
-from tunekit.commands.options import Base, Device, JsonFile, MergeOverrides, TargetKeys, TargetName
+from tunekit.commands.completion import named
+from tunekit.commands.options import Base, Device, JsonFile, TargetKeys, TargetName, keys
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -17,11 +17,10 @@ def evaluate(
     target: TargetName,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
+        keys(
+            "of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
             "data.eval.0.columns.question=prompt (the file's column, the format's field)",
-            autocompletion=override("model.", "evaluation.", "data."),
+            *("model.", "evaluation.", "data."),
         ),
     ] = None,
     base: Base = None,
@@ -63,9 +62,9 @@ def generate(
     """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""
     from tunekit.generate import generate_verb
 
-    keys = overrides or []
+    changes = overrides or []
     generate_verb(
-        target, base, prompt, prompts, keys, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
+        target, base, prompt, prompts, changes, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
     )
 
 
@@ -73,7 +72,7 @@ def generate(
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
-    overrides: MergeOverrides = None,
+    overrides: Annotated[list[str] | None, keys("of model.*, such as model.trust_remote_code=true", "model.")] = None,
     base: Base = None,
     onto: Annotated[
         str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")

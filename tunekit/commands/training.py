@@ -26,12 +26,7 @@ def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
 
 
 @app.command()
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    device: Device = None,
-    json_file: JsonFile = None,
-) -> None:
+def plan(recipe: RecipeFile, overrides: Overrides = None, device: Device = None, json_file: JsonFile = None) -> None:
     """Show what train would do: steps, memory, what is refused."""
     loaded = _checked(recipe, overrides)
     from tunekit.plan import plan_verb

@@ -1,7 +1,6 @@
 """All that a person sees: lines, tables, panels, coloured tokens, and one live line while training.
 
-Comes in: plain text and records; nothing in them is ever read as markup or as a terminal command.  Goes out: standard
-output (warnings and errors: standard error).  rich is imported only where a table or colours need it.
+No text is ever read as markup or as a terminal command. rich is imported only where a table or colours need it.
 """
 
 from __future__ import annotations
@@ -76,15 +75,12 @@ class Console:
     def info(self, *lines: str) -> None:
         """Notes; on a terminal that is narrower, broken between words."""
         if not is_quiet():
-            self._info(lines)
+            self.write("".join(f"{self._wrapped(visible(line))}\n" for line in lines))
 
     def detail(self, *lines: str) -> None:
         """Notes for who asks for more."""
         if is_verbose():
-            self._info(lines)
-
-    def _info(self, lines: Sequence[str]) -> None:
-        self.write("".join(f"{self._wrapped(visible(line))}\n" for line in lines))
+            self.info(*lines)
 
     def json(self, value: object) -> None:
         """A value as one line of JSON, also where the stream cannot hold its characters."""
@@ -100,13 +96,10 @@ class Console:
     def _wrapped(self, text: str) -> str:
         if not self.is_terminal:
             return text
-        lines = [
-            textwrap.fill(line, self.columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-            if len(line) > self.columns
-            else line
-            for line in text.split("\n")
-        ]
-        return "\n".join(lines)
+        wrap = textwrap.TextWrapper(
+            self.columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        return "\n".join(wrap.fill(line) if len(line) > self.columns else line for line in text.split("\n"))
 
     def confirm(self, question: str) -> bool:
         """Whether the user answers yes; no where nobody can be asked."""
@@ -122,7 +115,7 @@ class Console:
         from rich.table import Table
         from rich.text import Text
 
-        rows = [list(row) for row in rows]
+        rows = list(rows)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows if row[index] is not None]
@@ -143,7 +136,7 @@ class Console:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", overflow="fold")
         grid.add_column(overflow="fold")
-        for name, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
+        for name, value in dict(pairs).items():
             if value is not None:
                 grid.add_row(Text(visible(name)), Text(visible(cell_text(value))))
         self._print_rich(Panel(grid, title=Text(visible(title)), title_align="left", expand=False))
@@ -161,20 +154,15 @@ class Console:
                 text.append(f"{opening}{visible(piece)}{closing}" if trained else visible(piece))
         self._print_rich(text)
 
-    def draw(self, text: str) -> None:
-        """One live line at the bottom of a terminal, cut to its width, over the one before; other output covers it."""
-        if is_quiet():
-            return
-        self._drawn = False  # the new line covers the old one; no need to clear it first
-        self.write(f"\r{text[: self.columns - 1]}\x1b[K")
-        self._drawn = True
-
-    def keep_drawn(self) -> None:
-        """End the live line, which stays."""
-        if is_quiet():
-            return
-        self._drawn = False
-        self.write("\n")
+    def draw(self, text: str, *, stays: bool = False) -> None:
+        """One live line at the bottom of a terminal, cut to its width, over the one before; later output covers it,
+        unless it stays. Elsewhere a plain line."""
+        if not self.is_terminal:
+            self.info(text)
+        elif not is_quiet():
+            self._drawn = False  # the new line covers the old one; no need to clear it first
+            self.write(f"\r{text[: self.columns - 1]}\x1b[K" + ("\n" if stays else ""))
+            self._drawn = not stays
 
     def _print_rich(self, thing: object) -> None:
         """Lay out with rich into text, then write it as all else is written."""
@@ -186,11 +174,9 @@ class Console:
         rich_console = RichConsole(
             file=paper,
             force_terminal=self.is_terminal,
-            no_color=not self.has_colours,
             color_system="auto" if self.has_colours else None,
             width=self.columns,
             legacy_windows=False,
-            safe_box=True,
         )
         rich_console.print(thing, markup=False, highlight=False, emoji=False)
         paper.seek(0)

@@ -1,7 +1,4 @@
-"""How much is said: notes and progress, as usual; nothing but results, warnings and errors; or what libraries log too.
-
-Comes in: TUNEKIT_OUTPUT, which -q and -v set.  Goes out: which of the three.
-"""
+"""How much is said: notes and progress, as usual; nothing but results, warnings and errors; or more."""
 
 from __future__ import annotations
 

@@ -47,11 +47,8 @@ class StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._last is not None and self._is_live:
-            self._console.draw(self.line(self._last))
-            self._console.keep_drawn()
-        elif self._last is not None and self._last is not self._told_record:
-            self._console.info(self.line(self._last))
+        if self._last is not None and (self._is_live or self._last is not self._told_record):
+            self._console.draw(self.line(self._last), stays=True)
 
     def update(self, record: StepRecord) -> None:
         """One optimizer step is done."""
@@ -64,10 +61,7 @@ class StepProgress:
         if not last and now - self._told < wait:
             return
         self._told, self._told_record = now, record
-        if self._is_live:
-            self._console.draw(self.line(record))
-        else:
-            self._console.info(self.line(record))
+        self._console.draw(self.line(record))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """An evaluation is done; it stays on the screen."""
@@ -131,8 +125,4 @@ class Counting:
         if now - self._told < self._wait:
             return
         self._told = now
-        line = f"{what}: {done:,} of {total:,}"
-        if self._console.is_terminal:
-            self._console.draw(line)
-        else:
-            self._console.info(line)
+        self._console.draw(f"{what}: {done:,} of {total:,}")

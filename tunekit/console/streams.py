@@ -1,7 +1,4 @@
-"""Standard streams that may be closed, no terminal, or unable to encode a text.
-
-Comes in: a stream.  Goes out: what it can do.
-"""
+"""Standard streams that may be closed, no terminal, or unable to encode a text."""
 
 from __future__ import annotations
 

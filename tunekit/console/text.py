@@ -1,7 +1,4 @@
-"""Text for a terminal: safe to show, and values and durations in words.
-
-Comes in: plain values.  Goes out: text.
-"""
+"""Text for a terminal: safe to show, and values and durations in words."""
 
 from __future__ import annotations
 

@@ -95,9 +95,8 @@ def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
     evaluated = [_exported(run) for run in runs]
     metrics = list(dict.fromkeys(name for one in evaluated for name in one))
     rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
-    return Outcomes(
-        [*(f"eval {name}" for name in metrics), *FACTS], [run.name for run in runs], rows, sizes_counted(runs)
-    )
+    names = [*(f"eval {name}" for name in metrics), *FACTS]
+    return Outcomes(names, [run.name for run in runs], rows, sizes_counted(runs))
 
 
 def _exported(run: RunValues) -> dict[str, float]:
@@ -108,14 +107,9 @@ def _exported(run: RunValues) -> dict[str, float]:
 
 
 def _facts(run: RunValues) -> list[float | None]:
-    report = run.report
-    return [
-        report.number("final_loss"),
-        report.number("tokens_per_second"),
-        sum(report.numbers("measured_bytes").values()) or None,
-        report.part("seconds").number("train"),
-        report.number("adapter_bytes"),
-    ]
+    loss, speed, size = map(run.report.number, ("final_loss", "tokens_per_second", "adapter_bytes"))
+    peak = sum(run.report.numbers("measured_bytes").values()) or None
+    return [loss, speed, peak, run.report.part("seconds").number("train"), size]
 
 
 def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
@@ -125,22 +119,13 @@ def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
     for at, run in enumerate(runs):
         same = {key: value for key, value in _flat(run.recipe) if key not in (SEED, PLACE)}
         sets.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), []).append(at)
+    seeds = [run.recipe.part("training").get("seed") for run in runs]
+    columns = range(len(outcome.names))
     return [
-        (
-            ", ".join(runs[at].name for at in members),
-            [_spread(outcome, column, members) for column in _columns(outcome)],
-        )
+        (", ".join(runs[at].name for at in members), [_spread(outcome, column, members) for column in columns])
         for members in sets.values()
-        if len({_seed(runs[at]) for at in members}) > 1
+        if len({seeds[at] for at in members}) > 1
     ]
-
-
-def _seed(run: RunValues) -> object:
-    return run.recipe.part("training").get("seed")
-
-
-def _columns(outcome: Outcomes) -> range:
-    return range(len(outcome.names))
 
 
 def _spread(outcome: Outcomes, column: int, members: Sequence[int]) -> str:

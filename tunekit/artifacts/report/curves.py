@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from tunekit.artifacts.report.sections import Chart, Series
 from tunekit.artifacts.report.values import RunValues, sizes_counted
@@ -88,9 +88,7 @@ def _trend(series: Series) -> Series:
     half = int(len(series.y) * TREND_SHARE / 2)
     if not half:
         return series
-    sums, means = [0.0], []
-    for value in series.y:
-        sums.append(sums[-1] + value)
+    sums, means = list(accumulate(series.y, initial=0.0)), []
     for index in range(len(series.y)):
         reach = min(half, index, len(series.y) - 1 - index)
         means.append(_short((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)))

@@ -1,10 +1,9 @@
-"""A plan as a section: names with values, and tables of its targets and its memory."""
+"""What `tunekit plan` shows: names with values, and tables of the plan's targets and its memory."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.artifacts.report.sections import ReportSection, ReportTable
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Target, bytes_text, short_name
 
@@ -16,22 +15,14 @@ ATTENTION = {
 }
 
 
-def plan_section(plan: Plan, available: int | None) -> ReportSection:
-    """What `tunekit plan` shows; `available`: free bytes on the device."""
-    tables = [
-        ReportTable(["target", "layers", "shape", "rank", "parameters"], target_rows(plan)),
-        ReportTable(["memory", "at the peak"], memory_rows(plan, available)),
-    ]
-    return ReportSection(plan.model.name_or_path, facts=list(facts(plan).items()), tables=tables)
-
-
 def facts(plan: Plan) -> dict[str, object]:
     """What the run is, by name; None where there is nothing to say."""
     model, rows, choice = plan.model, plan.rows.training, plan.choice
     per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
     about = "about " if rows.estimated else ""
-    shows = shows_of(plan.objective)
+    shows, kernel = shows_of(plan.objective), model.attention
+    attention = kernel if plan.text is None else ATTENTION.get(kernel, f"{kernel}, with a mask over whole rows")
     learned = f"{about}{plan.supervised_tokens:,} {shows.units}"
     dropped = "".join(f"; {number:,} dropped: {reason}" for reason, number in rows.dropped_reasons.items())
     return {
@@ -41,7 +32,7 @@ def facts(plan: Plan) -> dict[str, object]:
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
         shows.sizes: f"{about}{rows.tokens:,} an epoch; {learned} in the run",
         "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
-        "attention": _attention(plan),
+        "attention": attention,
         "packing": None if plan.text is None else f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
         "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
         "micro-batches": _micro_batches(plan),
@@ -49,12 +40,6 @@ def facts(plan: Plan) -> dict[str, object]:
         "recomputed": f"{choice.checkpointed_layers} of {model.layers} layers",
         "logits": None if plan.text is None else f"{choice.logits_chunk_tokens:,} positions at a time",
     }
-
-
-def _attention(plan: Plan) -> str:
-    """Which kernel, and of texts what it sees of a row."""
-    kernel = plan.model.attention
-    return kernel if plan.text is None else ATTENTION.get(kernel, f"{kernel}, with a mask over whole rows")
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -81,7 +66,7 @@ def target_rows(plan: Plan) -> list[list[object]]:
 
 
 def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
-    """One line for each part of the peak, and the total against the budget and what is free."""
+    """One line for each part of the peak, and the total against the budget and the free bytes on the device."""
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)

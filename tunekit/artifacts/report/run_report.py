@@ -224,20 +224,5 @@ def _files(run: RunValues) -> Iterator[ReportSection]:
     yield ReportSection("Recipe and environment", files=[(name, text) for name, text in files if text])
 
 
-SECTIONS = (
-    overview,
-    _curves,
-    _result,
-    _labels,
-    _pictures,
-    _answers,
-    _panels,
-    _worst_rows,
-    memory,
-    speed,
-    rows,
-    size,
-    _reactions,
-    _use,
-    _files,
-)
+RESULTS = (overview, _curves, _result, _labels, _pictures, _answers, _panels, _worst_rows)
+SECTIONS = (*RESULTS, memory, speed, rows, size, _reactions, _use, _files)

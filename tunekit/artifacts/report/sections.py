@@ -65,7 +65,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """One part of a page; whatever is empty is not shown. `facts`: names with values, as a panel on the terminal."""
+    """One part of a page; whatever is empty is not shown."""
 
     title: str = ""
     paragraphs: Sequence[str] = ()
@@ -73,7 +73,6 @@ class ReportSection:
     tiles: Sequence[tuple[str, str, str]] = ()  # name, value and note of the most important numbers
     charts: Sequence[Chart] = ()
     bars: Sequence[Bar] = ()
-    facts: Sequence[tuple[str, object]] = ()
     tables: Sequence[ReportTable] = ()
     pictures: Sequence[PictureRow] = ()
     commands: Sequence[str] = ()

@@ -32,8 +32,7 @@ class Values(dict[str, object]):
 
     def part(self, name: str) -> Values:
         """An object within this one."""
-        value = self.get(name)
-        return Values(value if isinstance(value, dict) else {})
+        return _object(self.get(name))
 
     def numbers(self, name: str) -> dict[str, float]:
         """The numbers of an object within this one, by name."""
@@ -93,7 +92,7 @@ class RunValues:
     def row_losses(self) -> Values:
         """The losses of the evaluation rows, as RowLosses keeps them; empty if those of the exported weights are not
         there."""
-        values = _object(self.path / ROWS_NAME)
+        values = _object(read_json(self.path / ROWS_NAME))
         return values if values.get("step") == self.exported_step else Values()
 
     @property
@@ -113,23 +112,16 @@ def read_run(path: Path) -> RunValues:
 
 def run_values(path: Path) -> RunValues:
     """The values of a folder, of which any file may be absent."""
-    plan, report, environment, status = (_object(path / f"{name}.json") for name in FILES)
+    plan, report, environment, status = (_object(read_json(path / f"{name}.json")) for name in FILES)
     recipe = path / "recipe.yaml"
     records = [Values(record) for record in read_metrics(path / METRICS_NAME)]
-    return RunValues(
-        path=path,
-        recipe_text=recipe.read_text("utf-8", "replace") if recipe.is_file() else "",
-        plan=plan,
-        report=report,
-        environment=environment,
-        status=status,
-        steps=[record for record in records if "eval" not in record],
-        evaluations=[record for record in records if "eval" in record],
-    )
+    text = recipe.read_text("utf-8", "replace") if recipe.is_file() else ""
+    steps = [record for record in records if "eval" not in record]
+    evaluations = [record for record in records if "eval" in record]
+    return RunValues(path, text, plan, report, environment, status, steps, evaluations)
 
 
-def _object(path: Path) -> Values:
-    value = read_json(path)
+def _object(value: object) -> Values:
     return Values(value if isinstance(value, dict) else {})
 
 
