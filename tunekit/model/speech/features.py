@@ -1,7 +1,4 @@
-"""Recordings to log-mel features, by the model's own feature extractor.
-
-Comes in: the model section.  Goes out: `FeatureExtractor`; `AudioProcessor` of a model that reads and writes no text.
-"""
+"""Recordings to log-mel features, by the model's own feature extractor."""
 
 from __future__ import annotations
 

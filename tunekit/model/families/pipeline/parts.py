@@ -189,13 +189,10 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
     try:
         with quiet():
             if meta:
-                config = (
-                    kind.load_config(str(folder), local_files_only=True)
-                    if from_diffusers
-                    else kind.config_class.from_pretrained(str(folder), local_files_only=True)
-                )
+                read = kind.load_config if from_diffusers else kind.config_class.from_pretrained
+                make, config = kind.from_config if from_diffusers else kind, read(str(folder), local_files_only=True)
                 with torch.device("meta"):
-                    return (kind.from_config(config) if from_diffusers else kind(config)).to(dtype)
+                    return make(config).to(dtype)
             given = {"torch_dtype" if from_diffusers else "dtype": dtype}
             part, told = kind.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
