@@ -50,12 +50,11 @@ class Chat:
     def ask(self, text: str) -> None:
         """The user's turn, and the answer to it."""
         self.messages.append(Message("user", text))
-        reply = None
         try:
             reply = self._answer(self.messages, self.name)
-        finally:
-            if reply is None:
-                self.messages.pop()  # asked again, it is no second turn
+        except BaseException:
+            self.messages.pop()  # asked again, it is no second turn
+            raise
         self.messages.append(Message("assistant", reply.text))
         self._save()
 
@@ -241,7 +240,7 @@ def _talk(chat: Chat, console: Console) -> None:
             import readline  # noqa: F401 (gives the line its keys and its memory)
     while not chat.ended:
         try:
-            text = input("> ") if asks else _next_line()
+            text = input("> " if asks else "")
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -254,10 +253,3 @@ def _talk(chat: Chat, console: Console) -> None:
             console.warn(str(error))
     if asks:
         console.info("")
-
-
-def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line

@@ -187,14 +187,14 @@ class Family:
         declared = getattr(text_config(net), "max_position_embeddings", None)
         if self.ids is None or not isinstance(declared, int):
             return None
-        tokens, found = self.embedding_name(net), list[int]()
+        tokens, rows = self.embedding_name(net), list[int]()
         for name, table in net.named_modules():
-            if isinstance(table, nn.Embedding) and name != tokens:
-                if 0 <= table.num_embeddings - declared <= UNUSED_ROWS:
-                    found.append(
-                        declared if table.padding_idx is None else table.num_embeddings - table.padding_idx - 1
-                    )
-        return min(found, default=None)
+            if not isinstance(table, nn.Embedding) or name == tokens:
+                continue
+            count, padding = table.num_embeddings, table.padding_idx
+            if 0 <= count - declared <= UNUSED_ROWS:
+                rows.append(declared if padding is None else count - padding - 1)
+        return min(rows, default=None)
 
     def tied(self, net: nn.Module) -> bool:
         """Whether the head and the token embedding are one matrix."""

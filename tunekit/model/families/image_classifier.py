@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,10 +49,7 @@ class PixelProcessor:
     folder: Path
     side: int | None = None
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None: it reads no text."""
-        return None
+    tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -97,10 +97,7 @@ class FeatureExtractor:
 class AudioProcessor(FeatureExtractor):
     """Of a classifier: the extractor alone."""
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None: it reads no text."""
-        return None
+    tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
 
     @cached_property
     def fingerprint(self) -> str:

@@ -34,9 +34,10 @@ MOST_SHOWN = 12
 class SpeechProcessor(FeatureExtractor):
     """The model's own feature extractor and tokenizer, and its generation settings.
 
-    A text begins with a blank, as those did that Whisper learned from.
+    `blank`: what a text begins with, as those did that Whisper learned from.
     """
 
+    blank: ClassVar[str] = " "
     tokenizer: LoadedTokenizer
     generation: dict[str, Any]
     multilingual: bool
@@ -58,7 +59,7 @@ class SpeechProcessor(FeatureExtractor):
     def text_ids(self, text: str) -> list[int]:
         """Ids of what is said, with a blank before it; what spells a special token stays text."""
         text = text.strip()
-        return self.tokenizer.encode(f" {text}", special_tokens_in_text=False) if text else []
+        return self.tokenizer.encode(f"{self.blank}{text}", special_tokens_in_text=False) if text else []
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
         """Ids with which an answer begins: the start, of multilingual models language and task, and whether no times
@@ -145,6 +146,7 @@ class WaveProcessor(SpeechProcessor):
 
     padded: ClassVar[bool] = False
     input_name: ClassVar[str] = "input_values"
+    blank: ClassVar[str] = ""
 
     @property
     def seconds(self) -> float:
@@ -172,11 +174,6 @@ class WaveProcessor(SpeechProcessor):
     def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """(samples,), nothing having been left out."""
         return features.reshape(-1)
-
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of what is said, as its tokenizer begins a text."""
-        text = text.strip()
-        return self.tokenizer.encode(text, special_tokens_in_text=False) if text else []
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
         """The id with which an answer begins. Raises: DataError for a language, a task or times."""

@@ -63,15 +63,9 @@ class BaseTensors:
             own = next((each for each in candidates if each in parameters), renamed.get(name, name))
             self.files[own] = name
         self.older = {own: name for own, name in self.files.items() if renamed.get(name) == own}
-
-    def names(self) -> list[str]:
-        return list(self.files)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.reader.headers[self.files[name]].dtype
-
-    def elements(self, name: str) -> int:
-        return math.prod(self.reader.headers[self.files[name]].shape)
+        entries = {own: self.reader.headers[name] for own, name in self.files.items()}
+        # name -> shape and dtype of what is written, as a tensor without values
+        self.meta = {own: torch.empty(each.shape, dtype=each.dtype, device="meta") for own, each in entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
         return self.reader.read(self.files[name])
@@ -85,17 +79,9 @@ class LoadedTensors:
         stored.pop(f"{tied_head}.weight", None)
         once = {id(tensor): name for name, tensor in reversed(stored.items())}  # of tied ones the first name
         self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
-        self._dtype = dtype
+        self.meta = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        self.meta |= {name: each.to(dtype) for name, each in self.meta.items() if each.is_floating_point()}
         self.older: dict[str, str] = {}
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype if self.tensors[name].is_floating_point() else self.tensors[name].dtype
-
-    def elements(self, name: str) -> int:
-        return int(self.tensors[name].numel())
 
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -125,7 +111,7 @@ class Rewriter:
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
         self.generation_config: GenerationConfig | None = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
-        self.names = frozenset(self.tensors.names())
+        self.names = frozenset(self.tensors.meta)
         self.aliases = self._find_aliases()
         self._packing = (section.quantization, section.double_quantization)
 
@@ -239,11 +225,12 @@ class Rewriter:
     def output_bytes(self, changes: Changes) -> int:
         """Bytes of the weights that `write` writes (a little less where they are packed again)."""
         more = self.aliases.values() if self.unties(changes) else ()
-        return sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in [*self.names, *more])
+        names = [*self.names, *more]
+        return sum(self.tensors.meta[name].numel() * self.written_dtype(name).itemsize for name in names)
 
     def written_dtype(self, name: str) -> torch.dtype:
         """In which a tensor is written: the base's own, or the one that was asked for."""
-        own = self.tensors.dtype(self.aliases.get(name, name))
+        own = self.tensors.meta[self.aliases.get(name, name)].dtype
         return self.written if self.written is not None and own.is_floating_point else own
 
     def rounds(self) -> bool:
@@ -297,7 +284,7 @@ class Rewriter:
     def _outputs(self, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the new model, by name."""
         done: set[str] = set()
-        for name in self.tensors.names():
+        for name in self.tensors.meta:
             module_name, _, suffix = name.rpartition(".")
             if name in done or (suffix == "bias" and module_name in changes.layers):
                 continue  # a changed layer's bias comes with its weight
