@@ -44,13 +44,17 @@ class StoredTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class Sidecar(MappedFiles):
-    """An opened file: every tensor a view, at a multiple of 64 bytes, into one shared read-only mapping."""
+class Sidecar:
+    """An opened file: every tensor a view into one shared read-only mapping. Nothing may write into a view."""
 
     def __init__(self, path: Path, layout: list[StoredTensor]) -> None:
-        super().__init__(path.parent, read_tensor_header(path, MODEL_FILE))
         self.path = path
         self.names = [place.name for place in layout]  # in file order
+        self.files = MappedFiles(path.parent, read_tensor_header(path, MODEL_FILE))
+
+    def view(self, name: str) -> Tensor:
+        """One tensor, at a multiple of 64 bytes."""
+        return self.files.view(name)
 
 
 def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | None:
