@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -28,9 +28,6 @@ from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.records import TextFacts
 from tunekit.targets.target import LoadedTarget
 from tunekit.tuned.model import TunedModel
-
-if TYPE_CHECKING:
-    from transformers import Cache
 
 BASE = "base"  # the name under which the base answers, without an adapter
 UNFINISHED = "�"  # a character of which not all bytes are there yet
@@ -68,7 +65,7 @@ class Speaker:
     default: str  # BASE, or the name of the target's own adapter
     template: str | None
     # per name: ids, and their keys and values
-    _kept: dict[str, tuple[Sequence[int], Cache]] = field(default_factory=dict)
+    _kept: dict[str, tuple[Sequence[int], Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

@@ -194,13 +194,13 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
                 with torch.device("meta"):
                     return make(config).to(dtype)
             given = {"torch_dtype" if from_diffusers else "dtype": dtype}
-            part, told = kind.from_pretrained(
+            part, loading = kind.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY) from error
-    missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in told[name])
+    missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name])
     if missing:
         what = f"lacks weights that its configuration asks for ({', '.join(missing[:3])})"
         raise ModelError(what, "they would be random; give a complete pipeline", file=str(folder), key=KEY)
