@@ -6,8 +6,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tunekit.console import Console, visible
@@ -21,13 +21,7 @@ from tunekit.talking.conversation import BASE, Reply, Request, Speaker, make_spe
 from tunekit.targets.target import find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
-SETTINGS: dict[str, type[int] | type[float]] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "seed": int,
-    "max_new_tokens": int,
-}
+SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 
 
 @dataclass
@@ -49,20 +43,18 @@ class Chat:
             self.ask(text)
             return
         word, _, rest = text[1:].partition(" ")
-        command = COMMANDS.get(word)
-        if command is None:
+        if word not in COMMANDS:
             raise InputError(f"there is no command /{word}", f"there are: {', '.join('/' + name for name in COMMANDS)}")
-        command[0](self, rest.strip())
+        getattr(self, word)(rest.strip())
 
     def ask(self, text: str) -> None:
         """The user's turn, and the answer to it."""
         self.messages.append(Message("user", text))
-        reply = None
         try:
             reply = self._answer(self.messages, self.name)
-        finally:
-            if reply is None:
-                self.messages.pop()  # asked again, it is no second turn
+        except BaseException:
+            self.messages.pop()  # asked again, it is no second turn
+            raise
         self.messages.append(Message("assistant", reply.text))
         self._save()
 
@@ -83,13 +75,11 @@ class Chat:
         except KeyboardInterrupt:
             reply = Reply(written, 0, 0, "interrupted")
         seconds = time.perf_counter() - began
-        notes = {
-            "length": f"[ended at {self.max_new_tokens} tokens; /set max_new_tokens N]",
-            "interrupted": "[stopped]",
-        }
         self.console.write(flow.end() + "\n")
-        if reply.reason in notes:
-            self.console.info(notes[reply.reason])
+        if reply.reason == "length":
+            self.console.info(f"[ended at {self.max_new_tokens} tokens; /set max_new_tokens N]")
+        elif reply.reason == "interrupted":
+            self.console.info("[stopped]")
         if reply.new_tokens:
             self.console.info(f"[{name}: {reply.new_tokens} tokens, {reply.new_tokens / seconds:.1f} a second]")
         return reply
@@ -102,8 +92,8 @@ class Chat:
     # The commands.
     def help(self, rest: str) -> None:
         """what can be written here"""
-        for name, (_, arguments, text) in COMMANDS.items():
-            self.console.info(f"/{name + ' ' + arguments if arguments else name:<28} {text}")
+        for name, arguments in COMMANDS.items():
+            self.console.info(f"/{f'{name} {arguments}'.strip():<28} {getattr(Chat, name).__doc__}")
 
     def base(self, rest: str) -> None:
         """the last question once more, answered by the base without an adapter; not kept"""
@@ -118,9 +108,8 @@ class Chat:
             folder = Path(rest).expanduser()
             if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
                 folder /= "adapter"
-            name = folder.parent.name if folder.name == "adapter" else folder.name
-            self.speaker.add(name, folder.absolute())
-            rest = name
+            rest = folder.parent.name if folder.name == "adapter" else folder.name
+            self.speaker.add(rest, folder.absolute())
         self.name = rest or self.name
         names = [f"{name} (answers)" if name == self.name else name for name in self.speaker.names]
         self.console.info(", ".join(names))
@@ -132,10 +121,7 @@ class Chat:
 
     def set(self, rest: str) -> None:
         """a setting: temperature, top_p, top_k, seed, max_new_tokens; alone: all of them"""
-        now = {
-            **{name: getattr(self.sampling, name) for name in list(SETTINGS)[:-1]},
-            "max_new_tokens": self.max_new_tokens,
-        }
+        now = {**asdict(self.sampling), "max_new_tokens": self.max_new_tokens}
         if rest:
             name, _, value = rest.replace("=", " ").partition(" ")
             now[name] = _setting(name, value.strip())
@@ -167,29 +153,25 @@ class Chat:
         self.ended = True
 
 
-def _command(method: Callable[[Chat, str], None], arguments: str = "") -> tuple[Callable[[Chat, str], None], str, str]:
-    return method, arguments, str(method.__doc__)
-
-
-COMMANDS = {
-    "help": _command(Chat.help),
-    "base": _command(Chat.base),
-    "adapter": _command(Chat.adapter, "[NAME | FOLDER]"),
-    "system": _command(Chat.system, "[TEXT]"),
-    "set": _command(Chat.set, "[SETTING VALUE]"),
-    "undo": _command(Chat.undo),
-    "reset": _command(Chat.reset),
-    "save": _command(Chat.save, "FILE"),
-    "quit": _command(Chat.quit),
+COMMANDS = {  # methods of Chat, and what may follow their names
+    "help": "",
+    "base": "",
+    "adapter": "[NAME | FOLDER]",
+    "system": "[TEXT]",
+    "set": "[SETTING VALUE]",
+    "undo": "",
+    "reset": "",
+    "save": "FILE",
+    "quit": "",
 }
 
 
-def _setting(name: str, value: str) -> float | int:
+def _setting(name: str, value: str) -> float:
     kind = SETTINGS.get(name)
     if kind is None:
         raise InputError(f"there is no setting '{name}'", f"there are: {', '.join(SETTINGS)}")
     try:
-        number = kind(value)
+        number: float = kind(value)
     except ValueError:
         raise InputError(f"'{value}' is no number for {name}", f"write /set {name} 1") from None
     allowed = {"top_p": 0 < number <= 1, "max_new_tokens": number >= 1}.get(name, number >= 0)
@@ -258,24 +240,16 @@ def _talk(chat: Chat, console: Console) -> None:
             import readline  # noqa: F401 (gives the line its keys and its memory)
     while not chat.ended:
         try:
-            text = input("> ") if asks else _next_line()
+            text = input("> " if asks else "")
         except EOFError:
             break
         except KeyboardInterrupt:
             console.info("", "Ctrl-D or /quit ends the program")
             continue
-        if not text.strip():
-            continue
         try:
-            chat.line(text.strip())
+            if text.strip():
+                chat.line(text.strip())
         except TunekitError as error:
             console.warn(str(error))
     if asks:
         console.info("")
-
-
-def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line

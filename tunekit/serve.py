@@ -59,15 +59,12 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Starlette:
     names, began = desk.speaker.names, int(time.time())
 
     def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            error = ProtocolError(400, "the client left before its request was whole")
+        elif isinstance(error, HTTPException):
+            error = ProtocolError(error.status_code, str(error.detail))
         assert isinstance(error, ProtocolError)  # its text may quote half a surrogate pair, which json escapes
         return Response(json.dumps(error.body), error.status, media_type="application/json")
-
-    def gone(request: Request, error: Exception) -> Response:
-        return refused(request, ProtocolError(400, "the client left before its request was whole"))
-
-    def not_found(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return refused(request, ProtocolError(error.status_code, str(error.detail)))
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -98,7 +95,7 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Starlette:
             Route("/v1/models", models),
             Route("/v1/chat/completions", completions, methods=["POST"]),
         ],
-        exception_handlers={ProtocolError: refused, HTTPException: not_found, ClientDisconnect: gone},
+        exception_handlers=dict.fromkeys((ProtocolError, HTTPException, ClientDisconnect), refused),
     )
 
 
@@ -122,9 +119,8 @@ class Talk:
         """The next piece, or the reply at the end. Raises: ProtocolError."""
         found = await self.arrived.get()
         if isinstance(found, DataError):
-            raise ProtocolError(
-                400, str(found), "messages", "context_length_exceeded" if "tokens" in str(found) else None
-            )
+            code = "context_length_exceeded" if "tokens" in str(found) else None
+            raise ProtocolError(400, str(found), "messages", code)
         if isinstance(found, TunekitError):
             raise ProtocolError(400, str(found))
         if isinstance(found, Exception):

@@ -139,7 +139,7 @@ def _without_rounding(
     running adapter, all in float32; as it is where the memory is too small for that, or the vocabulary grew."""
     device = torch.device("cpu")
     free = available_bytes(device)
-    small = free is not None and free < SPARE_SHARE * sum(map(rewriter.tensors.elements, rewriter.names)) * 4
+    small = free is not None and free < SPARE_SHARE * sum(each.numel() for each in rewriter.tensors.meta.values()) * 4
     if small or changes.vocabulary_size is not None:
         return difference
     model = load_model(section.model_copy(update={"dtype": "float32"}), device=device)

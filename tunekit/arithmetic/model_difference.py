@@ -64,7 +64,7 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> ModelDifferenc
         raise AdapterError("the two models have other modules, and no LoRA of one is the other")
     for name, kind in sorted(layers.items()):
         _extract_module(found, name, str(kind), left, right, rank)
-    for name in left.tensors.names():
+    for name in left.tensors.meta:
         if name.removesuffix(".weight") in layers and name.endswith(".weight"):
             continue
         other = right.tensors.read(name) if name in right.names else None

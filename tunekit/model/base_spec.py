@@ -95,8 +95,5 @@ def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection
     """Refuse a configuration for which transformers has no model of this family."""
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
-    raise ModelError(
-        f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows",
-        "choose another base, or a newer transformers",
-        key="model.name_or_path",
-    )
+    what = f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows"
+    raise ModelError(what, "choose another base, or a newer transformers", key="model.name_or_path")

@@ -23,15 +23,11 @@ def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     dtype = DTYPES[section.dtype]
     if dtype == torch.float16 and device.type == "cpu":
-        raise ModelError(
-            "float16 on a CPU is slow and overflows without a GPU's scaler",
-            "write dtype: auto, bfloat16 or float32",
-            key="model.dtype",
-        )
+        what = "float16 on a CPU is slow and overflows without a GPU's scaler"
+        raise ModelError(what, "write dtype: auto, bfloat16 or float32", key="model.dtype")
     if dtype == torch.bfloat16 and device.type != "cpu" and not computes_bfloat16(device):
-        raise ModelError(
-            "this device only emulates bfloat16", "write dtype: float16 or float32, or auto", key="model.dtype"
-        )
+        how = "write dtype: float16 or float32, or auto"
+        raise ModelError("this device only emulates bfloat16", how, key="model.dtype")
     return dtype
 
 
@@ -56,17 +52,13 @@ def resolve_attention(
     """
     classes = auto_class._model_mapping
     known = type(config) in classes
-    has_sdpa = known and bool(getattr(classes[type(config)], "_supports_sdpa", False))
     caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa would leave out
-    has_sdpa = has_sdpa and caps is None
+    has_sdpa = known and caps is None and bool(getattr(classes[type(config)], "_supports_sdpa", False))
     if section.attention == "auto":
         return "sdpa" if has_sdpa else "eager"
     if section.attention == "flash_attention_2" and device.type != "cuda":
         raise ModelError("flash_attention_2 needs a CUDA device", "write attention: auto", key="model.attention")
     if section.attention == "sdpa" and known and not has_sdpa:
-        raise ModelError(
-            f"{config.model_type} cannot use sdpa (it would leave out a part of its attention)",
-            "write attention: auto or eager",
-            key="model.attention",
-        )
+        what = f"{config.model_type} cannot use sdpa (it would leave out a part of its attention)"
+        raise ModelError(what, "write attention: auto or eager", key="model.attention")
     return section.attention

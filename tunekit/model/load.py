@@ -234,11 +234,8 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ModelError(
-            f"{section.name_or_path} lacks weights that its configuration asks for ({shown})",
-            "they would be random; give a complete model",
-            key="model.name_or_path",
-        )
+        what = f"{section.name_or_path} lacks weights that its configuration asks for ({shown})"
+        raise ModelError(what, "they would be random; give a complete model", key="model.name_or_path")
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 

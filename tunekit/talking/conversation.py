@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
@@ -64,9 +64,8 @@ class Speaker:
     adapters: AdapterSet
     default: str  # BASE, or the name of the target's own adapter
     template: str | None
-    _kept: dict[str, tuple[Sequence[int], Any]] = field(
-        default_factory=dict
-    )  # per name: ids, and their keys and values
+    # per name: ids, and their keys and values
+    _kept: dict[str, tuple[Sequence[int], Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -78,17 +77,8 @@ class Speaker:
         if name == BASE:
             raise InputError(f"'{BASE}' is the base itself", "give the adapter another name")
         base = self.target.model.base
-        self.adapters.add(
-            name,
-            partial(
-                attach_adapter_folder,
-                base.net,
-                folder,
-                head_name=base.family.head_name(base.net),
-                base_fingerprint=base.fingerprint,
-                device=base.device,
-            ),
-        )
+        attach = partial(attach_adapter_folder, base.net, folder, head_name=base.family.head_name(base.net))
+        self.adapters.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to its next answer.
@@ -114,11 +104,9 @@ class Speaker:
         prompts, tokenizer = [self.prompt_ids(request.messages) for request in requests], self.target.tokenizer
         stops = set(find_stop_ids(self.target.model.base, tokenizer, self.template))
         writers = [_Writer(tokenizer.decode, request, stops) for request in requests]
-        room = self._room(max(prompts, key=len))
-        if any(
-            self._room(prompt) != room < request.max_new_tokens
-            for prompt, request in zip(prompts, requests, strict=True)
-        ):
+        rooms = [self._room(prompt) for prompt in prompts]
+        room = min(rooms)
+        if any(own != room < request.max_new_tokens for own, request in zip(rooms, requests, strict=True)):
             alone = [partial(lambda at, _, text: on_text(at, text), at) for at in range(len(requests))]
             return [self.answer([request], name, tell)[0] for request, tell in zip(requests, alone, strict=True)]
 
@@ -149,8 +137,7 @@ class Speaker:
             self._kept[name] = ([*prompts[0], *produced[0]][: cache.get_seq_length()], cache)
         replies = []
         for row, (writer, prompt) in enumerate(zip(writers, prompts, strict=True)):
-            rest = writer.finish()
-            if rest:
+            if rest := writer.finish():
                 on_text(row, rest)
             replies.append(Reply(writer.written, len(prompt), len(writer.ids), writer.reason))
         return replies
@@ -169,13 +156,9 @@ class Speaker:
     def _through(self, name: str) -> Iterator[TunedModel]:
         """The model as it answers under this name, in eval mode."""
         model = replace(self.target.model, adapter=self.adapters.adapters.get(name))
-        bypassed = name == BASE
-        with model.training_mode(False), calling(Call(bypassed=bypassed)):
-            if bypassed:
-                yield model
-                return
-            with self.adapters.using(name):
-                yield model
+        adapter = nullcontext() if name == BASE else self.adapters.using(name)
+        with model.training_mode(False), calling(Call(bypassed=name == BASE)), adapter:
+            yield model
 
 
 class _Writer:
@@ -196,8 +179,7 @@ class _Writer:
         self.ids.append(token)
         self.ended = len(self.ids) >= self.request.max_new_tokens
         text = self._text()
-        found = [text.index(stop) for stop in self.request.stop if stop in text]
-        if found:
+        if found := [text.index(stop) for stop in self.request.stop if stop in text]:
             self.ended, self.reason = True, "stop"
             return self._show(text[: min(found)])
         held = max((_begins(text, stop) for stop in self.request.stop), default=0)
@@ -257,8 +239,7 @@ def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
             found += [(entry.name, place) for entry in inside for place in (entry, entry / "adapter")]
         adapters = [(name, place) for name, place in found if (place / "adapter_config.json").exists()]
         if not adapters:
-            raise InputError(
-                f"{given} holds no adapter (adapter_config.json)", "name an adapter, a run, or their folder"
-            )
+            what = f"{given} holds no adapter (adapter_config.json)"
+            raise InputError(what, "name an adapter, a run, or their folder")
         for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
             speaker.add(name, place)

@@ -69,17 +69,16 @@ class Desk:
                 for job in held:
                     job.on_end(going_down())
                 return
-            kind = held[0].kind
-            batch = [job for job in held if job.kind == kind][: self.most]
+            batch = [job for job in held if job.kind == held[0].kind][: self.most]
             held = deque(job for job in held if job not in batch)
             self._answer(list(filter(self._readable, batch)))
 
     def _gather(self, held: deque[Job]) -> bool:
         """Everything that waits; where nothing is held yet, the next one is waited for. False: it was closed."""
-        timeout = None if not held else 0.0
+        timeout = 0.0 if held else None
         while True:
             try:
-                job = self._waiting.get(timeout=timeout) if timeout != 0.0 else self._waiting.get_nowait()
+                job = self._waiting.get(timeout != 0.0, timeout)
             except queue.Empty:
                 return True
             if job is None:

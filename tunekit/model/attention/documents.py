@@ -185,9 +185,8 @@ def _runs(net: nn.Module) -> bool:
 def _trial_of(net: nn.Module) -> Callable[[], object]:
     """A forward of 5 tokens through a net of this kind without values; it raises whatever the model's code raises."""
     with torch.device("meta"):
-        trial = as_pretrained(net)._from_config(
-            config_of(net), dtype=torch.bfloat16
-        )  # the one in which experts' kernels run there
+        # The dtype is the one in which experts' kernels run there.
+        trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16)
 
     def run() -> None:
         with torch.device("meta"), torch.no_grad():

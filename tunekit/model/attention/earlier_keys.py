@@ -99,9 +99,8 @@ class _Entry:
             return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
         visible = self._visible(positions, queries, seen, mask.device)
         rows = max(mask.shape[0], visible.shape[0])
-        parts = [
-            as_added(part, hidden.dtype) for part in (visible, mask)
-        ]  # booleans would become one such in each layer
+        # Booleans would become one such in each layer.
+        parts = [as_added(part, hidden.dtype) for part in (visible, mask)]
         return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
 
     def _visible(self, positions: object, queries: int, seen: int, device: torch.device) -> Tensor:
@@ -110,8 +109,7 @@ class _Entry:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
         if not isinstance(positions, Tensor):  # without them, padding on the left takes part in the distance
             positions = torch.arange(queries, device=device)[None] + seen + self.length
-        reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.attention.window
-        return reached
+        return positions[:, None, :, None] - torch.arange(self.length, device=device) < self.attention.window
 
 
 def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:

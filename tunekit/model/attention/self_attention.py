@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tunekit.errors import ModelError
+from tunekit.model.families.structure import name_of
 from tunekit.model.pretrained import as_pretrained, text_config
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
 
     Raises: ModelError naming why keys and values cannot be put before its own.
     """
-    config = _decoder_config(net)
+    config = getattr(decoder(net), "config", None) or text_config(net)
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in decoder(net).named_modules():
         layer = getattr(module, "layer_idx", None)
@@ -46,8 +47,11 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
         raise no_way_in(config, "has no causal self-attention")
     if sorted(found) != list(range(int(config.num_hidden_layers))):
         raise no_way_in(config, f"has attention in {len(found)} of its {config.num_hidden_layers} layers only")
-    prefix = _name_in(net, decoder(net))
-    attentions = [_attention(config, prefix + name, module, layer) for layer, (name, module) in sorted(found.items())]
+    prefix = name_of(net, decoder(net))
+    attentions = [
+        _attention(config, f"{prefix}.{name}".lstrip("."), module, layer)
+        for layer, (name, module) in sorted(found.items())
+    ]
     sizes = {(attention.heads, attention.width) for attention in attentions}
     if len(sizes) > 1 or getattr(config, "num_kv_shared_layers", None):
         raise no_way_in(config, "has keys that differ from layer to layer")
@@ -56,19 +60,8 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
 
 def decoder(net: nn.Module) -> nn.Module:
     """The module that makes positions and masks for the decoder layers."""
-    module = as_pretrained(net).get_decoder() if hasattr(net, "get_decoder") else net
-    assert isinstance(module, nn.Module)
+    module: nn.Module = as_pretrained(net).get_decoder() if hasattr(net, "get_decoder") else net
     return module
-
-
-def _decoder_config(net: nn.Module) -> PreTrainedConfig:
-    return getattr(decoder(net), "config", None) or text_config(net)
-
-
-def _name_in(net: nn.Module, wanted: nn.Module) -> str:
-    """The name of a module inside the net, with a dot at its end; "" for the net itself."""
-    name = next(name for name, module in net.named_modules() if module is wanted)
-    return f"{name}." if name else ""
 
 
 def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: int) -> SelfAttention:

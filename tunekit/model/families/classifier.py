@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tunekit.contracts import Processor, Stages
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
 from tunekit.model.pretrained import config_of
-from tunekit.model.text.tokenizer import load_tokenizer
-from tunekit.recipe.model import ModelSection
 
 
 class ClassifierFamily(Family):
@@ -25,9 +22,6 @@ class ClassifierFamily(Family):
     task_type = "SEQ_CLS"
     answers = False
     labelled = True
-
-    def processor(self, section: ModelSection) -> Processor:
-        return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
         """Of encoders and encoder-decoders, whose heads differ from net to net."""
@@ -43,15 +37,9 @@ class ClassifierFamily(Family):
         """
         config, rows = config_of(net), next(iter(inputs.values())).shape[0]
         if rows > 1 and scores_tokens(net) and getattr(config, "pad_token_id", None) is None:
-            raise ModelError(
-                f"{config.model_type} reads the last token of each row, and its configuration names no padding token",
-                "write pad_token_id into the base's config.json",
-            )
+            what = f"{config.model_type} reads the last token of each row, and its configuration names no padding token"
+            raise ModelError(what, "write pad_token_id into the base's config.json")
         return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})
-
-    def stages(self, net: nn.Module) -> Stages | None:
-        """Of decoders as of causal models; None of others: what follows their layers is not a norm alone."""
-        return super().stages(net) if scores_tokens(net) else None
 
 
 FAMILY = ClassifierFamily()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.contracts import Processor, Stages
+from tunekit.contracts import Processor
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, PipelineNet, denoising_layers, load_pipeline
@@ -59,15 +59,8 @@ class DiffusionFamily(Family):
         channels = latents.shape[1]
         return found[:, :channels].float() if found.shape[1] == 2 * channels else found.float()
 
-    def hidden_size(self, net: nn.Module) -> int:
-        """Of the widest layer."""
-        return _as_pipeline(net).config.hidden_size
-
     def beside(self, net: nn.Module) -> list[nn.Module]:
         return list(_as_pipeline(net).beside.values())
-
-    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.logits(net, inputs)
 
     def looks_back(self, net: nn.Module) -> bool:
         return False
@@ -76,10 +69,6 @@ class DiffusionFamily(Family):
         return True
 
     def head_name(self, net: nn.Module) -> str | None:
-        return None
-
-    def stages(self, net: nn.Module) -> Stages | None:
-        """None: a UNet's layers do not follow one another."""
         return None
 
 

@@ -69,8 +69,10 @@ class Family:
         raise NotImplementedError
 
     def processor(self, section: ModelSection) -> Processor:
-        """What turns examples into rows for a base of this family. Raises: ModelError."""
-        raise NotImplementedError
+        """What turns examples into rows for a base of this family: by default its tokenizer. Raises: ModelError."""
+        from tunekit.model.text.tokenizer import load_tokenizer  # which asks for the families
+
+        return load_tokenizer(section)
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers in order, with their module names."""
@@ -152,7 +154,9 @@ class Family:
 
     def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the head makes of one row, of what the net is called with: (T, V) float32, of a classifier (1, C)."""
-        return self.logits(net, inputs).float() if self.labelled else self.head(net).logits(self.hidden(net, inputs)[0])
+        if self.labelled or self.reads_rows(net):
+            return self.logits(net, inputs).float()
+        return self.head(net).logits(self.hidden(net, inputs)[0])
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Whether the base accepts position ids; without them rows cannot be packed or padded on the left."""
@@ -180,19 +184,17 @@ class Family:
 
         A table that has a row for padding (RoBERTa's kind) counts from behind that row on.
         """
-        if self.ids is None:
+        declared = getattr(text_config(net), "max_position_embeddings", None)
+        if self.ids is None or not isinstance(declared, int):
             return None
-        declared, tokens = getattr(text_config(net), "max_position_embeddings", None), self.embedding_name(net)
-        if not isinstance(declared, int):
-            return None
-        tables = [
-            declared if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
-            for name, module in net.named_modules()
-            if isinstance(module, nn.Embedding)
-            and name != tokens
-            and 0 <= module.num_embeddings - declared <= UNUSED_ROWS
-        ]
-        return min(tables, default=None)
+        tokens, rows = self.embedding_name(net), list[int]()
+        for name, table in net.named_modules():
+            if not isinstance(table, nn.Embedding) or name == tokens:
+                continue
+            count, padding = table.num_embeddings, table.padding_idx
+            if 0 <= count - declared <= UNUSED_ROWS:
+                rows.append(declared if padding is None else count - padding - 1)
+        return min(rows, default=None)
 
     def tied(self, net: nn.Module) -> bool:
         """Whether the head and the token embedding are one matrix."""
@@ -203,5 +205,6 @@ class Family:
         return ours is not None and ours is getattr(net.get_submodule(embedding), "weight", None)
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution, equal to the plain forward bit for bit; None where unproven."""
-        return self.stacks.stages(net)
+        """The net cut for layer-by-layer execution, equal to the plain forward bit for bit; None where unproven, and
+        where the head reads whole rows: what follows the layers is then not a norm alone."""
+        return None if self.reads_rows(net) else self.stacks.stages(net)

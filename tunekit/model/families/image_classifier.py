@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from tunekit.contracts import Pixels, Processor, Stages, Tokenizer
+from tunekit.contracts import Pixels, Processor, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
@@ -49,10 +49,7 @@ class PixelProcessor:
     folder: Path
     side: int | None = None
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None: it reads no text."""
-        return None
+    tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -146,8 +143,7 @@ class PixelProcessor:
     def _of_plain(self, colour: tuple[int, int, int]) -> torch.Tensor:
         """(3,) float64 of the middle of a picture of one colour."""
         made = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
-        middle: torch.Tensor = made[:, made.shape[1] // 2, made.shape[2] // 2].double()
-        return middle
+        return made[:, made.shape[1] // 2, made.shape[2] // 2].double()
 
     def values(self, pixels: Pixels) -> torch.Tensor:
         """What the processor makes of a picture (H, W, 3): (3, side, side). Raises: ModelError."""
@@ -165,14 +161,12 @@ class PixelProcessor:
 
     def _unscaled(self, values: torch.Tensor, side: int) -> Pixels:
         back = self._unscale @ (values.float().flatten(1) - self.scale[1][:, None])  # (3, side * side)
-        pixels: Pixels = back.round_().clamp_(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
-        return pixels
+        return back.round_().clamp_(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
 
     @cached_property
     def _unscale(self) -> torch.Tensor:
         """(3, 3): what gives pixels back."""
-        inverse: torch.Tensor = torch.linalg.inv(self.scale[0].double()).float()
-        return inverse
+        return self.scale[0].double().inverse().float()
 
     def _unusable(self, error: Exception) -> ModelError:
         first = str(error).strip().partition("\n")[0]
@@ -240,9 +234,6 @@ class ImageClassifierFamily(Family):
         size = getattr(text_config(net), "image_size", SIDE)
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded())}
-
-    def stages(self, net: nn.Module) -> Stages | None:
-        return None
 
 
 def _no_transformer(net: nn.Module) -> ModelError:

@@ -48,9 +48,8 @@ def base_name(net: nn.Module) -> str:
     if len(found) == 1:
         return found[0] if inside is net else f"{name}.{found[0]}"
     if inside is net:
-        raise ModelError(
-            f"{type(net).__name__} has no base model apart from its head", "choose a causal language model"
-        )
+        what = f"{type(net).__name__} has no base model apart from its head"
+        raise ModelError(what, "choose a causal language model")
     return name
 
 
@@ -120,9 +119,8 @@ def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count and name.startswith(prefix + ".")
     ]
     if not lists:
-        raise ModelError(
-            f"{type(net).__name__} has no list of {count} decoder layers", "choose a decoder-only language model"
-        )
+        what = f"{type(net).__name__} has no list of {count} decoder layers"
+        raise ModelError(what, "choose a decoder-only language model")
     return min(lists, key=lambda pair: pair[0].count("."))
 
 

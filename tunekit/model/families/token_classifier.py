@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tunekit.contracts import Processor, Stages
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
-from tunekit.model.text.tokenizer import load_tokenizer
-from tunekit.recipe.model import ModelSection
 
 
 class TokenClassifierFamily(Family):
@@ -22,9 +19,6 @@ class TokenClassifierFamily(Family):
     task_type = "TOKEN_CLS"
     answers = False
     labelled = True
-
-    def processor(self, section: ModelSection) -> Processor:
-        return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
         """Always: the modules between the last layer and the scores, such as dropout, differ from net to net."""
@@ -42,10 +36,6 @@ class TokenClassifierFamily(Family):
     def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(T, C) float32."""
         return super().scores(net, inputs)[0]
-
-    def stages(self, net: nn.Module) -> Stages | None:
-        """None: what follows the layers is not a norm alone."""
-        return None
 
 
 FAMILY = TokenClassifierFamily()

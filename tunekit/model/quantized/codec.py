@@ -46,11 +46,8 @@ def import_bitsandbytes() -> ModuleType:
         with no_fetched_code(), replaced(vars(torch), compile=_uncompiled):
             import_module("bitsandbytes.functional")
     except ImportError as error:
-        raise ModelError(
-            f"bitsandbytes cannot be imported ({error})",
-            "install it, or choose quantization none or int8_weight_only",
-            key="model.quantization",
-        ) from error
+        how = "install it, or choose quantization none or int8_weight_only"
+        raise ModelError(f"bitsandbytes cannot be imported ({error})", how, key="model.quantization") from error
     finally:
         logger.setLevel(level)
     return sys.modules["bitsandbytes"]
@@ -77,14 +74,11 @@ def packed_shapes(
         return {"packed": (shape, kind), "absmax": ((out_features,), torch.float32)}
     elements = out_features * in_features
     blocks = -(-elements // BLOCK)
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}
+    packed = (-(-elements // 2), 1), torch.uint8
     if not double_quantization:
-        tensors["absmax"] = ((blocks,), torch.float32)
-        return tensors
-    tensors["absmax"] = ((blocks,), torch.uint8)
-    tensors["nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), torch.float32)
-    tensors["offset"] = ((), torch.float32)
-    return tensors
+        return {"packed": packed, "absmax": ((blocks,), torch.float32)}
+    nested, offset = ((-(-blocks // NESTED_BLOCK),), torch.float32), ((), torch.float32)
+    return {"packed": packed, "absmax": ((blocks,), torch.uint8), "nested_absmax": nested, "offset": offset}
 
 
 def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
@@ -127,10 +121,8 @@ def unpack(
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes
     if "nested_absmax" in tensors:
-        code = four_bit.nested_values(absmax.device)  # (256,)
-        absmax = operations.dequantize_blockwise.default(
-            absmax, tensors["nested_absmax"], code, NESTED_BLOCK, torch.float32
-        )  # (blocks,)
+        code, nested = four_bit.nested_values(absmax.device), tensors["nested_absmax"]  # (256,), (blocks / 256,)
+        absmax = operations.dequantize_blockwise.default(absmax, nested, code, NESTED_BLOCK, torch.float32)  # (blocks,)
         absmax = absmax + tensors["offset"]
     dense = operations.dequantize_4bit.default(packed, absmax, BLOCK, quantization, (elements,), dtype)
     return dense.reshape(shape)  # type: ignore[no-any-return]
@@ -166,11 +158,8 @@ def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: boo
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
     facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
-    saved = {
-        "": tensors["packed"],
-        ".absmax": tensors["absmax"],
-        ".quant_map": four_bit.values_of(quantization).clone(),
-    }
+    saved = {"": tensors["packed"], ".absmax": tensors["absmax"]}
+    saved[".quant_map"] = four_bit.values_of(quantization).clone()
     if double_quantization:
         saved |= {".nested_absmax": tensors["nested_absmax"], ".nested_quant_map": four_bit.nested_values().clone()}
         offset = float(tensors["offset"])

@@ -120,10 +120,8 @@ def pack_linear(
     shape = weight.shape
     bias = getattr(linear, "bias", None)
     if next(linear.parameters()).is_meta:
-        tensors = {
-            name: torch.empty(tensor_shape, dtype=dtype, device="meta")
-            for name, (tensor_shape, dtype) in codec.packed_shapes(shape, quantization, double_quantization).items()
-        }
+        shapes = codec.packed_shapes(shape, quantization, double_quantization).items()
+        tensors = {name: torch.empty(its, dtype=dtype, device="meta") for name, (its, dtype) in shapes}
     else:
         tensors = pack_matrix(weight.read(compute_dtype), quantization, double_quantization)
     frozen = None if bias is None else nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
@@ -234,18 +232,13 @@ def _dense(module: nn.Module) -> torch.Tensor:
 
 def layer_kind(module: nn.Module) -> str | None:
     """linear, conv1d or embedding, by structure; None for anything else."""
+    kind: type = type(module)
     if isinstance(module, PackedLinear | nn.Linear):
-        kind: type = type(module)
         return None if returns_several(kind) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    return "conv1d" if _is_conv1d(module) else None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, without importing it: an object of that class can only exist once it is imported."""
-    cls = type(module)
-    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+    # Known by name, without importing transformers.
+    return "conv1d" if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") else None
 
 
 def weight_of(module: nn.Module) -> Weight | None:

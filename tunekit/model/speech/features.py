@@ -1,7 +1,4 @@
-"""Recordings to log-mel features, by the model's own feature extractor.
-
-Comes in: the model section.  Goes out: `FeatureExtractor`; `AudioProcessor` of a model that reads and writes no text.
-"""
+"""Recordings to log-mel features, by the model's own feature extractor."""
 
 from __future__ import annotations
 
@@ -100,10 +97,7 @@ class FeatureExtractor:
 class AudioProcessor(FeatureExtractor):
     """Of a classifier: the extractor alone."""
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None: it reads no text."""
-        return None
+    tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,7 +1,4 @@
-"""Recordings to features and transcripts to ids, as a speech model was trained on them.
-
-Comes in: the model section.  Goes out: `SpeechProcessor`.
-"""
+"""Recordings to features and transcripts to ids, as a speech model was trained on them."""
 
 from __future__ import annotations
 
@@ -37,9 +34,10 @@ MOST_SHOWN = 12
 class SpeechProcessor(FeatureExtractor):
     """The model's own feature extractor and tokenizer, and its generation settings.
 
-    A text begins with a blank, as those did that Whisper learned from.
+    `blank`: what a text begins with, as those did that Whisper learned from.
     """
 
+    blank: ClassVar[str] = " "
     tokenizer: LoadedTokenizer
     generation: dict[str, Any]
     multilingual: bool
@@ -48,16 +46,20 @@ class SpeechProcessor(FeatureExtractor):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides a row."""
-        return hash_of([self.tokenizer.fingerprint, self.facts, self._of_texts])
+        texts = [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
+        return hash_of([self.tokenizer.fingerprint, self.facts, texts])
 
     @property
-    def _of_texts(self) -> list[Any]:
-        return [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
+    def answer_start(self) -> int:
+        """The id with which an answer begins."""
+        start = self.tokenizer.answer_start_id
+        assert start is not None  # load_speech_processor saw to it
+        return start
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of what is said, with a blank before it; what spells a special token stays text."""
         text = text.strip()
-        return self.tokenizer.encode(f" {text}", special_tokens_in_text=False) if text else []
+        return self.tokenizer.encode(f"{self.blank}{text}", special_tokens_in_text=False) if text else []
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
         """Ids with which an answer begins: the start, of multilingual models language and task, and whether no times
@@ -65,9 +67,7 @@ class SpeechProcessor(FeatureExtractor):
 
         Raises: DataError for a language that the model does not know, or where it needs one.
         """
-        start = self.tokenizer.answer_start_id
-        assert start is not None  # load_speech_processor saw to it
-        found = [start]
+        found = [self.answer_start]
         if self.multilingual:
             if language is None:
                 what = "the model writes many languages, and none is named"
@@ -82,10 +82,9 @@ class SpeechProcessor(FeatureExtractor):
         """Of a language by its name, code or token. Raises: DataError naming those that the model knows."""
         code, known = _code(language), self._languages
         if code not in known:
-            shown = ", ".join(known[:MOST_SHOWN]) + (
-                f" and {len(known) - MOST_SHOWN} more" if known[MOST_SHOWN:] else ""
-            )
-            raise DataError(f"unknown language '{language}'", f"write a name or a code: {shown}")
+            more = f" and {len(known) - MOST_SHOWN} more" if known[MOST_SHOWN:] else ""
+            how = f"write a name or a code: {', '.join(known[:MOST_SHOWN])}{more}"
+            raise DataError(f"unknown language '{language}'", how)
         return code
 
     @cached_property
@@ -118,11 +117,8 @@ class SpeechProcessor(FeatureExtractor):
             if each < first:
                 run.append(each)
                 continue
-            parts += [
-                self.tokenizer.decode(run, skip_special_tokens=True),
-                f"<|{(each - first) * TIMESTAMP_SECONDS:.2f}|>",
-            ]
-            run = []
+            time = f"<|{(each - first) * TIMESTAMP_SECONDS:.2f}|>"
+            parts, run = [*parts, self.tokenizer.decode(run, skip_special_tokens=True), time], []
         return "".join(parts[:-1]).strip()
 
     @cached_property
@@ -150,6 +146,7 @@ class WaveProcessor(SpeechProcessor):
 
     padded: ClassVar[bool] = False
     input_name: ClassVar[str] = "input_values"
+    blank: ClassVar[str] = ""
 
     @property
     def seconds(self) -> float:
@@ -168,9 +165,8 @@ class WaveProcessor(SpeechProcessor):
         """(samples, 1), all of them. Raises: DataError for fewer than make a frame."""
         if len(samples) < LEAST_SAMPLES:
             own, least = (count / self.rate for count in (len(samples), LEAST_SAMPLES))
-            raise DataError(
-                f"the recording lasts {own:.3f} s, and the model hears {least:.3f} s at least", "leave it out"
-            )
+            what = f"the recording lasts {own:.3f} s, and the model hears {least:.3f} s at least"
+            raise DataError(what, "leave it out")
         made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np")
         found: NDArray[np.float32] = made["input_values"][0].astype(np.float32)[:, None]
         return found
@@ -179,19 +175,12 @@ class WaveProcessor(SpeechProcessor):
         """(samples,), nothing having been left out."""
         return features.reshape(-1)
 
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of what is said, as its tokenizer begins a text."""
-        text = text.strip()
-        return self.tokenizer.encode(text, special_tokens_in_text=False) if text else []
-
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
         """The id with which an answer begins. Raises: DataError for a language, a task or times."""
         if language is not None or task != "transcribe" or timestamps:
             what = "the model transcribes the language that it was trained on, without times"
             raise DataError(what, "leave language, task and timestamps out, or choose Whisper")
-        start = self.tokenizer.answer_start_id
-        assert start is not None  # load_speech_processor saw to it
-        return [start]
+        return [self.answer_start]
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -215,16 +204,9 @@ def load_speech_processor(section: ModelSection) -> SpeechProcessor:
     path, config = folder / "generation_config.json", read_json(folder / "config.json")
     generation = read_json(path) if path.exists() else {}
     if config["model_type"] == "moonshine":
-        return WaveProcessor(
-            extractor, folder, tokenizer, generation, False, int(config.get("max_position_embeddings") or WAVE_TOKENS)
-        )
+        longest = int(config.get("max_position_embeddings") or WAVE_TOKENS)
+        return WaveProcessor(extractor, folder, tokenizer, generation, False, longest)
     size = config.get("vocab_size")
     known = bool(generation["lang_to_id"]) if "lang_to_id" in generation else size != ENGLISH_VOCABULARY
-    return SpeechProcessor(
-        extractor,
-        folder,
-        tokenizer,
-        generation,
-        bool(generation.get("is_multilingual", known)),
-        int(config["max_target_positions"]),
-    )
+    multilingual, longest = bool(generation.get("is_multilingual", known)), int(config["max_target_positions"])
+    return SpeechProcessor(extractor, folder, tokenizer, generation, multilingual, longest)

@@ -1,7 +1,4 @@
-"""Recordings to ids of what is said in them, greedy unless asked otherwise, by transformers' own generation.
-
-Comes in: a loaded speech model (with or without adapters in place) and features.  Goes out: ids of each recording.
-"""
+"""Recordings to ids of what is said in them, greedy unless the sampling says otherwise, by transformers."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from tunekit.contracts import GREEDY, Sampling
 from tunekit.machine.placing import placed
 from tunekit.model.call import seed_for
 from tunekit.model.load import LoadedModel
+from tunekit.model.pretrained import as_pretrained
 from tunekit.model.text.generation import drawn_settings, left_as_found
 from tunekit.model.transformers_guard import quiet
 
@@ -36,21 +34,16 @@ def transcribe(
     Shapes: features (B, M, F), or samples (B, N).
     `asked`: language and task, of multilingual models; `most_tokens`: of an answer; `place`: of the batch, for seeds.
     """
-    net: Any = model.net
     settings = deepcopy(model.generation_config)
     assert settings is not None
     settings.forced_decoder_ids, settings.return_timestamps = None, timestamps
-    settings.update(
-        max_new_tokens=most_tokens, max_length=None, num_beams=1, use_cache=True, **drawn_settings(sampling)
-    )
-    with left_as_found(net), quiet():
+    chosen = drawn_settings(sampling)
+    settings.update(max_new_tokens=most_tokens, max_length=None, num_beams=1, use_cache=True, **chosen)
+    with left_as_found(model.net), quiet():
         torch.manual_seed(seed_for("generate", sampling.seed, place))
-        output = net.generate(
-            placed(features, model.device).to(model.dtype),
-            generation_config=settings,
-            **asked,
-        )
-    return [[int(each) for each in row] for row in output.tolist()]
+        inputs = placed(features, model.device).to(model.dtype)
+        output = as_pretrained(model.net).generate(inputs, generation_config=settings, **asked)
+    return output.tolist()  # type: ignore[no-any-return]
 
 
 def without_padding(ids: Sequence[int], end: int | None) -> list[int]:

@@ -6,7 +6,7 @@ The weights are random: such a model shows that a recipe runs, not what it learn
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +14,11 @@ from tunekit.files.cache_folder import default_cache_folder
 from tunekit.files.durable import whole_folder
 from tunekit.model.transformers_guard import quiet
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 PREFIX = "builtin:"  # no hub name can hold a colon
+TINY_LLAMA = f"{PREFIX}tiny-llama"
 LAYOUT = "v1"  # part of the folder's name: change it with anything below
 SEED = 0
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -24,14 +28,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_names() -> tuple[str, ...]:
-    """Every built-in name."""
-    return (f"{PREFIX}tiny-llama",)
-
-
 def tiny_model_folder(name: str) -> Path | None:
     """The folder of a built-in model, written now if it is not there yet; None for any other name."""
-    if name not in tiny_names():
+    if name != TINY_LLAMA:
         return None
     folder = default_cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{LAYOUT}"
     if not (folder / "config.json").exists():
@@ -64,7 +63,7 @@ def write_tiny_llama(folder: Path) -> None:
         native.save_pretrained(folder)
 
 
-def _byte_tokenizer() -> Any:
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte and three special tokens, so that no text is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -73,11 +72,9 @@ def _byte_tokenizer() -> Any:
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*SPECIAL_TOKENS, *alphabet])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    bos, start, eos = SPECIAL_TOKENS
     native = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, additional_special_tokens=[start]
     )
     native.chat_template = CHAT_TEMPLATE
     return native

@@ -15,7 +15,7 @@ from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.shards import shard_files
-from tunekit.model.storage.source import ModelSource, find_source, read_json
+from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 CHUNK_BYTES = 64 * 1024
@@ -23,13 +23,8 @@ SAMPLED_CHUNKS = 16
 GGUF_HEAD_BYTES = 2**20
 # What saving a model again changes, although the model stays the same.
 VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "use_cache",
-    "_attn_implementation",
-    "_diffusers_version",
+    *("_name_or_path", "transformers_version", "_diffusers_version"),
+    *("torch_dtype", "dtype", "use_cache", "_attn_implementation"),
 )
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
@@ -47,26 +42,19 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     Raises: ModelError where it is missing or damaged, or where the folder is an adapter or a run.
     """
     if (source.folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{source.name_or_path} holds an adapter, not a base model",
-            "name the base here; an adapter is continued with adapter.init_from",
-            key="model.name_or_path",
-        )
+        how = "name the base here; an adapter is continued with adapter.init_from"
+        raise ModelError(f"{source.name_or_path} holds an adapter, not a base model", how, key=KEY)
     if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
         how = f"merge its result first, and name that: tunekit merge {source.name_or_path} --output FOLDER"
-        raise ModelError(f"{source.name_or_path} is a run, not a base model", how, key="model.name_or_path")
+        raise ModelError(f"{source.name_or_path} is a run, not a base model", how, key=KEY)
     if not (source.folder / "config.json").exists() and not any(source.folder.glob("*.safetensors")):
         ggufs = sorted(path.name for path in source.folder.glob("*.gguf"))
         if ggufs:
             how = f"name the file itself, for example {source.folder / ggufs[0]}"
-            raise ModelError(f"{source.name_or_path} holds GGUF files", how, key="model.name_or_path")
-        indexed = indexed_family(source)
-        if indexed is not None:
-            raise ModelError(
-                f"{source.name_or_path} is {indexed.text}, and the objective trains another kind of model",
-                "write objective: dreambooth, or choose another base",
-                key="model.name_or_path",
-            )
+            raise ModelError(f"{source.name_or_path} holds GGUF files", how, key=KEY)
+        if indexed := indexed_family(source):
+            what = f"{source.name_or_path} is {indexed.text}, and the objective trains another kind of model"
+            raise ModelError(what, "write objective: dreambooth, or choose another base", key=KEY)
     return read_json(source.folder / "config.json")
 
 
@@ -101,24 +89,21 @@ def find_family(config: dict[str, Any], section: ModelSection) -> Family:
     asked = None if section.family == "auto" else make_family(section.family)
     if asked is not None and asked.index_file is not None:
         what = f"{section.name_or_path} is not {asked.text}: it holds no {asked.index_file}"
-        raise ModelError(what, "give a folder that has this file", key="model.name_or_path")
+        raise ModelError(what, "give a folder that has this file", key=KEY)
     name = f"{section.name_or_path} ({config.get('model_type', 'unknown')})"
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = next((family for family in known_families() if family.recognises(architecture, config)), None)
     reason = _obstacle(config, architecture, family, asked, isinstance(section, HeadedModel))
     if reason:
-        raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
+        raise ModelError(f"{name} {reason}", MEND, key=KEY)
     if asked is not None and isinstance(section, HeadedModel):
         return asked
     assert family is not None
     if asked not in (None, family):
-        raise ModelError(
-            f"{name} is of the family {family.name}, by its architecture {architecture or '(none named)'}, and "
-            f"model.family is {section.family}",
-            "write family: auto, or choose another base",
-            key="model.family",
-        )
+        what = f"{name} is of the family {family.name}, by its architecture {architecture or '(none named)'}"
+        how = "write family: auto, or choose another base"
+        raise ModelError(f"{what}, and model.family is {section.family}", how, key="model.family")
     return family
 
 
@@ -177,17 +162,12 @@ def check_quantized(config: dict[str, Any], section: ModelSection) -> None:
         return
     method = str(stored.get("quant_method", "unknown")) if isinstance(stored, dict) else "unknown"
     if section.quantization != "none":
-        raise ModelError(
-            f"{section.name_or_path} is quantized already ({method}), and model.quantization asks for "
-            f"{section.quantization} on top",
-            "choose the unquantized base",
-            key="model.quantization",
-        )
-    raise ModelError(
-        f"{section.name_or_path} is stored quantized ({method}), which cannot be loaded",
-        "choose the unquantized base; model.quantization quantizes it while loading",
-        key="model.name_or_path",
-    )
+        asked = f"and model.quantization asks for {section.quantization} on top"
+        what = f"{section.name_or_path} is quantized already ({method}), {asked}"
+        raise ModelError(what, "choose the unquantized base", key="model.quantization")
+    what = f"{section.name_or_path} is stored quantized ({method}), which cannot be loaded"
+    how = "choose the unquantized base; model.quantization quantizes it while loading"
+    raise ModelError(what, how, key=KEY)
 
 
 def fingerprint(source: ModelSource) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
@@ -69,16 +68,12 @@ def _names(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[s
     The fingerprint samples the files' data; their times and inodes tell a change that it does not see.
     """
     section = packed.section
-    how: dict[str, Any] = {
-        "quantization": [section.quantization, section.double_quantization],
-        "dtype": str(packed.dtype),
-        "device": packed.device.type,
-    }
-    stored = {name: (source.folder / name).stat() for name in shard_files(source.folder)}
-    times = {
-        name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino, each.st_dev]
-        for name, each in stored.items()
-    }
+    how: dict[str, object] = {"quantization": [section.quantization, section.double_quantization]}
+    how |= {"dtype": str(packed.dtype), "device": packed.device.type}
+    times = {}
+    for name in shard_files(source.folder):
+        stat = (source.folder / name).stat()
+        times[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     base = {"fingerprint": fingerprint, "files": times, "code": code_version(CODE, PACKAGES)}
     prefix = hash_of({**how, "folder": str(source.folder.resolve())})[:16]
     return f"{prefix}-", hash_of({**how, **base})

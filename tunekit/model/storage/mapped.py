@@ -34,13 +34,15 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
     if spec.is_dense and all(map(reader.is_mapped, reader.names)):
         _place_views(net, reader, spec.family)
         return net, [], True
-    base = _to_be_kept(net, reader, spec)
+    device = torch.device("cpu")
+    if spec.is_dense:  # in the computation's dtype
+        base = PackedBase(net, reader, spec.section, spec.dtype, device, layout=layout_of(net, spec.family, reader.new))
+    else:
+        base = packed_base(net, reader, spec.family, spec.section, spec.dtype, device)
     sidecar, notes = kept_base(base, spec.source, str(spec.fingerprint))
     if notes:
-        raise ResourceError(
-            f"a base that is streamed must lie in a file as it is computed, and {notes[0]}",
-            f"free space in the cache folder (TUNEKIT_CACHE names another), or {HOW}",
-        )
+        what = f"a base that is streamed must lie in a file as it is computed, and {notes[0]}"
+        raise ResourceError(what, f"free space in the cache folder (TUNEKIT_CACHE names another), or {HOW}")
     return net, base.notes, sidecar is not None
 
 
@@ -52,11 +54,3 @@ def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
         view = reader.view(name)
         in_head = any(alias.startswith(head) for alias in reader.aliases(name))
         place(net, reader, name, reader.read(name) if in_head and view.data_ptr() % ALIGNMENT else view)
-
-
-def _to_be_kept(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
-    """The base packed on the CPU, or, unquantized, in the computation's dtype."""
-    family, section, dtype, device = spec.family, spec.section, spec.dtype, torch.device("cpu")
-    if not spec.is_dense:
-        return packed_base(net, reader, family, section, dtype, device)
-    return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family, reader.new))

@@ -134,7 +134,6 @@ def layout_of(net: nn.Module, family: Family, new: frozenset[str]) -> list[Store
     found: dict[int, StoredTensor] = {}
     for name, tensor in net.state_dict(keep_vars=True).items():
         layer = next((each for each in layers if name.startswith(f"{each}.")), "")
-        if name in new:
-            continue
-        found.setdefault(id(tensor), StoredTensor(name, tuple(tensor.shape), tensor.dtype, layer))
+        if name not in new:
+            found.setdefault(id(tensor), StoredTensor(name, tuple(tensor.shape), tensor.dtype, layer))
     return sorted(found.values(), key=lambda each: layers.get(each.layer, -1))

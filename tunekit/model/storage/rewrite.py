@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
 MatrixChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -37,6 +40,11 @@ class Changes:
     layers: Mapping[str, MatrixChange]
     parameters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
     vocabulary_size: int | None = None  # where it becomes another
+
+    def changed(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """A whole parameter after its change, float32; as it is stored where there is none."""
+        change = self.parameters.get(name)
+        return stored if change is None else change(stored.float())
 
 
 class BaseTensors:
@@ -55,15 +63,9 @@ class BaseTensors:
             own = next((each for each in candidates if each in parameters), renamed.get(name, name))
             self.files[own] = name
         self.older = {own: name for own, name in self.files.items() if renamed.get(name) == own}
-
-    def names(self) -> list[str]:
-        return list(self.files)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.reader.headers[self.files[name]].dtype
-
-    def elements(self, name: str) -> int:
-        return math.prod(self.reader.headers[self.files[name]].shape)
+        entries = {own: self.reader.headers[name] for own, name in self.files.items()}
+        # name -> shape and dtype of what is written, as a tensor without values
+        self.meta = {own: torch.empty(each.shape, dtype=each.dtype, device="meta") for own, each in entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
         return self.reader.read(self.files[name])
@@ -73,25 +75,16 @@ class LoadedTensors:
     """The same of a net in memory, for bases that only transformers can read (GGUF); `dtype` is what is written."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
-        stored = dict(net.state_dict(keep_vars=True))
+        stored: dict[str, torch.Tensor] = dict(net.state_dict(keep_vars=True))
         stored.pop(f"{tied_head}.weight", None)
         once = {id(tensor): name for name, tensor in reversed(stored.items())}  # of tied ones the first name
         self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
-        self._dtype = dtype
+        self.meta = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        self.meta |= {name: each.to(dtype) for name, each in self.meta.items() if each.is_floating_point()}
         self.older: dict[str, str] = {}
 
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype if self.tensors[name].is_floating_point() else self.tensors[name].dtype
-
-    def elements(self, name: str) -> int:
-        return int(self.tensors[name].numel())
-
     def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.tensors[name]
-        return tensor
+        return self.tensors[name]
 
 
 class Rewriter:
@@ -116,11 +109,11 @@ class Rewriter:
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
         self.packable = packable(self.net, self.family)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
-        self.generation_config: Any = None  # of a base that has no file of that name to copy
+        self.generation_config: GenerationConfig | None = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
-        self.names = frozenset(self.tensors.names())
+        self.names = frozenset(self.tensors.meta)
         self.aliases = self._find_aliases()
-        self.stored = set(self.aliases.values())
+        self._packing = (section.quantization, section.double_quantization)
 
     def _open(self, plain: ModelSection) -> BaseTensors | LoadedTensors:
         if not self._rewritten:
@@ -151,7 +144,8 @@ class Rewriter:
 
     def base_weight(self, module_name: str) -> torch.Tensor:
         """The base's own matrix (O, I) of a module."""
-        stored = self.tensors.read(self._stored_name(f"{module_name}.weight"))
+        name = f"{module_name}.weight"
+        stored = self.tensors.read(self.aliases.get(name, name))
         return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
 
     def trained_on(self, module_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -159,10 +153,6 @@ class Rewriter:
         matrix, bias_name = self.base_weight(module_name).float(), f"{module_name}.bias"
         bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
         return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
-
-    def _stored_name(self, name: str) -> str:
-        """The name under which the base stores a parameter of the net."""
-        return self.aliases.get(name, name)
 
     def _find_aliases(self) -> dict[str, str]:
         """Matrices that the files leave out, since they are another module's: name -> that one's."""
@@ -183,9 +173,8 @@ class Rewriter:
         self._check(changes)
         config = self._configuration(changes)
         writer = ShardWriter(folder)
-        older = (
-            {} if self.onto == "quantized" else self.tensors.older
-        )  # packed layers have the names of today's modules
+        # Packed layers have the names of today's modules.
+        older = {} if self.onto == "quantized" else self.tensors.older
         for name, tensor in self._outputs(changes):
             writer.add(older.get(name, name), tensor)
         writer.close()
@@ -202,27 +191,27 @@ class Rewriter:
         changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         for name, tensor in tensors.items():
             every = aliases[id(self.net.get_parameter(name))]
-            stored = [each for each in every if self._stored_name(each) in self.names]
+            stored = [each for each in every if self.aliases.get(each, each) in self.names]
             changes |= dict.fromkeys(stored or [name], partial(_taken, tensor))
         return Changes({}, changes)
 
     def _check(self, changes: Changes) -> None:
         """Every change must have its tensor."""
         wanted = [f"{module}.weight" for module in changes.layers] + list(changes.parameters)
-        absent = sorted(name for name in wanted if self._stored_name(name) not in self.names)
+        absent = sorted(name for name in wanted if self.aliases.get(name, name) not in self.names)
         for name in [name for name in absent if name in changes.parameters]:
             pieces = StoredPieces(self.net, name, self.names)
             self.pieces |= dict.fromkeys(pieces.names, pieces)
             absent = [other for other in absent if other != name or not pieces.names]
         if absent:
-            raise ModelError(
-                f"the base's files hold no tensor {absent[0]}, which the adapter changes ({len(absent)} such)",
-                "it stores that in another form, into which nothing can be merged: use the adapter with its base",
-            )
+            what = f"the base's files hold no tensor {absent[0]}, which the adapter changes ({len(absent)} such)"
+            how = "it stores that in another form, into which nothing can be merged: use the adapter with its base"
+            raise ModelError(what, how)
 
     def unties(self, changes: Changes) -> bool:
         """Whether matrices that were one are several afterwards. The same change of all of them keeps them one."""
-        groups = [{stored, *(name for name, its in self.aliases.items() if its == stored)} for stored in self.stored]
+        shared = set(self.aliases.values())
+        groups = [{stored, *(name for name, its in self.aliases.items() if its == stored)} for stored in shared]
         if self.tied:
             groups.append({f"{self.head}.weight", f"{self.embedding}.weight"})
         touched = {f"{name}.weight" for name in changes.layers} | set(changes.parameters)
@@ -236,11 +225,12 @@ class Rewriter:
     def output_bytes(self, changes: Changes) -> int:
         """Bytes of the weights that `write` writes (a little less where they are packed again)."""
         more = self.aliases.values() if self.unties(changes) else ()
-        return sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in [*self.names, *more])
+        names = [*self.names, *more]
+        return sum(self.tensors.meta[name].numel() * self.written_dtype(name).itemsize for name in names)
 
     def written_dtype(self, name: str) -> torch.dtype:
         """In which a tensor is written: the base's own, or the one that was asked for."""
-        own = self.tensors.dtype(self._stored_name(name))
+        own = self.tensors.meta[self.aliases.get(name, name)].dtype
         return self.written if self.written is not None and own.is_floating_point else own
 
     def rounds(self) -> bool:
@@ -256,7 +246,7 @@ class Rewriter:
             if name in places:
                 places[name].data = tensor
         for pieces in set(self.pieces.values()):
-            places[pieces.parameter].data = self._joined(pieces, changes)
+            places[pieces.parameter].data = changes.changed(pieces.parameter, pieces.join(self.tensors.read))
         for name, stored in () if self.unties(changes) else self.aliases.items():
             places[name].data = places[stored].data
         self.written = asked
@@ -294,13 +284,15 @@ class Rewriter:
     def _outputs(self, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the new model, by name."""
         done: set[str] = set()
-        for name in self.tensors.names():
+        for name in self.tensors.meta:
             module_name, _, suffix = name.rpartition(".")
             if name in done or (suffix == "bias" and module_name in changes.layers):
                 continue  # a changed layer's bias comes with its weight
             if name in self.pieces:
-                done.update(self.pieces[name].names)
-                yield from self._in_pieces(self.pieces[name], changes)
+                pieces = self.pieces[name]
+                done.update(pieces.names)
+                whole = changes.changed(pieces.parameter, pieces.join(self.tensors.read))
+                yield from ((piece, self._cast(piece, tensor)) for piece, tensor in pieces.split(whole).items())
                 continue
             module = self.modules.get(module_name)
             if suffix == "weight" and module is not None and layer_kind(module) is not None:
@@ -311,22 +303,9 @@ class Rewriter:
                     done.add(new_name)
                     yield new_name, tensor
             else:
-                yield name, self._cast(name, self._parameter(name, changes))
+                yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
         for name, stored in self.aliases.items() if self.unties(changes) else ():
             yield from self._layer(name.removesuffix(".weight"), self.tensors.read(stored), None, changes)
-
-    def _in_pieces(self, pieces: StoredPieces, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in pieces.split(self._joined(pieces, changes)).items():
-            yield name, self._cast(name, tensor)
-
-    def _joined(self, pieces: StoredPieces, changes: Changes) -> torch.Tensor:
-        whole, change = pieces.join(self.tensors.read), changes.parameters.get(pieces.parameter)
-        return whole if change is None else change(whole)
-
-    def _parameter(self, name: str, changes: Changes) -> torch.Tensor:
-        stored = self.tensors.read(name)
-        change = changes.parameters.get(name)
-        return stored if change is None else change(stored.float())
 
     def is_packed(self, module_name: str) -> bool:
         """Whether training saw this layer's matrix packed."""
@@ -338,13 +317,11 @@ class Rewriter:
         """The tensors of one layer: weight, and bias where the change concerns the layer."""
         name = f"{module_name}.weight"
         packed = self.onto != "full" and self.is_packed(module_name)
-        change, whole = changes.layers.get(module_name), changes.parameters.get(name)
-        if not packed and change is None and whole is None:
+        change, stored = changes.layers.get(module_name), changes.changed(name, stored)
+        if not packed and change is None:
             yield name, self._cast(name, stored)
             return
         transposed = layer_kind(self.modules[module_name]) == "conv1d"
-        if whole is not None:
-            stored = whole(stored.float())
         matrix = (stored.t() if transposed else stored).float()  # (O, I)
         if packed:
             matrix = self._through_packing(matrix)
@@ -354,7 +331,9 @@ class Rewriter:
             if (bias is not None) != had_bias:
                 raise ModelError(f"the adapter adds a bias to {module_name}, which has none", "it cannot be merged")
         if packed and self.onto == "quantized":
-            yield from self._pack_again(name, matrix)
+            _refuse_non_finite(name, matrix)
+            saved = codec.saved_form(matrix.to(self.compute_dtype), *self._packing)
+            yield from ((name + suffix, tensor) for suffix, tensor in saved.items())
         else:
             yield name, self._cast(name, matrix.t() if transposed else matrix)
         if bias is not None:
@@ -362,18 +341,8 @@ class Rewriter:
 
     def _through_packing(self, matrix: torch.Tensor) -> torch.Tensor:
         """What training read: the matrix packed as load_model packs it, and unpacked; (O, I) float32."""
-        shape = (matrix.shape[0], matrix.shape[1])
-        kind, double = self.section.quantization, self.section.double_quantization
-        return codec.unpack(codec.pack(matrix.to(self.compute_dtype), kind, double), shape, kind, torch.float32)
-
-    def _pack_again(self, name: str, matrix: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """The matrix in the form that transformers reads into bitsandbytes."""
-        _refuse_non_finite(name, matrix)
-        tensors = codec.saved_form(
-            matrix.to(self.compute_dtype), self.section.quantization, self.section.double_quantization
-        )
-        for suffix, tensor in tensors.items():
-            yield name + suffix, tensor
+        packed = codec.pack(matrix.to(self.compute_dtype), *self._packing)
+        return codec.unpack(packed, (matrix.shape[0], matrix.shape[1]), self.section.quantization, torch.float32)
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The one cast, to the dtype in which the tensor is written."""

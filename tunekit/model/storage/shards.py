@@ -32,16 +32,11 @@ def shard_files(folder: Path) -> list[str]:
         return [SINGLE]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise ModelError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read",
-            "convert it to safetensors in a place where that may happen",
-            key="model.name_or_path",
-        )
-    raise ModelError(
-        f"{folder} holds no {SINGLE}",
-        "give a folder with safetensors weights, or a .gguf file",
-        key="model.name_or_path",
-    )
+        what = f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read"
+        how = "convert it to safetensors in a place where that may happen"
+    else:
+        what, how = f"{folder} holds no {SINGLE}", "give a folder with safetensors weights, or a .gguf file"
+    raise ModelError(what, how, key="model.name_or_path")
 
 
 def _read_index(folder: Path) -> dict[str, str]:

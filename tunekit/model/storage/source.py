@@ -79,13 +79,10 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     except HFValidationError as error:
         raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "check it", key=KEY) from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{section.name_or_path} is not on this machine and the hub cannot be reached",
-            "give a local folder"
-            if not Path(section.name_or_path).exists()
-            else "give the path of the folder as ./name",
-            key=KEY,
-        ) from error
+        here = Path(section.name_or_path).exists()
+        how = "give the path of the folder as ./name" if here else "give a local folder"
+        what = f"{section.name_or_path} is not on this machine and the hub cannot be reached"
+        raise ModelError(what, how, key=KEY) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         how = "check the name and the revision; private and gated models need HF_TOKEN in the environment"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,4 @@
-"""Text generation in batches, greedy unless asked otherwise, that leaves the model as it found it.
-
-Comes in: a loaded model (with or without adapters in place) and prompts as ids.  Goes out: the new ids of each prompt.
-"""
+"""Text generation in batches, greedy unless the sampling says otherwise, that leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,24 +20,14 @@ from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
 from tunekit.model.families.structure import accepted_names, training_mode
 from tunekit.model.load import LoadedModel
+from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.transformers_guard import quiet
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig
 
 ModelInputs = dict[str, torch.Tensor]
 StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
-
-
-class KeyValueCache(Protocol):
-    """transformers' DynamicCache, as far as it is used here."""
-
-    layers: Sequence[Any]  # keys and values, (B, heads, T, D) each
-
-    def get_seq_length(self) -> int:
-        """T."""
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
-
-
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
 LEAST_TEMPERATURE = 1e-5  # below it logits divided by it overflow; the likeliest token is taken as at 0
@@ -59,7 +46,7 @@ def generate_texts(
     adapt: Callable[[ModelInputs], ModelInputs] | None = None,
     virtual_tokens: int = 0,
     told: StopCheck | None = None,
-    cache: KeyValueCache | None = None,
+    cache: Cache | None = None,
     seeds: Sequence[int] | None = None,
     keep_stop: bool = False,
 ) -> list[list[int]]:
@@ -117,11 +104,10 @@ def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, o
 
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
     """Where an answer ends: the tokenizer's end, the model's own, and the token with which the template ends a turn."""
-    stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     own = getattr(model.generation_config, "eos_token_id", None)
-    stops.update(own if isinstance(own, list | tuple) else [] if own is None else [own])
-    stops.update(end_of_turn_ids(tokenizer, template))
-    return sorted(int(stop) for stop in stops)
+    of_model = own if isinstance(own, list | tuple) else [own]
+    stops = {tokenizer.eos_id, *of_model, *end_of_turn_ids(tokenizer, template)}
+    return sorted(int(stop) for stop in stops if stop is not None)
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
@@ -144,9 +130,7 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
     return []
 
 
-def prompt_cache(
-    model: LoadedModel, ids: Sequence[int], cache: KeyValueCache | None, prompt: Sequence[int]
-) -> KeyValueCache | None:
+def prompt_cache(model: LoadedModel, ids: Sequence[int], cache: Cache | None, prompt: Sequence[int]) -> Cache | None:
     """Keys and values for a prompt: those of `cache`, made of `ids`, as far as the two begin alike, else none yet.
 
     None where a base keeps something else, of which no beginning can be taken: a state, a window, an encoder's output.
@@ -154,26 +138,25 @@ def prompt_cache(
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    net: Any = model.net
-    if model.family.reads_source or net._is_stateful:
+    if model.family.reads_source or as_pretrained(model.net)._is_stateful:
         return None
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt[:-1], strict=False))))
     if cache is None or not shared:
-        cache = DynamicCache(config=net.config)
+        cache = DynamicCache(config=config_of(model.net))
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :shared], layer.values[:, :, :shared]  # (1, heads, T, D)
     return cache
 
 
-def _settings(model: LoadedModel, pad_id: int, new_tokens: int, sampling: Sampling, stops: list[int]) -> Any:
+def _settings(model: LoadedModel, pad: int, new_tokens: int, sampling: Sampling, stops: list[int]) -> GenerationConfig:
     """transformers' GenerationConfig with nothing but what is asked for."""
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,
-        pad_token_id=pad_id,
+        pad_token_id=pad,
         eos_token_id=stops or None,
         bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
         use_cache=True,
@@ -193,16 +176,13 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
 
     Raises: ModelError where neither the configuration nor the generation settings name the first one.
     """
-    found: dict[str, int] = {}
-    for holder in (model.config, model.generation_config):  # the second one is newer, where the two differ
-        for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
-            value = getattr(holder, name, None)
-            found |= {} if value is None else {name: int(value)}
+    names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    holders = (model.config, model.generation_config)  # the second one is newer, where the two differ
+    values = [(name, getattr(holder, name, None)) for holder in holders for name in names]
+    found = {name: int(value) for name, value in values if value is not None}
     if "decoder_start_token_id" not in found:
-        raise ModelError(
-            f"{model.facts.name_or_path} does not say with which token its answers begin",
-            "write decoder_start_token_id into its config.json",
-        )
+        what = f"{model.facts.name_or_path} does not say with which token its answers begin"
+        raise ModelError(what, "write decoder_start_token_id into its config.json")
     return found
 
 
@@ -210,16 +190,16 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
 def _rows_disturb(model: LoadedModel, pad_id: int) -> bool:
     """Whether a row's answer depends on its batch: a state that reads the padding (xlstm, recurrent_gemma), or one of
     several rows that is not kept apart (rwkv). Tried with two rows where the net carries a state or takes no mask."""
-    net: Any = model.net
+    net = as_pretrained(model.net)
     if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
         return False
     settings = _settings(model, pad_id, 2, GREEDY, [])
     settings.output_logits, settings.return_dict_in_generate = True, True
     rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
-    mask = torch.ones_like(rows)  # (B, T)
-    rows[0, : PROBE_TOKENS // 2], mask[0, : PROBE_TOKENS // 2] = pad_id, 0
-    cases, found = ((rows[:1, PROBE_TOKENS // 2 :], mask[:1, PROBE_TOKENS // 2 :]), (rows, mask)), []
-    for ids, seen in cases:
+    mask, half = torch.ones_like(rows), PROBE_TOKENS // 2  # (B, T)
+    rows[0, :half], mask[0, :half] = pad_id, 0
+    found = []
+    for ids, seen in ((rows[:1, half:], mask[:1, half:]), (rows, mask)):
         with quiet():
             steps = net.generate(input_ids=ids, attention_mask=seen, generation_config=settings).logits
         found.append(torch.stack([logits[0].float() for logits in steps]))  # (2, V)
@@ -236,8 +216,8 @@ def _generate(
     settings: object,
     adapt: Callable[[ModelInputs], ModelInputs] | None,
     told: Callable[[list[int]], list[bool]] | None,
-    cache: KeyValueCache | None,
-    draws: _Draws | None = None,
+    cache: Cache | None,
+    draws: _Draws | None,
 ) -> list[list[int]]:
     """One batch: new ids of each row, with whatever follows a stop token."""
     width = max(len(prompt) for prompt in prompts)
@@ -246,9 +226,8 @@ def _generate(
     apart = model.family.reads_source
     for row, prompt in enumerate(prompts):
         columns = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
-        ids[row, columns] = torch.tensor(list(prompt))
-        mask[row, columns] = 1
-    net: Any = model.net
+        ids[row, columns], mask[row, columns] = torch.tensor(list(prompt)), 1
+    net = as_pretrained(model.net)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
     more: dict[str, Any] = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
@@ -256,10 +235,9 @@ def _generate(
     with quiet():
         cache = _shared_cache(model, prompts, ids, mask) if cache is None and adapt is None else cache
         more |= {} if cache is None else {"past_key_values": cache}
-        if any(
-            hasattr(module, "_setup_cache") for module in net.modules()
-        ):  # recurrent_gemma keeps the last row's state
-            net(input_ids=ids[:1, :1].to(model.device), use_cache=False)  # in its modules, and drops it without a cache
+        # recurrent_gemma keeps the last row's state in its modules, and drops it without a cache
+        if any(hasattr(module, "_setup_cache") for module in net.modules()):
+            net(input_ids=ids[:1, :1].to(model.device), use_cache=False)
         output = net.generate(**inputs, generation_config=settings, **more)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
@@ -267,7 +245,7 @@ def _generate(
 
 def _shared_cache(
     model: LoadedModel, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor
-) -> KeyValueCache | None:
+) -> Cache | None:
     """Keys and values of all but the last token of each prompt, where some prompts are equal: these are computed once.
 
     None where no two are, or where a base keeps something else.    Shapes: ids, mask (B, T), padded on the left.
@@ -280,8 +258,7 @@ def _shared_cache(
     firsts = torch.tensor([rows.index(place) for place in range(len(places))])
     seen = mask[firsts].to(model.device)
     positions = (seen.cumsum(dim=-1) - 1).clamp(min=0)  # (U, T)
-    net: Any = model.net
-    net(
+    model.net(
         input_ids=ids[firsts, :-1].to(model.device),
         attention_mask=seen[:, :-1],
         position_ids=positions[:, :-1],
@@ -307,19 +284,15 @@ class _Draws:
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Shapes: scores (B, V) -> (B, V), of which all but one of each row are -inf."""
-        for warper in self._warpers():
-            scores = warper(ids, scores)
-        place = draw(scores.float(), self.numbers[:, self.drawn].to(scores.device, summing_dtype(scores.device)))
-        self.drawn += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
-
-    def _warpers(self) -> list[Any]:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         sampling = self.sampling
-        found = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
-        found += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-        return [*found, *([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else [])]
+        scores = TemperatureLogitsWarper(sampling.temperature)(ids, scores) if sampling.temperature != 1 else scores
+        scores = TopKLogitsWarper(sampling.top_k)(ids, scores) if sampling.top_k else scores
+        scores = TopPLogitsWarper(sampling.top_p)(ids, scores) if sampling.top_p < 1 else scores
+        place = draw(scores.float(), self.numbers[:, self.drawn].to(scores.device, summing_dtype(scores.device)))
+        self.drawn += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
 
 
 def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -341,7 +314,7 @@ def left_as_found(net: nn.Module) -> Iterator[None]:
     """Eval mode, cache on and no generation defaults inside; modes, settings and random state put back afterwards."""
     from transformers import GenerationConfig
 
-    holder: Any = net
+    holder = as_pretrained(net)
     use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
     device = next((each.device for each in net.parameters() if each.device.type != "cpu"), torch.device("cpu"))
     holder.config.use_cache, holder.generation_config = True, GenerationConfig()

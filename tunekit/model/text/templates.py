@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import DataError
@@ -44,6 +45,13 @@ def render_template(
     A template that cannot write these gets the content as a list of text parts, or the arguments as JSON text.
     Raises: DataError where the template refuses, is no template, takes too long or writes too much.
     """
+    render = partial(
+        native.apply_chat_template,
+        tools=None if tools is None else list(tools),
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+    )
     parts = [_with_parts(message) for message in messages]
     forms = [messages, parts, *([_with_text_arguments(message) for message in form] for form in (messages, parts))]
     written: list[str] = []
@@ -52,7 +60,7 @@ def render_template(
         if form in forms[:number]:
             continue
         try:
-            written.append(_apply(native, template, form, tools, add_generation_prompt))
+            written.append(_apply(render, template, form))
         except _Refusal as refusal:
             refusals.append(refusal)
             continue
@@ -67,9 +75,8 @@ def _is_written(messages: Messages, text: str) -> bool:
     """Whether contents stand in the text, and no arguments as Python would print them."""
     contents = [message["content"].strip() for message in messages if isinstance(message.get("content"), str)]
     objects = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
-    said = [content for content in contents if content]
     printed = any(part and isinstance(part, dict) and str(part) in text for part in objects)
-    return not printed and (not said or any(content in text for content in said))
+    return not printed and (not any(contents) or any(content and content in text for content in contents))
 
 
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -85,22 +92,11 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _apply(
-    native: PreTrainedTokenizerBase,
-    template: str,
-    messages: Messages,
-    tools: Sequence[dict[str, Any]] | None,
-    add_generation_prompt: bool,
-) -> str:
+def _apply(render: Callable[[list[dict[str, Any]]], str], template: str, messages: Messages) -> str:
+    """One form of the messages through the template, within the limits."""
     try:
         with _memory_limit(), time_limit(LIMIT_SECONDS), _fixed_day(template):
-            text = native.apply_chat_template(
-                list(messages),
-                tools=None if tools is None else list(tools),
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+            text = render(list(messages))
     except TimeUp as error:
         raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds", key=KEY) from error
     except MemoryError as error:
@@ -111,7 +107,7 @@ def _apply(
         raise _Refusal(str(error).strip() or type(error).__name__) from error
     if len(text) > LIMIT_CHARACTERS:
         raise DataError(f"the chat template wrote {len(text)} characters")
-    return str(text)
+    return text
 
 
 def _fixed_day(template: str) -> AbstractContextManager[None]:

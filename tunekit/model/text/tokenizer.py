@@ -22,17 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 
 
@@ -58,11 +50,8 @@ class LoadedTokenizer:
         candidates = (native.pad_token_id, self.eos_id, 0)
         self.pad_id: int = next(int(i) for i in candidates if i is not None and i < self.vocabulary_size)
         self.chat_template: str | None = _one_template(native.chat_template)
-        self.special_ids = frozenset(
-            token_id
-            for token_id, token in native.added_tokens_decoder.items()
-            if token.special or _is_marker(token.content)
-        )
+        added = native.added_tokens_decoder.items()
+        self.special_ids = frozenset(each for each, token in added if token.special or _is_marker(token.content))
         # A character that the tokenizer does not know becomes the unknown token without anyone spelling it.
         self._forbidden_in_text = self.special_ids - {native.unk_token_id}
         self.fingerprint = self._fingerprint()
@@ -87,11 +76,9 @@ class LoadedTokenizer:
             raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
         ids: list[int] = encoding.ids
         if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
-            found = next(token_id for token_id in ids if token_id in self._forbidden_in_text)
-            raise DataError(
-                f"text spells the special token {self.token_text(found)!r}, which this tokenizer cannot keep as text",
-                "remove it from the row",
-            )
+            token = self.token_text(next(token_id for token_id in ids if token_id in self._forbidden_in_text))
+            what = f"text spells the special token {token!r}, which this tokenizer cannot keep as text"
+            raise DataError(what, "remove it from the row")
         return ids, encoding.offsets
 
     def encode_source(self, text: str) -> list[int]:
@@ -105,9 +92,8 @@ class LoadedTokenizer:
     def _encode_whole(self, text: str, name: str) -> list[int]:
         """transformers says what goes around the text; what in it spells a special token stays text."""
         ids = self.encode(text, special_tokens_in_text=False)
-        whole = self.native(
-            **{name: text}, truncation=False, padding=False, verbose=False, return_special_tokens_mask=True
-        )
+        plain = {"truncation": False, "padding": False, "verbose": False, "return_special_tokens_mask": True}
+        whole = self.native(**{name: text}, **plain)
         added = whole["special_tokens_mask"]
         before = list(takewhile(bool, added))
         after = list(takewhile(bool, reversed(added[len(before) :])))
@@ -115,8 +101,7 @@ class LoadedTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
-        text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-        return text
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def render(
         self,
@@ -182,11 +167,8 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
             str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
         )
     if getattr(native, "backend_tokenizer", None) is None:
-        raise ModelError(
-            f"{section.name_or_path} has only a slow tokenizer",
-            "convert it once with transformers and save tokenizer.json beside the model",
-            key="model.name_or_path",
-        )
+        how = "convert it once with transformers and save tokenizer.json beside the model"
+        raise ModelError(f"{section.name_or_path} has only a slow tokenizer", how, key="model.name_or_path")
     return LoadedTokenizer(native, source, read_answer_start(source, section))
 
 

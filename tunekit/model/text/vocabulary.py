@@ -16,8 +16,6 @@ def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, largest_used_id:
         return
     beyond = range(embedding_rows, tokenizer.vocabulary_size)
     shown = ", ".join(repr(tokenizer.token_text(token_id)) for token_id in beyond[:5])
-    raise ModelError(
-        f"the tokenizer has {len(beyond)} tokens without a row in the model's embedding of {embedding_rows} ({shown})",
-        "use the tokenizer that belongs to the base, or a base whose vocabulary was resized for these tokens",
-        key="model.name_or_path",
-    )
+    missing = f"{len(beyond)} tokens without a row in the model's embedding of {embedding_rows} ({shown})"
+    how = "use the tokenizer that belongs to the base, or a base whose vocabulary was resized for these tokens"
+    raise ModelError(f"the tokenizer has {missing}", how, key="model.name_or_path")

@@ -189,21 +189,18 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
     try:
         with quiet():
             if meta:
-                config = (
-                    kind.load_config(str(folder), local_files_only=True)
-                    if from_diffusers
-                    else kind.config_class.from_pretrained(str(folder), local_files_only=True)
-                )
+                read = kind.load_config if from_diffusers else kind.config_class.from_pretrained
+                make, config = kind.from_config if from_diffusers else kind, read(str(folder), local_files_only=True)
                 with torch.device("meta"):
-                    return (kind.from_config(config) if from_diffusers else kind(config)).to(dtype)
+                    return make(config).to(dtype)
             given = {"torch_dtype" if from_diffusers else "dtype": dtype}
-            part, told = kind.from_pretrained(
+            part, loading = kind.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY) from error
-    missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in told[name])
+    missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name])
     if missing:
         what = f"lacks weights that its configuration asks for ({', '.join(missing[:3])})"
         raise ModelError(what, "they would be random; give a complete pipeline", file=str(folder), key=KEY)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +42,7 @@ class PipelineProcessor:
     kind: str
     predicts: str | None = None
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Of no text that is trained on: prompts go to each text encoder by its own tokenizer."""
-        return None
+    tokenizer: ClassVar[Tokenizer | None] = None  # prompts go to each text encoder by its own
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
