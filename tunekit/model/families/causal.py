@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tunekit.contracts import Processor
 from tunekit.model.families.family import Family
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.recipe.model import ModelSection
 
 
 class CausalFamily(Family):
@@ -17,6 +20,9 @@ class CausalFamily(Family):
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
         return not architecture or super().recognises(architecture, config)
+
+    def processor(self, section: ModelSection) -> Processor:
+        return load_tokenizer(section)
 
 
 FAMILY = CausalFamily()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tunekit.contracts import Processor
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
 from tunekit.model.pretrained import config_of
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.recipe.model import ModelSection
 
 
 class ClassifierFamily(Family):
@@ -22,6 +25,9 @@ class ClassifierFamily(Family):
     task_type = "SEQ_CLS"
     answers = False
     labelled = True
+
+    def processor(self, section: ModelSection) -> Processor:
+        return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
         """Of encoders and encoder-decoders, whose heads differ from net to net."""

@@ -69,10 +69,8 @@ class Family:
         raise NotImplementedError
 
     def processor(self, section: ModelSection) -> Processor:
-        """What turns examples into rows for a base of this family: by default its tokenizer. Raises: ModelError."""
-        from tunekit.model.text.tokenizer import load_tokenizer  # which asks for the families
-
-        return load_tokenizer(section)
+        """What turns examples into rows for a base of this family. Raises: ModelError."""
+        raise NotImplementedError
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers in order, with their module names."""

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+from tunekit.contracts import Processor
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import TWO
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.recipe.model import ModelSection
 
 
 class Seq2SeqFamily(Family):
@@ -24,6 +27,9 @@ class Seq2SeqFamily(Family):
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
         return super().recognises(architecture, config) if architecture else bool(config.get("is_encoder_decoder"))
+
+    def processor(self, section: ModelSection) -> Processor:
+        return load_tokenizer(section)
 
     def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Source and answer at once."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tunekit.contracts import Processor
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.recipe.model import ModelSection
 
 
 class TokenClassifierFamily(Family):
@@ -19,6 +22,9 @@ class TokenClassifierFamily(Family):
     task_type = "TOKEN_CLS"
     answers = False
     labelled = True
+
+    def processor(self, section: ModelSection) -> Processor:
+        return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
         """Always: the modules between the last layer and the scores, such as dropout, differ from net to net."""
