@@ -16,7 +16,7 @@ from tunekit.files.durable import free_bytes, write_json
 from tunekit.model.storage.rewrite import Changes
 from tunekit.records import bytes_text
 
-Change = Callable[[torch.Tensor], torch.Tensor]  # of a whole parameter
+ParameterChange = Callable[[torch.Tensor], torch.Tensor]  # of a whole parameter
 REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
 
@@ -76,7 +76,7 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     """
     if attached.model_adapter is not None:
         raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
-    parameters: dict[str, Change] = {name: adapter.merged for name, adapter in attached.parameters.items()}
+    parameters: dict[str, ParameterChange] = {name: adapter.merged for name, adapter in attached.parameters.items()}
     for copy in attached.copies.values():
         parameters |= {name: partial(_replaced, tensor.detach()) for name, tensor in copy.state().items()}
     for name, tokens in attached.tokens.items():
@@ -90,7 +90,7 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     return Changes(layers, parameters, vocabulary_size=max(sizes, default=None))
 
 
-def _enlarged(rows: torch.Tensor, then: Change | None, old: torch.Tensor) -> torch.Tensor:
+def _enlarged(rows: torch.Tensor, then: ParameterChange | None, old: torch.Tensor) -> torch.Tensor:
     """The matrix with rows added below, and changed after that."""
     larger = torch.cat([old, rows.to(old)])
     return larger if then is None else then(larger)
