@@ -30,7 +30,6 @@ from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection
-from tunekit.recipe.reading.names import measures_training
 from tunekit.records import RowCounts
 
 
@@ -287,7 +286,7 @@ def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> tup
 
 def _leaks(data: DataSection, objective: Objective, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
     """Warnings where rows are both trained and evaluated on."""
-    if evaluation is None or measures_training(objective.name):
+    if evaluation is None or objective.measures_training:
         return []
     notes = []
     if isinstance(data.eval, tuple):

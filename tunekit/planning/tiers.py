@@ -13,7 +13,6 @@ from tunekit.machine.memory import available_bytes
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
-from tunekit.planning.starts import calibrated_start
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
@@ -31,8 +30,7 @@ def streaming_obstacle(
     for facts in companions:
         if facts.streaming_obstacle is not None:
             return facts.streaming_obstacle
-    of_a_text = getattr(recipe.adapter, "first_values", None) == "text"  # a prefix
-    if (of_a_text or calibrated_start(recipe.adapter) is not None) and device.type != "cpu":
+    if recipe.adapter.needs_base_first and device.type != "cpu":
         return "the adapter's start computes with the whole base on the device"
     if recipe.training.compile is True:
         return "training.compile compiles layers that stay where they are"

@@ -1,6 +1,4 @@
-"""TARGET of eval, generate and merge: a path, hub id or recipe goes in; out comes what it is, and then its loaded model
-with the adapter in place.
-"""
+"""TARGET of eval, generate and merge: what a path, hub id or recipe names, and its loaded model with the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
-from tunekit.model.families import known_families, make_family
+from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import family_of_base
@@ -36,7 +34,7 @@ from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
 from tunekit.targets.export import export_checkpoint
-from tunekit.targets.labels import head_facts, start_facts, trains_audio_head
+from tunekit.targets.labels import adapter_family, head_facts, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
@@ -256,14 +254,7 @@ def family_of(target: TargetSpec) -> str:
     method = ((config.objective if config else None) or {}).get("method")
     if method in known_names("objectives"):
         return objective_class(method).family
-    named = None if config is None or config.task_type is None else _family_of_task(config.task_type)
-    found = named or family_of_base(target.model)
-    hears = found == "speech" and config is not None and trains_audio_head(config)
-    return "audio_classifier" if hears else found
-
-
-def _family_of_task(task_type: str) -> str | None:
-    return next((family.name for family in known_families() if family.task_type == task_type), None)
+    return family_of_base(target.model) if config is None else adapter_family(config, target.model).name
 
 
 def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
