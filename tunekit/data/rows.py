@@ -1,7 +1,4 @@
-"""The data section to the rows of an objective: cached, split, counted.
-
-Comes in: DataSection, Objective, seed.  Goes out: RowSet.
-"""
+"""The rows of an objective, from the data section: cached, split, counted."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.encoding.notes import dropped_notes
-from tunekit.data.encoding.sample import sample_source, scaled
+from tunekit.data.encoding.sample import sample_source
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.folder import with_table
@@ -59,10 +56,10 @@ class RowSet:
     counts: RowCounts
     eval_counts: RowCounts | None
     fingerprint: str
-    draws: tuple[Share, ...]
-    streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
     evaluation_examples: Callable[[], Iterator[Written]]  # all evaluation rows, read again from their files
+    draws: tuple[Share, ...] = ()
+    streams: tuple[StreamedSource, ...] = ()
 
     @property
     def template(self) -> str | None:
@@ -117,6 +114,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
+    leaks = _leaks(data, objective, train_rows, eval_rows)
     return RowSet(
         objective=objective.learn([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
@@ -125,12 +123,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         eval_counts=None if eval_rows is None else _count(own, eval_rows),
         fingerprint=_fingerprint(data, sources, own, seed),
         draws=draws,
-        streams=(),
-        notes=tuple(
-            dict.fromkeys(
-                [*_notes(sources), *_notes(own, evaluation=True), *_leaks(data, objective, train_rows, eval_rows)]
-            )
-        ),
+        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(own, evaluation=True), *leaks])),
         evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
     )
 
@@ -153,8 +146,6 @@ def load_evaluation_rows(
             counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
             eval_counts=_count(sources, rows),
             fingerprint=_fingerprint(data, (), sources, seed),
-            draws=(),
-            streams=(),
             notes=_notes(sources, evaluation=True),
             evaluation_examples=lambda: _examples(sources, parts, objective),
         )
@@ -173,7 +164,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
         what = "a training source is streamed (by its size, or as the recipe says), and its first rows need not have "
         raise RecipeError(what + "every label", "list them all", key="objective.labels")
     sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
-    samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
+    streams, samples = zip(*sampled, strict=True)
     rows = ChosenRows([_whole(sample) for sample in samples])
     _require_rows(rows, samples, "data.train")
     draws = _shares(rows, [source.weight for source in data.train])
@@ -197,7 +188,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
         eval_counts=own.eval_counts if own else None,
         fingerprint=hash_of(fingerprint),
         draws=draws,
-        streams=tuple(one.stream for one in sampled),
+        streams=streams,
         notes=tuple(dict.fromkeys([*_notes(samples), *(own.notes if own else ())])),
         evaluation_examples=own.evaluation_examples if own else lambda: iter(()),
     )

@@ -17,8 +17,7 @@ from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun, TunedModel
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
 NUMBERS = "row numbers"  # of those that ROW_LOSSES are of

@@ -103,7 +103,8 @@ def plan_memory(
         reasons = list(_budget_reasons(choice, forecast, space, workload, found is not None))
     else:
         reasons = []
-        findings.lack(_budget_problem(needed, budget, cheaper(choice, needed, budget)))
+        what = f"the smallest setting of this run needs {bytes_text(needed)}, and the budget is {bytes_text(budget)}"
+        findings.lack(Problem(what, cheaper(choice, needed, budget), key="memory.budget"))
     if available is not None and needed > available and (budget is None or needed <= budget):
         setting = run.memory.gradient_checkpointing
         can_recompute = setting != "auto" and choice.checkpointed_layers < space.layers
@@ -219,11 +220,6 @@ def trial_reason(device: torch.device, needed: int, available: int | None, budge
     if available is not None and needed > NEARLY_FULL * available:
         return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of what is free"
     return False, "the predicted peak is far below what is free; --dry-run tries it"
-
-
-def _budget_problem(needed: int, budget: int, how: str) -> Problem:
-    what = f"the smallest setting of this run needs {bytes_text(needed)}, and the budget is {bytes_text(budget)}"
-    return Problem(what, how, key="memory.budget")
 
 
 def too_large_problem(

@@ -1,4 +1,4 @@
-"""Where the base's weights may wait while they are streamed, and what that costs."""
+"""Where the base's weights and its activations may wait during a step, and what that costs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tunekit.machine.memory import available_bytes
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
+from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
@@ -84,3 +85,18 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     )
     if choice.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, where the host's memory is the device's"
+
+
+def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:
+    """`layers`: how many are recomputed. `offloaded_bytes`: of pinned memory."""
+    if offloaded_bytes:
+        yield f"the inputs of recomputed layers wait in {bytes_text(offloaded_bytes)} of the host's pinned memory"
+    elif memory.activation_offload is True and layers < 2:
+        yield "no input waits on the host: at least two layers would have to be recomputed"
+    elif memory.activation_offload is True and not kind_of(device).own_memory:
+        yield "the inputs of recomputed layers are copied within the one memory that there is, which saves nothing"
+    if memory.mlp_tile_tokens is not None:
+        yield (
+            f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, "
+            "so not bitwise as without, and dropout inside them draws other masks"
+        )

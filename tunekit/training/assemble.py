@@ -43,9 +43,8 @@ from tunekit.training.trial import (
     split_evaluation_noted,
     try_longest_batch,
 )
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.run_view import ModelRun
 
 
 def assemble_run(

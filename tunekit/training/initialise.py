@@ -65,12 +65,12 @@ def initialise_adapter(
             ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
             adapter = attach(targets=with_ranks(settings, targets, ranks))
         else:
-            found = calibrate(base, start, targets, windows(), objective, seed=seed, companions=companions)
+            evidence, facts = calibrate(base, start, targets, windows(), objective, seed=seed, companions=companions)
             share = getattr(start_module(start.method), "share_ranks", None)
             if share is not None:
-                targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
-            adapter, facts = attach(targets=targets), found.facts
-            initialise_all(adapter.layers, seed, found.evidence.get)
+                targets = with_ranks(settings, targets, devices.from_main(share(start, targets, evidence)))
+            adapter = attach(targets=targets)
+            initialise_all(adapter.layers, seed, evidence.get)
             _as_on_main(adapter, devices)
     if settings.init_from is not None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)

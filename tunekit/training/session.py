@@ -66,12 +66,10 @@ class Session:
 
     def measured(self, model: TunedModel) -> Measured:
         """Peaks of this process."""
-        peak, peaks = peak_host_bytes(), device_peaks(self.devices.device)
+        peak = peak_host_bytes()
         return Measured(
             device=self.devices.device.type,
-            peak_requested_bytes=peaks.requested,
-            peak_allocated_bytes=peaks.allocated,
-            peak_reserved_bytes=peaks.reserved,
+            peaks=device_peaks(self.devices.device),
             peak_host_bytes=peak,
             host_growth_bytes=max(0, peak - self.baseline_bytes),
             base_bytes=stored_bytes(model.base.net) - _adapter_bytes(model),

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import GREEDY, Batch, Companion, ModelOutput, Sampling, Tokenizer
+from tunekit.contracts import (
+    GREEDY,
+    Batch,
+    Companion,
+    Gather,
+    Model,
+    ModelOutput,
+    Progress,
+    Read,
+    RowKind,
+    Sampling,
+    Tokenizer,
+    no_progress,
+)
 from tunekit.machine.placing import placed
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
@@ -190,3 +203,31 @@ class TunedModel:
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block; every module's own mode is put back after it."""
         return training_mode(self.base.net, training)
+
+
+@dataclass
+class ModelRun:
+    """A RunView over one model; its companions are the model's."""
+
+    model: Model
+    rows: RowKind
+    gather: Gather = list
+    progress: Progress = no_progress
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the model is on the meta device, without values."""
+        return self.model.device.type == "meta"
+
+    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """What `read` takes from the model's forward of each batch, on the host, without gradient or dropout."""
+        return self.model.scored(batches, read)
+
+    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """The same of the policy at step 0: the base, the adapter bypassed."""
+        return self.model.scored(batches, read, bypassed=True)
+
+    def companion(self, key: str) -> Companion:
+        """The loaded companion with this key."""
+        companion: Companion = self.model.companions[key]
+        return companion

@@ -20,19 +20,8 @@ MEDIA = {
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
-CONVERTED = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".jp2",
-    ".svg",
-    ".dng",
-    ".raw",
-    ".cr2",
-    ".nef",
-    ".arw",
-)  # images all the same
+# Images all the same.
+CONVERTED = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw")
 SHOWN_NAMES = 4
 WARNING = "warning: "
 HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"
