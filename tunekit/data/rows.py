@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Written(NamedTuple):
 class Prompt(NamedTuple):
     """A row for generation: its prompt (for text: ids up to its last answer), that answer, and the prompt's text."""
 
-    prompt: Any
+    prompt: object
     reference: str
     text: str
 

@@ -125,9 +125,8 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
         sums = objective.loss.sums(model.output(batch.inputs), batch)
         numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
         counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
-        return {name: value.cpu().double() for name, value in sums.items()} | {
-            name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()
-        }
+        counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()}
+        return {name: value.cpu().double() for name, value in sums.items()} | counts
     except Exception as error:
         if not is_out_of_memory(error):
             raise

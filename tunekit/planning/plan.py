@@ -310,7 +310,7 @@ def _assemble(
     findings: Findings,
 ) -> Plan:
     recipe, facts, rows = loaded.recipe, inputs.base.facts, inputs.rows
-    trainable = _trained_numbers(inputs)
+    trainable, per_epoch = _trained_numbers(inputs), (windows.micro_batches_per_epoch, windows.steps_per_epoch)
     return Plan(
         tunekit_version=tunekit.__version__,
         recipe=recipe.model_dump(mode="json"),
@@ -323,9 +323,7 @@ def _assemble(
         steps=windows.steps,
         warmup_steps=warmup_steps(recipe.training, windows.steps),
         supervised_tokens=supervised_tokens(windows, rows.train, settings),
-        rows=PlannedRows(
-            rows.counts, rows.eval_counts, *packing, windows.micro_batches_per_epoch, windows.steps_per_epoch
-        ),
+        rows=PlannedRows(rows.counts, rows.eval_counts, *packing, *per_epoch),
         choice=memory.choice,
         peak_bytes=memory.peak,
         refusals=findings.refusals(),

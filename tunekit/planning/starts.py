@@ -20,9 +20,7 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
     """Layers that the pass before step 1 does not see."""
     start, head = settings.calibration, base.family.head_name(base.net)
     if start is not None and head in [target.name for target in targets]:
-        what = (
-            f"{start.method} looks at each layer's {start.looks_at}, and '{head}' is only run with the loss, in chunks"
-        )
+        what = f"{start.method} looks at each layer's {start.looks_at}, and '{head}' only runs in chunks with the loss"
         yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
 
 
@@ -32,9 +30,7 @@ def reference_problems(settings: AdapterSettings, objective: Objective) -> Itera
         return
     method, start = load_method(settings.method), settings.initialisation
     part = method.layer or method.model or LayerAdapter
-    what = (
-        f"{objective.name} compares with the model at step 0, which is to be the base with its adapter bypassed, and "
-    )
+    what = f"{objective.name} compares with the model at step 0, which must be the base with its adapter bypassed, and "
     if settings.init_from is not None:
         how = "merge that adapter into its base first, and train a new one over the result"
         yield Problem(f"{what}init_from begins with another adapter's values", how, key="adapter.init_from")

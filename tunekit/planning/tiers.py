@@ -25,12 +25,9 @@ def streaming_obstacle(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
 ) -> str | None:
     """Why this base's weights cannot be streamed, or None."""
-    obstacle = base_obstacle(base, recipe.model)
-    if obstacle is not None:
-        return obstacle
-    for facts in companions:
-        if facts.streaming_obstacle is not None:
-            return facts.streaming_obstacle
+    obstacles = [base_obstacle(base, recipe.model), *(facts.streaming_obstacle for facts in companions)]
+    if any(obstacles):
+        return next(filter(None, obstacles))
     if recipe.adapter.needs_base_first and device.type != "cpu":
         return "the adapter's start computes with the whole base on the device"
     if recipe.training.compile is True:
@@ -43,11 +40,8 @@ def allowed_tiers(
 ) -> tuple[list[str], list[Problem]]:
     """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
     written = recipe.memory.streaming
-    obstacle = (
-        streaming_obstacle(recipe, base, device, companions)
-        if recipe.memory.streamed_head or written != "off"
-        else None
-    )
+    streams = recipe.memory.streamed_head or written != "off"
+    obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
     if recipe.memory.streamed_head and obstacle is not None:
         return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:

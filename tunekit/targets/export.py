@@ -103,9 +103,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     found = load_checkpoint(checkpoint)
     facts = found.facts.get("export")
     if facts is None:
-        raise RunFolderError(
-            f"{checkpoint} is of an older tunekit and cannot be exported", "finish the run with --resume"
-        )
+        what = f"{checkpoint} is of an older tunekit and cannot be exported"
+        raise RunFolderError(what, "finish the run with --resume")
     section = recipe.model.model_copy(update=model)
     named = {key: value for key, value in facts["objective"].items() if key != "method"}
     objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)

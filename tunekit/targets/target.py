@@ -108,9 +108,8 @@ class LoadedTarget:
     def tokenizer(self) -> LoadedTokenizer:
         """Of a model that reads or writes text. Raises: InputError for others."""
         if not isinstance(self.processor.tokenizer, LoadedTokenizer):
-            raise InputError(
-                f"it is {self.model.base.family.text}, which neither reads nor writes text", "name another"
-            )
+            what = f"it is {self.model.base.family.text}, which neither reads nor writes text"
+            raise InputError(what, "name another")
         return self.processor.tokenizer
 
 
@@ -186,9 +185,8 @@ def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
         return _from_recipe("run", recipe, folder / "adapter", given)
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
         return _bare_model(str(folder), given)
-    raise InputError(
-        f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
-    )
+    files = "neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
+    raise InputError(f"{folder} holds {files}")
 
 
 def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> TargetSpec:
@@ -306,9 +304,8 @@ def load_base(
     with parsed_once(target.model.name_or_path):
         processor = processor_of(target)
         target, objective = as_trained(target, processor)
-        base = load_model(
-            target.model, device=device, streamed=choice.streaming != "off", streamed_head=choice.streamed_head
-        )
+        streamed = choice.streaming != "off"
+        base = load_model(target.model, device=device, streamed=streamed, streamed_head=choice.streamed_head)
     return target, base, processor, objective or measuring_objective(base, processor)
 
 

@@ -34,7 +34,7 @@ from tunekit.training.run_files import checked_fingerprint, save_run, with_files
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Prepared, Run
+from tunekit.training.state import LoopState, Prepared, Run, add_seconds
 from tunekit.training.trial import (
     make_splitting,
     probe_layout,
@@ -103,8 +103,7 @@ def assemble_run(
     if plan.tries_longest_batch or session.dry_run:
         with session.timed("try"):
             _try_longest(session, prepared, run)
-    for part, seconds in session.seconds.items():
-        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
+    add_seconds(state.seconds, session.seconds)
     return plan, run
 
 

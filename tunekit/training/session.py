@@ -58,9 +58,8 @@ class Session:
             whole = bytes_text(peak_host_bytes())
             had = f"peak {bytes_text(self.peak_bytes())}, {whole} with Python and its libraries"
         budget = self.loaded.recipe.memory.budget
-        first = (
-            "set memory.budget to what the run may take (plan then chooses)" if budget is None else "raise the budget"
-        )
+        choosing = "set memory.budget to what the run may take (plan then chooses)"
+        first = choosing if budget is None else "raise the budget"
         how = f"{first}, lower data.max_length, or {self.loaded.recipe.adapter.less_memory}"
         return ResourceError(f"out of memory ({had})", how)
 

@@ -70,9 +70,8 @@ class TunedModel:
         adapter. A streamed base's layers are copied once for all batches."""
         call = replace(current_call(), bypassed=bypassed)
         with torch.no_grad(), self.training_mode(False), self.unchanged_weights(), calling(call):
-            outputs = (
-                map(self.output, [batch.inputs for batch in batches]) if self.slots is None else self._by_layer(batches)
-            )
+            single = (self.output(batch.inputs) for batch in batches)
+            outputs = single if self.slots is None else self._by_layer(batches)
             found = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
         return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in found]
 
@@ -145,9 +144,9 @@ class TunedModel:
 
     def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
-        there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
+        there, dtype = {name: placed(tensor, self.device) for name, tensor in inputs.items()}, self.base.dtype
         return self.adapted(
-            {name: each.to(self.base.dtype) if each.is_floating_point() else each for name, each in there.items()}
+            {name: each.to(dtype if each.is_floating_point() else each.dtype) for name, each in there.items()}
         )
 
     def leaving(self, hidden: Tensor) -> Tensor:

@@ -76,9 +76,8 @@ class StoreWriter:
         parts = [row.parts[name] for name in self._parts]
         lengths = tuple(map(len, parts))
         record = np.array([(lengths, row.sizes, row.supervised, line, number, digest)], dtype=self._files[RECORDS])
-        for stream, digester, values, kind in zip(
-            self._streams, self._hashes, (*parts, record), self._files.values(), strict=True
-        ):
+        columns = zip((*parts, record), self._files.values(), self._streams, self._hashes, strict=True)
+        for values, kind, stream, digester in columns:
             raw = np.ascontiguousarray(values, dtype=kind).tobytes()
             stream.write(raw)
             digester.update(raw)
@@ -95,10 +94,8 @@ def memory_streams(layout: RowLayout) -> list[io.BytesIO]:
 
 def store_from_memory(layout: RowLayout, streams: Sequence[io.BytesIO]) -> TokenStore:
     """The store that was written to memory."""
-    kinds = files_of(layout).values()
-    return TokenStore(
-        layout, [np.frombuffer(each.getvalue(), dtype=kind) for each, kind in zip(streams, kinds, strict=True)]
-    )
+    pairs = zip(streams, files_of(layout).values(), strict=True)
+    return TokenStore(layout, [np.frombuffer(stream.getvalue(), dtype=kind) for stream, kind in pairs])
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,8 @@ class ChosenRows:
 
     def _column(self, name: str, kind: type[Any]) -> NDArray[Any]:
         columns = [part.store.records[name][part.chosen] for part in self.parts]
-        return (
-            np.concatenate(columns).astype(kind) if columns else np.empty((0, 1) if name == "sizes" else 0, dtype=kind)
-        )
+        empty = np.empty((0, 1) if name == "sizes" else 0, dtype=kind)
+        return np.concatenate(columns).astype(kind) if columns else empty
 
     @property
     def sizes(self) -> NDArray[np.int64]:

@@ -105,9 +105,8 @@ def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Example:
     if weight is None:
         return example
     if not isinstance(example, Example):
-        raise DataError(
-            "'sample_weight' is read of rows that are texts", "take it out, or give the column another name"
-        )
+        how = "take it out, or give the column another name"
+        raise DataError("'sample_weight' is read of rows that are texts", how)
     return replace(example, weight=read_weight(weight, "sample_weight"))
 
 

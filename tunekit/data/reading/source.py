@@ -121,9 +121,8 @@ def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             if header is None:
                 header = _check_header(cells, name)
             elif len(cells) != len(header):
-                problems.add(
-                    name, line, f"{len(cells)} fields, but the header has {len(header)}", "quote commas in text"
-                )
+                what = f"{len(cells)} fields, but the header has {len(header)}"
+                problems.add(name, line, what, "quote commas in text")
             else:
                 yield RawRow(line, dict(zip(header, cells, strict=True)))
 
@@ -142,9 +141,8 @@ def _line_of_bad_byte(file: DataFile) -> int:
 def _check_header(cells: list[str], name: str) -> list[str]:
     twice = sorted({cell for cell in cells if cells.count(cell) > 1})
     if twice or "" in cells:
-        what = (
-            f"the header names '{twice[0]}' twice" if twice and twice[0] else "the header has a column without a name"
-        )
+        named = twice and twice[0]
+        what = f"the header names '{named}' twice" if named else "the header has a column without a name"
         raise DataError(what, "give each column a name of its own", file=name, line=1)
     return cells
 

@@ -207,9 +207,8 @@ class TurnFinder:
             turn = text[span.start : span.end]
             for call in messages[index].extra.get("tool_calls", ()):
                 if call["function"]["name"] not in turn:
-                    raise DataError(
-                        "the chat template does not write tool calls", "give one that does", key="data.chat_template"
-                    )
+                    what = "the chat template does not write tool calls"
+                    raise DataError(what, "give one that does", key="data.chat_template")
             if messages[index].content.strip() not in turn:
                 self._notices[SHORTENED] += 1
             thoughts = (messages[index].extra.get(name) for name in REASONING)

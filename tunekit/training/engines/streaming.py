@@ -161,9 +161,8 @@ class _LayerPass:
         self.run.computing(state.piece)
         hidden = state.hidden.requires_grad_(self.requires.layers[-1])
         with calling(state.call):
-            self.run.backward(
-                state.piece, self.run.model.finished(self.run.model.leaving(hidden)), lambda: self._penalty(None)
-            )
+            output = self.run.model.finished(self.run.model.leaving(hidden))
+            self.run.backward(state.piece, output, lambda: self._penalty(None))
         state.hidden = hidden.grad if hidden.grad is not None else hidden.detach()
 
     def backward(self, states: Sequence[PieceState]) -> None:
