@@ -29,6 +29,9 @@ from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection
 from tunekit.records import RowCounts
 
+STREAMED = "a training source is streamed (by its size, or as the recipe says)"
+OWN_EVALUATION = "name an eval source of its own"
+
 
 class Written(NamedTuple):
     """An example, and where it was written."""
@@ -104,11 +107,8 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     eval_sources, evaluation = (own, [_whole(source) for source in own]) if own else (sources, held)
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
-        raise DataError(
-            "there is only one row (or only equal ones), so that no fraction can be held out",
-            "name an eval source of its own",
-            key="data.eval",
-        )
+        what = "there is only one row (or only equal ones), so that no fraction can be held out"
+        raise DataError(what, OWN_EVALUATION, key="data.eval")
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
@@ -155,14 +155,10 @@ def load_evaluation_rows(
 def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir: Path | None) -> RowSet:
     """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
     if isinstance(data.eval, float):
-        raise RecipeError(
-            "a training source is streamed (by its size, or as the recipe says), and no fraction can be taken of it",
-            "name an eval source of its own",
-            key="data.eval",
-        )
+        raise RecipeError(f"{STREAMED}, and no fraction can be taken of it", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
-        what = "a training source is streamed (by its size, or as the recipe says), and its first rows need not have "
-        raise RecipeError(what + "every label", "list them all", key="objective.labels")
+        what = f"{STREAMED}, and its first rows need not have every label"
+        raise RecipeError(what, "list them all", key="objective.labels")
     sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
     streams, samples = zip(*sampled, strict=True)
     rows = ChosenRows([_whole(sample) for sample in samples])
@@ -233,14 +229,10 @@ def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) 
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
     why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     too_long = not reasons or reasons.keys() & {TOO_LONG, NO_TARGET_LEFT}
-    raise DataError(
-        f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else ""),
-        "raise data.max_length, or look at the rows with `tunekit preview`"
-        if too_long
-        else "mend or replace these rows",
-        file=sources[0].source.path if sources else None,
-        key=key,
-    )
+    what = f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else "")
+    cut = "raise data.max_length, or look at the rows with `tunekit preview`"
+    file = sources[0].source.path if sources else None
+    raise DataError(what, cut if too_long else "mend or replace these rows", file=file, key=key)
 
 
 def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:

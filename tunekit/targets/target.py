@@ -162,11 +162,9 @@ def _require_model(target: str, section: ModelSection) -> None:
     try:
         find_source(section, weights=False)
     except ModelError as error:
-        raise InputError(
-            f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub: "
-            f"{error.problems[0].what}",
-            "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name",
-        ) from error
+        what = f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub"
+        how = "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name"
+        raise InputError(f"{what}: {error.problems[0].what}", how) from error
 
 
 def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
@@ -317,12 +315,6 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
     choice, attach = target.choice, None
     target, base, processor, objective = load_base(target, device, choice)
     if target.adapter is not None:
-        attach = partial(
-            attach_adapter_folder,
-            base.net,
-            target.adapter,
-            head_name=base.family.head_name(base.net),
-            base_fingerprint=base.fingerprint,
-            device=base.device,
-        )
+        place = partial(attach_adapter_folder, base.net, target.adapter, device=base.device)
+        attach = partial(place, head_name=base.family.head_name(base.net), base_fingerprint=base.fingerprint)
     return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)

@@ -53,11 +53,9 @@ def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
 
 def _unreached(names: list[str]) -> AdapterError:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return AdapterError(
-        f"no gradient reaches {', '.join(names[:SHOWN])}{more}: the model never calls what is adapted there",
-        "leave it out with adapter.exclude_modules, or name other layers",
-        key="adapter.target_modules",
-    )
+    what = f"no gradient reaches {', '.join(names[:SHOWN])}{more}: the model never calls what is adapted there"
+    how = "leave it out with adapter.exclude_modules, or name other layers"
+    return AdapterError(what, how, key="adapter.target_modules")
 
 
 def _kind(name: str) -> str:

@@ -128,10 +128,8 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
     batches = reading.window.batches
     bad = [batch for batch, is_finite in zip(batches, finite, strict=True) if not is_finite]
     rows = rows_text(bad, devices) or rows_text(batches, devices)
-    raise NumericsError(
-        f"step {reading.step}: the {what} is not finite; rows {rows}. No weight was changed by this step",
-        "lower training.learning_rate, or look at these rows",
-    )
+    what = f"step {reading.step}: the {what} is not finite; rows {rows}. No weight was changed by this step"
+    raise NumericsError(what, "lower training.learning_rate, or look at these rows")
 
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:

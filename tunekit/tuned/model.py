@@ -144,10 +144,9 @@ class TunedModel:
 
     def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
-        there, dtype = {name: placed(tensor, self.device) for name, tensor in inputs.items()}, self.base.dtype
-        return self.adapted(
-            {name: each.to(dtype if each.is_floating_point() else each.dtype) for name, each in there.items()}
-        )
+        there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
+        floats = {name: each.to(self.base.dtype) for name, each in there.items() if each.is_floating_point()}
+        return self.adapted(there | floats)
 
     def leaving(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D), or logits, of the real positions."""

@@ -1,7 +1,6 @@
 """The first row of a source decides its format.
 
-Comes in: a Source and the kind of example that an objective learns from.  Goes out: RawRows, the format and why.
-Imports neither numpy nor torch: validate asks it too.
+It imports neither numpy nor torch, because validate uses it too.
 """
 
 from __future__ import annotations

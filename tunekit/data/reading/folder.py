@@ -1,7 +1,4 @@
-"""A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class.
-
-Comes in: a folder.  Goes out: the table's path, or RawRows of {audio or image, label}.
-"""
+"""A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class."""
 
 from __future__ import annotations
 

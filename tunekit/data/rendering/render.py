@@ -1,6 +1,5 @@
 """Example to ids and a mask: which tokens are trained on is known from message spans, never from searching ids.
 
-Comes in: an Example, a Tokenizer.  Goes out: EncodedRow, or the reason why there is none.
 A conversation is rendered whole, once more up to each assistant turn (turns.py finds the spans), and tokenized with
 offsets.  Text of the data that spells a special token stays text: only the template makes control tokens.
 """
