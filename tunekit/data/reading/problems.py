@@ -1,4 +1,4 @@
-"""What is wrong with a file's rows, collected into one error: each problem once, with its other rows, at most twenty."""
+"""What is wrong with a file's rows, collected into one error: each problem once, at most twenty."""
 
 from __future__ import annotations
 
