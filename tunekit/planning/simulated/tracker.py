@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tunekit.machine.devices import kind_of
 from tunekit.planning.simulated.kernels import backward_buffers
-from tunekit.planning.simulated.values import Inputs, IntegerValues
+from tunekit.planning.simulated.values import IntegerValues, OperationInputs
 
 CUDA_BLOCK_BYTES = 512  # the caching allocators of CUDA and XPU round every allocation up to this
 
@@ -91,7 +91,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Simulation(dict(self.peak), self.peak_total)
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Inputs = (), kwargs: dict[str, Any] | None = None
+        self, func: OpOverload, types: object, args: OperationInputs = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._values.scalar(args[0])

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Inputs = tuple[Any, ...]  # of an operation
+OperationInputs = tuple[Any, ...]  # of an operation
 SIZED_BY_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.unique_consecutive.default)
 LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; beyond it a value is unknown and read as zero
 
@@ -26,7 +26,7 @@ class IntegerValues:
     def __init__(self) -> None:
         self._twins: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
-    def run(self, func: OpOverload, args: Inputs, kwargs: dict[str, Any]) -> object:
+    def run(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
         """The output of an operation; where known values decide its size, of that size."""
         if func in SIZED_BY_VALUES and args[0] in self._twins:
             output = tree_map(_without_values, func(self._twins[args[0]], *args[1:], **kwargs))
@@ -42,7 +42,7 @@ class IntegerValues:
         mask = None if index is None or index.dtype != torch.bool else self._twins.get(index)
         return [index] if mask is None else [*map(_without_values, mask.nonzero(as_tuple=True))]
 
-    def _follow(self, func: OpOverload, args: Inputs, kwargs: dict[str, Any], output: object) -> None:
+    def _follow(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any], output: object) -> None:
         """Compute the twin of `output`, where it is an integer and every input has a twin or a value."""
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not made or not all(self._wanted(tensor) for tensor in made):
