@@ -41,8 +41,7 @@ from tunekit.objectives.rows.prompts import Completion, context_json, read_conte
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun, TunedModel
 
 MOST_ROWS, MOST_READ = 64, 20_000  # rows that are tried; of a source, those among which they are drawn
 LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers

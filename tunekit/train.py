@@ -102,7 +102,7 @@ def _try_out(session: Session) -> dict[str, Any]:
             raise session.out_of_memory() from error
         raise
     measured = session.measured(run.model)
-    peak = measured.peak_allocated_bytes or measured.host_growth_bytes
+    peak = measured.peaks.allocated or measured.host_growth_bytes
     session.console.panel(
         "dry run: everything worked, nothing was written",
         {

@@ -28,7 +28,7 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.arithmetic.merge import merge
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import TunekitError
-from tunekit.evaluation.adapter_losses import adapter_losses
+from tunekit.evaluation.evaluator import adapter_losses
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import load_model
 from tunekit.model.storage.builtin import write_tiny_llama

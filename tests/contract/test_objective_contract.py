@@ -54,8 +54,7 @@ from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.training.engines.window import WindowEngine
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun, TunedModel
 
 ANSWERED = tuple(
     CompletionExample(*row)

@@ -40,9 +40,8 @@ from tunekit.records import Choice
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
 from tunekit.training.trial import probe_reference
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.run_view import ModelRun
 
 CPU = torch.device("cpu")
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.05, "aot": 0.2}

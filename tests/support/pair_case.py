@@ -21,7 +21,7 @@ from tests.support.data_case import objective_of
 from tunekit.contracts import Batch, Gather, Row, RowKind, Window
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.objectives.dpo import DpoSettings
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun
 
 DPO = objective_of(DpoSettings())
 PAIRS = [(5, 9, 3), (7, 3, 2), (12, 4, 4), (6, 6, 1), (3, 11, 5)]  # answers' tokens, and the prompt's

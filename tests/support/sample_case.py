@@ -25,7 +25,7 @@ from tunekit.model.call import seed_for
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.samples import SampledLoss
 from tunekit.recipe.bases.sample_settings import SampleSettings
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun
 
 END, VOCABULARY, LONGEST = 2, 100, 7
 PROMPTS = [4, 3, 6, 2]  # tokens of each

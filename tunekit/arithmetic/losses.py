@@ -9,7 +9,7 @@ from pathlib import Path
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
 from tunekit.data.rows import load_evaluation_rows
-from tunekit.evaluation.adapter_losses import adapter_losses
+from tunekit.evaluation.evaluator import adapter_losses
 from tunekit.machine.devices import make_devices
 from tunekit.recipe.data import DataSection, Source
 from tunekit.targets.target import find_target, load_base

@@ -5,19 +5,12 @@ of processes is not part of it: no window depends on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 from tunekit.errors import Problem, RunFolderError
+from tunekit.recipe.reading.paths import path_mark
+from tunekit.recipe.reading.sections import section_class
 
-FREE_KEYS = {
-    *("output.report_to", "output.dir", "training.save_steps", "training.keep_checkpoints", "training.eval_steps"),
-    *("evaluation.before_training", "objective.teacher_streaming"),
-}
-# A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
-PATH_KEYS = (
-    *("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from"),
-    *("objective.reward.", "objective.teacher.name_or_path"),
-)
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 MISSING = "(absent)"
 
@@ -50,7 +43,9 @@ def make_fingerprint(
 
 def recipe_values(recipe: Mapping[str, object]) -> dict[str, object]:
     """The values that a resume must not change, by their dotted keys."""
-    return dict(sorted(flat_values(recipe)))
+    owners = {name: section_class(name, values) for name, values in recipe.items()}
+    free = [f"{name}.{key}" for name, owner in owners.items() if owner is not None for key in owner.free_keys]
+    return dict(sorted(flat_values(recipe, free=free)))
 
 
 def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
@@ -66,37 +61,36 @@ def _part(values: Mapping[str, object], name: str) -> Mapping[str, object]:
     return part if isinstance(part, Mapping) else {}
 
 
-def flat_values(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself."""
-    if key in FREE_KEYS:
+def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iterator[tuple[str, object]]:
+    """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself. `free`:
+    keys that are left out."""
+    if key in free:
         return
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
-            yield from flat_values(inner, f"{key}.{name}" if key else str(name))
+            yield from flat_values(inner, f"{key}.{name}" if key else str(name), free)
     elif isinstance(value, list | tuple) and value:
         for index, inner in enumerate(value):
-            yield from flat_values(inner, f"{key}.{index}")
+            yield from flat_values(inner, f"{key}.{index}", free)
     else:
         yield key, list(value) if isinstance(value, tuple) else value
 
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
     """(what, how it differs) for everything that forbids a resume; empty where it may go on."""
+    before, now = _part(old, "recipe"), _part(new, "recipe")
     found = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
         for key, was, is_ in _changes(old, new, "recipe")
-        if not _is_moved_file(key, was, is_)
+        if not _is_moved_file(key, was, is_, now)
     ]
     if old.get("data") != new.get("data"):
         found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         found.append(("model", "the base model's files differ"))
-    for key, _, _ in _changes(old, new, "code"):
-        taught = key.startswith("objective.teacher")
-        how = "the teacher's files differ" if taught else "the file has other content: its rewards would be others"
-        found.append((key, how))
-    before, now = _part(old, "files"), _part(new, "files")  # known once the objective has read them
-    found += [(key, "its files have other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
+    for part in ("code", "files"):  # the latter are known once the objective has read them
+        before, now = _part(old, part), _part(new, part)
+        found += [(key, "its files have other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
     found += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
@@ -112,9 +106,13 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) ->
             yield key, was, is_
 
 
-def _is_moved_file(key: str, was: object, is_: object) -> bool:
-    """Whether only the place of a file changed."""
-    return key.startswith(PATH_KEYS) and all(isinstance(value, str) and os.path.isabs(value) for value in (was, is_))
+def _is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, object]) -> bool:
+    """Whether only the place of a file changed: its content is in the data's or the base's fingerprint, or already in
+    the state."""
+    if not (isinstance(was, str) and isinstance(is_, str) and os.path.isabs(was) and os.path.isabs(is_)):
+        return False
+    mark = path_mark(key, recipe)
+    return mark is not None and mark.expected != ""
 
 
 def _shown(value: object) -> str:

@@ -348,6 +348,7 @@ class Objective:
     complete: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    measures_training: bool = False  # whether evaluation rows are usually training rows
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
         """The objective after it has seen all rows: training rows, then evaluation rows if there are any."""

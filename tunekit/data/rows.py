@@ -1,7 +1,4 @@
-"""The data section to the rows of an objective: cached, split, counted.
-
-Comes in: DataSection, Objective, seed.  Goes out: RowSet.
-"""
+"""The rows of an objective, from the data section: cached, split, counted."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +18,7 @@ from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.encoding.notes import dropped_notes
-from tunekit.data.encoding.sample import sample_source, scaled
+from tunekit.data.encoding.sample import sample_source
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.folder import with_table
@@ -30,8 +27,10 @@ from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection
-from tunekit.recipe.reading.names import measures_training
 from tunekit.records import RowCounts
+
+STREAMED = "a training source is streamed (by its size, or as the recipe says)"
+OWN_EVALUATION = "name an eval source of its own"
 
 
 class Written(NamedTuple):
@@ -45,7 +44,7 @@ class Written(NamedTuple):
 class Prompt(NamedTuple):
     """A row for generation: its prompt (for text: ids up to its last answer), that answer, and the prompt's text."""
 
-    prompt: Any
+    prompt: object
     reference: str
     text: str
 
@@ -60,10 +59,10 @@ class RowSet:
     counts: RowCounts
     eval_counts: RowCounts | None
     fingerprint: str
-    draws: tuple[Share, ...]
-    streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
     evaluation_examples: Callable[[], Iterator[Written]]  # all evaluation rows, read again from their files
+    draws: tuple[Share, ...] = ()
+    streams: tuple[StreamedSource, ...] = ()
 
     @property
     def template(self) -> str | None:
@@ -108,16 +107,14 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     eval_sources, evaluation = (own, [_whole(source) for source in own]) if own else (sources, held)
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
-        raise DataError(
-            "there is only one row (or only equal ones), so that no fraction can be held out",
-            "name an eval source of its own",
-            key="data.eval",
-        )
+        what = "there is only one row (or only equal ones), so that no fraction can be held out"
+        raise DataError(what, OWN_EVALUATION, key="data.eval")
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
+    leaks = _leaks(data, objective, train_rows, eval_rows)
     return RowSet(
         objective=objective.learn([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
@@ -126,12 +123,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         eval_counts=None if eval_rows is None else _count(own, eval_rows),
         fingerprint=_fingerprint(data, sources, own, seed),
         draws=draws,
-        streams=(),
-        notes=tuple(
-            dict.fromkeys(
-                [*_notes(sources), *_notes(own, evaluation=True), *_leaks(data, objective, train_rows, eval_rows)]
-            )
-        ),
+        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(own, evaluation=True), *leaks])),
         evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
     )
 
@@ -154,8 +146,6 @@ def load_evaluation_rows(
             counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
             eval_counts=_count(sources, rows),
             fingerprint=_fingerprint(data, (), sources, seed),
-            draws=(),
-            streams=(),
             notes=_notes(sources, evaluation=True),
             evaluation_examples=lambda: _examples(sources, parts, objective),
         )
@@ -165,16 +155,12 @@ def load_evaluation_rows(
 def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir: Path | None) -> RowSet:
     """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
     if isinstance(data.eval, float):
-        raise RecipeError(
-            "a training source is streamed (by its size, or as the recipe says), and no fraction can be taken of it",
-            "name an eval source of its own",
-            key="data.eval",
-        )
+        raise RecipeError(f"{STREAMED}, and no fraction can be taken of it", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
-        what = "a training source is streamed (by its size, or as the recipe says), and its first rows need not have "
-        raise RecipeError(what + "every label", "list them all", key="objective.labels")
+        what = f"{STREAMED}, and its first rows need not have every label"
+        raise RecipeError(what, "list them all", key="objective.labels")
     sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
-    samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
+    streams, samples = zip(*sampled, strict=True)
     rows = ChosenRows([_whole(sample) for sample in samples])
     _require_rows(rows, samples, "data.train")
     draws = _shares(rows, [source.weight for source in data.train])
@@ -198,7 +184,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
         eval_counts=own.eval_counts if own else None,
         fingerprint=hash_of(fingerprint),
         draws=draws,
-        streams=tuple(one.stream for one in sampled),
+        streams=streams,
         notes=tuple(dict.fromkeys([*_notes(samples), *(own.notes if own else ())])),
         evaluation_examples=own.evaluation_examples if own else lambda: iter(()),
     )
@@ -243,14 +229,10 @@ def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) 
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
     why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     too_long = not reasons or reasons.keys() & {TOO_LONG, NO_TARGET_LEFT}
-    raise DataError(
-        f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else ""),
-        "raise data.max_length, or look at the rows with `tunekit preview`"
-        if too_long
-        else "mend or replace these rows",
-        file=sources[0].source.path if sources else None,
-        key=key,
-    )
+    what = f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else "")
+    cut = "raise data.max_length, or look at the rows with `tunekit preview`"
+    file = sources[0].source.path if sources else None
+    raise DataError(what, cut if too_long else "mend or replace these rows", file=file, key=key)
 
 
 def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:
@@ -287,7 +269,7 @@ def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> tup
 
 def _leaks(data: DataSection, objective: Objective, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
     """Warnings where rows are both trained and evaluated on."""
-    if evaluation is None or measures_training(objective.name):
+    if evaluation is None or objective.measures_training:
         return []
     notes = []
     if isinstance(data.eval, tuple):

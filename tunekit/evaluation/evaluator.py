@@ -12,23 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import AnswerLimits, Batch, Objective, Progress, Rows, no_progress
+from tunekit.adapters.several import AdapterSet
+from tunekit.contracts import AnswerLimits, Batch, Objective, Processor, Progress, Rows, no_progress
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import by_source
 from tunekit.data.rows import Prompt, RowSet
-from tunekit.errors import DataError, RecipeError
+from tunekit.errors import DataError, ModelError, RecipeError
 from tunekit.evaluation.answers import answer_questions, text_metrics
 from tunekit.evaluation.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
 from tunekit.evaluation.scores import EvaluationSums, all_together, summed_evaluation, undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import class_table
+from tunekit.model.load import LoadedModel
 from tunekit.objectives.rows.choices import Question
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
 from tunekit.recipe.reading.names import facts_of, needs_generation
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.fit import row_problems
+from tunekit.tuned.model import ModelRun, TunedModel
 
 SAMPLES = 8  # answers that a report shows
 
@@ -98,17 +100,13 @@ class Evaluator:
             limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, self.template)
             prompts = self.queries.prompts
             answers = answer_questions(self.model, answering, prompts, self.devices, limits, self.progress)
-            references = [question.reference for question in self.queries.prompts]
+            references = [prompt.reference for prompt in prompts]
             computed |= text_metrics(texts, answers, references, answering.normalize)
             samples = [
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
-                for prompt, answer in zip(self.queries.prompts[:SAMPLES], answers, strict=False)
+                for prompt, answer in zip(prompts[:SAMPLES], answers, strict=False)
             ]
-        ordered = {name: computed[name] for name in wanted} | {
-            name: value
-            for name, value in computed.items()
-            if name not in wanted  # what metrics left out
-        }
+        ordered = {name: computed.pop(name) for name in wanted} | computed  # the rest: what metrics left out
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
         sources, pictures = _sources(each, of_rows), self._pictures()
         classes = self.objective.loss.class_counts(sums.values)
@@ -213,3 +211,29 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     if best is None:
         return True
     return value > best if facts_of("metrics", metric).HIGHER_IS_BETTER else value < best
+
+
+def adapter_losses(
+    model: LoadedModel,
+    adapters: AdapterSet,
+    processor: Processor,
+    objective: Objective,
+    rows: Rows,
+    devices: Devices,
+    settings: EvaluationSection,
+) -> dict[str | None, float]:
+    """Token-weighted mean loss by adapter; None: the base alone.
+
+    Raises: ModelError where the model cannot look up the rows.
+    """
+    losses: dict[str | None, float] = {}
+    for name in (None, *adapters.adapters):
+        adapters.switch(name)
+        tuned = TunedModel(model, adapters.adapters.get(name or ""))
+        problems = row_problems(model, processor, objective.rows, [rows], tuned.virtual_tokens)
+        if problems:
+            raise ModelError.of(problems)
+        evaluator = Evaluator(tuned, objective, devices, rows, Queries(), settings, metric_names=("loss",))
+        losses[name] = evaluator.evaluate().metrics["loss"]
+    adapters.switch(None)
+    return losses

@@ -17,8 +17,7 @@ from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun, TunedModel
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
 NUMBERS = "row numbers"  # of those that ROW_LOSSES are of
@@ -125,9 +124,8 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
         sums = objective.loss.sums(model.output(batch.inputs), batch)
         numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
         counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
-        return {name: value.cpu().double() for name, value in sums.items()} | {
-            name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()
-        }
+        counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()}
+        return {name: value.cpu().double() for name, value in sums.items()} | counts
     except Exception as error:
         if not is_out_of_memory(error):
             raise

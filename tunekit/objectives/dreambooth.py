@@ -49,6 +49,7 @@ def make(
         section=partial(_section, settings, processor),
         facts=stated,
         notes=() if len(buckets) == 1 else (CUT,),
+        measures_training=settings.measures_training,
     )
 
 

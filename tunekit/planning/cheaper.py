@@ -1,6 +1,4 @@
-"""What to change in a recipe that does not fit its budget: each change simulated, the cheapest three told.
-
-Comes in: the recipe, its Forecast, the smallest Choice there is.  Goes out: a text with the GiB that each would save.
+"""What to change in a recipe that does not fit its budget: each change is simulated, the cheapest three are named.
 
 Cheap is what costs least in quality or speed: the order of `_changes`, from a recomputation to shorter rows.
 """
@@ -35,41 +33,27 @@ class Change:
     forecast: Callable[[Forecast], Forecast] = lambda forecast: forecast
     choice: Callable[[Choice], Choice] = lambda choice: choice
 
-    @property
-    def text(self) -> str:
-        """As a recipe has it."""
-        return f"{self.key}: {self.value}"
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A change with the bytes that the run then needs."""
-
-    change: Change
-    needs: int
-
 
 def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed: int, limit: int) -> str:
     """Up to three changes as a text, those that suffice by themselves before others, cheapest first."""
     changes = ((change, _needs([change], forecast, choice)) for change in _changes(recipe, forecast, choice))
     most = (1 - LEAST_SHARE) * needed
-    tried = [Tried(change, needs) for change, needs in changes if needs is not None and needs <= most]
+    tried = [(change, needs) for change, needs in changes if needs is not None and needs <= most]
     if not tried:
         return "no change of the recipe that plan knows of saves memory; choose a smaller base"
-    chosen = sorted(tried, key=lambda one: one.needs > limit)[:SHOWN]  # sorting keeps the order of cost
+    chosen = sorted(tried, key=lambda one: one[1] > limit)[:SHOWN]  # sorting keeps the order of cost
     chosen.sort(key=tried.index)
-    texts = [_text(one, needed, limit) for one in chosen]
-    sufficient = any(one.needs <= limit for one in chosen)
-    together = None if sufficient else _needs([one.change for one in chosen], forecast, choice)
+    texts = [_text(change, needs, needed, limit) for change, needs in chosen]
+    sufficient = any(needs <= limit for _, needs in chosen)
+    together = None if sufficient else _needs([change for change, _ in chosen], forecast, choice)
     head = "the cheapest changes: " if len(chosen) > 1 else "the one change that saves memory: "
     tail = "" if together is None or len(chosen) < 2 else f"; together they need {bytes_text(together)}"
     return head + ", ".join(texts) + tail
 
 
-def _text(tried: Tried, needed: int, limit: int) -> str:
-    saved, needs = bytes_text(needed - tried.needs), bytes_text(tried.needs)
-    enough = "" if tried.needs <= limit else ", not enough alone"
-    return f"{tried.change.text} saves {saved} (needs {needs}{enough})"
+def _text(change: Change, needs: int, needed: int, limit: int) -> str:
+    enough = "" if needs <= limit else ", not enough alone"
+    return f"{change.key}: {change.value} saves {bytes_text(needed - needs)} (needs {bytes_text(needs)}{enough})"
 
 
 def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | None:
@@ -89,7 +73,7 @@ def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Cha
         every = partial(replace, checkpointed_layers=layers)
         yield Change("memory.gradient_checkpointing", "auto", choice=every)
     if forecast.evaluation_batch is not None and recipe.evaluation.batch_size > 1:
-        yield Change("evaluation.batch_size", 1, _one_evaluation_row)
+        yield Change("evaluation.batch_size", 1, partial(_with_evaluation_cut, sequences=1))
     if not choice.streamed_head and _is_possible(recipe, "memory", streamed_head=True):
         yield Change("memory.streamed_head", "true", choice=partial(replace, streamed_head=True))
     yield from _changes_of_base(recipe, forecast)
@@ -144,11 +128,10 @@ def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
     return not refuse_unsupported(other) and not list(library_problems(other))
 
 
-def _one_evaluation_row(forecast: Forecast) -> Forecast:
-    assert forecast.evaluation_batch is not None
-    return replace(
-        forecast, evaluation_batch=cut_batch(forecast.evaluation_batch, forecast.run.objective.rows, sequences=1)
-    )
+def _with_evaluation_cut(forecast: Forecast, sequences: int | None = None, size: int | None = None) -> Forecast:
+    batch, kind = forecast.evaluation_batch, forecast.run.objective.rows
+    cut = None if batch is None else cut_batch(batch, kind, sequences=sequences, size=size)
+    return replace(forecast, evaluation_batch=cut)
 
 
 def _half_the_rows(forecast: Forecast) -> Forecast:
@@ -162,9 +145,6 @@ def _half_the_rows(forecast: Forecast) -> Forecast:
 
 
 def _cut_to(forecast: Forecast, tokens: int) -> Forecast:
-    largest, evaluation, kind = forecast.largest_batch, forecast.evaluation_batch, forecast.run.objective.rows
-    return replace(
-        forecast,
-        largest_batch=lambda size: cut_batch(largest(size), kind, size=tokens),
-        evaluation_batch=None if evaluation is None else cut_batch(evaluation, kind, size=tokens),
-    )
+    largest, kind = forecast.largest_batch, forecast.run.objective.rows
+    forecast = _with_evaluation_cut(forecast, size=tokens)
+    return replace(forecast, largest_batch=lambda size: cut_batch(largest(size), kind, size=tokens))

@@ -1,11 +1,8 @@
-"""What is wrong with a run, collected from every part before it begins, so that all is told at once.
-
-Comes in: problems and errors of the parts.  Goes out: problems with file and line, Refusals, one error.
-"""
+"""What is wrong with a run, collected from every part before it begins, so that all is shown at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
@@ -24,7 +21,7 @@ class Findings:
         self._lacks: list[Problem] = []  # of them, those of memory
         self._errors: list[TunekitError] = []
 
-    def add(self, problems: Sequence[Problem]) -> None:
+    def add(self, problems: Iterable[Problem]) -> None:
         """Note problems; one without a file is the recipe's."""
         self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
 
@@ -50,13 +47,12 @@ class Findings:
 
     def refusals(self) -> list[Refusal]:
         """The problems as a plan holds them."""
-        return [_refusal(problem, problem in self._lacks) for problem in self.problems]
+        return [self._refusal(problem) for problem in self.problems]
 
-
-def _refusal(problem: Problem, of_memory: bool) -> Refusal:
-    message = f"{problem.what}; {problem.how}" if problem.how else problem.what
-    exit_code = ResourceError.exit_code if of_memory else RecipeError.exit_code
-    return Refusal(problem.key or "", problem.line, message, problem.file, exit_code)
+    def _refusal(self, problem: Problem) -> Refusal:
+        message = f"{problem.what}; {problem.how}" if problem.how else problem.what
+        kind = ResourceError if problem in self._lacks else RecipeError
+        return Refusal(problem.key or "", problem.line, message, problem.file, kind.exit_code)
 
 
 def raise_refusals(plan: Plan) -> None:

@@ -1,6 +1,4 @@
-"""The recipe's sections, the model without weights and the rows go in; the peak memory of a run with some Choice comes
-out: its largest batches simulated, its base loaded on paper.
-"""
+"""The peak memory of a run with some Choice: its largest batches are simulated, and its base is loaded on paper."""
 
 from __future__ import annotations
 
@@ -117,16 +115,8 @@ class Forecast:
         """Of the run with this choice: the one function that every search for a setting asks."""
         run = replace(self.run, choice=choice)
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
-        step, evaluation = self._step(choice), self._evaluation(run)
-        peak = peak_bytes(
-            step,
-            evaluation,
-            self._rehearsal(run),
-            self.run.device,
-            self.base.dtype,
-            cache_bytes=self._cache_bytes,
-            load_bytes=load,
-        )
+        simulations, device = (self._step(choice), self._evaluation(run), self._rehearsal(run)), self.run.device
+        peak = peak_bytes(*simulations, device, self.base.dtype, cache_bytes=self._cache_bytes, load_bytes=load)
         peak = replace(peak, weights=peak.weights + self.companion_bytes, total=peak.total + self.companion_bytes)
         if not self.start_bytes:
             return peak
@@ -155,9 +145,8 @@ class Forecast:
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         load = self._load_bytes if self.run.choice.streaming == "off" else self._streamed_load_bytes
-        return peak_bytes(
-            Simulation(parts, sum(parts.values())), None, None, self.run.device, self.base.dtype, load_bytes=load
-        )
+        simulation = Simulation(parts, sum(parts.values()))
+        return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
     def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
         """What companions need while they act (sampling, drawing images); no choice changes it."""
@@ -243,9 +232,8 @@ class Forecast:
         if embedding is None:
             return 0
         row_bytes = embedding.shape[1] * self.base.dtype.itemsize
-        return untouched_bytes(
-            _ids(self.rows, self.run.objective.rows.layout.token_parts), row_bytes, embedding.shape[0] * row_bytes
-        )
+        ids = _ids(self.rows, self.run.objective.rows.layout.token_parts)
+        return untouched_bytes(ids, row_bytes, embedding.shape[0] * row_bytes)
 
 
 def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) -> Simulation:
@@ -260,8 +248,6 @@ def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) 
 
 def _ids(rows: Rows, parts: Sequence[str]) -> NDArray[np.int64]:
     """(ids,) that occur in these parts of the rows (in the first of very many)."""
-    found: set[int] = set()
-    for index in range(min(len(rows), SAMPLED_ROWS)):
-        row = rows[index]
-        found.update(*(row.parts[part].tolist() for part in parts))
-    return np.array(sorted(found), dtype=np.int64)
+    sampled = map(rows.__getitem__, range(min(len(rows), SAMPLED_ROWS)))
+    ids = {token for row in sampled for part in parts for token in row.parts[part].tolist()}
+    return np.array(sorted(ids), dtype=np.int64)

@@ -20,7 +20,6 @@ from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, 
 from tunekit.planning.choice import SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast
-from tunekit.planning.starts import calibrated_start
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, PeakBytes, bytes_text
 
@@ -104,7 +103,8 @@ def plan_memory(
         reasons = list(_budget_reasons(choice, forecast, space, workload, found is not None))
     else:
         reasons = []
-        findings.lack(_budget_problem(needed, budget, cheaper(choice, needed, budget)))
+        what = f"the smallest setting of this run needs {bytes_text(needed)}, and the budget is {bytes_text(budget)}"
+        findings.lack(Problem(what, cheaper(choice, needed, budget), key="memory.budget"))
     if available is not None and needed > available and (budget is None or needed <= budget):
         setting = run.memory.gradient_checkpointing
         can_recompute = setting != "auto" and choice.checkpointed_layers < space.layers
@@ -142,7 +142,7 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
             tiers, passes = [resumed.streaming], [resumed.pass_micro_batches]
     elif run.memory.budget is not None:
         chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
-        if calibrated_start(run.adapter) is None:
+        if run.adapter.calibration is None:
             micro_batches = smaller_micro_batches(*written)
     setting, layers = run.memory.gradient_checkpointing, base.facts.layers
     return SearchSpace(micro_batches, chunks, setting, layers, tiers, passes, run.choice)
@@ -178,7 +178,7 @@ def _budget_reasons(
         yield "recomputed layers stay as memory.gradient_checkpointing says; auto would let plan choose"
     if run.training.micro_batch_size is None:
         yield "micro-batches stay as training.micro_batch_tokens cuts them: fewer tokens would end steps at other rows"
-    elif calibrated_start(run.adapter) is not None:
+    elif run.adapter.calibration is not None:
         yield "micro-batches stay as they are written: the adapter's initialisation looks at so many of them"
 
 
@@ -220,11 +220,6 @@ def trial_reason(device: torch.device, needed: int, available: int | None, budge
     if available is not None and needed > NEARLY_FULL * available:
         return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of what is free"
     return False, "the predicted peak is far below what is free; --dry-run tries it"
-
-
-def _budget_problem(needed: int, budget: int, how: str) -> Problem:
-    what = f"the smallest setting of this run needs {bytes_text(needed)}, and the budget is {bytes_text(budget)}"
-    return Problem(what, how, key="memory.budget")
 
 
 def too_large_problem(

@@ -28,7 +28,6 @@ from tunekit.model.storage.gguf import parsed_once
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
-from tunekit.planning.activations import activation_notes
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
 from tunekit.planning.findings import Findings
@@ -36,7 +35,7 @@ from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import reference_problems, start_bytes, start_notes, start_problems
-from tunekit.planning.tiers import allowed_tiers, streaming_notes
+from tunekit.planning.tiers import activation_notes, allowed_tiers, streaming_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
@@ -91,9 +90,10 @@ def make_plan(
     recipe, device = loaded.recipe, device or make_devices().device
     findings = Findings(loaded)
     findings.add(refuse_unsupported(recipe))
-    findings.add([*refusals.library_problems(recipe), *refusals.device_problems(recipe, device)])
+    findings.add(refusals.library_problems(recipe))
+    findings.add(refusals.device_problems(recipe, device))
     if check_folder:
-        findings.add(list(refusals.folder_problems(recipe)))
+        findings.add(refusals.folder_problems(recipe))
     inputs = _read_inputs(recipe, device, findings)
     if inputs is None:
         raise findings.error()
@@ -104,14 +104,13 @@ def make_plan(
     objective = inputs.rows.objective.laid_out(settings.end_to_end, shares)
     inputs = replace(inputs, rows=replace(inputs.rows, objective=objective))
     reason += END_TO_END if settings.end_to_end else ""
-    windows = findings.attempt(lambda: inputs.rows.windows(settings))
+    windows = findings.attempt(partial(inputs.rows.windows, settings))
     if windows is None:
         raise findings.error()
-    findings.add(
-        row_problems(inputs.base, inputs.processor, inputs.rows.objective.rows, inputs.rows.all, inputs.virtual_tokens)
-    )
-    findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
-    findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
+    rows = inputs.rows
+    findings.add(row_problems(inputs.base, inputs.processor, objective.rows, rows.all, inputs.virtual_tokens))
+    findings.add(start_problems(recipe.adapter, inputs.base, inputs.targets))
+    findings.add(reference_problems(recipe.adapter, objective))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
@@ -120,10 +119,10 @@ def make_plan(
     memory = plan_memory(forecast, tiers, previous, findings, partial(cheapest_changes, recipe, forecast))
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)
-        windows = inputs.rows.windows(settings)
+        windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
-    return plan, Prepared(inputs.model, inputs.processor, inputs.rows, settings, inputs.adapter, largest)
+    return plan, Prepared(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest)
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
@@ -139,23 +138,21 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     with parsed_once(model.name_or_path):
         processor = findings.attempt(lambda: make_family(family).processor(recipe.model))
         facts = findings.attempt(lambda: start_facts(recipe))
-        made = processor
-        objective = None if made is None else findings.attempt(lambda: make_objective(recipe.objective, made, facts))
+        objective = None
+        if processor is not None:
+            objective = findings.attempt(partial(make_objective, recipe.objective, processor, facts))
         if objective is not None:
-            unread = objective
-            rows = findings.attempt(lambda: load_rows(recipe.data, unread, seed=seed))
+            rows = findings.attempt(partial(load_rows, recipe.data, objective, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
-            read = rows
-            findings.attempt(lambda: check_choices(read, recipe.evaluation, recipe.data))
+            findings.attempt(partial(check_choices, rows, recipe.evaluation, recipe.data))
         if processor is not None or make_family(family).reads_ids:  # else it is of another kind, which was said
             base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if processor is not None:
         text, with_tokenizer = processor.tokenizer, load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: recipe.adapter if text is None else with_tokenizer(recipe.adapter, text))
     if base is not None and adapter is not None:
-        given, beside = adapter, base.family.trained_with(base.net)
-        adapter = findings.attempt(lambda: with_saved_modules(given, beside))
+        adapter = findings.attempt(partial(with_saved_modules, adapter, base.family.trained_with(base.net)))
     if base is not None:
         head = base.family.head_name(base.net)
         targets = findings.attempt(lambda: find_targets(base.net, adapter or recipe.adapter, head_name=head))
@@ -176,19 +173,9 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
 
 def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> Planned:
     """What companions may know of the run."""
-    return Planned(
-        device,
-        inputs.base,
-        inputs.processor,
-        inputs.rows.objective,
-        inputs.rows.all,
-        bool(inputs.rows.streams),
-        recipe.memory,
-        recipe.training,
-        recipe.evaluation,
-        inputs.targets,
-        inputs.virtual_tokens,
-    )
+    rows, sections = inputs.rows, (recipe.memory, recipe.training, recipe.evaluation)
+    data = (inputs.processor, rows.objective, rows.all, bool(rows.streams))
+    return Planned(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
@@ -323,7 +310,7 @@ def _assemble(
     findings: Findings,
 ) -> Plan:
     recipe, facts, rows = loaded.recipe, inputs.base.facts, inputs.rows
-    trainable = _trained_numbers(inputs)
+    trainable, per_epoch = _trained_numbers(inputs), (windows.micro_batches_per_epoch, windows.steps_per_epoch)
     return Plan(
         tunekit_version=tunekit.__version__,
         recipe=recipe.model_dump(mode="json"),
@@ -336,9 +323,7 @@ def _assemble(
         steps=windows.steps,
         warmup_steps=warmup_steps(recipe.training, windows.steps),
         supervised_tokens=supervised_tokens(windows, rows.train, settings),
-        rows=PlannedRows(
-            rows.counts, rows.eval_counts, *packing, windows.micro_batches_per_epoch, windows.steps_per_epoch
-        ),
+        rows=PlannedRows(rows.counts, rows.eval_counts, *packing, *per_epoch),
         choice=memory.choice,
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
@@ -363,7 +348,7 @@ def _trained_numbers(inputs: Inputs) -> int:
 
 
 def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory, steps: int) -> list[str]:
-    net, adapter = inputs.base.net, recipe.adapter
+    net, adapter, choice = inputs.base.net, recipe.adapter, memory.choice
     experts = [] if adapter.trains_base else unreached_experts(net, adapter, inputs.targets)
     notes = [*inputs.base.notes, *inputs.rows.notes, *inputs.rows.objective.notes]
     if experts:
@@ -374,16 +359,12 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)
-    groups = load_method(recipe.adapter.method).groups(inputs.base.net, recipe.adapter, inputs.targets)
+    groups = load_method(adapter.method).groups(net, adapter, inputs.targets)
     if groups:
         notes.append(f"layers that share one computation, which saves memory and time: {describe(groups)}")
-    layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
-    notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)
-    step_tokens, planned = (
-        memory.choice.gradient_accumulation_steps * memory.largest_tokens,
-        _planned(recipe, inputs, device),
-    )
+    notes += streaming_notes(inputs.base, device, choice, memory.largest_tokens)
+    step_tokens, planned = choice.gradient_accumulation_steps * memory.largest_tokens, _planned(recipe, inputs, device)
     for companion in inputs.companions.values():
         notes += companion.notes(planned, step_tokens)
-    return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]
+    return [*notes, *activation_notes(recipe.memory, device, choice.checkpointed_layers, memory.offloaded_bytes)]

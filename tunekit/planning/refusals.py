@@ -1,7 +1,4 @@
-"""What would make a run fail or surprise, found before a weight is loaded.
-
-Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Problems with their keys, and notes.
-"""
+"""What would make a run fail or surprise, found before a weight is loaded."""
 
 from __future__ import annotations
 
@@ -131,10 +128,8 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
 def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
     """What holds only with reservations."""
     training = recipe.training
-    dropout = getattr(recipe.adapter, "dropout", 0.0) > 0 or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in base.net.modules()
-    )
-    if dropout:
+    shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
+    if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:
         yield "dropout is on: other micro-batch sizes or rank counts draw other masks and give slightly other curves"
     if training.optimizer != "adamw":
         yield f"{training.optimizer}: whether gradients are finite is read before each update, a wait for the device"

@@ -1,10 +1,9 @@
-"""A training step and an evaluation without values: the recipe's sections and the longest batches go in, what the same
-network, engine and optimizer keep on the meta device comes out.
-"""
+"""A training step and an evaluation without values: what the run's own network, engine and optimizer would keep."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +14,7 @@ from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.contracts import Batch, Companion, Loss, LossKind, ModelOutput, Objective, Sums, Window
 from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.machine.devices import deterministic_kernels, kind_of
-from tunekit.memory.slots import LayerSlots, waiting_tensor
+from tunekit.memory.slots import waiting_tensor
 from tunekit.memory.streaming import host_embedding
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
@@ -28,9 +27,8 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.optimizers import Optimizer, make_optimizer
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.run_view import ModelRun
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
@@ -55,13 +53,10 @@ class SimulatedRun:
 
         `micro_batches`: how many of this size pass through the layers together, where weights are streamed.
         """
-        tuned, tracker = self._tuned(), StorageTracker(self.device)
-        objective = _logits_apart(self.objective, tuned, tracker)
-        engine = make_engine(self.training.seed, tuned.slots, micro_batches)
         fixed = deterministic_kernels(self.training.deterministic)
-        with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), fixed, tracker:
-            optimizer = self._adopt(tracker, tuned)
-            tracker.start()
+        with torch.random.fork_rng(devices=[]), fixed, self._tracked() as (tuned, tracker, optimizer):
+            objective = _logits_apart(self.objective, tuned, tracker)
+            engine = make_engine(self.training.seed, tuned.slots, micro_batches)
             units = objective.loss.units(batch)
             window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
             window = objective.prepare(ModelRun(tuned, objective.rows), window)
@@ -70,10 +65,8 @@ class SimulatedRun:
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
-        pinned = (
-            tuned.boundaries.host_bytes if kind_of(self.device).own_memory else 0
-        )  # on a CPU they are counted already
-        return replace(tracker.result(), offloaded=pinned)
+        own = kind_of(self.device).own_memory  # else the bytes on the host are counted already
+        return replace(tracker.result(), offloaded=tuned.boundaries.host_bytes if own else 0)
 
     def needs_more(self, batch: Batch, other: Batch) -> bool:
         """Whether a step of one batch needs more memory than one of another; False where neither can be simulated."""
@@ -84,41 +77,38 @@ class SimulatedRun:
 
     def before_a_step(self) -> dict[str, int]:
         """Bytes by part of what exists before the first step."""
-        tuned, tracker = self._tuned(), StorageTracker(self.device)
-        with tracker:
-            optimizer = self._adopt(tracker, tuned)
-            live = dict(tracker.live)
-        del optimizer
-        return live
+        with self._tracked() as (_, tracker, _):
+            return dict(tracker.live)
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        tuned, tracker, held_out = self._tuned(), StorageTracker(self.device), self.objective.evaluation_copy()
-        objective = _logits_apart(held_out, tuned, tracker)
-        with kernels_as_on(self.device), tracker:
-            optimizer = self._adopt(tracker, tuned)
-            tracker.start()
-            with undisturbed(tuned):
-                batch = prepared(tuned, held_out, batch)
-                objective.loss.sums(tuned.output(batch.inputs), batch)
-        del optimizer
+        held_out = self.objective.evaluation_copy()
+        with self._tracked() as (tuned, tracker, _), undisturbed(tuned):
+            batch = prepared(tuned, held_out, batch)
+            _logits_apart(held_out, tuned, tracker).loss.sums(tuned.output(batch.inputs), batch)
         return tracker.result()
 
     def rehearsals(self, batch: Batch) -> Simulation | None:
         """The companion that needs most while it acts, beside the net and its optimizer; None if none acts."""
         simulations = []
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
-            tuned, tracker = self._tuned(), StorageTracker(self.device)
-            companion = tuned.companions[key]
-            with kernels_as_on(self.device), tracker:
-                optimizer = self._adopt(tracker, tuned)
+            with self._tracked() as (tuned, tracker, _):
+                companion = tuned.companions[key]
                 tracker.adopt(companion.present(tuned), "weights")
                 tracker.start()
                 with undisturbed(tuned):
                     companion.rehearse(ModelRun(tuned, self.objective.rows), batch, tracker.counting_as)
-            del optimizer
             simulations.append(tracker.result())
         return max(simulations, key=lambda simulation: simulation.total, default=None)
+
+    @contextmanager
+    def _tracked(self) -> Iterator[tuple[TunedModel, StorageTracker, Optimizer]]:
+        """The network, what counts its memory from then on, and the optimizer, whose state exists for that long."""
+        tuned, tracker = self._tuned(), StorageTracker(self.device)
+        with kernels_as_on(self.device), tracker:
+            optimizer = self._adopt(tracker, tuned)
+            tracker.start()
+            yield tuned, tracker, optimizer
 
     def _base(self) -> LoadedModel:
         """The model without weights and without adapter: made once (a GGUF file takes seconds to read), then copied."""
@@ -155,19 +145,12 @@ class SimulatedRun:
         with tracker.counting_as("weights"):
             weights += [tensor for each in tuned.companions.values() for tensor in each.resident(self.device)]
         tracker.adopt(weights, "weights")
-        self._adopt_slots(tracker, slots, self.choice.streaming)
-        if tuned.head_parts is not None:
-            of_head = tuned.head_parts.slots
-            tracker.adopt([slot.memory for slot in of_head.slots], "weights")
+        if slots is not None:
+            with tracker.counting_as("weights"):
+                slots.waiting = waiting_tensor(slots, self.choice.streaming, self.device)
+        for each in (slots, None if tuned.head_parts is None else tuned.head_parts.slots):
+            tracker.adopt([] if each is None else [slot.memory for slot in each.slots], "weights")
         return make_tracked_optimizer(tracker, tuned.adapter, self.training)
-
-    def _adopt_slots(self, tracker: StorageTracker, slots: LayerSlots | None, tier: str) -> None:
-        """Count the slots of streamed layers, and what waits outside of them."""
-        if slots is None:
-            return
-        with tracker.counting_as("weights"):
-            slots.waiting = waiting_tensor(slots, tier, self.device)
-        tracker.adopt([slot.memory for slot in slots.slots], "weights")
 
 
 def trained_part(adapter: AttachedAdapter) -> str:

@@ -1,12 +1,8 @@
-"""What plan says of an adapter's initialisation: what it cannot look at, what it keeps until step 1, and notes.
-
-Comes in: the adapter's settings, the model without weights, targets.  Goes out: problems, bytes, notes.
-"""
+"""What plan finds out about an adapter's initialisation: problems, the bytes it keeps until step 1, and notes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tunekit.adapters.base import LayerAdapter
 from tunekit.adapters.method import load_method
@@ -14,25 +10,17 @@ from tunekit.adapters.starts.start import LINEAR, start_module
 from tunekit.contracts import Objective
 from tunekit.errors import Problem
 from tunekit.model.load import LoadedModel
-from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart, StartSettings
+from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart
 from tunekit.records import Target, bytes_text
 
 DECOMPOSITION_BYTES = 4 * 8  # for each number of the largest matrix: it, and what it is decomposed into, in float64
 
 
-def calibrated_start(settings: AdapterSettings) -> CalibratedStart | None:
-    """The initialisation that looks at the run's own data, if the adapter has one."""
-    start = getattr(settings, "start", None)
-    return start if isinstance(start, CalibratedStart) else None
-
-
 def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Iterator[Problem]:
     """Layers that the pass before step 1 does not see."""
-    start, head = calibrated_start(settings), base.family.head_name(base.net)
+    start, head = settings.calibration, base.family.head_name(base.net)
     if start is not None and head in [target.name for target in targets]:
-        what = (
-            f"{start.method} looks at each layer's {start.looks_at}, and '{head}' is only run with the loss, in chunks"
-        )
+        what = f"{start.method} looks at each layer's {start.looks_at}, and '{head}' only runs in chunks with the loss"
         yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
 
 
@@ -40,29 +28,27 @@ def reference_problems(settings: AdapterSettings, objective: Objective) -> Itera
     """Where the base, the adapter bypassed, is not the model as it is at step 0, with which the objective compares."""
     if not objective.loss.reference:
         return
-    method, start = load_method(settings.method), getattr(settings, "start", None)
-    part: Any = method.layer or method.model or LayerAdapter
-    what = (
-        f"{objective.name} compares with the model at step 0, which is to be the base with its adapter bypassed, and "
-    )
+    method, start = load_method(settings.method), settings.initialisation
+    part = method.layer or method.model or LayerAdapter
+    what = f"{objective.name} compares with the model at step 0, which must be the base with its adapter bypassed, and "
     if settings.init_from is not None:
         how = "merge that adapter into its base first, and train a new one over the result"
         yield Problem(f"{what}init_from begins with another adapter's values", how, key="adapter.init_from")
     if not part.starts_as_identity:
         how = "choose a method that begins as the identity, such as lora, or an objective without a reference"
         yield Problem(f"{what}{settings.method} does not begin as the identity", how, key="adapter.method")
-    if isinstance(start, StartSettings) and (start.moves_weights or start.looks_at == "original"):
+    if start is not None and (start.moves_weights or start.looks_at == "original"):
         how = "write start: default, or choose an objective without a reference"
         yield Problem(f"{what}{start.method} begins with values that change it", how, key="adapter.start")
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
     """The most that a start keeps and works with, beside the base; all of it is gone before step 1."""
-    start, linear = getattr(settings, "start", None), [target for target in targets if target.kind in LINEAR]
+    start, linear = settings.initialisation, [target for target in targets if target.kind in LINEAR]
     if start is None or not start.decomposes or not linear:
         return 0
     work = DECOMPOSITION_BYTES * max(target.in_features * target.out_features for target in linear)
-    return work + _statistics_bytes(calibrated_start(settings), linear)
+    return work + _statistics_bytes(settings.calibration, linear)
 
 
 def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) -> int:
@@ -73,7 +59,7 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 
 def start_notes(settings: AdapterSettings, targets: Sequence[Target]) -> Iterator[str]:
     """The pass over the data that will be made."""
-    start = calibrated_start(settings)
+    start = settings.calibration
     if start is not None:
         kept = bytes_text(_statistics_bytes(start, [target for target in targets if target.kind in LINEAR]))
         yield (

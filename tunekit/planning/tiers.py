@@ -1,4 +1,4 @@
-"""Where the base's weights may wait while they are streamed, and what that costs."""
+"""Where the base's weights and its activations may wait during a step, and what that costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunekit.machine.memory import available_bytes
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
-from tunekit.planning.starts import calibrated_start
+from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
@@ -25,14 +25,10 @@ def streaming_obstacle(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
 ) -> str | None:
     """Why this base's weights cannot be streamed, or None."""
-    obstacle = base_obstacle(base, recipe.model)
-    if obstacle is not None:
-        return obstacle
-    for facts in companions:
-        if facts.streaming_obstacle is not None:
-            return facts.streaming_obstacle
-    of_a_text = getattr(recipe.adapter, "first_values", None) == "text"  # a prefix
-    if (of_a_text or calibrated_start(recipe.adapter) is not None) and device.type != "cpu":
+    obstacles = [base_obstacle(base, recipe.model), *(facts.streaming_obstacle for facts in companions)]
+    if any(obstacles):
+        return next(filter(None, obstacles))
+    if recipe.adapter.needs_base_first and device.type != "cpu":
         return "the adapter's start computes with the whole base on the device"
     if recipe.training.compile is True:
         return "training.compile compiles layers that stay where they are"
@@ -44,11 +40,8 @@ def allowed_tiers(
 ) -> tuple[list[str], list[Problem]]:
     """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
     written = recipe.memory.streaming
-    obstacle = (
-        streaming_obstacle(recipe, base, device, companions)
-        if recipe.memory.streamed_head or written != "off"
-        else None
-    )
+    streams = recipe.memory.streamed_head or written != "off"
+    obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
     if recipe.memory.streamed_head and obstacle is not None:
         return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:
@@ -86,3 +79,18 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     )
     if choice.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, where the host's memory is the device's"
+
+
+def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:
+    """`layers`: how many are recomputed. `offloaded_bytes`: of pinned memory."""
+    if offloaded_bytes:
+        yield f"the inputs of recomputed layers wait in {bytes_text(offloaded_bytes)} of the host's pinned memory"
+    elif memory.activation_offload is True and layers < 2:
+        yield "no input waits on the host: at least two layers would have to be recomputed"
+    elif memory.activation_offload is True and not kind_of(device).own_memory:
+        yield "the inputs of recomputed layers are copied within the one memory that there is, which saves nothing"
+    if memory.mlp_tile_tokens is not None:
+        yield (
+            f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, "
+            "so not bitwise as without, and dropout inside them draws other masks"
+        )

@@ -50,6 +50,8 @@ ChoiceList = Annotated[
 class EvaluationSection(Section):
     """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
 
+    free_keys = ("before_training",)
+
     choices: ChoiceList = Field(
         None, description="the answers to choose from by their log-probability; from_data: those of the rows"
     )

@@ -17,5 +17,7 @@ Tracker = Literal[
 class OutputSection(Section):
     """The run folder and the trackers beside metrics.jsonl."""
 
+    free_keys = ("dir", "report_to")
+
     dir: NewPath = Field(description="the run folder")
     report_to: Several[Tracker] = Field((), description="experiment trackers beside metrics.jsonl")

@@ -50,6 +50,8 @@ class TrainingSection(Section):
     the other's default: it is None here.
     """
 
+    free_keys = ("save_steps", "keep_checkpoints", "eval_steps")
+
     learning_rate: NotNegative = Field(
         2e-4, description="the schedule's highest; not written: the adapter's published one, if it has one"
     )

@@ -103,9 +103,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     found = load_checkpoint(checkpoint)
     facts = found.facts.get("export")
     if facts is None:
-        raise RunFolderError(
-            f"{checkpoint} is of an older tunekit and cannot be exported", "finish the run with --resume"
-        )
+        what = f"{checkpoint} is of an older tunekit and cannot be exported"
+        raise RunFolderError(what, "finish the run with --resume")
     section = recipe.model.model_copy(update=model)
     named = {key: value for key, value in facts["objective"].items() if key != "method"}
     objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)
@@ -130,11 +129,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     return export_adapter(folder, base, adapter, objective, template, fingerprint)
 
 
+def adapter_buffers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's state in a checkpoint that is not trained, by name."""
+    buffers = {name: value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)}
+    return {name.removeprefix(BUFFER_PREFIX): value for name, value in buffers.items()}
+
+
 def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> dict[str, Tensor]:
     """The adapter's tensors by name, of which the trained ones lie in one buffer a group."""
-    state = {
-        name.removeprefix(BUFFER_PREFIX): value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)
-    }
+    state = adapter_buffers(tensors)
     for number, group in enumerate(layout):
         weights = tensors[f"group{number}.weights"]
         for name, (start, *shape) in group.items():

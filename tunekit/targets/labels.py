@@ -1,7 +1,4 @@
-"""Which label each row of a trained head stands for: of the base's own head, and of an adapter's.
-
-Comes in: a recipe, or an adapter's configuration.  Goes out: facts for make_objective.
-"""
+"""Which label each row of a trained head stands for: of the base's own head, and of an adapter's."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from typing import Any
 
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.errors import RecipeError
-from tunekit.model.families.audio_classifier import CLASSIFIER, PROJECTOR
-from tunekit.model.storage.inspection import head_labels
+from tunekit.model.families import Family, known_families, make_family
+from tunekit.model.storage.inspection import family_of_base, head_labels
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
@@ -49,20 +46,25 @@ def adapter_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
     """One label for each row of the last matrix of another tool's head: the base's where it has as many."""
-    header, audio = adapter_header(tensors_path(config.folder)), trains_audio_head(config)
-    named = {CLASSIFIER} if audio else set(getattr(config.settings, "modules_to_save", ()))
+    header, family = adapter_header(tensors_path(config.folder)), adapter_family(config, base)
+    named = set(family.head_parts[-1:]) or _modules_to_save(config)
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
     rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
     if not rows:
         return {}
-    text = "token_classifier" if config.task_type == "TOKEN_CLS" else "classifier"
-    own = _head_labels(base, "audio_classifier" if audio else text)
+    own = _head_labels(base, family.name) if family.labelled else ()
     return {"labels": own if len(own) == min(rows) else _unnamed(min(rows))}
 
 
-def trains_audio_head(config: AdapterConfig) -> bool:
-    """Whether it has both parts of an audio classifier's head: peft has no task type for those."""
-    return {PROJECTOR, CLASSIFIER} <= set(getattr(config.settings, "modules_to_save", ()))
+def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
+    """The family as which another tool's adapter has its base loaded: that of PEFT's task, or the base's own."""
+    tasks = {family.task_type: family for family in known_families() if family.task_type}
+    own = tasks.get(config.task_type or "")
+    return own or make_family(family_of_base(base)).with_head(_modules_to_save(config))
+
+
+def _modules_to_save(config: AdapterConfig) -> set[str]:
+    return set(getattr(config.settings, "modules_to_save", ()))
 
 
 def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:

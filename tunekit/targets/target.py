@@ -1,6 +1,4 @@
-"""TARGET of eval, generate and merge: a path, hub id or recipe goes in; out comes what it is, and then its loaded model
-with the adapter in place.
-"""
+"""TARGET of eval, generate and merge: what a path, hub id or recipe names, and its loaded model with the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
-from tunekit.model.families import known_families, make_family
+from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import family_of_base
@@ -36,7 +34,7 @@ from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
 from tunekit.targets.export import export_checkpoint
-from tunekit.targets.labels import head_facts, start_facts, trains_audio_head
+from tunekit.targets.labels import adapter_family, head_facts, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
@@ -110,9 +108,8 @@ class LoadedTarget:
     def tokenizer(self) -> LoadedTokenizer:
         """Of a model that reads or writes text. Raises: InputError for others."""
         if not isinstance(self.processor.tokenizer, LoadedTokenizer):
-            raise InputError(
-                f"it is {self.model.base.family.text}, which neither reads nor writes text", "name another"
-            )
+            what = f"it is {self.model.base.family.text}, which neither reads nor writes text"
+            raise InputError(what, "name another")
         return self.processor.tokenizer
 
 
@@ -165,11 +162,9 @@ def _require_model(target: str, section: ModelSection) -> None:
     try:
         find_source(section, weights=False)
     except ModelError as error:
-        raise InputError(
-            f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub: "
-            f"{error.problems[0].what}",
-            "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name",
-        ) from error
+        what = f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub"
+        how = "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name"
+        raise InputError(f"{what}: {error.problems[0].what}", how) from error
 
 
 def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
@@ -188,9 +183,8 @@ def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
         return _from_recipe("run", recipe, folder / "adapter", given)
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
         return _bare_model(str(folder), given)
-    raise InputError(
-        f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
-    )
+    files = "neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
+    raise InputError(f"{folder} holds {files}")
 
 
 def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> TargetSpec:
@@ -256,14 +250,7 @@ def family_of(target: TargetSpec) -> str:
     method = ((config.objective if config else None) or {}).get("method")
     if method in known_names("objectives"):
         return objective_class(method).family
-    named = None if config is None or config.task_type is None else _family_of_task(config.task_type)
-    found = named or family_of_base(target.model)
-    hears = found == "speech" and config is not None and trains_audio_head(config)
-    return "audio_classifier" if hears else found
-
-
-def _family_of_task(task_type: str) -> str | None:
-    return next((family.name for family in known_families() if family.task_type == task_type), None)
+    return family_of_base(target.model) if config is None else adapter_family(config, target.model).name
 
 
 def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
@@ -315,9 +302,8 @@ def load_base(
     with parsed_once(target.model.name_or_path):
         processor = processor_of(target)
         target, objective = as_trained(target, processor)
-        base = load_model(
-            target.model, device=device, streamed=choice.streaming != "off", streamed_head=choice.streamed_head
-        )
+        streamed = choice.streaming != "off"
+        base = load_model(target.model, device=device, streamed=streamed, streamed_head=choice.streamed_head)
     return target, base, processor, objective or measuring_objective(base, processor)
 
 
@@ -329,12 +315,6 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
     choice, attach = target.choice, None
     target, base, processor, objective = load_base(target, device, choice)
     if target.adapter is not None:
-        attach = partial(
-            attach_adapter_folder,
-            base.net,
-            target.adapter,
-            head_name=base.family.head_name(base.net),
-            base_fingerprint=base.fingerprint,
-            device=base.device,
-        )
+        place = partial(attach_adapter_folder, base.net, target.adapter, device=base.device)
+        attach = partial(place, head_name=base.family.head_name(base.net), base_fingerprint=base.fingerprint)
     return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)

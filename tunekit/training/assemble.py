@@ -27,16 +27,15 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
-from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.streaming import make_engine
-from tunekit.training.initialise import initialise_adapter, needed_batches
+from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.run_files import checked_fingerprint, save_run, with_files, write_plan
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Prepared, Run
+from tunekit.training.state import LoopState, Prepared, Run, add_seconds
 from tunekit.training.trial import (
     dry_run_batch,
     make_splitting,
@@ -46,9 +45,8 @@ from tunekit.training.trial import (
     split_evaluation_noted,
     try_longest_batch,
 )
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.run_view import ModelRun
 
 
 def assemble_run(
@@ -64,7 +62,7 @@ def assemble_run(
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
     state = LoopState(LossScale(base.dtype == torch.float16))
-    if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
+    if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
     model = _tuned(session, plan, prepared, base, companions, state, checkpoint)
     with session.timed("data"):
@@ -102,15 +100,14 @@ def assemble_run(
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
-        shows=shows_of(plan.objective),
+        shows=recipe.objective.shows,
     )
     if devices.world > 1:
         run.spare = dry_run_batch(run, cut_batch(prepared.largest_batch, run.objective.rows, sequences=1))
     if plan.tries_longest_batch or session.dry_run:
         with session.timed("try"):
             _try_longest(session, prepared, run)
-    for part, seconds in session.seconds.items():
-        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
+    add_seconds(state.seconds, session.seconds)
     return plan, run
 
 
@@ -140,7 +137,7 @@ def _tuned(
         )
         return adapter
 
-    with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
+    with session.timed("calibrate" if recipe.adapter.calibration else "load"):
         model = prepare_network(base, plan.choice, attach)
     model.companions = companions
     if state.calibration is not None:

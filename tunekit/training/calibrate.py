@@ -5,9 +5,8 @@ are in the run's first batches comes out. Nothing of the base is changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,18 +22,9 @@ from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import CalibratedStart
 from tunekit.records import Target
 from tunekit.training.engines.window import WindowEngine
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun, TunedModel
 
 HALF_SCALE = 1024.0  # float16's gradients would underflow
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was gathered of each layer, by module name, and what the pass cost."""
-
-    evidence: dict[str, Any]
-    facts: dict[str, Any]
 
 
 class Watch:
@@ -74,17 +64,13 @@ def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) 
 @contextmanager
 def _watching(net: nn.Module, watch: Watch, gradients: bool) -> Iterator[None]:
     """Hooks on every watched layer while the block runs."""
-    handles = []
-    for name in watch.statistics:
-        module = net.get_submodule(name)
-        if gradients:
-            handles.append(module.register_forward_pre_hook(_begin_gradients))
-        handles.append(module.register_forward_hook(_hook(watch, name, gradients)))
-    try:
+    with ExitStack() as hooks:
+        for name in watch.statistics:
+            module = net.get_submodule(name)
+            if gradients:
+                hooks.enter_context(module.register_forward_pre_hook(_begin_gradients))
+            hooks.enter_context(module.register_forward_hook(_hook(watch, name, gradients)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _begin_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -94,7 +80,7 @@ def _begin_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
-def _hook(watch: Watch, name: str, gradients: bool) -> Any:
+def _hook(watch: Watch, name: str, gradients: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not gradients:
             watch.add(name, inputs[0])
@@ -124,8 +110,8 @@ def calibrate(
     *,
     seed: int,
     companions: Mapping[str, Companion] | None = None,
-) -> Calibration:
-    """Make the pass.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the pass: what was gathered of each layer, by module name, and what the pass cost.
 
     Raises: RecipeError where a layer takes no part in it.
     """
@@ -139,7 +125,7 @@ def calibrate(
         if backward:
             _run_backward(model, watch, objective, chosen, seed)
         else:
-            _run_forward(model, watch, objective, batches)
+            _run_forward(model, watch, batches)
     missed = sorted(watch.statistics.keys() - watch.reached)
     if missed:
         what = f"{start.method} needs the {start.looks_at} of '{missed[0]}', which the first batches do not reach"
@@ -152,10 +138,10 @@ def calibrate(
         "backward_passes": len(batches) if backward else 0,
     }
     evidence = {name: statistics.finish() for name, statistics in watch.statistics.items()}
-    return Calibration(evidence, facts | {"seconds": round(time.monotonic() - started, 3)})
+    return evidence, facts | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def _run_forward(model: TunedModel, watch: Watch, objective: Objective, batches: Sequence[Batch]) -> None:
+def _run_forward(model: TunedModel, watch: Watch, batches: Sequence[Batch]) -> None:
     with undisturbed(model):
         for batch in batches:
             watch.batch = batch
@@ -164,12 +150,9 @@ def _run_forward(model: TunedModel, watch: Watch, objective: Objective, batches:
 
 def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows: Sequence[Window], seed: int) -> None:
     """The gradient of the mean loss over all these batches, one micro-batch at a time."""
-    engine = WindowEngine(seed)
+    engine, batches = WindowEngine(seed), [batch for window in windows for batch in window.batches]
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
-    units = sum(
-        (objective.loss.units(batch) for window in windows for batch in window.batches),
-        torch.zeros(1, dtype=torch.float64),
-    )
+    units = sum(map(objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
     with forked_random(model.device), model.training_mode(True):
         for window in windows:
             for index, batch in zip(window.indices, window.batches, strict=True):

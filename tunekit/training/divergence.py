@@ -17,11 +17,8 @@ PAST = 50  # steps before this one that are looked at
 LEAST = 8  # of them, for a spike to be told from noise
 DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above their mean
 LAST = 5  # steps in a row that should be no worse than the first one, whose loss is that before any update
-NOISES, LEAST_RISE, UNKNOWN_NOISE = (
-    4.0,
-    0.1,
-    0.6,
-)  # a whole run ends worse by this many times its noise, and by this share
+# A whole run ends worse by this many times its noise, and by this share.
+NOISES, LEAST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 0.6
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:

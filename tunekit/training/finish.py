@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunekit.artifacts.run import RunFolder
+from tunekit.machine.memory import DevicePeaks
 from tunekit.metrics.classes import class_facts
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Reaction, ReportFacts
@@ -19,9 +20,7 @@ class Measured:
     """What was measured; None where this device has no such number."""
 
     device: str  # its kind
-    peak_requested_bytes: int | None  # what tensors asked for; the allocator rounds it up, and reserves more
-    peak_allocated_bytes: int | None
-    peak_reserved_bytes: int | None
+    peaks: DevicePeaks
     peak_host_bytes: int
     host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded the base
     base_bytes: int
@@ -59,13 +58,12 @@ def report_facts(
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
-    device = measured.device
-    on_device = measured.peak_allocated_bytes or measured.peak_reserved_bytes
-    peak = measured.host_growth_bytes if device == "cpu" else on_device
+    device, peaks = measured.device, measured.peaks
+    peak = measured.host_growth_bytes if device == "cpu" else peaks.allocated or peaks.reserved
     return ReportFacts(
-        peak_requested_bytes=measured.peak_requested_bytes,
-        peak_allocated_bytes=measured.peak_allocated_bytes,
-        peak_reserved_bytes=measured.peak_reserved_bytes,
+        peak_requested_bytes=peaks.requested,
+        peak_allocated_bytes=peaks.allocated,
+        peak_reserved_bytes=peaks.reserved,
         peak_host_bytes=measured.peak_host_bytes,
         tokens_per_second=state.tokens / train_seconds if train_seconds else None,
         supervised_tokens_per_second=state.supervised_tokens / train_seconds if train_seconds else None,

@@ -27,18 +27,12 @@ from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
-from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Target
 from tunekit.training.calibrate import calibrate
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
-
-
-def needed_batches(settings: AdapterSettings) -> int:
-    """How many micro-batches the adapter's start looks at."""
-    start = getattr(settings, "start", None)
-    return start.batches if isinstance(start, CalibratedStart) else 0
 
 
 def initialise_adapter(
@@ -58,12 +52,12 @@ def initialise_adapter(
     `resumed`: the layout of the checkpoint that will be restored into it.
     Raises: RecipeError, DataError or ModelError where an initialisation lacks what it looks at.
     """
-    head_name, start = base.family.head_name(base.net), getattr(settings, "start", None)
+    head_name, start = base.family.head_name(base.net), settings.calibration
     attach = partial(attach_adapter, base.net, settings, seed=seed, head_name=head_name, device=base.device)
     facts = None
-    if not isinstance(start, CalibratedStart):
-        adapter = attach()
-        if getattr(start, "looks_at", "") == "original" and resumed is None:
+    if start is None:
+        adapter, other = attach(), settings.initialisation
+        if other is not None and other.looks_at == "original" and resumed is None:
             initialise_all(adapter.layers, seed, _originals(adapter, model))
     else:
         targets = find_targets(base.net, settings, head_name=head_name)
@@ -71,29 +65,30 @@ def initialise_adapter(
             ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
             adapter = attach(targets=with_ranks(settings, targets, ranks))
         else:
-            found = calibrate(base, start, targets, windows(), objective, seed=seed, companions=companions)
+            evidence, facts = calibrate(base, start, targets, windows(), objective, seed=seed, companions=companions)
             share = getattr(start_module(start.method), "share_ranks", None)
             if share is not None:
-                targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
-            adapter, facts = attach(targets=targets), found.facts
-            initialise_all(adapter.layers, seed, found.evidence.get)
+                targets = with_ranks(settings, targets, devices.from_main(share(start, targets, evidence)))
+            adapter = attach(targets=targets)
+            initialise_all(adapter.layers, seed, evidence.get)
             _as_on_main(adapter, devices)
     if settings.init_from is not None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)
     return adapter, facts
 
 
-def with_ranks(settings: Any, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:
+def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:
     """The targets with new ranks, without those of rank 0; one without an entry keeps its own."""
-    layer = load_method(settings.method).layer
+    layer, start = load_method(settings.method).layer, settings.initialisation
     assert layer is not None
+    assert start is not None
     changed: list[Target] = []
     for target in targets:
         rank = ranks.get(target.name)
         if rank is None or rank == target.r or target.r is None:
             changed.append(target)
         elif rank:
-            alpha = start_module(settings.start.method).alpha_of(settings, target, rank)
+            alpha = start_module(start.method).alpha_of(settings, target, rank)
             new = replace(target, r=rank, alpha=alpha)
             changed.append(replace(new, trainable_parameters=slot_count(layer.slots(settings, new).values())))
     return changed

@@ -109,12 +109,9 @@ def _pauses(run: Run) -> bool:
 
 def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
     """The step's units (K,) over all ranks, and [tokens, supervised tokens, micro-batches]."""
-    counts = [
-        float(sum(batch.tokens for batch in window.batches)),
-        float(sum(batch.supervised for batch in window.batches)),
-        float(len(window.batches)),
-    ]
-    units = sum((run.objective.loss.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
+    batches = window.batches
+    counts = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), len(batches)]
+    units = sum(map(run.objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
     together = run.devices.sum(torch.cat([torch.tensor(counts, dtype=torch.float64), units]))
     return together[3:], together[:3].tolist()
 

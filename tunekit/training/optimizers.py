@@ -151,9 +151,9 @@ class Optimizer:
             prefix = f"group{number}.optimizer."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if state:
-                self._restore(number, flat.data, state)
+                self._restore(flat.data, state)
 
-    def _restore(self, number: int, data: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+    def _restore(self, data: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         if self.name == "adamw":  # the fused one keeps its step counter on the device
             self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
             return
@@ -185,7 +185,7 @@ def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimi
         "paged_adamw_8bit": library.PagedAdamW8bit,
     }
     with quiet():
-        optimizer: Any = classes[name](options)
+        optimizer = classes[name](options)
         optimizer.check_overrides()
         for number, group in enumerate(optimizer.param_groups):
             optimizer.init_state(group, group["params"][0], number, 0)

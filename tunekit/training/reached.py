@@ -6,9 +6,8 @@ An adapter goes in, for the length of a block; an error that names what got no g
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -31,20 +30,17 @@ def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = Tru
         yield
         return
     reached: set[str] = set()
-    trained: dict[str, Any] = dict(adapter.trained())
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(partial(_note, reached, _kind(name)))
-        for name, parameter in trained.items()
-    ]
-    try:
-        yield
-    except RuntimeError as error:
-        if reached or "does not require grad" not in str(error):
-            raise
-        raise _unreached(list(trained)) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    trained = adapter.trained()
+    with ExitStack() as hooks:
+        for name, parameter in trained.items():
+            note = partial(_note, reached, _kind(name))
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        except RuntimeError as error:
+            if reached or "does not require grad" not in str(error):
+                raise
+            raise _unreached(list(trained)) from error
     everywhere = set(devices.gather(sorted(reached)))
     lost = [name for name in trained if _kind(name) not in everywhere]
     if lost:
@@ -57,11 +53,9 @@ def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
 
 def _unreached(names: list[str]) -> AdapterError:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return AdapterError(
-        f"no gradient reaches {', '.join(names[:SHOWN])}{more}: the model never calls what is adapted there",
-        "leave it out with adapter.exclude_modules, or name other layers",
-        key="adapter.target_modules",
-    )
+    what = f"no gradient reaches {', '.join(names[:SHOWN])}{more}: the model never calls what is adapted there"
+    how = "leave it out with adapter.exclude_modules, or name other layers"
+    return AdapterError(what, how, key="adapter.target_modules")
 
 
 def _kind(name: str) -> str:

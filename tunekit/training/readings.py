@@ -1,6 +1,4 @@
-"""A step's loss and gradient norm go in as numbers on the device and come out as floats, one step later where waiting
-for them would cost; or as the error that they are not finite.
-"""
+"""A step's loss and gradient norm, read from the device one step later where waiting would cost, and checked."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +27,7 @@ class Reading:
     counts: Sequence[float]
     numbers: Tensor  # (2 + M,) float64 (summing_dtype) on the host: loss, norm before clipping, what is logged
     names: Sequence[str]  # of what is logged
-    copied: Any  # the device's event after which `numbers` hold, None on a CPU
+    copied: torch.Event | None  # the device's event after which `numbers` hold, None on a CPU
     started: float
     sent: float = 0.0  # when the host had sent off all of the step
     rate: float = 0.0
@@ -131,10 +128,8 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
     batches = reading.window.batches
     bad = [batch for batch, is_finite in zip(batches, finite, strict=True) if not is_finite]
     rows = rows_text(bad, devices) or rows_text(batches, devices)
-    raise NumericsError(
-        f"step {reading.step}: the {what} is not finite; rows {rows}. No weight was changed by this step",
-        "lower training.learning_rate, or look at these rows",
-    )
+    what = f"step {reading.step}: the {what} is not finite; rows {rows}. No weight was changed by this step"
+    raise NumericsError(what, "lower training.learning_rate, or look at these rows")
 
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:

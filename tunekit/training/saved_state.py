@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
-from tunekit.targets.export import BUFFER_PREFIX
+from tunekit.targets.export import BUFFER_PREFIX, adapter_buffers
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
@@ -43,9 +43,7 @@ def restore(
 
     Raises: RunFolderError where it does not fit.
     """
-    buffers = {
-        name.removeprefix(BUFFER_PREFIX): value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)
-    }
+    buffers = adapter_buffers(tensors)
     expected = adapter.state(("saved", "resume"))
     if set(buffers) != set(expected):
         raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")

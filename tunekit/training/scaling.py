@@ -41,7 +41,5 @@ class LossScale:
             return
         self.scale, self.good_steps, self.skipped_steps = self.scale / 2.0, 0, self.skipped_steps + 1
         if self.scale < 1.0:
-            raise NumericsError(
-                f"step {step}: gradients overflow in float16 whatever the loss scale",
-                "use model.dtype=bfloat16 or float32, or a smaller training.learning_rate",
-            )
+            how = "use model.dtype=bfloat16 or float32, or a smaller training.learning_rate"
+            raise NumericsError(f"step {step}: gradients overflow in float16 whatever the loss scale", how)

@@ -58,20 +58,17 @@ class Session:
             whole = bytes_text(peak_host_bytes())
             had = f"peak {bytes_text(self.peak_bytes())}, {whole} with Python and its libraries"
         budget = self.loaded.recipe.memory.budget
-        first = (
-            "set memory.budget to what the run may take (plan then chooses)" if budget is None else "raise the budget"
-        )
+        choosing = "set memory.budget to what the run may take (plan then chooses)"
+        first = choosing if budget is None else "raise the budget"
         how = f"{first}, lower data.max_length, or {self.loaded.recipe.adapter.less_memory}"
         return ResourceError(f"out of memory ({had})", how)
 
     def measured(self, model: TunedModel) -> Measured:
         """Peaks of this process."""
-        peak, peaks = peak_host_bytes(), device_peaks(self.devices.device)
+        peak = peak_host_bytes()
         return Measured(
             device=self.devices.device.type,
-            peak_requested_bytes=peaks.requested,
-            peak_allocated_bytes=peaks.allocated,
-            peak_reserved_bytes=peaks.reserved,
+            peaks=device_peaks(self.devices.device),
             peak_host_bytes=peak,
             host_growth_bytes=max(0, peak - self.baseline_bytes),
             base_bytes=stored_bytes(model.base.net) - _adapter_bytes(model),

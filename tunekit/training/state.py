@@ -22,8 +22,7 @@ from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.run_view import ModelRun
+from tunekit.tuned.model import ModelRun, TunedModel
 
 
 @dataclass

@@ -50,11 +50,9 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
     """
     moved = 0.0 if not objective.loss.reference else bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
-        raise ModelError(
-            f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})",
-            f"{objective.name} compares with that model: choose another adapter.method or adapter.start",
-            key="adapter.method",
-        )
+        what = f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})"
+        how = f"{objective.name} compares with that model: choose another adapter.method or adapter.start"
+        raise ModelError(what, how, key="adapter.method")
 
 
 def probe_logprobs(model: TunedModel, batch: Batch) -> None:
@@ -66,11 +64,9 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
         return
     difference = logprob_difference(model, batch.inputs)
     if not difference <= TOLERANCE[model.base.dtype]:
-        raise ModelError(
-            f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",
-            "this architecture's output projection is not supported; choose another base",
-            key="model.name_or_path",
-        )
+        what = f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)"
+        how = "this architecture's output projection is not supported; choose another base"
+        raise ModelError(what, how, key="model.name_or_path")
 
 
 def make_splitting(session: Session, state: LoopState) -> Splitting:

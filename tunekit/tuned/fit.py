@@ -24,11 +24,8 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
     if fitting is not None:
         how = f"write objective: {fitting.method}"
         raise ModelError(f"{what}, and the objective is for another kind", how, key="objective")
-    raise ModelError(
-        f"{what}, and no objective of this version reads what it computes: it can be loaded, adapted and called",
-        "choose a causal language model or an encoder-decoder",
-        key="model.name_or_path",
-    )
+    what += ", and no objective of this version reads what it computes: it can be loaded, adapted and called"
+    raise ModelError(what, "choose a causal language model or an encoder-decoder", key="model.name_or_path")
 
 
 def row_problems(

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import GREEDY, Batch, Companion, ModelOutput, Sampling, Tokenizer
+from tunekit.contracts import (
+    GREEDY,
+    Batch,
+    Companion,
+    Gather,
+    Model,
+    ModelOutput,
+    Progress,
+    Read,
+    RowKind,
+    Sampling,
+    Tokenizer,
+    no_progress,
+)
 from tunekit.machine.placing import placed
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
@@ -57,9 +70,8 @@ class TunedModel:
         adapter. A streamed base's layers are copied once for all batches."""
         call = replace(current_call(), bypassed=bypassed)
         with torch.no_grad(), self.training_mode(False), self.unchanged_weights(), calling(call):
-            outputs = (
-                map(self.output, [batch.inputs for batch in batches]) if self.slots is None else self._by_layer(batches)
-            )
+            single = (self.output(batch.inputs) for batch in batches)
+            outputs = single if self.slots is None else self._by_layer(batches)
             found = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
         return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in found]
 
@@ -133,9 +145,8 @@ class TunedModel:
     def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
         there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
-        return self.adapted(
-            {name: each.to(self.base.dtype) if each.is_floating_point() else each for name, each in there.items()}
-        )
+        floats = {name: each.to(self.base.dtype) for name, each in there.items() if each.is_floating_point()}
+        return self.adapted(there | floats)
 
     def leaving(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D), or logits, of the real positions."""
@@ -190,3 +201,31 @@ class TunedModel:
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block; every module's own mode is put back after it."""
         return training_mode(self.base.net, training)
+
+
+@dataclass
+class ModelRun:
+    """A RunView over one model; its companions are the model's."""
+
+    model: Model
+    rows: RowKind
+    gather: Gather = list
+    progress: Progress = no_progress
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the model is on the meta device, without values."""
+        return self.model.device.type == "meta"
+
+    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """What `read` takes from the model's forward of each batch, on the host, without gradient or dropout."""
+        return self.model.scored(batches, read)
+
+    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """The same of the policy at step 0: the base, the adapter bypassed."""
+        return self.model.scored(batches, read, bypassed=True)
+
+    def companion(self, key: str) -> Companion:
+        """The loaded companion with this key."""
+        companion: Companion = self.model.companions[key]
+        return companion

@@ -73,10 +73,9 @@ def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
     if not kind_of(base.device).own_memory:
         tier = "disk"  # where it is
     module = None if name is None else base.net.get_submodule(name)
-    what = "the base has no output projection"
-    if module is not None:
-        what = head_obstacle(module, base.family.head(base.net)) or ""
-    if what:
+    obstacle = None if module is None else head_obstacle(module, base.family.head(base.net))
+    if module is None or obstacle is not None:
+        what = obstacle or "the base has no output projection"
         raise ModelError(what, "write false", key="memory.streamed_head")
     embedding = host_embedding(base) if choice.streaming == "off" and base.device.type != "meta" else None
     if embedding is not None:  # else the layers' streaming has seen to it

@@ -1,7 +1,6 @@
 """Order without state: permutations and draws as a pure function of what they are for.
 
-Comes in: a seed and the parts that name a draw (epoch, source).  Goes out: integer arrays, the same on every machine
-and with every version of numpy: only the raw Philox stream is used.
+The same on every machine and with every version of numpy: only the raw Philox stream is used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Packing: several rows in one sequence, by first-fit.
-
-Comes in: lengths in training order and a capacity.  Goes out: packs as lists of positions.
-"""
+"""Packing: several rows in one sequence, by first-fit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Ways to bring rows of several sizes into one tensor: end to end, and padded on the right.
 
-Comes in: arrays, grouped into sequences.  Goes out: tensors.  Padding is masked by size, never by id.
+Padding is masked by size, never by id.
 """
 
 from __future__ import annotations

@@ -103,9 +103,8 @@ class TrainingWindows:
         draws: tuple[Share, ...] | None = None,
     ) -> None:
         if len(rows) == 0:
-            raise DataError(
-                "there are no rows to train on", "see the dropped rows, or name other sources in data.train"
-            )
+            how = "see the dropped rows, or name other sources in data.train"
+            raise DataError("there are no rows to train on", how)
         self._rows, self._kind, self._settings = rows, kind, settings
         self._rank, self._world = rank, world
         self._shares = draws or (Share(0, len(rows)),)
@@ -145,7 +144,8 @@ class TrainingWindows:
     def _window(self, step: int, epoch: int, position: int) -> Window:
         micro_batches = self._step(epoch, position // self._settings.updates_per_sampling)
         indices = tuple(range(self._rank, len(micro_batches), self._world))
-        batches = tuple(self._collate(micro_batches[index]) for index in indices)
+        end_to_end = self._settings.end_to_end
+        batches = tuple(collate(self._rows, micro_batches[at], self._kind, end_to_end=end_to_end) for at in indices)
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
 
     def steps_of(self, epoch: int) -> Iterator[Sequence[MicroBatch]]:
@@ -162,9 +162,6 @@ class TrainingWindows:
 
     def _key_of(self, group: Group) -> bytes:
         return self._kind.layout.key_of(self._rows[group[0]])
-
-    def _collate(self, micro_batch: MicroBatch) -> Batch:
-        return collate(self._rows, micro_batch, self._kind, end_to_end=self._settings.end_to_end)
 
     def _epoch_steps(self, epoch: int) -> int:
         """Steps of an epoch: the last, partial window counts. Packs differ from epoch to epoch, so steps may."""

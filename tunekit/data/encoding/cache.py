@@ -1,7 +1,6 @@
 """The token cache: encoded rows of a source, kept under a hash of everything that decides them.
 
-Comes in: a key and a function that encodes.  Goes out: TokenStore and the facts stored beside it.  An entry is written
-beside its place and renamed into it; one that does not match its own checksums is made anew.
+An entry is written beside its place and renamed into it; one that does not match its own checksums is made anew.
 """
 
 from __future__ import annotations

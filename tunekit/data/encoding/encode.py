@@ -86,10 +86,8 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
     if length <= most:
         return [row]
     if options.excess_length == "error":
-        raise DataError(
-            f"{length} tokens, but data.max_length is {most}",
-            "raise it, or set data.excess_length: drop|truncate|split",
-        )
+        how = "raise it, or set data.excess_length: drop|truncate|split"
+        raise DataError(f"{length} tokens, but data.max_length is {most}", how)
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG)
     truncates = options.excess_length == "truncate"

@@ -20,6 +20,7 @@ from tunekit.errors import DataError
 
 Size = tuple[int, int]  # height and width in pixels
 BILINEAR = 2  # PIL's number of it
+ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left
 ANIMATED = "animated image"
 TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
@@ -46,7 +47,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
                     raise Dropped(ANIMATED)
                 opened.load()
                 upright = ImageOps.exif_transpose(opened)
-                told["was turned upright, as its EXIF says"] += int(_is_turned(opened))
+                told["was turned upright, as its EXIF says"] += opened.getexif().get(ORIENTATION) in range(2, 9)
                 return _as_pixels(upright, told)
     except Dropped:
         raise
@@ -61,11 +62,6 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
 
 def _named(file: str | None) -> str:
     return "the image" if file is None else file
-
-
-def _is_turned(image: Any) -> bool:
-    orientation = image.getexif().get(0x0112, 1)
-    return isinstance(orientation, int) and 2 <= orientation <= 8
 
 
 def _as_pixels(image: Any, told: Counter[str]) -> Pixels:

@@ -1,6 +1,6 @@
 """What the user should know of a source: how it is read, what its rows have in common, which of them are lost.
 
-Comes in: a source's name, format and counts.  Goes out: lines; those that begin with "warning: " ask for a look.
+Lines that begin with "warning: " need attention.
 """
 
 from __future__ import annotations

@@ -65,9 +65,8 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]
             source.kind.notices.update(notices)
             yield from found
     except BrokenProcessPool:
-        raise ResourceError(
-            "a process that encodes rows was ended from outside", "give the run more memory", file=source.name
-        ) from None
+        what = "a process that encodes rows was ended from outside"
+        raise ResourceError(what, "give the run more memory", file=source.name) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

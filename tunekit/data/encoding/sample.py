@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from tunekit.contracts import RowKind
@@ -23,17 +22,11 @@ from tunekit.recipe.data import Source
 SAMPLE_ROWS = 1000
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A streamed source, its first rows, and how many times as many rows the whole source has (None: not known)."""
+def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedSource, EncodedSource]:
+    """A source that is streamed, and its first rows, with the counts of the whole source as far as its length is known.
 
-    stream: StreamedSource
-    sample: EncodedSource
-    scale: float | None
-
-
-def sample_source(source: Source, number: int, kind: RowKind) -> Sampled:
-    """Open a source for streaming. Raises: DataError where its first rows are wrong."""
+    Raises: DataError where its first rows are wrong.
+    """
     sharded = shard_source(source)
     problems, counts = Problems(), SourceCounts()
     rows = first_rows(sharded, SAMPLE_ROWS, problems)
@@ -56,12 +49,12 @@ def sample_source(source: Source, number: int, kind: RowKind) -> Sampled:
     notices += [counted_note(head, count, what) for what, count in counting.notices.items()]
     fingerprint = hash_of([sharded.content, *encoding_facts(source, kind)])
     store = store_from_memory(kind.layout, streams)
+    counts = _scaled(counts, 1.0 if sharded.lines is None else max(sharded.lines / len(rows), 1.0))
     sample = EncodedSource(source, store, name, counts, tuple(notices), fingerprint)
-    stream = StreamedSource(sharded, format_name, number, kind)
-    return Sampled(stream, sample, None if sharded.lines is None else max(sharded.lines / len(rows), 1.0))
+    return StreamedSource(sharded, format_name, number, kind), sample
 
 
-def scaled(counts: SourceCounts, scale: float) -> SourceCounts:
+def _scaled(counts: SourceCounts, scale: float) -> SourceCounts:
     """Counts of the whole source, estimated from those of its sample."""
     return SourceCounts(
         read=round(counts.read * scale),

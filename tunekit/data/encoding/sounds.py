@@ -1,7 +1,4 @@
-"""Samples as a model hears them: one channel, another rate, pieces that end where it is quiet.
-
-Comes in: (samples, channels) of float32.  Goes out: (samples,) tensors, and places to cut.
-"""
+"""Samples as a model hears them: one channel, another rate, pieces that end where it is quiet."""
 
 from __future__ import annotations
 

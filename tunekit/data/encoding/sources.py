@@ -57,9 +57,8 @@ def read_template(path: Path) -> str:
             raise RecipeError("this is no template file", "name a Jinja file", file=str(path), key="data.chat_template")
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"the template cannot be read: {error}", "name a Jinja file", file=str(path), key="data.chat_template"
-        ) from None
+        what = f"the template cannot be read: {error}"
+        raise RecipeError(what, "name a Jinja file", file=str(path), key="data.chat_template") from None
 
 
 def load_sources(sources: Sequence[Source], kind: RowKind, cache_dir: Path | None) -> list[EncodedSource]:

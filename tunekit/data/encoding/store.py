@@ -1,7 +1,4 @@
-"""Encoded rows as flat arrays: one for each part, and one record a row. In memory, or mapped from a file.
-
-Comes in: rows one by one, and their layout.  Goes out: TokenStore and views of several of them.
-"""
+"""Encoded rows as flat arrays: one for each part, and one record a row. In memory, or mapped from a file."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,9 +76,8 @@ class StoreWriter:
         parts = [row.parts[name] for name in self._parts]
         lengths = tuple(map(len, parts))
         record = np.array([(lengths, row.sizes, row.supervised, line, number, digest)], dtype=self._files[RECORDS])
-        for stream, digester, values, kind in zip(
-            self._streams, self._hashes, (*parts, record), self._files.values(), strict=True
-        ):
+        columns = zip((*parts, record), self._files.values(), self._streams, self._hashes, strict=True)
+        for values, kind, stream, digester in columns:
             raw = np.ascontiguousarray(values, dtype=kind).tobytes()
             stream.write(raw)
             digester.update(raw)
@@ -99,39 +94,8 @@ def memory_streams(layout: RowLayout) -> list[io.BytesIO]:
 
 def store_from_memory(layout: RowLayout, streams: Sequence[io.BytesIO]) -> TokenStore:
     """The store that was written to memory."""
-    kinds = files_of(layout).values()
-    return TokenStore(
-        layout, [np.frombuffer(each.getvalue(), dtype=kind) for each, kind in zip(streams, kinds, strict=True)]
-    )
-
-
-@dataclass(frozen=True)
-class SomeRows:
-    """Chosen ones of other rows, which keep their numbers."""
-
-    rows: Rows
-    chosen: NDArray[np.int64]  # (n,)
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[int(self.chosen[index])]
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(n, sizes) of each row's parts."""
-        return self.rows.sizes[self.chosen]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(n,) the sizes of each row, added up."""
-        return self.rows.lengths[self.chosen]
-
-    @property
-    def supervised(self) -> NDArray[np.int64]:
-        """(n,) what the loss sums over in each row."""
-        return self.rows.supervised[self.chosen]
+    pairs = zip(streams, files_of(layout).values(), strict=True)
+    return TokenStore(layout, [np.frombuffer(stream.getvalue(), dtype=kind) for stream, kind in pairs])
 
 
 @dataclass(frozen=True)
@@ -150,10 +114,10 @@ class Part:
 
 
 class ChosenRows:
-    """Rows over parts of several stores, one after the other."""
+    """Rows over parts of several stores, one after the other, numbered from `first` on."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Part], first: int = 0) -> None:
+        self.parts, self.first = tuple(parts), first
         self.starts = np.concatenate([[0], np.cumsum([len(part.chosen) for part in self.parts])]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -164,13 +128,12 @@ class ChosenRows:
             raise IndexError(index)
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         part = self.parts[number]
-        return part.store.row(int(part.chosen[index - self.starts[number]]), part.name, index)
+        return part.store.row(int(part.chosen[index - self.starts[number]]), part.name, self.first + index)
 
     def _column(self, name: str, kind: type[Any]) -> NDArray[Any]:
         columns = [part.store.records[name][part.chosen] for part in self.parts]
-        return (
-            np.concatenate(columns).astype(kind) if columns else np.empty((0, 1) if name == "sizes" else 0, dtype=kind)
-        )
+        empty = np.empty((0, 1) if name == "sizes" else 0, dtype=kind)
+        return np.concatenate(columns).astype(kind) if columns else empty
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -199,12 +162,9 @@ def by_source(rows: Rows) -> dict[str, Rows]:
     come of none."""
     if not isinstance(rows, ChosenRows):
         return {"": rows}
-    pairs = zip(rows.parts, pairwise(rows.starts.tolist()), strict=True)
-    filled = [
-        (part.name, SomeRows(rows, np.arange(*between, dtype=np.int64))) for part, between in pairs if len(part.chosen)
-    ]
-    names = [name for name, _ in filled]
+    filled = [(part, first) for part, first in zip(rows.parts, rows.starts.tolist(), strict=False) if len(part.chosen)]
+    names = [part.name for part, _ in filled]
     return {
-        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})": each
-        for at, (name, each) in enumerate(filled)
+        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})": ChosenRows([part], first)
+        for at, (name, (part, first)) in enumerate(zip(names, filled, strict=True))
     }

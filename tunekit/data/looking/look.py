@@ -31,9 +31,7 @@ EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Z
 KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 GARBLED = re.compile("\ufffd|Ã[\u0080-\u00bf]|â€[\u0080-\u2122\u0153]|Â[\u00a0-\u00bf]")  # UTF-8 misread
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-MARKUP = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|^### (?:Instruction|Response)", re.M
-)
+MARKUP = re.compile(r"(?m)<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|^### (?:Instruction|Response)")
 PATTERNS = (  # kind, what is looked for, and a text without which it cannot be there
     ("garbled", GARBLED, ("\ufffd", "Ã", "â€", "Â")),
     ("control", CONTROLS, ("",)),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 PERMUTATIONS, BANDS = 60, 12
 NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
@@ -25,7 +25,7 @@ RowLabel = str | bool | None  # of a whole row, where it has one
 class WordPairs(Protocol):
     """The MinHash of a row's word pairs."""
 
-    def jaccard(self, other: Any) -> float:
+    def jaccard(self, other: object) -> float:
         """The estimated share of what both have."""
 
 

@@ -1,7 +1,6 @@
 """Data files before their rows are read: is it a regular file, which kind is it, and is that what its name says?
 
-Comes in: a path.  Goes out: a DataFile and byte streams, or a DataError.  What could block (a pipe, a device) is never
-opened.
+What could block (a pipe, a device) is never opened.
 """
 
 from __future__ import annotations

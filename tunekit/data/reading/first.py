@@ -1,7 +1,6 @@
 """The first row of a source decides its format.
 
-Comes in: a Source and the kind of example that an objective learns from.  Goes out: RawRows, the format and why.
-Imports neither numpy nor torch: validate asks it too.
+It imports neither numpy nor torch, because validate uses it too.
 """
 
 from __future__ import annotations
@@ -105,9 +104,8 @@ def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Example:
     if weight is None:
         return example
     if not isinstance(example, Example):
-        raise DataError(
-            "'sample_weight' is read of rows that are texts", "take it out, or give the column another name"
-        )
+        how = "take it out, or give the column another name"
+        raise DataError("'sample_weight' is read of rows that are texts", how)
     return replace(example, weight=read_weight(weight, "sample_weight"))
 
 

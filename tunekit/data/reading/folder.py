@@ -1,7 +1,4 @@
-"""A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class.
-
-Comes in: a folder.  Goes out: the table's path, or RawRows of {audio or image, label}.
-"""
+"""A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class."""
 
 from __future__ import annotations
 
@@ -20,19 +17,8 @@ MEDIA = {
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
-CONVERTED = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".jp2",
-    ".svg",
-    ".dng",
-    ".raw",
-    ".cr2",
-    ".nef",
-    ".arw",
-)  # images all the same
+# Images all the same.
+CONVERTED = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw")
 SHOWN_NAMES = 4
 WARNING = "warning: "
 HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"

@@ -1,7 +1,4 @@
-"""JSON Lines, JSON arrays and plain text, read strictly and split at \\n alone.
-
-Comes in: a DataFile.  Goes out: RawRow after RawRow; what is wrong with a line goes into Problems, with its number.
-"""
+"""JSON Lines, JSON arrays and plain text, read strictly and split at \\n alone."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from tunekit.data.reading.data_file import DataFile, open_bytes
@@ -48,10 +46,9 @@ def parse_json(text: str, position: int = 0) -> tuple[Any, int]:
 
 def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
     """One object a line; blank lines are skipped."""
-    name, number = str(file.path), 0
+    name = str(file.path)
     with open_bytes(file) as stream:
-        while True:
-            number += 1
+        for number in count(1):
             try:
                 raw = stream.readline(LONGEST_LINE_BYTES + 1)
             except (OSError, EOFError) as error:

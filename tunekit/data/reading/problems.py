@@ -1,7 +1,4 @@
-"""Collecting what is wrong with a file's rows: what repeats is said once, with its other rows; twenty things in full.
-
-Comes in: problems with their places.  Goes out: one DataError.
-"""
+"""What is wrong with a file's rows, collected into one error: each problem once, at most twenty."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Large sources in pieces that can be read on their own and in any order.
 
-Comes in: a Source.  Goes out: Shards and their raw rows.
 JSON Lines is cut at line ends, Parquet at its row groups.  What cannot be entered in the middle (CSV, a compressed
 file, a hub data set, a source cut short by max_rows) is one shard, read from its start.
 """
@@ -77,11 +76,8 @@ def shard_source(source: Source) -> Sharded:
         return Sharded(source, None, (Shard(0, -1, 0),), None, name)
     file = inspect_file(Path(source.path))
     if file.kind in ("json", "text"):
-        raise DataError(
-            f"a {'JSON array' if file.kind == 'json' else 'text file'} cannot be streamed",
-            "write it as JSON Lines",
-            file=source.path,
-        )
+        kind = "JSON array" if file.kind == "json" else "text file"
+        raise DataError(f"a {kind} cannot be streamed", "write it as JSON Lines", file=source.path)
     shards, lines, content = _scan(file)
     if file.kind == "parquet":
         shards, lines = _row_groups(file)

@@ -1,6 +1,6 @@
 """Recordings of files, or held in rows, a piece at a time.
 
-Comes in: Media.  Goes out: Sound, whose pieces are (samples, channels) of float32.  The only door to soundfile.
+The only door to soundfile.
 """
 
 from __future__ import annotations

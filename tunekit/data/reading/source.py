@@ -1,7 +1,6 @@
 """One source of the recipe, row by row: a file, or a data set of the hub.
 
-Comes in: a Source.  Goes out: RawRows under the format's field names.  The only door to pyarrow and
-datasets, each imported where it is used.
+The only door to pyarrow and datasets, each imported where it is used.
 """
 
 from __future__ import annotations
@@ -72,14 +71,10 @@ def _check_columns(source: Source, row: RawRow) -> None:
         there = ", ".join(f"'{name}'" for name in row.values)
         turned = {column: field for field, column in source.columns.items()}
         written = ", ".join(f"{column}: {field}" for column, field in turned.items())
-        raise DataError(
-            f"no column '{absent[0]}', which data.train[].columns maps; the first row has {there}",
-            f"columns maps the file's column to the format's field: write columns: {{{written}}}"
-            if set(turned) <= set(row.values)
-            else "name a column that is there",
-            file=source.path,
-            line=row.line,
-        )
+        what = f"no column '{absent[0]}', which data.train[].columns maps; the first row has {there}"
+        how = f"columns maps the file's column to the format's field: write columns: {{{written}}}"
+        how = how if set(turned) <= set(row.values) else "name a column that is there"
+        raise DataError(what, how, file=source.path, line=row.line)
 
 
 def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
@@ -121,9 +116,8 @@ def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             if header is None:
                 header = _check_header(cells, name)
             elif len(cells) != len(header):
-                problems.add(
-                    name, line, f"{len(cells)} fields, but the header has {len(header)}", "quote commas in text"
-                )
+                what = f"{len(cells)} fields, but the header has {len(header)}"
+                problems.add(name, line, what, "quote commas in text")
             else:
                 yield RawRow(line, dict(zip(header, cells, strict=True)))
 
@@ -142,9 +136,8 @@ def _line_of_bad_byte(file: DataFile) -> int:
 def _check_header(cells: list[str], name: str) -> list[str]:
     twice = sorted({cell for cell in cells if cells.count(cell) > 1})
     if twice or "" in cells:
-        what = (
-            f"the header names '{twice[0]}' twice" if twice and twice[0] else "the header has a column without a name"
-        )
+        named = twice and twice[0]
+        what = f"the header names '{named}' twice" if named else "the header has a column without a name"
         raise DataError(what, "give each column a name of its own", file=name, line=1)
     return cells
 
@@ -241,8 +234,5 @@ def _undecoded(rows: HubRows) -> HubRows:
 
 def _hub_error(source: Source, error: Exception) -> DataError:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return DataError(
-        f"no such file, and the hub's data set cannot be loaded: {first}",
-        "check path, split and revision, and the network; without one, only data sets loaded before can be read",
-        file=source.path,
-    )
+    how = "check path, split and revision, and the network; without one, only data sets loaded before can be read"
+    return DataError(f"no such file, and the hub's data set cannot be loaded: {first}", how, file=source.path)

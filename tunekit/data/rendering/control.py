@@ -1,7 +1,4 @@
-"""Control tokens come from the template alone: text of the data that spells one stays text.
-
-Comes in: rendered text, and the same text rendered from neutralized messages.  Goes out: ids and offsets.
-"""
+"""Control tokens come from the template alone: text of the data that spells one stays text."""
 
 from __future__ import annotations
 
@@ -59,10 +56,8 @@ def encode_trusted(
         return tokenizer.encode_with_offsets(text)
     pairs = zip(text, neutral, strict=False)
     if len(neutral) != len(text) or any(blotted not in (own, PLACEHOLDER) for own, blotted in pairs):
-        raise DataError(
-            "the row spells a special token of the tokenizer, and the chat template rewrites it",
-            "remove that text from the row",
-        )
+        what = "the row spells a special token of the tokenizer, and the chat template rewrites it"
+        raise DataError(what, "remove that text from the row")
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
 

@@ -1,6 +1,5 @@
 """Example to ids and a mask: which tokens are trained on is known from message spans, never from searching ids.
 
-Comes in: an Example, a Tokenizer.  Goes out: EncodedRow, or the reason why there is none.
 A conversation is rendered whole, once more up to each assistant turn (turns.py finds the spans), and tokenized with
 offsets.  Text of the data that spells a special token stays text: only the template makes control tokens.
 """
@@ -22,7 +21,6 @@ from tunekit.data.rendering.turns import REASONING, TurnFinder, TurnSpan, answer
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Example, Message, TextExample
 
-TokenMask = NDArray[np.bool_]  # (T,)
 Weights = NDArray[np.float32]  # (T,)
 
 EMPTY_ANSWER = "empty answer"
@@ -224,7 +222,7 @@ def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return filled
 
 
-def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[TurnSpan]) -> TokenMask:
+def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[TurnSpan]) -> NDArray[np.bool_]:
     """(T,) true for every token that holds a character of a span; spans are in order and apart."""
     marks = np.zeros(len(offsets), dtype=np.bool_)  # (T,)
     starts = np.array([start for start, _ in offsets], dtype=np.int64)  # (T,)

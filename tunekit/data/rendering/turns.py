@@ -1,6 +1,5 @@
-"""Where the assistant's turns lie in a rendered conversation.
+"""Where the assistant's turns are in a rendered conversation.
 
-Comes in: a ChatExample.  Goes out: its text and the character spans to train on.
 A template with {% generation %} markers says so itself.  Any other is rendered up to each turn: the turn lies between
 "everything before, with the generation prompt" and "everything including it", if both are prefixes of the whole text.
 """
@@ -113,11 +112,8 @@ class TurnFinder:
             self._notices[ONLY_LAST] += 1
         found = tuple(span for span in spans if span is not None)
         if len(found) < len(spans):
-            raise DataError(
-                "the chat template writes an answer differently once more turns follow, so that its place is unknown",
-                "give a template with {% generation %} markers",
-                key="data.chat_template",
-            )
+            what = "the chat template writes an answer differently once more turns follow, so that its place is unknown"
+            raise DataError(what, "give a template with {% generation %} markers", key="data.chat_template")
         self._check(messages, wanted, found, text, tools)
         neutral = text
         if self._control.spelled_in([message.as_dict() for message in messages]) or self._control.spelled_in(tools):
@@ -207,9 +203,8 @@ class TurnFinder:
             turn = text[span.start : span.end]
             for call in messages[index].extra.get("tool_calls", ()):
                 if call["function"]["name"] not in turn:
-                    raise DataError(
-                        "the chat template does not write tool calls", "give one that does", key="data.chat_template"
-                    )
+                    what = "the chat template does not write tool calls"
+                    raise DataError(what, "give one that does", key="data.chat_template")
             if messages[index].content.strip() not in turn:
                 self._notices[SHORTENED] += 1
             thoughts = (messages[index].extra.get(name) for name in REASONING)

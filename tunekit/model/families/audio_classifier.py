@@ -51,6 +51,7 @@ class AudioClassifierFamily(Family):
     labelled = True
     reads_ids = False
     ids = None
+    head_parts = (PROJECTOR, CLASSIFIER)
     unread = ("model.decoder.", "proj_out.")  # of a base that was saved as one that writes
 
     def obstacle(self, config: Mapping[str, object]) -> str | None:
@@ -70,7 +71,7 @@ class AudioClassifierFamily(Family):
 
     def trained_with(self, net: nn.Module) -> list[str]:
         """Both parts of the head."""
-        return [PROJECTOR, CLASSIFIER]
+        return list(self.head_parts)
 
     def head_name(self, net: nn.Module) -> str | None:
         return CLASSIFIER

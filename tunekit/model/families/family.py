@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ class Family:
     reads_ids = True  # whether a question is token ids; else recordings or images
     ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
     unread: tuple[str, ...] = ()  # beginnings of names in the base's files for which the net has no place
+    head_parts: tuple[str, ...] = ()  # modules of a head that has several; the last one scores the labels
     reads_source = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
     stacks: OneStack | TwoStacks = ONE
 
@@ -49,6 +50,10 @@ class Family:
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
         """Whether a base of this architecture ("" where config.json names none) belongs to the family."""
         return architecture.endswith(self.endings)
+
+    def with_head(self, modules: Set[str]) -> Family:
+        """The family as which a base of this one is loaded where an adapter trains these modules."""
+        return self
 
     def obstacle(self, config: Mapping[str, object]) -> str | None:
         """Why a base with this config.json cannot be loaded as one of the family; None where it can."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import nn
 
 from tunekit.contracts import Processor
+from tunekit.model.families import audio_classifier
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import TWO
 from tunekit.model.families.structure import noise_features, seeded
@@ -59,6 +60,10 @@ class SpeechFamily(Family):
         if as_pretrained(net).main_input_name == "input_values":
             return {"input_values": torch.randn(1, SAMPLES, generator=seeded()), "decoder_input_ids": ids}
         return {"input_features": noise_features(net), "decoder_input_ids": ids}
+
+    def with_head(self, modules: Set[str]) -> Family:
+        """An audio classifier: peft has no task type for its head."""
+        return audio_classifier.FAMILY if set(audio_classifier.FAMILY.head_parts) <= modules else self
 
 
 FAMILY = SpeechFamily()

@@ -1,15 +1,12 @@
-"""Functions that behave otherwise on the meta device, put right for a simulated computation.
-
-Comes in: calls of attention and of grouped products on the meta device.  Goes out: the same calls, without values, as
-the real device would make them.
-"""
+"""Attention and grouped products on the meta device, computed without values as the real device would compute them."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,27 +34,20 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
 
     The functions themselves are exchanged, because a torch function mode is not active in recomputation.
     """
-    attention: Any = functional.scaled_dot_product_attention
-    product: Any = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
-
-    def attend(query: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        if query.is_meta:
-            return _attend(attention, device, query, *inputs, **named)
-        return attention(query, *inputs, **named)  # type: ignore[no-any-return]
-
-    def multiply(rows: Tensor, matrices: Tensor, **named: Any) -> Tensor:
-        """Shapes: rows (S, I), matrices (E, I, O) -> (S, O): the size of the product with any one of them."""
-        if rows.is_meta:
-            return rows @ matrices[0]
-        return product(rows, matrices, **named)  # type: ignore[no-any-return]
-
-    others = {} if product is None else {"grouped_mm": multiply}
+    attend = partial(_attend, functional.scaled_dot_product_attention, device)
+    product = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
+    others = {} if product is None else {"grouped_mm": partial(_multiply, product)}
     with replaced(vars(functional), scaled_dot_product_attention=attend, **others):
         yield
 
 
+def _multiply(original: Callable[..., Tensor], rows: Tensor, matrices: Tensor, **named: object) -> Tensor:
+    """Shapes: rows (S, I), matrices (E, I, O) -> (S, O): the size of the product with any one of them."""
+    return rows @ matrices[0] if rows.is_meta else original(rows, matrices, **named)
+
+
 def _attend(
-    original: Any,
+    original: Callable[..., Tensor],
     device: torch.device,
     query: Tensor,
     key: Tensor,
@@ -69,37 +59,30 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D)."""
-    if not is_here(device):
+    if not query.is_meta:
+        choice = SDPBackend.MATH  # torch chooses
+    elif not is_here(device):
         choice = _likely_choice(query, key, attn_mask)
     else:
-        real = (_untouched(tensor, device) for tensor in (query, key, value, attn_mask))
-        choose: Any = torch._fused_sdp_choice
+        real = [_untouched(tensor, device) for tensor in (query, key, value, attn_mask)]
+        choose: Callable[..., int] = torch._fused_sdp_choice
         choice = SDPBackend(choose(*real, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
     if choice == SDPBackend.MATH:
-        return original(  # type: ignore[no-any-return]
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     mask = attn_mask
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))  # as torch does itself
-    kernels: Any = torch.ops.aten
+    kernels, inputs, masked = torch.ops.aten, (query, key, value), (mask, True, dropout_p, is_causal)
     outputs: tuple[Tensor, ...]
     if choice == SDPBackend.FLASH_ATTENTION and device.type == "cpu":
-        outputs = kernels._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
-        )
+        flash = kernels._scaled_dot_product_flash_attention_for_cpu
+        outputs = flash(*inputs, dropout_p, is_causal, attn_mask=mask, scale=scale)
     elif choice == SDPBackend.FLASH_ATTENTION:
-        outputs = kernels._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )
+        outputs = kernels._scaled_dot_product_flash_attention(*inputs, dropout_p, is_causal, False, scale=scale)
     elif choice in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.OVERRIDEABLE):  # the latter is XPU's own
-        outputs = kernels._scaled_dot_product_efficient_attention(
-            query, key, value, mask, True, dropout_p, is_causal, scale=scale
-        )
+        outputs = kernels._scaled_dot_product_efficient_attention(*inputs, *masked, scale=scale)
     else:
-        outputs = kernels._scaled_dot_product_cudnn_attention(
-            query, key, value, mask, True, dropout_p, is_causal, False, scale=scale
-        )
+        outputs = kernels._scaled_dot_product_cudnn_attention(*inputs, *masked, False, scale=scale)
     return outputs[0]
 
 

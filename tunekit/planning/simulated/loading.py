@@ -1,8 +1,6 @@
 """The most that loading a base takes on the host, and what of a mapped file stays untouched.
 
-Comes in: the stored tensors' sizes and dtypes, the model without weights.  Goes out: bytes.
-
-A tensor of the computation's dtype that lies at 64 bytes is the mapped file itself, whose pages count as resident once
+A tensor of the computation's dtype aligned to 64 bytes is the mapped file itself, whose pages count as resident once
 they are read. Others are copied, or packed, one after the other, and no page of the file is mapped. Where only
 transformers can read the base, they are copied, or packed, while their file is still mapped.
 """

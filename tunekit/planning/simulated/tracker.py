@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tunekit.machine.devices import kind_of
 from tunekit.planning.simulated.kernels import backward_buffers
-from tunekit.planning.simulated.values import IntegerValues
+from tunekit.planning.simulated.values import IntegerValues, OperationInputs
 
 CUDA_BLOCK_BYTES = 512  # the caching allocators of CUDA and XPU round every allocation up to this
 
@@ -89,11 +90,12 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was seen since `start`."""
         return Simulation(dict(self.peak), self.peak_total)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: OperationInputs = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._values.scalar(args[0])
-        output = self._values.run(func, args, named)
+        output = self._values.run(func, args, kwargs or {})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)

@@ -1,6 +1,4 @@
-"""Values of the small integer and bool tensors of a simulated computation.
-
-Comes in: every operation of a run on the meta device.  Goes out: its output, and what `.item()` would have read.
+"""Values of the small integer and bool tensors of a simulated computation, as `.item()` would read them.
 
 Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So these, and only
 these, are computed for real beside the simulation: the mask of packed rows is then the one that the real run builds.
@@ -8,13 +6,16 @@ these, are computed for real beside the simulation: the mask of packed rows is t
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+OperationInputs = tuple[Any, ...]  # of an operation
 SIZED_BY_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.unique_consecutive.default)
 LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; beyond it a value is unknown and read as zero
 
@@ -23,9 +24,9 @@ class IntegerValues:
     """Real CPU twins of integer and bool meta tensors."""
 
     def __init__(self) -> None:
-        self._twins: Any = WeakTensorKeyDictionary()
+        self._twins: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
         """The output of an operation; where known values decide its size, of that size."""
         if func in SIZED_BY_VALUES and args[0] in self._twins:
             output = tree_map(_without_values, func(self._twins[args[0]], *args[1:], **kwargs))
@@ -41,7 +42,7 @@ class IntegerValues:
         mask = None if index is None or index.dtype != torch.bool else self._twins.get(index)
         return [index] if mask is None else [*map(_without_values, mask.nonzero(as_tuple=True))]
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _follow(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any], output: object) -> None:
         """Compute the twin of `output`, where it is an integer and every input has a twin or a value."""
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not made or not all(self._wanted(tensor) for tensor in made):
@@ -53,7 +54,7 @@ class IntegerValues:
         for tensor, value in zip(made, (leaf for leaf in tree_leaves(twin) if isinstance(leaf, Tensor)), strict=True):
             self._twins[tensor] = value
 
-    def scalar(self, tensor: Tensor) -> Any:
+    def scalar(self, tensor: Tensor) -> float:
         """The value of a one-element tensor; zero where it is unknown."""
         twin = self._twins.get(tensor)
         return torch.zeros((), dtype=tensor.dtype).item() if twin is None else twin.item()
@@ -62,7 +63,7 @@ class IntegerValues:
         integer = not tensor.is_floating_point() and not tensor.is_complex()
         return tensor.is_meta and integer and tensor.numel() <= LARGEST_ELEMENTS
 
-    def _real(self, leaf: Any) -> Any:
+    def _real(self, leaf: object) -> object:
         if isinstance(leaf, Tensor):
             return self._twins.get(leaf, leaf)
         return torch.device("cpu") if leaf == torch.device("meta") else leaf

@@ -58,3 +58,8 @@ class PrefixSettings(AdapterSettings):
     def first_values(self) -> str:
         """The init that is meant."""
         return self.init or ("random" if self.prefix_projection else "text")
+
+    @property
+    def needs_base_first(self) -> bool:
+        """A text's keys and values are the base's own."""
+        return self.first_values == "text"

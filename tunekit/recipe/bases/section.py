@@ -22,9 +22,11 @@ class Section(BaseModel):
     """Frozen settings; an unknown key is an error; a value is never coerced from another kind (no "5" for 5).
 
     `short`: the key that a text alone stands for, where a mapping may be written as a text.
+    `free_keys`: keys that a resumed run may change, because no result depends on them.
     """
 
     short: ClassVar[str | None] = None
+    free_keys: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, protected_namespaces=())
 
@@ -89,6 +91,21 @@ class AdapterSettings(MethodSettings):
         """What else in the recipe would save most of a run's memory, in words."""
         quantize = "quantize the base with model.quantization: nf4"
         return "train an adapter, lora for one" if self.trains_base else quantize
+
+    @property
+    def initialisation(self) -> StartSettings | None:
+        """The settings of its start, if its method has one."""
+        return getattr(self, "start", None)
+
+    @property
+    def calibration(self) -> CalibratedStart | None:
+        """Its start, if that looks at the run's own data before step 1."""
+        return self.initialisation if isinstance(self.initialisation, CalibratedStart) else None
+
+    @property
+    def needs_base_first(self) -> bool:
+        """Whether its first values come from a forward of the base."""
+        return self.calibration is not None
 
     init_from: AdapterPath | None = Field(
         None, description="an existing adapter folder, ours or peft's, that training continues"

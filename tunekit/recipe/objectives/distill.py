@@ -15,6 +15,7 @@ UnitShare = Annotated[Number, Field(ge=0, le=1)]
 class DistillSettings(ObjectiveSettings):
     """TRL's names; beta is 0, and not its 1, because the tokens are those of the data and not the student's own."""
 
+    free_keys = ("teacher_streaming",)
     needs_recipe = True
     one_sequence = True
 

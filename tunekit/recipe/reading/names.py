@@ -85,11 +85,6 @@ def shows_of(objective: str) -> Shows:
     return objective_class(objective).shows
 
 
-def measures_training(objective: str) -> bool:
-    """Whether evaluation rows of an objective may be training rows."""
-    return objective_class(objective).measures_training
-
-
 def needs_generation(metric: str) -> bool:
     """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
     return hasattr(facts_of("metrics", metric), "score")

@@ -14,7 +14,7 @@ from typing import Any
 from tunekit.recipe.bases.paths import PathMark
 from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
-from tunekit.recipe.reading.sections import sections_in, types_in
+from tunekit.recipe.reading.sections import inner_class, section_class, sections_in, types_in
 
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
@@ -55,6 +55,16 @@ def path_marks(owner: type[Section]) -> dict[str, PathMark]:
         for name, field in owner.model_fields.items()
     }
     return {name: mark for name, mark in marks.items() if mark is not None}
+
+
+def path_mark(key: str, values: Mapping[str, object]) -> PathMark | None:
+    """The mark of a dotted key in a recipe's flat values; None where its text is no path."""
+    first, *places, name = key.split(".")
+    owner = section_class(first, {"method": values.get(f"{first}.method")})
+    for place in places:
+        if owner is not None and not place.isdigit():
+            owner = inner_class(owner.model_fields[place], None) if place in owner.model_fields else None
+    return None if owner is None else path_marks(owner).get(name)
 
 
 def resolve_paths(draft: Draft, folder: Path) -> None:

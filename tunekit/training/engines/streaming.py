@@ -1,8 +1,8 @@
 """The engine that goes layer by layer: all micro-batches of a pass through one layer before the next, so that weights
 are copied twice for each pass and not twice for each micro-batch.
 
-Comes in: a window and the step's units, layers in slots.  Goes out: the gradient that the resident engine leaves, bit
-for bit where a trained tensor belongs to one layer, else up to the order of sums.
+It leaves the gradient of the resident engine, bit for bit where a trained tensor belongs to one layer, else up to the
+order of sums.
 
 Forward: no graph; the input of each layer is kept. Backward: each layer is computed again from its input, with a graph
 for that layer alone. Source of the order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
@@ -161,9 +161,8 @@ class _LayerPass:
         self.run.computing(state.piece)
         hidden = state.hidden.requires_grad_(self.requires.layers[-1])
         with calling(state.call):
-            self.run.backward(
-                state.piece, self.run.model.finished(self.run.model.leaving(hidden)), lambda: self._penalty(None)
-            )
+            output = self.run.model.finished(self.run.model.leaving(hidden))
+            self.run.backward(state.piece, output, lambda: self._penalty(None))
         state.hidden = hidden.grad if hidden.grad is not None else hidden.detach()
 
     def backward(self, states: Sequence[PieceState]) -> None:
