@@ -61,20 +61,18 @@ class RunView(Protocol):
 class RowKind:
     """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
 
-    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts.
+    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts; `allowed_options`: names of
+    options, the values that mean something for these rows, and why others mean nothing.
     """
 
+    example: str  # the kind of example that formats give
     fingerprint: str  # sha256 of everything, besides `options`, that decides a row
     options: EncodeOptions
     notices: Counter[str]
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
-
-    @property
-    def example(self) -> str:
-        """The kind of example that formats give."""
-        raise NotImplementedError
+    allowed_options: Sequence[tuple[str, str, str]] = ()
 
     @property
     def layout(self) -> RowLayout:
@@ -83,7 +81,11 @@ class RowKind:
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing for these rows."""
-        return []
+        return [
+            Problem(why, f"write {allowed}", key=f"data.{name}")
+            for name, allowed, why in self.allowed_options
+            if getattr(self.options, name) not in allowed.replace(",", "").split()
+        ]
 
     def examples(self, example: Any) -> Sequence[Any]:
         """The examples of the rows that one example takes; most take one."""
@@ -130,12 +132,13 @@ class RowKind:
         return 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The part of a row at sizes start .. stop-1."""
-        raise NotImplementedError
+        """The part of a row at sizes start .. stop-1; the whole row if it has no sizes that can be cut."""
+        return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that fill one sequence of this size; `part` of them is as large as it can be."""
-        raise NotImplementedError
+        """Rows that fill one sequence of this size; `part` of them is as large as it can be. One row if all have the
+        same size."""
+        return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """The batch whose sequence b holds the rows sequences[b]; parts that `prepare` added go into the targets."""
@@ -171,8 +174,8 @@ class RowKind:
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
-    def with_parts(self, window: Window, parts: Sequence[Mapping[str, Array]]) -> Window:
-        """The window whose rows have further parts, given for each batch. Shapes: each part (rows, ...)."""
+    def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
+        """The window whose rows have further parts, given for each batch: one value for each row."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -224,6 +227,9 @@ class LossKind:
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any] | None:
         """Labels with their counts (correct, predicted, true), and their confusion matrix; None without labels."""
         return None
+
+
+Facts = Mapping[str, Any]  # plain values of an objective that its adapter's folder keeps
 
 
 @dataclass(frozen=True)
@@ -324,7 +330,7 @@ class Companion:
         """In the simulated run: compute what needs most memory, for the largest batch."""
 
 
-def _unchanged(section: Any, seed: int) -> Any:
+def _unchanged(section: object, seed: int) -> object:
     return section
 
 
@@ -346,7 +352,7 @@ class Objective:
     section: Callable[[Any, int], Any] = _unchanged
     learning: Callable[[Sequence[Rows]], Objective] | None = None
     complete: bool = True
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
@@ -367,15 +373,11 @@ class Objective:
 
     def prepare(self, run: RunView, window: Window) -> Window:
         """The window as the engine runs it: random draws of its rows, then what the loss adds."""
-        return self.loss.prepare(run, drawn_rows(self.rows, window) if self.rows.draws else window)
+        return self.loss.prepare(run, drawn_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 
-Draw = Callable[[Row, tuple[int, ...]], Row]  # as RowKind.draw
-
-
-def drawn_rows(rows: RowKind, window: Window, draw: Draw | None = None) -> Window:
-    """The window with what is drawn at random for each of its rows in this step. `draw`: not the rows' own."""
-    draw = draw or rows.draw
+def drawn_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
+    """The window with what `draw` draws at random for each of its rows in this step, as RowKind.draw."""
     seen, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []

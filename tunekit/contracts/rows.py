@@ -178,8 +178,8 @@ class Rows(Protocol):
 class Span:
     """A part of a row as preview shows it: token ids and which of them are trained on, or an image, under a title."""
 
-    ids: Array  # (T,)
-    trained: NDArray[np.bool_]  # (T,)
+    ids: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # (T,)
+    trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # (T,)
     title: str = ""  # written before it
     image: NDArray[np.uint8] | None = None  # (H, W, 3) as the model sees it
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 
-from tunekit.contracts import EncodeOptions, Objective, Processor
+from tunekit.contracts import EncodeOptions, Facts, Objective, Processor
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 def make_objective(
     settings: ObjectiveSettings,
     processor: Processor,
-    facts: Mapping[str, object] | None = None,
+    facts: Facts | None = None,
     options: EncodeOptions | None = None,
 ) -> Objective:
     """The objective named by `settings.method`.

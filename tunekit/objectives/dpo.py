@@ -5,10 +5,9 @@ Source: Rafailov et al. 2023.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.pairs import PairLoss
 from tunekit.objectives.losses.preferences import shorter_first, weighted_losses
 from tunekit.objectives.rows.answers import pair_rows
@@ -16,7 +15,7 @@ from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.objectives.dpo import DpoSettings
 
 
-def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Pairs, a weighted sum of losses, and the reference's scores."""
     loss = PairLoss(
         partial(weighted_losses, settings=settings),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from tunekit.contracts import CompanionSpec, EncodeOptions, Objective
+from tunekit.contracts import CompanionSpec, EncodeOptions, Facts, Objective
 from tunekit.errors import RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.pipeline.parts import PIPELINES
@@ -22,9 +20,7 @@ FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction
 CUT = "images of one bucket pass through the network together: a micro-batch that holds several becomes several"
 
 
-def make(
-    settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts, options: EncodeOptions) -> Objective:
     """Images with prompts, and the noise in them to predict. Raises: RecipeError for settings that the pipeline cannot
     obey; ModelError for a pipeline of a different kind."""
     settings = _completed(settings, processor, facts)
@@ -52,9 +48,7 @@ def make(
     )
 
 
-def _completed(
-    settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]
-) -> DreamboothSettings:
+def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
     """The settings with what an adapter's folder states instead of a recipe, and with a resolution."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):

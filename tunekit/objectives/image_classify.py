@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from tunekit.contracts import EncodeOptions, Objective
+from tunekit.contracts import EncodeOptions, Facts, Objective
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.objectives.losses.labels import LabelLoss
@@ -15,9 +13,7 @@ from tunekit.objectives.rows.labels import given_labels, label_objective
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 
-def make(
-    settings: ImageClassifySettings, processor: PixelProcessor, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Facts, options: EncodeOptions) -> Objective:
     """Images with labels, and cross entropy. `facts`: also the resolution of a trained adapter."""
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:

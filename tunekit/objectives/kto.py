@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from tunekit.contracts import EncodeOptions, Objective, Rows, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Rows, Tokenizer
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.kto import SIDE, KtoLoss, balance_notes
 from tunekit.objectives.rows.answers import AnswerRows
@@ -14,7 +14,7 @@ from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.objectives.kto import KtoSettings
 
 
-def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Answers with their label; it learns whether the weights balance them."""
     rows = AnswerRows(
         tokenizer,

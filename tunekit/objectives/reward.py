@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from tunekit.contracts import Answering, EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import Answering, EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.reward import ScoreLoss, score_sequences
 from tunekit.objectives.rows.answers import pair_rows
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -16,7 +15,7 @@ from tunekit.recipe.objectives.reward import RewardSettings
 LABEL = "LABEL_0"  # transformers' name for the one score of a head
 
 
-def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions) -> Objective:
+def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Pairs and their scores. `facts`: the labels of its head's rows, or of the base's own head."""
     head = facts.get("labels") or facts.get("head", ())
     labels = tuple(head) if len(head) == 1 else (LABEL,)

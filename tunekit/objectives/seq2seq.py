@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.tokens import TokenLoss, own_positions
 from tunekit.objectives.rows.sources import SourceRows
@@ -12,9 +10,7 @@ from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
 
-def make(
-    settings: Seq2seqSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
-) -> Objective:
+def make(settings: Seq2seqSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Sources with answers, and cross entropy."""
     fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
     rows = SourceRows(tokenizer, fingerprint, options)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import TagLoss
 from tunekit.objectives.rows.labels import given_labels, label_objective
@@ -13,9 +10,7 @@ from tunekit.objectives.rows.tagged import TaggedWords
 from tunekit.recipe.objectives.token_classify import TokenClassifySettings
 
 
-def make(
-    settings: TokenClassifySettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: TokenClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Words with tags, and cross entropy."""
     fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
     labels = given_labels(settings, facts, tokenizer.pad_id)

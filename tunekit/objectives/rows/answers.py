@@ -15,7 +15,7 @@ from torch import Tensor
 from tunekit.contracts import Array, Batch, EncodeOptions, Row, RowLayout, Span, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.errors import DataError, Problem
+from tunekit.errors import DataError
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.bases.pair_settings import PairSettings
@@ -50,22 +50,16 @@ class AnswerRows(TextRows):
     end_to_end: bool = False
     shares_prefixes: bool = False
     packable = True
+    allowed_options = (
+        ("train_on", "assistant", "the answers are what is compared"),
+        ("excess_length", "drop, truncate or error", "a later piece of an answer has no prompt before it"),
+    )
 
     @cached_property
     def layout(self) -> RowLayout:
         """Every side with its marks, then the further values."""
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
-
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing for answers."""
-        problems = []
-        if self.options.train_on != "assistant":
-            problems.append(Problem("the answers are what is compared", "write assistant", key="data.train_on"))
-        if self.options.excess_length == "split":
-            what = "a later piece of an answer has no prompt before it"
-            problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
-        return problems
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped or DataError for an unusable one, as the recipe states."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -115,14 +115,6 @@ class LabelledImages(RowKind):
     def _prompt(self, pixels: Pixels) -> ImagePrompt:
         return ImagePrompt(self.processor.seen(pixels), (pixels.shape[0], pixels.shape[1]))
 
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole: a part of an image shows something else."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: all images have one size."""
-        return [next(rows)]
-
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
         """The image as its step sees it (`view`)."""
         pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3) if row.parts["pixels"].size else self._seen(row)
@@ -149,9 +141,9 @@ class LabelledImages(RowKind):
 
     def spans(self, row: Row) -> list[Span]:
         """The label, the image's size, and what evaluations see of it."""
-        (height, width), empty = row.parts["original"].tolist(), np.zeros(0, np.int64)
+        height, width = row.parts["original"].tolist()
         title = f"label: {label_of(row)} ({width} x {height} pixels)"
-        return [Span(empty, np.zeros(0, np.bool_), title, self._seen(row))]
+        return [Span(title=title, image=self._seen(row))]
 
 
 def _source(example: ImageLabelExample) -> str | bytes:

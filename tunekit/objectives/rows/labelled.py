@@ -16,10 +16,10 @@ from tunekit.contracts import Array, Batch, EncodeOptions, Model, Row, RowKind, 
 from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
-from tunekit.errors import InputError, Problem
+from tunekit.errors import InputError
 from tunekit.formats.labels import LabelExample
 from tunekit.model.text.generation import check_prompts
-from tunekit.objectives.rows.labels import Labels, label_of, split_problems, utf8
+from tunekit.objectives.rows.labels import Labels, label_of, never_split, utf8
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
@@ -29,6 +29,7 @@ class LabelledTexts(RowKind):
     """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `label` as UTF-8."""
 
     example = "label"
+    allowed_options = never_split("text")  # perhaps in the middle of a span
     packable = True
     layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
 
@@ -51,10 +52,6 @@ class LabelledTexts(RowKind):
         ends = self.around[1]
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
-
-    def problems(self) -> list[Problem]:
-        """A long text that would be split, perhaps in the middle of a span."""
-        return split_problems(self.options, "text")
 
     def labels_of(self, row: Row) -> list[str]:
         """The label."""

@@ -18,14 +18,13 @@ from tunekit.contracts import (
     AnswerLimits,
     Array,
     Batch,
-    EncodeOptions,
     Model,
     Objective,
     Processor,
     Row,
     Rows,
 )
-from tunekit.errors import DataError, InputError, Problem
+from tunekit.errors import DataError, InputError
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.recipe.bases.label_settings import LabelSettings
@@ -61,11 +60,11 @@ def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int 
     return Labels(tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
-def split_problems(options: EncodeOptions, whole: str) -> list[Problem]:
-    """The problem of rows that would be split. `whole`: what has labels, such as a text."""
-    what = f"a piece of a {whole} need not have the labels of the whole"
-    how = "write truncate, drop or error"
-    return [Problem(what, how, key="data.excess_length")] if options.excess_length == "split" else []
+def never_split(whole: str) -> tuple[tuple[str, str, str]]:
+    """The allowed options of rows that are never split. `whole`: what has labels, such as a text."""
+    return (
+        ("excess_length", "truncate, drop or error", f"a piece of a {whole} need not have the labels of the whole"),
+    )
 
 
 def utf8(text: str) -> Array:

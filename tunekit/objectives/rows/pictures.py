@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,8 +57,8 @@ class PictureRows(RowKind):
     options: EncodeOptions = field(default_factory=EncodeOptions)
     notices: Counter[str] = field(default_factory=Counter)
 
-    example: ClassVar[str] = "image"
-    layout: ClassVar[RowLayout] = RowLayout(
+    example = "image"
+    layout = RowLayout(
         {"pixels": "u1", "shape": "<i4", "original": "<i4", "bucket": "<i4", "prompt": "u1"},
         (),
         sizes=1,
@@ -98,14 +97,6 @@ class PictureRows(RowKind):
         """The prompt itself."""
         return text
 
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole row: images have no tokens, and are never cut."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: all images of a batch have the same size."""
-        return [next(rows)]
-
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Rows that the loss has not prepared yet have no tensors.
 
@@ -123,9 +114,9 @@ class PictureRows(RowKind):
 
     def spans(self, row: Row) -> list[Span]:
         """The prompt, the image's size and its middle in its bucket."""
-        (height, width), (high, wide), empty = row.parts["original"].tolist(), bucket_of(row), np.zeros(0, np.int64)
+        (height, width), (high, wide) = row.parts["original"].tolist(), bucket_of(row)
         title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
-        return [Span(empty, np.zeros(0, np.bool_), title, cropped(pixels_of(row), bucket_of(row))[0])]
+        return [Span(title=title, image=cropped(pixels_of(row), bucket_of(row))[0])]
 
 
 def pixels_of(row: Row) -> Pixels:

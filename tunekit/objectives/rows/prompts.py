@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunekit.contracts import Array, Batch, Row, RowLayout, Span, Window
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.errors import DataError, Problem
+from tunekit.errors import DataError
 from tunekit.objectives.rows.answers import NO_PROMPT, AnswerRows
 from tunekit.objectives.rows.text import TextRows
 
@@ -62,22 +62,15 @@ class PromptRows(TextRows):
     masks_truncated: bool
     example = "prompt"
     packable = True
+    allowed_options = (
+        ("train_on", "assistant", "the model's own completions are what it learns from"),
+        ("excess_length", "drop or error", "a prompt that is cut asks something else"),
+    )
 
     @cached_property
     def layout(self) -> RowLayout:
         """Of prompts without completions."""
         return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
-
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing for prompts."""
-        problems = []
-        if self.options.train_on != "assistant":
-            what = "the model's own completions are what it learns from"
-            problems.append(Problem(what, "write assistant", key="data.train_on"))
-        if self.options.excess_length in ("split", "truncate"):
-            what = "a prompt that is cut asks something else"
-            problems.append(Problem(what, "write drop or error", key="data.excess_length"))
-        return problems
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped or DataError for a row without a prompt, as the recipe states."""

@@ -14,7 +14,7 @@ from tunekit.data.batching.pad import lay_end_to_end, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER, NO_WEIGHT
 from tunekit.data.rendering.turns import answer_indices, last_answer
-from tunekit.errors import DataError, ModelError, Problem
+from tunekit.errors import DataError, ModelError
 from tunekit.formats.example import ChatExample, CompletionExample, Example, TextExample
 from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import LineByLineRows
@@ -31,18 +31,15 @@ class SourceRows(TextRows):
 
     example = "text"
     has_choices = True
+    allowed_options = (
+        ("train_on", "assistant or last", "the prompt is read by an encoder, which predicts nothing"),
+        (
+            "excess_length",
+            "drop, truncate or error",
+            "the later pieces of a row would have no source for the encoder to read",
+        ),
+    )
     layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
-
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing if an encoder reads the prompt."""
-        problems = []
-        if self.options.train_on == "all":
-            what = "the prompt is read by an encoder, which predicts nothing"
-            problems.append(Problem(what, "write assistant or last", key="data.train_on"))
-        if self.options.excess_length == "split":
-            what = "the later pieces of a row would have no source for the encoder to read"
-            problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
-        return problems
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row.
