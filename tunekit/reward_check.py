@@ -130,7 +130,7 @@ def known_answers(contexts: Sequence[dict[str, Any]]) -> dict[str, list[Completi
     }
 
 
-def _text_of(prompt: Any) -> str:
+def _text_of(prompt: str | list[dict[str, Any]]) -> str:
     """A text, or what the last turn says."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 

@@ -18,6 +18,7 @@ from tunekit.contracts.rows import (
     Batch,
     EncodeOptions,
     Gather,
+    Labels,
     Processor,
     Progress,
     Row,
@@ -32,11 +33,8 @@ from tunekit.errors import Problem
 class RunView(Protocol):
     """What an objective and its companions see of a run: its model, its rows, its ranks."""
 
-    @property
-    def model(self) -> Model: ...
-
-    @property
-    def rows(self) -> RowKind: ...
+    model: Model
+    rows: RowKind
 
     @property
     def gather(self) -> Gather: ...
@@ -69,6 +67,7 @@ class RowKind:
     fingerprint: str  # sha256 of everything, besides `options`, that decides a row
     options: EncodeOptions
     notices: Counter[str]
+    labels: Labels  # only of rows with labels
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
@@ -93,6 +92,14 @@ class RowKind:
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
+        raise NotImplementedError
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The labels of a row; only of rows with labels."""
+        return [row.parts["label"].tobytes().decode()]
+
+    def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
+        """Rows of prompts whose labels are not known: they have the first one. Only of rows with labels."""
         raise NotImplementedError
 
     def make_row(

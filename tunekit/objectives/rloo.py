@@ -10,4 +10,4 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 
 def make(settings: RlooSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Prompts whose completions are compared with the others of their group."""
-    return sampled_objective(settings, tokenizer, options, LeaveOneOut(settings))
+    return sampled_objective(LeaveOneOut.of(settings, tokenizer), options)

@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, Read, RunView, Sums, Window
+from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Sums, Window
 from tunekit.machine.placing import placed
 from tunekit.objectives.losses.advantages import (
-    CLIPPED,
     MINIMUM_SPREAD,
     Rewards,
     by_token,
@@ -28,12 +27,12 @@ from tunekit.objectives.losses.advantages import (
     summed,
 )
 from tunekit.objectives.losses.answers import by_sequence
-from tunekit.objectives.rows.prompts import PromptRows
+from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 
 @dataclass(frozen=True)
-class GroupRelative:
+class GroupRelative(SampledLoss):
     """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
 
     r is the probability of the token over that at sampling, A the completion's advantage, KL = exp(d) - d - 1 with d
@@ -41,12 +40,6 @@ class GroupRelative:
     """
 
     settings: GrpoSettings
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """What the loss logs of each step."""
-        clipped = ("cispo_clip_ratio",) if self.settings.loss_type == "cispo" else CLIPPED
-        return (*(("kl",) if self.settings.beta else ()), "entropy", *clipped)
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
         """(r - mean of the group) / (s + 1e-4), s the standard deviation of the group, or of the step; or 1."""
@@ -63,7 +56,7 @@ class GroupRelative:
         """Of the groups; of the whole step if advantages are divided by its standard deviation."""
         if self.settings.scale_rewards == "batch":
             return np.isclose(spread(step), 0.0)[None]
-        return np.isclose(spread(step, axis=1), 0.0)
+        return super().equal_groups(step)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
         """grpo: 1 / tokens of the completion; dr_grpo: 1 / max_completion_length; dapo, cispo: 1 / those of the average
@@ -73,12 +66,10 @@ class GroupRelative:
         longest = float(self.settings.max_completion_length)
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
-    def compared(self, run: RunView, window: Window, read: Read) -> tuple[Window, None]:
-        """Each completion's tokens with the reference's log-probabilities, if there is a KL in the loss."""
-        if not self.settings.beta:
-            return window, None
-        assert isinstance(run.rows, PromptRows)
-        return run.rows.with_tokens(window, "reference", run.reference(window.batches, read)), None
+    def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
+        """Each completion's tokens with the reference's log-probabilities."""
+        scores = run.reference(window.batches, self.token_scores)
+        return prompt_rows(run).with_tokens(window, "reference", scores), None
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""

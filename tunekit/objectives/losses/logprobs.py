@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction as Context
 from torch.utils.checkpoint import checkpoint
 
 from tunekit.contracts import IGNORED, ROW_LOSSES, Batch, Head, Loss, ModelOutput, Sums
@@ -54,7 +55,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
+        ctx: Context, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
     ) -> Tensor:
         if isinstance(head, PartedHead):  # which has no trained parameters
             losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
@@ -75,9 +76,9 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, *gradients = ctx.saved_tensors
-        scale = upstream[0]
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        (hidden_gradient, *gradients), scale = saved, upstream[0]
         return (
             hidden_gradient * scale.to(hidden_gradient.dtype),
             None,
@@ -178,7 +179,7 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
+        ctx: Context, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
     ) -> Tensor:
         if isinstance(head, PartedHead):
             assert entropies is None, "plan keeps the head of who asks for them"
@@ -196,7 +197,7 @@ class _LogProbabilities(torch.autograd.Function):
         return losses.neg_()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
@@ -266,7 +267,7 @@ class _Divergences(torch.autograd.Function):
     """`divergence` of each position under frozen heads; the gradient is taken in the forward, as _LogProbabilities'."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
         values = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden)  # (N, D)
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -280,7 +281,7 @@ class _Divergences(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None
 
@@ -310,7 +311,7 @@ def divergences(
     return torch.cat([_checkpointed(of_chunk, hidden[chunk], chunk) for chunk in chunks])
 
 
-def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Computed again in the backward, within the same call."""
     call = current_call()
 
@@ -354,30 +355,35 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
 def sums_of_positions(
     output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
 ) -> Sums:
-    """Of some positions, those of the batch's rows in order, added up in float64: their loss, how many are predicted
-    right, and their number, each counting as its weight says; and the loss of each row."""
+    """Sums over some positions, those of the batch's rows in order: `loss_sums`, how many are predicted right, and
+    their number, each counting as its weight says."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
-    wide = summing_dtype(losses.device)
     if weights is not None:
         count, weights = weights.sum(dtype=torch.float64), placed(weights, losses.device)
         losses, correct = losses * weights, correct * weights
-    added = {"loss": losses.sum(dtype=wide), "correct": correct.sum(dtype=wide), "units": count}
-    return {**added, **row_losses(losses, batch)}
+    return {**loss_sums(losses, batch), "correct": correct.sum(dtype=summing_dtype(losses.device)), "units": count}
 
 
-def row_losses(losses: Tensor, batch: Batch) -> Sums:
-    """(rows,) the loss of each row. Shapes: losses (N,), of what is supervised in the batch's rows, in order."""
-    counts = [row.supervised for row in batch.rows]
-    parts = torch.split(losses, counts)
-    return {ROW_LOSSES: torch.stack([part.sum(dtype=summing_dtype(losses.device)) for part in parts])}
+def loss_sums(losses: Tensor, batch: Batch) -> Sums:
+    """The sum of the losses in float64, and the loss (rows,) of each row. Shapes: losses (N,), of what is supervised in
+    the batch's rows, in order."""
+    wide = summing_dtype(losses.device)
+    parts = torch.split(losses, [row.supervised for row in batch.rows])
+    return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
 
 
 def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
     """(N,) float32: the loss of each position, without gradient."""
     hidden, targets, head = _selected(output, index, targets)
     return scored_positions(hidden, targets, head, output.chunk_tokens)[0]
+
+
+def logits_at(output: ModelOutput, index: Tensor) -> Tensor:
+    """(N, V) float32 logits at positions (N,) of the flattened (B, T)."""
+    assert output.head is not None
+    return output.head.logits(hidden_at(output, index))
 
 
 def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.files.cache_folder import hash_of
+from tunekit.formats.preference import AskedExample
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.bases.pair_settings import PairSettings
 
@@ -61,7 +62,7 @@ class AnswerRows(TextRows):
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: AskedExample, origin: str) -> Row:
         """The row. Raises: Dropped or DataError for an unusable one, as the recipe states."""
         answers = [getattr(example, side) for side in self.sides]
         self._check_usable(example.prompt, answers)
@@ -79,7 +80,7 @@ class AnswerRows(TextRows):
         parts |= {name: np.asarray([getattr(example, name)], kind) for name, kind in self.further.items()}
         return self.make_row(parts, origin)
 
-    def _check_usable(self, prompt: Any, answers: Sequence[Any]) -> None:
+    def _check_usable(self, prompt: object, answers: Sequence[object]) -> None:
         reasons = {NO_PROMPT: not prompt, EMPTY_ANSWER: not all(answers)}
         reasons[EQUAL] = len(answers) > 1 and answers[0] == answers[1]
         for reason in (reason for reason, applies in reasons.items() if applies):
@@ -96,7 +97,7 @@ class AnswerRows(TextRows):
         """A row counts once, if it has no empty answer."""
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 
-    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+    def prompt(self, example: AskedExample) -> tuple[list[int], str] | None:
         """Ids of the prompt, and its first answer's text."""
         return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
 
@@ -210,7 +211,7 @@ class AnswerRows(TextRows):
         return [Span(row.parts[side], predicted[side], title=side + values) for side in self.sides]
 
 
-def last_token(ids: Any, pad_id: int) -> int:
+def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
     """The last place whose id is not the padding's, as transformers reads a score."""
     return int(np.flatnonzero(np.asarray(ids) != pad_id).max(initial=0))
 

@@ -8,14 +8,14 @@ from functools import cached_property
 
 import numpy as np
 
-from tunekit.contracts import Array, Batch, Model, Row, RowLayout, Span
+from tunekit.contracts import Array, Batch, Labels, Model, Row, RowLayout, Span
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.sound import Sound, opened
 from tunekit.errors import DataError
 from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.media import Media
 from tunekit.model.speech.features import AudioProcessor
-from tunekit.objectives.rows.labels import Labels, label_of, never_split, utf8
+from tunekit.objectives.rows.labels import label_of, never_split, utf8
 from tunekit.objectives.rows.recordings import SOUND_PARTS, Clip, RecordingRows, lasts, longer_than
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
@@ -59,10 +59,6 @@ class LabelledRecordings(RecordingRows):
             minimum=(self.processor.frames,),
             identity=("features", "place"),
         )
-
-    def labels_of(self, row: Row) -> list[str]:
-        """The label."""
-        return [label_of(row)]
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
         """The recording; of one that is cut also the part that is not heard, so that it is counted.

@@ -29,12 +29,14 @@ from tunekit.contracts import (
     RowLayout,
     Span,
 )
-from tunekit.data.encoding.images import Size, covering, cropped, read_image
+from tunekit.data.encoding.images import Size, covering, cropped
 from tunekit.errors import DataError, Problem
 from tunekit.formats.image import ImageExample
 from tunekit.model.call import seed_for
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.objectives.rows.images import read_pixels
+from tunekit.objectives.rows.labels import utf8
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 RATIOS = ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))  # of `auto`, each upright and lying
@@ -72,9 +74,7 @@ class PictureRows(RowKind):
         prompt = example.text or self.instance_prompt
         if not prompt:
             raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all")
-        counts, image = Counter[str](), example.image
-        pixels = read_image(image.path if image.data is None else image.data, counts)
-        self.notices.update(+counts)
+        pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
             self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
         size = nearest_bucket(pixels.shape[:2], self.buckets)
@@ -86,7 +86,7 @@ class PictureRows(RowKind):
             "shape": np.array(covered.shape[:2], np.int32),
             "original": np.array(pixels.shape[:2], np.int32),
             "bucket": np.array(size, np.int32),
-            "prompt": np.frombuffer(prompt.encode(), np.uint8),
+            "prompt": utf8(prompt),
         }
         return self.make_row(parts, origin)
 

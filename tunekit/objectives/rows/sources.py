@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ class SourceRows(TextRows):
     )
     layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
 
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: Example, origin: str) -> Row:
         """The row.
 
         Raises: Dropped if nothing can be trained on; DataError if the row is wrong; ModelError if the base does not
@@ -143,10 +142,11 @@ class SourceRows(TextRows):
         return LineByLineRows(self.tokenizer), ChoiceLoss(shape)
 
 
-def answer_weight(example: Any) -> float:
+def answer_weight(example: ChatExample | CompletionExample) -> float:
     """The weight of an example's last answer."""
-    index = last_answer(example) if isinstance(example, ChatExample) else None
-    return float(example.weight * (1.0 if index is None else example.messages[index].weight))
+    if isinstance(example, ChatExample) and (index := last_answer(example)) is not None:
+        return example.weight * example.messages[index].weight
+    return example.weight
 
 
 def source_parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:
