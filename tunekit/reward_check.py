@@ -37,7 +37,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.advantages import Rewards, mean, spread
 from tunekit.objectives.losses.samples import REWARD, SampledLoss
-from tunekit.objectives.rows.prompts import Completion, context_json, read_context
+from tunekit.objectives.rows.prompts import Completion, completions_of, context_json
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
@@ -152,11 +152,7 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     assert isinstance(loss, SampledLoss)
     with undisturbed(model):
         groups = loss.sampled(ModelRun(model, rows.objective.rows), Window(0, 0.0, (), (), seed), chosen)
-    return [
-        Completion(**read_context(row), text=sample.text)
-        for row, group in zip(chosen, groups, strict=True)
-        for sample in group
-    ]
+    return completions_of(chosen, groups)
 
 
 def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion]) -> Trial:

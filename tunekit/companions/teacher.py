@@ -44,8 +44,7 @@ class Teacher(Companion):
     @property
     def head(self) -> Head:  # type: ignore[override]
         """Its output projection."""
-        head: Head = self.model.base.family.head(self.model.base.net)
-        return head
+        return self.model.base.family.head(self.model.base.net)
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """What `read` takes from the teacher's forward of each batch."""

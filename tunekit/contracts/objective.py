@@ -170,7 +170,7 @@ class RowKind:
 
     def counting(self) -> Self:
         """A copy with notices of its own."""
-        return replace(self, notices=Counter())  # type: ignore[type-var]
+        return self.with_options(self.options)
 
     def with_options(self, options: EncodeOptions) -> Self:
         """The same rows, encoded with different options."""

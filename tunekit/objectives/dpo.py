@@ -10,8 +10,7 @@ from functools import partial
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.pairs import PairLoss
 from tunekit.objectives.losses.preferences import shorter_first, weighted_losses
-from tunekit.objectives.rows.answers import pair_rows
-from tunekit.objectives.rows.text import text_answering
+from tunekit.objectives.rows.answers import pair_objective
 from tunekit.recipe.objectives.dpo import DpoSettings
 
 
@@ -26,5 +25,4 @@ def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Facts, options: Enc
         matches="aot" in settings.loss_type,
         keeps=settings.precompute_ref_log_probs,
     )
-    rows = pair_rows(settings, tokenizer, options)
-    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))
+    return pair_objective(settings, tokenizer, options, loss)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tunekit.contracts import EncodeOptions, Facts, Objective
-from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.image_classifier import PixelProcessor
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.images import LabelledImages
 from tunekit.objectives.rows.labels import given_labels, label_objective
@@ -18,7 +18,7 @@ def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Fact
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)
-    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
-    rows = LabelledImages(settings, processor, fingerprint, options, given_labels(settings, facts))
+    labels, fingerprint = given_labels(settings, facts), row_fingerprint(settings, processor)
+    rows = LabelledImages(settings, processor, fingerprint, options, labels)
     resolution = {} if settings.resolution is None else {"resolution": settings.resolution}
     return label_objective(settings, rows, LabelLoss(), processor, **resolution)

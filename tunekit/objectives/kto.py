@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Rows, Tokenizer
-from tunekit.files.cache_folder import hash_of
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.kto import SIDE, KtoLoss, balance_notes
 from tunekit.objectives.rows.answers import AnswerRows
 from tunekit.objectives.rows.text import text_answering
@@ -18,7 +18,7 @@ def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: Enc
     """Answers with their label; it learns whether the weights balance them."""
     rows = AnswerRows(
         tokenizer,
-        hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint]),
+        row_fingerprint(settings, tokenizer),
         options,
         example="unpaired",
         sides=(SIDE,),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.pairs import PairLoss
 from tunekit.objectives.losses.preferences import odds_ratio
-from tunekit.objectives.rows.answers import pair_rows
-from tunekit.objectives.rows.text import text_answering
+from tunekit.objectives.rows.answers import pair_objective
 from tunekit.recipe.objectives.orpo import OrpoSettings
 
 
@@ -17,5 +15,4 @@ def make(settings: OrpoSettings, tokenizer: Tokenizer, facts: Facts, options: En
     """Pairs whose chosen prompts are predicted too, as in trl, and their odds."""
     formula = partial(odds_ratio, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=1.0, prompts=True)
-    rows = replace(pair_rows(settings, tokenizer, options), prompts=True)
-    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))
+    return pair_objective(settings, tokenizer, options, loss, prompts=True)

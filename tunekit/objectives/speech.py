@@ -8,8 +8,8 @@ from typing import Any
 
 from tunekit.contracts import Answering, EncodeOptions, Facts, Objective
 from tunekit.errors import DataError, RecipeError
-from tunekit.files.cache_folder import hash_of
 from tunekit.model.speech.processor import SpeechProcessor
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.tokens import TokenLoss, own_positions
 from tunekit.objectives.rows.transcribing import write_transcripts
 from tunekit.objectives.rows.transcripts import TranscriptRows
@@ -22,7 +22,7 @@ def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts, opt
     Raises: RecipeError for a language that the model does not know.
     """
     settings = _checked(settings, processor, facts)
-    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+    fingerprint = row_fingerprint(settings, processor)
     return Objective(
         settings.method,
         settings.family,

@@ -24,10 +24,9 @@ MINIMUM_SPREAD = 1e-4  # added to a standard deviation that advantages are divid
 
 def spread(values: Rewards, axis: int | None = None) -> Rewards:
     """Standard deviation (n - 1) of the numbers that are not NaN; NaN of fewer than two."""
-    count = np.sum(~np.isnan(values), axis=axis)
-    mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(
-        np.sum(~np.isnan(values), axis=axis, keepdims=True), 1
-    )
+    judged = ~np.isnan(values)
+    count = np.sum(judged, axis=axis)
+    mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(np.sum(judged, axis=axis, keepdims=True), 1)
     squares = np.nansum((values - mean) ** 2, axis=axis)
     return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
 

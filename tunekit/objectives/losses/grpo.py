@@ -47,10 +47,8 @@ class GroupRelative(SampledLoss):
         scale = self.settings.scale_rewards
         if scale == "none":
             return centred
-        advantages: Rewards = centred / (
-            (spread(local, axis=1)[:, None] if scale == "group" else spread(step)) + MINIMUM_SPREAD
-        )
-        return advantages
+        deviation = spread(local, axis=1)[:, None] if scale == "group" else spread(step)
+        return centred / (deviation + MINIMUM_SPREAD)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
         """Of the groups; of the whole step if advantages are divided by its standard deviation."""

@@ -42,8 +42,7 @@ class LeaveOneOut(SampledLoss):
         if not self.settings.normalize_advantages:
             return plain
         of_step = _less_the_others(step)
-        advantages: Rewards = (plain - mean(of_step)) / (spread(of_step) + MINIMUM_SPREAD)
-        return advantages
+        return (plain - mean(of_step)) / (spread(of_step) + MINIMUM_SPREAD)
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
         """beta times the KL of each completion, k1: the policy's log-probability less the reference's."""

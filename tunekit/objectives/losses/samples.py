@@ -36,7 +36,7 @@ from tunekit.model.text.generation import find_stop_ids
 from tunekit.objectives.losses.advantages import CLIPPED, Rewards, length_metrics, reward_metrics, spread, weighted_sum
 from tunekit.objectives.losses.answers import predicted
 from tunekit.objectives.rows.answers import AnswerRows
-from tunekit.objectives.rows.prompts import Completion, PromptRows, Sample, read_context
+from tunekit.objectives.rows.prompts import PromptRows, Sample, completions_of, read_context
 from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.bases.sample_settings import REWARDED, SampleSettings, reward_names
 from tunekit.records import Preparation
@@ -158,13 +158,7 @@ class SampledLoss(LossKind):
         shape = (len(rows), len(prompt_rows(run).answers.sides), len(self.settings.reward))
         if dry:
             return np.tile(np.arange(shape[1], dtype=np.float64)[:, None], (shape[0], 1, shape[2]))
-        contexts = [read_context(row) for row in rows]
-        completions = [
-            Completion(**context, text=sample.text)
-            for context, group in zip(contexts, groups, strict=True)
-            for sample in group
-        ]
-        error, scores = None, np.empty(shape)
+        completions, error, scores = completions_of(rows, groups), None, np.empty(shape)
         try:
             scores = run.companion(REWARD).score(completions).reshape(shape)
         except RewardError as problem:

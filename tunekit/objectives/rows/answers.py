@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Row, RowLayout, Span, Tokenizer
+from tunekit.contracts import Array, Batch, EncodeOptions, LossKind, Objective, Row, RowLayout, Span, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
-from tunekit.files.cache_folder import hash_of
 from tunekit.formats.preference import AskedExample
-from tunekit.objectives.rows.text import TextRows
+from tunekit.objectives.base import row_fingerprint
+from tunekit.objectives.rows.text import TextRows, text_answering
 from tunekit.recipe.bases.pair_settings import PairSettings
 
 SIDES = ("chosen", "rejected")
@@ -218,5 +218,12 @@ def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
 
 def pair_rows(settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions) -> AnswerRows:
     """Rows of a preferred and a rejected answer."""
-    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
-    return AnswerRows(tokenizer, fingerprint, options, unusable=settings.unusable_pairs)
+    return AnswerRows(tokenizer, row_fingerprint(settings, tokenizer), options, unusable=settings.unusable_pairs)
+
+
+def pair_objective(
+    settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions, loss: LossKind, *, prompts: bool = False
+) -> Objective:
+    """An objective of pairs whose answers are texts. `prompts`: as AnswerRows has it."""
+    rows = replace(pair_rows(settings, tokenizer, options), prompts=prompts)
+    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))

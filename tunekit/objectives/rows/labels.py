@@ -74,7 +74,7 @@ def _with_labels(
         rows=rows,
         loss=loss,
         answering=replace(objective.answering, write=partial(_write, rows, loss), labels=names),  # type: ignore[type-var]
-        section=partial(_headed, objective.family, labels),
+        section=partial(headed_section, objective.family, labels),
         complete=bool(names),
         facts={**objective.facts, "labels": list(names)},
         notes=tuple(notes),
@@ -83,7 +83,7 @@ def _with_labels(
     return replace(labelled, learning=partial(_learn, labelled, loss, unlabelled))
 
 
-def _headed(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
+def headed_section(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
     """The base with a head of one score for each label: its own if that is for these labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}

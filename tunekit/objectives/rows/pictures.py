@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -121,8 +120,7 @@ class PictureRows(RowKind):
 
 def pixels_of(row: Row) -> Pixels:
     """(H, W, 3)."""
-    pixels: Pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3)
-    return pixels
+    return row.parts["pixels"].reshape(*row.parts["shape"], 3)
 
 
 def bucket_of(row: Row) -> Size:
@@ -202,34 +200,31 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
 
 def picture_answering(settings: DreamboothSettings, processor: PipelineProcessor) -> Answering:
     """Answers are images, drawn by the whole pipeline."""
-    draw, report = (partial(function, settings, processor) for function in (_drawn, _report_pictures))
-    return Answering("picture", draw=draw, report_pictures=report, processor=processor)
+    artist = Artist(settings, processor)
+    return Answering("picture", draw=artist.draw, report_pictures=artist.report_pictures, processor=processor)
 
 
-def _report_pictures(
-    settings: DreamboothSettings, processor: PipelineProcessor, model: Model, progress: Progress
-) -> list[Pixels]:
-    """One image for each validation prompt, each with its own seed."""
-    prompts = settings.validation_prompts
-    seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
-    return _drawn(settings, processor, model, prompts, seeds, progress) if prompts else []
+@dataclass(frozen=True)
+class Artist:
+    """Draws images with the whole pipeline: (H, W, 3) each."""
 
+    settings: DreamboothSettings
+    processor: PipelineProcessor
 
-def _drawn(
-    settings: DreamboothSettings,
-    processor: PipelineProcessor,
-    model: Model,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    progress: Progress,
-) -> list[Pixels]:
-    """(H, W, 3) for each prompt."""
-    pictures, how = list[Pixels](), drawing_of(settings)
-    with model.base.net.beside_on(model.device):
-        for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            progress("images drawn", done, len(prompts))
-            pictures += draw_pictures(model.base.net, processor, [prompt], [seed], how)
-    return pictures
+    def report_pictures(self, model: Model, progress: Progress) -> list[Pixels]:
+        """One image for each validation prompt, each with its own seed."""
+        prompts = self.settings.validation_prompts
+        seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
+        return self.draw(model, prompts, seeds, progress) if prompts else []
+
+    def draw(self, model: Model, prompts: Sequence[str], seeds: Sequence[int], progress: Progress) -> list[Pixels]:
+        """One image for each prompt."""
+        pictures, how = list[Pixels](), drawing_of(self.settings)
+        with model.base.net.beside_on(model.device):
+            for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                progress("images drawn", done, len(prompts))
+                pictures += draw_pictures(model.base.net, self.processor, [prompt], [seed], how)
+        return pictures
 
 
 def drawing_of(settings: DreamboothSettings) -> Drawing:

@@ -180,6 +180,12 @@ class PromptRows(TextRows):
         return {name: torch.from_numpy(values) for name, values in prepared.items()}
 
 
+def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[Completion]:
+    """The completions of each row as rewards read them."""
+    contexts = zip(map(read_context, rows), groups, strict=True)
+    return [Completion(**context, text=sample.text) for context, group in contexts for sample in group]
+
+
 def context_json(example: PromptExample) -> str:
     """The prompt and the columns of an example, which its row keeps for rewards."""
     columns = {"answer": example.answer, **example.columns}
