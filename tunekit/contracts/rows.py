@@ -189,7 +189,7 @@ class Labels:
     def check(self, label: str) -> None:
         """Raises: DataError for a label that is not listed."""
         if self.names and label not in self.names:
-            what = f"the label '{label}' is not among the labels ({shown_labels(self.names)})"
+            what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
             raise DataError(what, "mend it, or list it under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> torch.Tensor:
@@ -197,10 +197,10 @@ class Labels:
         places = {label: number for number, label in enumerate(self.names)}
         return torch.tensor([places[label] for label in labels])
 
-
-def shown_labels(labels: Sequence[str]) -> str:
-    """The first labels, for a message."""
-    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+    @staticmethod
+    def text(labels: Sequence[str]) -> str:
+        """The first labels, for a message."""
+        return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from tunekit.contracts import CompanionSpec, EncodeOptions, Facts, Objective
+from tunekit.contracts import Answering, CompanionSpec, EncodeOptions, Facts, Objective
 from tunekit.errors import RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.pipeline.parts import PIPELINES
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.objectives.losses.noise import KEY, DiffusionLoss, NoiseSchedule, setting_problems
-from tunekit.objectives.rows.pictures import PictureRows, buckets_of, picture_answering, size_problems
+from tunekit.objectives.rows.pictures import Artist, PictureRows, buckets_of, size_problems
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
@@ -35,12 +35,13 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
     stated = {name: getattr(settings, name) for name in FACTS}
     if settings.aspect_ratio_buckets is not None:
         stated["aspect_ratio_buckets"] = [*map(list, buckets)]
+    artist = Artist(settings, processor)
     return Objective(
         settings.method,
         settings.family,
         PictureRows(processor, settings.instance_prompt, buckets, fingerprint, options),
         DiffusionLoss(settings, _schedule(processor)),
-        picture_answering(settings, processor),
+        Answering("picture", draw=artist.draw, report_pictures=artist.report_pictures, processor=processor),
         companions=(CompanionSpec("pipeline", KEY, settings),),
         section=partial(_section, settings, processor),
         facts=stated,

@@ -37,6 +37,11 @@ def mean(values: Rewards, axis: int | None = None) -> Rewards:
     return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
 
+def scaled(values: Rewards, deviation: Rewards) -> Rewards:
+    """Advantages over a standard deviation, which may be 0."""
+    return values / (deviation + MINIMUM_SPREAD)
+
+
 def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
     """Weighted sums over reward functions without those that are NaN; NaN if all are. Shapes: (..., F) -> (...)."""
     total = np.nansum(scores * np.array(weights, np.float64), axis=-1)
@@ -67,7 +72,7 @@ def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str,
     }
 
 
-def clipped_ratios(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
     """The ratios that have no gradient because they are clipped."""
     below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     return dict(zip(CLIPPED, (below, above, below | above), strict=True))

@@ -16,16 +16,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Sums, Window
 from tunekit.machine.placing import placed
-from tunekit.objectives.losses.advantages import (
-    MINIMUM_SPREAD,
-    Rewards,
-    by_token,
-    clipped_ratios,
-    mean,
-    read_tokens,
-    spread,
-    summed,
-)
+from tunekit.objectives.losses.advantages import Rewards, by_token, clipping, mean, read_tokens, scaled, spread, summed
 from tunekit.objectives.losses.answers import by_sequence
 from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
 from tunekit.recipe.objectives.grpo import GrpoSettings
@@ -48,7 +39,7 @@ class GroupRelative(SampledLoss):
         if scale == "none":
             return centred
         deviation = spread(local, axis=1)[:, None] if scale == "group" else spread(step)
-        return centred / (deviation + MINIMUM_SPREAD)
+        return scaled(centred, deviation)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
         """Of the groups; of the whole step if advantages are divided by its standard deviation."""
@@ -108,5 +99,5 @@ class GroupRelative(SampledLoss):
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}
         else:
-            marks = clipped_ratios(ratio, advantages, settings.epsilon, settings.clip_high)
+            marks = clipping(ratio, advantages, settings.epsilon, settings.clip_high)
         return {name: summed(clipped * (1.0 if share is None else share)) for name, clipped in marks.items()}

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Window
-from tunekit.objectives.losses.advantages import (
-    MINIMUM_SPREAD,
-    Rewards,
-    clipped_ratios,
-    mean,
-    read_tokens,
-    spread,
-    summed,
-)
+from tunekit.objectives.losses.advantages import Rewards, clipping, mean, read_tokens, scaled, spread, summed
 from tunekit.objectives.losses.answers import by_row, by_sequence
 from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
 from tunekit.recipe.objectives.rloo import RlooSettings
@@ -42,7 +34,7 @@ class LeaveOneOut(SampledLoss):
         if not self.settings.normalize_advantages:
             return plain
         of_step = _less_the_others(step)
-        return (plain - mean(of_step)) / (spread(of_step) + MINIMUM_SPREAD)
+        return scaled(plain - mean(of_step), spread(of_step))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
         """beta times the KL of each completion, k1: the policy's log-probability less the reference's."""
@@ -62,7 +54,7 @@ class LeaveOneOut(SampledLoss):
         metrics = {"entropy": summed(tokens.entropies * tokens.share)}
         if "kl" in tokens.prepared:
             metrics["kl"] = summed(tokens.prepared["kl"] * tokens.share)
-        marks = clipped_ratios(ratio, advantages, settings.epsilon, settings.clip_high)
+        marks = clipping(ratio, advantages, settings.epsilon, settings.clip_high)
         metrics |= {name: summed(values.float()) for name, values in marks.items()}
         return Loss(losses.sum()[None], metrics=metrics)
 

@@ -11,19 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import (
-    Answering,
-    AnswerLimits,
-    Array,
-    Labels,
-    Model,
-    Objective,
-    Processor,
-    Row,
-    RowKind,
-    Rows,
-    shown_labels,
-)
+from tunekit.contracts import Answering, AnswerLimits, Array, Labels, Model, Objective, Processor, Row, RowKind, Rows
 from tunekit.errors import DataError, InputError
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import LabelLoss
@@ -115,7 +103,7 @@ def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequenc
     notes += [f"the label '{label}' has one row to train on" for label in names if taught[label] == 1]
     if head and head != names:
         notes.append(
-            f"the base's own head ({shown_labels(head)}) is not used, and a new one trained for {shown_labels(names)}; "
+            f"the base's own head ({Labels.text(head)}) is not used, and a new one trained for {Labels.text(names)}; "
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
     return _with_labels(objective, loss, names, unlabelled, notes)

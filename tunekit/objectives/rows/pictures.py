@@ -15,19 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tunekit.contracts import (
-    Answering,
-    Array,
-    Batch,
-    EncodeOptions,
-    Model,
-    Pixels,
-    Progress,
-    Row,
-    RowKind,
-    RowLayout,
-    Span,
-)
+from tunekit.contracts import Array, Batch, EncodeOptions, Model, Pixels, Progress, Row, RowKind, RowLayout, Span
 from tunekit.data.encoding.images import Size, covering, cropped
 from tunekit.errors import DataError, Problem
 from tunekit.formats.image import ImageExample
@@ -196,12 +184,6 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
         if (same := ratios.setdefault(size[0] / size[1], size)) is not size:
             what = f"{list(size)} has the aspect ratio of {list(same)}, so that no image would go to it"
             yield Problem(what, "leave one out", key=KEY)
-
-
-def picture_answering(settings: DreamboothSettings, processor: PipelineProcessor) -> Answering:
-    """Answers are images, drawn by the whole pipeline."""
-    artist = Artist(settings, processor)
-    return Answering("picture", draw=artist.draw, report_pictures=artist.report_pictures, processor=processor)
 
 
 @dataclass(frozen=True)
