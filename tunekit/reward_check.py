@@ -79,7 +79,13 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
         kinds[SAMPLES] = _sampled(recipe, max(1, round(samples / size)), device)
     trials = [_trial(rewards, name, completions) for name, completions in kinds.items()]
     findings, notes = judged(rewards, trials, size)
-    _show(console, rewards, trials, findings, notes, size)
+    _show(console, rewards, trials, size)
+    console.info("", *notes)
+    console.warn(*findings)
+    if not findings and REFERENCE in kinds:
+        console.info("nothing was found: the rows' own answers are worth more than what says nothing")
+    elif not findings:
+        console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")
     write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
     return 2 if findings else 0
 
@@ -186,14 +192,12 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     own = by_name.get(REFERENCE)
     notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
     failed = {each.name for each in trials if each.errors}
+    best = np.nan if own is None or own.errors else float(mean(own.total))
     for each in trials:
-        if own is None or REFERENCE in failed or each.name in (REFERENCE, SAMPLES) or each.name in failed:
-            continue
-        best, other = float(mean(own.total)), float(mean(each.total))
-        if np.isnan(best) or np.isnan(other) or other < best:
-            continue
-        text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
-        (notes if each.name == SHUFFLED else findings).append(text)
+        other = float(mean(each.total))
+        if other >= best and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
+            text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
+            (notes if each.name == SHUFFLED else findings).append(text)
     notes += _constant(rewards, trials) if own is not None else ()
     for each in trials:
         for source, seconds in zip(rewards.sources, each.seconds, strict=True):
@@ -237,14 +241,7 @@ def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
     return {"answers": each.name, **counts, **finite, "seconds": seconds, "errors": list(each.errors)}
 
 
-def _show(
-    console: Console,
-    rewards: RewardFunctions,
-    trials: Sequence[Trial],
-    findings: Sequence[str],
-    notes: Sequence[str],
-    size: int,
-) -> None:
+def _show(console: Console, rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> None:
     names = rewards.names
     several = names if len(names) > 1 else []
     lines = []
@@ -259,9 +256,3 @@ def _show(
         console.info("\nthe first samples:")
         for completion, total in list(zip(sampled.completions, sampled.total.tolist(), strict=True))[:size]:
             console.info(f"  {total:.4g}  {visible(completion.text)[:100]!r}")
-    console.info("", *notes)
-    console.warn(*findings)
-    if not findings and any(each.name == REFERENCE for each in trials):
-        console.info("nothing was found: the rows' own answers are worth more than what says nothing")
-    elif not findings:
-        console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")

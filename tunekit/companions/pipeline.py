@@ -71,9 +71,8 @@ class Pipeline(Companion):
         lacking = [part for part in parts if not any(each.name.startswith(f"{part}.") for each in planned.targets)]
         how = "name its layers too: q_proj, k_proj, v_proj, out_proj"
         what = "no layer of the {} is named, and it should be trained"
-        return CompanionFacts(
-            problems=[Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
-        )
+        problems = [Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
+        return CompanionFacts(problems=problems)
 
     def notes(self, planned: Planned, step_tokens: int) -> Sequence[str]:
         """Files of the folder of class images that are no images by name."""

@@ -97,10 +97,8 @@ class RewardFunctions(Companion):
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
-            raise RewardError(
-                f"{name} raised {_line(error, self.sources[number].code_file)}",
-                "mend it; `tunekit reward check` tries it",
-            ) from error
+            what = f"{name} raised {_line(error, self.sources[number].code_file)}"
+            raise RewardError(what, "mend it; `tunekit reward check` tries it") from error
         rewards = _checked(result, len(completions), name)
         if completions and not may_be_silent and np.isnan(rewards).all():
             raise self.no_rewards(number, completions)

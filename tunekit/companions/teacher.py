@@ -76,9 +76,8 @@ class Teacher(Companion):
         different = sorted((text for text in wanted if there.get(text) != wanted[text]), key=lambda text: wanted[text])
         if different:
             what = f"{len(different):,} of the student's {len(wanted):,} tokens have another id or none in the teacher"
-            how = (
-                f"the first is {different[0]!r}, id {wanted[different[0]]}; name a teacher with the student's tokenizer"
-            )
+            first = different[0]
+            how = f"the first is {first!r}, id {wanted[first]}; name a teacher with the student's tokenizer"
             yield Problem(what, how, key=self.key)
 
     def notes(self, planned: Planned, step_tokens: int) -> list[str]:
