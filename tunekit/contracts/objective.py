@@ -8,18 +8,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from tunekit.contracts.model import AnswerLimits, Head, Loss, Model, ModelOutput, Read, Sums
+from tunekit.contracts.model import Answering, Head, Loss, Model, ModelOutput, Read, Sums
 from tunekit.contracts.rows import (
     Array,
     Batch,
     EncodeOptions,
     Gather,
     Labels,
-    Processor,
     Progress,
     Row,
     RowLayout,
@@ -237,27 +234,6 @@ class LossKind:
 
 
 Facts = Mapping[str, Any]  # plain values of an objective that its adapter's folder keeps
-
-
-@dataclass(frozen=True)
-class Answering:
-    """How a model of this objective answers.
-
-    `kind`: text, label, score or picture.  `write`: answers to prompts.  `score`: of each sequence of ids.
-    `draw`: pictures (H, W, 3) of prompts, each with its seed.  `report_pictures`: those that a report shows.
-    `generation`: the generation settings of a merged model; None removes one.  `normalize`: a text as metrics compare
-    it that do not count spellings.  `processor`: with the recipe's changes, as a merged model needs it.
-    """
-
-    kind: str
-    write: Callable[[Model, Sequence[Any], AnswerLimits], list[str]] | None = None
-    score: Callable[[Model, Sequence[Sequence[int]], int], list[float]] | None = None
-    draw: Callable[[Model, Sequence[str], Sequence[int], Progress], list[NDArray[np.uint8]]] | None = None
-    report_pictures: Callable[[Model, Progress], list[NDArray[np.uint8]]] | None = None
-    labels: tuple[str, ...] = ()
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    normalize: Callable[[str], str] = str
-    processor: Processor | None = None
 
 
 @dataclass(frozen=True)
