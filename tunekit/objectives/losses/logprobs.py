@@ -1,6 +1,5 @@
 """The only place where logits exist: losses and log-probabilities of chosen positions, projected in chunks.
 
-Comes in: hidden states (B, T, D), positions with their targets, an output head.  Goes out: sums, or one number each.
 Full logits (B, T, V) never exist: rows without a label are dropped first, the rest pass the head `chunk_tokens` at a
 time, in float32, and each chunk's gradient is taken on the spot (loss and gradient in one pass over the logits). Only
 where the head itself is trained are log-probabilities computed again in the backward.

@@ -47,7 +47,7 @@ def label_objective(
 ) -> Objective:
     """The objective of rows with labels. `facts`: those besides the labels."""
     answering = Answering("label", processor=processor)
-    objective = Objective(settings.method, settings.family, rows, loss, answering, facts=facts)
+    objective = Objective(settings.method, settings.family, rows, loss, answering, facts={"labels": [], **facts})
     return _with_labels(objective, loss, rows.labels.names, rows.fingerprint)
 
 
