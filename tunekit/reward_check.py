@@ -37,7 +37,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.advantages import Rewards, mean, spread
 from tunekit.objectives.losses.samples import REWARD, SampledLoss
-from tunekit.objectives.rows.prompts import Completion, context_json, read_context
+from tunekit.objectives.rows.prompts import Completion, completions_of, context_json
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
@@ -78,7 +78,13 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
         kinds[SAMPLES] = _sampled(recipe, max(1, round(samples / size)), device)
     trials = [_trial(rewards, name, completions) for name, completions in kinds.items()]
     findings, notes = judged(rewards, trials, size)
-    _show(console, rewards, trials, findings, notes, size)
+    _show(console, rewards, trials, size)
+    console.info("", *notes)
+    console.warn(*findings)
+    if not findings and REFERENCE in kinds:
+        console.info("nothing was found: the rows' own answers are worth more than what says nothing")
+    elif not findings:
+        console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")
     write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
     return 2 if findings else 0
 
@@ -129,7 +135,7 @@ def known_answers(contexts: Sequence[dict[str, Any]]) -> dict[str, list[Completi
     }
 
 
-def _text_of(prompt: Any) -> str:
+def _text_of(prompt: str | list[dict[str, Any]]) -> str:
     """A text, or what the last turn says."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
@@ -151,11 +157,7 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     assert isinstance(loss, SampledLoss)
     with undisturbed(model):
         groups = loss.sampled(ModelRun(model, rows.objective.rows), Window(0, 0.0, (), (), seed), chosen)
-    return [
-        Completion(**read_context(row), text=sample.text)
-        for row, group in zip(chosen, groups, strict=True)
-        for sample in group
-    ]
+    return completions_of(chosen, groups)
 
 
 def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion]) -> Trial:
@@ -189,14 +191,12 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     own = by_name.get(REFERENCE)
     notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
     failed = {each.name for each in trials if each.errors}
+    best = np.nan if own is None or own.errors else float(mean(own.total))
     for each in trials:
-        if own is None or REFERENCE in failed or each.name in (REFERENCE, SAMPLES) or each.name in failed:
-            continue
-        best, other = float(mean(own.total)), float(mean(each.total))
-        if np.isnan(best) or np.isnan(other) or other < best:
-            continue
-        text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
-        (notes if each.name == SHUFFLED else findings).append(text)
+        other = float(mean(each.total))
+        if other >= best and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
+            text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
+            (notes if each.name == SHUFFLED else findings).append(text)
     notes += _constant(rewards, trials) if own is not None else ()
     for each in trials:
         for source, seconds in zip(rewards.sources, each.seconds, strict=True):
@@ -240,14 +240,7 @@ def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
     return {"answers": each.name, **counts, **finite, "seconds": seconds, "errors": list(each.errors)}
 
 
-def _show(
-    console: Console,
-    rewards: RewardFunctions,
-    trials: Sequence[Trial],
-    findings: Sequence[str],
-    notes: Sequence[str],
-    size: int,
-) -> None:
+def _show(console: Console, rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> None:
     names = rewards.names
     several = names if len(names) > 1 else []
     lines = []
@@ -262,9 +255,3 @@ def _show(
         console.info("\nthe first samples:")
         for completion, total in list(zip(sampled.completions, sampled.total.tolist(), strict=True))[:size]:
             console.info(f"  {total:.4g}  {visible(completion.text)[:100]!r}")
-    console.info("", *notes)
-    console.warn(*findings)
-    if not findings and any(each.name == REFERENCE for each in trials):
-        console.info("nothing was found: the rows' own answers are worth more than what says nothing")
-    elif not findings:
-        console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")

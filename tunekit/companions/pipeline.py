@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ from tunekit.model.families.pipeline.drawing import draw_pictures
 from tunekit.model.families.pipeline.parts import TEXT_ENCODERS
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.families.pipeline.prompts import encode_prompts
-from tunekit.objectives.rows.pictures import bucket_of, drawing_of, pixels_of, prompt_of
+from tunekit.objectives.rows.pictures import PictureRows, bucket_of, drawing_of, pixels_of, prompt_of
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -72,9 +71,8 @@ class Pipeline(Companion):
         lacking = [part for part in parts if not any(each.name.startswith(f"{part}.") for each in planned.targets)]
         how = "name its layers too: q_proj, k_proj, v_proj, out_proj"
         what = "no layer of the {} is named, and it should be trained"
-        return CompanionFacts(
-            problems=[Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
-        )
+        problems = [Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
+        return CompanionFacts(problems=problems)
 
     def notes(self, planned: Planned, step_tokens: int) -> Sequence[str]:
         """Files of the folder of class images that are no images by name."""
@@ -251,15 +249,12 @@ class ClassImages:
 
 def _processor(run: RunView) -> PipelineProcessor:
     """The one that made the rows."""
-    rows: Any = run.rows
-    processor: PipelineProcessor = rows.processor
-    return processor
+    assert isinstance(run.rows, PictureRows)
+    return run.rows.processor
 
 
 def _each(rows: Sequence[Rows]) -> Iterator[Row]:
     return (some[index] for some in rows for index in range(len(some)))
 
 
-def make(spec: CompanionSpec) -> Pipeline:
-    """The companion of kind `pipeline`."""
-    return Pipeline(spec)
+make = Pipeline  # companions.base calls it with a CompanionSpec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.prompts import Completion
+from tunekit.objectives.rows.text import TextRows
 from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
 
 BATCH_SIZE = 16  # completions that are scored side by side
@@ -47,8 +48,8 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
         raise RecipeError(what, "name a run of objective: reward, or its adapter", key=key)
     text = model.base.text
     assert text is not None  # a reward model reads text
-    rows: Any = objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template))
-    renderer = rows.renderer
+    assert isinstance(objective.rows, TextRows)
+    renderer = objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template)).renderer
 
     @torch.no_grad()
     def score(completions: Sequence[Completion]) -> list[float]:
@@ -66,17 +67,15 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
 
 def _ids(completion: Completion, renderer: Renderer, eos_id: int | None) -> list[int]:
     """Ids of the prompt with the completion; of an empty completion the prompt and the end."""
-    prompt: Any = completion.prompt
-    if not isinstance(prompt, str):
-        prompt = tuple(
-            Message(
-                turn["role"], turn["content"], extra={k: v for k, v in turn.items() if k not in ("role", "content")}
-            )
-            for turn in prompt
-        )
-    example = AskedExample(prompt)
+    prompt = completion.prompt
+    example = AskedExample(prompt if isinstance(prompt, str) else tuple(map(_message, prompt)))
     if completion.text.strip():
         return renderer.sequence(example.answered(completion.text))[0]
     rendered = renderer.prompt(example.answered("an answer"))
     assert rendered is not None
     return [*rendered[0], *([] if eos_id is None else [eos_id])]
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    extra = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    return Message(turn["role"], turn["content"], extra=extra)

@@ -97,10 +97,8 @@ class RewardFunctions(Companion):
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
-            raise RewardError(
-                f"{name} raised {_line(error, self.sources[number].code_file)}",
-                "mend it; `tunekit reward check` tries it",
-            ) from error
+            what = f"{name} raised {_line(error, self.sources[number].code_file)}"
+            raise RewardError(what, "mend it; `tunekit reward check` tries it") from error
         rewards = _checked(result, len(completions), name)
         if completions and not may_be_silent and np.isnan(rewards).all():
             raise self.no_rewards(number, completions)
@@ -161,7 +159,7 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
@@ -263,6 +261,4 @@ def _exact_match(source: RewardSource) -> RewardFunction:
     return lambda completions: [reward(each) for each in completions]
 
 
-def make(spec: CompanionSpec) -> RewardFunctions:
-    """The rewards that the settings name."""
-    return RewardFunctions(spec)
+make = RewardFunctions  # companions.base calls it with a CompanionSpec

@@ -71,6 +71,4 @@ class Sampler(Companion):
         del kept
 
 
-def make(spec: CompanionSpec) -> Sampler:
-    """The sampling that the settings state."""
-    return Sampler(spec)
+make = Sampler  # companions.base calls it with a CompanionSpec

@@ -44,8 +44,7 @@ class Teacher(Companion):
     @property
     def head(self) -> Head:  # type: ignore[override]
         """Its output projection."""
-        head: Head = self.model.base.family.head(self.model.base.net)
-        return head
+        return self.model.base.family.head(self.model.base.net)
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """What `read` takes from the teacher's forward of each batch."""
@@ -77,9 +76,8 @@ class Teacher(Companion):
         different = sorted((text for text in wanted if there.get(text) != wanted[text]), key=lambda text: wanted[text])
         if different:
             what = f"{len(different):,} of the student's {len(wanted):,} tokens have another id or none in the teacher"
-            how = (
-                f"the first is {different[0]!r}, id {wanted[different[0]]}; name a teacher with the student's tokenizer"
-            )
+            first = different[0]
+            how = f"the first is {first!r}, id {wanted[first]}; name a teacher with the student's tokenizer"
             yield Problem(what, how, key=self.key)
 
     def notes(self, planned: Planned, step_tokens: int) -> list[str]:
@@ -140,6 +138,4 @@ class Teacher(Companion):
             raise type(error).of(moved) from error
 
 
-def make(spec: CompanionSpec) -> Teacher:
-    """The teacher that the settings name."""
-    return Teacher(spec)
+make = Teacher  # companions.base calls it with a CompanionSpec

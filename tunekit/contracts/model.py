@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tunekit.contracts.rows import Batch, Tokenizer
+from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tokenizer
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; added up over batches and ranks
 ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead: (rows,) the loss of each row
@@ -108,6 +108,27 @@ class Model(Protocol):
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a model of this objective answers.
+
+    `kind`: text, label, score or picture.  `write`: answers to prompts.  `score`: of each sequence of ids.
+    `draw`: pictures (H, W, 3) of prompts, each with its seed.  `report_pictures`: those that a report shows.
+    `generation`: the generation settings of a merged model; None removes one.  `normalize`: a text as metrics compare
+    it that do not count spellings.  `processor`: with the recipe's changes, as a merged model needs it.
+    """
+
+    kind: str
+    write: Callable[[Model, Sequence[Any], AnswerLimits], list[str]] | None = None
+    score: Callable[[Model, Sequence[Sequence[int]], int], list[float]] | None = None
+    draw: Callable[[Model, Sequence[str], Sequence[int], Progress], list[Pixels]] | None = None
+    report_pictures: Callable[[Model, Progress], list[Pixels]] | None = None
+    labels: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    normalize: Callable[[str], str] = str
+    processor: Processor | None = None
 
 
 @dataclass(eq=False)

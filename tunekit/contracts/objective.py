@@ -8,17 +8,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from tunekit.contracts.model import AnswerLimits, Head, Loss, Model, ModelOutput, Read, Sums
+from tunekit.contracts.model import Answering, Head, Loss, Model, ModelOutput, Read, Sums
 from tunekit.contracts.rows import (
     Array,
     Batch,
     EncodeOptions,
     Gather,
-    Processor,
+    Labels,
     Progress,
     Row,
     RowLayout,
@@ -32,11 +30,8 @@ from tunekit.errors import Problem
 class RunView(Protocol):
     """What an objective and its companions see of a run: its model, its rows, its ranks."""
 
-    @property
-    def model(self) -> Model: ...
-
-    @property
-    def rows(self) -> RowKind: ...
+    model: Model
+    rows: RowKind
 
     @property
     def gather(self) -> Gather: ...
@@ -61,20 +56,19 @@ class RunView(Protocol):
 class RowKind:
     """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
 
-    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts.
+    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts; `allowed_options`: names of
+    options, the values that mean something for these rows, and why others mean nothing.
     """
 
+    example: str  # the kind of example that formats give
     fingerprint: str  # sha256 of everything, besides `options`, that decides a row
     options: EncodeOptions
     notices: Counter[str]
+    labels: Labels  # only of rows with labels
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
-
-    @property
-    def example(self) -> str:
-        """The kind of example that formats give."""
-        raise NotImplementedError
+    allowed_options: Sequence[tuple[str, str, str]] = ()
 
     @property
     def layout(self) -> RowLayout:
@@ -83,7 +77,11 @@ class RowKind:
 
     def problems(self) -> list[Problem]:
         """Options that mean nothing for these rows."""
-        return []
+        return [
+            Problem(why, f"write {allowed}", key=f"data.{name}")
+            for name, allowed, why in self.allowed_options
+            if getattr(self.options, name) not in allowed.replace(",", "").split()
+        ]
 
     def examples(self, example: Any) -> Sequence[Any]:
         """The examples of the rows that one example takes; most take one."""
@@ -91,6 +89,14 @@ class RowKind:
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
+        raise NotImplementedError
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The labels of a row; only of rows with labels."""
+        return [row.parts["label"].tobytes().decode()]
+
+    def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
+        """Rows of prompts whose labels are not known: they have the first one. Only of rows with labels."""
         raise NotImplementedError
 
     def make_row(
@@ -130,12 +136,13 @@ class RowKind:
         return 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The part of a row at sizes start .. stop-1."""
-        raise NotImplementedError
+        """The part of a row at sizes start .. stop-1; the whole row if it has no sizes that can be cut."""
+        return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that fill one sequence of this size; `part` of them is as large as it can be."""
-        raise NotImplementedError
+        """Rows that fill one sequence of this size; `part` of them is as large as it can be. One row if all have the
+        same size."""
+        return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """The batch whose sequence b holds the rows sequences[b]; parts that `prepare` added go into the targets."""
@@ -160,7 +167,7 @@ class RowKind:
 
     def counting(self) -> Self:
         """A copy with notices of its own."""
-        return replace(self, notices=Counter())  # type: ignore[type-var]
+        return self.with_options(self.options)
 
     def with_options(self, options: EncodeOptions) -> Self:
         """The same rows, encoded with different options."""
@@ -171,8 +178,8 @@ class RowKind:
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
-    def with_parts(self, window: Window, parts: Sequence[Mapping[str, Array]]) -> Window:
-        """The window whose rows have further parts, given for each batch. Shapes: each part (rows, ...)."""
+    def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
+        """The window whose rows have further parts, given for each batch: one value for each row."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -226,25 +233,7 @@ class LossKind:
         return None
 
 
-@dataclass(frozen=True)
-class Answering:
-    """How a model of this objective answers.
-
-    `kind`: text, label, score or picture.  `write`: answers to prompts.  `score`: of each sequence of ids.
-    `draw`: pictures (H, W, 3) of prompts, each with its seed.  `report_pictures`: those that a report shows.
-    `generation`: the generation settings of a merged model; None removes one.  `normalize`: a text as metrics compare
-    it that do not count spellings.  `processor`: with the recipe's changes, as a merged model needs it.
-    """
-
-    kind: str
-    write: Callable[[Model, Sequence[Any], AnswerLimits], list[str]] | None = None
-    score: Callable[[Model, Sequence[Sequence[int]], int], list[float]] | None = None
-    draw: Callable[[Model, Sequence[str], Sequence[int], Progress], list[NDArray[np.uint8]]] | None = None
-    report_pictures: Callable[[Model, Progress], list[NDArray[np.uint8]]] | None = None
-    labels: tuple[str, ...] = ()
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    normalize: Callable[[str], str] = str
-    processor: Processor | None = None
+Facts = Mapping[str, Any]  # plain values of an objective that its adapter's folder keeps
 
 
 @dataclass(frozen=True)
@@ -324,7 +313,7 @@ class Companion:
         """In the simulated run: compute what needs most memory, for the largest batch."""
 
 
-def _unchanged(section: Any, seed: int) -> Any:
+def _unchanged(section: object, seed: int) -> object:
     return section
 
 
@@ -346,7 +335,7 @@ class Objective:
     section: Callable[[Any, int], Any] = _unchanged
     learning: Callable[[Sequence[Rows]], Objective] | None = None
     complete: bool = True
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     measures_training: bool = False  # whether evaluation rows are usually training rows
 
@@ -368,15 +357,11 @@ class Objective:
 
     def prepare(self, run: RunView, window: Window) -> Window:
         """The window as the engine runs it: random draws of its rows, then what the loss adds."""
-        return self.loss.prepare(run, drawn_rows(self.rows, window) if self.rows.draws else window)
+        return self.loss.prepare(run, drawn_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 
-Draw = Callable[[Row, tuple[int, ...]], Row]  # as RowKind.draw
-
-
-def drawn_rows(rows: RowKind, window: Window, draw: Draw | None = None) -> Window:
-    """The window with what is drawn at random for each of its rows in this step. `draw`: not the rows' own."""
-    draw = draw or rows.draw
+def drawn_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
+    """The window with what `draw` draws at random for each of its rows in this step, as RowKind.draw."""
     seen, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []

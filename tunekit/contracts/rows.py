@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tunekit.errors import DataError
 from tunekit.records import Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
@@ -175,11 +176,39 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class Labels:
+    """`names`: the label of each row of the trained head; empty: not learned yet.
+
+    `head`: labels of the base's own head, if it has one; `pad_id`: for a base whose configuration names no padding.
+    """
+
+    names: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    pad_id: int | None = None
+
+    def check(self, label: str) -> None:
+        """Raises: DataError for a label that is not listed."""
+        if self.names and label not in self.names:
+            what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
+            raise DataError(what, "mend it, or list it under objective.labels")
+
+    def numbers(self, labels: Iterable[str]) -> torch.Tensor:
+        """(N,) the number of each label."""
+        places = {label: number for number, label in enumerate(self.names)}
+        return torch.tensor([places[label] for label in labels])
+
+    @staticmethod
+    def text(labels: Sequence[str]) -> str:
+        """The first labels, for a message."""
+        return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+
+
+@dataclass(frozen=True)
 class Span:
     """A part of a row as preview shows it: token ids and which of them are trained on, or an image, under a title."""
 
-    ids: Array  # (T,)
-    trained: NDArray[np.bool_]  # (T,)
+    ids: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # (T,)
+    trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # (T,)
     title: str = ""  # written before it
     image: NDArray[np.uint8] | None = None  # (H, W, 3) as the model sees it
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tunekit.contracts import EncodeOptions, Objective
-from tunekit.files.cache_folder import hash_of
+from tunekit.contracts import EncodeOptions, Facts, Objective
 from tunekit.model.speech.features import AudioProcessor
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import LabelLoss, mean_scores
 from tunekit.objectives.rows.labelled_recordings import LabelledRecordings
 from tunekit.objectives.rows.labels import given_labels, label_objective
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
 
-def make(
-    settings: AudioClassifySettings, processor: AudioProcessor, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: AudioClassifySettings, processor: AudioProcessor, facts: Facts, options: EncodeOptions) -> Objective:
     """Recordings with labels, and cross entropy."""
-    labels, masks = given_labels(settings, facts), settings.apply_spec_augment
-    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
-    rows = LabelledRecordings(settings, processor, fingerprint, options, draws=masks, labels=labels)
+    labels, fingerprint = given_labels(settings, facts), row_fingerprint(settings, processor)
+    rows = LabelledRecordings(
+        settings, processor, fingerprint, options, draws=settings.apply_spec_augment, labels=labels
+    )
     return label_objective(settings, rows, LabelLoss(mean_scores))

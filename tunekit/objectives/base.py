@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 
-from tunekit.contracts import EncodeOptions, Objective, Processor
+from tunekit.contracts import EncodeOptions, Facts, Objective, Processor, Tokenizer
+from tunekit.files.cache_folder import hash_of
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 
+def row_fingerprint(settings: ObjectiveSettings, processor: Processor | Tokenizer) -> str:
+    """The fingerprint of rows that all settings decide."""
+    return hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+
+
 def make_objective(
-    settings: ObjectiveSettings,
-    processor: Processor,
-    facts: Mapping[str, object] | None = None,
-    options: EncodeOptions | None = None,
+    settings: ObjectiveSettings, processor: Processor, facts: Facts | None = None, options: EncodeOptions | None = None
 ) -> Objective:
     """The objective named by `settings.method`.
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
-from tunekit.files.cache_folder import hash_of
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.labelled import LabelledTexts
 from tunekit.objectives.rows.labels import given_labels, label_objective
 from tunekit.recipe.objectives.classify import ClassifySettings
 
 
-def make(
-    settings: ClassifySettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Texts with labels, and cross entropy."""
-    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
-    labels = given_labels(settings, facts, tokenizer.pad_id)
+    labels, fingerprint = given_labels(settings, facts, tokenizer.pad_id), row_fingerprint(settings, tokenizer)
     return label_objective(settings, LabelledTexts(settings, tokenizer, fingerprint, options, labels), LabelLoss())

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.pairs import PairLoss
 from tunekit.objectives.losses.preferences import contrastive
-from tunekit.objectives.rows.answers import pair_rows
-from tunekit.objectives.rows.text import text_answering
+from tunekit.objectives.rows.answers import pair_objective
 from tunekit.recipe.objectives.cpo import CpoSettings
 
 
-def make(settings: CpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(settings: CpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Pairs, and a loss of the difference of two scores."""
     formula, averages = partial(contrastive, settings=settings), settings.loss_type == "ipo"
     loss = PairLoss(formula, settings.beta, averages=averages, likelihood=settings.cpo_alpha)
-    rows = pair_rows(settings, tokenizer, options)
-    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))
+    return pair_objective(settings, tokenizer, options, loss)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from tunekit.contracts import CompanionSpec, EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import CompanionSpec, EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.divergence import DivergenceLoss
 from tunekit.objectives.rows.sequences import SequenceRows
@@ -14,9 +12,7 @@ from tunekit.recipe.objectives.distill import DistillSettings
 TEACHER = "objective.teacher"
 
 
-def make(
-    settings: DistillSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
-) -> Objective:
+def make(settings: DistillSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Sequences, a divergence, and a teacher. The rows are the same for every teacher."""
     rows = SequenceRows(tokenizer, hash_of([settings.method, tokenizer.fingerprint]), options)
     teacher = CompanionSpec("teacher", TEACHER, settings)

@@ -5,18 +5,16 @@ Source: Rafailov et al. 2023.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.pairs import PairLoss
 from tunekit.objectives.losses.preferences import shorter_first, weighted_losses
-from tunekit.objectives.rows.answers import pair_rows
-from tunekit.objectives.rows.text import text_answering
+from tunekit.objectives.rows.answers import pair_objective
 from tunekit.recipe.objectives.dpo import DpoSettings
 
 
-def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Pairs, a weighted sum of losses, and the reference's scores."""
     loss = PairLoss(
         partial(weighted_losses, settings=settings),
@@ -27,5 +25,4 @@ def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object
         matches="aot" in settings.loss_type,
         keeps=settings.precompute_ref_log_probs,
     )
-    rows = pair_rows(settings, tokenizer, options)
-    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))
+    return pair_objective(settings, tokenizer, options, loss)

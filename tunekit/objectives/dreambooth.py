@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from tunekit.contracts import CompanionSpec, EncodeOptions, Objective
+from tunekit.contracts import Answering, CompanionSpec, EncodeOptions, Facts, Objective
 from tunekit.errors import RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.pipeline.parts import PIPELINES
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.objectives.losses.noise import KEY, DiffusionLoss, NoiseSchedule, setting_problems
-from tunekit.objectives.rows.pictures import PictureRows, buckets_of, picture_answering, size_problems
+from tunekit.objectives.rows.pictures import Artist, PictureRows, buckets_of, size_problems
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
@@ -22,9 +20,7 @@ FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction
 CUT = "images of one bucket pass through the network together: a micro-batch that holds several becomes several"
 
 
-def make(
-    settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts, options: EncodeOptions) -> Objective:
     """Images with prompts, and the noise in them to predict. Raises: RecipeError for settings that the pipeline cannot
     obey; ModelError for a pipeline of a different kind."""
     settings = _completed(settings, processor, facts)
@@ -39,12 +35,13 @@ def make(
     stated = {name: getattr(settings, name) for name in FACTS}
     if settings.aspect_ratio_buckets is not None:
         stated["aspect_ratio_buckets"] = [*map(list, buckets)]
+    artist = Artist(settings, processor)
     return Objective(
         settings.method,
         settings.family,
         PictureRows(processor, settings.instance_prompt, buckets, fingerprint, options),
         DiffusionLoss(settings, _schedule(processor)),
-        picture_answering(settings, processor),
+        Answering("picture", draw=artist.draw, report_pictures=artist.report_pictures, processor=processor),
         companions=(CompanionSpec("pipeline", KEY, settings),),
         section=partial(_section, settings, processor),
         facts=stated,
@@ -53,9 +50,7 @@ def make(
     )
 
 
-def _completed(
-    settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]
-) -> DreamboothSettings:
+def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
     """The settings with what an adapter's folder states instead of a recipe, and with a resolution."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):

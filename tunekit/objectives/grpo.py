@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
+from tunekit.objectives.losses.advantages import CLIPPED
 from tunekit.objectives.losses.grpo import GroupRelative
 from tunekit.objectives.losses.samples import sampled_objective
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 
-def make(
-    settings: GrpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
-) -> Objective:
+def make(settings: GrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Prompts whose completions are compared with their group."""
-    return sampled_objective(settings, tokenizer, options, GroupRelative(settings))
+    clipped = ("cispo_clip_ratio",) if settings.loss_type == "cispo" else CLIPPED
+    return sampled_objective(GroupRelative.of(settings, tokenizer, clipped), options)

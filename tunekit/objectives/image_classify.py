@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from tunekit.contracts import EncodeOptions, Objective
-from tunekit.files.cache_folder import hash_of
+from tunekit.contracts import EncodeOptions, Facts, Objective
 from tunekit.model.families.image_classifier import PixelProcessor
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.images import LabelledImages
 from tunekit.objectives.rows.labels import given_labels, label_objective
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 
-def make(
-    settings: ImageClassifySettings, processor: PixelProcessor, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Facts, options: EncodeOptions) -> Objective:
     """Images with labels, and cross entropy. `facts`: also the resolution of a trained adapter."""
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)
-    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
-    rows = LabelledImages(settings, processor, fingerprint, options, given_labels(settings, facts))
+    labels, fingerprint = given_labels(settings, facts), row_fingerprint(settings, processor)
+    rows = LabelledImages(settings, processor, fingerprint, options, labels)
     resolution = {} if settings.resolution is None else {"resolution": settings.resolution}
     return label_objective(settings, rows, LabelLoss(), processor, **resolution)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from tunekit.contracts import EncodeOptions, Objective, Rows, Tokenizer
-from tunekit.files.cache_folder import hash_of
+from tunekit.contracts import EncodeOptions, Facts, Objective, Rows, Tokenizer
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.kto import SIDE, KtoLoss, balance_notes
 from tunekit.objectives.rows.answers import AnswerRows
 from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.objectives.kto import KtoSettings
 
 
-def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions) -> Objective:
+def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Answers with their label; it learns whether the weights balance them."""
     rows = AnswerRows(
         tokenizer,
-        hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint]),
+        row_fingerprint(settings, tokenizer),
         options,
         example="unpaired",
         sides=(SIDE,),

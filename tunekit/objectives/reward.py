@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from tunekit.contracts import Answering, EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import Answering, EncodeOptions, Facts, Labels, Objective, Tokenizer
 from tunekit.objectives.losses.reward import ScoreLoss, score_sequences
 from tunekit.objectives.rows.answers import pair_rows
-from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.objectives.rows.labels import headed_section
 from tunekit.recipe.objectives.reward import RewardSettings
 
 LABEL = "LABEL_0"  # transformers' name for the one score of a head
 
 
-def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions) -> Objective:
+def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Pairs and their scores. `facts`: the labels of its head's rows, or of the base's own head."""
     head = facts.get("labels") or facts.get("head", ())
     labels = tuple(head) if len(head) == 1 else (LABEL,)
@@ -26,14 +24,6 @@ def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Mapping[str, Any
         replace(pair_rows(settings, tokenizer, options), further={"margin": "<f4"}, scored=True),
         ScoreLoss(settings.center_rewards_coefficient or 0.0),
         Answering("score", score=partial(score_sequences, tokenizer.pad_id)),
-        section=partial(_headed, settings.family, labels, len(head) > 1, tokenizer.pad_id),
+        section=partial(headed_section, settings.family, Labels(labels, tuple(head), tokenizer.pad_id)),
         facts={"labels": list(labels)},
     )
-
-
-def _headed(
-    family: str, labels: Sequence[str], new_head: bool, pad_id: int, model: ModelSection, seed: int = 0
-) -> ModelSection:
-    """The base with a head of one score: its own if it has such a head."""
-    head = {"new_head": new_head, "head_seed": seed, "head_pad_id": pad_id}
-    return HeadedModel.of(model, family=family, labels=tuple(labels), **head)

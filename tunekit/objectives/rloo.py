@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.rloo import LeaveOneOut
 from tunekit.objectives.losses.samples import sampled_objective
 from tunekit.recipe.objectives.rloo import RlooSettings
 
 
-def make(
-    settings: RlooSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
-) -> Objective:
+def make(settings: RlooSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Prompts whose completions are compared with the others of their group."""
-    return sampled_objective(settings, tokenizer, options, LeaveOneOut(settings))
+    return sampled_objective(LeaveOneOut.of(settings, tokenizer), options)

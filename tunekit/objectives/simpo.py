@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.pairs import PairLoss
 from tunekit.objectives.losses.preferences import simple
-from tunekit.objectives.rows.answers import pair_rows
-from tunekit.objectives.rows.text import text_answering
+from tunekit.objectives.rows.answers import pair_objective
 from tunekit.recipe.objectives.simpo import SimpoSettings
 
 
-def make(
-    settings: SimpoSettings, tokenizer: Tokenizer, facts: Mapping[str, object], options: EncodeOptions
-) -> Objective:
+def make(settings: SimpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Pairs, and a loss of their mean log-probabilities."""
     formula = partial(simple, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=settings.cpo_alpha)
-    rows = pair_rows(settings, tokenizer, options)
-    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))
+    return pair_objective(settings, tokenizer, options, loss)

@@ -6,25 +6,23 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from tunekit.contracts import Answering, EncodeOptions, Objective
+from tunekit.contracts import Answering, EncodeOptions, Facts, Objective
 from tunekit.errors import DataError, RecipeError
-from tunekit.files.cache_folder import hash_of
 from tunekit.model.speech.processor import SpeechProcessor
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.tokens import TokenLoss, own_positions
 from tunekit.objectives.rows.transcribing import write_transcripts
 from tunekit.objectives.rows.transcripts import TranscriptRows
 from tunekit.recipe.objectives.speech import SpeechSettings
 
 
-def make(
-    settings: SpeechSettings, processor: SpeechProcessor, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts, options: EncodeOptions) -> Objective:
     """Recordings with transcripts, and cross entropy. `facts`: the settings of a trained adapter.
 
     Raises: RecipeError for a language that the model does not know.
     """
     settings = _checked(settings, processor, facts)
-    fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+    fingerprint = row_fingerprint(settings, processor)
     return Objective(
         settings.method,
         settings.family,
@@ -40,7 +38,7 @@ def make(
     )
 
 
-def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Mapping[str, Any]) -> SpeechSettings:
+def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts) -> SpeechSettings:
     settings = settings.model_copy(update={key: facts[key] for key in SpeechSettings.model_fields if key in facts})
     if settings.language is None and processor.multilingual:  # those of a model that an adapter was merged into
         own = {key: processor.generation.get(key) for key in ("language", "task")}

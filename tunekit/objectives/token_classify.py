@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tunekit.contracts import EncodeOptions, Objective, Tokenizer
-from tunekit.files.cache_folder import hash_of
+from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
+from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import TagLoss
 from tunekit.objectives.rows.labels import given_labels, label_objective
 from tunekit.objectives.rows.tagged import TaggedWords
 from tunekit.recipe.objectives.token_classify import TokenClassifySettings
 
 
-def make(
-    settings: TokenClassifySettings, tokenizer: Tokenizer, facts: Mapping[str, Any], options: EncodeOptions
-) -> Objective:
+def make(settings: TokenClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Words with tags, and cross entropy."""
-    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
-    labels = given_labels(settings, facts, tokenizer.pad_id)
+    labels, fingerprint = given_labels(settings, facts, tokenizer.pad_id), row_fingerprint(settings, tokenizer)
     return label_objective(settings, TaggedWords(settings, tokenizer, fingerprint, options, labels), TagLoss())

@@ -17,16 +17,16 @@ from tunekit.data.encoding.store import StoreWriter, TokenStore, files_of, map_s
 from tunekit.data.reading.data_file import content_hash
 from tunekit.files.durable import whole_folder
 
-Facts = dict[str, Any]
+SourceFacts = dict[str, Any]
 # Whatever decides an id or a mask of an encoded row, wherever it lies.
 CODE = ("data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text", "model/speech")
 PACKAGES = ("tunekit", "transformers", "tokenizers", "jinja2")
-Fill = Callable[[StoreWriter], Facts]
+Fill = Callable[[StoreWriter], SourceFacts]
 
 
 def cached_store(
     folder: Path, key: str, layout: RowLayout, fill: Fill, facts: Sequence[str] = ()
-) -> tuple[TokenStore, Facts]:
+) -> tuple[TokenStore, SourceFacts]:
     """The entry `key`, made by `fill` if it is absent, damaged or without one of these `facts`, as a process that began
     with older code may have left it; kept in memory if the folder cannot be written."""
     place = folder / "tokens" / key
@@ -39,7 +39,7 @@ def cached_store(
     return _load_entry(place, layout, facts) or _fill_memory(layout, fill)
 
 
-def _fill_memory(layout: RowLayout, fill: Fill) -> tuple[TokenStore, Facts]:
+def _fill_memory(layout: RowLayout, fill: Fill) -> tuple[TokenStore, SourceFacts]:
     streams = memory_streams(layout)
     facts = fill(StoreWriter(layout, streams))
     return store_from_memory(layout, streams), facts
@@ -53,13 +53,13 @@ def _fill_folder(work: Path, layout: RowLayout, fill: Fill) -> None:
     (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _load_entry(place: Path, layout: RowLayout, names: Sequence[str]) -> tuple[TokenStore, Facts] | None:
+def _load_entry(place: Path, layout: RowLayout, names: Sequence[str]) -> tuple[TokenStore, SourceFacts] | None:
     """The entry if it is whole: every file has the checksum noted for it, and every name its fact."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
         if any(content_hash(place / name) != meta["sha256"][name] for name in files_of(layout)):
             return None
-        facts: Facts = meta["facts"]
+        facts: SourceFacts = meta["facts"]
         return map_store(place, layout), {name: facts[name] for name in names or facts}
     except (OSError, ValueError, KeyError, TypeError):
         return None

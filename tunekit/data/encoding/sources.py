@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from tunekit.contracts import EncodeOptions, RowKind
-from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
+from tunekit.data.encoding.cache import CODE, PACKAGES, SourceFacts, cached_store
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
@@ -132,7 +132,7 @@ def encoding_facts(source: Source, kind: RowKind) -> list[object]:
     return [reading, kind.fingerprint, asdict(kind.options)]
 
 
-def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> Facts:
+def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> SourceFacts:
     problems, counts = Problems(), SourceCounts()
     rows, first, format_name, reason = open_rows(source, kind.example, problems)
     encoder = SourceEncoder(format_maker(format_name, source.path), kind, source.path)

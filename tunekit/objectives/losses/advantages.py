@@ -24,10 +24,9 @@ MINIMUM_SPREAD = 1e-4  # added to a standard deviation that advantages are divid
 
 def spread(values: Rewards, axis: int | None = None) -> Rewards:
     """Standard deviation (n - 1) of the numbers that are not NaN; NaN of fewer than two."""
-    count = np.sum(~np.isnan(values), axis=axis)
-    mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(
-        np.sum(~np.isnan(values), axis=axis, keepdims=True), 1
-    )
+    judged = ~np.isnan(values)
+    count = np.sum(judged, axis=axis)
+    mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(np.sum(judged, axis=axis, keepdims=True), 1)
     squares = np.nansum((values - mean) ** 2, axis=axis)
     return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
 
@@ -36,6 +35,11 @@ def mean(values: Rewards, axis: int | None = None) -> Rewards:
     """Mean of the numbers that are not NaN; NaN if there are none."""
     count = np.sum(~np.isnan(values), axis=axis)
     return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
+
+
+def scaled(values: Rewards, deviation: Rewards) -> Rewards:
+    """Advantages over a standard deviation, which may be 0."""
+    return values / (deviation + MINIMUM_SPREAD)
 
 
 def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
@@ -68,7 +72,7 @@ def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str,
     }
 
 
-def clipped_ratios(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
     """The ratios that have no gradient because they are clipped."""
     below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     return dict(zip(CLIPPED, (below, above, below | above), strict=True))

@@ -52,8 +52,7 @@ def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
 
 def by_row(scores: Tensor, sides: int) -> Array:
     """Scores as a part of each row. Shapes: (S P,) -> (P, S)."""
-    rows: Array = scores.numpy().reshape(sides, -1).T
-    return rows
+    return scores.numpy().reshape(sides, -1).T
 
 
 def reference_scores(

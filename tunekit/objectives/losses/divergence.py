@@ -6,15 +6,14 @@ Unlike in trl, the tokens are those of the data and not samples of the student; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, RunView, Sums, Window
-from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import placed
-from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, row_losses, sums_of_positions
+from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, loss_sums, sums_of_positions
 from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
 from tunekit.recipe.objectives.distill import DistillSettings
 
@@ -41,12 +40,11 @@ class DivergenceLoss(LossKind):
         """
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
         hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
-        batches = []
+        parts = []
         for batch, states in zip(window.batches, hidden, strict=True):
-            parts = torch.split(_raw(states), [row.supervised for row in batch.rows])
-            rows = (row.with_parts({HIDDEN: part.numpy()}) for row, part in zip(batch.rows, parts, strict=True))
-            batches.append(run.rows.remade(batch, rows))
-        return replace(window, batches=tuple(batches))
+            of_rows = torch.split(_raw(states), [row.supervised for row in batch.rows])
+            parts.append({HIDDEN: [part.numpy() for part in of_rows]})
+        return run.rows.with_parts(window, parts)
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: the sum of the supervised tokens' weights."""
@@ -65,8 +63,9 @@ class DivergenceLoss(LossKind):
         """loss, correct and units, over tokens."""
         sums, share = sums_of_positions(output, *next_tokens(batch), batch), self.settings.kd_ratio
         values = self._divergences(output, batch)  # (N,)
-        divergence = {"loss": values.sum(dtype=summing_dtype(values.device)), **row_losses(values, batch)}
-        return sums | {name: share * value + (1 - share) * sums[name] for name, value in divergence.items()}
+        return sums | {
+            name: share * value + (1 - share) * sums[name] for name, value in loss_sums(values, batch).items()
+        }
 
     def _divergences(self, output: ModelOutput, batch: Batch) -> Tensor:
         """(N,) of the supervised tokens, each times its weight."""

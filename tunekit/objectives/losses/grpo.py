@@ -14,26 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, Read, RunView, Sums, Window
+from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Sums, Window
 from tunekit.machine.placing import placed
-from tunekit.objectives.losses.advantages import (
-    CLIPPED,
-    MINIMUM_SPREAD,
-    Rewards,
-    by_token,
-    clipped_ratios,
-    mean,
-    read_tokens,
-    spread,
-    summed,
-)
+from tunekit.objectives.losses.advantages import Rewards, by_token, clipping, mean, read_tokens, scaled, spread, summed
 from tunekit.objectives.losses.answers import by_sequence
-from tunekit.objectives.rows.prompts import PromptRows
+from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 
 @dataclass(frozen=True)
-class GroupRelative:
+class GroupRelative(SampledLoss):
     """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
 
     r is the probability of the token over that at sampling, A the completion's advantage, KL = exp(d) - d - 1 with d
@@ -42,28 +32,20 @@ class GroupRelative:
 
     settings: GrpoSettings
 
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """What the loss logs of each step."""
-        clipped = ("cispo_clip_ratio",) if self.settings.loss_type == "cispo" else CLIPPED
-        return (*(("kl",) if self.settings.beta else ()), "entropy", *clipped)
-
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
         """(r - mean of the group) / (s + 1e-4), s the standard deviation of the group, or of the step; or 1."""
         centred = local - mean(local, axis=1)[:, None]
         scale = self.settings.scale_rewards
         if scale == "none":
             return centred
-        advantages: Rewards = centred / (
-            (spread(local, axis=1)[:, None] if scale == "group" else spread(step)) + MINIMUM_SPREAD
-        )
-        return advantages
+        deviation = spread(local, axis=1)[:, None] if scale == "group" else spread(step)
+        return scaled(centred, deviation)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
         """Of the groups; of the whole step if advantages are divided by its standard deviation."""
         if self.settings.scale_rewards == "batch":
             return np.isclose(spread(step), 0.0)[None]
-        return np.isclose(spread(step, axis=1), 0.0)
+        return super().equal_groups(step)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
         """grpo: 1 / tokens of the completion; dr_grpo: 1 / max_completion_length; dapo, cispo: 1 / those of the average
@@ -73,12 +55,10 @@ class GroupRelative:
         longest = float(self.settings.max_completion_length)
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
-    def compared(self, run: RunView, window: Window, read: Read) -> tuple[Window, None]:
-        """Each completion's tokens with the reference's log-probabilities, if there is a KL in the loss."""
-        if not self.settings.beta:
-            return window, None
-        assert isinstance(run.rows, PromptRows)
-        return run.rows.with_tokens(window, "reference", run.reference(window.batches, read)), None
+    def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
+        """Each completion's tokens with the reference's log-probabilities."""
+        scores = run.reference(window.batches, self.token_scores)
+        return prompt_rows(run).with_tokens(window, "reference", scores), None
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
@@ -119,5 +99,5 @@ class GroupRelative:
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}
         else:
-            marks = clipped_ratios(ratio, advantages, settings.epsilon, settings.clip_high)
+            marks = clipping(ratio, advantages, settings.epsilon, settings.clip_high)
         return {name: summed(clipped * (1.0 if share is None else share)) for name, clipped in marks.items()}

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Sums
-from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import placed
 from tunekit.metrics.classes import counts_of
 from tunekit.metrics.span_f1 import find_spans, kinds_of
 from tunekit.objectives.losses.confusion import label_sums
-from tunekit.objectives.losses.logprobs import row_losses
+from tunekit.objectives.losses.logprobs import logits_at, loss_sums
 
 ReadScores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
 
@@ -26,11 +25,8 @@ def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     lie end to end. Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores (R, C), labels (R,)."""
     if output.logits is not None:
         return output.logits.float(), placed(batch.targets["labels"], output.logits.device)
-    assert output.hidden is not None
-    assert output.head is not None
-    last, labels = (placed(batch.targets[name], output.hidden.device) for name in ("last", "labels"))
-    ends = output.hidden.reshape(-1, output.hidden.shape[-1]).index_select(0, last)  # (R, D)
-    return output.head.logits(ends), labels
+    scores = logits_at(output, batch.targets["last"])
+    return scores, placed(batch.targets["labels"], scores.device)
 
 
 def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -66,8 +62,7 @@ class LabelLoss(LossKind):
         """loss, and those of label_sums."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
-        loss = losses.sum(dtype=summing_dtype(losses.device))
-        return {"loss": loss, **row_losses(losses, batch), **label_sums(scores, labels)}
+        return {**loss_sums(losses, batch), **label_sums(scores, labels)}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """Of each label."""

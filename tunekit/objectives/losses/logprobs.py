@@ -1,6 +1,5 @@
 """The only place where logits exist: losses and log-probabilities of chosen positions, projected in chunks.
 
-Comes in: hidden states (B, T, D), positions with their targets, an output head.  Goes out: sums, or one number each.
 Full logits (B, T, V) never exist: rows without a label are dropped first, the rest pass the head `chunk_tokens` at a
 time, in float32, and each chunk's gradient is taken on the spot (loss and gradient in one pass over the logits). Only
 where the head itself is trained are log-probabilities computed again in the backward.
@@ -16,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction as Context
 from torch.utils.checkpoint import checkpoint
 
 from tunekit.contracts import IGNORED, ROW_LOSSES, Batch, Head, Loss, ModelOutput, Sums
@@ -54,7 +54,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
+        ctx: Context, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
     ) -> Tensor:
         if isinstance(head, PartedHead):  # which has no trained parameters
             losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
@@ -75,9 +75,9 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, *gradients = ctx.saved_tensors
-        scale = upstream[0]
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        (hidden_gradient, *gradients), scale = saved, upstream[0]
         return (
             hidden_gradient * scale.to(hidden_gradient.dtype),
             None,
@@ -166,8 +166,7 @@ def summed_loss(
 
     Shapes: hidden (N, D), targets (N,) -> () float32.    `head_parameters`: trained parameters inside the head.
     """
-    result: Tensor = _SummedLoss.apply(hidden, targets, head, chunk_tokens, *head_parameters)  # type: ignore[no-untyped-call]
-    return result
+    return _SummedLoss.apply(hidden, targets, head, chunk_tokens, *head_parameters)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -178,7 +177,7 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
+        ctx: Context, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
     ) -> Tensor:
         if isinstance(head, PartedHead):
             assert entropies is None, "plan keeps the head of who asks for them"
@@ -196,7 +195,7 @@ class _LogProbabilities(torch.autograd.Function):
         return losses.neg_()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
@@ -232,8 +231,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
     if not torch.is_grad_enabled():
         return scored_positions(hidden, targets, head, size)[0].neg_()
     if not output.head_parameters:
-        found: Tensor = _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-untyped-call]
-        return found
+        return _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-any-return,no-untyped-call]
 
     def of_chunk(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head.logits(hidden)  # (n, V)
@@ -266,7 +264,7 @@ class _Divergences(torch.autograd.Function):
     """`divergence` of each position under frozen heads; the gradient is taken in the forward, as _LogProbabilities'."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
         values = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden)  # (N, D)
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -280,7 +278,7 @@ class _Divergences(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None
 
@@ -305,20 +303,18 @@ def divergences(
     if not torch.is_grad_enabled():
         return torch.cat([of_chunk(hidden[chunk], chunk) for chunk in chunks])
     if not output.head_parameters:
-        found: Tensor = _Divergences.apply(hidden, of_chunk, size)  # type: ignore[no-untyped-call]
-        return found
+        return _Divergences.apply(hidden, of_chunk, size)  # type: ignore[no-any-return,no-untyped-call]
     return torch.cat([_checkpointed(of_chunk, hidden[chunk], chunk) for chunk in chunks])
 
 
-def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Computed again in the backward, within the same call."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), calling(call)
 
-    found: Tensor = checkpoint(of_chunk, *inputs, use_reentrant=False, context_fn=contexts)
-    return found
+    return checkpoint(of_chunk, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -354,30 +350,35 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
 def sums_of_positions(
     output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
 ) -> Sums:
-    """Of some positions, those of the batch's rows in order, added up in float64: their loss, how many are predicted
-    right, and their number, each counting as its weight says; and the loss of each row."""
+    """Sums over some positions, those of the batch's rows in order: `loss_sums`, how many are predicted right, and
+    their number, each counting as its weight says."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
-    wide = summing_dtype(losses.device)
     if weights is not None:
         count, weights = weights.sum(dtype=torch.float64), placed(weights, losses.device)
         losses, correct = losses * weights, correct * weights
-    added = {"loss": losses.sum(dtype=wide), "correct": correct.sum(dtype=wide), "units": count}
-    return {**added, **row_losses(losses, batch)}
+    return {**loss_sums(losses, batch), "correct": correct.sum(dtype=summing_dtype(losses.device)), "units": count}
 
 
-def row_losses(losses: Tensor, batch: Batch) -> Sums:
-    """(rows,) the loss of each row. Shapes: losses (N,), of what is supervised in the batch's rows, in order."""
-    counts = [row.supervised for row in batch.rows]
-    parts = torch.split(losses, counts)
-    return {ROW_LOSSES: torch.stack([part.sum(dtype=summing_dtype(losses.device)) for part in parts])}
+def loss_sums(losses: Tensor, batch: Batch) -> Sums:
+    """The sum of the losses in float64, and the loss (rows,) of each row. Shapes: losses (N,), of what is supervised in
+    the batch's rows, in order."""
+    wide = summing_dtype(losses.device)
+    parts = torch.split(losses, [row.supervised for row in batch.rows])
+    return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
 
 
 def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
     """(N,) float32: the loss of each position, without gradient."""
     hidden, targets, head = _selected(output, index, targets)
     return scored_positions(hidden, targets, head, output.chunk_tokens)[0]
+
+
+def logits_at(output: ModelOutput, index: Tensor) -> Tensor:
+    """(N, V) float32 logits at positions (N,) of the flattened (B, T)."""
+    assert output.head is not None
+    return output.head.logits(hidden_at(output, index))
 
 
 def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:

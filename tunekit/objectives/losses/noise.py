@@ -19,10 +19,9 @@ from torch import Tensor
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Pixels, Row, Rows, RunView, Sums, Window, drawn_rows
 from tunekit.data.encoding.images import Size, cropped
 from tunekit.errors import Problem
-from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import placed
 from tunekit.model.call import seed_for
-from tunekit.objectives.losses.logprobs import row_losses
+from tunekit.objectives.losses.logprobs import loss_sums
 from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, text_parts
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
@@ -161,7 +160,7 @@ class DiffusionLoss(LossKind):
         """loss and units."""
         losses = self.losses(output, batch)
         units = torch.tensor(float(len(batch.rows)), dtype=torch.float64)
-        return {"loss": losses.sum(dtype=summing_dtype(losses.device)), "units": units, **row_losses(losses, batch)}
+        return {**loss_sums(losses, batch), "units": units}
 
 
 def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.errors import ModelError
 from tunekit.machine.placing import placed
 from tunekit.objectives.losses.answers import AnswerLoss
+from tunekit.objectives.losses.logprobs import logits_at
 from tunekit.objectives.losses.pairs import reward_sums
 from tunekit.objectives.rows.answers import last_token
 from tunekit.recipe.objectives.reward import SCORES
@@ -61,6 +62,4 @@ def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
     if output.hidden is None:
         what = "the base is an encoder, whose head reads whole rows and not each answer of a pair"
         raise ModelError(what, "choose a decoder", key="model.name_or_path")
-    assert output.head is not None
-    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-    return output.head.logits(hidden.index_select(0, placed(last, hidden.device)))[:, 0]
+    return logits_at(output, last)[:, 0]

@@ -11,36 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, Read, RunView, Window
-from tunekit.objectives.losses.advantages import (
-    CLIPPED,
-    MINIMUM_SPREAD,
-    Rewards,
-    clipped_ratios,
-    mean,
-    read_tokens,
-    spread,
-    summed,
-)
+from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Window
+from tunekit.objectives.losses.advantages import Rewards, clipping, mean, read_tokens, scaled, spread, summed
 from tunekit.objectives.losses.answers import by_row, by_sequence
-from tunekit.objectives.rows.prompts import PromptRows
+from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
 from tunekit.recipe.objectives.rloo import RlooSettings
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(SampledLoss):
     """loss = sum over completions of -min(r A, clip(r, 1 - e, 1 + e') A), r the probability of the completion over that
     at sampling, A its advantage."""
 
     settings: RlooSettings
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """What the loss logs of each step."""
-        return (*(("kl",) if self.settings.beta else ()), "entropy", *CLIPPED)
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
         """r less the mean of the others in its group; with normalize_advantages, over the step to mean 0 and deviation
@@ -49,27 +34,16 @@ class LeaveOneOut:
         if not self.settings.normalize_advantages:
             return plain
         of_step = _less_the_others(step)
-        advantages: Rewards = (plain - mean(of_step)) / (spread(of_step) + MINIMUM_SPREAD)
-        return advantages
+        return scaled(plain - mean(of_step), spread(of_step))
 
-    def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """Of the groups."""
-        return np.isclose(spread(step, axis=1), 0.0)
-
-    def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """The loss is of completions."""
-        return np.ones_like(counts)
-
-    def compared(self, run: RunView, window: Window, read: Read) -> tuple[Window, Sequence[Rewards] | None]:
+    def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
         """beta times the KL of each completion, k1: the policy's log-probability less the reference's."""
-        if not self.settings.beta:
-            return window, None
-        assert isinstance(run.rows, PromptRows)
+        rows, read = prompt_rows(run), self.token_scores
         policy, reference = run.score(window.batches, read), run.reference(window.batches, read)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each
-        pairs, sides = zip(apart, window.batches, strict=True), len(run.rows.answers.sides)
+        pairs, sides = zip(apart, window.batches, strict=True), len(rows.answers.sides)
         kl = [by_row(by_sequence(tokens, batch.targets["counts"]), sides).astype(np.float64) for tokens, batch in pairs]
-        return run.rows.with_tokens(window, "kl", apart), [self.settings.beta * penalty for penalty in kl]
+        return rows.with_tokens(window, "kl", apart), [self.settings.beta * penalty for penalty in kl]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
@@ -80,7 +54,7 @@ class LeaveOneOut:
         metrics = {"entropy": summed(tokens.entropies * tokens.share)}
         if "kl" in tokens.prepared:
             metrics["kl"] = summed(tokens.prepared["kl"] * tokens.share)
-        marks = clipped_ratios(ratio, advantages, settings.epsilon, settings.clip_high)
+        marks = clipping(ratio, advantages, settings.epsilon, settings.clip_high)
         metrics |= {name: summed(values.float()) for name, values in marks.items()}
         return Loss(losses.sum()[None], metrics=metrics)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,9 @@ from tunekit.contracts import (
     Batch,
     CompanionSpec,
     EncodeOptions,
-    Loss,
     LossKind,
     ModelOutput,
     Objective,
-    Read,
     Row,
     RunView,
     Sampling,
@@ -35,10 +33,10 @@ from tunekit.errors import RewardError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.call import seed_for
 from tunekit.model.text.generation import find_stop_ids
-from tunekit.objectives.losses.advantages import Rewards, length_metrics, reward_metrics, weighted_sum
+from tunekit.objectives.losses.advantages import CLIPPED, Rewards, length_metrics, reward_metrics, spread, weighted_sum
 from tunekit.objectives.losses.answers import predicted
 from tunekit.objectives.rows.answers import AnswerRows
-from tunekit.objectives.rows.prompts import Completion, PromptRows, Sample, read_context
+from tunekit.objectives.rows.prompts import PromptRows, Sample, completions_of, read_context
 from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.bases.sample_settings import REWARDED, SampleSettings, reward_names
 from tunekit.records import Preparation
@@ -47,37 +45,10 @@ REWARD, SAMPLING = "objective.reward", "objective.sampling"  # keys of the compa
 SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # of a step, in the report
 
 
-class PolicyGradient(Protocol):
-    """How rewards become advantages, and advantages a loss."""
-
-    @property
-    def logged(self) -> Sequence[str]:
-        """What the loss logs of each step."""
-
-    def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """Those of this rank's completions; NaN where there is no reward. Shapes: local (P, G), step (A, G) ->
-        (P, G)."""
-
-    def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """(A,) which groups teach nothing, because their rewards are equal."""
-
-    def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """The weight of each token of a completion in the sum over completions. Shapes: counts (P, G) -> (P, G).
-
-        `tokens`: of a completion of the step, on average.
-        """
-
-    def compared(self, run: RunView, window: Window, read: Read) -> tuple[Window, Sequence[Rewards] | None]:
-        """The window whose completions are compared with the model at step 0, and what is subtracted from each reward
-        for it, (P, G) of each batch; None: nothing. `read`: (N,) the log-probabilities of a batch's tokens."""
-
-    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,), a sum over completions."""
-
-
 @dataclass(frozen=True)
 class SampledLoss(LossKind):
-    """loss = sum over completions of `gradient`'s loss; divided by the step's number of completions.
+    """How rewards become advantages, and advantages a loss: a sum over completions, divided by the step's number of
+    completions. A subclass has `loss`.
 
     `prepare` draws the completions from hash(seed, step, row, completion); their advantages are made of the rewards of
     the whole step, over all ranks. Steps that reuse samples learn from the same completions.
@@ -87,7 +58,6 @@ class SampledLoss(LossKind):
 
     settings: SampleSettings
     tokenizer: Tokenizer
-    gradient: PolicyGradient
     logged: Sequence[str]
     reference: bool
     updates_per_sampling: int
@@ -95,13 +65,35 @@ class SampledLoss(LossKind):
     metrics: Sequence[str] = ("loss", *REWARDED)
 
     @classmethod
-    def of(cls, settings: SampleSettings, tokenizer: Tokenizer, gradient: PolicyGradient) -> SampledLoss:
-        """The loss that a recipe states."""
-        return cls(settings, tokenizer, gradient, gradient.logged, settings.beta > 0, settings.num_iterations)
+    def of(cls, settings: SampleSettings, tokenizer: Tokenizer, clipped: Sequence[str] = CLIPPED) -> Self:
+        """The loss that a recipe states. `clipped`: what is logged of the ratios that are clipped."""
+        logged = (*(["kl"] if settings.beta else []), "entropy", *clipped)
+        return cls(settings, tokenizer, logged, settings.beta > 0, settings.num_iterations)
 
-    def evaluation_copy(self) -> SampledLoss:
+    def evaluation_copy(self) -> Self:
         """With one greedy completion of each prompt."""
         return replace(self, measures=True)
+
+    def advantages(self, local: Rewards, step: Rewards) -> Rewards:
+        """Those of this rank's completions; NaN where there is no reward. Shapes: local (P, G), step (A, G) ->
+        (P, G)."""
+        raise NotImplementedError
+
+    def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
+        """(A,) which groups teach nothing, because their rewards are equal."""
+        return np.isclose(spread(step, axis=1), 0.0)
+
+    def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
+        """The weight of each token of a completion in the sum over completions. Shapes: counts (P, G) -> (P, G).
+
+        `tokens`: of a completion of the step, on average.
+        """
+        return np.ones_like(counts)
+
+    def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
+        """The window whose completions are compared with the model at step 0, and what is subtracted from each reward
+        for it, (P, G) of each batch; None: nothing. Only if there is a KL in the loss."""
+        raise NotImplementedError
 
     def prepare(self, run: RunView, window: Window) -> Window:
         """Each prompt with its completions, and all that the loss reads of them.
@@ -109,7 +101,7 @@ class SampledLoss(LossKind):
         A simulated or dry-run step samples nothing: its completions have their full length, and no reward is queried.
         Raises: RewardError on every rank if the reward of one rank failed.
         """
-        kind, dry = _prompt_rows(run), window.is_trial or run.is_simulated
+        kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
         if not (dry or self.measures) and window.step % self.updates_per_sampling:
             previous = run.companion(SAMPLING).window  # a run is resumed only where new ones are sampled
             return replace(window, batches=previous.batches, preparation=previous.preparation)
@@ -125,7 +117,7 @@ class SampledLoss(LossKind):
             return self._measured(run, window, groups, scores)
         if self.updates_per_sampling > 1:
             window = kind.with_tokens(window, "old", run.score(window.batches, self.token_scores))
-        window, penalties = self.gradient.compared(run, window, self.token_scores)
+        window, penalties = self.compared(run, window) if self.reference else (window, None)
         window, metrics = self._with_advantages(run, window, groups, scores, penalties)
         samples = self._shown(rows, groups, scores, window)
         if not dry:
@@ -134,7 +126,7 @@ class SampledLoss(LossKind):
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
         """The completions of each row; the draw depends on seed, step, row, completion and token alone."""
-        kind, settings, seen, seeds, prompts = _prompt_rows(run), self.settings, Counter[int](), [], list[list[int]]()
+        kind, settings, seen, seeds, prompts = prompt_rows(run), self.settings, Counter[int](), [], list[list[int]]()
         size = len(kind.answers.sides)
         for row in rows:
             place = seen[row.number]  # a row may be twice in a step
@@ -163,16 +155,10 @@ class SampledLoss(LossKind):
 
         A later step may have only rows that cannot be judged; if a run starts so, its rewards are wrong.
         """
-        shape = (len(rows), len(_prompt_rows(run).answers.sides), len(self.settings.reward))
+        shape = (len(rows), len(prompt_rows(run).answers.sides), len(self.settings.reward))
         if dry:
             return np.tile(np.arange(shape[1], dtype=np.float64)[:, None], (shape[0], 1, shape[2]))
-        contexts = [read_context(row) for row in rows]
-        completions = [
-            Completion(**context, text=sample.text)
-            for context, group in zip(contexts, groups, strict=True)
-            for sample in group
-        ]
-        error, scores = None, np.empty(shape)
+        completions, error, scores = completions_of(rows, groups), None, np.empty(shape)
         try:
             scores = run.companion(REWARD).score(completions).reshape(shape)
         except RewardError as problem:
@@ -213,7 +199,7 @@ class SampledLoss(LossKind):
         penalties: Sequence[Rewards] | None,
     ) -> tuple[Window, dict[str, float]]:
         """Each row with its completions' advantages and token weights; and what is logged of the step."""
-        sides = _prompt_rows(run).answers.sides
+        sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
         marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]
         counts = np.array([trained.sum() for trained in marks], np.float64).reshape(shape)  # (P, G)
@@ -226,13 +212,13 @@ class SampledLoss(LossKind):
         total = self._summed(step[0])
         rewards = total - step[4]
         parts = {
-            "advantages": np.nan_to_num(self.gradient.advantages(self._summed(scores) - penalty, rewards)),
-            "weights": self.gradient.token_weights(counts, tokens),
+            "advantages": np.nan_to_num(self.advantages(self._summed(scores) - penalty, rewards)),
+            "weights": self.token_weights(counts, tokens),
             "share": np.full((len(counts), 1), 1 / tokens),
         }
         starts = np.cumsum([0, *(len(batch.rows) for batch in window.batches)]).tolist()
         cut = [{name: part[a:b].astype(np.float32) for name, part in parts.items()} for a, b in pairwise(starts)]
-        equal = self.gradient.equal_groups(rewards)
+        equal = self.equal_groups(rewards)
         metrics = reward_metrics(reward_names(self.settings.reward), step[0], total, equal)
         return run.rows.with_parts(window, cut), metrics | length_metrics(step[2], step[3])
 
@@ -243,20 +229,14 @@ class SampledLoss(LossKind):
         learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
         samples = []
         for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
-            prompt, answer = (
-                self.tokenizer.decode(row.parts["prompt"].tolist()),
-                read_context(row)["columns"].get("answer"),
-            )
+            prompt = self.tokenizer.decode(row.parts["prompt"].tolist())
+            answer = read_context(row)["columns"].get("answer")
             for number, sample in enumerate(group[:SHOWN_SAMPLES]):
                 rewards = dict(zip(names, map(_finite, scores[at, number].tolist()), strict=True))
                 texts = {"prompt": prompt, "completion": sample.text, "answer": answer, "ended": sample.ended}
                 advantage = float(learnt[at].parts["advantages"][number])
                 samples.append({**texts, "rewards": rewards, "advantage": advantage})
         return samples
-
-    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,)."""
-        return self.gradient.loss(output, batch)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """Of measured rows: loss (minus the reward), units, reward, lengths and how many did not end; rows whose
@@ -273,10 +253,9 @@ class SampledLoss(LossKind):
         return {"loss": 0.0 - sums["reward"], "units": judged.sum().double(), **sums}
 
 
-def sampled_objective(
-    settings: SampleSettings, tokenizer: Tokenizer, options: EncodeOptions, gradient: PolicyGradient
-) -> Objective:
+def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
     """Prompts, completions with their rewards, and what samples and rewards need."""
+    settings, tokenizer = loss.settings, loss.tokenizer
     count, longest = settings.num_generations, settings.max_completion_length
     rows = PromptRows(
         tokenizer,
@@ -292,14 +271,15 @@ def sampled_objective(
         settings.method,
         settings.family,
         rows,
-        SampledLoss.of(settings, tokenizer, gradient),
+        loss,
         text_answering(tokenizer),
         (CompanionSpec("rewards", REWARD, settings.reward), CompanionSpec("sampling", SAMPLING, settings)),
         notes=(f"each prompt counts as {count} completions of {longest:,} tokens, the most there can be",),
     )
 
 
-def _prompt_rows(run: RunView) -> PromptRows:
+def prompt_rows(run: RunView) -> PromptRows:
+    """The rows of a run that samples."""
     assert isinstance(run.rows, PromptRows)
     return run.rows
 

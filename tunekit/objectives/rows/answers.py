@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Row, RowLayout, Span, Tokenizer
+from tunekit.contracts import Array, Batch, EncodeOptions, LossKind, Objective, Row, RowLayout, Span, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.errors import DataError, Problem
-from tunekit.files.cache_folder import hash_of
-from tunekit.objectives.rows.text import TextRows
+from tunekit.errors import DataError
+from tunekit.formats.preference import AskedExample
+from tunekit.objectives.base import row_fingerprint
+from tunekit.objectives.rows.text import TextRows, text_answering
 from tunekit.recipe.bases.pair_settings import PairSettings
 
 SIDES = ("chosen", "rejected")
@@ -50,6 +51,10 @@ class AnswerRows(TextRows):
     end_to_end: bool = False
     shares_prefixes: bool = False
     packable = True
+    allowed_options = (
+        ("train_on", "assistant", "the answers are what is compared"),
+        ("excess_length", "drop, truncate or error", "a later piece of an answer has no prompt before it"),
+    )
 
     @cached_property
     def layout(self) -> RowLayout:
@@ -57,17 +62,7 @@ class AnswerRows(TextRows):
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing for answers."""
-        problems = []
-        if self.options.train_on != "assistant":
-            problems.append(Problem("the answers are what is compared", "write assistant", key="data.train_on"))
-        if self.options.excess_length == "split":
-            what = "a later piece of an answer has no prompt before it"
-            problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
-        return problems
-
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: AskedExample, origin: str) -> Row:
         """The row. Raises: Dropped or DataError for an unusable one, as the recipe states."""
         answers = [getattr(example, side) for side in self.sides]
         self._check_usable(example.prompt, answers)
@@ -85,7 +80,7 @@ class AnswerRows(TextRows):
         parts |= {name: np.asarray([getattr(example, name)], kind) for name, kind in self.further.items()}
         return self.make_row(parts, origin)
 
-    def _check_usable(self, prompt: Any, answers: Sequence[Any]) -> None:
+    def _check_usable(self, prompt: object, answers: Sequence[object]) -> None:
         reasons = {NO_PROMPT: not prompt, EMPTY_ANSWER: not all(answers)}
         reasons[EQUAL] = len(answers) > 1 and answers[0] == answers[1]
         for reason in (reason for reason, applies in reasons.items() if applies):
@@ -102,7 +97,7 @@ class AnswerRows(TextRows):
         """A row counts once, if it has no empty answer."""
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 
-    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+    def prompt(self, example: AskedExample) -> tuple[list[int], str] | None:
         """Ids of the prompt, and its first answer's text."""
         return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
 
@@ -216,12 +211,19 @@ class AnswerRows(TextRows):
         return [Span(row.parts[side], predicted[side], title=side + values) for side in self.sides]
 
 
-def last_token(ids: Any, pad_id: int) -> int:
+def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
     """The last place whose id is not the padding's, as transformers reads a score."""
     return int(np.flatnonzero(np.asarray(ids) != pad_id).max(initial=0))
 
 
 def pair_rows(settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions) -> AnswerRows:
     """Rows of a preferred and a rejected answer."""
-    fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
-    return AnswerRows(tokenizer, fingerprint, options, unusable=settings.unusable_pairs)
+    return AnswerRows(tokenizer, row_fingerprint(settings, tokenizer), options, unusable=settings.unusable_pairs)
+
+
+def pair_objective(
+    settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions, loss: LossKind, *, prompts: bool = False
+) -> Objective:
+    """An objective of pairs whose answers are texts. `prompts`: as AnswerRows has it."""
+    rows = replace(pair_rows(settings, tokenizer, options), prompts=prompts)
+    return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))

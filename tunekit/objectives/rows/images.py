@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Model, Pixels, Row, RowKind, RowLayout, Span
+from tunekit.contracts import Array, Batch, EncodeOptions, Labels, Model, Pixels, Row, RowKind, RowLayout, Span
 from tunekit.data.encoding.augmentation import Augmentation
 from tunekit.data.encoding.images import Size, covering, read_image
 from tunekit.formats.image_label import ImageLabelExample
+from tunekit.formats.media import Media
 from tunekit.model.call import seed_for
 from tunekit.model.families.image_classifier import PixelProcessor
-from tunekit.objectives.rows.labels import Labels, label_of, utf8
+from tunekit.objectives.rows.labels import label_of, utf8
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 NO_PIXELS: Pixels = np.zeros((0, 0, 3), np.uint8)
@@ -67,16 +68,11 @@ class LabelledImages(RowKind):
             settings.random_erasing,
         )
 
-    def labels_of(self, row: Row) -> list[str]:
-        """The label."""
-        return [label_of(row)]
-
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: ImageLabelExample, origin: str) -> Row:
         """The row. Raises: Dropped for an animated or tiny image; DataError for one that cannot be read, and for a
         label that is not listed."""
-        assert isinstance(example, ImageLabelExample)
         self.labels.check(example.label)
-        pixels = self._read(_source(example))
+        pixels = read_pixels(example.image, self.notices)
         return self.make_row(_parts(self._prompt(pixels), example.label, self.uncropped(pixels)), origin)
 
     def uncropped(self, pixels: Pixels) -> Pixels:
@@ -90,13 +86,13 @@ class LabelledImages(RowKind):
     def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
         return (len(parts["seen"]) // 3,)
 
-    def prompt(self, example: Any) -> tuple[ImagePrompt, str]:
+    def prompt(self, example: ImageLabelExample) -> tuple[ImagePrompt, str]:
         """The image, and its label."""
-        return self._prompt(self._read(_source(example))), example.label
+        return self._prompt(read_pixels(example.image, self.notices)), example.label
 
     def question(self, text: str) -> ImagePrompt:
         """The image at this path."""
-        return self._prompt(self._read(text))
+        return self._prompt(read_pixels(Media(text), self.notices))
 
     def shown(self, prompt: ImagePrompt) -> str:
         """Its size."""
@@ -106,22 +102,8 @@ class LabelledImages(RowKind):
         """Rows of images."""
         return [self.make_row(_parts(prompt, self.labels.names[0]), "") for prompt in prompts]
 
-    def _read(self, source: str | bytes) -> Pixels:
-        notices = Counter[str]()
-        pixels = read_image(source, notices)
-        self.notices.update(+notices)
-        return pixels
-
     def _prompt(self, pixels: Pixels) -> ImagePrompt:
         return ImagePrompt(self.processor.seen(pixels), (pixels.shape[0], pixels.shape[1]))
-
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole: a part of an image shows something else."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: all images have one size."""
-        return [next(rows)]
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
         """The image as its step sees it (`view`)."""
@@ -149,13 +131,17 @@ class LabelledImages(RowKind):
 
     def spans(self, row: Row) -> list[Span]:
         """The label, the image's size, and what evaluations see of it."""
-        (height, width), empty = row.parts["original"].tolist(), np.zeros(0, np.int64)
+        height, width = row.parts["original"].tolist()
         title = f"label: {label_of(row)} ({width} x {height} pixels)"
-        return [Span(empty, np.zeros(0, np.bool_), title, self._seen(row))]
+        return [Span(title=title, image=self._seen(row))]
 
 
-def _source(example: ImageLabelExample) -> str | bytes:
-    return example.image.path if example.image.data is None else example.image.data
+def read_pixels(image: Media, notices: Counter[str]) -> Pixels:
+    """The pixels of an image; what was converted is counted in `notices`."""
+    counts = Counter[str]()
+    pixels = read_image(image.path if image.data is None else image.data, counts)
+    notices.update(+counts)
+    return pixels
 
 
 def _parts(prompt: ImagePrompt, label: str, pixels: Pixels = NO_PIXELS) -> dict[str, Array]:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Model, Row, RowKind, RowLayout, Span, Tokenizer
+from tunekit.contracts import Array, Batch, EncodeOptions, Labels, Model, Row, RowKind, RowLayout, Span, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
-from tunekit.errors import InputError, Problem
+from tunekit.errors import InputError
 from tunekit.formats.labels import LabelExample
 from tunekit.model.text.generation import check_prompts
-from tunekit.objectives.rows.labels import Labels, label_of, split_problems, utf8
+from tunekit.objectives.rows.labels import label_of, never_split, utf8
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
@@ -29,7 +29,9 @@ class LabelledTexts(RowKind):
     """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `label` as UTF-8."""
 
     example = "label"
+    allowed_options = never_split("text")  # perhaps in the middle of a span
     packable = True
+    places = "last"  # the target with the positions at which labels are predicted
     layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
 
     settings: LabelSettings
@@ -51,14 +53,6 @@ class LabelledTexts(RowKind):
         ends = self.around[1]
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
-
-    def problems(self) -> list[Problem]:
-        """A long text that would be split, perhaps in the middle of a span."""
-        return split_problems(self.options, "text")
-
-    def labels_of(self, row: Row) -> list[str]:
-        """The label."""
-        return [label_of(row)]
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped for an empty text; DataError for a label that is not listed."""
@@ -121,15 +115,10 @@ class LabelledTexts(RowKind):
         return self.make_row(parts, row.origin, row.number)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The labels of all rows in order, and where each row ends (`last`) in the flattened positions.
+        """The labels of all rows in order, and where each is predicted (`places`) in the flattened positions.
 
         Shapes: input_ids, position_ids (B, T), and attention_mask if there is padding; labels, last (R,).
         """
-        return self.batch(sequences, "last", lambda row: np.array([row.size - 1]))
-
-    def batch(self, sequences: Sequence[Sequence[Row]], name: str, read: Any) -> Batch:
-        """The batch with its labels, and under `name` the positions at which they are predicted, flattened; `read`:
-        gives those of a row."""
         ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.padding)
         sizes = [[row.size for row in rows] for rows in sequences]
         inputs: dict[str, Tensor] = {"input_ids": ids, "position_ids": positions(sizes)}
@@ -138,10 +127,14 @@ class LabelledTexts(RowKind):
         places = []
         for line, rows in enumerate(sequences):
             ends = ids.shape[1] * line + np.cumsum([row.size for row in rows])
-            places += [end - row.size + read(row) for row, end in zip(rows, ends, strict=True)]
+            places += [end - row.size + self.places_of(row) for row, end in zip(rows, ends, strict=True)]
         labels = self.labels.numbers(label for rows in sequences for row in rows for label in self.labels_of(row))
-        targets = {"labels": labels, name: torch.from_numpy(np.concatenate(places)).long()}
+        targets = {"labels": labels, self.places: torch.from_numpy(np.concatenate(places)).long()}
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def places_of(self, row: Row) -> Array:
+        """Where the labels of a row are predicted: at its last token."""
+        return np.array([row.size - 1])
 
     def spans(self, row: Row) -> list[Span]:
         """The text under its label; no token of it is predicted."""

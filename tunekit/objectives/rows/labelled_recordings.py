@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from tunekit.contracts import Array, Batch, Model, Row, RowLayout, Span
+from tunekit.contracts import Array, Batch, Labels, Model, Row, RowLayout, Span
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.sound import Sound, opened
-from tunekit.errors import DataError, Problem
+from tunekit.errors import DataError
 from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.media import Media
 from tunekit.model.speech.features import AudioProcessor
-from tunekit.objectives.rows.labels import Labels, label_of, split_problems, utf8
+from tunekit.objectives.rows.labels import label_of, never_split, utf8
 from tunekit.objectives.rows.recordings import SOUND_PARTS, Clip, RecordingRows, lasts, longer_than
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
@@ -42,6 +42,7 @@ class LabelledRecordings(RecordingRows):
     """Parts: SOUND_PARTS, and `label` as UTF-8."""
 
     example = "audio_label"
+    allowed_options = never_split("recording")
 
     settings: AudioClassifySettings
     processor: AudioProcessor
@@ -58,14 +59,6 @@ class LabelledRecordings(RecordingRows):
             minimum=(self.processor.frames,),
             identity=("features", "place"),
         )
-
-    def problems(self) -> list[Problem]:
-        """A long recording that would be split."""
-        return split_problems(self.options, "recording")
-
-    def labels_of(self, row: Row) -> list[str]:
-        """The label."""
-        return [label_of(row)]
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
         """The recording; of one that is cut also the part that is not heard, so that it is counted.
@@ -126,14 +119,6 @@ class LabelledRecordings(RecordingRows):
             parts |= {"place": utf8(""), "features": clip.features(self.processor).reshape(-1)}
         return self.make_row(parts, "", sizes=(self.processor.frames,))
 
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole: it was cut when it was read."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: all are padded to the same length."""
-        return [next(rows)]
-
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Shapes: input_features (B, M, F); labels (B,)."""
         rows = [row for (row,) in sequences]
@@ -143,5 +128,4 @@ class LabelledRecordings(RecordingRows):
 
     def spans(self, row: Row) -> list[Span]:
         """The label, and how long the recording is."""
-        title = f"label: {label_of(row)} (recording: {self.seconds(row):.2f} s)"
-        return [Span(np.zeros(0, np.int64), np.zeros(0, np.bool_), title)]
+        return [Span(title=f"label: {label_of(row)} (recording: {self.seconds(row):.2f} s)")]

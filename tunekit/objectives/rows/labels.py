@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from tunekit.contracts import (
-    Answering,
-    AnswerLimits,
-    Array,
-    Batch,
-    EncodeOptions,
-    Model,
-    Objective,
-    Processor,
-    Row,
-    Rows,
-)
-from tunekit.errors import DataError, InputError, Problem
+from tunekit.contracts import Answering, AnswerLimits, Array, Labels, Model, Objective, Processor, Row, RowKind, Rows
+from tunekit.errors import DataError, InputError
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
-
-
-@dataclass(frozen=True)
-class Labels:
-    """`names`: the label of each row of the trained head; empty: not learned yet.
-
-    `head`: labels of the base's own head, if it has one; `pad_id`: for a base whose configuration names no padding.
-    """
-
-    names: tuple[str, ...] = ()
-    head: tuple[str, ...] = ()
-    pad_id: int | None = None
-
-    def check(self, label: str) -> None:
-        """Raises: DataError for a label that is not listed."""
-        if self.names and label not in self.names:
-            what = f"the label '{label}' is not among the labels ({_shown(self.names)})"
-            raise DataError(what, "mend it, or list it under objective.labels")
-
-    def numbers(self, labels: Iterable[str]) -> Tensor:
-        """(N,) the number of each label."""
-        places = {label: number for number, label in enumerate(self.names)}
-        return torch.tensor([places[label] for label in labels])
 
 
 def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None) -> Labels:
@@ -61,11 +25,11 @@ def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int 
     return Labels(tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
-def split_problems(options: EncodeOptions, whole: str) -> list[Problem]:
-    """The problem of rows that would be split. `whole`: what has labels, such as a text."""
-    what = f"a piece of a {whole} need not have the labels of the whole"
-    how = "write truncate, drop or error"
-    return [Problem(what, how, key="data.excess_length")] if options.excess_length == "split" else []
+def never_split(whole: str) -> tuple[tuple[str, str, str]]:
+    """The allowed options of rows that are never split. `whole`: what has labels, such as a text."""
+    return (
+        ("excess_length", "truncate, drop or error", f"a piece of a {whole} need not have the labels of the whole"),
+    )
 
 
 def utf8(text: str) -> Array:
@@ -78,63 +42,48 @@ def label_of(row: Row) -> str:
     return row.parts["label"].tobytes().decode()
 
 
-class LabelRows(Protocol):
-    """What objectives with labels need of their RowKind."""
-
-    @property
-    def labels(self) -> Labels: ...
-
-    def labels_of(self, row: Row) -> list[str]:
-        """The labels of a row."""
-
-    def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
-        """Rows of prompts whose labels are not known: they have the first one."""
-
-    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """As RowKind's."""
-
-
 def label_objective(
-    settings: LabelSettings, rows: Any, loss: LabelLoss, processor: Processor | None = None, **facts: Any
+    settings: LabelSettings, rows: RowKind, loss: LabelLoss, processor: Processor | None = None, **facts: object
 ) -> Objective:
-    """The objective of LabelRows. `facts`: those besides the labels."""
-    answering, facts = Answering("label", processor=processor), {"labels": [], **facts}
-    objective = Objective(settings.method, settings.family, rows, loss, answering, facts=facts)
-    return _with_labels(objective, rows.labels.names, rows.fingerprint)
+    """The objective of rows with labels. `facts`: those besides the labels."""
+    answering = Answering("label", processor=processor)
+    objective = Objective(settings.method, settings.family, rows, loss, answering, facts={"labels": [], **facts})
+    return _with_labels(objective, loss, rows.labels.names, rows.fingerprint)
 
 
-def _with_labels(objective: Objective, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()) -> Objective:
+def _with_labels(
+    objective: Objective, loss: LabelLoss, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()
+) -> Objective:
     """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong."""
-    kind: Any = objective.rows
-    rows = replace(kind, labels=replace(kind.labels, names=names), fingerprint=hash_of([unlabelled, *names]))
-    loss: Any = replace(objective.loss, labels=names)  # type: ignore[type-var]
+    labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
+    rows = replace(objective.rows, labels=labels, fingerprint=hash_of([unlabelled, *names]))  # type: ignore[type-var]
     labelled = replace(
         objective,
         rows=rows,
         loss=loss,
         answering=replace(objective.answering, write=partial(_write, rows, loss), labels=names),  # type: ignore[type-var]
-        section=partial(_headed, objective.family, rows.labels),
+        section=partial(headed_section, objective.family, labels),
         complete=bool(names),
         facts={**objective.facts, "labels": list(names)},
         notes=tuple(notes),
         learning=None,
     )
-    return replace(labelled, learning=partial(_learn, labelled, unlabelled))
+    return replace(labelled, learning=partial(_learn, labelled, loss, unlabelled))
 
 
-def _headed(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
+def headed_section(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
     """The base with a head of one score for each label: its own if that is for these labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
     return HeadedModel.of(model, family=family, **head)
 
 
-def _learn(objective: Objective, unlabelled: str, rows: Sequence[Rows]) -> Objective:
+def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequence[Rows]) -> Objective:
     """With the labels of the rows if none were listed, in the order of the base's own head if it has the same.
 
     Raises: DataError for fewer than two, or for one that no training row has and nothing else names.
     """
-    kind: Any = objective.rows
+    kind = objective.rows
     listed, head = kind.labels.names, kind.labels.head
     train, held = ([some[index] for index in range(len(some))] for some in (rows[0], rows[1] if rows[1:] else ()))
     taught = Counter(label for row in train for label in set(kind.labels_of(row)))
@@ -154,13 +103,13 @@ def _learn(objective: Objective, unlabelled: str, rows: Sequence[Rows]) -> Objec
     notes += [f"the label '{label}' has one row to train on" for label in names if taught[label] == 1]
     if head and head != names:
         notes.append(
-            f"the base's own head ({_shown(head)}) is not used, and a new one trained for {_shown(names)}; "
+            f"the base's own head ({Labels.text(head)}) is not used, and a new one trained for {Labels.text(names)}; "
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
-    return _with_labels(objective, names, unlabelled, notes)
+    return _with_labels(objective, loss, names, unlabelled, notes)
 
 
-def _write(rows: LabelRows, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:
+def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:
     """The most likely labels of each prompt, a blank between those of several words.
 
     Raises: InputError for answers that should be drawn at random.
@@ -181,8 +130,3 @@ def _by_number(label: str) -> tuple[bool, int, str]:
     """Whole numbers in their own order, before names; no two labels are equal."""
     number = re.fullmatch("-?[0-9]{1,18}", label)
     return (number is None, int(label) if number else 0, label)
-
-
-def _shown(labels: Sequence[str]) -> str:
-    """The first labels, for a message."""
-    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")

@@ -11,31 +11,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import ClassVar
 
 import numpy as np
 import torch
 
-from tunekit.contracts import (
-    Answering,
-    Array,
-    Batch,
-    EncodeOptions,
-    Model,
-    Pixels,
-    Progress,
-    Row,
-    RowKind,
-    RowLayout,
-    Span,
-)
-from tunekit.data.encoding.images import Size, covering, cropped, read_image
+from tunekit.contracts import Array, Batch, EncodeOptions, Model, Pixels, Progress, Row, RowKind, RowLayout, Span
+from tunekit.data.encoding.images import Size, covering, cropped
 from tunekit.errors import DataError, Problem
 from tunekit.formats.image import ImageExample
 from tunekit.model.call import seed_for
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.objectives.rows.images import read_pixels
+from tunekit.objectives.rows.labels import utf8
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 RATIOS = ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))  # of `auto`, each upright and lying
@@ -58,8 +46,8 @@ class PictureRows(RowKind):
     options: EncodeOptions = field(default_factory=EncodeOptions)
     notices: Counter[str] = field(default_factory=Counter)
 
-    example: ClassVar[str] = "image"
-    layout: ClassVar[RowLayout] = RowLayout(
+    example = "image"
+    layout = RowLayout(
         {"pixels": "u1", "shape": "<i4", "original": "<i4", "bucket": "<i4", "prompt": "u1"},
         (),
         sizes=1,
@@ -73,9 +61,7 @@ class PictureRows(RowKind):
         prompt = example.text or self.instance_prompt
         if not prompt:
             raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all")
-        counts, image = Counter[str](), example.image
-        pixels = read_image(image.path if image.data is None else image.data, counts)
-        self.notices.update(+counts)
+        pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
             self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
         size = nearest_bucket(pixels.shape[:2], self.buckets)
@@ -87,7 +73,7 @@ class PictureRows(RowKind):
             "shape": np.array(covered.shape[:2], np.int32),
             "original": np.array(pixels.shape[:2], np.int32),
             "bucket": np.array(size, np.int32),
-            "prompt": np.frombuffer(prompt.encode(), np.uint8),
+            "prompt": utf8(prompt),
         }
         return self.make_row(parts, origin)
 
@@ -97,14 +83,6 @@ class PictureRows(RowKind):
     def question(self, text: str) -> str:
         """The prompt itself."""
         return text
-
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole row: images have no tokens, and are never cut."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: all images of a batch have the same size."""
-        return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Rows that the loss has not prepared yet have no tensors.
@@ -123,15 +101,14 @@ class PictureRows(RowKind):
 
     def spans(self, row: Row) -> list[Span]:
         """The prompt, the image's size and its middle in its bucket."""
-        (height, width), (high, wide), empty = row.parts["original"].tolist(), bucket_of(row), np.zeros(0, np.int64)
+        (height, width), (high, wide) = row.parts["original"].tolist(), bucket_of(row)
         title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
-        return [Span(empty, np.zeros(0, np.bool_), title, cropped(pixels_of(row), bucket_of(row))[0])]
+        return [Span(title=title, image=cropped(pixels_of(row), bucket_of(row))[0])]
 
 
 def pixels_of(row: Row) -> Pixels:
     """(H, W, 3)."""
-    pixels: Pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3)
-    return pixels
+    return row.parts["pixels"].reshape(*row.parts["shape"], 3)
 
 
 def bucket_of(row: Row) -> Size:
@@ -209,36 +186,27 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
             yield Problem(what, "leave one out", key=KEY)
 
 
-def picture_answering(settings: DreamboothSettings, processor: PipelineProcessor) -> Answering:
-    """Answers are images, drawn by the whole pipeline."""
-    draw, report = (partial(function, settings, processor) for function in (_drawn, _report_pictures))
-    return Answering("picture", draw=draw, report_pictures=report, processor=processor)
+@dataclass(frozen=True)
+class Artist:
+    """Draws images with the whole pipeline: (H, W, 3) each."""
 
+    settings: DreamboothSettings
+    processor: PipelineProcessor
 
-def _report_pictures(
-    settings: DreamboothSettings, processor: PipelineProcessor, model: Model, progress: Progress
-) -> list[Pixels]:
-    """One image for each validation prompt, each with its own seed."""
-    prompts = settings.validation_prompts
-    seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
-    return _drawn(settings, processor, model, prompts, seeds, progress) if prompts else []
+    def report_pictures(self, model: Model, progress: Progress) -> list[Pixels]:
+        """One image for each validation prompt, each with its own seed."""
+        prompts = self.settings.validation_prompts
+        seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
+        return self.draw(model, prompts, seeds, progress) if prompts else []
 
-
-def _drawn(
-    settings: DreamboothSettings,
-    processor: PipelineProcessor,
-    model: Model,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    progress: Progress,
-) -> list[Pixels]:
-    """(H, W, 3) for each prompt."""
-    pictures, how = list[Pixels](), drawing_of(settings)
-    with model.base.net.beside_on(model.device):
-        for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            progress("images drawn", done, len(prompts))
-            pictures += draw_pictures(model.base.net, processor, [prompt], [seed], how)
-    return pictures
+    def draw(self, model: Model, prompts: Sequence[str], seeds: Sequence[int], progress: Progress) -> list[Pixels]:
+        """One image for each prompt."""
+        pictures, how = list[Pixels](), drawing_of(self.settings)
+        with model.base.net.beside_on(model.device):
+            for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                progress("images drawn", done, len(prompts))
+                pictures += draw_pictures(model.base.net, self.processor, [prompt], [seed], how)
+        return pictures
 
 
 def drawing_of(settings: DreamboothSettings) -> Drawing:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tunekit.contracts import Array, Batch, Row, RowLayout, Span, Window
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.errors import DataError, Problem
+from tunekit.errors import DataError
+from tunekit.formats.prompt import PromptExample
 from tunekit.objectives.rows.answers import NO_PROMPT, AnswerRows
 from tunekit.objectives.rows.text import TextRows
 
@@ -36,12 +37,12 @@ class Sample:
 class Completion:
     """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text."""
 
-    prompt: Any
+    prompt: str | list[dict[str, Any]]
     columns: Mapping[str, Any]
     text: str
 
     @property
-    def formatted(self) -> Any:
+    def formatted(self) -> str | list[dict[str, Any]]:
         """In the form of the prompt: a text, or a list of one message."""
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
@@ -62,24 +63,17 @@ class PromptRows(TextRows):
     masks_truncated: bool
     example = "prompt"
     packable = True
+    allowed_options = (
+        ("train_on", "assistant", "the model's own completions are what it learns from"),
+        ("excess_length", "drop or error", "a prompt that is cut asks something else"),
+    )
 
     @cached_property
     def layout(self) -> RowLayout:
         """Of prompts without completions."""
         return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
 
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing for prompts."""
-        problems = []
-        if self.options.train_on != "assistant":
-            what = "the model's own completions are what it learns from"
-            problems.append(Problem(what, "write assistant", key="data.train_on"))
-        if self.options.excess_length in ("split", "truncate"):
-            what = "a prompt that is cut asks something else"
-            problems.append(Problem(what, "write drop or error", key="data.excess_length"))
-        return problems
-
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: PromptExample, origin: str) -> Row:
         """The row. Raises: Dropped or DataError for a row without a prompt, as the recipe states."""
         if not example.prompt:
             if self.unusable == "drop":
@@ -88,11 +82,11 @@ class PromptRows(TextRows):
         context = np.frombuffer(context_json(example).encode(), np.uint8)
         return self.make_row({"prompt": np.asarray(self._ids(example), np.int32), "context": context}, origin)
 
-    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+    def prompt(self, example: PromptExample) -> tuple[list[int], str] | None:
         """Ids of the prompt, and the reference answer; None if the row has none."""
         return None if example.answer is None else (self._ids(example), example.answer)
 
-    def _ids(self, example: Any) -> list[int]:
+    def _ids(self, example: PromptExample) -> list[int]:
         prompt = self.renderer.prompt(example.answered("an answer"))
         assert prompt is not None
         return prompt[0]
@@ -167,15 +161,12 @@ class PromptRows(TextRows):
 
     def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
         """The window whose rows have a number for each predicted token. Shapes: values (N,) of each batch."""
-        batches = []
+        parts = []
         for batch, numbers in zip(window.batches, values, strict=True):
-            split = torch.split(numbers.float(), batch.targets["counts"].tolist())
-            rows, count = [], len(batch.rows)
-            for number, row in enumerate(batch.rows):
-                sides = zip(self.answers.sides, split[number::count], strict=True)
-                rows.append(row.with_parts({f"{side}_{name}": part.numpy() for side, part in sides}))
-            batches.append(self.remade(batch, rows))
-        return replace(window, batches=tuple(batches))
+            split = [part.numpy() for part in torch.split(numbers.float(), batch.targets["counts"].tolist())]
+            count, sides = len(batch.rows), self.answers.sides
+            parts.append({f"{side}_{name}": split[at * count :][:count] for at, side in enumerate(sides)})
+        return self.with_parts(window, parts)
 
     def _prepared(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """(N,) of tokens, (G P,) of completions, each in the order of the predicted tokens; (P, ...) of rows."""
@@ -189,7 +180,13 @@ class PromptRows(TextRows):
         return {name: torch.from_numpy(values) for name, values in prepared.items()}
 
 
-def context_json(example: Any) -> str:
+def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[Completion]:
+    """The completions of each row as rewards read them."""
+    contexts = zip(map(read_context, rows), groups, strict=True)
+    return [Completion(**context, text=sample.text) for context, group in contexts for sample in group]
+
+
+def context_json(example: PromptExample) -> str:
     """The prompt and the columns of an example, which its row keeps for rewards."""
     columns = {"answer": example.answer, **example.columns}
     return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)

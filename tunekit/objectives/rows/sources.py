@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from tunekit.data.batching.pad import lay_end_to_end, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER, NO_WEIGHT
 from tunekit.data.rendering.turns import answer_indices, last_answer
-from tunekit.errors import DataError, ModelError, Problem
+from tunekit.errors import DataError, ModelError
 from tunekit.formats.example import ChatExample, CompletionExample, Example, TextExample
 from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import LineByLineRows
@@ -31,20 +30,17 @@ class SourceRows(TextRows):
 
     example = "text"
     has_choices = True
+    allowed_options = (
+        ("train_on", "assistant or last", "the prompt is read by an encoder, which predicts nothing"),
+        (
+            "excess_length",
+            "drop, truncate or error",
+            "the later pieces of a row would have no source for the encoder to read",
+        ),
+    )
     layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
 
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing if an encoder reads the prompt."""
-        problems = []
-        if self.options.train_on == "all":
-            what = "the prompt is read by an encoder, which predicts nothing"
-            problems.append(Problem(what, "write assistant or last", key="data.train_on"))
-        if self.options.excess_length == "split":
-            what = "the later pieces of a row would have no source for the encoder to read"
-            problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
-        return problems
-
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: Example, origin: str) -> Row:
         """The row.
 
         Raises: Dropped if nothing can be trained on; DataError if the row is wrong; ModelError if the base does not
@@ -146,10 +142,11 @@ class SourceRows(TextRows):
         return LineByLineRows(self.tokenizer), ChoiceLoss(shape)
 
 
-def answer_weight(example: Any) -> float:
+def answer_weight(example: ChatExample | CompletionExample) -> float:
     """The weight of an example's last answer."""
-    index = last_answer(example) if isinstance(example, ChatExample) else None
-    return float(example.weight * (1.0 if index is None else example.messages[index].weight))
+    if isinstance(example, ChatExample) and (index := last_answer(example)) is not None:
+        return example.weight * example.messages[index].weight
+    return example.weight
 
 
 def source_parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import Array, Batch, Row, RowLayout, Span
+from tunekit.contracts import Array, Row, RowLayout, Span
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
 from tunekit.errors import DataError
@@ -31,16 +30,16 @@ class TaggedWords(LabelledTexts):
     word begins; `tags` as UTF-8."""
 
     example = "tags"
+    places = "firsts"
     layout = RowLayout({"ids": "<i4", "firsts": "<i4", "tags": "u1"}, ("ids",), sizes=1)
 
     def labels_of(self, row: Row) -> list[str]:
         """The tag of each word."""
         return row.parts["tags"].tobytes().decode().split(SEPARATOR)
 
-    def encode(self, example: Any, origin: str) -> Row:
+    def encode(self, example: TagsExample, origin: str) -> Row:
         """The row. Raises: Dropped if there is no word; DataError for a tag that is not listed, or a word without a
         token."""
-        assert isinstance(example, TagsExample)
         if not example.words:
             raise Dropped(EMPTY_TEXT)
         tags = self._names(example.tags)
@@ -52,7 +51,7 @@ class TaggedWords(LabelledTexts):
     def units_in(self, parts: Mapping[str, Array]) -> int:
         return len(parts["firsts"])
 
-    def prompt(self, example: Any) -> tuple[list[int], str]:
+    def prompt(self, example: TagsExample) -> tuple[list[int], str]:
         """Ids of the words, and their tags with a blank between them."""
         ids = self._cut_words(example.words)
         return ids, " ".join(self._names(example.tags)[: len(ids.firsts)])
@@ -106,12 +105,9 @@ class TaggedWords(LabelledTexts):
         parts = _parts(self.sized(row.parts["ids"], size), inside, self.labels_of(row)[: len(inside)])
         return self.make_row(parts, row.origin, row.number)
 
-    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The labels of all words in order, and where each word begins (`firsts`) in the flattened positions.
-
-        Shapes: as those of texts with labels; labels, firsts (N,).
-        """
-        return self.batch(sequences, "firsts", lambda row: row.parts["firsts"])
+    def places_of(self, row: Row) -> Array:
+        """Where each word begins."""
+        return row.parts["firsts"]
 
     def spans(self, row: Row) -> list[Span]:
         """The words under their tags; the token of each at which its tag is predicted."""

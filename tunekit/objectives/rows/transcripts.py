@@ -14,7 +14,7 @@ from tunekit.data.encoding.encode import TOO_LONG
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import mixed, quietest
 from tunekit.data.reading.sound import Sound, opened
-from tunekit.errors import DataError, Problem
+from tunekit.errors import DataError
 from tunekit.formats.media import Media
 from tunekit.formats.transcript import Segment, TranscriptExample
 from tunekit.model.speech.processor import SpeechProcessor
@@ -42,6 +42,14 @@ class TranscriptRows(RecordingRows):
     and its `text`. Tokens that name language and task are predicted too, as transformers' own labels are."""
 
     example = "transcript"
+    allowed_options = (
+        ("train_on", "assistant", "of a recording its transcript is trained on"),
+        (
+            "excess_length",
+            "drop, split or error",
+            "truncating a recording would train on text that is no longer in the audio",
+        ),
+    )
 
     settings: SpeechSettings
     processor: SpeechProcessor
@@ -59,17 +67,6 @@ class TranscriptRows(RecordingRows):
             identity=("features", "place"),
             batch_key=None if padded else "samples",
         )
-
-    def problems(self) -> list[Problem]:
-        """Options that mean nothing for recordings."""
-        problems = []
-        if self.options.train_on != "assistant":
-            what = "of a recording its transcript is trained on"
-            problems.append(Problem(what, "write assistant", key="data.train_on"))
-        if self.options.excess_length == "truncate":
-            what = "truncating a recording would train on text that is no longer in the audio"
-            problems.append(Problem(what, "write drop, split or error", key="data.excess_length"))
-        return problems
 
     def examples(self, example: TranscriptExample) -> Sequence[TranscriptPart]:
         """The whole recording, or parts of one that is longer than the model hears at once.
@@ -181,9 +178,8 @@ class TranscriptRows(RecordingRows):
 
     def spans(self, row: Row) -> list[Span]:
         """How long the recording is, and the answer."""
-        answer, nothing = row.parts["answer"], np.zeros(0, np.int32)
-        title = f"recording: {self.seconds(row):.2f} s"
-        return [Span(nothing, nothing.astype(bool), title), Span(answer, np.arange(len(answer)) > 0)]
+        answer, title = row.parts["answer"], f"recording: {self.seconds(row):.2f} s"
+        return [Span(title=title), Span(answer, np.arange(len(answer)) > 0)]
 
 
 def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[TranscriptPart]:
