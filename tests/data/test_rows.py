@@ -267,7 +267,7 @@ def test_prompts_of_evaluation_rows(tiny: LoadedTokenizer, tmp_path: Path) -> No
     path = write_lines(tmp_path / "d.jsonl", [{"messages": messages}, {"messages": messages[:1]}])
     found = load(tiny, path, eval=(Source(path=str(path)),)).evaluation_prompts()
     asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    assert [(tiny.decode(prompt.asked), *prompt[1:]) for prompt in found] == [(asked, "a", asked)]
+    assert [(tiny.decode(prompt.prompt), *prompt[1:]) for prompt in found] == [(asked, "a", asked)]
 
 
 def test_weights_reach_the_windows(tiny: LoadedTokenizer, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from tests.support.data_case import objective_of
 from tests.support.loop_case import Case, make_case, make_rows
 from tests.support.train_case import records, train_in_child, write_recipe
-from tunekit.contracts import IGNORED, Batch, Window
+from tunekit.contracts import IGNORED, Batch, ModelOutput, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import collate
 from tunekit.errors import ResourceError
@@ -88,18 +88,18 @@ def make_model(tiny_llama: Path, **changes: Any) -> Case:
 def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
     """Batches of so many padded tokens run out of memory: as the forward begins, or in the middle of the backward
     pass, when some gradients have been added to already. Yields the sizes of those that failed."""
-    hidden, failed = case.model.hidden, []
+    output, failed = case.model.output, []
 
-    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def run(inputs: dict[str, torch.Tensor]) -> ModelOutput:
         size = inputs["input_ids"].numel()
         if size < tokens:
-            return hidden(inputs)
+            return output(inputs)
         failed.append(size)
         if where == "forward":
             raise CUDA_ERROR
 
-        def begin(module: object, given: object, output: Any) -> None:
-            (output[0] if isinstance(output, tuple) else output).register_hook(fail)
+        def begin(module: object, given: object, found: Any) -> None:
+            (found[0] if isinstance(found, tuple) else found).register_hook(fail)
 
         def fail(gradient: torch.Tensor) -> None:  # once the layers behind have their gradients
             assert any(gradient.any() for gradient in case.optimizer.gradients())
@@ -107,15 +107,15 @@ def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
 
         handle = case.model.base.net.get_submodule("model.layers.0").register_forward_hook(begin)
         try:
-            return hidden(inputs)
+            return output(inputs)
         finally:
             handle.remove()
 
-    case.model.hidden = run  # type: ignore[method-assign]
+    case.model.output = run  # type: ignore[method-assign]
     try:
         yield failed
     finally:
-        del case.model.hidden
+        del case.model.output
 
 
 def gradient(case: Case, engine: WindowEngine, window: Window) -> tuple[torch.Tensor, float]:
@@ -172,7 +172,7 @@ def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
     def fail(inputs: object) -> torch.Tensor:
         raise RuntimeError("shapes do not match")
 
-    case.model.hidden = fail  # type: ignore[method-assign]
+    case.model.output = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes"):
         gradient(case, WindowEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)))
 
@@ -212,7 +212,7 @@ def test_an_evaluation_batch_that_does_not_fit_is_split(tiny_llama: Path) -> Non
 def test_no_graph_of_a_micro_batch_lives_while_the_next_one_runs(tiny_llama: Path) -> None:
     """Its nodes are small objects between the freed blocks: the heap of a CPU run grew by a third."""
     case, lost = make_model(tiny_llama), []
-    measure, output = case.parts.objective.loss, case.model.output
+    measure, output = case.parts.objective.loss.loss, case.model.output
 
     def loss(*given: Any) -> Any:
         found = measure(*given)
@@ -223,7 +223,8 @@ def test_no_graph_of_a_micro_batch_lives_while_the_next_one_runs(tiny_llama: Pat
         assert all(reference() is None for reference in lost)
         return output(inputs)
 
-    case.parts.objective.loss, case.model.output = loss, begin  # type: ignore[method-assign]
+    object.__setattr__(case.parts.objective.loss, "loss", loss)
+    case.model.output = begin  # type: ignore[method-assign]
     case.run()
     assert len(lost) == 8
 
@@ -249,14 +250,14 @@ def fail_large(tokens: int) -> Callable[[], None]:
     def install() -> None:
         from tunekit.tuned.model import TunedModel
 
-        hidden = TunedModel.hidden
+        output = TunedModel.output
 
-        def run(self: TunedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def run(self: TunedModel, inputs: dict[str, torch.Tensor]) -> ModelOutput:
             if torch.is_grad_enabled() and inputs["input_ids"].numel() >= tokens:
                 raise CUDA_ERROR
-            return hidden(self, inputs)
+            return output(self, inputs)
 
-        TunedModel.hidden = run  # type: ignore[method-assign]
+        TunedModel.output = run  # type: ignore[method-assign]
 
     return install
 

@@ -50,7 +50,7 @@ class LightNorm:
         self.norm = norm
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        weight = self.norm.get_parameter("weight")
+        weight: Tensor = self.norm.weight  # type: ignore[assignment]  # a plain tensor within functional_call
         if weight.requires_grad or not (torch.is_grad_enabled() and hidden_states.requires_grad):
             plain: Tensor = type(self.norm).forward(self.norm, hidden_states)
             return plain
