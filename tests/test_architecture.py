@@ -394,7 +394,7 @@ def _text_of(name: str) -> str:
     return (file if file.is_file() else PACKAGE / name / "__init__.py").read_text("utf-8")
 
 
-MOST_ANY = 511  # parameters, attributes and results in tunekit that say nothing about their value
+MOST_ANY = 60  # parameters, attributes and results in tunekit that say nothing about their value
 
 
 def bare_any(text: str) -> Iterator[int]:

@@ -29,7 +29,6 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
@@ -149,7 +148,7 @@ def named_base(base: str | None) -> dict[str, str]:
 def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
     """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
     facts = base.family.facts(base.net)
-    settings = supervised_objective(base.family.name, len(facts.get("labels", ()))) or SftSettings()
+    settings = supervised_objective(base.family.name, len(facts.get("labels", ()))) or make_objective_settings({})
     check_family(base, settings.family)
     return make_objective(settings, processor, facts)
 
