@@ -125,7 +125,7 @@ def test_killed_in_an_evaluation(
     recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path, evaluation: int
 ) -> None:
     def before() -> None:
-        from tunekit.objectives import logprobs
+        from tunekit.objectives.losses import logprobs
 
         calls = {"evaluations": 0}
         scored = logprobs.scored_positions
