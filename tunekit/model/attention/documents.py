@@ -250,36 +250,36 @@ def _mask_function(plain: str) -> Callable[..., object]:
 
 
 def _sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), mask, named)
+    return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), attention_mask, named)
 
 
 def _eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
     """The plain attention of the module's own file, which knows its soft cap and its sinks."""
     from importlib import import_module
 
     plain = import_module(type(module).__module__).eager_attention_forward
-    return _each_document(plain, query.dtype, module, (query, key, value), mask, named)
+    return _each_document(plain, query.dtype, module, (query, key, value), attention_mask, named)
 
 
 def _kernel(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
     """All documents in one call of torch's kernel; what it does not know goes document by document."""
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
-    if not isinstance(mask, DocumentMask) or mask.allowed is not None or other:
-        return _sdpa(module, query, key, value, mask, **named)
+    if not isinstance(attention_mask, DocumentMask) or attention_mask.allowed is not None or other:
+        return _sdpa(module, query, key, value, attention_mask, **named)
     tokens = [query.transpose(1, 2).flatten(0, 1)]  # (B * T, H, D)
     for tensor in (key, value):
-        rows = (mask.keys_of(row, each).transpose(0, 1) for row, each in enumerate(tensor.unbind(0)))
-        tokens.append(torch.cat([*rows]) if mask.segments.shared else tensor.transpose(1, 2).flatten(0, 1))
-    (ends, key_ends), longest = mask.boundaries(), mask.segments.longest
+        rows = (attention_mask.keys_of(row, each).transpose(0, 1) for row, each in enumerate(tensor.unbind(0)))
+        tokens.append(torch.cat([*rows]) if attention_mask.segments.shared else tensor.transpose(1, 2).flatten(0, 1))
+    (ends, key_ends), longest = attention_mask.boundaries(), attention_mask.segments.longest
     attend = _varlen()
     assert attend is not None  # see takes_documents
     output = attend(
@@ -290,22 +290,22 @@ def _kernel(
 
 
 def _products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, **named: object
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
     """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
     asked = named.get("is_causal")
-    whole = mask is None and query.shape[2] == key.shape[2]
+    whole = attention_mask is None and query.shape[2] == key.shape[2]
     rows: tuple[tuple[int, ...], ...] = ((query.shape[2],),) * query.shape[0] if whole else ()
     shared = None
-    if isinstance(mask, DocumentMask) and mask.allowed is None:
-        rows, shared = mask.segments.rows, mask if mask.segments.shared else None
+    if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
+        rows, shared = attention_mask.segments.rows, attention_mask if attention_mask.segments.shared else None
     longest = max(map(max, rows), default=0)
     causal = getattr(module, "is_causal", True) if asked is None else asked
     beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
     if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > LONGEST_TOKENS and whole):
-        return _sdpa(module, query, key, value, mask, **named)
+        return _sdpa(module, query, key, value, attention_mask, **named)
     if longest > LONGEST_TOKENS and shared is None:
-        return _each_document(_products, torch.bool, module, (query, key, value), mask, named)
+        return _each_document(_products, torch.bool, module, (query, key, value), attention_mask, named)
     scaling = cast("float | None", named.get("scaling"))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     found = []
