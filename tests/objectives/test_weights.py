@@ -50,7 +50,7 @@ def test_loss_gradient_and_sums_are_weighted(
     objective: Objective = make_objective(settings, tokenizer)
     encoder = encoder_of(tokenizer, settings=settings)
     rows = [encoder.encode(example, f"d:{line}") for line, example in enumerate(ROWS)]
-    batch = objective.collate([[row] for row in rows])
+    batch = objective.rows.collate([[row] for row in rows])
     labels = batch.targets["labels"]  # (B, T)
     if settings.method == "sft":
         labels = torch.cat([labels[:, 1:], torch.full((len(rows), 1), IGNORED)], dim=1)
@@ -63,14 +63,14 @@ def test_loss_gradient_and_sums_are_weighted(
     expected, units = (each * of_row).sum(), ((labels != IGNORED) * of_row).sum()
     head, ours = WideHead(torch.float32, trained, tokenizer.vocabulary_size), hidden.detach().float().requires_grad_()
     output = ModelOutput(ours, head, [head.weight] if trained else [], 4)
-    found = objective.loss(output, batch).total
+    found = objective.loss.loss(output, batch).total
     torch.testing.assert_close(found.double()[0], expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(objective.units(batch)[0], units, rtol=1e-6, atol=0)
+    torch.testing.assert_close(objective.loss.units(batch)[0], units, rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(found, [ours, head.weight][: 1 + trained])
     for one, other in zip(gradients, torch.autograd.grad(expected, [hidden, exact.weight][: 1 + trained]), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        sums = objective.sums(output, batch)
+        sums = objective.loss.sums(output, batch)
         right = (exact.logits(hidden.flatten(0, 1)).argmax(-1).view(labels.shape) == labels) * of_row
     for name, value in {"loss": expected, "units": units, "correct": right.sum()}.items():
         torch.testing.assert_close(sums[name].double(), value, rtol=1e-5, atol=1e-6)
@@ -91,12 +91,12 @@ def test_a_turn_counts_as_it_says_and_a_cut_row_keeps_it(tokenizer: LoadedTokeni
     assert tokenizer.decode(row.parts["ids"][weights == 6.0].tolist()).startswith("cd")
     assert set(weights.tolist()) == {0.0, 1.5, 6.0}
     objective = make_objective(SftSettings(), tokenizer)
-    assert objective.cut(row, 2, 5).parts["weights"].tolist() == weights[2:5].tolist()
+    assert objective.rows.cut(row, 2, 5).parts["weights"].tolist() == weights[2:5].tolist()
     plain = encoder.encode(ChatExample((turns[0], Message("assistant", "ab"))), "d:2")
     assert not len(plain.parts["weights"]), "where all count the same, nothing is stored"
-    assert objective.spans(row)[0].title == "weight of the loss: 1.5 of 3 tokens, 6 of 4 tokens"
-    assert objective.spans(plain)[0].title == ""
-    together = objective.collate([[plain, row]])
+    assert objective.rows.spans(row)[0].title == "weight of the loss: 1.5 of 3 tokens, 6 of 4 tokens"
+    assert objective.rows.spans(plain)[0].title == ""
+    together = objective.rows.collate([[plain, row]])
     assert together.targets["weights"].tolist() == [[1.0] * plain.size + weights.tolist()]
 
 
