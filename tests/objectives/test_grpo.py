@@ -260,7 +260,7 @@ def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> Non
     lose_the_end(train(recipe))
     (tmp_path / "rewards.py").write_text(CODE.replace("10", "20"), encoding="utf-8")
     with pytest.raises(
-        RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: the file has other"
+        RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: it has other"
     ):
         train(recipe, resume=True)
 

@@ -90,7 +90,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         found.append(("model", "the base model's files differ"))
     for part in ("code", "files"):  # the latter are known once the objective has read them
         before, now = _part(old, part), _part(new, part)
-        found += [(key, "its files have other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
+        found += [(key, "it has other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
     found += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
