@@ -117,3 +117,10 @@ def test_a_refusal_names_all_differences_with_their_lines() -> None:
     assert lines[0].startswith("recipe.yaml:7: training.learning_rate: changed since the run: was 0.0002, is 0.0001")
     assert lines[1].startswith("data: changed since the run")
     require_same(facts(), facts(), lines={}, file="recipe.yaml")
+
+
+def test_code_that_is_known_on_one_side_only_is_not_the_same() -> None:
+    known, unknown = {"code": {"objective.reward.0.function": "1"}}, {"code": {}}
+    expected = [("objective.reward.0.function", "it has other content")]
+    assert compare_fingerprints(known, unknown) == compare_fingerprints(unknown, known) == expected
+    assert compare_fingerprints({}, {"files": {"objective.class_data_dir": "1"}}) == [], "it was not read yet"

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tunekit.artifacts.report.markdown import curve, escape
+from tunekit.artifacts.report.markdown import curve, escape, markdown_page
+from tunekit.artifacts.report.sections import Chart, ReportPage, ReportSection, Series
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.records import (
@@ -291,6 +292,16 @@ def test_the_curve_falls_with_the_loss() -> None:
     assert words == "4 to 1"
     assert len(curve([float(value) for value in range(1000)]).partition("  ")[0]) == 60
     assert curve([2.0, 2.0, 2.0]).startswith("▁▁▁")
+
+
+def test_the_page_draws_the_headline_alone_and_says_what_it_is() -> None:
+    series = [Series(label, [*range(4)], [4.0, 3.0, 2.0, 1.0], "line", 0) for label in ("training", "evaluation")]
+    charts = [Chart(name, name.capitalize(), "", False, series) for name in ("loss", "rate")]
+    assert markdown_page(ReportPage("run", [], [ReportSection(charts=charts)])).endswith(
+        "```\nLoss, training\n█▆▃▁  4 to 1\n```\n"
+    )
+    short = [dataclasses.replace(charts[0], series=[dataclasses.replace(series[0], x=[0, 1], y=[2.0, 1.0])])]
+    assert "```" not in markdown_page(ReportPage("run", [], [ReportSection(charts=short)]))
 
 
 def test_many_evaluations_are_thinned_but_keep_first_best_and_last(run: RunFolder) -> None:

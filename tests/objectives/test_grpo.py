@@ -209,7 +209,9 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     assert {"sample", "reward", "train"} <= set(report["seconds"])
     assert report["final_reward"] > 1.4 * report["first_reward"]
     assert "Completions that the model learnt from" in (run / "report.html").read_text("utf-8")
-    assert "Mean reward of what the model sampled" in (run / "report.md").read_text("utf-8")
+    report = (run / "report.md").read_text("utf-8")
+    assert "Mean reward of what the model sampled" in report
+    assert "Evaluation loss" not in report, "a loss that is 0 in every step is no verdict"
     evaluations = [record["eval"] for record in records(run) if "eval" in record]
     assert evaluations[-1]["reward"] > evaluations[0]["reward"] + 0.1
     after = measured(run)
@@ -258,11 +260,11 @@ def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> Non
         tmp_path, base, training={"epochs": 1, "save_steps": 1, "micro_batch_size": 6}, data={"eval": None}
     )
     lose_the_end(train(recipe))
-    (tmp_path / "rewards.py").write_text(CODE.replace("10", "20"), encoding="utf-8")
-    with pytest.raises(
-        RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: it has other"
-    ):
+    changed = CODE.replace("10", "20") + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    (tmp_path / "rewards.py").write_text(changed, encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: it has other"):
         train(recipe, resume=True)
+    assert not (tmp_path / "ran").exists(), "a run that is refused runs none of the code"
 
 
 WRONG = [

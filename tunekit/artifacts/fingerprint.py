@@ -78,7 +78,7 @@ def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iter
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
     """(what, how it differs) for everything that forbids a resume; empty where it may go on."""
-    before, now = _part(old, "recipe"), _part(new, "recipe")
+    now = _part(new, "recipe")
     found = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
         for key, was, is_ in _changes(old, new, "recipe")
@@ -88,9 +88,9 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         found.append(("model", "the base model's files differ"))
-    for part in ("code", "files"):  # the latter are known once the objective has read them
-        before, now = _part(old, part), _part(new, part)
-        found += [(key, "it has other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
+    changed = [key for key, _, _ in _changes(old, new, "code")]
+    changed += [key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)]  # known once read
+    found += [(key, "it has other content") for key in changed]
     found += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))

@@ -17,7 +17,7 @@ from tunekit.errors import Problem, TunekitError
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.slots import waiting_tensor
 from tunekit.memory.streaming import base_obstacle, host_embedding, host_obstacle, layer_weights, stream_base
-from tunekit.model.load import LoadedModel, load_model, make_meta_model
+from tunekit.model.load import LoadedModel, base_fingerprint, load_model, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
@@ -95,8 +95,9 @@ class Teacher(Companion):
         return notes
 
     def fingerprint(self) -> Mapping[str, str]:
-        """The fingerprint of the loaded teacher's files."""
-        return {f"{self.key}.name_or_path": self.model.base.fingerprint or ""}
+        """That of the teacher's files. Raises: ModelError, about its section."""
+        with self._about_teacher():
+            return {f"{self.key}.name_or_path": base_fingerprint(self.section)}
 
     def load(self, device: torch.device) -> None:
         """Load it, frozen. Raises: ModelError, about its section."""

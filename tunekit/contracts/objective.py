@@ -286,7 +286,7 @@ class Companion:
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the files that decide its results, by key of the recipe; compared at resume."""
+        """sha256 of the files that decide its results, by key of the recipe: a resume compares them before it loads."""
         return {}
 
     def load(self, device: torch.device) -> None:

@@ -182,9 +182,11 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
 
 def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
     """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
+    if not spec.read_by_us:
+        return False
     try:
         head = spec.family.new_head(spec.section, net)
-        return spec.read_by_us and open_base(net, spec.source.folder, spec.dtype, head) is not None
+        return open_base(net, spec.source.folder, spec.dtype, head) is not None
     except ModelError:
         return True
 

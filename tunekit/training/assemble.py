@@ -14,7 +14,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
-from tunekit.companions.base import load_companions
+from tunekit.companions.base import make_companions
 from tunekit.console.progress import Counting
 from tunekit.contracts import Companion
 from tunekit.data.batching.split import cut_batch
@@ -57,10 +57,12 @@ def assemble_run(
     Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    with session.timed("load"):
-        companions = load_companions(prepared.rows.objective, devices.device)
+    companions = make_companions(prepared.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
+    with session.timed("load"):
+        for companion in companions.values():
+            companion.load(devices.device)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from tunekit.artifacts.report.sections import Bar, Chart, MarkedText, ReportPage, ReportSection, ReportTable
+from tunekit.artifacts.report.sections import Bar, MarkedText, ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.run import PICTURES
 from tunekit.console.text import cell_text, curve_text, means_of
 from tunekit.errors import redact
-from tunekit.records import bytes_text
 
 CURVE_COLUMNS = 60
 MOST_ROWS = 40  # of a table
@@ -35,8 +34,9 @@ def _section(section: ReportSection) -> Iterator[str]:
     yield from (f"**{escape(warning)}**" for warning in section.warnings)
     if section.tiles:
         yield _table(["", "", ""], section.tiles)
-    if section.charts:
-        yield _fenced("\n".join(map(_curve_lines, section.charts)))
+    series = section.charts[0].series[0] if section.charts else None
+    if series is not None and len(series.y) > 2:
+        yield _fenced(f"{section.charts[0].title}, {series.label}\n{curve(series.y)}")
     if section.bars:
         yield _bar_table(section.bars)
     for table in section.tables:
@@ -80,15 +80,10 @@ def _bar_table(bars: Sequence[Bar]) -> str:
     return _table(["part", *(bar.title for bar in bars)], rows)
 
 
-def _curve_lines(chart: Chart) -> str:
-    series = max(chart.series, key=lambda each: len(each.x))
-    return f"{redact(chart.title)}\n{curve(series.y, bytes_text if chart.unit == 'bytes' else cell_text)}"
-
-
-def curve(values: Sequence[float], text: Callable[[float], str] = cell_text) -> str:
+def curve(values: Sequence[float]) -> str:
     """Values as bars; next to them the highest and the lowest mean of their shares."""
     means = means_of(values, CURVE_COLUMNS)
-    return f"{curve_text(values, CURVE_COLUMNS)}  {text(max(means))} to {text(min(means))}"
+    return f"{curve_text(values, CURVE_COLUMNS)}  {cell_text(max(means))} to {cell_text(min(means))}"
 
 
 def _fenced(text: str, language: str = "") -> str:

@@ -16,7 +16,7 @@ from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.reading.names import known_names, settings_class
-from tunekit.records import Panel, skipped_text
+from tunekit.records import Headline, Panel, skipped_text
 
 MOST_CHARACTERS = 240  # of a prompt above its answers
 MOST_EVALUATIONS, MOST_LABELS = 12, 20
@@ -51,7 +51,7 @@ def _verdict(run: RunValues) -> str:
     before, after = run.report.number("base_eval_loss"), run.report.number("eval_loss")
     if "verdict" in run.report:
         return f"{str(run.report['verdict']).capitalize()}."
-    if before is None or after is None:
+    if before is None or after is None or run.shows.headline != Headline():  # else the loss says little
         return ""
     return f"Evaluation loss {before:.4g} before training, {after:.4g} of the exported weights."
 
@@ -190,7 +190,7 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
         return
     skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
     text = [f"{skipped_text(skipped)}."] if skipped else []
-    if not reactions:
+    if not reactions and not skipped:
         text.append("None: every check at the start passed, and the run did what its plan said.")
     lines = [[item["probe"], item["action"], item["step"]] for item in reactions]
     tables = [ReportTable(["check", "what was done", "at step"], lines)] if lines else []

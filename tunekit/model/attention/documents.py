@@ -46,13 +46,13 @@ PROVEN = frozenset(
 
 def keeps_documents_apart(net: nn.Module) -> bool:
     """Whether documents of a row surely do not see each other: attended one by one, in a family that tests prove."""
-    return config_of(net)._attn_implementation.endswith(SUFFIX) and text_config(net).model_type in PROVEN
+    return str(config_of(net)._attn_implementation).endswith(SUFFIX) and text_config(net).model_type in PROVEN
 
 
 def shares_prefixes(net: nn.Module, longest: int) -> bool:
     """Whether a document of a row may begin with tokens of another one that are computed there: attention of plain
     documents of up to `longest` tokens, which no window cuts short."""
-    plain = not config_of(net)._attn_implementation.startswith(LOOPED[1])
+    plain = not str(config_of(net)._attn_implementation).startswith(LOOPED[1])
     return plain and keeps_documents_apart(net) and within_windows(net, longest)
 
 
@@ -158,7 +158,7 @@ def may_be_packed(net: nn.Module) -> bool:
     from transformers import masking_utils
 
     name, asked = "find_packed_sequence_indices", list[bool]()
-    if config_of(net)._attn_implementation.endswith(SUFFIX) or not hasattr(masking_utils, name):
+    if str(config_of(net)._attn_implementation).endswith(SUFFIX) or not hasattr(masking_utils, name):
         return True
     try:
         trial = _trial_of(net)
