@@ -74,7 +74,7 @@ def test_a_prompt_computed_once_equals_one_for_each_answer(folder: Path, device:
     case, rows = case_of(folder, device, model=section(folder, dtype)), pair_case.make_rows()
     objective: Any = objective_of(SimpoSettings())
     layouts = [objective.laid_out(True, shares) for shares in (True, False)]
-    batches = [layout.collate([rows[:3], rows[3:]]) for layout in layouts]
+    batches = [layout.rows.collate([rows[:3], rows[3:]]) for layout in layouts]
     assert batches[0].padded < batches[1].padded
     ours, reference = (gradient_of(case, [batch], layout) for batch, layout in zip(batches, layouts, strict=True))
     assert difference(ours[0], reference[0]) < TOLERANCE[dtype]
