@@ -44,7 +44,6 @@ LEVELS = {
     "training": 9,
     "arithmetic": 9,
     "planning": 10,
-    "exports": 10,
     "commands": 12,  # which call the verbs
     "cli": 13,
     "__main__": 14,
