@@ -60,9 +60,9 @@ def write(tmp_path: Path, count: int = 60, planted: bool = True, **data: Any) ->
     return tmp_path / "recipe.yaml"
 
 
-def check(recipe: Path, fix: Path | None = None) -> tuple[int, dict[str, Any]]:
+def check(recipe: Path, fix: Path | None = None, overwrite: bool = False) -> tuple[int, dict[str, Any]]:
     out = recipe.parent / "found.json"
-    code = data_check_verb(load_recipe(recipe), None if fix is None else str(fix), str(out))
+    code = data_check_verb(load_recipe(recipe), None if fix is None else str(fix), str(out), overwrite=overwrite)
     return code, json.loads(out.read_text("utf-8"))["files"][0]
 
 
@@ -95,6 +95,52 @@ def test_findings_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         check(write(tmp_path, count=5), tmp_path / "good")
     assert not (tmp_path / "good").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_fix_replaces_no_file_of_the_recipe(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps(clean(99)) + "\n", encoding="utf-8")
+    recipe = write(tmp_path, eval="eval.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "rows.jsonl")
+    (tmp_path / "run").mkdir()
+    before = {name: (tmp_path / name).read_bytes() for name in ("rows.jsonl", "eval.jsonl")}
+    named = {"rows": "data.train.0.path", "link": "data.train.0.path", "hard": "data.train.0.path"}
+    for name, key in {**named, "eval": "data.eval.0.path"}.items():
+        with pytest.raises(InputError, match=rf"{name}\.jsonl is {key} of the recipe"):
+            check(recipe, tmp_path / f"{name}.jsonl", overwrite)
+    with pytest.raises(InputError, match=r"is inside output\.dir"):
+        check(recipe, tmp_path / "run" / "metrics.jsonl", overwrite)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_fix_replaces_no_table_of_a_folder(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 2)
+    values = {"model": "org/base", "data": {"train": "photos"}, "objective": "dreambooth", "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(InputError, match=r"is data\.train\.0\.path of the recipe"):
+        check(tmp_path / "recipe.yaml", tmp_path / "photos" / "metadata.jsonl", overwrite=True)
+
+
+def test_fix_replaces_another_file_only_where_told(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_text("mine", encoding="utf-8")
+    recipe = write(tmp_path, count=5)
+    with pytest.raises(InputError, match=r"good\.jsonl: the file exists; .*--overwrite"):
+        check(recipe, tmp_path / "good.jsonl")
+    assert (tmp_path / "good.jsonl").read_text("utf-8") == "mine"
+    check(recipe, tmp_path / "good.jsonl", overwrite=True)
+    assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 5
+    with pytest.raises(InputError, match="there is no folder"):
+        check(recipe, tmp_path / "absent" / "good.jsonl")
+
+
+def test_fix_states_that_unread_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write(tmp_path, planted=False, train={"path": "rows.jsonl", "max_rows": 7})
+    check(recipe, tmp_path / "good.jsonl")
+    assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 7
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rows.jsonl: rows that max_rows (7) left unread are not in" in said
 
 
 def test_rows_that_are_evaluated_on_are_leaks(tmp_path: Path) -> None:

@@ -77,13 +77,14 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     fix: Annotated[str | None, typer.Option(metavar="FILE", help="write the training rows without a finding")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace FILE of --fix where it exists")] = False,
     json_file: JsonFile = None,
 ) -> int:
     """Find duplicates, leaks, broken and doubtful rows, secrets and long ones, with their lines."""
     from tunekit.data_check import data_check_verb
     from tunekit.recipe.load import load_recipe
 
-    return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file)
+    return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file, overwrite=overwrite)
 
 
 @reward.command("check")
