@@ -33,11 +33,7 @@ class BaseSpec:
     @property
     def arguments(self) -> dict[str, object]:
         """How transformers makes the net."""
-        return {
-            "dtype": self.dtype,
-            "attn_implementation": self.attention,
-            "trust_remote_code": self.section.trust_remote_code,
-        }
+        return {"dtype": self.dtype, "attn_implementation": self.attention}
 
     @property
     def read_by_us(self) -> bool:
@@ -68,7 +64,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
     """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
     from transformers import AutoConfig
 
-    arguments: dict[str, object] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
+    arguments: dict[str, object] = {}
     if source.gguf_file is not None:
         inspection.check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
@@ -78,7 +74,9 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         inspection.check_quantized(raw, section)
         family = inspection.find_family(raw, section)
     with model_errors(section), quiet():
-        config = AutoConfig.from_pretrained(str(source.folder), **arguments)
+        config = AutoConfig.from_pretrained(
+            str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
+        )
     if isinstance(section, HeadedModel):
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}

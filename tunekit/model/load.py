@@ -122,7 +122,9 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
         return _load_indexed(indexed, source, section, device, meta=True)
     spec = read_base_spec(source, section, device, weights=False)
     with model_errors(section), quiet(), torch.device("meta"):
-        net = spec.family.auto_class().from_config(spec.config, **spec.arguments)
+        net = spec.family.auto_class().from_config(
+            spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
+        )
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
     copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
@@ -226,6 +228,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             config=spec.config,
             local_files_only=True,
             output_loading_info=True,
+            trust_remote_code=section.trust_remote_code,
             **spec.arguments,
             **arguments,
         )

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar, cast
 
@@ -19,6 +20,7 @@ from tunekit.recipe.model import ModelSection
 
 # Modules of transformers that look for `kernels` when a GGUF file is loaded.
 ASKING = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
+CODE_ARGUMENT = "trust_remote_code"  # named in the error of a folder that brings code
 
 T = TypeVar("T")
 NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf", "diffusers")
@@ -108,8 +110,15 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         name, text = f"{part}{section.name_or_path}", str(error)
-        if "trust_remote_code" in text:
+        if CODE_ARGUMENT in text:
             how = "read that code, and set model.trust_remote_code: true if you trust it"
             raise ModelError(f"{name} runs code of its own", how, key="model.trust_remote_code") from error
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(f"{name} cannot be loaded: {lines[0]}", key="model.name_or_path") from error
+
+
+def refuse_code(error: Exception, file: Path) -> None:
+    """Raises: ModelError if a file of a processor, whose code is never run, names code of its folder."""
+    if CODE_ARGUMENT in str(error):
+        what = "names a class that runs code of its own, and code of processors is never run"
+        raise ModelError(what, "choose another base", file=str(file), key="model.name_or_path") from error

@@ -21,7 +21,7 @@ from tunekit.model.families.family import Family
 from tunekit.model.families.structure import call_accepted, seeded
 from tunekit.model.pretrained import text_config
 from tunekit.model.storage.source import find_source, read_json
-from tunekit.model.transformers_guard import quiet
+from tunekit.model.transformers_guard import quiet, refuse_code
 from tunekit.recipe.model import ModelSection
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class PixelProcessor:
                     str(self.folder), local_files_only=True, trust_remote_code=False, **sizes
                 )
         except FAULTS as error:
+            refuse_code(error, self.folder / CONFIG)
             raise self._unusable(error) from error
 
     @cached_property

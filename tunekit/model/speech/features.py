@@ -113,7 +113,9 @@ def load_extractor(section: ModelSection) -> tuple[Any, Path]:
     if source.gguf_file is not None:
         raise ModelError(f"{section.name_or_path} is no speech model", "name a folder", key="model.name_or_path")
     with model_errors(section, "the feature extractor of "), quiet():
-        extractor = AutoFeatureExtractor.from_pretrained(str(source.folder), local_files_only=True)
+        extractor = AutoFeatureExtractor.from_pretrained(
+            str(source.folder), local_files_only=True, trust_remote_code=section.trust_remote_code
+        )
     if not hasattr(extractor, "nb_max_frames") and read_config(source).get("model_type") != "moonshine":
         what = f"{section.name_or_path} hears by {type(extractor).__name__}, which this version does not know"
         raise ModelError(what, "choose Whisper or Moonshine", key="model.name_or_path")

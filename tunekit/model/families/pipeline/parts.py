@@ -189,13 +189,23 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
     try:
         with quiet():
             if meta:
-                read = kind.load_config if from_diffusers else kind.config_class.from_pretrained
-                make, config = kind.from_config if from_diffusers else kind, read(str(folder), local_files_only=True)
+                if from_diffusers:
+                    make, config = kind.from_config, kind.load_config(str(folder), local_files_only=True)
+                else:
+                    make, config = (
+                        kind,
+                        kind.config_class.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
+                    )
                 with torch.device("meta"):
                     return make(config).to(dtype)
             given = {"torch_dtype" if from_diffusers else "dtype": dtype}
             part, loading = kind.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **given,
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, TEXT_ENCODERS, imported, read_index
 from tunekit.model.storage.source import find_source, read_json
-from tunekit.model.transformers_guard import quiet
+from tunekit.model.transformers_guard import quiet, refuse_code
 from tunekit.recipe.model import ModelSection
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -70,8 +70,11 @@ class PipelineProcessor:
                 continue
             try:
                 with quiet():
-                    found[name] = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+                    found[name] = AutoTokenizer.from_pretrained(
+                        str(folder), local_files_only=True, trust_remote_code=False
+                    )
             except (OSError, ValueError, KeyError, TypeError) as error:
+                refuse_code(error, folder)
                 first = str(error).partition("\n")[0]
                 raise ModelError(f"is no tokenizer ({first})", "fetch the pipeline again", file=str(folder)) from error
         return found

@@ -1,0 +1,122 @@
+"""Code that comes with a model folder never runs without `trust_remote_code`, and nobody is asked whether it may."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.speech_case import write_tiny_whisper
+from tests.support.tiny_pipelines import saved_pipeline
+from tests.support.tiny_vit import write_tiny_vit
+from tunekit.errors import ModelError
+from tunekit.model.families.image_classifier import PixelProcessor
+from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.model.load import make_meta_model
+from tunekit.model.speech.features import load_extractor
+from tunekit.recipe.model import ModelSection
+
+PACKAGE = Path(__file__).parents[2] / "tunekit"
+DATA_ONLY = "GenerationConfig"  # its from_pretrained reads numbers alone, and has no such argument
+EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
+
+
+def extractor(folder: Path) -> Path:
+    write_tiny_whisper(folder)
+    plant(folder, "preprocessor_config.json", "AutoFeatureExtractor", feature_extractor_type="Evil")
+    load_extractor(ModelSection(name_or_path=str(folder)))
+    return folder
+
+
+def pipeline_tokenizer(folder: Path) -> Path:
+    inner = saved_pipeline(folder, "sd") / "tokenizer"
+    for file in inner.iterdir():
+        file.unlink()
+    (inner / "tokenizer_config.json").write_text("{}")
+    plant(inner, "tokenizer_config.json", "AutoTokenizer", tokenizer_class="Evil")
+    _ = PipelineProcessor(folder, "StableDiffusionPipeline").tokenizers
+    return inner
+
+
+def image_processor(folder: Path) -> Path:
+    write_tiny_vit(folder)
+    plant(folder, "preprocessor_config.json", "AutoImageProcessor", image_processor_type="Evil")
+    _ = PixelProcessor(folder).own
+    return folder
+
+
+def configuration(folder: Path) -> Path:
+    write_tiny_vit(folder)
+    plant(folder, "config.json", "AutoConfig", model_type="evil")
+    make_meta_model(ModelSection(name_or_path=str(folder)), device=torch.device("cpu"))
+    return folder
+
+
+def plant(folder: Path, name: str, auto_class: str, **changes: str) -> None:
+    """Let a file of the folder name a class of the folder's own code."""
+    values = json.loads((folder / name).read_text("utf-8"))
+    named = ["evil.Evil", "evil.Evil"] if auto_class == "AutoTokenizer" else "evil.Evil"
+    (folder / name).write_text(json.dumps(values | changes | {"auto_map": {auto_class: named}}), "utf-8")
+    (folder / "evil.py").write_text(EVIL)
+
+
+@pytest.mark.parametrize("load", [extractor, pipeline_tokenizer, image_processor, configuration])
+def test_code_of_a_folder_is_refused_by_name_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], Path]
+) -> None:
+    questions: list[str] = []
+
+    def ask(text: str = "") -> str:
+        questions.append(text)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", ask)
+    with pytest.raises(ModelError, match="runs code of its own") as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert not questions
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_every_from_pretrained_says_whether_code_may_run() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line in undecided(ast.parse(path.read_text("utf-8")))
+    ]
+    assert not wrong
+
+
+def undecided(tree: ast.Module) -> Iterator[int]:
+    """Lines that name from_pretrained without a call, or call it without False or a section's trust_remote_code."""
+    decided = {id(call.func) for call in ast.walk(tree) if isinstance(call, ast.Call) and decides(call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and id(node) not in decided:
+            yield node.lineno
+
+
+def decides(call: ast.Call) -> bool:
+    if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == DATA_ONLY:
+        return True
+    value = next((each.value for each in call.keywords if each.arg == "trust_remote_code"), None)
+    if isinstance(value, ast.Constant):
+        return value.value is False
+    return isinstance(value, ast.Attribute) and value.attr == "trust_remote_code"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "A.from_pretrained(x)",
+        "A.from_pretrained(x, trust_remote_code=True)",
+        "A.from_pretrained(x, trust_remote_code=None)",
+        "A.from_pretrained(x, **arguments)",
+        "read = A.from_pretrained",
+    ],
+)
+def test_a_call_that_leaves_the_choice_open_is_found(call: str) -> None:
+    assert list(undecided(ast.parse(call))) == [1]
