@@ -21,7 +21,7 @@ from tunekit.data.rows import Prompt, RowSet
 from tunekit.errors import DataError, ModelError, RecipeError
 from tunekit.evaluation.answers import answer_questions, text_metrics
 from tunekit.evaluation.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
-from tunekit.evaluation.scores import EvaluationSums, all_together, summed_evaluation, undisturbed
+from tunekit.evaluation.scores import EvaluationSums, MeasuringRun, all_together, summed_evaluation, undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import class_table
 from tunekit.model.load import LoadedModel
@@ -30,7 +30,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
 from tunekit.recipe.reading.names import facts_of, needs_generation
 from tunekit.tuned.fit import row_problems
-from tunekit.tuned.model import ModelRun, TunedModel
+from tunekit.tuned.model import TunedModel
 
 SAMPLES = 8  # answers that a report shows
 
@@ -78,7 +78,7 @@ class Evaluator:
         batches = partial(evaluation_batches, self.rows, self.objective.rows, batch_size=self.settings.batch_size)
         mine = islice(batches(), self.devices.rank, None, self.devices.world)
         with undisturbed(self.model):
-            run = ModelRun(self.model, self.objective.rows, self.devices.gather)
+            run = MeasuringRun(self.model, self.objective.rows, self.devices.gather, on_split=self.on_split)
             measured = self.objective.evaluation_copy()
             objective = replace(measured, loss=measured.loss.measuring(run, self.rows, mine))
         each = self._by_source(objective, stop)

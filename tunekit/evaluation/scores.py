@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tunekit.contracts import ROW_LOSSES, Batch, Objective, Sums, Window
+from tunekit.contracts import ROW_LOSSES, Batch, Objective, Read, RowKind, Sums, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
@@ -131,10 +131,46 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
             raise
         reason = first_line(error)
     # Not inside `except`: there the error still holds the failed attempt's tensors.
-    halves = split_batch(batch, objective.rows)
+    halves = _halves(batch, objective.rows, reason, on_split)
+    first, second = (_sums_or_halves(model, objective, half, on_split) for half in halves)
+    return added(first, second)
+
+
+def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch], None]) -> tuple[Batch, Batch]:
+    """The halves of a batch that ran out of memory. Raises: ResourceError for a single document."""
+    halves = split_batch(batch, rows)
     if halves is None:
         raise document_too_large(batch, reason)
     on_split(batch)
     collect_failed()
-    first, second = (_sums_or_halves(model, objective, half, on_split) for half in halves)
-    return added(first, second)
+    return halves
+
+
+@dataclass
+class MeasuringRun(ModelRun):
+    """The run that LossKind.measuring sees: a batch that runs out of memory is scored in two halves.
+
+    `read` gives each row so many numbers, those of all first sides before those of the second ones.
+    """
+
+    on_split: Callable[[Batch], None] = lambda batch: None
+
+    def score(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+        """As ModelRun."""
+        return [self._in_halves(batch, read, bypassed=False) for batch in batches]
+
+    def reference(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+        """As ModelRun."""
+        return [self._in_halves(batch, read, bypassed=True) for batch in batches]
+
+    def _in_halves(self, batch: Batch, read: Read, *, bypassed: bool) -> torch.Tensor:
+        """Shapes: -> (S P,), P rows of S sides."""
+        try:
+            return self.model.scored([batch], read, bypassed=bypassed)[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        halves = _halves(batch, self.rows, reason, self.on_split)
+        scores = [self._in_halves(half, read, bypassed=bypassed).view(-1, len(half.rows)) for half in halves]
+        return torch.cat(scores, dim=1).flatten()  # (S P,)

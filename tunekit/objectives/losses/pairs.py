@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, ModelOutput, RunView, Sums, Window
+from tunekit.contracts import Array, Batch, ModelOutput, Rows, RunView, Sums, Window
 from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import placed
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
@@ -58,6 +58,9 @@ class PairLoss(AnswerLoss):
     chosen tokens; `prompts`: with those of their prompts.  `token_weights`: counts (S P,) -> (N,) weights of tokens in
     the scores; None: 1 each.  `matches`: each pair is compared with the reference's preference of its rank in the step
     (aot).  `keeps`: the reference scores each row once.
+
+    `share` (pairs per token of `likelihood`) and `matched` (by row number): of all evaluation rows; None: those of a
+    step are computed for it.
     """
 
     formula: Callable[[Scores], Tensor]
@@ -71,6 +74,27 @@ class PairLoss(AnswerLoss):
     keeps: bool = False
     metrics: Sequence[str] = ("loss", *REWARDS)
     logged: Sequence[str] = REWARDS
+    share: float | None = None
+    matched: Mapping[int, float] | None = None
+
+    def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> PairLoss:
+        """With the share and the matches among all evaluation rows, so that they do not depend on their batches."""
+        if not (self.likelihood or self.matches):
+            return self
+        counts, preferences = list[tuple[int, int]](), list[tuple[int, float, float]]()
+        for batch in batches:
+            counts.append(self._counted(batch))
+            if self.matches:
+                policy = run.score([batch], self.answer_scores)[0]
+                reference = reference_scores(run, [batch], self.answer_scores, keeps=self.keeps)[0]
+                numbers = [row.number for row in batch.rows]
+                preferences += zip(numbers, *(preference(each).tolist() for each in (policy, reference)), strict=True)
+        share, preferences = _share(run.gather(counts)), sorted(run.gather(preferences))
+        if not self.matches:
+            return replace(self, share=share)
+        places, ours, theirs = zip(*preferences, strict=True)
+        of_rank = same_rank(np.array(ours, np.float32), ours, theirs).tolist()
+        return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
         """Each row with the reference's scores, the weight of a token among all of the step, and its match."""
@@ -78,28 +102,27 @@ class PairLoss(AnswerLoss):
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
             window = run.rows.with_parts(window, [{"reference": by_row(both, 2)} for both in scores])
         if self.likelihood:
-            tokens = sum(run.gather([int(self._likely(batch).sum()) for batch in window.batches]))
-            share = sum(run.gather([len(batch.rows) for batch in window.batches])) / max(tokens, 1)
+            share = self.share
+            if share is None:
+                share = _share(run.gather([self._counted(batch) for batch in window.batches]))
             parts = [{"share": np.full(len(batch.rows), share, np.float32)} for batch in window.batches]
             window = run.rows.with_parts(window, parts)
-        return self._matched(run, window) if self.matches else window
+        return self._with_matches(run, window) if self.matches else window
 
-    def _likely(self, batch: Batch) -> Tensor:
-        """The number of tokens of each chosen answer (and of its prompt) that `likelihood` counts."""
+    def _counted(self, batch: Batch) -> tuple[int, int]:
+        """The number of tokens of the chosen answers (and of their prompts) that `likelihood` counts, and of pairs."""
         counts = batch.targets["counts"].view(-1, len(batch.rows))  # (2 or 3, P)
-        return counts[[0, 2]] if self.prompts else counts[:1]
+        return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
-    def _matched(self, run: RunView, window: Window) -> Window:
+    def _with_matches(self, run: RunView, window: Window) -> Window:
         """Each row with the reference's preference that has the rank of the row's own preference in the step."""
-        scores = run.score(window.batches, self.answer_scores)
-        preferences = [np.subtract(*both.numpy().reshape(2, -1)) for both in scores]
-        local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank, which may have none
-        theirs = [float(np.subtract(*row.parts["reference"])) for batch in window.batches for row in batch.rows]
-        policy, reference = np.sort(run.gather(local.tolist())), np.sort(run.gather(theirs)).astype(np.float32)
-        order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
-        equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # equal ones before it
-        ranks[order] = np.searchsorted(policy, local[order]) + equals
-        matched = iter(reference[ranks])
+        if self.matched is None:
+            preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
+            local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none
+            theirs = [float(np.subtract(*row.parts["reference"])) for batch in window.batches for row in batch.rows]
+            matched = iter(same_rank(local, run.gather(local.tolist()), run.gather(theirs)))
+        else:
+            matched = iter([np.float32(self.matched[row.number]) for batch in window.batches for row in batch.rows])
         parts = [np.array([next(matched) for _ in batch.rows]) for batch in window.batches]
         return run.rows.with_parts(window, [{"matched": part} for part in parts])
 
@@ -135,6 +158,26 @@ class PairLoss(AnswerLoss):
         logps = (scores.chosen.detach(), scores.rejected.detach())
         rewards = [self.beta * ratio.detach() for ratio in (scores.chosen_ratio, scores.rejected_ratio)]
         return self.formula(scores) + scores.likelihood, reward_sums(*rewards, *logps)
+
+
+def preference(scores: Tensor) -> Array:
+    """By how much each chosen answer's score is above the rejected one's. Shapes: (2 P,) -> (P,)."""
+    difference: Array = np.subtract(*scores.numpy().reshape(2, -1))
+    return difference
+
+
+def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
+    """(P,) the value of `reference` whose rank there is the rank of each of `local` in `policy`; all unsorted."""
+    order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
+    equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # equal ones before it
+    ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals
+    matched: Array = np.sort(reference).astype(np.float32)[ranks]
+    return matched
+
+
+def _share(counts: Sequence[tuple[int, int]]) -> float:
+    """Pairs per token."""
+    return sum(pairs for _, pairs in counts) / max(sum(tokens for tokens, _ in counts), 1)
 
 
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
