@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -30,7 +30,8 @@ class AdaloraSettings(TargetedSettings):
     `tfinal` steps, by the third power of the steps left. Steps are optimizer steps, counted from 0.
     """
 
-    method: Literal["adalora"] = Field("adalora", description="lora whose rank is shared out among the layers")
+    summary = "lora whose rank is shared out among the layers"
+
     layers_to_transform: Layers = fields.LAYERS_TO_TRANSFORM
     layers_pattern: TextOrTexts | None = fields.LAYERS_PATTERN
     init_r: Count = Field(12, description="rank of every layer at the start")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import AdapterSettings, TextOrTexts
@@ -12,7 +10,8 @@ from tunekit.recipe.bases.section import AdapterSettings, TextOrTexts
 class BitfitSettings(AdapterSettings):
     """Trains the biases that the base has, and nothing else. PEFT has no such type: the folder is tunekit's own."""
 
-    method: Literal["bitfit"] = Field("bitfit", description="the base's biases themselves (no PEFT type)")
+    summary = "the base's biases themselves (no PEFT type)"
+
     target_modules: TextOrTexts = Field(
         "all-biases", description="all-biases, owners of biases by name or name ending, or a regular expression"
     )

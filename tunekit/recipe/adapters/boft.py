@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.adapters.oft import BlockSettings
@@ -13,7 +11,8 @@ from tunekit.recipe.bases.section import Count, CountOrZero
 class BoftSettings(BlockSettings):
     """A product of block rotations of each layer's inputs, and a scale of each output. One of the first two is 0."""
 
-    method: Literal["boft"] = Field("boft", description="a product of block rotations of each layer's inputs")
+    summary = "a product of block rotations of each layer's inputs"
+
     block_size: CountOrZero = Field(4, description="inputs rotated together; it divides every layer's inputs")
     butterfly_factors: Count = Field(
         1, le=32, description="rotations in the product; each doubles the reach of a block (peft needs CUDA beyond 1)"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate
@@ -13,7 +11,7 @@ class C3aSettings(TargetedSettings):
     """The update is made of circulant blocks. Wants a high learning rate: PEFT's MetaMathQA comparison (Llama-3.2-3B)
     used 3e-1 with blocks of 64."""
 
+    summary = "an update of circulant blocks"
     default_learning_rate = metamath_rate(3e-1, "c3a/llama-3.2-3B-default")
 
-    method: Literal["c3a"] = Field("c3a", description="an update of circulant blocks")
     block_size: Count = Field(64, description="side of a block; it must divide both sides of every layer")

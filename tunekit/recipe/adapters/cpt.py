@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from tunekit.recipe.bases.section import AdapterSettings, CountOrZero, NotNegative, Section, Several, Text
@@ -23,7 +21,8 @@ class CptSettings(AdapterSettings):
     them, never those of outputs. PEFT also trains on the outputs of the examples, with weights that decay from the last
     to the first (opt_weighted_loss_type); here the loss is that of the rows alone."""
 
-    method: Literal["cpt"] = Field("cpt", description="examples before each row, whose embeddings are trained")
+    summary = "examples before each row, whose embeddings are trained"
+
     examples: Several[ContextExample] = Field((), description="a list of {input, output}, in order")
     input_template: Text = Field("input: {}\n", description="around each input, which stands for {}")
     output_template: Text = Field("output: {}\n", description="around each output")

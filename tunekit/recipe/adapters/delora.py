@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -13,9 +11,9 @@ from tunekit.recipe.bases.section import Count, Expression, Fraction, NotNegativ
 class DeloraSettings(TargetedSettings):
     """A low-rank update of normalised factors, whose strength is one trained number per layer."""
 
+    summary = "a low-rank update of unit factors and trained strength"
     default_learning_rate = metamath_rate(1e-3, "delora/llama-3.2-3B-rank32")
 
-    method: Literal["delora"] = Field("delora", description="a low-rank update of unit factors and trained strength")
     r: Count = Field(8, description="rank")
     delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
     dropout: Fraction = fields.DROPOUT

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
 class DoraSettings(LowRankSettings):
     """Direction by a low-rank update, magnitude by a trained vector; the base may be quantized."""
 
-    method: Literal["dora"] = Field("dora", description="a low-rank direction and a trained magnitude of each output")
+    summary = "a low-rank direction and a trained magnitude of each output"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -13,9 +11,9 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, NotNegati
 class GraloraSettings(TargetedSettings):
     """Each matrix in k x k blocks, each with a low-rank update of its own of rank r / k."""
 
+    summary = "a low-rank update of each of k x k blocks"
     default_learning_rate = metamath_rate(2e-4, "gralora/llama-3.2-3B-rank32")
 
-    method: Literal["gralora"] = Field("gralora", description="a low-rank update of each of k x k blocks")
     r: Count = Field(32, description="rank; k divides it")
     k: Count = Field(2, description="blocks on either side; it divides every layer's inputs and outputs")
     hybrid_r: CountOrZero = Field(0, description="rank of a plain LoRA beside the blocks")

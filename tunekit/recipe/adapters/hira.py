@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -13,8 +11,8 @@ from tunekit.recipe.bases.section import Count, Fraction, TargetedSettings, meta
 class HiraSettings(TargetedSettings):
     """A low-rank factor that scales each number of the base's matrix."""
 
+    summary = "the base's matrix times a low-rank one, number by number"
     default_learning_rate = metamath_rate(4.5e-3, "hira/llama-3.2-3B-rank32-lr4.5e-3")
 
-    method: Literal["hira"] = Field("hira", description="the base's matrix times a low-rank one, number by number")
     r: Count = Field(32, description="rank of the factor")
     dropout: Fraction = fields.DROPOUT

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, TargetedSettings
@@ -12,6 +10,7 @@ from tunekit.recipe.bases.section import Count, TargetedSettings
 class HraSettings(TargetedSettings):
     """A chain of r reflections of each layer's inputs."""
 
-    method: Literal["hra"] = Field("hra", description="a chain of reflections of each layer's inputs")
+    summary = "a chain of reflections of each layer's inputs"
+
     r: Count = Field(8, description="reflections; an even number starts as the base, to rounding")
     orthogonal: bool = Field(False, description="make the reflections' vectors orthogonal (Gram-Schmidt)")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import TargetedSettings, TextOrTexts, metamath_rate
@@ -14,9 +12,9 @@ class Ia3Settings(TargetedSettings):
     the feed-forward block's inputs, PEFT's MetaMathQA comparison (Llama-3.2-3B) measured .455, against .311 with its
     two attention layers and one feed-forward layer at 1e-3."""
 
+    summary = "a trained scale of each layer's outputs or inputs"
     default_learning_rate = metamath_rate(5e-3, "ia3/llama-3.2-3B-all-attn-5k-lr0.005")
 
-    method: Literal["ia3"] = Field("ia3", description="a trained scale of each layer's outputs or inputs")
     target_modules: TextOrTexts = Field(
         "all-linear",
         description="all-linear (as the best IA3 run of PEFT's MetaMathQA comparison), names, or a regular expression",

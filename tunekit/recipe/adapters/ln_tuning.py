@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -14,7 +12,8 @@ class LnTuningSettings(AdapterSettings):
     """Trains the weights and biases of the norms alone; all norms are those of PEFT's MetaMathQA comparison,
     which at its general rate of 1e-4 learned nothing (accuracy 0): try higher."""
 
-    method: Literal["ln_tuning"] = Field("ln_tuning", description="the base's norms themselves")
+    summary = "the base's norms themselves"
+
     modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = Field(
         "all-norms", description="all-norms, a list of names or name endings, or a regular expression"

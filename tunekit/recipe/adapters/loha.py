@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -13,7 +11,8 @@ from tunekit.recipe.bases.section import Count, Expression, NotNegative, Targete
 class LohaSettings(TargetedSettings):
     """The update is the elementwise product of two low-rank matrices: its rank reaches r * r."""
 
-    method: Literal["loha"] = Field("loha", description="an elementwise product of two low-rank updates")
+    summary = "an elementwise product of two low-rank updates"
+
     r: Count = Field(8, description="rank of each of the two factors")
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -13,7 +13,8 @@ from tunekit.recipe.bases.section import LARGEST_COUNT, Count, Expression, NotNe
 class LokrSettings(TargetedSettings):
     """The update is a Kronecker product of a small matrix and a larger one, each of them low-rank where r is small."""
 
-    method: Literal["lokr"] = Field("lokr", description="a Kronecker product of two small matrices")
+    summary = "a Kronecker product of two small matrices"
+
     r: Count = Field(8, description="rank of the larger matrix; from half of its larger side on, it is kept whole")
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
     decompose_both: bool = Field(False, description="the smaller matrix is low-rank as well")

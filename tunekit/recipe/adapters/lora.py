@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.low_rank import LowRankSettings
@@ -12,7 +10,7 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 class LoraSettings(LowRankSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
+    summary = "a low-rank update of each targeted matrix"
     first_lines = (("  r: 16", "how much the adapter can hold"), ("  alpha: 32", ""))
 
-    method: Literal["lora"] = Field("lora", description="a low-rank update of each targeted matrix")
     lora_bias: bool = Field(False, description="the update of each layer, embeddings apart, has a bias of its own")

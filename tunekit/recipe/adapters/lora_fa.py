@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
 class LoraFaSettings(LowRankSettings):
     """LoRA whose A stays as it was drawn: half the trained parameters, and no stored inputs of full width."""
 
-    method: Literal["lora_fa"] = Field("lora_fa", description="lora with the matrix A frozen")
+    summary = "lora with the matrix A frozen"

@@ -12,7 +12,8 @@ from tunekit.recipe.bases.section import Count, Fraction, TargetedSettings
 class MissSettings(TargetedSettings):
     """One trained shard, shared by all column blocks of a matrix."""
 
-    method: Literal["miss"] = Field("miss", description="one trained shard for all column blocks of a matrix")
+    summary = "one trained shard for all column blocks of a matrix"
+
     r: Count = Field(64, description="columns of a block")
     variant: Literal["balance", "bat", "mini"] = Field(
         "balance", description="bat: the update also depends on the base's matrix; mini: a narrower shard, repeated"

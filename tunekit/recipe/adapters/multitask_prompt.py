@@ -14,9 +14,8 @@ class MultitaskPromptSettings(StartedTokenSettings):
     """One prompt that tasks share, times a low-rank matrix of each task's own. A run trains one task: all its rows are
     of `task`, and init_from brings the others along, which stay as they are."""
 
-    method: Literal["multitask_prompt"] = Field(
-        "multitask_prompt", description="trained vectors before each row, shared by tasks and scaled for each"
-    )
+    summary = "trained vectors before each row, shared by tasks and scaled for each"
+
     init: Literal["vocabulary", "random", "text"] = Field(
         "random", description="first values of the shared ones: normal numbers (PEFT's), or as for prompt"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from tunekit.recipe.bases import fields
@@ -36,7 +34,8 @@ class BlockSettings(AdapterSettings):
 class OftSettings(BlockSettings):
     """A rotation of each layer's inputs, block by block. Of block_size and blocks one is given; the other is 0."""
 
-    method: Literal["oft"] = Field("oft", description="a block-diagonal rotation of each layer's inputs")
+    summary = "a block-diagonal rotation of each layer's inputs"
+
     block_size: CountOrZero = Field(
         32, description="inputs rotated together; where it does not divide them, the nearest divisor"
     )

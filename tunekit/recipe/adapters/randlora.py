@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -14,7 +12,8 @@ class RandloraSettings(TargetedSettings):
     """Sums of frozen random low-rank matrices, of full rank together, each scaled by trained diagonals. The initial
     values are those of PEFT's RandLoraConfig, with which its MetaMathQA comparison was run."""
 
-    method: Literal["randlora"] = Field("randlora", description="trained scales of many frozen random updates")
+    summary = "trained scales of many frozen random updates"
+
     r: Count = Field(32, description="rank of each random matrix; a smaller one means more trained numbers")
     alpha: NotNegative = Field(640.0, description="the update is scaled by alpha / r")
     dropout: Fraction = fields.DROPOUT

@@ -13,9 +13,9 @@ class RoadSettings(TargetedSettings):
     """Rotates and scales pairs of each layer's outputs. The initial values are those of PEFT's RoadConfig; its
     MetaMathQA comparison used a learning rate of 1e-3."""
 
+    summary = "trained rotations of pairs of outputs"
     default_learning_rate = metamath_rate(1e-3, "road/llama-3.2-3B-lr_0.001")
 
-    method: Literal["road"] = Field("road", description="trained rotations of pairs of outputs")
     variant: Literal["road_1", "road_2", "road_4"] = Field(
         "road_1", description="trained numbers per pair of outputs: 2, 4 or 8"
     )

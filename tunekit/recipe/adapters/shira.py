@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate
@@ -12,7 +10,7 @@ from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate
 class ShiraSettings(TargetedSettings):
     """A few single numbers of each matrix, drawn at random by the run's seed, are trained."""
 
+    summary = "single numbers of each matrix, drawn at random"
     default_learning_rate = metamath_rate(3e-4, "shira/llama-3.2-3B-lr_0.0003-random_seed_42")
 
-    method: Literal["shira"] = Field("shira", description="single numbers of each matrix, drawn at random")
     r: Count = Field(32, description="r * (inputs + outputs) numbers are trained, as many as LoRA of rank r has")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -14,7 +12,8 @@ class VbloraSettings(TargetedSettings):
     """Both factors of every layer's update are made of a few vectors of one shared bank. The initial values are those
     of PEFT's VBLoRAConfig, with which its MetaMathQA comparison was run."""
 
-    method: Literal["vblora"] = Field("vblora", description="updates made of vectors of one shared bank")
+    summary = "updates made of vectors of one shared bank"
+
     r: Count = Field(4, description="rank")
     num_vectors: Count = Field(256, description="vectors in the bank")
     vector_length: Count = Field(256, description="length of a vector; it must divide both sides of every layer")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields
@@ -14,9 +12,9 @@ class VeraSettings(TargetedSettings):
     """Two trained vectors per layer around random matrices that all layers share. The initial values are those of
     PEFT's VeraConfig, with which its MetaMathQA comparison was run."""
 
+    summary = "trained scales of one frozen random update"
     default_learning_rate = metamath_rate(1e-3, "vera/llama-3.2-3B-default")
 
-    method: Literal["vera"] = Field("vera", description="trained scales of one frozen random update")
     r: Count = Field(256, description="rank of the shared matrices")
     d_initial: Number = Field(0.1, description="initial value of the scales between the two matrices")
     dropout: Fraction = fields.DROPOUT

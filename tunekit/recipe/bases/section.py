@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.paths import AdapterPath
@@ -32,11 +33,20 @@ class Section(BaseModel):
 
 
 class MethodSettings(Section):
-    """Settings of a named part (an adapter, an objective); `method` is the name of the file that defines it."""
+    """Settings of a named part (an adapter, an objective). `method` is the name of the file that defines them, for each
+    class with a `summary`: what the method does, in one line."""
 
     short: ClassVar[str | None] = "method"
+    summary: ClassVar[str]
 
     method: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **settings: object) -> None:
+        if "summary" in vars(cls):
+            name: Any = cls.__module__.rpartition(".")[2]
+            field = FieldInfo(annotation=Literal[name], default=name, description=cls.summary)  # type: ignore[arg-type]
+            cls.model_fields["method"] = field
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
@@ -15,6 +11,7 @@ from tunekit.records import Shows
 class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
     """One label a recording, by Whisper's encoder."""
 
+    summary = "cross entropy on a label for each recording"
     family = "audio_classifier"
     example = "audio_label"
     shows = Shows(unit="label", size_unit="frame")
@@ -25,8 +22,4 @@ class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
         model_comment="a folder or a hub name, of Whisper",
         target_modules="[q_proj, v_proj]",
         learning_rate="1e-3",
-    )
-
-    method: Literal["audio_classify"] = Field(
-        "audio_classify", description="cross entropy on a label for each recording"
     )

@@ -13,7 +13,8 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 class CpoSettings(PairSettings):
     """TRL's names and defaults."""
 
-    method: Literal["cpo"] = Field("cpo", description="preferred against rejected answers, without a reference")
+    summary = "preferred against rejected answers, without a reference"
+
     beta: Positive = Field(0.1, description="how sharply the two are told apart; of ipo the paper's tau")
     loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="what is made of the two scores")
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(

@@ -15,11 +15,11 @@ UnitShare = Annotated[Number, Field(ge=0, le=1)]
 class DistillSettings(ObjectiveSettings):
     """TRL's names; beta is 0, and not its 1, because the tokens are those of the data and not the student's own."""
 
+    summary = "the next-token distribution of a teacher model"
     free_keys = ("teacher_streaming",)
     needs_recipe = True
     one_sequence = True
 
-    method: Literal["distill"] = Field("distill", description="the next-token distribution of a teacher model")
     teacher: ModelSection = Field(description="a model over the same vocabulary: a name, or what a model section has")
     teacher_streaming: Literal["off", "host", "disk"] = Field(
         "off", description="where the teacher's layers wait; each is copied to the device once a step, for all its rows"

@@ -45,10 +45,10 @@ LossTypes = Annotated[
 class DpoSettings(PairSettings):
     """TRL's names and defaults."""
 
+    summary = "preferred against rejected answers, held to the reference model"
     reference = "policy at step 0"
     first_recipe = FirstRecipe(order=50)
 
-    method: Literal["dpo"] = Field("dpo", description="preferred against rejected answers, held to the reference model")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference; of ipo the paper's tau")
     loss_type: LossTypes = Field(("sigmoid",), description="one loss, or several that are added up")
     loss_weights: Several[Number] | None = Field(None, description="one for each loss; null: 1 each")

@@ -50,6 +50,7 @@ Buckets = Annotated[
 class DreamboothSettings(ObjectiveSettings):
     """diffusers' names; its defaults but for center_crop, which it leaves to chance."""
 
+    summary = "a diffusion model learns what images show"
     family = "diffusion"
     example = "image"
     answers = False
@@ -72,7 +73,6 @@ class DreamboothSettings(ObjectiveSettings):
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"
     )
 
-    method: Literal["dreambooth"] = Field("dreambooth", description="a diffusion model learns what images show")
     instance_prompt: Text | None = Field(
         None, description="what every image without a text of its own shows, with a rare word: a photo of sks dog"
     )

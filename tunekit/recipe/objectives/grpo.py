@@ -25,7 +25,8 @@ def _not_by_micro_batch(value: object) -> object:
 class GrpoSettings(SampleSettings):
     """TRL's names and defaults; a step's completions are one batch, whatever its micro-batches."""
 
-    method: Literal["grpo"] = Field("grpo", description="samples of the model, each against the others to its prompt")
+    summary = "samples of the model, each against the others to its prompt"
+
     loss_type: Annotated[GrpoLossType, BeforeValidator(_not_by_micro_batch)] = Field(
         "dapo",
         description="grpo: mean of each completion's mean; dapo: by all tokens of the step; dr_grpo: by "

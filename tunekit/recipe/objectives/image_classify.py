@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
@@ -20,6 +20,7 @@ def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
 class ImageClassifySettings(LabelSettings):
     """One label a picture. Pictures are changed by torchvision's transforms, another way in each step."""
 
+    summary = "cross entropy on a label for each image"
     family = "image_classifier"
     example = "image_label"
     shows = Shows(unit="label", size_unit="pixel")
@@ -32,7 +33,6 @@ class ImageClassifySettings(LabelSettings):
         learning_rate="5e-3",
     )
 
-    method: Literal["image_classify"] = Field("image_classify", description="cross entropy on a label for each image")
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
         None, description="pixels of a side; null: what the model's processor says"
     )

@@ -16,6 +16,7 @@ LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen
 class KtoSettings(ObjectiveSettings):
     """TRL's names and defaults."""
 
+    summary = "answers marked as good or bad, held to the reference model"
     example = "unpaired"
     shows = Shows(unit="answer")
     reference = "policy at step 0"
@@ -23,7 +24,6 @@ class KtoSettings(ObjectiveSettings):
     first_recipe = FirstRecipe(order=80)
     default_learning_rate = PublishedRate(5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml")
 
-    method: Literal["kto"] = Field("kto", description="answers marked as good or bad, held to the reference model")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto", description="apo_zero_unpaired: without the KL, for answers better than the model's own"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.pair_settings import PairSettings
@@ -13,7 +11,6 @@ from tunekit.recipe.bases.section import Positive
 class OrpoSettings(PairSettings):
     """TRL's names and defaults."""
 
-    method: Literal["orpo"] = Field(
-        "orpo", description="supervised tuning on chosen answers with an odds ratio beside it"
-    )
+    summary = "supervised tuning on chosen answers with an odds ratio beside it"
+
     beta: Positive = Field(0.1, description="weight of the odds ratio; the paper's lambda")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.pair_settings import REWARDS, PairSettings
@@ -15,6 +13,7 @@ SCORES = REWARDS[:4]  # what is logged of two scores alone
 class RewardSettings(PairSettings):
     """TRL's names and defaults."""
 
+    summary = "a score for each answer, higher for preferred ones"
     family = "classifier"
     sums = ("loss", "units", *SCORES)
     answers = False
@@ -22,7 +21,6 @@ class RewardSettings(PairSettings):
     single_score = True
     default_learning_rate = PublishedRate(1e-4, "huggingface/trl 1.16, the default of its RewardConfig")
 
-    method: Literal["reward"] = Field("reward", description="a score for each answer, higher for preferred ones")
     center_rewards_coefficient: Positive | None = Field(
         None, description="weight of the squared sum of both scores, which draws scores to 0; 0.01 is usual"
     )

@@ -3,7 +3,7 @@ prompt."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
@@ -14,7 +14,8 @@ from tunekit.recipe.bases.section import NotNegative, Whole
 class RlooSettings(SampleSettings):
     """TRL's names and defaults."""
 
-    method: Literal["rloo"] = Field("rloo", description="samples of the model, each against the mean of the others")
+    summary = "samples of the model, each against the mean of the others"
+
     num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(
         2, description="completions of one prompt: its group"
     )

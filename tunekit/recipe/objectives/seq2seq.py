@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class Seq2seqSettings(ObjectiveSettings):
     """No settings of its own."""
 
+    summary = "cross entropy on the answers of encoder-decoders"
     supervised = True
     family = "seq2seq"
-
-    method: Literal["seq2seq"] = Field("seq2seq", description="cross entropy on the answers of encoder-decoders")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -13,7 +13,8 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 class SimpoSettings(PairSettings):
     """TRL's names; its defaults but for cpo_alpha, which is the paper's 0 and not the 1 of its CPO trainer."""
 
-    method: Literal["simpo"] = Field("simpo", description="mean log-probabilities of the answers, a margin apart")
+    summary = "mean log-probabilities of the answers, a margin apart"
+
     beta: Positive = Field(0.1, description="scale of the mean log-probabilities; the paper: 2 to 10")
     simpo_gamma: NotNegative = Field(0.5, description="by how much beta times the chosen mean is to be above the other")
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.0, description="share of flipped pairs")

@@ -14,6 +14,7 @@ from tunekit.records import Shows
 class SpeechSettings(SpecAugmentSettings):
     """What is said in a recording, in which language, and whether with times."""
 
+    summary = "cross entropy on the transcripts of recordings"
     family = "speech"
     example = "transcript"
     supervised = True
@@ -28,7 +29,6 @@ class SpeechSettings(SpecAugmentSettings):
         objective=(("  language: english", "of all rows; leave it out with a model of English alone (.en)"),),
     )
 
-    method: Literal["speech"] = Field("speech", description="cross entropy on the transcripts of recordings")
     language: Text | None = Field(
         None, description="of every row without its own: a name or a code, such as en; needed by multilingual models"
     )

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.records import Shows
@@ -14,10 +10,9 @@ from tunekit.records import Shows
 class TokenClassifySettings(LabelSettings):
     """One label a word."""
 
+    summary = "cross entropy on a tag for each word"
     family = "token_classifier"
     example = "tags"
     shows = Shows(unit="word")
     sums = (*LabelSettings.sums, "spans")
     first_recipe = FirstRecipe(order=60)
-
-    method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")

@@ -12,11 +12,11 @@ from tunekit.recipe.bases.section import CalibratedStart
 class CordaSettings(CalibratedStart):
     """Context-oriented decomposition: of W C, C the covariance of the inputs."""
 
+    summary = "a part of W weighed by the covariance of its inputs"
     looks_at = "inputs"
     moves_weights = True
     divides_by_scaling = True
 
-    method: Literal["corda"] = Field("corda", description="a part of W weighed by the covariance of its inputs")
     mode: Literal["ipm", "kpm"] = Field(
         "ipm", description="ipm: the r largest parts for these data, to learn them; kpm: the r smallest, to keep them"
     )

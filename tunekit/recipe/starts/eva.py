@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -12,9 +12,9 @@ from tunekit.recipe.bases.section import CalibratedStart, Number
 class EvaSettings(CalibratedStart):
     """Principal components of each layer's inputs as A, B = 0."""
 
+    summary = "principal components of each layer's inputs"
     looks_at = "inputs"
 
-    method: Literal["eva"] = Field("eva", description="principal components of each layer's inputs")
     rho: Annotated[Number, Field(ge=1, le=1000)] = Field(
         1.0, description="ranks are shared out by explained variance, up to rho x r for a layer; 1: every layer has r"
     )

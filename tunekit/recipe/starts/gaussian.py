@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.section import StartSettings
 
 
 class GaussianSettings(StartSettings):
     """A normal, B = 0."""
 
+    summary = "A normal with deviation 1 / r, B = 0"
     fills_experts = True
     decomposes = False
-
-    method: Literal["gaussian"] = Field("gaussian", description="A normal with deviation 1 / r, B = 0")

@@ -12,11 +12,11 @@ from tunekit.recipe.bases.section import CalibratedStart, Count, Positive
 class LoraGaSettings(CalibratedStart):
     """The first steps then follow those of full fine-tuning."""
 
+    summary = "singular vectors of each matrix's gradient"
     looks_at = "gradients"
     moves_weights = True
     needs_twice_the_rank = True
 
-    method: Literal["lora_ga"] = Field("lora_ga", description="singular vectors of each matrix's gradient")
     direction: Literal["ArB2r", "A2rBr", "ArBr"] = Field(
         "ArB2r", description="A from the first r and B from the next r, the reverse, or by turns"
     )

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.section import StartSettings
 
 
 class OloraSettings(StartSettings):
     """Orthonormal B, by a QR decomposition of W."""
 
+    summary = "the first r columns and rows of W = Q R"
     moves_weights = True
     depends_on_layout = True
-
-    method: Literal["olora"] = Field("olora", description="the first r columns and rows of W = Q R")

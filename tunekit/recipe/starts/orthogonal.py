@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tunekit.recipe.bases.section import StartSettings
 
 
 class OrthogonalSettings(StartSettings):
     """A and B that cancel out."""
 
+    summary = "A and B are not 0, but B A is"
     needs_even_rank = True
     decomposes = False
-
-    method: Literal["orthogonal"] = Field("orthogonal", description="A and B are not 0, but B A is")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, StartSettings
@@ -12,10 +10,10 @@ from tunekit.recipe.bases.section import Count, StartSettings
 class PissaSettings(StartSettings):
     """The principal part of W, by a singular value decomposition: exact, or fast."""
 
+    summary = "the r largest singular values of W"
     moves_weights = True
     divides_by_scaling = True
 
-    method: Literal["pissa"] = Field("pissa", description="the r largest singular values of W")
     iterations: Count | None = Field(
         None, description="power iterations of a fast, randomized decomposition (4 to 16); null: the exact one"
     )
