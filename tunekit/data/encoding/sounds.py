@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tunekit.data.reading.sound import Sound
 
 ZEROS, ROLLOFF = 6, 0.99  # of the low-pass filter: zero crossings to each side, and its edge as a share of Nyquist's
+KERNEL_TAPS = 2**22  # of a filter that is kept for all phases; one of two odd rates would take gigabytes
+BLOCK_TAPS = 2**18  # that are computed at a time where it is not kept
 QUIET_SECONDS = 0.1  # over which loudness is measured
 SEARCHED = 1 / 3  # of a piece, at its end: where the quietest moment is looked for
 
 
-def mixed(samples: NDArray[np.float32]) -> torch.Tensor:
-    """(samples,) the mean of the channels. Shapes: (samples, channels)."""
-    found = torch.from_numpy(np.ascontiguousarray(samples))
-    return found[:, 0].clone() if found.shape[1] == 1 else found.mean(dim=1)
+def mixed(sound: Sound, start: int, stop: int) -> torch.Tensor:
+    """(samples,) of samples start .. stop-1: the mean of the channels."""
+    return torch.cat([_mean(torch.from_numpy(np.ascontiguousarray(block))) for block in sound.blocks(start, stop)])
+
+
+def _mean(samples: torch.Tensor) -> torch.Tensor:
+    """(samples,) of the channels. Shapes: (samples, channels)."""
+    return samples[:, 0].clone() if samples.shape[1] == 1 else samples.mean(dim=1)
 
 
 def resampled(samples: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
@@ -32,26 +37,44 @@ def resampled(samples: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
         return samples
     divisor = math.gcd(rate, wanted)
     old, new = rate // divisor, wanted // divisor
-    kernel, width = _kernel(old, new)  # (new, 1, 2 width + old)
+    width = math.ceil(ZEROS * old / (min(old, new) * ROLLOFF))
+    if new * (2 * width + old) > KERNEL_TAPS:
+        return _resampled_in_blocks(samples, old, new, width)
+    kernel = _kernel(old, new, width)  # (new, 1, 2 width + old)
     padded = torch.nn.functional.pad(samples[None, None], (width, width + old))
     found = torch.nn.functional.conv1d(padded, kernel, stride=old)  # (1, new, steps)
     return found[0].T.reshape(-1)[: math.ceil(new * len(samples) / old)].contiguous()
 
 
-@cache
-def _kernel(old: int, new: int) -> tuple[torch.Tensor, int]:
+def _resampled_in_blocks(samples: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
+    """The same sum, whose filter is computed for each sample where it is not 0. Shapes: (samples,)."""
+    windows = torch.nn.functional.pad(samples, (width, width + 1)).unfold(0, 2 * width + 1, 1)
+    edge = min(old, new) * ROLLOFF / old
+    taps = (torch.arange(-width, width + 1, dtype=torch.float64) * edge).float()  # (2 width + 1,)
+    found, size = torch.empty(-(-new * len(samples) // old)), max(BLOCK_TAPS // len(taps), 1)
+    for start in range(0, len(found), size):
+        places = torch.arange(start, min(start + size, len(found)))
+        nearest = places * old // new
+        beyond = ((places * old - nearest * new).double() * (edge / new)).float()
+        times = (taps - beyond[:, None]).clamp_(-ZEROS, ZEROS)  # (places, 2 width + 1)
+        weights = torch.sinc(times).mul_(torch.cos(times.mul_(math.pi / ZEROS / 2)).square_())
+        found[places] = weights.mul_(windows[nearest]).sum(dim=1) * edge
+    return found
+
+
+@lru_cache(maxsize=4)
+def _kernel(old: int, new: int, width: int) -> torch.Tensor:
     edge = min(old, new) * ROLLOFF
-    width = math.ceil(ZEROS * old / edge)
     index = torch.arange(-width, width + old, dtype=torch.float64)[None] / old  # (1, 2 width + old)
     times = (torch.arange(0, -new, -1, dtype=torch.float64)[:, None] / new + index) * edge  # (new, 2 width + old)
     times = times.clamp(-ZEROS, ZEROS)
     window = torch.cos(times * math.pi / ZEROS / 2) ** 2
-    return (torch.sinc(times) * window * edge / old).float()[:, None], width
+    return (torch.sinc(times) * window * edge / old).float()[:, None]
 
 
 def heard(sound: Sound, start: int, stop: int, wanted: int) -> torch.Tensor:
     """(samples,) of samples start .. stop-1 of a recording, in one channel and at the rate that is wanted."""
-    return resampled(mixed(sound.read(start, stop)), sound.rate, wanted)
+    return resampled(mixed(sound, start, stop), sound.rate, wanted)
 
 
 def quietest(samples: torch.Tensor, rate: int, first: int, last: int) -> int:
@@ -69,7 +92,7 @@ def pieces(sound: Sound, seconds: float) -> Iterator[tuple[int, int]]:
     """Samples of a recording's pieces, none longer than `seconds`, cut where the end of the longest is quietest."""
     start, most = 0, int(seconds * sound.rate)
     while sound.samples - start > most:
-        window = mixed(sound.read(start, start + most))
+        window = mixed(sound, start, start + most)
         stop = start + quietest(window, sound.rate, round(most * (1 - SEARCHED)), most)
         yield start, stop
         start = stop

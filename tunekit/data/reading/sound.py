@@ -19,6 +19,8 @@ from tunekit.errors import DataError, InputError
 from tunekit.formats.media import Media
 
 SILENCE = 1e-4  # the largest sample of a silent recording: -80 dB
+RATES = (100, 768_000)  # samples a second: no recorder has others, so that a header with another one is damaged
+BLOCK_VALUES = 2**22  # that are read at a time
 STREAMED = 0x7F000000  # from here on a RIFF header's size says that it was not known when it was written
 HOW_TO_INSTALL = "run: pip install tunekit[speech]"
 
@@ -40,15 +42,25 @@ class Sound:
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """(samples, channels) of samples start .. stop-1. Raises: DataError where the file is cut short or damaged."""
+        return np.concatenate(list(self.blocks(start, stop)))
+
+    def blocks(self, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """`read` in blocks of BLOCK_VALUES: a small file can hold, or claim to hold, gigabytes of many channels."""
+        stop, size = max(min(stop, self.samples), start), max(BLOCK_VALUES // self.channels, 1)
+        for first in range(start, stop, size) or [start]:
+            yield self._block(first, min(size, stop - first), seek=first == start)
+
+    def _block(self, start: int, count: int, *, seek: bool) -> NDArray[np.float32]:
+        """The next samples. `seek`: a decoder that continues needs no search, which can change what it decodes."""
         import soundfile
 
-        wanted = max(min(stop, self.samples) - start, 0)
         try:
-            self.stream.seek(start)
-            found: NDArray[np.float32] = self.stream.read(wanted, dtype="float32", always_2d=True)
+            if seek:
+                self.stream.seek(start)
+            found: NDArray[np.float32] = self.stream.read(count, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
             raise DataError(f"{self.name} cannot be read on: {_said(error)}", "it may be damaged") from None
-        if len(found) < wanted:
+        if len(found) < count:
             what = f"{self.name} ends after {(start + len(found)) / self.rate:.1f} s of {self.seconds:.1f} s"
             raise DataError(what, "it was cut short: fetch it again, or leave the row out")
         if not np.isfinite(found).all():
@@ -83,6 +95,9 @@ def opened(media: Media) -> Iterator[Sound]:
         sound = Sound(stream, name, stream.samplerate, stream.frames, stream.channels)
         if sound.samples <= 0:
             raise DataError(f"{name} has no samples", "leave the row out")
+        if not RATES[0] <= sound.rate <= RATES[1]:
+            what = f"{name} states {sound.rate:,} samples a second, and recordings have {RATES[0]} to {RATES[1]:,}"
+            raise DataError(what, "its header is damaged: write the file anew, or leave the row out")
         yield sound
 
 

@@ -213,5 +213,5 @@ def _quiet_between(sound: Sound, first: float, last: float) -> float:
     begin, end = (min(round(moment * sound.rate), sound.samples) for moment in (first, last))
     if end <= begin:
         return first
-    window = mixed(sound.read(begin, end))
+    window = mixed(sound, begin, end)
     return (begin + quietest(window, sound.rate, 0, end - begin)) / sound.rate
