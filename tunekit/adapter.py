@@ -1,7 +1,5 @@
 """`tunekit adapter`: show, convert, combine, diff, adopt and export-checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`tunekit chat` is a conversation in the terminal: lines that begin with / are commands, all others are questions."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

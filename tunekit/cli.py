@@ -1,7 +1,5 @@
 """The program: its help, its exit codes, and errors in words. The commands are in commands/."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

@@ -1,7 +1,5 @@
 """`tunekit data check` reports doubtful rows of a recipe, with their lines, before anything is trained on them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Sequence

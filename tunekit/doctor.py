@@ -1,7 +1,5 @@
 """`tunekit doctor` shows what this machine has for tunekit, what is missing for which feature, and how to get it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

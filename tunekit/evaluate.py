@@ -1,7 +1,5 @@
 """`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or a recipe's untuned base."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`tunekit export` writes an adapter as another program reads it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`tunekit import` makes a recipe of another tool's configuration, and prints what became of each key."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`tunekit generate`: answers to one prompt or to each line of a file, the scores of a reward model, or pictures."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,8 +1,6 @@
 """`tunekit init`: a first recipe for given data, after a look at them, at the machine and at the models at hand. It
 validates, and its plan fits where the model can be read here. Nothing is overwritten."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import Counter

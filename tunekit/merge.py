@@ -1,7 +1,5 @@
 """`tunekit merge` writes an adapter and its base as a model folder that needs neither tunekit nor peft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`tunekit plan` prints what `train` would do, and writes it as JSON."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows

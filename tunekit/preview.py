@@ -1,7 +1,5 @@
 """`tunekit preview`: real training rows, token by token: which are trained on, which not, and why."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

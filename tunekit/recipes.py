@@ -1,7 +1,5 @@
 """`tunekit recipes`: the recipes that come with tunekit: list them, print one, or copy one with its data."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Frozen dataclasses of plain values (str, int, float, bool, None, lists and dicts
 every record can be written as JSON by `dataclasses.asdict`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """`tunekit report`: compare runs on the screen and on a page with their curves, or write the page of one run anew."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Findings are rewards that fail, are slow, or give empty answers as much as the rows' own.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time

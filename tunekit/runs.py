@@ -1,7 +1,5 @@
 """`tunekit runs`: a line for each run below a folder; `clean` removes their checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

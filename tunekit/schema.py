@@ -2,8 +2,6 @@
 A file whose name ends in .txt or .md gets the text.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tunekit.files.durable import write_text

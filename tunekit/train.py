@@ -3,8 +3,6 @@
 Every decision was plan's; this file only obeys.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,8 +1,6 @@
 """`tunekit validate`: a recipe and the files it names: every problem at once, or the rewrites and a word of assent. It
 imports no torch, and takes less than half a second."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path

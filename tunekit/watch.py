@@ -1,8 +1,6 @@
 """`tunekit watch`: follow a run of another process, line by line or on a page. Only files are read, so that the run is
 not slowed down."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import MISSING, fields

@@ -1,7 +1,5 @@
 """Puts an adapter into a base and holds on to it: state by name, optimizer groups, hooks, and the way back."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

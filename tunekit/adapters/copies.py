@@ -4,8 +4,6 @@ A module of the base and the names of the parameters to train go in; a wrapper t
 original for bypass, comes out.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 

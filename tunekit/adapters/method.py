@@ -1,7 +1,5 @@
 """What a method is: its METHOD, the facts that other rooms ask of it, and how one is found by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module

@@ -1,7 +1,5 @@
 """The base's own modules and fused parameters by name, also with adapters in place, and how an entry names one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 

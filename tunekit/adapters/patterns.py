@@ -1,7 +1,5 @@
 """Regular expressions over module names, which anyone may have written: a hostile one is refused, it never hangs."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ to that one's own wrapper of the plain module, or to the plain module: never do 
 of LoRA then take their plain paths, so that logits equal those of the adapter alone up to the order of sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace

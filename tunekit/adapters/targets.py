@@ -6,8 +6,6 @@ gates of one row, and layers on which no adapter would act; a list holds whole n
 text is one regular expression for the whole name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Sequence

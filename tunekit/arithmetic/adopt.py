@@ -1,7 +1,5 @@
 """The LoRA of a diffusion pipeline, from the file of another program, as an adapter folder."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

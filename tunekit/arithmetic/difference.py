@@ -3,8 +3,6 @@
 Their base is read only where a method needs it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Methods other than LoRA whose update is linear in their tensors: there a weighted sum of adapters is an adapter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

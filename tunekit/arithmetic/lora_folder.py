@@ -1,7 +1,5 @@
 """LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

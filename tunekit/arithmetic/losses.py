@@ -1,7 +1,5 @@
 """Losses of a base alone and with each of two adapters, on the same rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Base plus adapter as one model or pipeline folder, and how far it is from the running adapter."""
 
-from __future__ import annotations
-
 import gc
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files and the report that merging a model and merging a pipeline have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

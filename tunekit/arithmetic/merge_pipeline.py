@@ -1,7 +1,5 @@
 """A diffusion pipeline plus adapter as one folder, and how far what it predicts is from the running adapter."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

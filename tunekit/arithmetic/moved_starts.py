@@ -4,8 +4,6 @@ The base was W - s B0 A0 when training began. The trained adapter adds s (B A - 
 update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversion writes the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

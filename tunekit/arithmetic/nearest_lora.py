@@ -3,8 +3,6 @@
 One matrix of the base is in memory at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """An adapter folder together with its base, whose weights are not loaded: one matrix is read at a time."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The definitions, with their order of operations, are those of PEFT's add_weighted_adapter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Files are read as strictly as for loading, but faults are reported and not refused.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

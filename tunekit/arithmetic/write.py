@@ -1,7 +1,5 @@
 """Writes an adapter that was made of other folders, with their facts of the base."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

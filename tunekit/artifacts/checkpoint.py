@@ -3,8 +3,6 @@
 checkpoints/step-000100/ contains tensors.safetensors, state.json and manifest.json.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -2,8 +2,6 @@
 of processes is not part of it: no window depends on it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Container, Iterator, Mapping
 

@@ -1,7 +1,5 @@
 """The manifest of a checkpoint: its presence says that the other files are whole, its sha256 that they still are."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TypedDict, cast

@@ -1,7 +1,5 @@
 """metrics.jsonl: one JSON object per line, appended as the run goes, and read back."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The commands that work on adapter folders: show, convert, export-checkpoint, combine, diff and adopt."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

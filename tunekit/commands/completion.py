@@ -3,8 +3,6 @@
 offers.py, which reads recipes, is imported only when a shell asks.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -3,8 +3,6 @@
 Keys and values are read from the schema file, because pydantic's classes take longer to import than a person waits.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

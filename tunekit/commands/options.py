@@ -1,7 +1,5 @@
 """Arguments and options that several commands take, as typer reads them."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated
 

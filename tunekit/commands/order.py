@@ -1,7 +1,5 @@
 """The order in which `tunekit --help` lists the commands: that in which a person needs them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from typer.core import TyperGroup

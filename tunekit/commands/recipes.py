@@ -1,7 +1,5 @@
 """The commands that write, translate, list and check recipes: init, import, recipes, schema, validate."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

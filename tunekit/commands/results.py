@@ -1,7 +1,5 @@
 """The commands that read what is there: report, runs and watch; doctor, which reads the machine."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

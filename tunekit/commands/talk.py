@@ -1,7 +1,5 @@
 """The commands that talk with a result: chat and serve."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """The commands that use a result and are not a conversation: eval, generate, merge, export."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

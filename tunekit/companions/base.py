@@ -1,7 +1,5 @@
 """How companions are found: the spec of kind `teacher` is made by teacher.py; and what plan tells them."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass

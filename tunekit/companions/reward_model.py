@@ -1,7 +1,5 @@
 """One reward model of a recipe: its folder -> a function that scores completions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

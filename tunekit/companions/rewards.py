@@ -3,8 +3,6 @@
 A function of the user's is called as TRL calls it; its result is checked before anything is made of it. NaN: no reward.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import math

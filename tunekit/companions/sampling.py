@@ -1,7 +1,5 @@
 """Sampling of completions during training: the memory that it takes, and the step that later steps reuse."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -3,8 +3,6 @@
 No text is ever read as markup or as a terminal command. rich is imported only where a table or colours need it.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """How much is said: notes and progress, as usual; nothing but results, warnings and errors; or more."""
 
-from __future__ import annotations
-
 import os
 
 LOUDNESS = "TUNEKIT_OUTPUT"  # quiet, verbose, or anything else

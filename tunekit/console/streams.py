@@ -1,7 +1,5 @@
 """Standard streams that may be closed, no terminal, or unable to encode a text."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from typing import TextIO

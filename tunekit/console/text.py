@@ -1,7 +1,5 @@
 """Text for a terminal: safe to show, and values and durations in words."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

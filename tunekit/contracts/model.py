@@ -1,7 +1,5 @@
 """What a model gives and how it is called; a model cut into stages for layer-by-layer execution."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The rows of an objective, from the data section: cached, split, counted."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The answers to prompts, and the text metrics over them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """Answers to choose from: the questions of evaluation rows or prompts, and the scores of their answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """One evaluation of the eval rows, as the recipe's `evaluation:` asks for it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

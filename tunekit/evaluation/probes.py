@@ -2,8 +2,6 @@
 log-probabilities from the model's own, and the adapted model from its base.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

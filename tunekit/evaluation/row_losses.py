@@ -2,8 +2,6 @@
 in another run, and the text of those with the highest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Evaluation that changes nothing: an objective's sums over batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

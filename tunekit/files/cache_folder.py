@@ -3,8 +3,6 @@
 Comes in: the environment.  Goes out: a folder, and the version of the code that fills it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

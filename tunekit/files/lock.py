@@ -3,8 +3,6 @@
 Comes in: the folder.  Goes out: a held lock, or RunFolderError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

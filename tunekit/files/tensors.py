@@ -4,8 +4,6 @@ Comes in: paths that may be hostile, named tensors on any device.  Goes out: whe
 file with its size and sha256.  Layout: 8 bytes header length, JSON header, then the tensors' bytes without a gap.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

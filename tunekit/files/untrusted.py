@@ -4,8 +4,6 @@ Comes in: a path.  Goes out: bytes or a JSON object, or an error that names the 
 allocates by what a file claims, only by what it is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

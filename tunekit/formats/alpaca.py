@@ -4,8 +4,6 @@ Comes in: one row.  Goes out: ChatExample: instruction and input, joined by a ne
 tokenizer has no chat template, Stanford Alpaca's own prompt is used instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ theirs.
 Comes in: one row.  Goes out: AudioLabelExample, whose recording is not read yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Comes in: one row.  Goes out: ChatExample.  Content may be text or text parts; n
 an assistant message multiplies the loss of its tokens; 0, or `train: false`, keeps it as context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: TagsExample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Comes in: formats/*.py turn rows into these.  Goes out: plain frozen values. An 
 loss of all its tokens (`sample_weight` in a row).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

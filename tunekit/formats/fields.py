@@ -1,7 +1,5 @@
 """Reading one field of a row, strictly: a missing, null, non-text or broken value is an error, never the text None."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Iterable, Mapping

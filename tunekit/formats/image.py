@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: ImageExample.  The picture is a path, seen from the table's folder, or a file's bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: ImageLabelExample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: LabelExample.  A label is text; a whole number or a truth value is read as its text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

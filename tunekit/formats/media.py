@@ -4,8 +4,6 @@ Comes in: one value of a row, a path or {"bytes": ..., "path": ...} as datasets 
 Media, which is not read yet.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ chosen and rejected have in common.  Texts are joined as they are; those of LLaM
 and Axolotl's (question) are turns, as there, and so are {from, value}.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ and need not be there: `answer`, `completion`, `output`, or the last turn of a c
 as it is, for reward functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: CompletionExample, byte for byte; or ChatExample in which only the completion is trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 Comes in: one row; `system` and `tools` may stand beside.  Goes out: ChatExample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: TagsExample.  A tag is text; a whole number is its place in objective.labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Comes in: one row.  Goes out: TranscriptExample, whose recording is not read yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ output, or a conversation whose last turn is the answer, and kto_tag) and Axolot
 preference pair is two such rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices, and the facts of a kind.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

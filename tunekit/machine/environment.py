@@ -3,8 +3,6 @@
 Comes in: nothing.  Goes out: environment.json's value.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from functools import cache

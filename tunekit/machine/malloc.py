@@ -6,8 +6,6 @@ joining its neighbour, and alone it is too small for the next block of its own s
 step's memory was lost so. A stock of small free chunks, each between two used ones, takes these objects in instead.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 from functools import cache

@@ -3,8 +3,6 @@
 Comes in: a device.  Goes out: bytes, or None where the system does not tell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

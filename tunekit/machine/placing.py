@@ -3,8 +3,6 @@
 Comes in: a tensor on the host.  Goes out: the same on the device.
 """
 
-from __future__ import annotations
-
 import torch
 
 from tunekit.machine.devices import kind_of

@@ -1,7 +1,5 @@
 """How fast streamed layers can be copied, by published bandwidths."""
 
-from __future__ import annotations
-
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
 

@@ -7,8 +7,6 @@ Every tensor begins at a multiple of 64 bytes, as torch's own allocations do: so
 addresses, and their sums differ in the last bit.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Copies between the host and the device of a computation, ordered against what is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 

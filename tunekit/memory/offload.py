@@ -11,8 +11,6 @@ A tensor on its way back lies in one of two buffers. `take` says that everything
 buffer may be filled again; the backward pass of a layer is over before that of the layer below begins.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass

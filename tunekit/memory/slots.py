@@ -7,8 +7,6 @@ A copy goes on beside the computation. Two things make it safe: nothing is compu
 copy has ended, and no copy into a slot begins before what was computed in it has ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ The sums of a split micro-batch are those of the whole one, in another order. Th
 half made is cleared and the window runs again from its first micro-batch: no second copy of the gradient is kept.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -3,8 +3,6 @@
 Comes in: a base and where its layers wait.  Goes out: LayerSlots, and layers that find themselves in their slot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -10,8 +10,6 @@ masks than untiled.
 Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ of the vocabulary at a time.
 Comes in: the projection's module, its matrix on the host.  Goes out: HeadParts, and a head that is met part by part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

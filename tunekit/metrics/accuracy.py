@@ -1,7 +1,5 @@
 """The share of rows whose predicted label is the right one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Counts of labels go in; precision, recall and F1 of each come out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Share of answers that contain their reference, white space at both ends of the reference aside."""
 
-from __future__ import annotations
-
 from tunekit.metrics.pairs import mean_of_pairs
 
 DESCRIPTION = "share of generated answers that contain the reference"

@@ -1,7 +1,5 @@
 """How far the probability of the chosen label is from how often it is right, over bins of probability."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

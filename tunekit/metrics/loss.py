@@ -1,7 +1,5 @@
 """Mean negative log-likelihood of the supervised tokens, from its sum."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """F1 of each label, averaged over labels: rare ones count as much as frequent ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

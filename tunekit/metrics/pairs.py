@@ -1,7 +1,5 @@
 """The mean of a number that each answer gets from its reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 

@@ -1,7 +1,5 @@
 """exp of the mean loss, from its sum."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

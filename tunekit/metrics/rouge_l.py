@@ -1,7 +1,5 @@
 """ROUGE-L: the longest common subsequence of words of the answer and the reference."""
 
-from __future__ import annotations
-
 import unicodedata
 
 from tunekit.metrics.pairs import mean_of_pairs

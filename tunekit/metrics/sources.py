@@ -1,7 +1,5 @@
 """The metrics of each source's rows go in; one table of all sources comes out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

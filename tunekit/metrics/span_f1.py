@@ -1,7 +1,5 @@
 """F1 of whole spans: one counts where its kind, its first and its last word are right."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

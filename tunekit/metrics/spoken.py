@@ -1,7 +1,5 @@
 """Error rates of transcripts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 

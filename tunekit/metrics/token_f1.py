@@ -1,7 +1,5 @@
 """Overlap of the answer's words with the reference's, whatever their order."""
 
-from __future__ import annotations
-
 import string
 from collections import Counter
 

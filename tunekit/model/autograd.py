@@ -1,7 +1,5 @@
 """The context of an autograd function, as torch hands it to `forward` and `backward`."""
 
-from __future__ import annotations
-
 from typing import Protocol, TypeVar
 
 from torch import Tensor

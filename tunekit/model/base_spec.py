@@ -1,7 +1,5 @@
 """What is known of a base before its weights are read: where it is, configuration, family, dtype, device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The one value that layers read besides their input: how this forward is made."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

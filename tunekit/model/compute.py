@@ -1,7 +1,5 @@
 """What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`."""
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedConfig
 

@@ -1,7 +1,5 @@
 """The one place that silences transformers, huggingface_hub and bitsandbytes, and puts everything back afterwards."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import sys

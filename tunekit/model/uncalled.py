@@ -4,8 +4,6 @@ A net's modules go in; out come the names of those layers, as its code shows the
 packed form would ever be asked.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

@@ -1,7 +1,5 @@
 """`objective: audio_classify`: audio classification, one label for each recording."""
 
-from __future__ import annotations
-
 from tunekit.contracts import EncodeOptions, Facts, Objective
 from tunekit.model.speech.features import AudioProcessor
 from tunekit.objectives.base import row_fingerprint

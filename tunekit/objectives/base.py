@@ -1,7 +1,5 @@
 """How an objective is found: `objective: sft` is sft.py, whose function `make` composes it."""
 
-from __future__ import annotations
-
 import importlib
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Processor, Tokenizer

@@ -1,7 +1,5 @@
 """`objective: classify`: sequence classification, one label for each text."""
 
-from __future__ import annotations
-
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import LabelLoss

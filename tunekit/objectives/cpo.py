@@ -1,7 +1,5 @@
 """`objective: cpo`: preferred against rejected answers by the policy's own scores, without a reference."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer

@@ -1,7 +1,5 @@
 """`objective: distill`: the student learns the next-token distribution of a teacher."""
 
-from __future__ import annotations
-
 from tunekit.contracts import CompanionSpec, EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.divergence import DivergenceLoss

@@ -3,8 +3,6 @@
 Source: Rafailov et al. 2023.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer

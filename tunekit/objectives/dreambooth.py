@@ -1,7 +1,5 @@
 """`objective: dreambooth`: subject-driven generation, a diffusion model learns what a few images show."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

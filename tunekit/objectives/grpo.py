@@ -1,7 +1,5 @@
 """`objective: grpo`: of its own completions to a prompt, the model learns those of higher reward."""
 
-from __future__ import annotations
-
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.advantages import CLIPPED
 from tunekit.objectives.losses.grpo import GroupRelative

@@ -1,7 +1,5 @@
 """`objective: image_classify`: image classification, one label for each image."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from tunekit.contracts import EncodeOptions, Facts, Objective

@@ -1,7 +1,5 @@
 """`objective: kto`: single answers, each marked as good or bad, compared with the model at step 0."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

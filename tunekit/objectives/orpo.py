@@ -1,7 +1,5 @@
 """`objective: orpo`: supervised tuning on chosen answers, with the odds of the rejected ones in the same loss."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer

@@ -1,7 +1,5 @@
 """`objective: reward`: a reward model, which gives each answer a score, the preferred one of two the higher one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -1,7 +1,5 @@
 """`objective: rloo`: the reward of a completion less the mean reward of the others to its prompt."""
 
-from __future__ import annotations
-
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.rloo import LeaveOneOut
 from tunekit.objectives.losses.samples import sampled_objective

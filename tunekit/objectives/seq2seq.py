@@ -1,7 +1,5 @@
 """`objective: seq2seq`: cross entropy on the answers of encoder-decoders (T5, BART)."""
 
-from __future__ import annotations
-
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.tokens import TokenLoss, own_positions

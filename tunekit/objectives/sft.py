@@ -1,7 +1,5 @@
 """`objective: sft`: next-token cross entropy on the supervised tokens of causal models."""
 
-from __future__ import annotations
-
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.tokens import TokenLoss

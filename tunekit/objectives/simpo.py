@@ -1,7 +1,5 @@
 """`objective: simpo`: mean log-probabilities of two answers, a margin apart, without a reference."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer

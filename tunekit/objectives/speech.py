@@ -1,7 +1,5 @@
 """`objective: speech`: speech recognition (Whisper, Moonshine), cross entropy on the transcripts of recordings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

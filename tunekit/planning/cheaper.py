@@ -3,8 +3,6 @@
 Cheap is what costs least in quality or speed: the order of `_changes`, from a recomputation to shorter rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial

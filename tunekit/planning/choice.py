@@ -4,8 +4,6 @@ The cost orders settings; it predicts no seconds. Every setting computes the sam
 is one of speed and memory alone.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Whether a run compiles its layers and uses other kernels, and why not."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

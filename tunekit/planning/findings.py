@@ -1,7 +1,5 @@
 """What is wrong with a run, collected from every part before it begins, so that all is shown at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 

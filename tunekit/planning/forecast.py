@@ -1,7 +1,5 @@
 """The peak memory of a run with some Choice: its largest batches are simulated, and its base is loaded on paper."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property

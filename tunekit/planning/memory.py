@@ -6,8 +6,6 @@ run cannot repeat bit by bit. Without a budget it decides how many layers are re
 whether weights are streamed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

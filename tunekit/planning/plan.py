@@ -1,7 +1,5 @@
 """Everything decided before a weight is loaded: recipe -> Plan."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """What would make a run fail or surprise, found before a weight is loaded."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec

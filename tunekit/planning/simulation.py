@@ -1,7 +1,5 @@
 """A training step and an evaluation without values: what the run's own network, engine and optimizer would keep."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy

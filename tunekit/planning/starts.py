@@ -1,7 +1,5 @@
 """What plan finds out about an adapter's initialisation: problems, the bytes it keeps until step 1, and notes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from tunekit.adapters.base import LayerAdapter

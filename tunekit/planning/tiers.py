@@ -1,7 +1,5 @@
 """Where the base's weights and its activations may wait during a step, and what that costs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """`data:` where the rows come from, how they are rendered and which tokens are trained on."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag

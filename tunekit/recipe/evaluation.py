@@ -1,7 +1,5 @@
 """`evaluation:` what is measured on the eval rows, and which checkpoint wins."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """recipe.yaml + command-line overrides -> Recipe, or every problem at once with file, line and key."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`memory:` what may be traded for memory."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

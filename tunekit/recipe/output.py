@@ -1,7 +1,5 @@
 """`output:` the run folder and the trackers."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

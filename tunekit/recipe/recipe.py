@@ -1,7 +1,5 @@
 """The whole recipe: one frozen value made of its sections."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny

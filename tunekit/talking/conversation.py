@@ -3,8 +3,6 @@
 The keys and values of a conversation's beginning are kept for its next turn.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

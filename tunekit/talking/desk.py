@@ -1,7 +1,5 @@
 """A queue of requests from many clients: one thread answers them in order, those side by side that can be."""
 
-from __future__ import annotations
-
 import queue
 import secrets
 import threading

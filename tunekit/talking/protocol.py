@@ -1,7 +1,5 @@
 """The protocol of OpenAI's chat completions: bodies of requests are read, strictly; usage and errors are written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """What was trained as its folder: an adapter in place, or of a checkpoint, whose base is read without its weights; or a
 whole model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict

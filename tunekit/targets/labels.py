@@ -1,7 +1,5 @@
 """Which label each row of a trained head stands for: of the base's own head, and of an adapter's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """TARGET of eval, generate and merge: what a path, hub id or recipe names, and its loaded model with the adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

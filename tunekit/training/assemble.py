@@ -2,8 +2,6 @@
 probed, restored from its checkpoint, and tried where plan wants that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial

@@ -2,8 +2,6 @@
 are in the run's first batches comes out. Nothing of the base is changed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

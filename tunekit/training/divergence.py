@@ -1,8 +1,6 @@
 """Warnings about steps that go wrong: a loss above the run's own past, or samples that teach nothing; the report keeps
 them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict

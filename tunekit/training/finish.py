@@ -1,7 +1,5 @@
 """The facts of a finished run, for its report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean

@@ -4,8 +4,6 @@ first values: from nothing, from W, from the data, from W unquantized, or from a
 What a resumed run restores from its checkpoint is not gathered again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial

@@ -4,8 +4,6 @@ A Run goes in; its state is advanced, its adapter trained, and its records hande
 On a GPU no step waits for its own numbers: they are read one step later, and the update itself is gated on them.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from signal import Signals

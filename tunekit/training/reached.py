@@ -3,8 +3,6 @@
 An adapter goes in, for the length of a block; an error that names what got no gradient comes out of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """A step's loss and gradient norm, read from the device one step later where waiting would cost, and checked."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a run reads and leaves in its folder beside the result: how it ended, what is run, records and checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict

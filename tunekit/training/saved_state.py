@@ -3,8 +3,6 @@
 There is no state of random generators: every random number is a function of (seed, step, place).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any

@@ -3,8 +3,6 @@
 Source: Micikevicius et al. 2018, 3.2.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tunekit.errors import NumericsError

@@ -1,7 +1,5 @@
 """The number of updates made goes in, a multiplier of the learning rate comes out; transformers' conventions."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one process of a run has at hand: recipe, devices, console, signals and, where it writes, the run folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

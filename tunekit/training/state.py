@@ -1,7 +1,5 @@
 """A prepared run, and where it is: what train.py puts together, the loop works with, and a checkpoint keeps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

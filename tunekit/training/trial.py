@@ -1,7 +1,5 @@
 """What is tried before step 1 (probes, the longest batch), and what a batch that is too large leads to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, replace
 

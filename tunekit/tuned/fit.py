@@ -1,7 +1,5 @@
 """Whether rows fit a model: family, vocabulary, positions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

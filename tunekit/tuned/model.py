@@ -1,7 +1,5 @@
 """A loaded base with its adapter, as engines, evaluation and generation call it: inputs in, hidden states out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace

@@ -2,8 +2,6 @@
 in one order. Its decoder layers are compiled here too, where plan says that it pays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 

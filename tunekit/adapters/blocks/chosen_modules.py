@@ -1,7 +1,5 @@
 """Which of some modules a method's target_modules names, where the modules are no linear layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tunekit.adapters.module_names import named_copies

@@ -1,7 +1,5 @@
 """x times a matrix that exists only while it is used: what the backward pass keeps is its small factors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

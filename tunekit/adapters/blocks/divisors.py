@@ -1,7 +1,5 @@
 """Settings that must divide the sides of every adapted layer, and the values that would."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """LoRA of fused expert weights: a parameter (E, O, I), or (E, I, O)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Generator, nn

@@ -1,7 +1,5 @@
 """What every method of peft_type LORA shares: the fields of PEFT's LoraConfig, and what does not fit the layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from tunekit.adapters.base import Settings

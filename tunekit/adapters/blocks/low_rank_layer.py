@@ -1,7 +1,5 @@
 """The update s B A of a layer, as every method has it whose update has two thin factors."""
 
-from __future__ import annotations
-
 import math
 
 import torch.nn.functional as F

@@ -1,8 +1,6 @@
 """An adapter whose initialisation moved weights, as plain LoRA of rank 2R against the untouched base, which every
 reader knows."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

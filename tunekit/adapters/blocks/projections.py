@@ -1,7 +1,5 @@
 """Frozen random matrices drawn as PEFT draws them, so that a file without them means the same."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Orthogonal matrices in blocks, made of the numbers that are trained, and their product with the inputs of a layer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

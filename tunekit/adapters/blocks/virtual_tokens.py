@@ -4,8 +4,6 @@ What the network would be called with goes in; the same with embeddings in place
 the virtual positions.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace

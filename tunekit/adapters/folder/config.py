@@ -1,8 +1,6 @@
 """What an adapter folder, ours or peft's, says about itself: adapter_config.json and tunekit.json, read strictly and
 before any tensor."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Tensors by PEFT's keys and targets go in, tensors by the other tool's keys and w
 diffusers reads alphas from the header alone (without them alpha is the rank); kohya's files hold them as tensors.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

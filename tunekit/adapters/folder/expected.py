@@ -1,7 +1,5 @@
 """Which tensors an adapter file must hold, known from configuration and base alone, compared with its header."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 

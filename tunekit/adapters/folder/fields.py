@@ -4,8 +4,6 @@ Settings, or the fields of a foreign configuration, go in; the other one, or a r
 The format is that of PEFT 0.21.2: every field it writes is written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic

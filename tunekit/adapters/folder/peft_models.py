@@ -3,8 +3,6 @@
 A net and the names of its layers go in; the names among them that need care come out. As of PEFT 0.21.2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from torch import nn

@@ -3,8 +3,6 @@
 A folder by anyone goes in; an attached adapter, or a refusal that names the fault, comes out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Module names of the base and resolved targets go in; target_modules, rank_pattern and alpha_pattern come out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 A net and the file go in; the net with larger matrices comes out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

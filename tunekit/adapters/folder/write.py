@@ -3,8 +3,6 @@
 An attached adapter goes in; a folder that peft loads without a warning comes out, the same bytes each time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import glob

@@ -1,7 +1,5 @@
 """Whether an MLP computes down(act(gate(x)) * up(x)) and nothing else, read from its own code."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import textwrap

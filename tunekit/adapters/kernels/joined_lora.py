@@ -7,8 +7,6 @@ Equal to the plain path up to the order of sums, with the same dropout masks. Wh
 with hooks, takes the plain path: its own forward.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

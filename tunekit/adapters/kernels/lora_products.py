@@ -6,8 +6,6 @@ With dropout p each layer has a mask m of its own: m x in place of x beside A, a
 kept, a byte an element: to draw it again would cost a CPU more time than all else that dropout does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise

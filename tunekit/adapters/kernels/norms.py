@@ -8,8 +8,6 @@ Inside in float32, as in transformers. Where the weight is trained, or nothing i
 modules compute this is read from their code.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -4,8 +4,6 @@ PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit read
 after PEFT's prefix, so that the biases of any other tool are easily put beside them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn

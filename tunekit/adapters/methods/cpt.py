@@ -1,7 +1,5 @@
 """Context-aware prompt tuning, of a decoder-only network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """DeLoRA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot

@@ -1,7 +1,5 @@
 """DoRA, of linear layers, Conv1D and embeddings, packed or not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """FourierFT, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

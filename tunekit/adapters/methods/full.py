@@ -1,7 +1,5 @@
 """Full fine-tuning, of a base whose weights are there as they are: neither quantized nor streamed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 

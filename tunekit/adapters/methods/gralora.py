@@ -1,7 +1,5 @@
 """GraLoRA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 import math
 
 import torch

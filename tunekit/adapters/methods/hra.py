@@ -1,7 +1,5 @@
 """HRA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn

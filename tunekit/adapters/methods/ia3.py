@@ -1,7 +1,5 @@
 """IA3, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any

@@ -7,8 +7,6 @@ Starts as the identity: gate = 0.    Source: Zhang et al. 2023, eq. 3 to 8, with
 GPT-2's output is added without W_o, as PEFT adds it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """LN tuning, of the norms of a base, quantized or not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn

@@ -1,7 +1,5 @@
 """LoRA and rsLoRA, of linear layers, Conv1D and embeddings, packed or not."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

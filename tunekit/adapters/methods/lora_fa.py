@@ -1,7 +1,5 @@
 """LoRA-FA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """MiSS, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Multitask prompt tuning, of any network with a token embedding."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """OFT, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot

@@ -1,7 +1,5 @@
 """P-tuning, of any network with a token embedding."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -8,8 +8,6 @@ With a projection the trained state is an embedding E (P, H * D) and two layers:
 in checkpoints. PEFT's files hold the prefix that comes of it, and are read as that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Prompt tuning, of any network with a token embedding."""
 
-from __future__ import annotations
-
 from torch import Generator, nn
 
 from tunekit.adapters.base import Slot

@@ -1,7 +1,5 @@
 """RandLoRA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

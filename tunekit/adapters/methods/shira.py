@@ -1,7 +1,5 @@
 """SHiRA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 import torch
 from torch import Generator, Tensor, nn
 

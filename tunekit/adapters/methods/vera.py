@@ -1,7 +1,5 @@
 """VeRA, of linear layers and Conv1D, packed or not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """CorDA initialisation of LoRA: A and B from W and the covariance of its inputs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The largest singular values of a matrix with their vectors, exact or fast."""
 
-from __future__ import annotations
-
 import torch
 from torch import Generator, Tensor
 

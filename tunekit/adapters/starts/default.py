@@ -1,7 +1,5 @@
 """Uniform initialisation of LoRA."""
 
-from __future__ import annotations
-
 import math
 
 import torch

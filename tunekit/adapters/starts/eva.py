@@ -1,7 +1,5 @@
 """EVA initialisation of LoRA: A from a layer's inputs, batch by batch, and how ranks are shared out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

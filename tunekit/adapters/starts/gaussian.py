@@ -1,7 +1,5 @@
 """Gaussian initialisation of LoRA."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

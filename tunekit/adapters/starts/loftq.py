@@ -1,7 +1,5 @@
 """LoftQ initialisation of LoRA: A and B make up for what quantization took from W."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from tunekit.adapters.starts.decompose import largest_parts

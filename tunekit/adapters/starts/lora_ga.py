@@ -1,7 +1,5 @@
 """LoRA-GA initialisation of LoRA: A and B along the gradient of W."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

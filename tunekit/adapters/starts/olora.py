@@ -1,7 +1,5 @@
 """OLoRA initialisation of LoRA: A and B are a part of the QR decomposition of W."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

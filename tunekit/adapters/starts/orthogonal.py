@@ -1,7 +1,5 @@
 """Orthogonal initialisation of LoRA: neither A nor B is 0, but B A is."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

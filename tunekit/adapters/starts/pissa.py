@@ -1,7 +1,5 @@
 """PiSSA initialisation of LoRA: A and B are the principal part of W."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from tunekit.adapters.starts.decompose import largest_parts

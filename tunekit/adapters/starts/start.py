@@ -5,8 +5,6 @@ A layer, its generator, and what its initialisation looks at go in; A and B come
 unquantized weight gives the values of `default` first, and is asked again by `initialise_all` before step 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module

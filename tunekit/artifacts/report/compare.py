@@ -1,7 +1,5 @@
 """Comparison of several runs: what differs between their recipes, and each run's results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev

@@ -1,7 +1,5 @@
 """The charts of a page, made from the records of steps and evaluations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

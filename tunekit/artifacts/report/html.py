@@ -1,7 +1,5 @@
 """report.html and its like: a page of sections as one HTML file that needs no network."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """report.md: a page of sections as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from tunekit.artifacts.report.sections import Bar, MarkedText, ReportPage, ReportSection, ReportTable

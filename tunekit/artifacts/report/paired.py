@@ -1,7 +1,5 @@
 """By how much the evaluation loss of runs differs from the first run's on rows that both evaluated, with intervals."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

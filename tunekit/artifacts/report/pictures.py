@@ -1,7 +1,5 @@
 """The pictures that a run's evaluations drew, and how a page that is one file holds them."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

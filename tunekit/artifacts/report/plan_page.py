@@ -1,7 +1,5 @@
 """What `tunekit plan` shows: names with values, and tables of the plan's targets and its memory."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from tunekit.recipe.reading.names import shows_of

@@ -1,7 +1,5 @@
 """The page of `tunekit preview --html`: rows as coloured tokens, without a network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from tunekit.artifacts.report.html import render

@@ -1,7 +1,5 @@
 """The sections of a run's report about memory, time, rows and size, and the tiles above them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields
 

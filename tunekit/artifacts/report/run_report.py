@@ -1,7 +1,5 @@
 """What the report of one run contains, from the values of its run folder; memory, time and rows are in run_costs.py."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """What a page consists of before it becomes Markdown or HTML: plain frozen values."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """report.json, report.md and report.html of a finished run."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 

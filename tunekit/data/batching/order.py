@@ -3,8 +3,6 @@
 The same on every machine and with every version of numpy: only the raw Philox stream is used.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Packing: several rows in one sequence, by first-fit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tunekit.errors import DataError

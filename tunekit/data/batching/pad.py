@@ -3,8 +3,6 @@
 Padding is masked by size, never by id.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import add
 from typing import Any

@@ -1,7 +1,5 @@
 """A micro-batch cut into two that hold the same rows: its loss and its gradient are the sum of theirs."""
 
-from __future__ import annotations
-
 from tunekit.contracts import Batch, Row, RowKind
 
 

@@ -4,8 +4,6 @@ Memory holds one buffer a source.
 The order is a pure function of (sources, settings, seed); to resume, everything before a step is encoded once more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count

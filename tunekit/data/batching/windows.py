@@ -4,8 +4,6 @@ The order is a pure function of (rows, settings, seed): a window never depends o
 `windows(first_step)` gives exactly the windows that an uninterrupted run would have seen from there on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The last answer of an example: read, or another text in its place; and all answers of a data section."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from tunekit.data.encoding.sources import read_examples

@@ -3,8 +3,6 @@
 torchvision's transforms draw from torch's own generator, which is seeded for the length of a call and then as before.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

@@ -3,8 +3,6 @@
 An entry is written beside its place and renamed into it; one that does not match its own checksums is made anew.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence

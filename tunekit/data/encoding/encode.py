@@ -1,7 +1,5 @@
 """A source's rows as they are trained on: cut to data.max_length, and counted."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

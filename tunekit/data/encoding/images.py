@@ -4,8 +4,6 @@ What the picture had to lose on the way (ink, depth, transparency) is counted fo
 dropped by count; what cannot be read is an error that names the file.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections import Counter

@@ -3,8 +3,6 @@
 Lines that begin with "warning: " need attention.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any

@@ -1,7 +1,5 @@
 """Raw rows to encoded ones, in their order: one after the other, or those of a long source on every core."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections import Counter, deque

@@ -1,7 +1,5 @@
 """The first rows of a streamed source, encoded, to show and to estimate from."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Samples as a model hears them: one channel, another rate, pieces that end where it is quiet."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """One source, encoded: from the token cache if nothing that decides its ids has changed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence

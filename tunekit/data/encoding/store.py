@@ -1,7 +1,5 @@
 """Encoded rows as flat arrays: one for each part, and one record a row. In memory, or mapped from a file."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The rows of a source go in; what is doubtful in each, by kind and line, comes out."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -3,8 +3,6 @@
 What could block (a pipe, a device) is never opened.
 """
 
-from __future__ import annotations
-
 import errno
 import gzip
 import hashlib

@@ -3,8 +3,6 @@
 It imports neither numpy nor torch, because validate uses it too.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

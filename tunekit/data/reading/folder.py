@@ -1,7 +1,5 @@
 """A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

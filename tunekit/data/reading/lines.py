@@ -1,7 +1,5 @@
 """JSON Lines, JSON arrays and plain text, read strictly and split at \\n alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What is wrong with a file's rows, collected into one error: each problem once, at most twenty."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 from tunekit.errors import DataError, Problem, TunekitError

@@ -4,8 +4,6 @@ JSON Lines is cut at line ends, Parquet at its row groups.  What cannot be enter
 file, a hub data set, a source cut short by max_rows) is one shard, read from its start.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 The only door to soundfile.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager

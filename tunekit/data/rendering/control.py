@@ -1,7 +1,5 @@
 """Control tokens come from the template alone: text of the data that spells one stays text."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

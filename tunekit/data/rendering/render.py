@@ -4,8 +4,6 @@ A conversation is rendered whole, once more up to each assistant turn (turns.py 
 offsets.  Text of the data that spells a special token stays text: only the template makes control tokens.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

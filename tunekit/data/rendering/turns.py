@@ -4,8 +4,6 @@ A template with {% generation %} markers says so itself.  Any other is rendered 
 "everything before, with the generation prompt" and "everything including it", if both are prefixes of the whole text.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter

@@ -13,8 +13,6 @@ bfloat16, 150 tokens 2.2 and 4.0, 512 tokens 19 and 22, 1,024 tokens 62 and 55; 
 tokens 15 and 26.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """Where the documents of packed rows begin and end, found once for each batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import add

@@ -1,7 +1,5 @@
 """The families of models. Each file here that defines FAMILY is one; the others hold what families share."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Audio classifiers: Whisper's encoder with one row of logits per recording."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

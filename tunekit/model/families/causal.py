@@ -1,7 +1,5 @@
 """Causal language models: tokens in, hidden states (B, T, D), a head (D) -> (V)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from tunekit.contracts import Processor

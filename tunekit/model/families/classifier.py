@@ -1,7 +1,5 @@
 """Sequence classifiers: an encoder or a decoder with one row of logits per text."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

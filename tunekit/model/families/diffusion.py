@@ -1,7 +1,5 @@
 """Diffusion pipelines: a denoiser with its VAE and text encoders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """The modules after the last layer: hidden states -> logits in float32, as the model itself would make them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

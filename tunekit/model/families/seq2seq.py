@@ -1,7 +1,5 @@
 """Encoder-decoders: T5, BART and whatever is built like them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Speech models that hear and write, such as Whisper: an encoder of recordings and a decoder of text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 
 import torch

@@ -4,8 +4,6 @@ The embed stage runs the base's own forward with recorders in place of the layer
 masks and position embeddings are made by the model's own code, whatever its version.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 

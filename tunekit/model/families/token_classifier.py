@@ -1,7 +1,5 @@
 """Token classifiers: an encoder or a decoder with one row of logits per token."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -5,8 +5,6 @@ first in the high half.  With double quantization the blocks' magnitudes, less t
 share a scale, and each is the nearest of 256 values.  Source: Dettmers et al. 2023 (QLoRA), section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 

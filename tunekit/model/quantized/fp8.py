@@ -4,8 +4,6 @@ On a GPU of compute capability 9.0 or more the product runs on the float8 units.
 multiplied in float32, so that a CPU computes what the GPU does up to the order of sums: for trying a recipe out.
 """
 
-from __future__ import annotations
-
 import torch
 
 from tunekit.machine.devices import capability

@@ -1,7 +1,5 @@
 """Recordings to log-mel features, by the model's own feature extractor."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Recordings to features and transcripts to ids, as a speech model was trained on them."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Recordings to ids of what is said in them, greedy unless the sampling says otherwise, by transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any

@@ -3,8 +3,6 @@
 Which piece belongs where is asked of transformers, whose loading joins them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from typing import Any

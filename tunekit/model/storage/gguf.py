@@ -1,7 +1,5 @@
 """GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """A packed base kept between runs: which file holds it, and when that file may be used."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model folder written whole or not at all: weights from whoever has them, and the base's other files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

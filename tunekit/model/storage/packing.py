@@ -1,7 +1,5 @@
 """A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field

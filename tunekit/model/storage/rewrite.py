@@ -1,7 +1,5 @@
 """A base written anew with some of its matrices changed: tensor by tensor, in float32, with one cast at the end."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Safetensors folders read and written one tensor at a time, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,8 +5,6 @@ between them, since the format allows no gaps.  Its header holds the key, and it
 all before them; a file that differs in either is made anew.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import shutil

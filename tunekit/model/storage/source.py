@@ -1,7 +1,5 @@
 """Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache."""
 
-from __future__ import annotations
-
 import json
 import stat
 from dataclasses import dataclass

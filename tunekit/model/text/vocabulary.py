@@ -1,7 +1,5 @@
 """Tokens against rows of the embedding: a token without a row is refused."""
 
-from __future__ import annotations
-
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
 

@@ -1,8 +1,6 @@
 """Numbers over completions: sums, means and spreads of rewards, what is logged of a step, and the tokens that a policy
 gradient reads. NaN: no reward."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

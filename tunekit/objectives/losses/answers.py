@@ -1,7 +1,5 @@
 """Losses of whole answers: each row has one loss, made of the log-probabilities of its answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import chain

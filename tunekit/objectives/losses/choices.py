@@ -1,7 +1,5 @@
 """The score of each answer to choose from: the sum of its tokens' log-probabilities."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

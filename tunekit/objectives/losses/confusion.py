@@ -1,7 +1,5 @@
 """Scores of labels go in; out come the sums that accuracy, F1 and calibration are made of."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

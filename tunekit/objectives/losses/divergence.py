@@ -3,8 +3,6 @@
 Unlike in trl, the tokens are those of the data and not samples of the student; kd_ratio is torchtune's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

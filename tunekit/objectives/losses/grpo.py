@@ -5,8 +5,6 @@ Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRP
 where trl's grpo and dr_grpo average over micro-batches; the model samples and scores without dropout.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

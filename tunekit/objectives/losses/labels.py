@@ -1,7 +1,5 @@
 """Cross entropy on labels: loss = sum over labels of -log p(label | row), divided by the step's number of labels."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ time, in float32, and each chunk's gradient is taken on the spot (loss and gradi
 where the head itself is trained are log-probabilities computed again in the backward.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -5,8 +5,6 @@ each micro-batch by itself (aot, sft, mean losses), so that micro-batches change
 end-of-turn token; the reference is computed without dropout, and dropout of the policy is the recipe's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

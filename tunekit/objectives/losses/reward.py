@@ -4,8 +4,6 @@ Source: Bradley and Terry 1952; names and formulas are those of trl 1.16.  The l
 not logged, because they are not sums over pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Source: Ahmadian et al. 2024; names and formulas are those of trl 1.16: the KL, 
 is subtracted from its reward, and the ratio is that of the whole completion.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The loss of the model's own completions: steps of completions with their rewards, and what evaluations measure."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Cross entropy on supervised tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A causal model reads the prompt once, with the answers side by side after it: ea
 encoder of an encoder-decoder reads it once, and the decoder has a line for each answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Rows of images that have a label each. Their augmentation is drawn from (seed, step, row)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Rows of texts that have a label each."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

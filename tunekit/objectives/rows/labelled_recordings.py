@@ -1,7 +1,5 @@
 """Rows of recordings that have a label each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Labels of rows: listed, or learned from all rows together; and objectives whose head has one score for each label."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets,
 images are enlarged, and that only the ratio between aspect ratios decides which is the nearest.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

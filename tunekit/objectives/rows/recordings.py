@@ -1,7 +1,5 @@
 """Rows of recordings: their features, or where they can be heard again; SpecAugment's masks are drawn for each step."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

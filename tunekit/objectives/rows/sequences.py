@@ -1,7 +1,5 @@
 """Rows of one sequence of ids, with a mark on each id that is trained on: for causal models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

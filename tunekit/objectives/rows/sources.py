@@ -1,7 +1,5 @@
 """Rows of a source that an encoder reads and an answer that a decoder learns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """SpecAugment: a step masks stretches of a recording's frames, and of its frequencies. Masks are a pure function of
 (seed, step, row)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Rows of words that have a tag each, predicted at the first token of the word."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Rows of token ids: what all objectives over texts share, and answers by generation."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

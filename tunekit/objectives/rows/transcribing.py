@@ -1,7 +1,5 @@
 """Recordings to texts, as a speech model answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

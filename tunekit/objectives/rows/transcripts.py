@@ -1,7 +1,5 @@
 """Rows of recordings with their transcripts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

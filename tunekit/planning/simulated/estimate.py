@@ -1,7 +1,5 @@
 """The peak of a run from its simulated work: live bytes, the loading of the base, and what a device adds to them."""
 
-from __future__ import annotations
-
 import torch
 
 from tunekit.machine.devices import kind_of

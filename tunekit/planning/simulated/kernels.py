@@ -1,7 +1,5 @@
 """Attention and grouped products on the meta device, computed without values as the real device would compute them."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ they are read. Others are copied, or packed, one after the other, and no page of
 transformers can read the base, they are copied, or packed, while their file is still mapped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A storage counts from the operation that makes it until it is freed; views count
 counts with its new size.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ Shapes and control flow of a forward depend on ids, positions and masks, never o
 these, are computed for real beside the simulation: the mask of packed rows is then the one that the real run builds.
 """
 
-from __future__ import annotations
-
 from collections.abc import MutableMapping
 from typing import Any
 

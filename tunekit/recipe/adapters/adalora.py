@@ -1,7 +1,5 @@
 """`adapter: {method: adalora}` settings of AdaLoRA (Zhang et al. 2023)."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

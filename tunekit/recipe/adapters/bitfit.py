@@ -1,7 +1,5 @@
 """`adapter: {method: bitfit}` settings of BitFit (Ben Zaken et al. 2022)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import AdapterSettings, TextOrTexts

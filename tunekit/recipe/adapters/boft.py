@@ -1,7 +1,5 @@
 """`adapter: {method: boft}` settings of BOFT, orthogonal fine-tuning by butterflies (Liu et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.adapters.oft import BlockSettings

@@ -1,7 +1,5 @@
 """`adapter: {method: c3a}` settings of C3A (Chen et al. 2025)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate

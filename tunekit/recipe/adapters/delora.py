@@ -1,7 +1,5 @@
 """`adapter: {method: delora}` settings of DeLoRA, decoupled low-rank adaptation (Bini et al. 2025)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

@@ -1,7 +1,5 @@
 """`adapter: {method: dora}` settings of DoRA (Liu et al. 2024)."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 

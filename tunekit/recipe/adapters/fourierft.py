@@ -1,7 +1,5 @@
 """`adapter: {method: fourierft}` settings of FourierFT (Gao et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, CountOrZero, Positive, TargetedSettings

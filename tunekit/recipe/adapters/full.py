@@ -1,7 +1,5 @@
 """`adapter: {method: full}` settings of full fine-tuning: no adapter, the base's own weights are trained."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

@@ -1,7 +1,5 @@
 """`adapter: {method: gralora}` settings of GraLoRA, granular low-rank adaptation (Jung et al. 2025)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

@@ -1,7 +1,5 @@
 """`adapter: {method: hira}` settings of HiRA, Hadamard high-rank adaptation (Huang et al. 2025)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

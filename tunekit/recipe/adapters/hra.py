@@ -1,7 +1,5 @@
 """`adapter: {method: hra}` settings of HRA, Householder reflection adaptation (Yuan et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, TargetedSettings

@@ -1,7 +1,5 @@
 """`adapter: {method: ia3}` settings of IA3 (Liu et al. 2022)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import TargetedSettings, TextOrTexts, metamath_rate

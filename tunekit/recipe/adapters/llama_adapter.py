@@ -1,7 +1,5 @@
 """`adapter: {method: llama_adapter}` settings of LLaMA-Adapter, PEFT's adaption prompt (Zhang et al. 2023)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import AdapterSettings, Count, metamath_rate

@@ -1,7 +1,5 @@
 """`adapter: {method: ln_tuning}` settings of LN tuning (Zhao et al. 2023)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

@@ -1,7 +1,5 @@
 """`adapter: {method: loha}` settings of LoHa, the low-rank Hadamard product (Hyeon-Woo et al. 2022; LyCORIS)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

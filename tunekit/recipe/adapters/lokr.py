@@ -1,7 +1,5 @@
 """`adapter: {method: lokr}` settings of LoKr, the low-rank Kronecker product (Yeh et al. 2024; LyCORIS)."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

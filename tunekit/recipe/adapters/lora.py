@@ -1,7 +1,5 @@
 """`adapter: {method: lora}` settings of LoRA and rsLoRA (Hu et al. 2021; Kalajdzievski 2023)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.low_rank import LowRankSettings

@@ -1,7 +1,5 @@
 """`adapter: {method: lora_fa}` settings of LoRA-FA (Zhang et al. 2023)."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 

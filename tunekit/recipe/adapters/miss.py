@@ -1,7 +1,5 @@
 """`adapter: {method: miss}` settings of MiSS, matrix shard sharing (Kang and Yin 2024, also called Bone)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

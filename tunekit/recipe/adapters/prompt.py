@@ -1,7 +1,5 @@
 """`adapter: {method: prompt}` settings of prompt tuning (Lester et al. 2021)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

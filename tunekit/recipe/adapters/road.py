@@ -1,7 +1,5 @@
 """`adapter: {method: road}` settings of RoAd (Liao and Monz 2024)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`adapter: {method: shira}` settings of SHiRA, the sparse high-rank adapter (Bhardwaj et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate

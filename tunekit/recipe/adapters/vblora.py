@@ -1,7 +1,5 @@
 """`adapter: {method: vblora}` settings of VB-LoRA (Li et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

@@ -1,7 +1,5 @@
 """`adapter: {method: vera}` settings of VeRA (Kopiczko et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases import fields

@@ -1,7 +1,5 @@
 """Fields that several settings have. Each settings class lists its own, so that none inherits from a long chain."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 MODULES_TO_SAVE = Field((), description="modules trained whole, such as a head: names or name endings")

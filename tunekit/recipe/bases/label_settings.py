@@ -1,7 +1,5 @@
 """What objectives whose head has one score a label share: the labels."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema

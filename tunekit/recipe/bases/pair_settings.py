@@ -1,7 +1,5 @@
 """What the objectives over pairs of answers have in common."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 from pydantic import Field

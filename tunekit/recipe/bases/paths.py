@@ -1,7 +1,5 @@
 """Marks on settings whose text is a path, so that reading, writing, checking and copying recipes find every path."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """What objectives over recordings share: SpecAugment."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, ObjectiveSettings

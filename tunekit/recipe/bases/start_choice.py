@@ -1,7 +1,5 @@
 """`start: NAME` or `start: {method: NAME, ...}` of the LoRA family -> the settings of one of recipe/starts/."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field, PlainSerializer

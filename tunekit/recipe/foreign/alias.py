@@ -1,7 +1,5 @@
 """What a name of another tool means: a key of ours and how its value is translated, or why there is none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tunekit.recipe.foreign.values import Translate, always_so, same

@@ -1,7 +1,5 @@
 """What becomes of another tool's key: written under our name, said to change nothing, or complained of."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tunekit.errors import Problem

@@ -3,8 +3,6 @@
 A value that the shell would put in (`$NAME`) is a problem: only what is written can be translated.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ What has no exact translation is a problem.
 Source: LLaMA-Factory's data/README.md.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -2,8 +2,6 @@
 Two spellings of one thing, and a value without an exact translation, are problems.
 """
 
-from __future__ import annotations
-
 from tunekit.recipe.foreign.become import complain, record, rewrite, take, write
 from tunekit.recipe.foreign.datasets import name_sources
 from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, SOURCE_KEYS, TEMPLATE_KEYS, TEMPLATES, TOP_LEVEL

@@ -1,7 +1,5 @@
 """The keys of TRL's GRPOConfig and RLOOConfig, and what a micro-batch counts there."""
 
-from __future__ import annotations
-
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.values import NOTHING, lost, one_of
 from tunekit.recipe.reading.draft import Draft, KeyPath

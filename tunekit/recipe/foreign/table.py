@@ -1,7 +1,5 @@
 """The key names of Axolotl, LLaMA-Factory, TRL and PEFT, where those tools put them, and tunekit's key for each."""
 
-from __future__ import annotations
-
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.samples import OF_SAMPLES

@@ -4,8 +4,6 @@ Sources of the defaults: TRL's SFTConfig, DPOConfig, RewardConfig and ModelConfi
 LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders of torchtune.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tunekit.recipe.foreign.become import record

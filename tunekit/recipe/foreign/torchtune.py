@@ -3,8 +3,6 @@
 Source: torchtune's recipes/configs, and the arguments of the builders that they name.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

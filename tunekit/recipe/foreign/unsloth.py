@@ -3,8 +3,6 @@
 Source: unsloth_cli/config.py and unsloth-cli.py.
 """
 
-from __future__ import annotations
-
 from tunekit.recipe.foreign import values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all

@@ -2,8 +2,6 @@
 NOTHING: the value changes nothing here. NotExact: what would be lost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Final
 

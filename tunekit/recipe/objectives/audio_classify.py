@@ -1,7 +1,5 @@
 """`objective: audio_classify` a head that is trained with the adapter gives each recording a label."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings

@@ -1,7 +1,5 @@
 """`objective: classify` sequence classification: a head that is trained with the adapter gives each text a label."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.section import FirstRecipe
 

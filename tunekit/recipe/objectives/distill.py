@@ -1,7 +1,5 @@
 """`objective: distill` knowledge distillation: the distribution of a teacher over the next token is learned."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

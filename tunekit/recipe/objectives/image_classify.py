@@ -1,7 +1,5 @@
 """`objective: image_classify` a head that is trained with the adapter gives each picture a label."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import AfterValidator, Field

@@ -1,8 +1,6 @@
 """`objective: kto` Kahneman-Tversky optimization: answers marked as good or bad, without pairs, held to the model as it
 was before step 1."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`objective: orpo` odds ratio preference optimization: supervised tuning on chosen answers, away from the others."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.pair_settings import PairSettings

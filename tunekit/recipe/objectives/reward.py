@@ -1,7 +1,5 @@
 """`objective: reward` reward model: a head of one score is trained with the adapter, higher for preferred answers."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.pair_settings import REWARDS, PairSettings

@@ -1,8 +1,6 @@
 """`objective: rloo` REINFORCE leave-one-out: the reward of a completion less the mean reward of the others to its
 prompt."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import AfterValidator, Field

@@ -1,7 +1,5 @@
 """`objective: seq2seq` supervised fine-tuning of encoder-decoders: one reads the prompt, one learns the answer."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 

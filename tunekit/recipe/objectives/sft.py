@@ -1,7 +1,5 @@
 """`objective: sft` supervised fine-tuning: next-token cross entropy on the supervised tokens."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.section import FirstRecipe, ObjectiveSettings
 
 

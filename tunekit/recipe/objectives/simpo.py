@@ -1,7 +1,5 @@
 """`objective: simpo` simple preference optimization: mean log-probabilities of the answers, a margin apart."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`objective: speech` transcripts or translations of recordings, by an encoder-decoder such as Whisper."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`objective: token_classify` tags over words: a head that is trained with the adapter gives each word a tag."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.records import Shows

@@ -1,7 +1,5 @@
 """What contradicts what: checks across keys, made before anything is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from tunekit.errors import holds_secret

@@ -1,7 +1,5 @@
 """A recipe while it is being read: plain values, and for every written key the place it was written."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

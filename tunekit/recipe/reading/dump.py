@@ -1,8 +1,6 @@
 """Recipe -> YAML text, every key written, for the run folder. Texts that YAML readers could take for something else are
 quoted."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Names in a recipe are file names: which adapters, objectives, families, formats and metrics exist, and their
 settings. A new file is a new name; there is no other list."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from functools import cache

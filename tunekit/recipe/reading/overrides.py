@@ -2,8 +2,6 @@
 Values are read as YAML; keys are dotted, list items by index, other tools' names allowed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import get_origin
 

@@ -2,8 +2,6 @@
 reading, relative to the new file on writing. Hub names stay as they are; `~` is the home folder; `$VAR` stays.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """pydantic's findings -> our words: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import ValidationError

@@ -1,7 +1,5 @@
 """What a recipe may hold, for editors (JSON Schema) and for people (reference text)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which settings class is behind each place of a recipe, found from the classes' own fields."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 

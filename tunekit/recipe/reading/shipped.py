@@ -1,7 +1,5 @@
 """Where the shipped recipes, their data and their schema lie: inside an installed package, or beside it in a clone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tunekit.errors import InputError

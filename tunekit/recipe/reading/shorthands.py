@@ -1,7 +1,5 @@
 """Shorthands of structure -> the full form: `model: NAME`, `adapter: lora`, `train: rows.jsonl`, ..."""
 
-from __future__ import annotations
-
 from typing import get_origin
 
 from pydantic.fields import FieldInfo

@@ -1,7 +1,5 @@
 """Did you mean: the nearest known name, and how a wrong value is shown in a message."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tunekit.errors import redact

@@ -1,7 +1,5 @@
 """What the recipe's grammar knows but this version cannot do: refused by name, never read and ignored."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from tunekit.errors import Problem

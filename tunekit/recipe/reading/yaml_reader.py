@@ -5,8 +5,6 @@ text. Values are built here from the parser's events, so no resolver table of Py
 anchors, merge keys and tags are refused where they stand instead of being expanded.
 """
 
-from __future__ import annotations
-
 import re
 import stat
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`start: corda`: A and B take a part of each matrix weighed by the covariance of its inputs (Yang et al. 2024)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`start: default`: A uniform within 1 / sqrt(inputs), B = 0."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.section import StartSettings
 
 

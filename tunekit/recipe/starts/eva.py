@@ -1,7 +1,5 @@
 """`start: eva`: A spans the directions in which each layer's inputs vary most (Paischer et al. 2024)."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`start: gaussian`: A from a normal distribution of deviation 1 / r, B = 0."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.section import StartSettings
 
 

@@ -1,7 +1,5 @@
 """`start: loftq`: A and B make up for what quantization took from each matrix (Li et al. 2023)."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.section import StartSettings
 
 

@@ -1,7 +1,5 @@
 """`start: lora_ga`: A and B are singular vectors of each matrix's gradient (Wang et al. 2024)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """`start: olora`: A and B are the first r columns and rows of each matrix's QR decomposition (Büyükakyüz 2024)."""
 
-from __future__ import annotations
-
 from tunekit.recipe.bases.section import StartSettings
 
 

@@ -1,7 +1,5 @@
 """`start: pissa`: A and B take the r largest singular values of each matrix (Meng et al. 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, StartSettings

@@ -10,8 +10,6 @@ What an encoder gave stays on the device while the decoder's layers run, for eac
 that of every side input, is summed in the order in which one graph would sum it.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A pipeline's folder goes in; ids of prompts, shapes of latents and the numbers of the schedule come out.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

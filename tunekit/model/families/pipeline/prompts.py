@@ -1,8 +1,6 @@
 """Prompts as denoisers read them: a net with its text encoders and ids go in; embeddings come out, with a gradient
 where a text encoder is trained. The same as diffusers' encode_prompt of each pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
