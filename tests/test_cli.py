@@ -408,6 +408,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     for line in (
         "theirs.yaml:2: template -> nothing (the tokenizer's own template is used; `tunekit preview` shows it)",
         "theirs.yaml:7: max_samples -> data.train.0.max_rows",
+        "theirs.yaml:7: max_samples -> data.train.0.draw_seed: None",
         "theirs.yaml:9: plot_loss -> nothing (every step is logged)",
         "theirs.yaml:11: preprocessing_num_workers -> nothing (rows are cached by their content)",
     ):
@@ -418,6 +419,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     assert load_recipe(ours).recipe == load_recipe(theirs, imported=True).recipe
     assert load_recipe(ours).rewrites == []
     source = load_recipe(ours).recipe.data.train[0]
+    assert source.draw_seed is None, "LLaMA-Factory takes the first rows"
     assert (source.path, source.max_rows, source.columns) == (str(tmp_path / "rows.jsonl"), 500, {"body": "text"})
     text = ours.read_text(encoding="utf-8")
     assert "weight_decay" not in text, "defaults are not written out"

@@ -86,7 +86,8 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
             if Path(source.path).is_absolute():
                 try:
                     if _read_by_line(with_table(source).path):
-                        open_rows(source, recipe.objective.example, Problems())
+                        first = source.model_copy(update={"max_rows": None})  # a draw would read all of them
+                        open_rows(first, recipe.objective.example, Problems())
                 except DataError as error:
                     found = error.problems[0]
                     place = source.path if found.line is None else f"{source.path}:{found.line}"

@@ -8,10 +8,13 @@ import json
 import logging
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPOSITORY
@@ -98,6 +101,58 @@ def test_columns_and_max_rows(tmp_path: Path) -> None:
         read(path, columns={"completion": "q"})
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder"])
+def test_max_rows_draws_from_the_whole_source(kind: str, tmp_path: Path) -> None:
+    labels = [f"{number // 50}" for number in range(1000)]  # sorted, as files of classes often are
+    path = tmp_path / ("classes" if kind == "folder" else f"d.{kind}")
+    if kind == "folder":
+        for number, label in enumerate(labels):
+            (path / label).mkdir(parents=True, exist_ok=True)
+            (path / label / f"{number:03d}.png").touch()
+    elif kind == "parquet":
+        pq.write_table(pa.table({"label": labels}), path, row_group_size=300)
+    else:
+        rows = [json.dumps({"label": label}) for label in labels]
+        if kind == "json":
+            path.write_text(f"[{','.join(rows)}]", "utf-8")
+        else:
+            path.write_text("\n\n".join(rows) if kind == "jsonl" else "\n".join(["label", *labels]), "utf-8")
+    drawn = read(path, max_rows=200)
+    assert len(drawn) == 200
+    assert len({row.values["label"] for row in drawn}) == 20
+    assert read(path, max_rows=200) == drawn
+    assert read(path, max_rows=200, draw_seed=1) != drawn
+    whole = read(path)
+    places = [whole.index(row) for row in drawn] if kind != "json" else []  # whose rows share a line here
+    assert places == sorted(set(places))
+    assert read(path, max_rows=1000) == read(path, max_rows=2000) == whole
+    assert read(path, max_rows=200, draw_seed=None) == whole[:200]
+
+
+def test_every_row_is_drawn_equally_often(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(20)), "utf-8")
+    counts = Counter(row.line for seed in range(400) for row in read(path, max_rows=5, draw_seed=seed))
+    assert len(counts) == 20
+    assert sum((count - 100) ** 2 / 75 for count in counts.values()) < 45  # chi squared, 19 degrees: p < 0.001
+
+
+def test_rows_of_a_streamed_hub_data_set_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"text": str(number)} for number in range(30)])
+
+    def load_dataset(path: str, streaming: bool, **options: Any) -> Any:
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    whole = Source(path="some/set", max_rows=10)
+    assert [row.line for row in read_source(whole, Problems())] not in ([], list(range(1, 11)))
+    streamed = whole.model_copy(update={"streaming": True})
+    with pytest.raises(DataError, match="draw_seed: null for its first rows"):
+        read_source(streamed, Problems())
+    first = streamed.model_copy(update={"draw_seed": None})
+    assert [row.line for row in read_source(first, Problems())] == list(range(1, 11))
+
+
 def test_what_is_a_hub_name(tmp_path: Path) -> None:
     assert is_hub_name("gsm8k")
     assert is_hub_name("openai/gsm8k")
@@ -117,7 +172,7 @@ def test_the_hub_is_asked_for_split_and_revision(
         return datasets.Dataset.from_list([{"q": "a"}, {"q": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = Source(path="some/set", split="test", revision="abc", columns={"q": "prompt"}, max_rows=1)
+    source = Source(path="some/set", split="test", revision="abc", columns={"q": "prompt"}, max_rows=1, draw_seed=None)
     assert list(read_source(source, Problems())) == [RawRow(1, {"prompt": "a"})]
     assert asked == [("some/set", {"split": "test", "revision": "abc", "streaming": False})]
     absent = Source(path="no/such")

@@ -92,6 +92,31 @@ def test_without_shuffling_the_order_is_the_file_s(tiny: LoadedTokenizer, tmp_pa
     assert origins(list(windows.windows(0))) == [f"d.jsonl:{line}" for line in range(1, ROWS + 1)]
 
 
+def test_max_rows_draws_the_rows_that_an_unstreamed_source_has(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl")
+    streaming = load(tiny, streamed(path, max_rows=40))
+    found = origins(list(streaming.windows(settings(micro_batch_size=4, max_steps=20, epochs=None)).windows(0)))
+    drawn = load(tiny, Source(path=str(path), max_rows=40))
+    expected = [drawn.train[index].origin for index in range(40)]
+    assert expected != [f"d.jsonl:{line}" for line in range(1, 41)]
+    assert Counter(found[:40]) == Counter(found[40:80]) == Counter(expected)
+    assert streaming.counts.trained == 40
+    for rows in (streaming, drawn):
+        assert any("40 rows, drawn from all of them" in note for note in rows.notes)
+
+
+def test_the_draw_is_part_of_what_is_cached_and_compared(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl")
+    drawn, other, first, whole = (
+        load(tiny, Source(path=str(path), max_rows=rows, draw_seed=seed))
+        for rows, seed in ((9, 0), (9, 1), (9, None), (None, 0))
+    )
+    found = [tuple(rows.train[index].origin for index in range(9)) for rows in (drawn, other, first)]
+    assert len(set(found)) == 3
+    assert len({rows.fingerprint for rows in (drawn, other, first, whole)}) == 4
+    assert load(tiny, Source(path=str(path), draw_seed=3)).fingerprint == whole.fingerprint
+
+
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 64}])
 def test_resume_and_ranks(tiny: LoadedTokenizer, tmp_path: Path, changes: dict[str, Any]) -> None:
     rows = load(

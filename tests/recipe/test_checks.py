@@ -39,6 +39,24 @@ def test_unknown_keys_of_inner_mappings_are_suggested(tmp_path: Path) -> None:
     )
 
 
+def test_a_draw_needs_a_number_of_rows(tmp_path: Path) -> None:
+    text = "model: m\ndata:\n  train: {path: a, draw_seed: null}\noutput: {dir: out}\n"
+    assert problems_of(text, tmp_path) == [
+        "recipe.yaml:3: data.train.0.draw_seed: says which rows max_rows takes, and there is no max_rows; remove it"
+    ]
+    recipe = load(text.replace("path: a", "path: a, max_rows: 5"), tmp_path)
+    assert recipe.data.train[0].draw_seed is None
+
+
+@pytest.mark.parametrize("zero", ["0", "0.0", "null"])
+def test_an_evaluation_fraction_of_zero_is_none(zero: str, tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: a}\noutput: {dir: out}\n"
+    assert load(text, tmp_path, f"data.eval={zero}").data.eval is None
+    assert problems_of(text + "evaluation: {best: eval.loss}\n", tmp_path, f"data.eval={zero}") == [
+        "recipe.yaml:4: evaluation.best: needs evaluation rows; set data.eval"
+    ]
+
+
 def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     text = (
         "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"

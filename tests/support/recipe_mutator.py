@@ -59,10 +59,11 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "data.train.0.split": (["train", "no", "train_sft"], NOT_TEXT),
     "data.train.0.revision": (["main", "off"], NOT_TEXT),
     "data.train.0.max_rows": ([*COUNTS, "null", "~"], [each for each in NOT_COUNTS if each != "null"]),
+    "data.train.0.draw_seed": (["0"], ["-1", "1.5", "true", "text", "[1]"]),  # another one needs max_rows
     "data.train.0.streaming": (["false"], NOT_BOOLEANS),
     "data.eval": (
-        ["0.05", "5e-2", "null", EVAL, f"[{EVAL}]", f"{{path: {EVAL}}}", f"[{EVAL}, {{path: b.jsonl}}]"],
-        ["0", "1", "1.5", "-0.1", "true", "[]", "[5]", "{format: chat}", ".nan", '"0.1"'],
+        ["0.05", "5e-2", "null", "0", "0.0", EVAL, f"[{EVAL}]", f"{{path: {EVAL}}}", f"[{EVAL}, {{path: b.jsonl}}]"],
+        ["1", "1.5", "-0.1", "true", "false", '"0"', "[]", "[5]", "{format: chat}", ".nan", '"0.1"'],
     ),
     "data.train_on": (["assistant", "last", "all"], ["user", "true", "null", "[all]"]),
     "data.rewritten_answers": (["last", "each"], ["all", "true", "null"]),
@@ -156,6 +157,7 @@ EXCLUSIVE = (
     ("training.warmup_ratio", "training.warmup_steps"),
     ("training.micro_batch_size", "training.micro_batch_tokens"),
 )
+NO_EVAL = ("null", "0", "0.0")
 NEED_EVAL = ("evaluation.best", "evaluation.patience")
 # keys as Axolotl, LLaMA-Factory and TRL write them at top level
 ALIASES = {
@@ -260,8 +262,10 @@ def choose(draw: random.Random, focus: str | None, only: dict[str, list[str]]) -
         if first in keys and second in keys:
             keys.remove(first if focus == second or (focus != first and draw.random() < 0.5) else second)
     chosen = {key: draw.choice(texts[key]) for key in keys}
-    if any(chosen.get(key, "null") != "null" for key in NEED_EVAL) and chosen.get("data.eval", "null") == "null":
-        chosen["data.eval"] = draw.choice([text for text in texts["data.eval"] if text != "null"])
+    if any(chosen.get(key, "null") != "null" for key in NEED_EVAL) and chosen.get("data.eval", "null") in NO_EVAL:
+        fitting = [text for text in texts["data.eval"] if text not in NO_EVAL]
+        chosen = {key: text for key, text in chosen.items() if fitting or key not in NEED_EVAL}
+        chosen |= {"data.eval": draw.choice(fitting)} if fitting else {}
     if chosen.get("data.rewritten_answers") == "each":
         chosen.pop("data.train_on" if focus != "data.train_on" else "data.rewritten_answers", None)
     if chosen.get("data.train.0.columns", "{}") != "{}":

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from tunekit.recipe.bases.paths import FilePath, RowsPath
-from tunekit.recipe.bases.section import Count, Number, Positive, Section, Several, Text
+from tunekit.recipe.bases.section import Count, Number, Positive, Section, Seed, Several, Text
 
 
 class Source(Section):
@@ -19,7 +19,10 @@ class Source(Section):
     columns: dict[Text, Text] = Field(default_factory=dict, description="the file's column: the format's field")
     split: Text = Field("train", description="split of a hub data set")
     revision: Text = Field("main", description="branch, tag or commit of a hub data set")
-    max_rows: Count | None = Field(None, description="read no more rows than this")
+    max_rows: Count | None = Field(None, description="use no more rows than this, drawn from all of them")
+    draw_seed: Seed | None = Field(
+        0, description="of max_rows: which rows are drawn, the same whatever training.seed is; null: the first ones"
+    )
     streaming: bool = Field(False, description="larger than memory: read on the fly (needs training.max_steps)")
 
 
@@ -34,7 +37,11 @@ def _eval_kind(value: object) -> str:
     return "sources" if isinstance(value, list | tuple) else "fraction"
 
 
-EvalFraction = Annotated[Number, Field(gt=0, lt=1)]
+def _none_of_zero(value: object) -> object:
+    return None if value == 0 else value
+
+
+EvalFraction = Annotated[Number, Field(ge=0, lt=1)]
 EvalRows = Annotated[
     Annotated[EvalFraction, Tag("fraction")] | Annotated[Several[Source], Field(min_length=1), Tag("sources")],
     Discriminator(_eval_kind),
@@ -46,7 +53,9 @@ class DataSection(Section):
     """Training and evaluation rows."""
 
     train: Several[Source] = Field(min_length=1, description="a path, a source, or a list of either")
-    eval: EvalRows | None = Field(None, description="a fraction of each training source, or sources like train")
+    eval: Annotated[EvalRows | None, AfterValidator(_none_of_zero)] = Field(
+        None, description="a fraction of each training source, or sources like train; 0: none, as null"
+    )
     train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which tokens are trained on")
     rewritten_answers: Literal["last", "each"] = Field(
         "last",

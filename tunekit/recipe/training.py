@@ -15,8 +15,8 @@ from tunekit.recipe.bases.section import (
     Number,
     Positive,
     Section,
+    Seed,
     Text,
-    Whole,
 )
 
 # each with its settings and their defaults, under transformers' names; None: from the warm-up, or the number of steps
@@ -85,7 +85,7 @@ class TrainingSection(Section):
     deterministic: bool = Field(
         False, description="on a GPU: kernels that add up in a fixed order, so that a resumed run repeats every bit"
     )
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of every random draw")
+    seed: Seed = Field(0, description="of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")
     eval_steps: Count = Field(100, description="steps between evaluations")

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, SourceCounts
 from tunekit.data.reading.first import NAMED
+from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
@@ -36,6 +37,18 @@ def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]
 def filled_columns(values: Mapping[str, Any]) -> list[str]:
     """The columns of a row that hold something."""
     return [name for name, value in values.items() if value is not None]
+
+
+def drawn_notes(name: str, source: Source) -> list[str]:
+    """Which rows max_rows took of a source."""
+    if source.max_rows is None:
+        return []
+    if source.draw_seed is None:
+        return [f"{name}: its first {source.max_rows:,} rows (max_rows, draw_seed: null)"]
+    how = "draw_seed: null takes the first ones"
+    return [
+        f"{name}: {source.max_rows:,} rows, drawn from all of them (max_rows, draw_seed: {source.draw_seed}; {how})"
+    ]
 
 
 def counted_note(name: str, number: int, what: str) -> str:

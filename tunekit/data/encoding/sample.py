@@ -6,7 +6,7 @@ from pathlib import Path
 from tunekit.contracts import RowKind
 from tunekit.data.batching.stream import StreamedSource
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
-from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
+from tunekit.data.encoding.notes import counted_note, drawn_notes, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
@@ -42,7 +42,7 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
     problems.raise_if_any()
     name = Path(source.path).name
     notices = [format_note(name, format_name, reason, filled_columns(rows[0].values))]
-    notices += [f"{name}: streamed, shuffled by shard and buffer"]
+    notices += [f"{name}: streamed, shuffled by shard and buffer", *drawn_notes(name, source)]
     head = f"{name}, first {len(rows):,} rows"
     notices += [counted_note(head, count, what) for what, count in counting.notices.items()]
     fingerprint = hash_of([sharded.content, *encoding_facts(source, kind)])

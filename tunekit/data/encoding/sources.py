@@ -11,7 +11,7 @@ from pathlib import Path
 from tunekit.contracts import EncodeOptions, RowKind
 from tunekit.data.encoding.cache import CODE, PACKAGES, SourceFacts, cached_store
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
-from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
+from tunekit.data.encoding.notes import counted_note, drawn_notes, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
@@ -86,7 +86,8 @@ def load_source(source: Source, kind: RowKind, *, cache_folder: Path) -> Encoded
     lead = format_note(name, facts["format"], facts["reason"], facts["columns"])
     others = passed_over(Path(source.path)) if is_folder(source.path) else None
     counted = (counted_note(name, number, what) for what, number in facts["notices"].items())
-    notices = (lead, *([] if others is None else [others]), *counted)
+    drawn = drawn_notes(name, source) if counts.read >= (source.max_rows or 0) else ()
+    notices = (lead, *([] if others is None else [others]), *drawn, *counted)
     return EncodedSource(source, store, name, counts, notices, fingerprint)
 
 
@@ -127,6 +128,8 @@ def _media_hash(source: Source, example: str) -> str | None:
 def encoding_facts(source: Source, kind: RowKind) -> list[object]:
     """Everything besides the content that decides ids: how it is read, the kind of rows, tokenizer and options."""
     reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
+    if source.max_rows is not None and source.draw_seed is not None:
+        reading["draw_seed"] = source.draw_seed
     return [reading, kind.fingerprint, asdict(kind.options)]
 
 

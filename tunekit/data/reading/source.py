@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,15 +39,46 @@ def is_data_set(path: str) -> bool:
 
 
 def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
-    """The first max_rows rows, columns renamed. Raises: DataError where the source cannot be read at all."""
+    """The rows, max_rows of them at most, in their order; columns renamed.
+
+    Raises: DataError where the source cannot be read at all.
+    """
     source = with_table(source)
+    rows = _all_rows(source, problems)
+    if source.max_rows is not None:
+        draws = source.draw_seed is not None
+        rows = compress(rows, _drawn(source)) if draws else islice(rows, source.max_rows)
+    return prepare_rows(rows, source)
+
+
+def _all_rows(source: Source, problems: Problems) -> Iterator[RawRow]:
     if is_data_set(source.path):
-        rows = _read_hub(source)
-    elif is_folder(source.path):
-        rows = read_classes(Path(source.path))
-    else:
-        rows = read_file(inspect_file(Path(source.path)), problems)
-    return prepare_rows(islice(rows, source.max_rows), source)
+        return _read_hub(source)
+    if is_folder(source.path):
+        return read_classes(Path(source.path))
+    return read_file(inspect_file(Path(source.path)), problems)
+
+
+def _drawn(source: Source) -> Iterable[bool]:
+    """Of each row: whether it is drawn; each is equally likely, wherever it is in the source."""
+    from tunekit.data.batching.order import permutation  # numpy, which reading a recipe does without
+
+    order = permutation(_count_rows(source), "max_rows", str(source.draw_seed))
+    chosen = order < 0  # (rows,)
+    chosen[order[: source.max_rows]] = True
+    return chosen.tolist()  # type: ignore[no-any-return]
+
+
+def _count_rows(source: Source) -> int:
+    """The rows of a source, after a pass over it. Raises: DataError for one that is read over a network."""
+    if is_data_set(source.path):
+        if source.streaming and not is_saved(source.path):
+            what = "max_rows draws from all rows, and those of a streamed data set of the hub cannot be counted"
+            raise DataError(what, "write draw_seed: null for its first rows, or streaming: false", file=source.path)
+        return len(_load_hub(source, streaming=False))
+    if not is_folder(source.path) and (file := inspect_file(Path(source.path))).kind == "parquet":
+        return sum(row_group_sizes(file))
+    return sum(1 for _ in _all_rows(source, Problems()))
 
 
 def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
@@ -189,6 +220,9 @@ class HubRows(Protocol):
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         """Its rows."""
+
+    def __len__(self) -> int:
+        """Their number; only of one that is not streamed."""
 
     def cast_column(self, name: str, feature: object) -> HubRows:
         """The same with another way to read a column."""

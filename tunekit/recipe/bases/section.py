@@ -247,6 +247,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Expression = Annotated[Text, AfterValidator(_expression)]
 AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool), WithJsonSchema({"enum": ["auto", True, False]})]
 AutoBoolOrCount = Annotated[

@@ -155,7 +155,9 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
         record(draft, place, name, "nothing (it changes nothing here)")
     else:
         for index, _ in enumerate(draft.get(TRAIN)):
-            write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
+            theirs = {str(value): "text"} if field == "columns" else value
+            if write(draft, (*TRAIN, index, field), theirs, place, name) and field == "max_rows":
+                write(draft, (*TRAIN, index, "draw_seed"), None, place, name)  # the first rows, as there
 
 
 def _rewrite_pissa(draft: Draft) -> None:

@@ -141,6 +141,8 @@ def _check_streaming(draft: Draft, key: KeyPath, data: DataSection) -> None:
 
 
 def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[str]) -> None:
+    if source.max_rows is None and source.draw_seed != Source.model_fields["draw_seed"].default:
+        draft.add_problem((*key, "draw_seed"), "says which rows max_rows takes, and there is no max_rows", "remove it")
     if source.format != "auto" and source.format not in formats:
         known = source.format in known_names("formats")
         what = "the objective does not learn from the format" if known else "unknown format"
