@@ -15,6 +15,7 @@ from tunekit import __version__
 from tunekit.commands import adapters, recipes, results, talk, targets, training
 from tunekit.commands.order import InOrderOfUse
 from tunekit.console.loudness import LOUDNESS, is_quiet
+from tunekit.console.text import visible
 from tunekit.errors import EXIT_FAULT, ResourceError, redact, told
 from tunekit.machine.malloc import KEPT_KERNELS
 
@@ -101,7 +102,7 @@ def _say(text: str, code: int) -> int:
     """Print what went wrong, once: what ends a run with these codes, the main rank (of torchrun) says for all."""
     told_by_main = code not in (EXIT_FAULT, ResourceError.exit_code) and os.environ.get("RANK", "0") != "0"
     if not told_by_main:
-        print(redact(text), file=sys.stderr)
+        print(visible(redact(text)), file=sys.stderr)
     return code
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunekit.console import visible
 from tunekit.errors import RecipeError, TunekitError
 from tunekit.recipe.foreign.tools import PEFT
 from tunekit.recipe.load import dump_recipe, load_recipe
@@ -24,7 +25,7 @@ def import_verb(path: str, output: str | None) -> None:
     else:
         text, said = _of_recipe(path, output)
     for line in said:
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
     if output is None:
         print(text, end="")
         return

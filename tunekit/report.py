@@ -10,24 +10,24 @@ from tunekit.artifacts.report.compare import Outcomes, comparison_report, differ
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.run_report import run_report
-from tunekit.artifacts.report.values import read_run
+from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.console import Console
-from tunekit.errors import InputError
+from tunekit.errors import InputError, RunFolderError
 from tunekit.files.durable import json_result, write_text
 
 MOST_COLUMNS = 5  # runs that stand side by side; more of them have a line each
 
 
-def report_verb(folders: Sequence[str], html: str | None, json_file: str | None, csv_file: str | None) -> None:
-    """Compare runs; of one run alone write its report.html anew.
+def report_verb(folders: Sequence[str], html: str | None, json_file: str | None, csv_file: str | None) -> int:
+    """Compare runs; of one run alone write its report.html anew. 2 where a damaged run was left out.
 
-    Raises: InputError where a folder holds no run, or is named twice.
+    Raises: InputError where a folder holds no run, or is named twice; RunFolderError where all runs are damaged.
     """
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("a run is named twice", "name each run once")
-    runs = [read_run(path) for path in paths]
     write_result, console = json_result(json_file), Console(json_file=json_file)
+    runs = _readable(paths, console)
     outcome, keys, repeats = outcome_table(runs), differing_keys(runs), same_but_seed(runs)
     texts = zip(runs, outcome.texts(), strict=True)
     head, *lines = [["run", "state", *outcome.labels], *([name, run.state, *cells] for run, (name, *cells) in texts)]
@@ -57,6 +57,28 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     ]
     differing = {key: values for key, *values in keys}
     write_result({"runs": results, "differing": differing, "paired": [asdict(each) for each in paired]})
+    return 2 if len(runs) < len(paths) else 0
+
+
+def _readable(paths: Sequence[Path], console: Console) -> list[RunValues]:
+    """The runs of which a page and a comparison can be made; of each other one a warning.
+
+    Raises: RunFolderError where there is none.
+    """
+    runs = list[RunValues]()
+    for number, path in enumerate(paths):
+        try:
+            with damage_named(path):
+                run = read_run(path)
+                html_page(run_report(run))
+                html_page(comparison_report([run, run]))
+        except RunFolderError as error:
+            if not runs and number == len(paths) - 1:
+                raise
+            console.warn(f"{error}; it is left out")
+        else:
+            runs.append(run)
+    return runs
 
 
 def _csv(outcome: Outcomes) -> str:

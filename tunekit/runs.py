@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tunekit.artifacts.report.values import run_values, state_of
+from tunekit.artifacts.report.values import damage_named, run_values, state_of
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.errors import InputError, TunekitError
@@ -37,14 +37,15 @@ def runs_verb(folder: str, json_file: str | None) -> None:
     """Raises: InputError where there is no such folder."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
     found = []
-    for path in find_runs(Path(folder)):
+    for path in (paths := find_runs(Path(folder))):
         try:
-            found.append(run_line(path))
+            with damage_named(path):
+                found.append(run_line(path))
         except TunekitError as error:  # the others can be told of
             console.warn(str(error))
-    if not found:
+    if not paths:
         console.info(f"no runs in {folder}; output.dir of a recipe says where its run goes")
-    else:
+    elif found:
         rows = [_cells(line) for line in found]
         console.table(["run", "state", "steps", "loss", "best eval", "size", "checkpoints", "age"], rows)
     write_result([asdict(line) for line in found])

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunekit.errors import RunFolderError
 from tunekit.files import durable
+from tunekit.files.untrusted import RUN_RECORD, opened
 from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
@@ -58,7 +59,7 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
     """
     data, all_lines = b"", offset == 0
     if path.exists():
-        with path.open("rb") as file:
+        with opened(path, RUN_RECORD) as (number, _), open(number, "rb", closefd=False) as file:
             file.seek(offset)
             data = file.read()
     start = offset
@@ -68,7 +69,7 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError("not a record")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if torn:
                 return
             how, at = f"remove the line ({error})", number if all_lines else None

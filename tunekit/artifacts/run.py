@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts import metrics_log
+from tunekit.console.text import visible
 from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable
 from tunekit.files.lock import LOCK_NAME, FolderLock
+from tunekit.files.untrusted import RUN_RECORD, read_small
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, of the weights that would be exported now
@@ -37,7 +39,7 @@ RESULT_FILES = {  # folder of a result -> what its files are called
 
 def print_warning(text: str) -> None:
     """Where warnings go when the caller names no place."""
-    print(redact(text), file=sys.stderr)
+    print(visible(redact(text)), file=sys.stderr)
 
 
 class RunFolder:
@@ -138,11 +140,12 @@ def read_json(path: Path) -> Any | None:
     Raises: RunFolderError where it cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(f"cannot be read: {error}", "restore it, or start a new run", file=str(path)) from error
+        return json.loads(read_small(path, RUN_RECORD))
+    except (RunFolderError, ValueError, RecursionError) as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        what = error.problems[0].what if isinstance(error, RunFolderError) else f"cannot be read: {error}"
+        raise RunFolderError(what, "restore it, or start a new run", file=str(path)) from error
 
 
 def is_finished(path: Path | str) -> bool:

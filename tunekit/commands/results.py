@@ -15,11 +15,11 @@ def report(
     html: Annotated[str | None, typer.Option(metavar="FILE", help="a page of them; of one run: its own")] = None,
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="what came of each, as a table")] = None,
     json_file: JsonFile = None,
-) -> None:
+) -> int:
     """Compare runs, or write the page of one anew. What differs, what came of each, their curves."""
     from tunekit.report import report_verb
 
-    report_verb(runs, html, json_file, csv)
+    return report_verb(runs, html, json_file, csv)
 
 
 @app.command()

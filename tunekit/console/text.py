@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 BARS = "▁▂▃▄▅▆▇█"
+REORDERING = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))  # Unicode's bidi controls
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
-JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
+CONTROL |= {code: f"\\u{code:04x}" for code in (*REORDERING, 0x2028, 0x2029)}
+JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDERING, 0x2028, 0x2029)}
 
 
 def visible(text: str) -> str:
-    """`text` with control characters spelled out, so that data cannot command the terminal."""
+    """`text` with control characters spelled out, so that data can neither command the terminal nor change the order in
+    which it shows letters."""
     return text.translate(CONTROL)
 
 

@@ -246,8 +246,8 @@ def json_result(name: str | None) -> Callable[[object], None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` in UTF-8; half a surrogate pair, which UTF-8 cannot hold, is spelled out."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_new_text(path: Path, text: str) -> bool:

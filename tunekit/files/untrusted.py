@@ -47,6 +47,7 @@ class FileKind:
 ADAPTER_FILE = FileKind(AdapterError)
 MODEL_FILE = FileKind(ModelError, follows_links=True, json_bytes=100_000_000)  # the hub's cache is made of links
 RUN_FILE = FileKind(RunFolderError, json_bytes=100_000_000)
+RUN_RECORD = FileKind(RunFolderError, follows_links=True, json_bytes=100_000_000)  # which nothing is loaded from
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tunekit.records import Headline, Panel, skipped_text
 
 MOST_CHARACTERS = 240  # of a prompt above its answers
 MOST_EVALUATIONS, MOST_LABELS = 12, 20
+MOST_ENVIRONMENT = 2**20  # characters
 
 
 def run_report(run: RunValues) -> ReportPage:
@@ -217,7 +218,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
 def _files(run: RunValues) -> Iterator[ReportSection]:
     """The recipe and the machine."""
     shown = {name: value for name, value in run.environment.items() if name != "fingerprint"}
-    environment = json.dumps(shown, indent=2, sort_keys=True) if shown else ""
+    environment = json.dumps(shown, indent=2, sort_keys=True)[:MOST_ENVIRONMENT] if shown else ""
     files = [("recipe.yaml", run.recipe_text), ("Machine and versions", environment)]
     yield ReportSection("Recipe and environment", files=[(name, text) for name, text in files if text])
 

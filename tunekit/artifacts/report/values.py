@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
-from tunekit.errors import InputError
+from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
+from tunekit.files.untrusted import shown
 from tunekit.recipe.reading.names import known_names, shows_of
 from tunekit.records import DEFAULT_SHOWS, Shows
 
 FILES = ("plan", "report", "environment", "status")
+LARGEST = 1e300  # of a number: larger ones, and NaN, are damage
+MOST_CHARACTERS = 2**20  # of a text file that is shown; a recipe is not larger
+MOST_NAME = 200  # characters of a state
 
 
 class Values(dict[str, object]):
     """An object of a JSON file. A value of another type than the one asked for counts as absent."""
 
     def number(self, name: str) -> float | None:
-        """A number, or None."""
+        """A finite number, or None."""
         value = self.get(name)
-        return value if isinstance(value, int | float) else None
+        return value if isinstance(value, int | float) and abs(value) <= LARGEST else None
 
     def count(self, name: str) -> int:
         """A whole number, or 0."""
-        value = self.get(name)
+        value = self.number(name)
         return value if isinstance(value, int) else 0
 
     def part(self, name: str) -> Values:
@@ -46,7 +52,7 @@ class Values(dict[str, object]):
 
     def column(self, name: str) -> list[float | None]:
         """The numbers of a list; None for what is none."""
-        return [item if isinstance(item, int | float) else None for item in self.items_of(name)]
+        return [Values({name: item}).number(name) for item in self.items_of(name)]
 
     def parts(self, name: str) -> list[Values]:
         """The objects of a list."""
@@ -68,8 +74,8 @@ class RunValues:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
-        return self.path.resolve().name
+        """The folder's own name; bytes that are not UTF-8 are spelled out."""
+        return os.fsencode(self.path.resolve().name).decode("utf-8", "backslashreplace")
 
     @property
     def recipe(self) -> Values:
@@ -100,7 +106,22 @@ class RunValues:
         """Whether it is finished, goes on, or why it ended."""
         if self.report and self.status.get("exit_code") is None:
             return "finished"
-        return str(self.status.get("reason", "not begun"))
+        return shown(str(self.status.get("reason", "not begun")), MOST_NAME)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what a value of a wrong kind in the files of a run raises inside the block into an error that names the run.
+
+    Raises: RunFolderError.
+    """
+    try:
+        yield
+    except TunekitError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+        what = f"{path} is damaged: {type(error).__name__}: {shown(' '.join(str(error).split()), MOST_NAME)}"
+        raise RunFolderError(what, "mend its files; tunekit --debug names the place") from error
 
 
 def read_run(path: Path) -> RunValues:
@@ -113,12 +134,20 @@ def read_run(path: Path) -> RunValues:
 def run_values(path: Path) -> RunValues:
     """The values of a folder, of which any file may be absent."""
     plan, report, environment, status = (_object(read_json(path / f"{name}.json")) for name in FILES)
-    recipe = path / "recipe.yaml"
     records = [Values(record) for record in read_metrics(path / METRICS_NAME)]
-    text = recipe.read_text("utf-8", "replace") if recipe.is_file() else ""
+    text = _start_of(path / "recipe.yaml")
     steps = [record for record in records if "eval" not in record]
     evaluations = [record for record in records if "eval" in record]
     return RunValues(path, text, plan, report, environment, status, steps, evaluations)
+
+
+def _start_of(path: Path) -> str:
+    """A text file as far as it is shown."""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text, more = file.read(MOST_CHARACTERS), file.read(1)
+    return f"{text}\n[... only the start of the file is shown]" if more else text
 
 
 def _object(value: object) -> Values:

@@ -12,7 +12,7 @@ from tunekit.recipe.recipe import Recipe
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 1.1
-_ESCAPED = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
+_ESCAPED = re.compile("[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
 
 def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
