@@ -205,8 +205,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     def base_output(self, x: Tensor) -> Tensor:
         """What the base gives, (..., O)."""
-        output: Tensor = self.base_layer(x)
-        return output
+        return self.base_layer(x)
 
     def update(self, x: Tensor) -> Tensor:
         """What an additive method adds to the base's output: x (..., I) -> (..., O)."""

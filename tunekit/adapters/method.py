@@ -107,8 +107,7 @@ class Method:
 
 def load_method(name: str) -> Method:
     """METHOD of adapters/methods/NAME.py; the recipe has checked that the name is one of ours."""
-    method: Method = import_module(f"tunekit.adapters.methods.{name}").METHOD
-    return method
+    return import_module(f"tunekit.adapters.methods.{name}").METHOD
 
 
 def all_methods() -> list[Method]:

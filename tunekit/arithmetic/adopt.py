@@ -58,7 +58,7 @@ def _settings(found: ForeignLora) -> AdapterSettings:
     """The LoRA that the file holds, each layer by its name."""
     ranks = {name: len(found.tensors[f"base_model.model.{name}.lora_A.weight"]) for name in found.alphas}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, found.alphas))
-    settings: AdapterSettings = make_adapter_settings(
+    return make_adapter_settings(
         {
             "method": "lora",
             "r": rank,
@@ -68,4 +68,3 @@ def _settings(found: ForeignLora) -> AdapterSettings:
             "alpha_pattern": {name: each for name, each in found.alphas.items() if each != alpha},
         }
     )
-    return settings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tunekit.artifacts.manifest import (
     FORMAT,
@@ -44,7 +44,7 @@ class Checkpoint:
     """A verified checkpoint: CPU tensors by name and the facts saved beside them."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     facts: dict[str, Any]
     path: Path
 
@@ -52,7 +52,7 @@ class Checkpoint:
 def save_checkpoint(
     run: RunFolder,
     step: int,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     facts: Mapping[str, object],
     *,
     keep: int,
@@ -82,7 +82,7 @@ def save_checkpoint(
     return folder
 
 
-def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
+def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
     """Tensors, state and then the manifest, each flushed; the manifest's presence says that the others are whole."""
     size, digest = write_tensors(folder / TENSORS, tensors)
     files = {TENSORS: {"bytes": size, "sha256": digest}}

@@ -235,7 +235,7 @@ def _loaded(source: RewardSource) -> Callable[..., Any]:
         raise RewardError(f"has no function {name}", f"it has: {', '.join(names) or 'none'}", file=str(file))
     if inspect.iscoroutinefunction(function):
         raise RewardError(f"{name} is an async function", "write a plain one", file=str(file))
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _found(pattern: re.Pattern[str], completions: Sequence[Completion]) -> list[float]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from tunekit.companions.base import Planned
 from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView, Window
@@ -53,7 +54,7 @@ class Sampler(Companion):
         base = run.model.base
         heads, width = heads_and_width(text_config(base.net))
 
-        def cache(tokens: int) -> torch.Tensor:
+        def cache(tokens: int) -> Tensor:
             shape = (2 * base.facts.layers, self.count, heads, tokens, width)
             return torch.empty(shape, dtype=base.dtype, device="meta")
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tokenizer
 
-Sums = dict[str, torch.Tensor]  # float64, of any shape; added up over batches and ranks
+Sums = dict[str, Tensor]  # float64, of any shape; added up over batches and ranks
 ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead: (rows,) the loss of each row
 
 
@@ -17,15 +18,15 @@ ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead:
 class Loss:
     """`total`: SUM of the per-unit losses, (K,) float32 with gradient; `per_step`: averaged over micro-batches."""
 
-    total: torch.Tensor
-    per_step: torch.Tensor | None = None
+    total: Tensor
+    per_step: Tensor | None = None
     metrics: Sums = field(default_factory=dict)  # sums over the units of what is logged, without gradient
 
 
 class Head(Protocol):
     """The output projection of a text model, with its scale and soft cap; may be tied, quantized or adapted."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) in float32."""
 
 
@@ -33,15 +34,15 @@ class Head(Protocol):
 class ModelOutput:
     """What a forward gives: hidden states with the head that reads them, or the logits of a head that reads rows."""
 
-    hidden: torch.Tensor | None = None  # (B, T, D)
+    hidden: Tensor | None = None  # (B, T, D)
     head: Head | None = None
-    head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
+    head_parameters: Sequence[Tensor] = ()  # trained ones inside the head
     chunk_tokens: int = 1  # positions that pass the head at a time
-    logits: torch.Tensor | None = None  # (B, C)
+    logits: Tensor | None = None  # (B, C)
     companion_heads: Mapping[str, Head] = field(default_factory=dict)  # heads of the companions that have one, by key
 
 
-Read = Callable[[ModelOutput, Batch], torch.Tensor]  # what is taken from a forward
+Read = Callable[[ModelOutput, Batch], Tensor]  # what is taken from a forward
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Model(Protocol):
 
     base: Any  # model.load.LoadedModel
     companions: Mapping[str, Any]  # Companion, by key
-    reference_scores: dict[bytes, torch.Tensor]  # of rows whose reference scores a loss keeps
+    reference_scores: dict[bytes, Tensor]  # of rows whose reference scores a loss keeps
 
     @property
     def device(self) -> torch.device: ...
@@ -81,10 +82,10 @@ class Model(Protocol):
     def virtual_tokens(self) -> int:
         """Positions that the adapter puts before each row."""
 
-    def output(self, inputs: dict[str, torch.Tensor]) -> ModelOutput:
+    def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
         """One forward."""
 
-    def scored(self, batches: Sequence[Batch], read: Read, *, bypassed: bool = False) -> list[torch.Tensor]:
+    def scored(self, batches: Sequence[Batch], read: Read, *, bypassed: bool = False) -> list[Tensor]:
         """What `read` takes from the forward of each batch, on the host, without gradient or dropout; `bypassed`:
         without the adapter. A streamed base copies its layers once for all batches."""
 
@@ -101,7 +102,7 @@ class Model(Protocol):
     ) -> list[list[int]]:
         """The ids that follow each prompt, up to and with a stop id. `seeds`: one for each prompt."""
 
-    def adapted(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs with what a whole-model adapter adds to them; in generation, of the first step."""
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
@@ -134,7 +135,7 @@ class SideInput:
     """A tensor that layers read beside their hidden states, for one micro-batch: an encoder's output, or what an
     earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it."""
 
-    value: torch.Tensor | None = None
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Stack:
     `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
     before, None for the first."""
 
-    embed: Callable[[dict[str, torch.Tensor], SideInput | None], tuple[torch.Tensor, list[LayerCall]]]
+    embed: Callable[[dict[str, Tensor], SideInput | None], tuple[Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]
 
 

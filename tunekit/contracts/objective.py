@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from tunekit.contracts.model import Answering, Head, Loss, Model, ModelOutput, Read, Sums
 from tunekit.contracts.rows import (
@@ -43,10 +44,10 @@ class RunView(Protocol):
     def is_simulated(self) -> bool:
         """Whether the model is on the meta device, without values."""
 
-    def score(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """What `read` takes from the model's forward of each batch, on the host, without gradient or dropout."""
 
-    def reference(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """The same of the policy at step 0."""
 
     def companion(self, key: str) -> Any:
@@ -216,7 +217,7 @@ class LossKind:
         """The loss of rows that are only measured."""
         return self
 
-    def units(self, batch: Batch) -> torch.Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """(K,) float64: the divisor of the step's loss, known before the forward."""
         return torch.tensor([float(batch.supervised)], dtype=torch.float64)
 
@@ -301,11 +302,11 @@ class Companion:
         """A copy on the meta device, for one simulated step."""
         return self
 
-    def resident(self, device: torch.device) -> Sequence[torch.Tensor]:
+    def resident(self, device: torch.device) -> Sequence[Tensor]:
         """Tensors of a simulated companion that are on the device in every step."""
         return ()
 
-    def present(self, model: Model) -> Sequence[torch.Tensor]:
+    def present(self, model: Model) -> Sequence[Tensor]:
         """Further tensors that are on the device while `rehearse` runs."""
         return ()
 
@@ -376,11 +377,11 @@ class Engine(Protocol):
     """Runs forward and backward of one window and leaves the summed gradient, divided by `units`, in place."""
 
     loss_scale: float
-    losses: list[torch.Tensor]  # the sum of each micro-batch of the last window
+    losses: list[Tensor]  # the sum of each micro-batch of the last window
 
     def run_window(
-        self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
-    ) -> tuple[torch.Tensor, Sums]:
+        self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
+    ) -> tuple[Tensor, Sums]:
         """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
         `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tunekit.errors import DataError
 from tunekit.records import Preparation
@@ -192,7 +193,7 @@ class Labels:
             what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
             raise DataError(what, "mend it, or list it under objective.labels")
 
-    def numbers(self, labels: Iterable[str]) -> torch.Tensor:
+    def numbers(self, labels: Iterable[str]) -> Tensor:
         """(N,) the number of each label."""
         places = {label: number for number, label in enumerate(self.names)}
         return torch.tensor([places[label] for label in labels])
@@ -218,8 +219,8 @@ class Batch:
     """One micro-batch of whole rows: the network's inputs, the loss's targets, and the rows themselves.
     `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
 
-    inputs: dict[str, torch.Tensor]  # each (B, ...)
-    targets: dict[str, torch.Tensor]
+    inputs: dict[str, Tensor]  # each (B, ...)
+    targets: dict[str, Tensor]
     sequences: tuple[tuple[Row, ...], ...]
     line_size: int | None = None  # size of one sequence with its padding, if it is not a number of ids
 

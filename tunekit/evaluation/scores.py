@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunekit.contracts import ROW_LOSSES, Batch, Objective, Read, RowKind, Sums, Window
 from tunekit.data.batching.split import split_batch
@@ -153,15 +154,15 @@ class MeasuringRun(ModelRun):
 
     on_split: Callable[[Batch], None] = lambda batch: None
 
-    def score(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """As ModelRun."""
         return [self._in_halves(batch, read, bypassed=False) for batch in batches]
 
-    def reference(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """As ModelRun."""
         return [self._in_halves(batch, read, bypassed=True) for batch in batches]
 
-    def _in_halves(self, batch: Batch, read: Read, *, bypassed: bool) -> torch.Tensor:
+    def _in_halves(self, batch: Batch, read: Read, *, bypassed: bool) -> Tensor:
         """Shapes: -> (S P,), P rows of S sides."""
         try:
             return self.model.scored([batch], read, bypassed=bypassed)[0]

@@ -4,11 +4,12 @@ Comes in: a tensor on the host.  Goes out: the same on the device.
 """
 
 import torch
+from torch import Tensor
 
 from tunekit.machine.devices import kind_of
 
 
-def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; to a GPU it goes from pinned memory, since a copy from any other waits for the GPU.
     float64 becomes float32 where the device has none."""
     kind, given = kind_of(device), tensor
@@ -22,7 +23,7 @@ def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def on_host(ids: torch.Tensor) -> torch.Tensor:
+def on_host(ids: Tensor) -> Tensor:
     """Integers on the host: those that `placed` sent, without a wait; others are copied back."""
-    known: torch.Tensor | None = getattr(ids, "from_host", None)
+    known: Tensor | None = getattr(ids, "from_host", None)
     return ids.to("cpu") if known is None else known

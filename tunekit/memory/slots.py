@@ -128,7 +128,7 @@ class LayerSlots:
             slot.layer = slot.copy = None
 
 
-def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> torch.Tensor:
+def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor:
     """On the meta device, the memory of a CPU that layers outside of slots take: all of it, or of mapped files the one
     tensor that is being copied; nothing if the device has memory of its own."""
     size = 0

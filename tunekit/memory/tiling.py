@@ -91,8 +91,7 @@ class Tiles:
         if self.trained is None:  # a recomputation around this does not count what the first tile's graph saves
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
                 self.trained = _trained_leaves(self.run(_flat(x)[:, : self.tokens].detach()))
-        output: Tensor = _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
-        return output
+        return _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
 
     def slices(self, x: Tensor) -> Iterator[slice]:
         """Of the tokens of all rows, one after the other."""

@@ -20,5 +20,4 @@ def make_objective(
     `facts`: those that the objective of a trained adapter had; `options`: how its rows are encoded.
     """
     module = importlib.import_module(f"tunekit.objectives.{settings.method}")
-    objective: Objective = module.make(settings, processor, facts or {}, options or EncodeOptions())
-    return objective
+    return module.make(settings, processor, facts or {}, options or EncodeOptions())

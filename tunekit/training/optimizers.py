@@ -100,8 +100,7 @@ class Optimizer:
     def gradient_norm(self) -> Tensor:
         """() float32: the 2-norm of all gradients together."""
         norms: list[Tensor] = [torch.linalg.vector_norm(flat.gradient) for flat in self.groups]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def scale_gradients(self, factor: Tensor | float) -> None:
         """Multiply every gradient in place."""
@@ -188,5 +187,4 @@ def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimi
         for number, group in enumerate(optimizer.param_groups):
             optimizer.init_state(group, group["params"][0], number, 0)
         optimizer.initialized = True
-    native: torch.optim.Optimizer = optimizer
-    return native
+    return optimizer

@@ -162,8 +162,7 @@ def _protected(session: Session, best_step: int | None) -> set[int]:
 def _previous_fingerprint(folder: RunFolder) -> dict[str, Any] | None:
     """Of a run in this folder that has no checkpoint yet."""
     environment = folder.read_json("environment.json") if (folder.path / "plan.json").exists() else None
-    found: dict[str, Any] | None = None if environment is None else environment.get("fingerprint")
-    return found
+    return None if environment is None else environment.get("fingerprint")
 
 
 def announce_run(session: Session, plan: Plan) -> None:

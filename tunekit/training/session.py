@@ -44,8 +44,7 @@ class Session:
 
     def from_folder(self, read: Callable[[RunFolder], Found]) -> Found | None:
         """What the main rank reads in the run folder, the same on every rank."""
-        found: Found | None = self.devices.from_main(self.in_folder(read))
-        return found
+        return self.devices.from_main(self.in_folder(read))
 
     def out_of_memory(self) -> ResourceError:
         """The one-line error for a process that ran out of memory, with what it had."""

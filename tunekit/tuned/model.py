@@ -225,5 +225,4 @@ class ModelRun:
 
     def companion(self, key: str) -> Companion:
         """The loaded companion with this key."""
-        companion: Companion = self.model.companions[key]
-        return companion
+        return self.model.companions[key]

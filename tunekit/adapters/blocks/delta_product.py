@@ -31,8 +31,7 @@ def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> T
 
     Shapes: x (..., I); D (O, I) -> y (..., O).    D is made in the factors' dtype and cast to that of x.
     """
-    product: Tensor = _DeltaProduct.apply(x, make, *factors)  # type: ignore[no-untyped-call]
-    return product
+    return _DeltaProduct.apply(x, make, *factors)  # type: ignore[no-untyped-call]
 
 
 class _DeltaProduct(torch.autograd.Function):

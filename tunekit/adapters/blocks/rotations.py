@@ -17,8 +17,7 @@ def cayley(q: Tensor) -> Tensor:
     """R = (I - Q) (I + Q)^-1 of each block: orthogonal for skew-symmetric Q (blocks, b, b)."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # solve would wait for the device to look for an error, which cannot be: I + Q has an inverse
-    rotation: Tensor = torch.linalg.solve_ex(identity + q, identity - q, left=False)[0]
-    return rotation
+    return torch.linalg.solve_ex(identity + q, identity - q, left=False)[0]
 
 
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:

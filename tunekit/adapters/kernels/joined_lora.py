@@ -145,6 +145,5 @@ class GatedMlp:
     def __call__(self, x: Tensor) -> Tensor:
         in_place = all(getattr(self.mlp, own) is layer for own, layer in zip(GATED, self.layers, strict=True))
         if not in_place or current_call().bypassed or any(_watched(layer) for layer in self.layers):
-            plain: Tensor = type(self.mlp).forward(self.mlp, x)
-            return plain
+            return type(self.mlp).forward(self.mlp, x)
         return gated_product(self.gated, x, _factors(self.layers), _dropout(self.layers[0]))

@@ -24,8 +24,7 @@ class LigerGated(Gated):
             return torch.empty_like(gate)
         from liger_kernel.ops.swiglu import swiglu_forward
 
-        hidden: Tensor = swiglu_forward(gate, up)[2]
-        return hidden
+        return swiglu_forward(gate, up)[2]
 
     def backward(
         self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
@@ -59,13 +58,11 @@ def use_liger(net: nn.Module) -> None:
 
 def _liger_norm(norm: nn.Module, x: Tensor) -> Tensor:
     if x.is_meta:
-        stand_in: Tensor = _SimulatedNorm.apply(x)  # type: ignore[no-untyped-call]
-        return stand_in
+        return _SimulatedNorm.apply(x)  # type: ignore[no-untyped-call]
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     # The gradient is not written over dy: a residual may need that again.
-    y: Tensor = LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
-    return y
+    return LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
 
 
 class _SimulatedNorm(torch.autograd.Function):

@@ -149,8 +149,7 @@ class _Products(torch.autograd.Function):
 
 def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """The output of each layer of the group."""
-    outputs: tuple[Tensor, ...] = _Products.apply(group, dropout, x, *factors)  # type: ignore[no-untyped-call]
-    return outputs
+    return _Products.apply(group, dropout, x, *factors)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,5 +210,4 @@ class _Gated(torch.autograd.Function):
 
 def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> Tensor:
     """The MLP's output. `factors`: A and B of gate, up and down."""
-    output: Tensor = _Gated.apply(gated, dropout, x, *factors)  # type: ignore[no-untyped-call]
-    return output
+    return _Gated.apply(gated, dropout, x, *factors)  # type: ignore[no-untyped-call]

@@ -50,10 +50,8 @@ class LightNorm:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight: Tensor = self.norm.weight  # type: ignore[assignment]  # a plain tensor within functional_call
         if weight.requires_grad or not (torch.is_grad_enabled() and hidden_states.requires_grad):
-            plain: Tensor = type(self.norm).forward(self.norm, hidden_states)
-            return plain
-        found: Tensor = _LightNorm.apply(hidden_states, weight, self.norm.variance_epsilon)  # type: ignore[no-untyped-call]
-        return found
+            return type(self.norm).forward(self.norm, hidden_states)
+        return _LightNorm.apply(hidden_states, weight, self.norm.variance_epsilon)  # type: ignore[no-untyped-call]
 
 
 class _LightNorm(torch.autograd.Function):

@@ -83,8 +83,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
     def scores(self) -> Tensor:
         """(R,): a triplet's importance, its entry of E plus the means of its row of A and its column of B."""
         a, e, b = (getattr(self, f"{own}_sensitivity") * getattr(self, f"{own}_uncertainty") for own in FACTORS)
-        total: Tensor = e[:, 0] + (a.mean(1) + b.mean(0))
-        return total
+        return e[:, 0] + (a.mean(1) + b.mean(0))
 
     def exported(self) -> dict[str, Tensor]:
         state, left = super().exported(), self.left()

@@ -33,8 +33,7 @@ class C3a(LayerAdapter[C3aSettings]):
         pieces = rfft(x.float().reshape(*x.shape[:-1], -1, side))  # (..., I / S, S / 2 + 1)
         kernels = rfft(self.kernels).conj()  # (O / S, I / S, S / 2 + 1)
         products = torch.einsum("...nf,mnf->...mf", pieces, kernels)
-        update: Tensor = irfft(products, n=side).flatten(start_dim=-2) / self.target.in_features  # (..., O)
-        return update
+        return irfft(products, n=side).flatten(start_dim=-2) / self.target.in_features  # (..., O)
 
     def delta(self) -> Tensor:
         side, inputs = self.settings.block_size, self.target.in_features

@@ -50,8 +50,7 @@ class Dora(Lora):
 
     def _norm(self, weight: Tensor) -> Tensor:
         """|weight| (O,) over inputs; of an embedding (V, D) over the vocabulary, as PEFT has it."""
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=0 if self.target.kind == "embedding" else 1)
-        return norm
+        return torch.linalg.vector_norm(weight, dim=0 if self.target.kind == "embedding" else 1)
 
     @torch.no_grad()
     def norm(self) -> Tensor:

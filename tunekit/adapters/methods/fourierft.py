@@ -34,8 +34,7 @@ class Fourierft(DeltaLayer[FourierftSettings]):
         indices = _indices(outputs * inputs, self.settings.n_frequency, self.settings.random_loc_seed)
         flat = torch.zeros(outputs * inputs, dtype=spectrum.dtype, device=spectrum.device)
         dense = flat.index_put((placed(indices, spectrum.device),), spectrum).reshape(outputs, inputs)
-        delta: Tensor = torch.fft.ifft2(dense).real * self.settings.scaling
-        return delta
+        return torch.fft.ifft2(dense).real * self.settings.scaling
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.blocks.chosen_modules import chosen_names
@@ -60,7 +60,7 @@ class BaseWeights(ModelAdapter[FullSettings]):
         self.check_state()
 
 
-def _hand_over(master: nn.Parameter, own: torch.Tensor) -> None:
+def _hand_over(master: nn.Parameter, own: Tensor) -> None:
     """Add the gradient that `own` has just got to its master's, and free it."""
     assert own.grad is not None
     master.grad = own.grad.float() if master.grad is None else master.grad.add_(own.grad)

@@ -103,7 +103,7 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
         )
         seen = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
         added = seen * getattr(self, f"gate_{place.layer}").to(seen.dtype)
-        return added if self.attention_name == "attn" else module.o_proj(added)  # type: ignore[no-any-return]
+        return added if self.attention_name == "attn" else module.o_proj(added)
 
     def file_fields(self) -> dict[str, Any]:
         return {"target_modules": self.attention_name, "adapter_layers": len(self.declared) // 2}

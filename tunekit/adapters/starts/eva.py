@@ -70,8 +70,7 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
     """The `count` largest S V^T (C, I) of a matrix (N, I) in float64, through the smaller of its two Gram matrices."""
     if matrix.shape[0] <= matrix.shape[1]:
         _, u = torch.linalg.eigh(matrix @ matrix.t())  # ascending
-        parts: Tensor = u[:, -count:].flip(1).t() @ matrix
-        return parts
+        return u[:, -count:].flip(1).t() @ matrix
     values, v = torch.linalg.eigh(matrix.t() @ matrix)
     roots = values[-count:].flip(0).clamp(min=0).sqrt()  # (C,)
     return torch.mul(v[:, -count:].flip(1).t(), roots[:, None])

@@ -50,5 +50,4 @@ class Augmentation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             found = self.steps(torch.tensor(pixels.copy()).permute(2, 0, 1))  # (3, side, side)
-        changed: Pixels = found.permute(1, 2, 0).contiguous().numpy()
-        return changed
+        return found.permute(1, 2, 0).contiguous().numpy()

@@ -141,8 +141,7 @@ class ChosenRows:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(rows,) the sizes of each row, added up."""
-        lengths: NDArray[np.int64] = self.sizes.sum(axis=-1)
-        return lengths
+        return self.sizes.sum(axis=-1)
 
     @property
     def supervised(self) -> NDArray[np.int64]:

@@ -35,8 +35,7 @@ def attend_causally(
     Shapes: query (H, T, D), key (G, U, D), value (G, U, E), H a multiple of G -> (T, H, E).    `lengths` sum to T, and
     `seen`, the keys of each document (None: as many as queries), to U.
     """
-    output: Tensor = _CausalAttention.apply(query, key, value, (lengths, seen or lengths), scale)  # type: ignore[no-untyped-call]
-    return output
+    return _CausalAttention.apply(query, key, value, (lengths, seen or lengths), scale)  # type: ignore[no-untyped-call]
 
 
 class _CausalAttention(torch.autograd.Function):

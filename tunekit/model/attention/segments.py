@@ -5,6 +5,7 @@ from itertools import accumulate, pairwise
 from operator import add
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Segments:
         """How many keys each document of a row has: its tokens, after those that it shares."""
         return tuple(map(add, self.shared[row], self.rows[row])) if self.shared else self.rows[row]
 
-    def places(self, row: int) -> torch.Tensor:
+    def places(self, row: int) -> Tensor:
         """(T',) where in the row the keys of its documents are, one document after the other."""
-        found, start, first = list[torch.Tensor](), 0, 0
+        found, start, first = list[Tensor](), 0, 0
         for length, shared in zip(self.rows[row], self.shared[row], strict=True):
             first = first if shared else start
             found += [torch.arange(first, first + shared), torch.arange(start, start + length)]
@@ -52,7 +53,7 @@ class Segments:
         return [0, *accumulate(length for row in range(len(self.rows)) for length in self.seen(row))]
 
 
-def find_segments(position_ids: torch.Tensor, *, masked: bool = False) -> Segments:
+def find_segments(position_ids: Tensor, *, masked: bool = False) -> Segments:
     """Documents end where a position does not follow the one before it. One that begins at position P > 0 shares the
     first P tokens of the last one that began at 0.
 

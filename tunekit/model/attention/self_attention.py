@@ -60,8 +60,7 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
 
 def decoder(net: nn.Module) -> nn.Module:
     """The module that makes positions and masks for the decoder layers."""
-    module: nn.Module = as_pretrained(net).get_decoder() if hasattr(net, "get_decoder") else net
-    return module
+    return as_pretrained(net).get_decoder() if hasattr(net, "get_decoder") else net
 
 
 def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: int) -> SelfAttention:

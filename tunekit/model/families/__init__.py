@@ -19,5 +19,4 @@ def known_families() -> tuple[Family, ...]:
 
 def make_family(name: str) -> Family:
     """The family of this name, which is the name of its file."""
-    family: Family = import_module(f"tunekit.model.families.{name}").FAMILY
-    return family
+    return import_module(f"tunekit.model.families.{name}").FAMILY

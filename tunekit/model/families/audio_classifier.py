@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import Processor
 from tunekit.errors import ModelError
@@ -33,7 +32,7 @@ class MeanHead(TextHead):
     Shapes: m (N, D) -> (N, C).
     """
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, C) in float32."""
         return super().logits(self.net.get_submodule(PROJECTOR)(hidden))
 
@@ -77,7 +76,7 @@ class AudioClassifierFamily(Family):
     def head(self, net: nn.Module) -> TextHead:
         return MeanHead(net, CLASSIFIER)
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
+    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
         return {"input_features": noise_features(net)}
 
 

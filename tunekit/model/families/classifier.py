@@ -1,7 +1,6 @@
 """Sequence classifiers: an encoder or a decoder with one row of logits per text."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import Processor
 from tunekit.errors import ModelError
@@ -34,7 +33,7 @@ class ClassifierFamily(Family):
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         return stacks_of(net).layers(net)
 
-    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """(B, C). An encoder counts positions itself: some begin at another number than 0.
 
         Raises: ModelError where a decoder could not tell padding from text.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import Processor
 from tunekit.errors import ModelError
@@ -38,7 +38,7 @@ class DiffusionFamily(Family):
         part = PIPELINES[_as_pipeline(net).config.model_type]
         return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]
 
-    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """What the denoiser predicts, (B, C, H, W) float32; of one that predicts a variance too, without that."""
         pipeline = _as_pipeline(net)
         latents = inputs["latents"].to(pipeline.dtype)
@@ -47,13 +47,13 @@ class DiffusionFamily(Family):
             ids = {name.removeprefix(IDS): value for name, value in inputs.items() if name.startswith(IDS)}
             given = encode_prompts(pipeline, ids)
         given = {name: value.to(pipeline.dtype) for name, value in given.items()}
-        more: dict[str, torch.Tensor | dict[str, torch.Tensor]] = {}
+        more: dict[str, Tensor | dict[str, Tensor]] = {}
         if pipeline.config.model_type == "StableDiffusion3Pipeline":
             more["pooled_projections"] = given["pooled"]
         elif "pooled" in given:
             more["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": inputs["sizes"].to(pipeline.dtype)}
         more["encoder_hidden_states"] = given["prompt"]
-        found: torch.Tensor = pipeline.denoiser(latents, timestep=inputs["times"], return_dict=False, **more)[0]
+        found: Tensor = pipeline.denoiser(latents, timestep=inputs["times"], return_dict=False, **more)[0]
         channels = latents.shape[1]
         return found[:, :channels].float() if found.shape[1] == 2 * channels else found.float()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import ModelOutput, Processor, Stages
 from tunekit.errors import ModelError
@@ -63,8 +63,7 @@ class Family:
         """transformers' class that loads a base of this family."""
         import transformers
 
-        found: AutoClass = getattr(transformers, self.class_name)
-        return found
+        return getattr(transformers, self.class_name)
 
     def load(self, folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool) -> nn.Module:
         """The net of a base that has the family's `index_file`; others are read by `auto_class`. `meta`: no weights.
@@ -81,13 +80,13 @@ class Family:
         """The layers in order, with their module names."""
         return self.stacks.layers(net)
 
-    def forward(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> ModelOutput:
+    def forward(self, net: nn.Module, inputs: dict[str, Tensor]) -> ModelOutput:
         """What objectives read: logits of a head that reads whole rows, else hidden states and the head."""
         if self.reads_rows(net):
             return ModelOutput(logits=self.logits(net, inputs))
         return ModelOutput(hidden=self.hidden(net, inputs), head=self.head(net))
 
-    def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def hidden(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """(B, T, D) hidden states after the final norm; no head, no cache, no full logits.
 
         Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts; a decoder
@@ -96,10 +95,9 @@ class Family:
         left_out = "attention_mask" if self.labelled else ""
         return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != left_out})
 
-    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
-        logits: torch.Tensor = call_accepted(net, inputs).logits
-        return logits
+        return call_accepted(net, inputs).logits
 
     def looks_back(self, net: nn.Module) -> bool:
         """Whether each position sees only those before it, so that rows may lie end to end."""
@@ -146,16 +144,16 @@ class Family:
         """Width of the hidden states."""
         return int(text_config(net).hidden_size)
 
-    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the net is called with for one row of ids (1, T); `beside`: of a batch, whose first row has what else
         the net reads."""
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
+    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
         """Of a family that reads no ids: what the net could be called with for one row, always the same."""
         raise NotImplementedError
 
-    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def scores(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """What the head makes of one row, of what the net is called with: (T, V) float32, of a classifier (1, C)."""
         if self.labelled or self.reads_rows(net):
             return self.logits(net, inputs).float()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.model.call import seed_for
@@ -25,12 +25,12 @@ class TextHead:
     soft_cap: float | None = None
     offset_name: str | None = None  # of a buffer (1, V)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) in float32."""
         logits = self.scaled(self.net.get_submodule(self.name)(hidden).float())  # (N, V)
         return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
 
-    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
+    def scaled(self, logits: Tensor) -> Tensor:
         """What the module gives, of any part of the vocabulary, with the scale and the cap."""
         if self.divisor != 1.0:
             logits = logits / self.divisor

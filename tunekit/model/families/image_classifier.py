@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import Pixels, Processor, Tokenizer
 from tunekit.errors import ModelError
@@ -132,7 +132,7 @@ class PixelProcessor:
         raise ModelError(what, "choose another base", file=str(self.folder / CONFIG))
 
     @cached_property
-    def scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def scale(self) -> tuple[Tensor, Tensor]:
         """(3, 3) and (3,): pixels p of 0 to 255 become scale p + offset, as the model's own processor makes them.
 
         Every processor scales each pixel by itself, by a factor, mean and deviation or in another order of channels, so
@@ -141,16 +141,16 @@ class PixelProcessor:
         black, *others = (self._of_plain(colour) for colour in PLAIN)
         return torch.stack([(each - black) / 255.0 for each in others], dim=1).float(), black.float()
 
-    def _of_plain(self, colour: tuple[int, int, int]) -> torch.Tensor:
+    def _of_plain(self, colour: tuple[int, int, int]) -> Tensor:
         """(3,) float64 of the middle of a picture of one colour."""
         made = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
         return made[:, made.shape[1] // 2, made.shape[2] // 2].double()
 
-    def values(self, pixels: Pixels) -> torch.Tensor:
+    def values(self, pixels: Pixels) -> Tensor:
         """What the processor makes of a picture (H, W, 3): (3, side, side). Raises: ModelError."""
         try:
             with quiet():
-                found: torch.Tensor = self.own(images=pixels, return_tensors="pt")["pixel_values"][0]
+                found: Tensor = self.own(images=pixels, return_tensors="pt")["pixel_values"][0]
         except FAULTS as error:
             raise self._unusable(error) from error
         return found
@@ -160,12 +160,12 @@ class PixelProcessor:
         back, which says the same of every kind of processor."""
         return self._unscaled(self.values(pixels), self.resolution)
 
-    def _unscaled(self, values: torch.Tensor, side: int) -> Pixels:
+    def _unscaled(self, values: Tensor, side: int) -> Pixels:
         back = self._unscale @ (values.float().flatten(1) - self.scale[1][:, None])  # (3, side * side)
         return back.round_().clamp_(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
 
     @cached_property
-    def _unscale(self) -> torch.Tensor:
+    def _unscale(self) -> Tensor:
         """(3, 3): what gives pixels back."""
         return self.scale[0].double().inverse().float()
 
@@ -225,13 +225,12 @@ class ImageClassifierFamily(Family):
         except AttributeError:
             raise _no_transformer(net) from None
 
-    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """(B, C). Pictures of another size than the model's have positions between its own."""
         pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
-        logits: torch.Tensor = call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
-        return logits
+        return call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
+    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
         size = getattr(text_config(net), "image_size", SIDE)
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded())}

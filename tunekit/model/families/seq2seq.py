@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
 from tunekit.contracts import Processor
 from tunekit.model.families.family import Family
@@ -29,7 +29,7 @@ class Seq2SeqFamily(Family):
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)
 
-    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Source and answer at once."""
         return {"input_ids": ids, "decoder_input_ids": ids}
 

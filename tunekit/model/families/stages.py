@@ -79,7 +79,7 @@ class StageLayer(nn.Module):
                     side.value = other
         for module in self.finish:
             output = module(output)
-        return output  # type: ignore[no-any-return]
+        return output
 
 
 def _value(argument: object) -> object:

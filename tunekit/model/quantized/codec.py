@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
@@ -81,7 +82,7 @@ def packed_shapes(
     return {"packed": packed, "absmax": ((blocks,), torch.uint8), "nested_absmax": nested, "offset": offset}
 
 
-def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
     """Pack a dense (O, I) matrix; the same matrix always gives the same bytes, whatever its device: 4 bits are packed
     on the CPU, since bitsandbytes' kernels choose other neighbours and another mean of the scales on a GPU."""
     matrix = matrix.detach().contiguous()  # (O, I)
@@ -93,7 +94,7 @@ def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> 
     return {name: tensor.to(matrix.device) for name, tensor in packed.items()}
 
 
-def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+def _pack_rows(matrix: Tensor) -> dict[str, Tensor]:
     """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8; some rows at a time."""
     packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
@@ -105,9 +106,7 @@ def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"packed": packed, "absmax": absmax}
 
 
-def unpack(
-    tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype
-) -> torch.Tensor:
+def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype) -> Tensor:
     """The dense (O, I) matrix in `dtype`; on the meta device a tensor of that size without values."""
     packed, absmax = tensors["packed"], tensors["absmax"]
     if quantization in EIGHT_BIT:
@@ -125,23 +124,21 @@ def unpack(
         absmax = operations.dequantize_blockwise.default(absmax, nested, code, NESTED_BLOCK, torch.float32)  # (blocks,)
         absmax = absmax + tensors["offset"]
     dense = operations.dequantize_4bit.default(packed, absmax, BLOCK, quantization, (elements,), dtype)
-    return dense.reshape(shape)  # type: ignore[no-any-return]
+    return dense.reshape(shape)
 
 
-def outlier_product(
-    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
-) -> torch.Tensor:
+def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
     if x.is_meta:
         return _product_without_values(x, packed, absmax)
     functional = import_bitsandbytes().functional
     quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
-    product: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+    product: Callable[..., tuple[Tensor, Tensor]] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
     output, _ = product(x, quantized, packed, scales, absmax, outliers, bias)
     return output
 
 
-def _product_without_values(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def _product_without_values(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
     """(N, O) on the meta device, with the allocations of bitsandbytes' product on a CPU, which a forecast counts.
 
     Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
@@ -153,7 +150,7 @@ def _product_without_values(x: torch.Tensor, packed: torch.Tensor, absmax: torch
     return (integers * (scales * absmax[None]) * 1.0).to(x.dtype)
 
 
-def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
     """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
@@ -168,7 +165,7 @@ def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: boo
     return saved | {f".quant_state.bitsandbytes__{quantization}": text}
 
 
-def tensors_of_state(packed: torch.Tensor, state: QuantState) -> tuple[dict[str, torch.Tensor], str]:
+def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[dict[str, Tensor], str]:
     """Our named tensors, and the quantization, of a weight that bitsandbytes packed.
 
     Raises: ModelError for blocks of another size than ours.

@@ -5,6 +5,7 @@ multiplied in float32, so that a CPU computes what the GPU does up to the order 
 """
 
 import torch
+from torch import Tensor
 
 from tunekit.machine.devices import capability
 
@@ -19,7 +20,7 @@ def computes_fp8(device: torch.device) -> bool:
     return capability(device) >= CAPABILITY
 
 
-def scaled_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_rows(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Each row times largest / absmax(row): (N, I) -> the same in float32, absmax (N,) float32."""
     wide = rows.float()
     absmax = wide.abs().amax(dim=1)  # (N,)
@@ -27,30 +28,30 @@ def scaled_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch
     return (wide * scale[:, None]).clamp_(-largest, largest), absmax
 
 
-def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row in e4m3 with a scale of its own: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
     values, absmax = scaled_rows(rows, LARGEST)
     return values.to(KIND), absmax
 
 
-def pack(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+def pack(matrix: Tensor) -> dict[str, Tensor]:
     """A dense (O, I) matrix as bytes (O, I) with absmax (O,); the same matrix always gives the same bytes."""
     values, absmax = rounded(matrix)
     return {"packed": values.view(torch.uint8), "absmax": absmax}
 
 
-def unpack(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def unpack(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """The dense (O, I) matrix in `dtype`."""
     return (packed.view(KIND).float() * (absmax / LARGEST)[:, None]).to(dtype)
 
 
-def product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
     """x (N, I) times packed (O, I), both in float8 -> (N, O) in x's dtype."""
     values, of_x = rounded(x)
     sides = (of_x / LARGEST)[:, None], (absmax / LARGEST)[None]  # (N, 1), (1, O)
     weights = packed.view(KIND).t()  # (I, O), column by column, as the units want it
     if computes_fp8(x.device) and not any(side % MULTIPLE for side in packed.shape):
-        scaled: torch.Tensor = torch._scaled_mm(
+        scaled: Tensor = torch._scaled_mm(
             values, weights, scale_a=sides[0], scale_b=sides[1].contiguous(), out_dtype=torch.bfloat16
         )
         return scaled.to(x.dtype)

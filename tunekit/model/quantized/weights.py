@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.model.quantized import codec, fp8
@@ -40,7 +40,7 @@ class PackedLinear(nn.Module):
         out_features: int,
         quantization: str,
         double_quantization: bool,
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Tensor],
         bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
@@ -52,23 +52,22 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
         return {name: self.get_buffer(name) for name in self.tensor_names}
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W (O, I) in `dtype`; on the meta device without values."""
         return codec.unpack(self.tensors(), (self.out_features, self.in_features), self.quantization, dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = _PackedProduct.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
-        return product
+    def forward(self, x: Tensor) -> Tensor:
+        return _PackedProduct.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         double = ", double" if self.double_quantization else ""
         return f"{self.in_features}, {self.out_features}, {self.quantization}{double}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move to a device, but never to another dtype: the scales stay float32."""
         before = self.tensors()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -83,7 +82,7 @@ class _PackedProduct(torch.autograd.Function):
     """y = x W^T + b with W unpacked in both passes; dx = g W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: PackedLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
         ctx.bias_dtype = None if bias is None else bias.dtype
         cast_bias = None if bias is None else bias.to(x.dtype)
@@ -98,7 +97,7 @@ class _PackedProduct(torch.autograd.Function):
         return F.linear(x, layer.dequantize(x.dtype), cast_bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients  # (..., O)
         of_x = gradient @ ctx.layer.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
         of_bias = None
@@ -128,7 +127,7 @@ def pack_linear(
     return PackedLinear(shape[1], shape[0], quantization, double_quantization, tensors, frozen)
 
 
-def pack_matrix(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
     """The packed tensors of a matrix (O, I) of the base.
 
     Raises: ModelError where it is not finite, which shows in its scales, so that no second matrix is made to see it.
@@ -186,19 +185,19 @@ class Weight:
         return None if isinstance(self.module, PackedLinear) else _dense(self.module).dtype
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def bias(self) -> Tensor | None:
         """The layer's bias (O,), if it has one."""
         bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, torch.Tensor) else None
+        return bias if isinstance(bias, Tensor) else None
 
-    def read(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of the matrix, (O, I), as it takes part in the forward."""
         if isinstance(self.module, PackedLinear):
             return self.module.dequantize(dtype)
         stored = _dense(self.module).detach()
         return (stored.t() if self.transposed else stored).to(dtype, copy=True).contiguous()
 
-    def replace(self, matrix: torch.Tensor) -> None:
+    def replace(self, matrix: Tensor) -> None:
         """Put `matrix` (O, I) in place, in the storage's own dtype or packing; a tied partner keeps the old one."""
         if tuple(matrix.shape) != self.shape:
             raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace one of shape {self.shape}")
@@ -219,14 +218,14 @@ def multiplies_exactly(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
 
 
-def product_matrix(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def product_matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """W (O, I) of such a module for a product in `dtype`: the stored one where it is dense, else unpacked anew."""
     return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
 
 
-def _dense(module: nn.Module) -> torch.Tensor:
+def _dense(module: nn.Module) -> Tensor:
     weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    assert isinstance(weight, Tensor)
     return weight
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
@@ -60,7 +60,7 @@ class FeatureExtractor:
         """Of a recording so long, without those that only fill it up; one at least."""
         return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
 
-    def features(self, samples: torch.Tensor) -> NDArray[np.float32]:
+    def features(self, samples: Tensor) -> NDArray[np.float32]:
         """(frames, bands) log-mel of a recording, without the frames after the first of those that only fill it up.
 
         Shapes: (samples,) at `rate`.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tunekit.errors import DataError, ModelError
 from tunekit.files.cache_folder import hash_of
@@ -126,8 +126,7 @@ class SpeechProcessor(FeatureExtractor):
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         path = self.folder / NORMALIZER
-        known: Callable[[str], str] = EnglishTextNormalizer(read_json(path)) if path.exists() else BasicTextNormalizer()
-        return known
+        return EnglishTextNormalizer(read_json(path)) if path.exists() else BasicTextNormalizer()
 
     def save(self, folder: Path) -> None:
         """The tokenizer's files and the extractor's, byte for byte."""
@@ -159,15 +158,14 @@ class WaveProcessor(SpeechProcessor):
         """Samples alone: no frequencies."""
         return 1
 
-    def features(self, samples: torch.Tensor) -> NDArray[np.float32]:
+    def features(self, samples: Tensor) -> NDArray[np.float32]:
         """(samples, 1), all of them. Raises: DataError for fewer than make a frame."""
         if len(samples) < LEAST_SAMPLES:
             own, least = (count / self.rate for count in (len(samples), LEAST_SAMPLES))
             what = f"the recording lasts {own:.3f} s, and the model hears {least:.3f} s at least"
             raise DataError(what, "leave it out")
         made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np")
-        found: NDArray[np.float32] = made["input_values"][0].astype(np.float32)[:, None]
-        return found
+        return made["input_values"][0].astype(np.float32)[:, None]
 
     def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """(samples,), nothing having been left out."""

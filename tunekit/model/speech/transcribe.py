@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.machine.placing import placed
@@ -18,7 +19,7 @@ from tunekit.model.transformers_guard import quiet
 @torch.no_grad()
 def transcribe(
     model: LoadedModel,
-    features: torch.Tensor,
+    features: Tensor,
     asked: Mapping[str, Any],
     *,
     timestamps: bool,
@@ -41,7 +42,7 @@ def transcribe(
         torch.manual_seed(seed_for("generate", sampling.seed, place))
         inputs = placed(features, model.device).to(model.dtype)
         output = as_pretrained(model.net).generate(inputs, generation_config=settings, **asked)
-    return output.tolist()  # type: ignore[no-any-return]
+    return output.tolist()
 
 
 def without_padding(ids: Sequence[int], end: int | None) -> list[int]:

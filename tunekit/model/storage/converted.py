@@ -34,8 +34,7 @@ class StoredPieces:
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """The pieces by their names in the files."""
-        pieces: dict[str, Tensor] = revert_weight_conversion(self.net, {self.parameter: whole})
-        return pieces
+        return revert_weight_conversion(self.net, {self.parameter: whole})
 
     def places(self, whole: Tensor) -> dict[str, Tensor] | None:
         """Views into `whole` to read the pieces into; None where a piece is no contiguous part of it."""
@@ -59,4 +58,4 @@ class _NoCopies(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None
     ) -> object:
-        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+        return args[0] if func is Tensor.contiguous else func(*args, **(kwargs or {}))

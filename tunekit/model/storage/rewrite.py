@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
-MatrixChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+MatrixChange = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Changes:
     """What becomes of the base: layers by module name; whole parameters by parameter name, before a layer's change."""
 
     layers: Mapping[str, MatrixChange]
-    parameters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+    parameters: Mapping[str, Callable[[Tensor], Tensor]]
     vocabulary_size: int | None = None  # where it becomes another
 
-    def changed(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+    def changed(self, name: str, stored: Tensor) -> Tensor:
         """A whole parameter after its change, float32; as it is stored where there is none."""
         change = self.parameters.get(name)
         return stored if change is None else change(stored.float())
@@ -65,7 +65,7 @@ class BaseTensors:
         # name -> shape and dtype of what is written, as a tensor without values
         self.meta = {own: torch.empty(each.shape, dtype=each.dtype, device="meta") for own, each in entries.items()}
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
         return self.reader.read(self.files[name])
 
 
@@ -73,7 +73,7 @@ class LoadedTensors:
     """The same of a net in memory, for bases that only transformers can read (GGUF); `dtype` is what is written."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
-        stored: dict[str, torch.Tensor] = dict(net.state_dict(keep_vars=True))
+        stored: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
         stored.pop(f"{tied_head}.weight", None)
         once = {id(tensor): name for name, tensor in reversed(stored.items())}  # of tied ones the first name
         self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
@@ -81,7 +81,7 @@ class LoadedTensors:
         self.meta |= {name: each.to(dtype) for name, each in self.meta.items() if each.is_floating_point()}
         self.older: dict[str, str] = {}
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
 
@@ -140,13 +140,13 @@ class Rewriter:
         """The base's fingerprint."""
         return inspection.fingerprint(self.source)
 
-    def base_weight(self, module_name: str) -> torch.Tensor:
+    def base_weight(self, module_name: str) -> Tensor:
         """The base's own matrix (O, I) of a module."""
         name = f"{module_name}.weight"
         stored = self.tensors.read(self.aliases.get(name, name))
         return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
 
-    def trained_on(self, module_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def trained_on(self, module_name: str) -> tuple[Tensor, Tensor | None]:
         """The matrix (O, I) and bias (O,), float32, that training saw: of a packed layer what its packed form means."""
         matrix, bias_name = self.base_weight(module_name).float(), f"{module_name}.bias"
         bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
@@ -181,12 +181,12 @@ class Rewriter:
             self.generation_config.use_cache = True
             self.generation_config.save_pretrained(str(folder))
 
-    def as_changes(self, tensors: Mapping[str, torch.Tensor]) -> Changes:
+    def as_changes(self, tensors: Mapping[str, Tensor]) -> Changes:
         """Parameters of a net that take the place of the base's, each under every name that the files have for it."""
         aliases: dict[int, list[str]] = {}
         for name, parameter in self.net.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(parameter), []).append(name)
-        changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        changes: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, tensor in tensors.items():
             every = aliases[id(self.net.get_parameter(name))]
             stored = [each for each in every if self.aliases.get(each, each) in self.names]
@@ -279,7 +279,7 @@ class Rewriter:
             }
         return config
 
-    def _outputs(self, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
+    def _outputs(self, changes: Changes) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the new model, by name."""
         done: set[str] = set()
         for name in self.tensors.meta:
@@ -310,8 +310,8 @@ class Rewriter:
         return self.section.quantization != "none" and module_name in self.packable
 
     def _layer(
-        self, module_name: str, stored: torch.Tensor, bias: torch.Tensor | None, changes: Changes
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self, module_name: str, stored: Tensor, bias: Tensor | None, changes: Changes
+    ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of one layer: weight, and bias where the change concerns the layer."""
         name = f"{module_name}.weight"
         packed = self.onto != "full" and self.is_packed(module_name)
@@ -337,12 +337,12 @@ class Rewriter:
         if bias is not None:
             yield f"{module_name}.bias", self._cast(f"{module_name}.bias", bias)
 
-    def _through_packing(self, matrix: torch.Tensor) -> torch.Tensor:
+    def _through_packing(self, matrix: Tensor) -> Tensor:
         """What training read: the matrix packed as load_model packs it, and unpacked; (O, I) float32."""
         packed = codec.pack(matrix.to(self.compute_dtype), *self._packing)
         return codec.unpack(packed, (matrix.shape[0], matrix.shape[1]), self.section.quantization, torch.float32)
 
-    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
         """The one cast, to the dtype in which the tensor is written."""
         result = tensor.to(self.written_dtype(name))
         if result.is_floating_point():
@@ -350,11 +350,11 @@ class Rewriter:
         return result
 
 
-def _taken(tensor: torch.Tensor, _old: torch.Tensor) -> torch.Tensor:
+def _taken(tensor: Tensor, _old: Tensor) -> Tensor:
     """A change that does not ask what was there."""
     return tensor.detach().float().cpu()
 
 
-def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+def _refuse_non_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise NumericsError(f"{name} would hold NaN or infinity", "training diverged; nothing was written")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from tunekit.errors import ModelError
 from tunekit.files.durable import rename, write_json
@@ -81,7 +81,7 @@ class ShardReader:
         """Names in the order of files and of the data inside them."""
         return iter(self.headers)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
         """One tensor on the CPU, a copy of its own."""
         entry = self.headers[name]
         return read_tensor(self.folder / entry.file, entry, MODEL_FILE)
@@ -92,13 +92,13 @@ class ShardWriter:
 
     def __init__(self, folder: Path, max_shard_bytes: int = 4 * 2**30) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
         self._names: set[str] = set()
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; what is pending is written first where it would exceed the size of a shard."""
         if name in self._names:
             raise ModelError(f"the tensor {name} would be written twice")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.contracts import GREEDY, Sampling, Tokenizer
 from tunekit.errors import DataError, ModelError
@@ -26,7 +26,7 @@ from tunekit.model.transformers_guard import quiet
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig
 
-ModelInputs = dict[str, torch.Tensor]
+ModelInputs = dict[str, Tensor]
 StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
@@ -240,12 +240,10 @@ def _generate(
             net(input_ids=ids[:1, :1].to(model.device), use_cache=False)
         output = net.generate(**inputs, generation_config=settings, **more)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
-    return output[:, repeated:].tolist()  # type: ignore[no-any-return]
+    return output[:, repeated:].tolist()
 
 
-def _shared_cache(
-    model: LoadedModel, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor
-) -> Cache | None:
+def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Tensor, mask: Tensor) -> Cache | None:
     """Keys and values of all but the last token of each prompt, where some prompts are equal: these are computed once.
 
     None where no two are, or where a base keeps something else.    Shapes: ids, mask (B, T), padded on the left.
@@ -282,7 +280,7 @@ class _Draws:
         self.numbers = torch.from_numpy((raw >> np.uint64(11)) * 2.0**-53)  # (B, new tokens) float64
         self.sampling, self.drawn = sampling, 0
 
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Shapes: scores (B, V) -> (B, V), of which all but one of each row are -inf."""
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -295,7 +293,7 @@ class _Draws:
         return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
 
 
-def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     """(B, 1) the first token whose cumulated probability is above a number from [0, 1).
 
     Shapes: logits (B, V) float32, numbers (B,).
@@ -304,7 +302,7 @@ def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(total, numbers[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 
 
-def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., torch.Tensor]:
+def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., Tensor]:
     """A stopping criterion of transformers: (B,) bool, asked after every step with all ids (B, T) so far."""
     return lambda ids, scores, **_: torch.tensor(told(ids[:, -1].tolist()), device=ids.device)
 

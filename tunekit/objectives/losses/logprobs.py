@@ -164,7 +164,7 @@ def summed_loss(
 
     Shapes: hidden (N, D), targets (N,) -> () float32.    `head_parameters`: trained parameters inside the head.
     """
-    return _SummedLoss.apply(hidden, targets, head, chunk_tokens, *head_parameters)  # type: ignore[no-any-return,no-untyped-call]
+    return _SummedLoss.apply(hidden, targets, head, chunk_tokens, *head_parameters)  # type: ignore[no-untyped-call]
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -229,7 +229,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
     if not torch.is_grad_enabled():
         return scored_positions(hidden, targets, head, size)[0].neg_()
     if not output.head_parameters:
-        return _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-any-return,no-untyped-call]
+        return _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-untyped-call]
 
     def of_chunk(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head.logits(hidden)  # (n, V)
@@ -301,7 +301,7 @@ def divergences(
     if not torch.is_grad_enabled():
         return torch.cat([of_chunk(hidden[chunk], chunk) for chunk in chunks])
     if not output.head_parameters:
-        return _Divergences.apply(hidden, of_chunk, size)  # type: ignore[no-any-return,no-untyped-call]
+        return _Divergences.apply(hidden, of_chunk, size)  # type: ignore[no-untyped-call]
     return torch.cat([_checkpointed(of_chunk, hidden[chunk], chunk) for chunk in chunks])
 
 
@@ -312,7 +312,7 @@ def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), calling(call)
 
-    return checkpoint(of_chunk, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(of_chunk, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @torch.no_grad()

@@ -162,8 +162,7 @@ class PairLoss(AnswerLoss):
 
 def preference(scores: Tensor) -> Array:
     """By how much each chosen answer's score is above the rejected one's. Shapes: (2 P,) -> (P,)."""
-    difference: Array = np.subtract(*scores.numpy().reshape(2, -1))
-    return difference
+    return np.subtract(*scores.numpy().reshape(2, -1))
 
 
 def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
@@ -171,8 +170,7 @@ def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float])
     order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
     equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # equal ones before it
     ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals
-    matched: Array = np.sort(reference).astype(np.float32)[ranks]
-    return matched
+    return np.sort(reference).astype(np.float32)[ranks]
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> float:

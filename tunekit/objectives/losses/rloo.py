@@ -61,5 +61,4 @@ def _less_the_others(rewards: Rewards) -> Rewards:
     """Each less the mean of the others that can be judged; NaN if there is none. Shapes: (P, G) -> (P, G)."""
     count = np.sum(~np.isnan(rewards), axis=1, keepdims=True) - 1  # (P, 1)
     others = (np.nansum(rewards, axis=1, keepdims=True) - rewards) / np.where(count > 0, count, np.nan)
-    less: Rewards = rewards - others
-    return less
+    return rewards - others

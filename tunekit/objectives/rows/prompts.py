@@ -194,5 +194,4 @@ def context_json(example: PromptExample) -> str:
 
 def read_context(row: Row) -> dict[str, Any]:
     """The prompt and the columns of a row."""
-    context: dict[str, Any] = json.loads(row.parts["context"].tobytes())
-    return context
+    return json.loads(row.parts["context"].tobytes())

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tunekit.contracts import Array, EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped
@@ -71,7 +72,7 @@ class RecordingRows(RowKind):
             return {"features": np.zeros(0, np.float32), "place": clip.place, "samples": count}
         return {"features": self.processor.features(samples).reshape(-1), "place": utf8(""), "samples": count}
 
-    def features_of(self, rows: Sequence[Row]) -> torch.Tensor:
+    def features_of(self, rows: Sequence[Row]) -> Tensor:
         """(B, M, F) features, filled up as the model's extractor does, 0 where a step masks them; or (B, N) samples."""
         return torch.from_numpy(np.stack([masked(self._features(row), row.parts.get(MASKS)) for row in rows]))
 

@@ -41,7 +41,7 @@ def facts_of(kind: Kind, name: str) -> ModuleType:
 def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
     """The settings class of a known name: lora.py defines LoraSettings, p_tuning.py PTuningSettings."""
     title = "".join(part.capitalize() for part in name.split("_"))
-    return getattr(facts_of(kind, name), f"{title}Settings")  # type: ignore[no-any-return]
+    return getattr(facts_of(kind, name), f"{title}Settings")
 
 
 def objective_class(name: str) -> type[ObjectiveSettings]:

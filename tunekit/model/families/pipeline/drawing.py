@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet, imported
 from tunekit.model.families.pipeline.processor import PipelineProcessor
@@ -58,7 +59,7 @@ def draw_pictures(
     return found
 
 
-def decoded(net: PipelineNet, latents: torch.Tensor) -> NDArray[np.uint8]:
+def decoded(net: PipelineNet, latents: Tensor) -> NDArray[np.uint8]:
     """(H, W, 3) pixels of latents (1, C, H, W), by the VAE in float32."""
     vae = net.part("vae")
     shift = getattr(vae.config, "shift_factor", None) or 0.0
