@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -206,6 +207,10 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
     def base_output(self, x: Tensor) -> Tensor:
         """What the base gives, (..., O)."""
         return self.base_layer(x)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x with the settings' dropout, while training."""
+        return F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
 
     def update(self, x: Tensor) -> Tensor:
         """What an additive method adds to the base's output: x (..., I) -> (..., O)."""

@@ -25,8 +25,7 @@ class LowRankLayer(LayerAdapter[Settings]):
         raise NotImplementedError
 
     def update(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
-        return low_rank_update(x, self.factors(), self.scaling)
+        return low_rank_update(self.dropped(x), self.factors(), self.scaling)
 
     def delta(self) -> Tensor:
         a, b = self.factors()

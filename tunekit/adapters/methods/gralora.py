@@ -63,9 +63,9 @@ class Gralora(LayerAdapter[GraloraSettings]):
         return torch.einsum("...jr,jro->...jo", low, self.B.to(x.dtype)).flatten(-2)
 
     def update(self, x: Tensor) -> Tensor:
-        update = self._blockwise(F.dropout(x, self.settings.dropout, self.training))
+        update = self._blockwise(self.dropped(x))
         if self.settings.hybrid_r:
-            x = F.dropout(x, self.settings.dropout, self.training)
+            x = self.dropped(x)
             update = update + F.linear(F.linear(x, self.plain_A.to(x.dtype)), self.plain_B.to(x.dtype))
         return update * self.scaling
 

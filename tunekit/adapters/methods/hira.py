@@ -38,7 +38,7 @@ class Hira(DeltaLayer[HiraSettings]):
         return self.base_weight().read(a.dtype) * (b @ a)
 
     def update(self, x: Tensor) -> Tensor:
-        return super().update(F.dropout(x, self.settings.dropout, self.training))
+        return super().update(self.dropped(x))
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":

@@ -87,8 +87,7 @@ class Lora(LayerAdapter[LowRankSettings]):
 
     def update(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":
-            x = F.dropout(x, self.settings.dropout, self.training)
-            y = low_rank_update(x, self.factors(), self.scaling)
+            y = low_rank_update(self.dropped(x), self.factors(), self.scaling)
             return y + (self.update_bias * self.scaling).to(y.dtype) if "update_bias" in self.declared else y
         a, b = (factor.to(self.base_layer.weight.dtype) for factor in self.factors())
         rows = F.embedding(x, a.t(), self.base_layer.padding_idx)  # (..., R)

@@ -46,8 +46,7 @@ class Miss(LayerAdapter[MissSettings]):
     def update(self, x: Tensor) -> Tensor:
         if self.settings.variant == "bat":
             return delta_product(x, self.bat, self.s)
-        x = F.dropout(x, self.settings.dropout, self.training)
-        x = F.pad(x, (0, -x.shape[-1] % self.s.shape[0]))
+        x = F.pad(self.dropped(x), (0, -x.shape[-1] % self.s.shape[0]))
         x = x.reshape(*x.shape[:-1], -1, self.s.shape[0]).sum(-2)  # (..., R)
         return x @ self.shard().to(x.dtype)
 

@@ -78,7 +78,7 @@ class Randlora(LayerAdapter[RandloraSettings]):
 
     def update(self, x: Tensor) -> Tensor:
         first, second = self.factors(self.lambdas.to(x.dtype), self.gammas.to(x.dtype))
-        low = F.linear(F.dropout(x, self.settings.dropout, self.training), first)  # (..., N R)
+        low = F.linear(self.dropped(x), first)  # (..., N R)
         return F.linear(low, second) * (self.settings.alpha / self.settings.r)
 
     def delta(self) -> Tensor:

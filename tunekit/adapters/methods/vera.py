@@ -58,7 +58,7 @@ class Vera(LayerAdapter[VeraSettings]):
 
     def update(self, x: Tensor) -> Tensor:
         a, b = self.matrices(x)
-        low = F.linear(F.dropout(x, self.settings.dropout, self.training), a) * self.d.to(x.dtype)  # (..., R)
+        low = F.linear(self.dropped(x), a) * self.d.to(x.dtype)  # (..., R)
         return F.linear(low, b) * self.b.to(x.dtype)
 
     def delta(self) -> Tensor:
