@@ -66,7 +66,7 @@ def _drawn(source: Source) -> Iterable[bool]:
     order = permutation(_count_rows(source), "max_rows", str(source.draw_seed))
     chosen = order < 0  # (rows,)
     chosen[order[: source.max_rows]] = True
-    return chosen.tolist()  # type: ignore[no-any-return]
+    return chosen.tolist()
 
 
 def _count_rows(source: Source) -> int:
