@@ -26,7 +26,7 @@ from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.model.transformers_guard import quiet
-from tunekit.recipe.load import load_recipe
+from tunekit.recipe.load import check_draft, load_recipe, read_draft
 from tunekit.recipe.reading.shipped import shipped_recipes
 from tunekit.validate import CHECKED
 
@@ -416,7 +416,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     titles = [line for line in said.splitlines() if not line.startswith(" ")]
     own = f"{theirs}: a configuration of LLaMA-Factory"
     assert titles == [own, "changed:", "without effect here:", "not written there, and written out here:"]
-    assert load_recipe(ours).recipe == load_recipe(theirs, imported=True).recipe
+    assert load_recipe(ours).recipe == check_draft(*read_draft(theirs, imported=True)).recipe
     assert load_recipe(ours).rewrites == []
     source = load_recipe(ours).recipe.data.train[0]
     assert source.draw_seed is None, "LLaMA-Factory takes the first rows"
@@ -429,7 +429,8 @@ def test_another_tools_configuration_becomes_a_recipe(
     capsys.readouterr()
     assert run(monkeypatch, "import", str(theirs)) == 2
     out, err = capsys.readouterr()
-    assert out == ""
+    assert "#   chat_template: vicuna\n" in out, "the draft, with what is lost in comments"
+    assert "  r: 4\n" in out
     assert "theirs.yaml:5: lora_rank -> adapter.r" in err, "what was rewritten is shown while problems stand"
     assert err.index("without effect here:") < err.index("lost, or to be settled:") < err.index("theirs.yaml:16:")
     assert "theirs.yaml:16: deepspeed: is a key of another tool and would be lost" in err

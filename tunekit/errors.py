@@ -12,6 +12,7 @@ from dataclasses import dataclass
 _PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # of access tokens
 _PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
 EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
+MAX_LINES = 100  # of one list of problems or notes; nobody reads more
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_PASSWORD}")
 _SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}")  # longer: a folder may be called hf_checkpoints
@@ -25,6 +26,12 @@ def redact(text: str) -> str:
 def holds_secret(text: str) -> bool:
     """Whether text holds what is an access token by its length, or an address with a user and password."""
     return _SURE_SECRET.search(text) is not None
+
+
+def first_lines(lines: Sequence[object]) -> list[str]:
+    """The lines, of which so many are shown and the others counted."""
+    shown = [str(line) for line in lines[:MAX_LINES]]
+    return shown if len(lines) <= MAX_LINES else [*shown, f"... and {len(lines) - MAX_LINES:,} more like these"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Stopped(TunekitError):
 def told(error: BaseException) -> tuple[str, int]:
     """What is said of the error that ends a command, a line for each problem, and the exit code."""
     if isinstance(error, TunekitError):
-        return "\n".join([*error.notes, *map(str, error.problems)]), error.exit_code
+        return "\n".join([*error.notes, *first_lines(error.problems)]), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -6,65 +6,78 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.console import visible
-from tunekit.errors import RecipeError, TunekitError
+from tunekit.errors import Problem, RecipeError, TunekitError, first_lines
 from tunekit.recipe.foreign.tools import PEFT
-from tunekit.recipe.load import dump_recipe, load_recipe
-from tunekit.recipe.reading.dump import yaml_lines
+from tunekit.recipe.load import check_draft, dump_recipe, read_draft, read_file
+from tunekit.recipe.reading.dump import as_comments, dump_draft, yaml_lines
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 
 ROWS, RUN = "train.jsonl", "runs/imported"  # what an adapter's configuration cannot say
+Translation = tuple[str, list[str], Sequence[Problem]]  # the recipe's text, a line for each key, and what is lost
 
 
 def import_verb(path: str, output: str | None) -> None:
-    """Write the recipe, to standard output where no file is named; nothing is overwritten.
+    """Write the recipe, to standard output if no file is named; nothing is overwritten.
 
-    Raises: RecipeError where something has no exact translation; what was rewritten is said all the same.
+    Raises: RecipeError if something has no exact translation. The recipe is written, and says so in comments.
     """
-    if Path(path).suffix == ".json" and "peft_type" in read_recipe_file(Path(path)).values:
-        text, said = _of_adapter(Path(path))
+    is_adapter = Path(path).suffix == ".json" and "peft_type" in read_recipe_file(Path(path)).values
+    text, notes, problems = _of_adapter(Path(path)) if is_adapter else _of_recipe(path, output)
+    if output is not None:
+        try:
+            with Path(output).open("x", encoding="utf-8") as opened:
+                opened.write(f"# from {Path(path).name}\n{text}")
+        except FileExistsError:
+            raise RecipeError("exists already", "name another file", file=output) from None
     else:
-        text, said = _of_recipe(path, output)
-    for line in said:
-        print(visible(line), file=sys.stderr)
-    if output is None:
         print(text, end="")
-        return
-    try:
-        with Path(output).open("x", encoding="utf-8") as opened:
-            opened.write(f"# from {Path(path).name}\n{text}")
-    except FileExistsError:
-        raise RecipeError("exists already", "name another file", file=output) from None
-    print(f"wrote {output}; check it with: tunekit validate {output}")
+    if problems:
+        where = f"wrote {output}, in which these keys are comments:" if output else "lost, or to be settled:"
+        raise RecipeError.of(problems, [*notes, where])
+    for line in notes:
+        print(visible(line), file=sys.stderr)
+    if output is not None:
+        print(f"wrote {output}; check it with: tunekit validate {output}")
 
 
-def _of_recipe(path: str, output: str | None) -> tuple[str, list[str]]:
-    """The recipe's text, and a line for each key."""
+def _of_recipe(path: str, output: str | None) -> Translation:
+    """The recipe's text, a line for each key, and what is lost."""
+    folder = Path(output or path).absolute().parent
+    draft, tool = read_draft(path, imported=True)
+    whose = [f"{path}: a configuration of {tool}"] if tool else []
     try:
-        loaded = load_recipe(path, imported=True)
+        loaded = check_draft(draft, tool)
     except RecipeError as error:
-        titles = ["lost, or to be settled:"] if any(problem.key for problem in error.problems) else []
-        raise RecipeError.of(error.problems, [*_by_kind(error.notes), *titles]) from error
-    text = dump_recipe(loaded.recipe, Path(output or path).absolute().parent, written_only=True)
+        if not draft.values.keys() & {"model", "data"}:
+            raise  # a file of something else
+        text = as_comments(error.problems, read_file(Path(path))) + dump_draft(draft, error.problems, folder)
+        return text, [*whose, *_by_kind(draft.rewrites)], error.problems
     changed = {line.partition(": ")[0] for line in loaded.rewrites}
     kept = [f"{path}:{line}: {key}" for key, line in loaded.lines.items() if f"{path}:{line}" not in changed]
-    whose = [f"{path}: a configuration of {loaded.tool}"] if loaded.tool else []
-    return text, [*whose, *_by_kind(loaded.rewrites), *_titled("kept:", kept), *loaded.defaults]
+    text = dump_recipe(loaded.recipe, folder, written_only=True)
+    return text, [*whose, *_by_kind(loaded.rewrites), *_titled("kept:", kept), *loaded.defaults], ()
 
 
-def _of_adapter(path: Path) -> tuple[str, list[str]]:
+def _of_adapter(path: Path) -> Translation:
     """The recipe that makes such an adapter: the base and the method are PEFT's, the rows and the run are to be named.
 
-    Raises: RecipeError naming each field that has no translation.
+    Raises: RecipeError if the method is not known.
     """
     from tunekit.adapters.folder.config import method_of
     from tunekit.files.untrusted import parse_json, read_small
 
-    fields = parse_json(read_small(path), str(path))
-    try:
-        method = method_of(fields, str(path))
-        settings = method.peft.read(fields, str(path))
-    except TunekitError as error:
-        raise RecipeError.of(error.problems, [f"{path}: a configuration of {PEFT}", "lost:"]) from error
+    fields, problems = parse_json(read_small(path), str(path)), list[Problem]()
+    while True:
+        try:
+            method = method_of(fields, str(path))
+            settings = method.peft.read(fields, str(path))
+            break
+        except TunekitError as error:
+            lost = {problem.key for problem in error.problems if problem.key != "peft_type"} & fields.keys()
+            if not lost:
+                raise RecipeError.of(error.problems, [f"{path}: a configuration of {PEFT}", "lost:"]) from error
+            fields = {name: value for name, value in fields.items() if name not in lost}
+            problems += error.problems
     own = {name: setting for name, (setting, _) in method.peft.fields.items()}
     written = settings.model_dump(mode="json", exclude_defaults=True)
     adapter = {"method": settings.method, **{name: value for name, value in written.items() if name != "method"}}
@@ -79,17 +92,19 @@ def _of_adapter(path: Path) -> tuple[str, list[str]]:
     others = [f"{path}: {name} -> nothing" for name in fields if name not in own and name not in from_base]
     asked = f"to be named: data.train (here {ROWS}) and output.dir: an adapter's configuration knows neither"
     said = [f"{path}: a configuration of {PEFT}", *_titled("kept:", kept), *_titled("without effect here:", others)]
-    return "\n".join(yaml_lines(values)) + "\n", [*said, asked]
+    text = as_comments(problems, read_recipe_file(path)) + "\n".join(yaml_lines(values)) + "\n"
+    return text, [*said, asked], problems
 
 
 def _by_kind(rewrites: Sequence[str]) -> list[str]:
     """What was rewritten, what has no effect here, and what is the tool's default, each under its title."""
     without = [line for line in rewrites if " -> nothing" in line]
     defaults = [line for line in rewrites if ": default of " in line]
-    changed = [line for line in rewrites if line not in without and line not in defaults]
+    others = {*without, *defaults}
+    changed = [line for line in rewrites if line not in others]
     written = _titled("not written there, and written out here:", defaults)
     return [*_titled("changed:", changed), *_titled("without effect here:", without), *written]
 
 
 def _titled(title: str, lines: Sequence[str]) -> list[str]:
-    return [title, *(f"  {line}" for line in lines)] if lines else []
+    return [title, *(f"  {line}" for line in first_lines(lines))] if lines else []

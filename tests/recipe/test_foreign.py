@@ -351,7 +351,7 @@ def test_trl(folder: Path) -> None:
     assert (recipe.data.packing, recipe.data.max_length, recipe.training.seed) == (True, 768, 7)
     for change, what in (
         ("dataset_test_split: test", "would be lost: it is no source yet; write data.eval: {path: NAME, split: SPLIT}"),
-        ("eos_token: <|im_end|>", "would be lost: it is taken from the base's tokenizer"),
+        ("eos_token: <|im_end|>", "would be lost: rows end with the end token of the base"),
         ("packing_strategy: wrapped", "'wrapped' has no exact translation"),
     ):
         with pytest.raises(RecipeError) as caught:

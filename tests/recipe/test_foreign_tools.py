@@ -5,6 +5,7 @@ structure and own values: each becomes a recipe that is read as it was meant, or
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 
 from tests.support.data_case import write_lines
+from tunekit.cli import main
 from tunekit.errors import RecipeError
 from tunekit.foreign import import_verb
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.yaml_reader import read_yaml
 from tunekit.recipe.recipe import Recipe
 from tunekit.validate import validate
 
@@ -128,6 +131,21 @@ DPO = {
         "_component_: torchtune.rlhf.loss.DPOLoss\n  beta: 0.07\n  label_smoothing: 0"
     ),
 }
+TEACHER = """
+teacher_model:
+  _component_: torchtune.models.qwen2.qwen2_1_5b
+teacher_checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: teacher
+  checkpoint_files: [model.safetensors]
+  recipe_checkpoint: null
+  output_dir: ${output_dir}
+  model_type: QWEN2
+kd_loss:
+  _component_: torchtune.modules.loss.ForwardKLWithChunkedOutputLoss
+  num_output_chunks: 8
+kd_ratio: 0.3
+"""
 ALPACA = "_component_: torchtune.datasets.alpaca_cleaned_dataset\n  packed: False"
 
 
@@ -196,6 +214,10 @@ def values(recipe: Recipe, *keys: str) -> list[Any]:
             },
             {"adapter.method": "full", "training.optimizer": "paged_adamw_8bit", "training.max_grad_norm": 1.5},
         ),
+        (
+            {"seed: null": f"seed: null\n{TEACHER}"},  # qwen2/1.5_to_0.5B_KD_lora_single_device.yaml
+            {"objective.method": "distill", "objective.beta": 0.0, "objective.kd_ratio": 0.3},
+        ),
         (DPO, {"objective.method": "dpo", "objective.beta": 0.07, "data.train.0.format": "preference"}),
         (
             {
@@ -240,10 +262,11 @@ def test_torchtune(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"max_steps_per_epoch: null": "max_steps_per_epoch: 30"}, "max_steps_per_epoch: .* would be lost"),
+        ({"max_steps_per_epoch: null": "max_steps_per_epoch: few"}, "max_steps_per_epoch: .* would be lost"),
         ({"llama3_2.lora_llama3_2_1b": "phi3.lora_phi3_mini"}, "have other names in transformers' model"),
         ({"llama3_2.lora_llama3_2_1b": "llama3_2_vision.lora_11b"}, "is no model of text alone"),
-        ({"loss.LinearCrossEntropyLoss": "loss.ForwardKLLoss"}, "the loss 'ForwardKLLoss' has no exact translation"),
+        ({"loss.LinearCrossEntropyLoss": "loss.SimPOLoss"}, "the loss 'SimPOLoss' has no exact translation"),
+        ({"epochs: 2": f"epochs: 2\n{TEACHER.replace('ForwardKL', 'SymmetricKL')}"}, "'SymmetricKLWith.* has no exact"),
         ({"alpaca_cleaned_dataset": "samsum_dataset"}, "the data set 'samsum_dataset' has no exact translation"),
         ({"seed: null": "seed: null\nquantizer:\n  _component_: a.B"}, "quantizer._component_: .* would be lost"),
         ({"seed: null": "seed: null\nfuture: 3"}, "future: is a key of another tool and would be lost"),
@@ -315,13 +338,13 @@ def test_unsloths_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert values(recipe, *keys) == [24, True, "nf4", 40, 12]
     assert "run.sh:9: quantization -> nothing (run `tunekit merge` or `tunekit export` on the result)" in said
     for change, what in (
-        ({"--save_model": "--push_model --hub_path a/b"}, "push_model: .* nothing is uploaded"),
+        ({"--save_model": "--raw_text_file"}, "raw_text_file: .* texts are cut to data.max_length"),
         ({"--r 24": "--r $RANK"}, r"run.sh:5: r: \$RANK is for a shell to put in"),
     ):
         with pytest.raises(RecipeError, match=what):
-            load_recipe(_written(folder, "run.sh", changed(SCRIPT, change)), imported=True)
+            import_verb(str(_written(folder, "run.sh", changed(SCRIPT, change))), None)
     with pytest.raises(RecipeError, match="holds no training command that is known"):
-        load_recipe(_written(folder, "run.sh", "ls --all\n"), imported=True)
+        import_verb(str(_written(folder, "run.sh", "ls --all\n")), None)
 
 
 def _written(folder: Path, name: str, text: str) -> Path:
@@ -357,7 +380,7 @@ def test_trls_commands(
 ) -> None:
     """What is not written is what TRL takes, a fully trained model where no adapter is asked for."""
     if expected is None:
-        with pytest.raises(RecipeError, match=r"eos_token: .* taken from the base's tokenizer"):
+        with pytest.raises(RecipeError, match=r"eos_token: .* rows end with the end token of the base's tokenizer"):
             imported(folder, "run.sh", command, capsys)
         return
     recipe, said = imported(folder, "run.sh", command, capsys)
@@ -488,6 +511,159 @@ def test_what_an_adapters_configuration_has_and_nothing_here_is_said(folder: Pat
     assert [problem.key for problem in caught.value.problems] == ["megatron_config", "use_qalora"]
     with pytest.raises(RecipeError, match="VBLORA2 are not supported"):
         import_verb(str(_written(folder, "adapter_config.json", '{"peft_type": "VBLORA2"}')), None)
+
+
+def test_an_adapters_configuration_is_written_without_what_is_lost(folder: Path) -> None:
+    fields = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 12, "lora_alpha": "much", "use_qalora": True}
+    with pytest.raises(RecipeError) as caught:
+        import_verb(str(_written(folder, "adapter_config.json", json.dumps(fields))), str(folder / "r.yaml"))
+    assert [problem.key for problem in caught.value.problems] == ["use_qalora", "lora_alpha"]
+    recipe = load_recipe(folder / "r.yaml").recipe
+    assert recipe.adapter.r == 12  # type: ignore[attr-defined]
+    text = (folder / "r.yaml").read_text(encoding="utf-8")
+    assert "#   use_qalora: true\n" in text
+    assert "#   lora_alpha: much\n" in text
+
+
+def test_the_steps_of_each_epoch_are_those_of_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"max_steps_per_epoch: null": "max_steps_per_epoch: 30"}
+    recipe, said = imported(folder, "theirs.yaml", changed(TORCHTUNE, changes), capsys)
+    assert values(recipe, "training.max_steps", "training.epochs") == [60, None]
+    assert "epochs -> nothing (if an epoch has fewer than 30 steps, write it in place of max_steps)" in said
+
+
+def test_the_teacher_is_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "config.json").write_text("{}", encoding="utf-8")
+    recipe, _ = imported(folder, "theirs.yaml", f"{TORCHTUNE}{TEACHER}", capsys)
+    assert values(recipe, "objective.teacher.name_or_path") == [str(folder / "teacher")]
+
+
+AXOLOTL = """
+base_model: base
+datasets:
+  - path: rows.jsonl
+    type: chat_template
+adapter: lora
+lora_r: 12
+num_epochs: 2
+output_dir: out
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "expected", "line"),
+    [
+        (
+            "push_to_hub: true",
+            {},
+            "push_to_hub -> nothing (nothing is uploaded; `hf upload` takes the finished folder)",
+        ),
+        ("fsdp: [full_shard]\nfsdp_config: {a: 1}", {}, "fsdp_config -> nothing (each device holds the whole base;"),
+        (
+            "save_strategy: epoch",
+            {},
+            "save_strategy -> nothing (it goes by steps: write training.save_steps: the steps",
+        ),
+        ("eval_strategy: epoch\neval_steps: 7", {"training.eval_steps": 100}, "eval_steps -> nothing (eval_strategy: "),
+        ("save_strategy: 'no'", {}, "save_strategy -> nothing"),
+        ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has it)"),
+        ("special_tokens: {eos_token: <|im_end|>, pad_token: x}", {}, "special_tokens -> nothing"),
+        ("max_steps: 9", {"training.max_steps": 9}, "num_epochs -> nothing (training.max_steps overrules it there)"),
+        ("warmup_ratio: 0.1\nwarmup_steps: 0", {"training.warmup_ratio": 0.1}, "warmup_steps -> nothing (training.wa"),
+        (
+            "val_set_size: 0.1\nload_best_model_at_end: true",
+            {"evaluation.best": "eval.loss"},
+            "load_best_model_at_end ->",
+        ),
+    ],
+)
+def test_what_changes_no_result_is_not_lost(
+    folder: Path, more: str, expected: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = {"eos_token": {"content": "<|im_end|>"}}
+    (folder / "base" / "tokenizer_config.json").write_text(json.dumps(tokens), encoding="utf-8")
+    recipe, said = imported(folder, "theirs.yaml", f"{AXOLOTL}{more}\n", capsys)
+    assert values(recipe, *expected) == list(expected.values())
+    assert line in said
+
+
+LOST = """
+future: {a: 1, b: [2, 3]}
+eos_token: <|other|>
+hub_token: hf_abcdefghijklmnopqrstuvwxyz
+learning_rate: fast
+early_stopping_patience: 2
+eval_strategy: epoch
+"""
+
+
+def test_a_lost_key_does_not_lose_the_others(folder: Path) -> None:
+    path, output = _written(folder, "theirs.yaml", f"{AXOLOTL}{LOST}"), folder / "recipe.yaml"
+    with pytest.raises(RecipeError) as caught:
+        import_verb(str(path), str(output))
+    assert caught.value.exit_code == 2
+    keys = [str(problem.key) for problem in caught.value.problems]
+    assert keys == [
+        "future",
+        "eos_token",
+        "training.learning_rate (written learning_rate)",
+        "evaluation.patience (written early_stopping_patience)",
+        "eval_strategy",
+    ]
+    recipe = validate(str(output)).recipe
+    assert values(recipe, "adapter.r", "training.epochs", "training.learning_rate") == [12, 2.0, 2e-4]
+    text = output.read_text(encoding="utf-8")
+    for line in (
+        "#   future:\n#     a: 1\n#     b: [2, 3]\n",
+        '#   eos_token: "<|other|>"\n',
+        "#   learning_rate: fast\n",
+    ):
+        assert line in text
+    assert "hf_" not in text
+    with pytest.raises(RecipeError, match="exists already"):
+        import_verb(str(path), str(output))
+
+
+def test_of_a_file_of_something_else_nothing_is_written(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="model: is required"):
+        import_verb(str(_written(folder, "theirs.yaml", "services: {web: 1}\n")), str(folder / "recipe.yaml"))
+    assert not (folder / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("line", ["key{}: 1", "key{}:"])
+def test_many_unknown_keys_are_not_all_listed(
+    folder: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = 3000
+    text = AXOLOTL + "".join(f"{line.format(number)}\n" for number in range(count))
+    with_problems = line.endswith("1")
+    monkeypatch.setattr(
+        sys, "argv", ["tunekit", "import", str(_written(folder, "t.yaml", text)), "--output", str(folder / "r.yaml")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == (2 if with_problems else 0)
+    said = capsys.readouterr().err
+    assert f"... and {count - 100:,} more" in said
+    assert len(said) + len((folder / "r.yaml").read_text(encoding="utf-8")) < 50_000
+
+
+def test_reading_keys_costs_as_many_steps_as_there_are_keys() -> None:
+    """A place that is forgotten is looked up, not looked for among all others."""
+
+    class Counted(dict[Any, Any]):
+        walks = 0
+
+        def __iter__(self) -> Any:
+            Counted.walks += 1
+            return super().__iter__()
+
+    draft = read_yaml("".join(f"key{number}: {{a: [1]}}\n" for number in range(50)), "r.yaml")
+    draft.places = Counted(draft.places)
+    for name in list(draft.values):
+        draft.remove((name,))
+    assert (draft.places, Counted.walks) == ({}, 0)
 
 
 def test_validate_says_whose_a_configuration_is(folder: Path) -> None:

@@ -14,7 +14,18 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.command_line import ENDING, read_command_line
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
 from tunekit.recipe.foreign.samples import count_prompts
-from tunekit.recipe.foreign.tools import AXOLOTL, PEFT, TRL, WHOLE, drop_empty, tool_of, trains_base, write_defaults
+from tunekit.recipe.foreign.tools import (
+    AXOLOTL,
+    PEFT,
+    TRL,
+    WHOLE,
+    drop_empty,
+    drop_overruled,
+    drop_unknown,
+    tool_of,
+    trains_base,
+    write_defaults,
+)
 from tunekit.recipe.reading import checks
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, Place
 from tunekit.recipe.reading.dump import dump_recipe
@@ -28,7 +39,17 @@ from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
-__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides", "make_recipe", "override_data"]
+__all__ = [
+    "LoadedRecipe",
+    "check_draft",
+    "dump_recipe",
+    "load_recipe",
+    "load_target_overrides",
+    "make_recipe",
+    "override_data",
+    "read_draft",
+    "read_file",
+]
 
 
 @dataclass(frozen=True)
@@ -55,13 +76,24 @@ class LoadedRecipe:
         return Problem(problem.what, problem.how, file=str(self.path), line=line, key=problem.key)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, imported: bool = False) -> LoadedRecipe:
-    """Read, override and check a recipe; `imported`: with what another tool takes for keys that are not written.
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and check a recipe. Raises: RecipeError with every problem found, in the order of the file."""
+    return check_draft(*read_draft(path, overrides))
 
-    Raises: RecipeError with every problem found, in the order of the file.
+
+def read_file(path: Path) -> Draft:
+    """A recipe or another tool's configuration, as it is written. Raises: RecipeError where it cannot be read."""
+    return read_command_line(path) if path.suffix == ENDING else read_recipe_file(path)
+
+
+def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: bool = False) -> tuple[Draft, str | None]:
+    """A recipe with its shorthands, other tools' keys and overrides in full form, not checked yet; and whose
+    configuration it is, if another tool's. `imported`: with that tool's values for keys that are not written.
+
+    Raises: RecipeError where the file cannot be read.
     """
     path = Path(path)
-    draft = read_command_line(path) if path.suffix == ENDING else read_recipe_file(path)
+    draft = read_file(path)
     tool = tool_of(draft)
     if tool == PEFT:
         how = f"`tunekit import {path} --output RECIPE` makes a recipe of it"
@@ -75,6 +107,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, imported: bo
     rewrite_aliases(draft)
     expand_shorthands(draft)
     if tool is not None and imported:
+        drop_unknown(draft, tool)
+        drop_overruled(draft)
         write_defaults(draft, tool, every_weight)
     apply_overrides(draft, overrides)
     count_prompts(draft, of_tool=imported and tool in (AXOLOTL, TRL))
@@ -85,6 +119,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, imported: bo
     if tool is not None and not imported:
         whose = f"{path} is a configuration of {tool}: `tunekit import {path} --output RECIPE` makes a recipe of it"
         draft.rewrites.insert(0, whose)
+    return draft, tool
+
+
+def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
+    """The recipe of a draft that was read. Raises: RecipeError with every problem found, in the order of the file."""
+    path = Path(draft.file)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
     written = draft.written_in(COMMAND_LINE)
     return LoadedRecipe(recipe, path, draft.lines(), written, draft.rewrites, draft.defaults, tool)

@@ -8,6 +8,8 @@ from tunekit.recipe.foreign.values import NOTHING, NotExact
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 
+UNTRANSLATED = "it has no translation"
+
 
 def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
     """One foreign key by its table entry; an empty value says nothing, as in those tools."""

@@ -2,6 +2,12 @@
 Two spellings of one thing, and a value without an exact translation, are problems.
 """
 
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import Any
+
 from tunekit.recipe.foreign.become import complain, record, rewrite, take, write
 from tunekit.recipe.foreign.datasets import name_sources
 from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, SOURCE_KEYS, TEMPLATE_KEYS, TEMPLATES, TOP_LEVEL
@@ -12,6 +18,12 @@ QUANTIZATION: KeyPath = ("model", "quantization")
 METHOD: KeyPath = ("adapter", "method")
 TRAIN: KeyPath = ("data", "train")
 DORA: tuple[KeyPath, ...] = (("use_dora",), ("peft_use_dora",), ("adapter", "use_dora"))
+STRATEGIES = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
+SPECIAL_TOKENS: tuple[KeyPath, ...] = (
+    ("eos_token",),
+    *(("special_tokens", name) for name in ("eos_token", "bos_token", "unk_token")),
+)
+MAX_TOKENIZER_BYTES = 8 << 20
 PER_EPOCH = {"evals_per_epoch": "training.eval_steps", "saves_per_epoch": "training.save_steps"}
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
@@ -25,7 +37,16 @@ def rewrite_aliases(draft: Draft) -> None:
             write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
     _rewrite_pissa(draft)
     for name in PER_EPOCH:
-        _rewrite_per_epoch(draft, name)
+        if (found := take(draft, name)) is not None:
+            _settle_per_epoch(draft, name, PER_EPOCH[name], *found)
+    for name, steps in STRATEGIES.items():
+        _rewrite_strategy(draft, name, steps)
+    if draft.get(("load_best_model_at_end",)) is True and draft.has(("metric_for_best_model",)):
+        record(
+            draft, draft.place(("load_best_model_at_end",)), "load_best_model_at_end", "nothing (the metric says it)"
+        )
+        draft.remove(("load_best_model_at_end",))
+    _settle_special_tokens(draft)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
     dora = [(key, place) for key in DORA if draft.get(key) is True for place in [draft.place(key)] if draft.remove(key)]
@@ -172,25 +193,60 @@ def _rewrite_pissa(draft: Draft) -> None:
             record(draft, found[1], name, "nothing (it belongs to pissa_init)")
 
 
-def _rewrite_per_epoch(draft: Draft, name: str) -> None:
-    """Evaluations or checkpoints an epoch -> what to write: rows are counted by plan. No result depends on it, unless a
-    run may stop early or keep its best."""
-    found = take(draft, name)
-    if found is None:
-        return None
-    (value, place), ours = found, PER_EPOCH[name]
+def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: Place) -> None:
+    """Evaluations or checkpoints an epoch -> what to write: rows are counted by plan. No result depends on it, unless
+    evaluations decide when a run stops or what it keeps."""
     if value == 0 and not isinstance(value, bool):
         return record(draft, place, name, "nothing (0 is never)")
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         return complain(draft, place, name, f"must be a number above 0, not {show(value)}")
-    rows = 1
-    for names in (("micro_batch_size", "per_device_train_batch_size"), ("gradient_accumulation_steps",)):
-        sizes = [size for size in (draft.get((each,)) for each in names) if isinstance(size, int)]
-        rows *= sizes[0] if sizes else 1
-    how = f"write {ours}: ROWS / {rows} / {value:g}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
-    if any(draft.get((chosen,)) for chosen in ("early_stopping_patience", "metric_for_best_model")):
+    sizes = [
+        next((size for size in (draft.get((each,)) for each in names) if isinstance(size, int)), None)
+        for names in (("micro_batch_size", "per_device_train_batch_size"), ("gradient_accumulation_steps",))
+    ]
+    if None in sizes:
+        how = f"write {ours}: the steps of an epoch{'' if value == 1 else f' / {value:g}'} (`tunekit plan` counts them)"
+    else:
+        rows = prod(size for size in sizes if size is not None)
+        count = "ROWS / {rows}" if value == 1 else "ROWS / {rows} / {value:g}"
+        count = count.format(rows=rows, value=value)
+        how = f"write {ours}: {count}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
+    best = ("early_stopping_patience", "metric_for_best_model", "load_best_model_at_end")
+    if ours == "training.eval_steps" and any(draft.get((chosen,)) for chosen in best):
         return complain(draft, place, name, "goes by steps here, and early stopping depends on it", how)
     return record(draft, place, name, f"nothing (it goes by steps: {how})")
+
+
+def _rewrite_strategy(draft: Draft, name: str, steps: str) -> None:
+    """`epoch` -> what to write; a number of steps beside it is ignored, as there."""
+    if draft.get((name,)) == "epoch" and (found := take(draft, name)) is not None:
+        if (ignored := take(draft, steps)) is not None:
+            record(draft, ignored[1], steps, f"nothing ({name}: epoch overrules it)")
+        _settle_per_epoch(draft, name, f"training.{steps}", 1, found[1])
+
+
+def _settle_special_tokens(draft: Draft) -> None:
+    """Special tokens that are those of the base's own tokenizer -> nothing."""
+    written = [key for key in SPECIAL_TOKENS if draft.get(key) is not None]
+    own = _tokens_of_base(draft) if written else {}
+    for key in written:
+        token = own.get(key[-1])
+        if draft.get(key) == (token.get("content") if isinstance(token, dict) else token):
+            record(draft, draft.place(key), dotted(key), "nothing (the base's tokenizer has it)")
+            draft.remove(key)
+
+
+def _tokens_of_base(draft: Draft) -> dict[str | int, Any]:
+    """tokenizer_config.json of a base that is a folder; nothing of one that is not, or that cannot be read."""
+    names = (("base_model",), ("model_name_or_path",), ("model_name",), ("model", "name_or_path"), ("model",))
+    base = next((name for name in map(draft.get, names) if isinstance(name, str)), "")
+    path = Path(draft.file).parent / os.path.expanduser(base) / "tokenizer_config.json"
+    try:
+        small = path.is_file() and path.stat().st_size <= MAX_TOKENIZER_BYTES
+        fields = json.loads(path.read_bytes()) if small else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _rewrite_template(draft: Draft, name: str) -> None:

@@ -22,7 +22,10 @@ _OPTIMIZERS = one_of(
 )
 _SWITCH = these(True, False)
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
-_STRATEGY = one_of({"steps": NOTHING}, "saving and evaluating go by save_steps and eval_steps")
+_STRATEGY = one_of({"steps": NOTHING, "epoch": NOTHING, "no": NOTHING, "best": NOTHING, False: NOTHING})
+_SHARDED = "each device holds the whole base; memory.streaming and model.quantization make it smaller"
+_UPLOADED = "nothing is uploaded; `hf upload` takes the finished folder"
+_TOKENS = "rows end with the end token of the base's tokenizer, and chat turns as its template ends them"
 PRECISION_KEYS = ("bf16", "fp16")
 SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
 TEMPLATE_KEYS = ("template", "chat_template")
@@ -106,7 +109,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **same_names("training", "seed", "save_steps"),
     **to("training.keep_checkpoints", "save_total_limit"),
     **to("training.eval_steps", "eval_steps"),
-    **nowhere(_STRATEGY, "save_strategy", "eval_strategy"),
+    **nowhere(_STRATEGY, "save_strategy", "eval_strategy"),  # epoch: rewrite.py
     **nowhere(one_of({True: NOTHING}, "run `tunekit train`"), "do_train"),
     **to("evaluation.batch_size", "per_device_eval_batch_size", "eval_batch_size"),
     **to("evaluation.patience", "early_stopping_patience"),
@@ -134,15 +137,19 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("matrix products keep their precision", "tf32"),
     **dropped("gradients are summed without DistributedDataParallel", "ddp_find_unused_parameters"),
     **dropped("the fast tokenizer is always used", "use_fast_tokenizer"),
-    **nowhere(lost("the device layer is accelerate"), "deepspeed"),
-    **nowhere(lost("base weights are not sharded"), "fsdp", "fsdp_config", "fsdp_version"),
-    **nowhere(lost("only text is trained on"), "processor_type", "skip_prepare_dataset"),
+    **nowhere(
+        lost("its file may name an optimizer and a precision", "write training.optimizer and model.dtype instead"),
+        "deepspeed",
+    ),
+    **dropped(_SHARDED, "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap"),
+    **nowhere(lost("models that read pictures and write text are not trained"), "processor_type"),
+    **nowhere(lost("rows are always prepared"), "skip_prepare_dataset"),
     **nowhere(lost("whole modules are trained, never parts", "write adapter"), "unfrozen_parameters"),
     **nowhere(same, "evals_per_epoch", "saves_per_epoch", "dataset_dir"),  # rewrite.py, datasets.py
     **nowhere(same, "pissa_init", "pissa_iter"),  # rewrite.py
     **dropped("run `tunekit adapter convert` on the result", "pissa_convert"),
     **nowhere(values.tokens_of_padding, "special_tokens"),
-    **nowhere(lost("it is taken from the base's tokenizer", "remove it where it is the same there"), "eos_token"),
+    **nowhere(lost(_TOKENS, "remove it if that is the same; else set eos_token in the base's files"), "eos_token"),
     **nowhere(lost("it is no source yet", "write data.eval: {path: NAME, split: SPLIT}"), "dataset_test_split"),
     **nowhere(one_of({"default": NOTHING}, "write the source under data.train"), "dataset_config"),
     **nowhere(one_of({"bfd": NOTHING}, "write data.excess_length: split"), "packing_strategy"),
@@ -168,7 +175,11 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("no table of answers is sent", "eval_table_size"),
     **dropped("it follows from the layer", "lora_fan_in_fan_out"),
     **nowhere(lost("there is no embedding noise"), "neftune_noise_alpha"),
-    **nowhere(lost("nothing is uploaded"), "push_to_hub", "hub_model_id"),
+    **dropped(_UPLOADED, "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    **dropped("the environment's HF_TOKEN is used", "hub_token"),
+    **dropped("the metric itself says so", "greater_is_better"),
+    **to("evaluation.best", "load_best_model_at_end", by=one_of({True: "eval.loss", False: NOTHING})),
+    **nowhere(one_of({True: NOTHING, False: NOTHING}), "do_eval"),
     **nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
 }
 IN_ADAPTER: dict[str, Alias] = {

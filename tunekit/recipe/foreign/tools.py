@@ -6,11 +6,11 @@ LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders o
 
 from typing import Any
 
-from tunekit.recipe.foreign.become import record
+from tunekit.recipe.foreign.become import UNTRANSLATED, complain, record
 from tunekit.recipe.foreign.table import TOP_LEVEL
 from tunekit.recipe.foreign.torchtune import COMPONENT, rewrite_torchtune
 from tunekit.recipe.foreign.unsloth import rewrite_options, rewrite_sections
-from tunekit.recipe.reading.draft import Draft, Place
+from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 
 AXOLOTL, FACTORY, PEFT, TORCHTUNE, TRL, UNSLOTH = "Axolotl", "LLaMA-Factory", "PEFT", "torchtune", "TRL", "Unsloth"
@@ -96,6 +96,27 @@ def drop_empty(draft: Draft) -> None:
             draft.remove((name,))
     if draft.has(("adapter",)) and draft.get(("adapter",)) is None:
         draft.remove(("adapter",))
+
+
+def drop_overruled(draft: Draft) -> None:
+    """Of two keys of which these tools obey one, the other; in place."""
+    for used, ignored in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
+        if draft.get(("training", used)) == 0:
+            used, ignored = ignored, used
+        keys: tuple[KeyPath, KeyPath] = (("training", used), ("training", ignored))
+        if all(draft.get(key) is not None for key in keys):
+            spelled = draft.place(keys[1]).spelled or dotted(keys[1])
+            record(draft, draft.place(keys[1]), spelled, f"nothing (training.{used} overrules it there)")
+            draft.remove(keys[1])
+
+
+def drop_unknown(draft: Draft, tool: str) -> None:
+    """Keys that are neither ours nor in the table would be lost; in place."""
+    for name in [name for name in draft.values if name not in OURS]:
+        complain(
+            draft, draft.place((name,)), str(name), f"is a key of {tool} and would be lost: {UNTRANSLATED}", "remove it"
+        )
+        draft.remove((name,))
 
 
 def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:

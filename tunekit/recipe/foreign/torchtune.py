@@ -44,6 +44,7 @@ OPTIMIZERS = {
     "bitsandbytes.optim.PagedAdamW": "paged_adamw",
     "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
 }
+DIVERGENCES = {"ForwardKL": 0.0, "ReverseKL": 1.0}  # objective.beta of each, in whole or in chunks
 CROSS_ENTROPY = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss")
 LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "CometLogger": ["comet_ml"]}
 
@@ -78,19 +79,21 @@ TABLE: dict[str, Alias] = {
     **to("objective.label_smoothing", "loss.label_smoothing"),
     **nowhere(exactly(0.5, how="write training.scheduler"), "lr_scheduler.num_cycles"),
     **to("training.warmup_steps", "lr_scheduler.num_warmup_steps"),
-    **nowhere(lost("training.max_steps counts over all epochs", "write it"), "max_steps_per_epoch"),
     **nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
     **nowhere(lost("an adapter is continued by adapter.init_from", "write it"), "checkpointer.adapter_checkpoint"),
     **nowhere(lost("the tokenizer's own template is used", "write data.chat_template"), "tokenizer.prompt_template"),
     **nowhere(lost("weights are not trained as if quantized"), "quantizer.*"),
-    **nowhere(lost("a teacher's answers are not learned"), "teacher_model.*", "teacher_checkpointer.*", "kd_loss.*"),
-    **nowhere(lost("a teacher's answers are not learned"), "kd_ratio"),
-    **nowhere(lost("base weights are not sharded"), "fsdp.*", "fsdp_cpu_offload", "custom_sharded_layers"),
+    **dropped("the teacher's own files say so", "teacher_model.*", "teacher_checkpointer.*"),
+    **dropped("logits are never whole", "kd_loss.*"),
+    **dropped(
+        TOP_LEVEL["fsdp"].why, "fsdp.*", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "custom_sharded_layers"
+    ),
     **nowhere(exactly(1, how="run torchrun"), "tensor_parallel_dim", "context_parallel_dim"),
     **dropped("the model's own files say so", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
     **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram", "loss.*"),
     **dropped("say --device", "device"),
     **dropped("every step is logged", "log_every_n_steps", "log_peak_memory_stats", "log_level", "metric_logger.*"),
+    **nowhere(lost("training.max_steps counts the steps of all epochs", "write it"), "max_steps_per_epoch"),
     **dropped("the run folder holds everything", "save_adapter_weights_only"),
     **dropped("report.json says where time and memory went", "profiler.*"),
 }
@@ -104,6 +107,8 @@ def rewrite_torchtune(draft: Draft) -> None:
         theirs.values[name] = (_referred(theirs, value), place)
     _write_method(theirs)
     _write_objective(theirs)
+    _write_teacher(theirs)
+    _write_steps(theirs)
     _write_sources(theirs)
     _write_optimizer(theirs)
     logger = _last(theirs.take(f"metric_logger.{COMPONENT}", "DiskLogger"))
@@ -164,6 +169,36 @@ def _write_objective(theirs: Theirs) -> None:
             theirs.write(key, "objective.loss_type", "hinge")
     else:
         theirs.complain(key, f"the loss {show(loss)} has no exact translation", "write objective")
+
+
+def _write_teacher(theirs: Theirs) -> None:
+    """kd_loss, kd_ratio and the teacher's folder -> objective: distill."""
+    key = f"kd_loss.{COMPONENT}"
+    if theirs.get(key) is None:
+        return
+    name = _last(theirs.take(key))
+    beta = DIVERGENCES.get(name.removesuffix("Loss").removesuffix("WithChunkedOutput"))
+    if beta is None:
+        theirs.complain(key, f"the loss {show(name)} has no exact translation", "write objective: {method: distill}")
+        return
+    folder = "teacher_checkpointer.checkpoint_dir"
+    theirs.write(key, "objective.method", "distill")
+    theirs.write(key, "objective.beta", beta)
+    ratio, teacher = theirs.take("kd_ratio", 0.5), theirs.take(folder)
+    theirs.write("kd_ratio", "objective.kd_ratio", ratio)
+    if teacher is not None:
+        theirs.write(folder, "objective.teacher", {"name_or_path": teacher})
+
+
+def _write_steps(theirs: Theirs) -> None:
+    """So many steps of each epoch -> the steps of all: the schedule is the same, but the rows are not drawn anew."""
+    steps, epochs = theirs.get("max_steps_per_epoch"), theirs.get("epochs", 1)
+    if not (isinstance(steps, int) and isinstance(epochs, int)) or min(steps, epochs) < 1:
+        return
+    theirs.take("max_steps_per_epoch")
+    theirs.write("max_steps_per_epoch", "training.max_steps", steps * epochs)
+    if theirs.take("epochs") is not None:
+        theirs.record("epochs", f"nothing (if an epoch has fewer than {steps} steps, write it in place of max_steps)")
 
 
 def _write_sources(theirs: Theirs) -> None:

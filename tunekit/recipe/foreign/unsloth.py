@@ -13,7 +13,7 @@ from tunekit.recipe.reading.draft import Draft
 FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
 _RECOMPUTED = one_of({"unsloth": True, "true": True, True: True, "none": False, False: False})
 _LOFTQ = one_of({True: "loftq", False: NOTHING})
-_IMAGES = "only text is trained on"
+_IMAGES = "models that read pictures and write text are not trained"
 
 
 def unset_by_zero(value: object) -> object:
@@ -68,7 +68,7 @@ OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
     **dropped("training.seed draws the adapter's first weights too", "random_state"),
     **dropped("run `tunekit merge` or `tunekit export` on the result", "save_model", "save_method", "save_gguf"),
     **dropped("run `tunekit merge` or `tunekit export` on the result", "save_path", "quantization"),
-    **nowhere(lost("nothing is uploaded"), "push_model", "push_gguf", "hub_path", "hub_token"),
+    **dropped(TOP_LEVEL["push_to_hub"].why, "push_model", "push_gguf", "hub_path"),
     **nowhere(lost("texts are cut to data.max_length", "write data.train"), "raw_text_file", "chunk_size", "stride"),
 }
 

@@ -76,7 +76,7 @@ def tokens_of_padding(value: object) -> object:
     """Axolotl's special_tokens: which token pads changes nothing, for padding is masked."""
     others = [name for name, token in value.items() if name != "pad_token" and token] if isinstance(value, dict) else []
     if others:
-        raise NotExact(f"{others[0]} is taken from the base's tokenizer", "remove it where it is the same there")
+        raise NotExact(f"{others[0]} is taken from the base's tokenizer", "remove it if it is the same there")
     return NOTHING
 
 

@@ -72,15 +72,14 @@ class Draft:
         """Take a written key out and return its value."""
         holder = self.get(key[:-1])
         value = holder.pop(key[-1])
-        self.forget(key)
+        self._unmark(key, value)
         if isinstance(holder, list):
             self._close_gap(key)
         return value
 
     def forget(self, key: KeyPath) -> None:
         """Forget the places of a key and of everything in it."""
-        for known in [known for known in self.places if known[: len(key)] == key]:
-            del self.places[known]
+        self._unmark(key, self.get(key))
 
     def wrap(self, key: KeyPath, inner: str | int) -> None:
         """Put the value at `key` one level down, under `inner`, places included: x -> {inner: x} or [x]."""
@@ -113,6 +112,11 @@ class Draft:
         self.places[key] = place
         for part, inner in inner_items(value):
             self._mark((*key, part), inner, place)
+
+    def _unmark(self, key: KeyPath, value: object) -> None:
+        self.places.pop(key, None)
+        for part, inner in inner_items(value):
+            self._unmark((*key, part), inner)
 
     def _close_gap(self, key: KeyPath) -> None:
         """After an item of a list is removed, the places of the later items move up by one."""

@@ -3,22 +3,58 @@ quoted."""
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunekit.errors import MAX_LINES, Problem, first_lines, redact
+from tunekit.recipe.reading.draft import Draft, KeyPath, dotted
 from tunekit.recipe.reading.paths import named_paths, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
+MAX_COMMENT = 300  # characters of a line
+_BREAKS = {ord(mark): " " for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"}  # that may end a comment
 _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 1.1
-_ESCAPED = re.compile("[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+_ESCAPED = re.compile(
+    "[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"
+)  # some turn a terminal's text around
 
 
 def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
     """The recipe as YAML, without its defaults where `written_only`; absolute paths are written relative to the folder
     the new file will stand in."""
-    values = recipe.model_dump(mode="json", exclude_unset=written_only)
+    return _dump(recipe.model_dump(mode="json", exclude_unset=written_only), relative_to)
+
+
+def dump_draft(draft: Draft, problems: Sequence[Problem], relative_to: Path) -> str:
+    """A draft as YAML, without the keys that have problems."""
+    for problem in reversed(problems):  # the last item of a list first, so that the others keep their numbers
+        if draft.has(key := _key(problem, spelled=False)):
+            draft.remove(key)
+    return _dump(draft.values, relative_to)
+
+
+def as_comments(problems: Sequence[Problem], written: Draft) -> str:
+    """Each problem and its key, as it was `written`, as comments of YAML."""
+    lines: list[str] = []
+    for problem in problems[:MAX_LINES]:
+        lines.append(str(problem))
+        if written.has(key := _key(problem, spelled=True)):
+            lines += [f"  {line}" for line in first_lines(yaml_lines({dotted(key): written.get(key)}))]
+    if len(problems) > MAX_LINES:
+        lines.append(f"... and {len(problems) - MAX_LINES:,} more")
+    return "".join(f"# {redact(line.translate(_BREAKS))[:MAX_COMMENT]}\n" for line in lines)
+
+
+def _key(problem: Problem, *, spelled: bool) -> KeyPath:
+    """Of `training.epochs (written num_epochs)` the name of the recipe, or the one that was written."""
+    name, _, other = (problem.key or "").removesuffix(")").partition(" (written ")
+    return tuple(int(part) if part.isdecimal() else part for part in ((spelled and other) or name).split("."))
+
+
+def _dump(values: dict[str, Any], relative_to: Path) -> str:
     for path in named_paths(values):
         path.holder[path.key[-1]] = relative_path(path.text, relative_to)
     return "\n".join(yaml_lines(values)) + "\n"
