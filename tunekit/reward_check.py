@@ -33,7 +33,7 @@ from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.losses.advantages import Rewards, mean, spread
+from tunekit.objectives.losses.advantages import Rewards, mean, spread, teaches_nothing
 from tunekit.objectives.losses.samples import REWARD, SampledLoss
 from tunekit.objectives.rows.prompts import Completion, completions_of, context_json
 from tunekit.recipe.bases.sample_settings import SampleSettings
@@ -206,8 +206,8 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
         notes.append(f"{absent:,} completions were not judged (None or NaN)")
     sampled = by_name.get(SAMPLES)
     if sampled is not None and not sampled.errors:
-        equal = float(np.isclose(spread(sampled.total.reshape(-1, size), axis=1), 0.0).mean())
-        notes.append(f"{equal:.0%} of the groups of samples have equal rewards: nothing can be learnt of those")
+        equal = float(teaches_nothing(sampled.total.reshape(-1, size), axis=1).mean())
+        notes.append(f"{equal:.0%} of the groups of samples have equal rewards or none: nothing can be learnt of those")
         if own is not None and mean(sampled.total) >= mean(own.total):
             notes.append(
                 f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled"

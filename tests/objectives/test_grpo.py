@@ -88,6 +88,7 @@ def test_losses_gradients_and_what_is_logged_are_trls(
         assert float(loss) == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
         (found,) = torch.autograd.grad(loss, case.policy.values)
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+        assert logged.pop("frac_reward_none") == pytest.approx(1 / 12), "which trl does not log"
         assert logged == pytest.approx({key: theirs[key] for key in logged}, rel=1e-5, abs=1e-7)
         assert set(theirs) - set(logged) <= NOT_LOGGED
 
@@ -317,6 +318,31 @@ def letters(completions, right=None):
         train(alone)
 
 
+def test_a_reward_that_falls_silent_is_warned_about_at_once_and_ends_the_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two silent steps, two with rewards, then none any more."""
+    code = """
+calls = []
+def letters(completions):
+    calls.append(1)
+    return [float(len(calls) + at) if len(calls) in (1, 4, 5) else None for at, _ in enumerate(completions)]
+"""
+    objective = {"num_generations": 2, "max_completion_length": 1}
+    training = {"max_steps": 60, "epochs": None, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    recipe = write_prompts(tmp_path, base, code=code, objective=objective, training=training, data={"eval": None})
+    said = (
+        r"(?s)letters returned None or NaN for each of 2 completions in each of the last 20 steps.*step 24 is written"
+    )
+    with pytest.raises(InputError, match=said):
+        train(recipe)
+    shares = [(each["frac_reward_zero_std"], each["frac_reward_none"]) for each in records(tmp_path / "run")]
+    assert shares == [(0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0), *[(1.0, 1.0)] * 19]
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("step 2: no completion of the step has a reward") == 1
+    assert (printed.out + printed.err).count("no completion of the step has a reward") == 1, "once in a run"
+
+
 def test_completions_that_are_left_out_of_the_loss_have_their_length(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,7 +439,7 @@ def test_equal_rewards_and_truncated_completions_are_said(base: Path, tmp_path: 
     run = train(write_prompts(tmp_path, base, objective=objective, training=training, data={"eval": None}))
     report = json.loads((run / "report.json").read_text("utf-8"))
     told = {each["probe"]: each["step"] for each in report["reactions"]}
-    assert told["all completions of each prompt had equal rewards for 20 steps"] == 20
+    assert told["all completions of each prompt had equal rewards or no rewards for 20 steps"] == 20
     assert any("reached max_completion_length" in probe for probe in told)
 
 

@@ -13,6 +13,7 @@ import torch
 from tunekit.companions.rewards import RewardFunctions, make
 from tunekit.contracts import CompanionSpec
 from tunekit.errors import RewardError
+from tunekit.objectives.losses.advantages import teaches_nothing
 from tunekit.objectives.rows.prompts import Completion
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
@@ -104,3 +105,11 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, code: str, said: st
     found = rewards_of({"function": f"{tmp_path}/rewards.py:score", "allow_code": True})
     with pytest.raises(RewardError, match=rf"rewards\.py: {said}"):
         found.load(torch.device("cpu"))
+
+
+def test_rewards_that_are_equal_or_absent_teach_nothing() -> None:
+    none = float("nan")
+    groups = np.array([[1.0, 2.0, none], [1.0, none, none], [none] * 3, [0.5, 0.5, none], [0.1 + 0.2, 0.3, 0.3]])
+    assert teaches_nothing(groups, axis=1).tolist() == [False, True, True, True, True]
+    assert not teaches_nothing(groups)
+    assert teaches_nothing(groups[1:3])

@@ -31,7 +31,9 @@ RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
 
 
 class RewardFunctions(Companion):
-    """All rewards of a recipe, in its order."""
+    """All rewards of a recipe, in its order. `silent_steps`: how many of the last steps had no reward at all."""
+
+    silent_steps = 0
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
@@ -112,8 +114,9 @@ class RewardFunctions(Companion):
         if column is not None and all(each.columns.get(column) is None for each in completions):
             names = ", ".join(dict.fromkeys(name for each in completions for name in each.columns)) or "none"
             return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {names}")
+        steps = f" in each of the last {self.silent_steps} steps" if self.silent_steps > 1 else ""
         return RewardError(
-            f"{name} returned None or NaN for each of {len(completions):,} completions",
+            f"{name} returned None or NaN for each of {len(completions):,} completions{steps}",
             "None is for single completions that cannot be judged: return numbers for the others",
         )
 

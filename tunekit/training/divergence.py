@@ -40,13 +40,15 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
 
 
 def watch_stalls(run: Run, reading: Reading) -> None:
-    """Warn if nothing could be learned in several steps in a row; the same on every rank."""
+    """Warn if nothing could be learned in several steps in a row; of a single step once in a run. The same on every
+    rank."""
     state, metrics = run.state, reading.window.preparation.metrics
     for stall in run.shows.stalled:
         count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
         state.useless_steps[stall.metric] = count
-        if count == stall.steps:
-            what = f"{stall.meaning} for {count} steps"
+        what = f"{stall.meaning} for {count} steps" if stall.steps > 1 else stall.meaning
+        repeats = stall.steps == 1 and any(reaction["probe"] == what for reaction in state.reactions)
+        if count == stall.steps and not repeats:
             state.reactions.append(asdict(Reaction(what, stall.action, reading.step)))
             run.warn(f"step {reading.step}: {what}; {stall.action}")
 

@@ -35,6 +35,12 @@ def mean(values: Rewards, axis: int | None = None) -> Rewards:
     return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
 
+def teaches_nothing(rewards: Rewards, axis: int | None = None) -> NDArray[np.bool_]:
+    """Whether rewards are equal, or fewer than two are numbers."""
+    deviation = spread(rewards, axis)
+    return np.isnan(deviation) | np.isclose(deviation, 0.0)
+
+
 def scaled(values: Rewards, deviation: Rewards) -> Rewards:
     """Advantages over a standard deviation, which may be 0."""
     return values / (deviation + MINIMUM_SPREAD)
@@ -47,12 +53,13 @@ def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
 
 
 def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]) -> dict[str, float]:
-    """Mean and spread of the reward, and of each function in its sum; the share of groups with equal rewards.
+    """Mean and spread of the reward, and of each function in its sum; the share of groups that teach nothing, and of
+    completions without a reward.
 
     Shapes: scores (A, G, F), total (A, G), equal (A,).
     """
     numbers = {name: function(total) for name, function in (("reward", mean), ("reward_std", spread))}
-    numbers["frac_reward_zero_std"] = equal.mean()
+    numbers |= {"frac_reward_zero_std": equal.mean(), "frac_reward_none": np.isnan(total).mean()}
     for at, name in enumerate(names):
         numbers |= {f"rewards_{name}_mean": mean(scores[..., at]), f"rewards_{name}_std": spread(scores[..., at])}
     return {name: float(value) for name, value in numbers.items() if np.isfinite(value)}

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Sums, Window
 from tunekit.machine.placing import placed
-from tunekit.objectives.losses.advantages import Rewards, by_token, clipping, mean, read_tokens, scaled, spread, summed
+from tunekit.objectives.losses.advantages import (
+    Rewards,
+    by_token,
+    clipping,
+    mean,
+    read_tokens,
+    scaled,
+    spread,
+    summed,
+    teaches_nothing,
+)
 from tunekit.objectives.losses.answers import by_sequence
 from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
 from tunekit.recipe.objectives.grpo import GrpoSettings
@@ -42,7 +52,7 @@ class GroupRelative(SampledLoss):
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
         """Of the groups; of the whole step if advantages are divided by its standard deviation."""
         if self.settings.scale_rewards == "batch":
-            return np.isclose(spread(step), 0.0)[None]
+            return teaches_nothing(step)[None]
         return super().equal_groups(step)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:

@@ -31,12 +31,19 @@ from tunekit.errors import RewardError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.call import seed_for
 from tunekit.model.text.generation import find_stop_ids
-from tunekit.objectives.losses.advantages import CLIPPED, Rewards, length_metrics, reward_metrics, spread, weighted_sum
+from tunekit.objectives.losses.advantages import (
+    CLIPPED,
+    Rewards,
+    length_metrics,
+    reward_metrics,
+    teaches_nothing,
+    weighted_sum,
+)
 from tunekit.objectives.losses.answers import predicted
 from tunekit.objectives.rows.answers import AnswerRows
 from tunekit.objectives.rows.prompts import PromptRows, Sample, completions_of, read_context
 from tunekit.objectives.rows.text import text_answering
-from tunekit.recipe.bases.sample_settings import REWARDED, SampleSettings, reward_names
+from tunekit.recipe.bases.sample_settings import REWARDED, SILENT_STEPS, SampleSettings, reward_names
 from tunekit.records import Preparation
 
 REWARD, SAMPLING = "objective.reward", "objective.sampling"  # keys of the companions
@@ -78,8 +85,8 @@ class SampledLoss(LossKind):
         raise NotImplementedError
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """(A,) which groups teach nothing, because their rewards are equal."""
-        return np.isclose(spread(step, axis=1), 0.0)
+        """(A,) which groups teach nothing, because their rewards are equal or absent."""
+        return teaches_nothing(step, axis=1)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
         """The weight of each token of a completion in the sum over completions. Shapes: counts (P, G) -> (P, G).
@@ -151,7 +158,8 @@ class SampledLoss(LossKind):
     ) -> Rewards:
         """(P, G, F) of each completion by each reward function. An error of one rank is raised on all.
 
-        A later step may have only rows that cannot be judged; if a run starts so, its rewards are wrong.
+        A later step may have only rows that cannot be judged; if a run starts so, or SILENT_STEPS steps in a row have
+        only such rows, its rewards are wrong.
         """
         shape = (len(rows), len(prompt_rows(run).answers.sides), len(self.settings.reward))
         if dry:
@@ -164,8 +172,11 @@ class SampledLoss(LossKind):
         failed = next((problem for problem in run.gather([error]) if problem is not None), None)
         if failed is not None:
             raise failed
-        if starts_run and all(run.gather([bool(np.isnan(scores).all())])):
-            raise run.companion(REWARD).no_rewards(0, completions)
+        if not self.measures:
+            rewards, silent = run.companion(REWARD), all(run.gather([bool(np.isnan(scores).all())]))
+            rewards.silent_steps = rewards.silent_steps + 1 if silent else 0
+            if silent and (starts_run or rewards.silent_steps == SILENT_STEPS):
+                raise rewards.no_rewards(0, completions)
         return scores
 
     def _summed(self, scores: Rewards) -> Rewards:

@@ -29,6 +29,7 @@ KINDS = ("function", "regex", "exact_match", "model")
 REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # what an evaluation sums up
 ANSWERS = (("prompt", "prompt"), ("the row's answer", "answer"), ("completion", "completion"), ("ended", "ended"))
 SCORES = (("reward", "rewards"), ("advantage", "advantage"))
+SILENT_STEPS = 20  # in a row, without a single reward: an error
 SHOWS = Shows(
     unit="completion",
     headline=Headline("reward", "Mean reward of what the model sampled", rises=True),
@@ -37,9 +38,16 @@ SHOWS = Shows(
         Stall(
             "frac_reward_zero_std",
             20,
-            "all completions of each prompt had equal rewards",
+            "all completions of each prompt had equal rewards or no rewards",
             "training goes on, but nothing is learnt of them; look at the rewards with `tunekit reward check`, at the "
             "prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
+        ),
+        Stall(
+            "frac_reward_none",
+            1,
+            "no completion of the step has a reward: the reward returned None or NaN for each",
+            f"nothing is learnt of this step, and {SILENT_STEPS} such steps in a row end the run; mend the reward, or "
+            "leave rows out that it cannot judge",
         ),
         Stall(
             "completions_clipped_ratio",
