@@ -59,7 +59,7 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path, capsys: pytest
     assert [Path(line["path"]).name for line in (good, dead, live)] == ["good", "b", "c"]
     assert [line["state"] for line in (good, dead, live)] == ["finished", "killed; go on with --resume", "running"]
     assert dead["steps"] == 7
-    assert good["best"] < 2.6
+    assert good["eval_loss"] < 2.6
     lock.release()
     assert not is_held(going)
     assert not is_held(killed)
@@ -68,6 +68,33 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path, capsys: pytest
     assert "no runs in" in capsys.readouterr().out
     with pytest.raises(InputError, match="no folder"):
         runs_verb(str(tmp_path / "nowhere"), None)
+
+
+def test_the_result_is_that_of_the_exported_weights_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiles, banner, answers, comparison and list: neither the last evaluation nor the lowest loss of another metric's
+    best step."""
+    folder = write_run(tmp_path / "best", best_step=20, eval_loss=2.125)
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    samples = [{"prompt": "<|user|>cakes?", "reference": "two lemon cakes", "answer": "of step 20"}]
+    best = {"step": 20, "eval": {"loss": 2.125, "exact_match": 0.875}, "samples": samples}
+    lower = {"step": 30, "eval": {"loss": 1.0625, "exact_match": 0.5}}
+    lines[-1:-1] = [json.dumps(best), json.dumps(lower)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report_verb([str(folder)], None, None, None)
+    page = (folder / "report.html").read_text("utf-8")
+    tiles = page[page.index("evaluation loss") :][:600]
+    assert "2.125" in tiles
+    assert "0.875" in tiles
+    assert "Evaluation loss 2.6 before training, 2.125 of the exported weights." in page
+    assert "of step 20" in page
+    report_verb([str(folder), str(write_run(tmp_path / "other"))], None, str(tmp_path / "both.json"), None)
+    outcome = json.loads((tmp_path / "both.json").read_text("utf-8"))["runs"][0]["outcome"]
+    assert (outcome["eval loss"], outcome["eval exact_match"]) == (2.125, 0.875)
+    capsys.readouterr()
+    runs_verb(str(tmp_path), "-")
+    assert json.loads(capsys.readouterr().out)[0]["eval_loss"] == 2.125
 
 
 def test_only_what_is_not_needed_any_more_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ class RunLine:
     steps: int
     planned_steps: int | None
     loss: float | None  # of the last step
-    best: float | None  # the lowest evaluation loss after step 0
+    eval_loss: float | None  # of the exported weights; of the last evaluation while the run continues
     bytes: int
     checkpoint_bytes: int
     age_seconds: float  # since its last record
@@ -47,7 +47,7 @@ def runs_verb(folder: str, json_file: str | None) -> None:
         console.info(f"no runs in {folder}; output.dir of a recipe says where its run goes")
     elif found:
         rows = [_cells(line) for line in found]
-        console.table(["run", "state", "steps", "loss", "best eval", "size", "checkpoints", "age"], rows)
+        console.table(["run", "state", "steps", "loss", "eval loss", "size", "checkpoints", "age"], rows)
     write_result([asdict(line) for line in found])
 
 
@@ -105,7 +105,6 @@ def find_runs(folder: Path) -> list[Path]:
 def run_line(path: Path) -> RunLine:
     """What the files of one run say."""
     values = run_values(path)
-    losses = [record.numbers("eval").get("loss") for record in values.evaluations if record["step"]]
     metrics = path / "metrics.jsonl"
     newest = metrics if metrics.exists() else path / "plan.json"
     return RunLine(
@@ -114,7 +113,7 @@ def run_line(path: Path) -> RunLine:
         steps=values.steps[-1].count("step") if values.steps else 0,
         planned_steps=values.plan.count("steps") or None,
         loss=values.steps[-1].number("loss") if values.steps else None,
-        best=min((loss for loss in losses if loss is not None), default=None),
+        eval_loss=values.exported.numbers("eval").get("loss") if values.exported_step else None,
         bytes=size_bytes(path),
         checkpoint_bytes=size_bytes(path / "checkpoints"),
         age_seconds=max(0.0, time.time() - newest.stat().st_mtime),
@@ -133,9 +132,9 @@ def size_bytes(path: Path) -> int:
 
 def _cells(line: RunLine) -> Sequence[object]:
     steps = f"{line.steps:,}" + ("" if line.planned_steps is None else f"/{line.planned_steps:,}")
-    loss, best = (("–" if value is None else f"{value:.4g}") for value in (line.loss, line.best))
+    loss, eval_loss = (("–" if value is None else f"{value:.4g}") for value in (line.loss, line.eval_loss))
     size, checkpoints = bytes_text(line.bytes), bytes_text(line.checkpoint_bytes)
-    return [line.path, line.state, steps, loss, best, size, checkpoints, age_text(line.age_seconds)]
+    return [line.path, line.state, steps, loss, eval_loss, size, checkpoints, age_text(line.age_seconds)]
 
 
 def age_text(seconds: float) -> str:

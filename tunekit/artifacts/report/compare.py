@@ -92,18 +92,11 @@ def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
     """The exported weights' evaluation, then loss, speed, memory, time and size of each run."""
-    evaluated = [_exported(run) for run in runs]
+    evaluated = [run.exported.numbers("eval") for run in runs]
     metrics = list(dict.fromkeys(name for one in evaluated for name in one))
     rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
     names = [*(f"eval {name}" for name in metrics), *FACTS]
     return Outcomes(names, [run.name for run in runs], rows, sizes_counted(runs))
-
-
-def _exported(run: RunValues) -> dict[str, float]:
-    """The evaluation of the weights that were exported; the last one where the run goes on."""
-    best = run.report.get("best_step")
-    records = [record for record in run.evaluations if best is None or record["step"] == best]
-    return records[-1].numbers("eval") if records else {}
 
 
 def _facts(run: RunValues) -> list[float | None]:

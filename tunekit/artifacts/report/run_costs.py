@@ -27,10 +27,10 @@ ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "token
 def overview(run: RunValues) -> Iterator[ReportSection]:
     """The most important numbers as tiles."""
     report, shows, tiles = run.report, run.shows, list[tuple[str, str, str]]()
-    last = run.evaluations[-1].numbers("eval") if run.evaluations else {}
+    result = run.exported.numbers("eval")
     first = run.evaluations[0].numbers("eval") if run.evaluations and run.evaluations[0]["step"] == 0 else {}
-    for name, value in list(last.items())[:4]:
-        note = f"{cell_text(first[name])} before training" if name in first else "last"
+    for name, value in list(result.items())[:4]:
+        note = f"{cell_text(first[name])} before training" if name in first else f"after step {run.exported_step:,}"
         tiles.append((f"evaluation {name}", cell_text(value), note))
     predicted, measured = (sum(report.numbers(name).values()) for name in ("predicted_bytes", "measured_bytes"))
     if measured:
@@ -42,9 +42,9 @@ def overview(run: RunValues) -> Iterator[ReportSection]:
     if seconds := report.numbers("seconds"):
         note = f"{duration_text(seconds.get('train', 0))} of it in steps"
         tiles.append(("time", duration_text(sum(seconds.values())), note))
-    if result := report.number("adapter_bytes"):
-        share = result / max(report.count("base_bytes"), 1)
-        tiles.append(("result", bytes_text(result), f"{share:.2%} of the base"))
+    if written := report.number("adapter_bytes"):
+        share = written / max(report.count("base_bytes"), 1)
+        tiles.append(("result", bytes_text(written), f"{share:.2%} of the base"))
     if tiles:
         yield ReportSection(tiles=tiles)
 

@@ -126,11 +126,12 @@ def _pictures(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _answers(run: RunValues) -> Iterator[ReportSection]:
-    """The answers to the first evaluation rows before training and at the end, next to the row's own."""
+    """The answers to the first evaluation rows before training and of the exported weights, next to the row's own."""
     records = [record for record in run.evaluations if record.parts("samples")]
     if not records:
         return
-    shown = records[:1] if len(records) == 1 else [records[0], records[-1]]
+    result = run.exported if run.exported.parts("samples") else records[-1]
+    shown = [records[0]] if result is records[0] else [records[0], result]
     head = ["prompt", "the row's answer", *(f"step {record['step']}" for record in shown)]
     lines = [
         [_end_of(str(row[-1]["prompt"])), row[-1]["reference"], *(sample["answer"] for sample in row)]

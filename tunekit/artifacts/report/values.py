@@ -94,6 +94,13 @@ class RunValues:
         last = max((record.count("step") for record in self.evaluations), default=None)
         return self.report.count("best_step") or last
 
+    @property
+    def exported(self) -> Values:
+        """The evaluation of the exported weights, the one result that every page, list and comparison shows; the last
+        one while the run continues, empty without evaluations."""
+        step = self.exported_step
+        return next((record for record in self.evaluations if record["step"] == step), Values())
+
     @cached_property
     def row_losses(self) -> Values:
         """The losses of the evaluation rows, as RowLosses keeps them; empty if those of the exported weights are not
