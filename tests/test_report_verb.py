@@ -15,6 +15,9 @@ import pytest
 
 from tests.support.run_case import write_run
 from tunekit import watch
+from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.run_report import run_report
+from tunekit.artifacts.report.values import run_values
 from tunekit.errors import InputError
 from tunekit.files.lock import FolderLock, is_held
 from tunekit.report import report_verb
@@ -186,6 +189,28 @@ def test_a_run_is_watched_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert shown[1].startswith("step 0  eval  exact_match 0.3846  loss 2.6")
     assert shown[-1].endswith("going: finished")
     assert any(line.startswith("step 40/40  loss") for line in shown)
+
+
+def test_a_stopped_run_has_no_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """80 steps of 1.5 seconds: after the 40th a minute, as long as its process lives."""
+    folder = write_run(tmp_path / "half", finished=False)
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    (folder / "plan.json").write_text(json.dumps(plan | {"steps": 80}), encoding="utf-8")
+    lock = FolderLock(folder)
+    assert "1 min 00 s" in html_page(run_report(run_values(folder)))
+    watching = threading.Thread(target=watch_verb, args=(str(folder), None))
+    watching.start()
+    time.sleep(0.2)
+    lock.release()
+    watching.join(timeout=10)
+    shown = capsys.readouterr().out
+    assert "1m58s left" in shown.splitlines()[2]
+    assert "left" not in shown.splitlines()[3]
+    assert "time left" not in html_page(run_report(run_values(folder)))
+    watch_verb(str(folder), None)
+    shown = capsys.readouterr().out
+    assert "step 40/80" in shown
+    assert "left" not in shown
 
 
 def test_the_page_of_a_running_run_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,7 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    progress = StepProgress(
-        session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective)
-    )
+    progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
     with trackers, progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)

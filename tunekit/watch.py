@@ -2,7 +2,7 @@
 not slowed down."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +33,7 @@ def watch_verb(folder: str, port: int | None) -> None:
     run = run_values(path)
     console.info(f"{path}: {state_of(run)}")
     with StepProgress(console, run.plan.count("steps"), shows=run.shows) as progress:
-        for record in _records(path):
+        for record in _records(path, progress.stop):
             if isinstance(record, StepRecord):
                 progress.update(record)
             else:
@@ -41,12 +41,14 @@ def watch_verb(folder: str, port: int | None) -> None:
     console.info(f"{path}: {state_of(run_values(path))}")
 
 
-def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
-    """What the run has said so far, and then what it says, until it ends. A resume that goes back begins again."""
+def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[StepRecord | EvaluationRecord]:
+    """The records that the run has written so far, and then each new one, until it ends: the last ones come after
+    `at_end`. A resume that goes back begins again."""
     told: list[LoggedLine] = []
     seen: tuple[int, int] | None = None
     while True:
-        ended = not _goes_on(path)
+        if ended := not _goes_on(path):
+            at_end()
         metrics = path / METRICS_NAME
         facts = metrics.stat() if metrics.exists() else None
         now = (0, 0) if facts is None else (facts.st_size, facts.st_mtime_ns)

@@ -10,6 +10,7 @@ import pty
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 
 import pytest
 
@@ -166,12 +167,12 @@ class Clock:
 def test_plain_lines_first_last_and_now_and_then() -> None:
     console, output, _ = both()
     clock = Clock()
-    with StepProgress(console, 1000, 0, clock) as progress:
+    with StepProgress(console, 1000, clock) as progress:
         for step in range(1, 1001):
             clock.now += 1.0
             progress.update(record(step))
     lines = output.getvalue().splitlines()
-    assert lines[0].startswith("step 1/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB  16m39s left")
+    assert lines[0].startswith("step 1/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB  4m10s left")
     assert lines[-1] == "step 1000/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB"
     assert 40 < len(lines) <= 101
     assert "\r" not in output.getvalue()
@@ -184,31 +185,22 @@ def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> No
     assert output.getvalue().count("step 1/1") == 1
     console, output, _ = both()
     clock = Clock()
-    with StepProgress(console, 100, 0, clock) as progress:
+    with StepProgress(console, 100, clock) as progress:
         for step in (1, 2, 3):
             progress.update(record(step))
     assert [line.split()[1] for line in output.getvalue().splitlines()] == ["1/100", "3/100"]
 
 
-def test_time_left_does_not_count_the_evaluation_before_training() -> None:
-    console, _, _ = both()
-    clock = Clock()
-    progress = StepProgress(console, 10, 0, clock)
-    clock.now += 500.0
-    progress.evaluation(EvaluationRecord(0, {"loss": 1.0}))
-    clock.now += 2.0
-    progress.update(record(1))
-    assert progress.seconds_left() == pytest.approx(18.0)
-
-
-def test_time_left_after_a_resume_counts_this_leg_only() -> None:
-    console, _, _ = both()
-    clock = Clock()
-    progress = StepProgress(console, 100, 90, clock)
+def test_the_time_left_is_that_of_the_records_and_not_of_whoever_watches() -> None:
+    """Read in no time, after an evaluation, in the second leg of a run: 60 steps of 2 seconds are left."""
+    progress = StepProgress(both()[0], 100)
     assert progress.seconds_left() is None
-    clock.now += 3.0
-    progress.update(record(91))
-    assert progress.seconds_left() == pytest.approx(27.0)
+    progress.evaluation(EvaluationRecord(0, {"loss": 1.0}))
+    for step in range(1, 41):
+        progress.update(replace(record(step), seconds=2.0 if step > 10 else 9.0))
+    assert progress.seconds_left() == pytest.approx(120.0)
+    progress.stop()
+    assert progress.seconds_left() is None
 
 
 def test_one_live_line_that_steps_aside() -> None:
@@ -238,7 +230,6 @@ def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
     for columns, shown in (
         (
             120,
@@ -253,10 +244,10 @@ def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setenv("COLUMNS", str(columns))
         budget = 2 << 30 if "of 2.0" in shown else None
-        progress = StepProgress(both(True)[0], 9, 0, clock, budget_bytes=budget)
+        progress = StepProgress(both(True)[0], 9, budget_bytes=budget)
         progress._curve.extend([1.0, 2.0, 3.0, 3.0, 2.0, 1.0] if budget else [])
-        clock.now += 3.0
-        progress._pace.append((1, clock.now))
+        progress._last = record(1)
+        progress._pace.append(3.0)
         assert progress.line(record(1)) == shown, columns
 
 

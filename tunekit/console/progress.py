@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tunekit.console import Console
 from tunekit.console.streams import can_encode
@@ -26,7 +26,6 @@ class StepProgress:
         self,
         console: Console,
         total_steps: int,
-        first_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
         budget_bytes: int | None = None,
         shows: Shows = DEFAULT_SHOWS,
@@ -40,7 +39,8 @@ class StepProgress:
         self._told = float("-inf")
         self._last: StepRecord | None = None
         self._told_record: StepRecord | None = None
-        self._pace: deque[tuple[int, float]] = deque([(first_step, self._began)], maxlen=RATE_STEPS + 1)
+        self._pace: deque[float] = deque(maxlen=RATE_STEPS)  # seconds of the last steps
+        self._stopped = False
         self._is_live = console.is_terminal
 
     def __enter__(self) -> StepProgress:
@@ -55,7 +55,7 @@ class StepProgress:
         now = self._clock()
         self._last = record
         self._curve.append(self._shown(record)[1])
-        self._pace.append((record.step, now))
+        self._pace.append(record.seconds)
         last = record.step >= self._total
         wait = LIVE_SECONDS if self._is_live else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
         if not last and now - self._told < wait:
@@ -63,10 +63,12 @@ class StepProgress:
         self._told, self._told_record = now, record
         self._console.draw(self.line(record))
 
+    def stop(self) -> None:
+        """The run has ended: a line that comes now has no time left."""
+        self._stopped = True
+
     def evaluation(self, record: EvaluationRecord) -> None:
         """An evaluation is done; it stays on the screen."""
-        if self._last is None:
-            self._pace[0] = (self._pace[0][0], self._clock())  # what came before the first step is no part of its pace
         values = "  ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items()))
         self._console.info(f"step {record.step}  eval  {values}")
 
@@ -104,11 +106,17 @@ class StepProgress:
         return text
 
     def seconds_left(self) -> float | None:
-        """Extrapolated from the pace of the last steps; None before the first step and after the last."""
-        (first, began), (last, now) = self._pace[0], self._pace[-1]
-        if last <= first or last >= self._total:
-            return None
-        return (self._total - last) * (now - began) / (last - first)
+        """None before the first step, after the last, and in a run that has ended."""
+        return None if self._last is None or self._stopped else seconds_left(self._pace, self._total - self._last.step)
+
+
+def seconds_left(seconds: Iterable[float], steps: int) -> float | None:
+    """How long so many more steps take at the pace of the last ones, by the seconds in their records; None if unknown.
+
+    The clock of whoever watches says nothing about the run: it may show in a second what took the run an hour.
+    """
+    pace = list(seconds)[-RATE_STEPS:]
+    return steps * sum(pace) / len(pace) if pace and steps > 0 else None
 
 
 class Counting:

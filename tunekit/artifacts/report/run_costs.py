@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from tunekit.artifacts.report.sections import Bar, ReportSection, ReportTable
-from tunekit.artifacts.report.values import RunValues
+from tunekit.artifacts.report.values import RunValues, state_of
+from tunekit.console.progress import RATE_STEPS, seconds_left
 from tunekit.console.text import cell_text
 from tunekit.records import PeakBytes, bytes_text, calibration_text
 
@@ -39,6 +40,10 @@ def overview(run: RunValues) -> Iterator[ReportSection]:
     if rate := report.number("tokens_per_second"):
         counts = f"{report.count('tokens'):,} {shows.sizes}, {report.count('supervised_tokens'):,} {shows.units}"
         tiles.append(("speed", f"{rate:,.0f} {shows.sizes}/s", counts))
+    pace = [spent for step in run.steps[-RATE_STEPS:] if (spent := step.number("seconds")) is not None]
+    left = seconds_left(pace, run.plan.count("steps") - len(run.steps))
+    if left is not None and state_of(run) == "running":
+        tiles.append(("time left", duration_text(left), f"at the pace of the last {len(pace):,} steps"))
     if seconds := report.numbers("seconds"):
         note = f"{duration_text(seconds.get('train', 0))} of it in steps"
         tiles.append(("time", duration_text(sum(seconds.values())), note))
