@@ -16,10 +16,14 @@ import soundfile
 from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.data.encoding.notes import format_note
-from tunekit.data.looking.look import KINDS
+from tunekit.data.looking.look import EXCESS, KINDS
 from tunekit.data.looking.similar import SimilarityIndex, signed
+from tunekit.data.rows import load_rows
 from tunekit.data_check import data_check_verb
 from tunekit.errors import InputError
+from tunekit.model.families import make_family
+from tunekit.objectives.base import make_objective
+from tunekit.planning.row_kind import row_kind_at_hand
 from tunekit.recipe.load import load_recipe
 
 WORDS = [first + last for first in ("ba", "ke", "li", "mo", "nu") for last in ("ra", "sel", "tin", "pod", "gum")]
@@ -141,6 +145,52 @@ def test_fix_states_that_unread_rows_are_left_out(tmp_path: Path, capsys: pytest
     assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 7
     said = " ".join(capsys.readouterr().out.split())
     assert "rows.jsonl: rows that max_rows (7) left unread are not in" in said
+
+
+@pytest.mark.parametrize("excess", ["drop", "truncate", "split", "error"])
+def test_lengths_are_those_of_the_tokenizer_and_the_template(
+    excess: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = [len(row["messages"][n]["content"].encode()) for row in map(clean, range(60)) for n in (0, 1)]
+    template = 2 * (1 + 1 + 1 + 1) + len("user") + len("assistant")  # markers and line ends of two turns
+    lengths = [one + two + template for one, two in zip(tokens[::2], tokens[1::2], strict=True)]
+    limit = sorted(lengths)[40]
+    path = write(tmp_path, planted=False, max_length=limit, excess_length=excess)
+    path.write_text(path.read_text("utf-8").replace("org/base", str(tiny_llama)), encoding="utf-8")
+    code, found = check(path)
+    longer = [line for line, length in enumerate(lengths, 1) if length > limit]
+    assert 0 < len(longer) < 60
+    assert (code, found["findings"]) == (2, {"long": longer})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tokens are counted by the tokenizer" in said
+    assert f"{lengths[longer[0] - 1]} tokens: {EXCESS[excess]}" in said
+    loaded = load_recipe(path, ["data.excess_length=drop"]).recipe
+    kind = row_kind_at_hand(loaded)
+    assert kind is not None
+    objective = make_objective(loaded.objective, make_family("causal").processor(loaded.model))
+    assert load_rows(loaded.data, objective, seed=0).counts.dropped == len(longer)
+
+
+def test_rows_that_training_drops_are_foreseen(tiny_llama: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, planted=False, excess_length="truncate", max_length=600)
+    path.write_text(path.read_text("utf-8").replace("org/base", str(tiny_llama)), encoding="utf-8")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        words = " ".join(Random(99).choices(WORDS, k=200))
+        file.write(json.dumps(chat(words, "No target is left of this one.")) + "\n")
+    _, found = check(path)
+    assert found["findings"] == {"long": [61], "dropped": [61]}
+
+
+def test_without_a_tokenizer_lengths_are_bounded_by_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"en": "tea with milk " * 25, "ar": "شاي مع حليب " * 25, "th": "ชากับนม" * 50, "zh": "加牛奶的茶" * 70}
+    rows = [chat("Tea?", text) for text in texts.values()]
+    path = write(tmp_path, planted=False, max_length=256)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _, found = check(path)
+    assert found["findings"]["long"] == [2, 3, 4]
+    assert "tokens are guessed by script, at most: the tokenizer of org/base is not here yet" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_rows_that_are_evaluated_on_are_leaks(tmp_path: Path) -> None:

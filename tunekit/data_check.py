@@ -1,20 +1,26 @@
 """`tunekit data check` reports doubtful rows of a recipe, with their lines, before anything is trained on them."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.data.reading.folder import TABLES
-from tunekit.errors import InputError
+from tunekit.errors import InputError, TunekitError
 from tunekit.files.durable import json_result, write_text
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import named_paths
 from tunekit.recipe.recipe import Recipe
+
+if TYPE_CHECKING:  # with torch behind it
+    from tunekit.contracts import RowKind
 
 SHOWN_ROWS = 8
 
@@ -31,15 +37,17 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     console.info(*loaded.rewrites)
     evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
     example, limit = recipe.objective.example, recipe.data.max_length
+    kind, lengths = _row_kind(recipe)
+    console.info(*lengths)
     seen, held = SimilarityIndex(), SimilarityIndex()
-    held_back = [look_at_rows(source, example, limit, held, None, False) for source in evaluation]
+    held_back = [look_at_rows(source, example, limit, held, None, False, kind) for source in evaluation]
     known, keep = held if held_back and not recipe.objective.measures_training else None, fix is not None
-    trained = [look_at_rows(source, example, limit, seen, known, keep) for source in recipe.data.train]
+    trained = [look_at_rows(source, example, limit, seen, known, keep, kind) for source in recipe.data.train]
     for each in (*trained, *held_back):
         add_other_scripts(each)
         console.info(f"{each.name}: {each.rows:,} rows")
-        if each.sizes:  # of texts
-            console.table(["tokens, about", "rows", ""], _histogram(each, limit))
+        if each.sizes and recipe.objective.medium is None:
+            console.table(["tokens, at most" if kind is None else "tokens", "rows", ""], _histogram(each, limit))
         if not each.lines:
             console.info("nothing was found")
             continue
@@ -58,6 +66,22 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *held_back)]
     write_result({"files": findings, "fixed": fix})
     return 2 if any(each.lines for each in (*trained, *held_back)) else 0
+
+
+def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
+    """How rows are encoded, if the model's tokenizer is here, and how their lengths are found, in words."""
+    from tunekit.planning.row_kind import row_kind_at_hand
+
+    name, why = recipe.model.name_or_path, "is not here yet"
+    try:
+        kind = row_kind_at_hand(recipe)
+    except TunekitError as error:
+        kind, why = None, f"cannot be used: {error.problems[0].what}"
+    if recipe.objective.medium is not None:
+        return kind, [] if kind is not None else [f"{name} {why}, so that what it drops is not foreseen"]
+    if kind is None:
+        return None, [f"tokens are guessed by script, at most: the tokenizer of {name} {why}"]
+    return kind, [f"tokens are counted by the tokenizer of {name}, with what its chat template adds"]
 
 
 def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:

@@ -1,5 +1,7 @@
 """The rows of a source go in; what is doubtful in each, by kind and line, comes out."""
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections import Counter
@@ -7,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
-from itertools import pairwise
+from itertools import pairwise, tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tunekit.data.looking.guess import guessed_tokens
 from tunekit.data.looking.similar import RowSignature, SimilarityIndex, signed
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
@@ -23,6 +26,12 @@ from tunekit.formats.image_label import ImageLabelExample
 from tunekit.formats.labels import LabelExample
 from tunekit.formats.transcript import TranscriptExample
 from tunekit.recipe.data import Source
+
+if TYPE_CHECKING:  # with torch behind them
+    from tunekit.contracts import RowKind
+    from tunekit.data.encoding.outcomes import Outcome
+    from tunekit.data.reading.first import MakeExample
+    from tunekit.data.reading.lines import RawRow
 
 RARE = 0.02  # share of the rows that another writing has at most, to be remarked on
 EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
@@ -41,7 +50,7 @@ LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MOST_BROKEN = 1000  # things wrong with lines that are told apart
 FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # of a row that names a file
 SAMPLES_AT_ONCE = 1 << 20
-CHARACTERS_OF_A_TOKEN = 3.5  # where no tokenizer has been asked
+EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # what becomes of a longer row
 
 KINDS = {  # of findings: what it is, in the words of the table
     "broken": "rows that cannot be read",
@@ -57,7 +66,8 @@ KINDS = {  # of findings: what it is, in the words of the table
     "markup": "rows whose text spells a chat template: probably another format",
     "secret": "rows with an access token, a password or a private key",
     "email": "rows with e-mail addresses",
-    "long": "rows longer than data.max_length by a guess",
+    "long": "rows longer than data.max_length",
+    "dropped": "rows that training drops",
 }
 
 
@@ -69,9 +79,13 @@ class Found:
     rows: int = 0
     lines: dict[str, list[int]] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
-    sizes: Counter[int] = field(default_factory=Counter)  # rows by the lower end of their length in tokens, guessed
+    sizes: Counter[int] = field(default_factory=Counter)  # rows by the lower end of their length in tokens
     scripts: dict[str, list[int]] = field(default_factory=dict)  # lines of the rows in each writing
     passed: list[dict[str, Any]] = field(default_factory=list)  # only where they are asked for
+
+    def add_size(self, tokens: int) -> None:
+        """The length of one row."""
+        self.sizes[max(low for low in LENGTHS if low <= tokens)] += 1
 
     def add(self, kind: str, line: int, what: str = "") -> None:
         """One row with a finding."""
@@ -80,21 +94,36 @@ class Found:
 
 
 def look_at_rows(
-    source: Source, example: str, limit: int, seen: SimilarityIndex, held: SimilarityIndex | None, keep: bool
+    source: Source,
+    example: str,
+    limit: int,
+    seen: SimilarityIndex,
+    held: SimilarityIndex | None,
+    keep: bool,
+    kind: RowKind | None = None,
 ) -> Found:
-    """Every row of one source. `held`: the evaluation rows, where these are to train on."""
+    """Every row of one source. `held`: the evaluation rows, where these are to train on; `kind`: how rows are encoded,
+    None where that is not known, so that their lengths are guessed."""
     found, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example = format_maker(format_name, source.path)
-    for row in rows:
+    rows, encoded = tee(rows)
+    for row, outcome in zip(rows, _outcomes(encoded, make_example, kind, source.path), strict=True):
         found.rows += 1
         text = "\n".join(_texts(row.values))
         before, made = sum(map(len, found.lines.values())), None
         try:
             made = make_example(row.values)
-            characters = len(text) - _of_the_shorter(row.values)
-            for kind, what in _doubts(made, text, characters, row.line, limit, found):
-                found.add(kind, row.line, what)
+            for finding, what in _doubts(made, text, row.line, found):
+                found.add(finding, row.line, what)
+            if kind is not None and outcome is not None:
+                for finding, what in _fates(outcome, kind, found):
+                    found.add(finding, row.line, what)
+            elif not isinstance(made, FileExample):
+                size = guessed_tokens(text) - _of_the_shorter(row.values)
+                found.add_size(size)
+                if size > limit:
+                    found.add("long", row.line, f"at most about {size:,} tokens")
         except DataError as error:
             found.add("broken", row.line, error.problems[0].what)
         label = getattr(made, "label", None)
@@ -103,11 +132,11 @@ def look_at_rows(
         if leaked is not None:
             found.add("leak", row.line, f"as line {leaked[2]} of {leaked[1]}")
         if like is not None:
-            kind, place = like[0], f"as line {like[2]}" + ("" if like[1] == found.name else f" of {like[1]}")
+            finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == found.name else f" of {like[1]}")
             if like[3] != label:
-                kind = "contrary" if kind == "exact" else kind
+                finding = "contrary" if finding == "exact" else finding
                 place += f", where it is {like[3]}, not {label}"
-            found.add(kind, row.line, place)
+            found.add(finding, row.line, place)
         else:
             seen.add(mine, found.name, row.line, label)
         if keep and sum(map(len, found.lines.values())) == before:
@@ -132,21 +161,52 @@ def _signed(made: object, text: str) -> RowSignature:
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
-    """Characters of the shorter answer of a pair, which is a sequence of its own; 0 where there is one answer."""
+    """Tokens of the shorter answer of a pair, which is a sequence of its own, guessed; 0 where there is one answer."""
     if "rejected" not in values:
         return 0
-    return min(sum(map(len, _texts(values.get(side)))) for side in ("chosen", "rejected"))
+    return min(guessed_tokens("\n".join(_texts(values.get(side)))) for side in ("chosen", "rejected"))
 
 
-def _doubts(made: object, text: str, characters: int, line: int, limit: int, found: Found) -> Iterator[tuple[str, str]]:
-    """The kinds of findings in one row, and what was found; `characters`: of its longest sequence."""
+def _outcomes(
+    rows: Iterator[RawRow], make_example: MakeExample, kind: RowKind | None, path: str
+) -> Iterator[Outcome | None]:
+    """Each row encoded; None where it is not known how."""
+    if kind is None:
+        return (None for _ in rows)
+    from tunekit.data.encoding.outcomes import SourceEncoder, outcomes  # with torch behind it
+
+    return outcomes(rows, SourceEncoder(make_example, kind.counting(), path))
+
+
+def _fates(outcome: Outcome, kind: RowKind, found: Found) -> Iterator[tuple[str, str]]:
+    """What training would leave out of one row, as encoding it shows. Raises: DataError where the row is wrong."""
+    from tunekit.data.encoding.encode import TOO_LONG, SourceCounts, cut_row
+    from tunekit.data.encoding.outcomes import Dropped
+
+    rows, reasons = outcome[1], list[str]()
+    if isinstance(rows, DataError):
+        raise rows
+    if isinstance(rows, Dropped):
+        yield "dropped", str(rows)
+        return
+    size, options = max(kind.layout.length(row.sizes) for row in rows), kind.options
+    found.add_size(size)
+    if size > options.max_length:
+        yield "long", f"{size:,} tokens: {EXCESS[options.excess_length]}"
+    for row in rows if size <= options.max_length or options.excess_length != "error" else ():
+        try:
+            cut_row(row, kind, SourceCounts())
+        except Dropped as reason:
+            reasons.append(str(reason))
+    if len(reasons) == len(rows) and reasons[-1] != TOO_LONG:
+        yield "dropped", reasons[-1]
+
+
+def _doubts(made: object, text: str, line: int, found: Found) -> Iterator[tuple[str, str]]:
+    """The kinds of findings in one row, and what was found."""
     if isinstance(made, FileExample):
         yield from _doubts_of_file(made)
         return
-    size = int(characters / CHARACTERS_OF_A_TOKEN)
-    found.sizes[max(low for low in LENGTHS if low <= size)] += 1
-    if size > limit:
-        yield "long", f"about {size:,} tokens"
     found.scripts.setdefault(_script(text), []).append(line)
     for kind, pattern, marks in PATTERNS:
         match = pattern.search(text) if any(mark in text for mark in marks) else None

@@ -58,6 +58,23 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     return _from_hub(section, weights)
 
 
+def is_here(section: ModelSection) -> bool:
+    """Whether the tokenizer and the configuration of a base can be read without a download."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = section.name_or_path
+    if tiny_model_folder(name) is not None or Path(name).expanduser().exists():
+        return True
+    try:
+        places = [
+            try_to_load_from_cache(name, file, revision=section.revision) for file in ("config.json", PIPELINE_INDEX)
+        ]
+    except HFValidationError:
+        return False
+    return any(isinstance(place, str) for place in places)
+
+
 def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     """The snapshot of a hub repository in the hub's cache, by commit."""
     from huggingface_hub import snapshot_download
