@@ -15,6 +15,7 @@ from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import TrainedTokens, token_rows
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
 from tunekit.recipe.bases.section import AdapterSettings
@@ -35,7 +36,7 @@ class AttachedAdapter:
         self.tokens: dict[str, TrainedTokens] = {}
         self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that use their rows
         self.model_adapter: ModelAdapter[Any] | None = None
-        self.added_rows: dict[str, Tensor] = {}  # of a folder for a larger vocabulary: module -> rows beyond the base's
+        self.added_rows: Tensors = {}  # of a folder for a larger vocabulary: module -> rows beyond the base's
         self.casts = Casts()
         self.joined: list[tuple[str, ...]] = []  # names of layers that are computed together
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
@@ -59,15 +60,15 @@ class AttachedAdapter:
         found = self._tensors(("trained",))
         return {name: tensor for name, tensor in found.items() if isinstance(tensor, nn.Parameter)}
 
-    def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
+    def state(self, kinds: Sequence[str] = KINDS) -> Tensors:
         """State of these kinds (trained, saved, resume) without gradient, sorted by name; not copies."""
         return {name: tensor.detach() for name, tensor in self._tensors(kinds).items()}
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         """What the adapter's file holds, by name."""
         return {name: tensor for part in self.parts() for name, tensor in part.exported().items()}
 
-    def _tensors(self, kinds: Sequence[str]) -> dict[str, Tensor]:
+    def _tensors(self, kinds: Sequence[str]) -> Tensors:
         found = {name: tensor for part in self.parts() for name, tensor in part.state(kinds).items()}
         return dict(sorted(found.items()))
 
@@ -126,7 +127,7 @@ class AttachedAdapter:
         for part in self.parts():
             part.after_step(step, total_steps)
 
-    def inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, inputs: Tensors) -> Tensors:
         """What the network is called with, changed by a whole-model adapter."""
         if self.model_adapter is None or current_call().bypassed:
             return inputs

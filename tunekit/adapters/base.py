@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tunekit.contracts import Tensors
 from tunekit.errors import InputError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import Weight, weight_of
@@ -48,6 +49,9 @@ class Slot:
     first: float | None = 0.0
 
 
+Slots = dict[str, Slot]  # by the attribute that holds the tensor
+
+
 class AdapterPart(nn.Module):
     """Anything with adapter state. A subclass declares `slots`; the tensors then are attributes of those names."""
 
@@ -55,7 +59,7 @@ class AdapterPart(nn.Module):
     file_prefix: ClassVar[str] = "base_model.model."
 
     module_name: str  # in the base; "" for what belongs to no module
-    declared: dict[str, Slot]  # attribute -> slot
+    declared: Slots  # attribute -> slot
 
     def declare(self, module_name: str, slots: Mapping[str, Slot], *, meta: bool) -> None:
         """Register the declared tensors, unset: on the CPU (or the meta device), whatever device the base is on."""
@@ -86,7 +90,7 @@ class AdapterPart(nn.Module):
             tensor = getattr(self, attribute)
             tensor.data = tensor.data.to(device)
 
-    def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
+    def state(self, kinds: Sequence[str] = KINDS) -> Tensors:
         """Held tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
         return {
             self.name_of(slot): getattr(self, attribute)
@@ -94,7 +98,7 @@ class AdapterPart(nn.Module):
             if slot.kind in kinds
         }
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         """What the adapter's file holds, by full name."""
         return {name: tensor.detach() for name, tensor in self.state(("trained", "saved")).items()}
 
@@ -140,7 +144,7 @@ class SharedPart(AdapterPart, Generic[Settings]):
         self.declare("", self.slots(settings, targets), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Settings, targets: Sequence[Target]) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, targets: Sequence[Target]) -> Slots:
         """The state, from settings and targets alone."""
         raise NotImplementedError
 
@@ -190,7 +194,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Settings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, target: Target) -> Slots:
         """The state of one layer, from settings and shapes alone: an adapter file is checked against it unread."""
         raise NotImplementedError
 
@@ -264,12 +268,12 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
         self.declare("", (self.file_slots if finished else self.slots)(settings, net), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Settings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, net: nn.Module) -> Slots:
         """The state while training, from settings and the network's shapes."""
         raise NotImplementedError
 
     @classmethod
-    def file_slots(cls, settings: Settings, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: Settings, net: nn.Module) -> Slots:
         """What the adapter's folder holds, where that is not the state itself but computed from it (by `exported`)."""
         return {attribute: slot for attribute, slot in cls.slots(settings, net).items() if slot.kind != "resume"}
 
@@ -278,7 +282,7 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
         """Positions that stand before each row, of those that the network has."""
         return 0
 
-    def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def taken_over(self, tensors: Tensors) -> Tensors:
         """The state to continue with, by name, made of that of the folder that init_from names."""
         return tensors
 
@@ -295,7 +299,7 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
         for hook in self.hooks:
             hook.remove()
 
-    def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, net: nn.Module, inputs: Tensors) -> Tensors:
         """What the network is called with (embeddings, mask, positions); in generation, for the first step only."""
         return inputs
 

@@ -7,11 +7,12 @@ original for bypass, comes out.
 import difflib
 from collections.abc import Mapping, Sequence
 
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from torch.func import functional_call
 
-from tunekit.adapters.base import AdapterPart, Slot, Wrapper
+from tunekit.adapters.base import AdapterPart, Slot, Slots, Wrapper
 from tunekit.adapters.module_names import named_copies, plain_entries
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import weight_of
@@ -30,7 +31,7 @@ class TrainedCopy(Wrapper, AdapterPart):
         self.declare(name, self.slots(base, name, only), meta=meta)
 
     @classmethod
-    def slots(cls, base: nn.Module, name: str, only: Sequence[str] | None = None) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, name: str, only: Sequence[str] | None = None) -> Slots:
         """One slot per parameter; attributes are numbered, since a parameter's own name may hold dots."""
         names = [own for own, _ in base.named_parameters() if only is None or own in only]
         weight = weight_of(base)
@@ -53,7 +54,7 @@ class TrainedCopy(Wrapper, AdapterPart):
             own = getattr(self, attribute).data
             own.zero_() if original.is_meta else own.copy_(original)  # on a meta base the values are loaded afterwards
 
-    def copied(self) -> dict[str, Tensor]:
+    def copied(self) -> Tensors:
         """The copies by the module's own parameter names, in the originals' dtype."""
         return {
             slot.suffix: getattr(self, attribute).to(self.base_layer.get_parameter(slot.suffix).dtype)

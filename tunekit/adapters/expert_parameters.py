@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import AdapterPart, Settings, Slot, Wrapper
+from tunekit.adapters.base import AdapterPart, Settings, Slots, Wrapper
 from tunekit.model.call import current_call
 from tunekit.records import Target
 
@@ -46,7 +46,7 @@ class ParameterAdapter(AdapterPart, Generic[Settings]):
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Settings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, target: Target) -> Slots:
         """The state, from settings and shapes alone; `target.experts` is E."""
         raise NotImplementedError
 

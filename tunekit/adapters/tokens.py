@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import AdapterPart, Slot, Wrapper
+from tunekit.adapters.base import AdapterPart, Slot, Slots, Wrapper
 from tunekit.adapters.module_names import base_modules, named_copies, plain_entries
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import layer_kind, weight_of
@@ -58,7 +58,7 @@ class TrainedTokens(Wrapper, AdapterPart):
         self.padding = chosen.ids.index(padding) if padding in chosen.ids else None  # its row gets no gradient
 
     @classmethod
-    def slots(cls, base: nn.Module, chosen: TokenRows) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, chosen: TokenRows) -> Slots:
         """One row per id."""
         width = base.get_parameter("weight").shape[1]
         return {"rows": Slot("token_adapter.trainable_tokens_delta", (len(chosen.ids), width), decays=False)}
@@ -101,7 +101,7 @@ class TrainedTokens(Wrapper, AdapterPart):
         return weight.index_copy(0, self.ids.to(weight.device), rows)
 
 
-def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, dict[str, Slot]]:
+def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, Slots]:
     """The state of trained rows by module name, without those that share another module's."""
     places, modules = token_rows(net, settings), base_modules(net)
     return {name: TrainedTokens.slots(modules[name], rows) for name, rows in places.items() if rows.owner is None}

@@ -11,6 +11,7 @@ from tunekit.adapters.folder.expected import BASE_COPY
 from tunekit.arithmetic.lora_folder import TOKEN_ROWS, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.pruning import PRUNING, SIGNS, weighted
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, InputError
 from tunekit.model.call import seed_for
 
@@ -37,7 +38,7 @@ class Combined:
     layer that is furthest off, and by how much."""
 
     updates: dict[str, LowRank]
-    rest: dict[str, Tensor]
+    rest: Tensors
     distance: float
     worst: tuple[str, float]
 

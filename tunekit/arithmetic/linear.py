@@ -11,13 +11,14 @@ from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_a
 from tunekit.arithmetic.combine import Mixture
 from tunekit.arithmetic.lora_folder import PREFIX, read_tensors
 from tunekit.arithmetic.write import BaseFacts, write_without_base
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import same, shown
 
 NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what a finished adapter computes
 
 
-LinearFolder = tuple[AdapterConfig, dict[str, Tensor]]  # an adapter of such a method by itself
+LinearFolder = tuple[AdapterConfig, Tensors]  # an adapter of such a method by itself
 
 
 def read_linear(folder: Path) -> LinearFolder:
@@ -39,7 +40,7 @@ def read_linear(folder: Path) -> LinearFolder:
     return config, read_tensors(config, header)
 
 
-def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> dict[str, Tensor]:
+def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> Tensors:
     """Tensors whose update is the sum of w D: n + sum of w (t - n), n the method's neutral value.
 
     Raises: AdapterError where settings or tensors differ in anything but the trained numbers.

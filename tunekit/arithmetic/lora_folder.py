@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tunekit.adapters.base import AdapterPart
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.adapters.folder.expected import BASE_COPY, FLOATS, refuse_not_finite
 from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.patterns import Patterns
 from tunekit.arithmetic.low_rank import LowRank
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
@@ -34,7 +33,7 @@ class LoraFolder:
 
     config: AdapterConfig
     updates: dict[str, LowRank]
-    rest: dict[str, Tensor] = field(default_factory=dict)
+    rest: Tensors = field(default_factory=dict)
     target_modules: Sequence[str] | str | None = None  # as the file states them
     fan_in_fan_out: bool = False  # peft's mark for Conv1D layers
     parameters: frozenset[str] = frozenset()  # of the updated layers, those that the file names as `NAME.weight`
@@ -76,7 +75,7 @@ def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> 
     return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d, parameters)
 
 
-def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> Tensors:
     """Every tensor of the folder's file.
 
     Raises: AdapterError where the file is not the one that tunekit wrote, or holds NaN or infinity.

@@ -15,6 +15,7 @@ from tunekit.adapters.folder.targets import concrete_targets
 from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
@@ -65,7 +66,7 @@ def nearest_lora(
         raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
     updates: dict[str, LowRank] = {}
     losses: dict[str, RankLoss] = {}
-    biases: dict[str, Tensor] = {}
+    biases: Tensors = {}
     moved = False
     for name, layer in attached.layers.items():
         weight, bias = base_layer(name)
@@ -86,7 +87,7 @@ def nearest_lora(
     return LoraFolder(config, updates, rest, targets, conv1d), losses
 
 
-def trained_beside(attached: AttachedAdapter) -> dict[str, Tensor]:
+def trained_beside(attached: AttachedAdapter) -> Tensors:
     """Trained copies and rows, by file key."""
     parts = [*attached.copies.values(), *attached.tokens.values()]
     return {part.file_key(name): tensor.detach() for part in parts for name, tensor in part.state().items()}

@@ -25,6 +25,7 @@ from tunekit.adapters.folder.config import (
 from tunekit.adapters.method import all_methods
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, Resolved, Scalings, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
@@ -113,7 +114,7 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
     header = adapter_header(path)
     config, faults = _configuration(folder)
     tensors: list[TensorSummary] = []
-    factors: dict[str, dict[str, Tensor]] = {}  # module -> A and B of LoRA
+    factors: dict[str, Tensors] = {}  # module -> A and B of LoRA
     for name, tensor in iterate_tensors(path, header):
         tensors.append(_summarise(name, header[name], tensor))
         suffix = next((suffix for suffix in FACTORS if name.endswith(suffix)), None)
@@ -202,7 +203,7 @@ def _layers(
     return layers
 
 
-def _without_experts(factors: dict[str, dict[str, Tensor]], config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
+def _without_experts(factors: dict[str, Tensors], config: AdapterConfig) -> dict[str, Tensors]:
     """Those of layers: the factors of fused experts lie in one tensor, whose first side is no rank."""
     ranks, r = Resolved(config, "rank_pattern"), config.low_rank.r
     return {name: pair for name, pair in factors.items() if "A" in pair and len(pair["A"]) == ranks.of(name, r)}

@@ -15,6 +15,7 @@ from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.folder.write import base_names, write_adapter_folder
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_small, shown
 from tunekit.targets.target import named_base
@@ -176,7 +177,7 @@ def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank
     return {name: update.folded() for name, update in updates.items()}, None
 
 
-def _keys(name: str, update: LowRank) -> dict[str, Tensor]:
+def _keys(name: str, update: LowRank) -> Tensors:
     """Tensors by file key, float32."""
     suffixes = {factor: suffix for suffix, (factor, embedding) in FACTORS.items() if embedding == update.embedding}
     return {f"{PREFIX}{name}{suffixes['A']}": update.a.float(), f"{PREFIX}{name}{suffixes['B']}": update.b.float()}

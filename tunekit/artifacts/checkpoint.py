@@ -29,6 +29,7 @@ from tunekit.artifacts.manifest import (
     verify,
 )
 from tunekit.artifacts.run import RunFolder
+from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError, TunekitError
 from tunekit.files import durable
 from tunekit.files.tensors import iterate_tensors, read_tensor_header, write_tensors
@@ -44,7 +45,7 @@ class Checkpoint:
     """A verified checkpoint: CPU tensors by name and the facts saved beside them."""
 
     step: int
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     facts: dict[str, Any]
     path: Path
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tokenizer
+from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tensors, Tokenizer
 
-Sums = dict[str, Tensor]  # float64, of any shape; added up over batches and ranks
+Sums = Tensors  # float64, of any shape; added up over batches and ranks
 ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead: (rows,) the loss of each row
 
 
@@ -82,7 +82,7 @@ class Model(Protocol):
     def virtual_tokens(self) -> int:
         """Positions that the adapter puts before each row."""
 
-    def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
+    def output(self, inputs: Tensors) -> ModelOutput:
         """One forward."""
 
     def scored(self, batches: Sequence[Batch], read: Read, *, bypassed: bool = False) -> list[Tensor]:
@@ -102,7 +102,7 @@ class Model(Protocol):
     ) -> list[list[int]]:
         """The ids that follow each prompt, up to and with a stop id. `seeds`: one for each prompt."""
 
-    def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapted(self, inputs: Tensors) -> Tensors:
         """Inputs with what a whole-model adapter adds to them; in generation, of the first step."""
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
@@ -162,7 +162,7 @@ class Stack:
     `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
     before, None for the first."""
 
-    embed: Callable[[dict[str, Tensor], SideInput | None], tuple[Tensor, list[LayerCall]]]
+    embed: Callable[[Tensors, SideInput | None], tuple[Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]
 
 

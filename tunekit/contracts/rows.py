@@ -16,6 +16,7 @@ from tunekit.errors import DataError
 from tunekit.records import Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
+Tensors = dict[str, Tensor]  # by name
 Array = NDArray[Any]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of all ranks
@@ -219,8 +220,8 @@ class Batch:
     """One micro-batch of whole rows: the network's inputs, the loss's targets, and the rows themselves.
     `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
 
-    inputs: dict[str, Tensor]  # each (B, ...)
-    targets: dict[str, Tensor]
+    inputs: Tensors  # each (B, ...)
+    targets: Tensors
     sequences: tuple[tuple[Row, ...], ...]
     line_size: int | None = None  # size of one sequence with its padding, if it is not a number of ids
 

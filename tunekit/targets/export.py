@@ -13,7 +13,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.checkpoint import load_checkpoint
-from tunekit.contracts import Answering, Objective, Processor
+from tunekit.contracts import Answering, Objective, Processor, Tensors
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import RunFolderError
 from tunekit.model.families import make_family
@@ -127,13 +127,13 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     return export_adapter(folder, base, adapter, objective, template, fingerprint)
 
 
-def adapter_buffers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adapter_buffers(tensors: Mapping[str, Tensor]) -> Tensors:
     """The adapter's state in a checkpoint that is not trained, by name."""
     buffers = {name: value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)}
     return {name.removeprefix(BUFFER_PREFIX): value for name, value in buffers.items()}
 
 
-def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> Tensors:
     """The adapter's tensors by name, of which the trained ones lie in one buffer a group."""
     state = adapter_buffers(tensors)
     for number, group in enumerate(layout):

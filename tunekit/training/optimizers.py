@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
 from tunekit.machine.devices import kind_of
 from tunekit.recipe.training import TrainingSection
@@ -120,9 +121,9 @@ class Optimizer:
         self.native.step()
         return rate
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> Tensors:
         """Weights and optimizer state, each group's in one tensor: what a checkpoint holds."""
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
         for number, flat in enumerate(self.groups):
             tensors[f"group{number}.weights"] = flat.data.detach()
             for key, value in sorted(self.native.state.get(flat.data, {}).items()):

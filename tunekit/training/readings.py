@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Sums, Window
+from tunekit.contracts import Batch, Sums, Tensors, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.machine.placing import placed
@@ -85,7 +85,7 @@ class Waiting:
         return loss, norm, self.settled - before
 
 
-def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:
+def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> Tensors:
     """What is logged of a step by name, () each: sums over this rank's units, and units of all ranks, make means."""
     if not names:
         return {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
 from tunekit.targets.export import BUFFER_PREFIX, adapter_buffers
 from tunekit.training.optimizers import Optimizer
@@ -18,7 +19,7 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
 
 
-def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> dict[str, Tensor]:
+def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> Tensors:
     """Every tensor that an exact resume needs."""
     buffers = adapter.state(("saved", "resume"))
     return optimizer.state_tensors() | {BUFFER_PREFIX + name: tensor for name, tensor in buffers.items()}

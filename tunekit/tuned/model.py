@@ -19,6 +19,7 @@ from tunekit.contracts import (
     Read,
     RowKind,
     Sampling,
+    Tensors,
     Tokenizer,
     no_progress,
 )
@@ -52,7 +53,7 @@ class TunedModel:
         """Where inputs go."""
         return self.base.device
 
-    def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
+    def output(self, inputs: Tensors) -> ModelOutput:
         """What the objective reads; where positions restart, another row begins."""
         with calling(self.call_for(inputs)):
             output = self.base.family.forward(self.base.net, self.entering(inputs))
@@ -131,16 +132,16 @@ class TunedModel:
             return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, companion_heads=heads)
         return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_heads=heads)
 
-    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+    def hidden(self, inputs: Tensors) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
         with calling(self.call_for(inputs)):
             return self.leaving(self.base.family.hidden(self.base.net, self.entering(inputs)))
 
-    def call_for(self, inputs: dict[str, Tensor]) -> Call:
+    def call_for(self, inputs: Tensors) -> Call:
         """The current call with the documents of these inputs."""
         return replace(current_call(), segments=self._segments(inputs))
 
-    def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def entering(self, inputs: Tensors) -> Tensors:
         """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
         there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
         floats = {name: each.to(self.base.dtype) for name, each in there.items() if each.is_floating_point()}
@@ -150,13 +151,13 @@ class TunedModel:
         """Hidden states (B, T, D), or logits, of the real positions."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
-    def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:
+    def _segments(self, inputs: Tensors) -> Segments | None:
         """The documents of the rows; None for rows with a mask of their own."""
         if "position_ids" not in inputs or "attention_mask" in inputs:
             return None
         return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
 
-    def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapted(self, inputs: Tensors) -> Tensors:
         """What the network is called with; in generation, for the first step."""
         return inputs if self.adapter is None else self.adapter.inputs(inputs)
 
@@ -165,7 +166,7 @@ class TunedModel:
         """Positions that the adapter puts before each row."""
         return 0 if self.adapter is None else self.adapter.virtual_tokens
 
-    def own_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+    def own_logits(self, inputs: Tensors) -> Tensor:
         """The network's own logits (B, T, V), whole: for a few tokens only."""
         return self.leaving(self.base.family.logits(self.base.net, self.entering(inputs)))
 

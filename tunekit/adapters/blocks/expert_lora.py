@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Generator, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.lora_fields import start_conflicts
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.expert_parameters import Factors, Index, ParameterAdapter
@@ -28,7 +28,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
     B: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
         rank = (target.r or settings.r) * (target.experts or 1)
         wrapped = "base_layer." * target.wrapped
         return {

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import ModelAdapter, Settings, Slot
+from tunekit.adapters.base import ModelAdapter, Settings, Slot, Slots
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.folder.fields import ANY, MODULES, Fixed, PeftFields
-from tunekit.contracts import Tokenizer
+from tunekit.contracts import Tensors, Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
 from tunekit.model.pretrained import as_pretrained, text_config
@@ -69,18 +69,18 @@ class VirtualTokens(ModelAdapter[Settings]):
         return cls.virtual_tokens(settings) * int(getattr(settings, "num_transformer_submodules", 1))
 
     @classmethod
-    def file_slots(cls, settings: Settings, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: Settings, net: nn.Module) -> Slots:
         return {"prompt": Slot(IN_FILES, (cls.vector_count(settings), width_of(net)), decays=False)}
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
         """(P, D), or a row's own (B, P, D); twice as many where a decoder has its own."""
         return self.prompt
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         """The finished vectors under PEFT's name."""
         return {IN_FILES: self.vectors(None).detach()}
 
-    def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, net: nn.Module, inputs: Tensors) -> Tensors:
         given = dict(inputs)
         rows = self._embedded(given, "input_ids", "inputs_embeds")  # (B, T, D)
         length, vectors = self.virtual_tokens(self.settings), self.vectors(given.pop("task_ids", None))
@@ -98,12 +98,12 @@ class VirtualTokens(ModelAdapter[Settings]):
             self._before_decoder(given, vectors[:, length:])
         return given
 
-    def _embedded(self, given: dict[str, Tensor], ids: str, embeddings: str) -> Tensor:
+    def _embedded(self, given: Tensors, ids: str, embeddings: str) -> Tensor:
         """The embeddings that are given, or those of the ids, which are taken out."""
         tokens = given.pop(ids, None)
         return given[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
 
-    def _before_decoder(self, given: dict[str, Tensor], vectors: Tensor) -> None:
+    def _before_decoder(self, given: Tensors, vectors: Tensor) -> None:
         """The decoder's own vectors before its tokens, where the call names those."""
         if "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
             raise AdapterError("the decoder has virtual tokens of its own, and the call names no decoder_input_ids")

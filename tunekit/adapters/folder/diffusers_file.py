@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.base import AdapterPart
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import TensorEntry, read_raw_header, read_tensor, read_tensor_header
 from tunekit.files.untrusted import parse_json, shown
@@ -36,11 +37,11 @@ MAGNITUDE = "lora_magnitude_vector"
 class ForeignLora:
     """Tensors by PEFT's keys, and each layer's alpha."""
 
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     alphas: dict[str, float]
 
 
-def diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
     """By diffusers' keys: PEFT's without its prefix, CLIP's layers under the name that all versions know."""
     return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
@@ -92,9 +93,7 @@ def _numbers(target: Target) -> tuple[int, float]:
     return target.r, int(target.alpha) if target.alpha == int(target.alpha) else target.alpha
 
 
-def kohya_tensors(
-    tensors: Mapping[str, Tensor], settings: AdapterSettings, targets: Sequence[Target]
-) -> dict[str, Tensor]:
+def kohya_tensors(tensors: Mapping[str, Tensor], settings: AdapterSettings, targets: Sequence[Target]) -> Tensors:
     """By kohya's keys, with an alpha for each layer that gives the adapter's scale there.
 
     Raises: AdapterError for parts that kohya's format has no names for.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import AdapterPart, Slot, full_name
+from tunekit.adapters.base import AdapterPart, Slot, Slots, full_name
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.method import Method
 from tunekit.adapters.module_names import base_modules, parameter_names
@@ -35,7 +35,7 @@ SHOWN_PROBLEMS = 8
 class Expected:
     """File key -> slot and state name; and the base's own weights that peft may have put beside them."""
 
-    slots: dict[str, Slot] = field(default_factory=dict)
+    slots: Slots = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     base_copies: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # key -> module, shape
     repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> its own key

@@ -21,6 +21,7 @@ from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import read_tensor
 from tunekit.files.untrusted import shown
@@ -161,7 +162,7 @@ def _read_tensors(
     head_name: str | None,
     base_weight: BaseWeight | None,
     enlarged: Collection[str] = (),
-) -> dict[str, Tensor]:
+) -> Tensors:
     """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked.
 
     `enlarged`: modules whose matrices the file holds whole, for the rows that it adds to them.

@@ -13,20 +13,21 @@ from tunekit.adapters.base import AdapterPart
 from tunekit.adapters.folder.config import adapter_header
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.tokens import embedding_name, tied_with
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import read_tensor
 from tunekit.model.families.structure import text_config
 from tunekit.model.quantized.weights import layer_kind, weight_of
 
 
-def added_rows(net: nn.Module, head_name: str | None, path: Path) -> dict[str, Tensor]:
+def added_rows(net: nn.Module, head_name: str | None, path: Path) -> Tensors:
     """Rows (N, D) beyond the base's own, by module name, of the embedding and the head, where the file holds more.
 
     Raises: AdapterError where it does so of one of them only.
     """
     modules, header = base_modules(net), adapter_header(path)
     embedding = embedding_name(net, modules)
-    rows: dict[str, Tensor] = {}
+    rows: Tensors = {}
     for name in {embedding, head_name or embedding} & modules.keys():
         weight = weight_of(modules[name])
         if weight is None or weight.bias is not None:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
+from tunekit.adapters.base import LayerAdapter, SharedPart, Slot, Slots
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_MENDS
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method
+from tunekit.contracts import Tensors
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
 
@@ -37,7 +38,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
     kept: Tensor
 
     @classmethod
-    def slots(cls, settings: AdaloraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: AdaloraSettings, target: Target) -> Slots:
         rank = sum(settings.kept.get(pattern_key(target.name), (True,) * settings.init_r))
         slots = {
             "A": Slot("lora_A", (rank, target.in_features)),
@@ -85,7 +86,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         a, e, b = (getattr(self, f"{own}_sensitivity") * getattr(self, f"{own}_uncertainty") for own in FACTORS)
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         state, left = super().exported(), self.left()
         if bool(left.all()):
             return state
@@ -159,7 +160,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
     total_steps: Tensor  # (1,), 0 before the first step: a file of PEFT states it
 
     @classmethod
-    def slots(cls, settings: AdaloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+    def slots(cls, settings: AdaloraSettings, targets: Sequence[Target]) -> Slots:
         return {"total_steps": Slot("total_steps", (1,), kind="resume", dtype=torch.int64)}
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
 from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
@@ -25,7 +25,7 @@ class Boft(LayerAdapter[BoftSettings]):
     s: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: BoftSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: BoftSettings, target: Target) -> Slots:
         inputs, factors = target.in_features, settings.butterfly_factors
         size = settings.block_size or (inputs // settings.blocks if inputs % settings.blocks == 0 else 0)
         reach = size * 2 ** (factors - 1)

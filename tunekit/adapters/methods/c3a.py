@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fft import irfft, rfft
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method, always
@@ -24,7 +24,7 @@ class C3a(LayerAdapter[C3aSettings]):
     kernels: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: C3aSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: C3aSettings, target: Target) -> Slots:
         side = settings.block_size
         return {"kernels": Slot("c3a_kernel", (target.out_features // side, target.in_features // side, side))}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
 from tunekit.adapters.method import Method
@@ -36,7 +36,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
     context: Tensor
 
     @classmethod
-    def slots(cls, settings: CptSettings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: CptSettings, net: nn.Module) -> Slots:
         shape = (cls.vector_count(settings), prompts.width_of(net))
         return {
             "delta": Slot("delta_embedding.weight", shape, decays=False),

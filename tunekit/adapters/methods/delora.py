@@ -2,7 +2,7 @@
 
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
@@ -26,7 +26,7 @@ class Delora(LowRankLayer[DeloraSettings]):
     c: Tensor
 
     @classmethod
-    def slots(cls, settings: DeloraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: DeloraSettings, target: Target) -> Slots:
         rank = target.r or settings.r
         return {
             "A": Slot("delora_A", (rank, target.in_features), first=None),

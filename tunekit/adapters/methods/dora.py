@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.lora_fields import lora_side, start_conflicts
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.methods.lora import METHOD as LORA
@@ -28,7 +28,7 @@ class Dora(Lora):
     magnitude: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
         magnitude = Slot("lora_magnitude_vector", (target.out_features,), decays=False)
         return {**super().slots(settings, target), "magnitude": magnitude}
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method, always
@@ -25,7 +25,7 @@ class Fourierft(DeltaLayer[FourierftSettings]):
     spectrum: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: FourierftSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: FourierftSettings, target: Target) -> Slots:
         return {"spectrum": Slot("fourierft_spectrum", (settings.n_frequency,))}
 
     def make(self, spectrum: Tensor) -> Tensor:

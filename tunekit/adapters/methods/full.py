@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import ModelAdapter, Slot
+from tunekit.adapters.base import ModelAdapter, Slot, Slots
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Method
@@ -26,7 +26,7 @@ class BaseWeights(ModelAdapter[FullSettings]):
     masters: list[tuple[nn.Parameter, nn.Parameter]]  # parameter of 16 bits, its master
 
     @classmethod
-    def slots(cls, settings: FullSettings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: FullSettings, net: nn.Module) -> Slots:
         """One slot per parameter; attributes are numbered, since a parameter's own name holds dots."""
         return {
             f"weight_{number}": Slot(name, tuple(tensor.shape), decays=tensor.dim() > 1)

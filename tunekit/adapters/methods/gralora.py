@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.folder.fields import LAYER_FIXED, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
@@ -26,7 +26,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
     B: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: GraloraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: GraloraSettings, target: Target) -> Slots:
         k, rank, inputs, outputs = settings.k, settings.r, target.in_features, target.out_features
         if inputs % k or outputs % k or rank % k:
             what = f"k {k} does not divide r {rank}, or '{target.name}' ({outputs} x {inputs})"

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
@@ -23,7 +23,7 @@ class Hira(DeltaLayer[HiraSettings]):
     B: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: HiraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: HiraSettings, target: Target) -> Slots:
         rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         infix, first = ("embedding_", 0.0) if target.kind == "embedding" else ("", None)
         return {"A": Slot(f"hira_{infix}A", (rank, inputs), first=first), "B": Slot(f"hira_{infix}B", (outputs, rank))}

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.folder.fields import Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.hra import HraSettings
@@ -25,7 +25,7 @@ class Hra(LayerAdapter[HraSettings]):
     u: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: HraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: HraSettings, target: Target) -> Slots:
         return {"u": Slot("hra_u", (target.in_features, target.r or settings.r), decays=False, first=None)}
 
     def initialise(self, generator: Generator) -> None:

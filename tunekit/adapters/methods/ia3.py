@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.folder.fields import PeftSide, named_alike
 from tunekit.adapters.folder.targets import entries_for
 from tunekit.adapters.method import Conflict, Method, always
@@ -25,7 +25,7 @@ class Ia3(LayerAdapter[Ia3Settings]):
     scale: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: Ia3Settings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: Ia3Settings, target: Target) -> Slots:
         inputs = is_feedforward(settings.feedforward_modules, target.name)
         shape = (1, target.in_features) if inputs else (target.out_features, 1)
         return {"scale": Slot("ia3_l", shape, decays=False, first=1.0)}

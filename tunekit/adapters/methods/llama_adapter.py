@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tunekit.adapters.base import ModelAdapter, Slot
+from tunekit.adapters.base import ModelAdapter, Slot, Slots
 from tunekit.adapters.folder.fields import MODULES, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
@@ -39,8 +39,8 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
     file_prefix = "base_model.model."
 
     @classmethod
-    def slots(cls, settings: LlamaAdapterSettings, net: nn.Module) -> dict[str, Slot]:
-        slots: dict[str, Slot] = {}
+    def slots(cls, settings: LlamaAdapterSettings, net: nn.Module) -> Slots:
+        slots: Slots = {}
         for place in _upper(settings, net):
             shape = (1, settings.adapter_len, int(text_config(net).hidden_size))
             slots[f"prompt_{place.layer}"] = Slot(f"{place.name}.adaption_prompt", shape)

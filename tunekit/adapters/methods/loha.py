@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
@@ -24,7 +24,7 @@ class Loha(DeltaLayer[LohaSettings]):
     b2: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: LohaSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LohaSettings, target: Target) -> Slots:
         rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         return {
             "a1": Slot("hada_w1_a", (outputs, rank), first=None),

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Method
@@ -22,7 +22,7 @@ class Lokr(LayerAdapter[LokrSettings]):
     """
 
     @classmethod
-    def slots(cls, settings: LokrSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LokrSettings, target: Target) -> Slots:
         rank = target.r or settings.r
         rows, more_rows = divisors(target.out_features, settings.decompose_factor)  # L, K
         columns, more_columns = divisors(target.in_features, settings.decompose_factor)  # M, N
@@ -50,7 +50,7 @@ class Lokr(LayerAdapter[LokrSettings]):
         return torch.kron(self.matrix("w1"), self.matrix("w2")) * self.scaling
 
 
-def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:
+def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
     """A whole matrix, or its two factors."""
     first = 0.0 if name == "w1" else None
     if not rank:

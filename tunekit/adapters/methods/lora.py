@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.expert_lora import ExpertLora, conflicts
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, lora_side
 from tunekit.adapters.blocks.low_rank_layer import low_rank_update, scaling_of
@@ -36,7 +36,7 @@ class Lora(LayerAdapter[LowRankSettings]):
     joined: JoinedLayers | None = None  # how the kernel computes this layer together with its neighbours
 
     @classmethod
-    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
         rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if target.kind == "embedding":
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slots
 from tunekit.adapters.blocks.expert_lora import ExpertLora
 from tunekit.adapters.blocks.lora_fields import lora_side
 from tunekit.adapters.methods.lora import METHOD as LORA
@@ -26,7 +26,7 @@ class LoraFa(Lora):
     A: Tensor  # type: ignore[assignment]
 
     @classmethod
-    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
         trained = super().slots(settings, target)
         return {**trained, "A": replace(trained["A"], kind="saved")}
 
@@ -37,7 +37,7 @@ class ExpertLoraFa(ExpertLora):
     A: Tensor  # type: ignore[assignment]
 
     @classmethod
-    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
         trained = super().slots(settings, target)
         return {**trained, "A": replace(trained["A"], kind="saved")}
 

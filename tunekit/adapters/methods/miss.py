@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.delta_product import delta_product
 from tunekit.adapters.folder.fields import PeftFields, PeftSide
 from tunekit.adapters.method import Method
@@ -27,7 +27,7 @@ class Miss(LayerAdapter[MissSettings]):
     s: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: MissSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: MissSettings, target: Target) -> Slots:
         rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if settings.variant == "balance":
             return {"s": Slot("miss_block", (rank, outputs))}

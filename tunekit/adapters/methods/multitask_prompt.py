@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIELDS, START_FIELDS, VirtualTokens, started, width_of
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.methods.prompt import METHOD as PROMPT
+from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 
@@ -29,7 +30,7 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
     rows: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> Slots:
         vectors, width, tasks = cls.vector_count(settings), width_of(net), settings.num_tasks
         return {
             **super().file_slots(settings, net),
@@ -38,7 +39,7 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         }
 
     @classmethod
-    def file_slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> Slots:
         return cls.slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
@@ -57,7 +58,7 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
     def may_differ(cls, settings: MultitaskPromptSettings) -> frozenset[str]:
         return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
 
-    def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def taken_over(self, tensors: Tensors) -> Tensors:
         """PEFT's EXACT_SOURCE_TASK (a number), AVERAGE_SOURCE_TASKS and ONLY_SOURCE_SHARED (none).
 
         Raises: AdapterError where the folder has no such task.
@@ -75,7 +76,7 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
             raise AdapterError(what, "choose another", key="adapter.init_from_tasks")
         return {**tensors, **{name: tensors[name][chosen : chosen + 1] for name in factors}}
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         """The factors as they are: a file serves all tasks."""
         return self.state(("trained",))
 

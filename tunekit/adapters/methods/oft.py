@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
 from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide, named_alike
 from tunekit.adapters.method import Method
@@ -21,7 +21,7 @@ class Oft(LayerAdapter[OftSettings]):
     q: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: OftSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: OftSettings, target: Target) -> Slots:
         size = block_size(settings, target.in_features)
         blocks = 1 if settings.block_share else target.in_features // size
         return {"q": Slot("oft_R.weight", (blocks, size * (size - 1) // 2))}

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
+from tunekit.contracts import Tensors
 from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
 
 GATES = 4  # of an LSTM's cell
@@ -26,7 +27,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
     table: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: PTuningSettings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PTuningSettings, net: nn.Module) -> Slots:
         width, table = prompts.width_of(net), cls.vector_count(settings)
         hidden = settings.encoder_hidden_size or width
         lstm = settings.encoder_reparameterization_type == "LSTM"
@@ -72,7 +73,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
             rows = rows if number == last else F.relu(rows)
         return rows
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         """Without dropout, whatever mode the network is in."""
         return {prompts.IN_FILES: self._encoded(0.0).detach()}
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import ModelAdapter, Slot
+from tunekit.adapters.base import ModelAdapter, Slot, Slots
 from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIRST_VALUES, IN_FILES, is_encoder_decoder, repeated
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
-from tunekit.contracts import Tokenizer
+from tunekit.contracts import Tensors, Tokenizer
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values
 from tunekit.model.attention.self_attention import SelfAttention, decoder, self_attentions
@@ -50,7 +50,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
     net: nn.Module
 
     @classmethod
-    def slots(cls, settings: PrefixSettings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PrefixSettings, net: nn.Module) -> Slots:
         if not settings.prefix_projection:
             return cls.file_slots(settings, net)
         places = self_attentions(net)
@@ -65,7 +65,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
         }
 
     @classmethod
-    def file_slots(cls, settings: PrefixSettings, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: PrefixSettings, net: nn.Module) -> Slots:
         places = self_attentions(net)
         _compare(settings, net, places)
         width = places[0].heads * places[0].width
@@ -149,7 +149,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
         rows = [part.transpose(0, 1).reshape(length, -1) for pair in found for part in pair]  # (P, H * D) each
         return torch.cat(rows, dim=1)
 
-    def exported(self) -> dict[str, Tensor]:
+    def exported(self) -> Tensors:
         return {IN_FILES: self._computed().detach()}
 
     def file_fields(self) -> dict[str, Any]:

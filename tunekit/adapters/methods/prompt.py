@@ -2,7 +2,7 @@
 
 from torch import Generator, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slots
 from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Method
@@ -16,7 +16,7 @@ class PromptTuning(prompts.VirtualTokens[PromptSettings]):
     """
 
     @classmethod
-    def slots(cls, settings: PromptSettings, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PromptSettings, net: nn.Module) -> Slots:
         return cls.file_slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:

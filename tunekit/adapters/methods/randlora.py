@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
+from tunekit.adapters.base import LayerAdapter, SharedPart, Slot, Slots
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot, ternary
 from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, named_alike
 from tunekit.adapters.method import Method
@@ -23,7 +23,7 @@ class RandloraProjections(SharedPart[RandloraSettings]):
     B: Tensor
 
     @classmethod
-    def slots(cls, settings: RandloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+    def slots(cls, settings: RandloraSettings, targets: Sequence[Target]) -> Slots:
         sides = max(t.in_features for t in targets), max(t.out_features for t in targets)
         small, large, rank = min(sides), max(sides), settings.r
         return {
@@ -58,7 +58,7 @@ class Randlora(LayerAdapter[RandloraSettings]):
     gammas: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: RandloraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: RandloraSettings, target: Target) -> Slots:
         small = min(target.in_features, target.out_features)
         bases = -(-small // settings.r)
         return {

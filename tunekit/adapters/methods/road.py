@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
+from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
 from tunekit.adapters.method import Conflict, Method
@@ -28,7 +28,7 @@ class Road(LayerAdapter[RoadSettings]):
     alpha: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: RoadSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: RoadSettings, target: Target) -> Slots:
         size = target.out_features // 2 * NUMBERS_PER_PAIR[settings.variant]
         alpha = Slot("road_alpha", (size,), decays=False, first=1.0)
         return {"theta": Slot("road_theta", (size,), decays=False), "alpha": alpha}

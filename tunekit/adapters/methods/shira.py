@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
 from tunekit.adapters.method import Method, always
@@ -24,7 +24,7 @@ class Shira(DeltaLayer[ShiraSettings]):
     places: Tensor
 
     @classmethod
-    def slots(cls, settings: ShiraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: ShiraSettings, target: Target) -> Slots:
         inputs, outputs = target.in_features, target.out_features
         count = (target.r or settings.r) * (inputs + outputs)
         if count > inputs * outputs:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import SharedPart, Slot
+from tunekit.adapters.base import SharedPart, Slot, Slots
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import PeftSide, named_alike
@@ -20,7 +20,7 @@ class VectorBank(SharedPart[VbloraSettings]):
     vectors: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: VbloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+    def slots(cls, settings: VbloraSettings, targets: Sequence[Target]) -> Slots:
         return {"vectors": Slot("vblora_vector_bank", (settings.num_vectors, settings.vector_length))}
 
     def initialise(self, generator: Generator) -> None:
@@ -42,7 +42,7 @@ class Vblora(LowRankLayer[VbloraSettings]):
     logits_b: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: VbloraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: VbloraSettings, target: Target) -> Slots:
         length, bank = settings.vector_length, settings.num_vectors
         return {
             "logits_a": Slot("vblora_logits_A", (settings.r, target.in_features // length, bank), decays=False),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
+from tunekit.adapters.base import LayerAdapter, SharedPart, Slot, Slots
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot
 from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, named_alike
 from tunekit.adapters.method import Method
@@ -20,7 +20,7 @@ class VeraProjections(SharedPart[VeraSettings]):
     B: Tensor
 
     @classmethod
-    def slots(cls, settings: VeraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+    def slots(cls, settings: VeraSettings, targets: Sequence[Target]) -> Slots:
         inputs, outputs = max(t.in_features for t in targets), max(t.out_features for t in targets)
         return {
             "A": projection_slot(settings.save_projection, "vera_A", (settings.r, inputs)),
@@ -45,7 +45,7 @@ class Vera(LayerAdapter[VeraSettings]):
     b: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: VeraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: VeraSettings, target: Target) -> Slots:
         return {
             "d": Slot("vera_lambda_d", (settings.r,), decays=False, first=settings.d_initial),
             "b": Slot("vera_lambda_b", (target.out_features,), decays=False),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tunekit.adapters.blocks.plain_lora import alpha_for_rank
 from tunekit.adapters.starts.start import LayerActivations, StartLayer
+from tunekit.contracts import Tensors
 from tunekit.errors import DataError
 from tunekit.machine.devices import doubled
 from tunekit.recipe.bases.low_rank import LowRankSettings
@@ -47,7 +48,7 @@ class EvaStatistics:
         self.mean = (self.mean * self.count + mean * count) / (self.count + count)
         self.count += count
 
-    def finish(self) -> dict[str, Tensor]:
+    def finish(self) -> Tensors:
         """Components (C, I), their singular values (C,) and their shares of the variance (C,)."""
         values = torch.linalg.vector_norm(self.parts, dim=1)
         tiny = torch.finfo(torch.float64).tiny
@@ -106,7 +107,7 @@ def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | No
     return alpha_for_rank(settings, target.alpha, target.r, rank)
 
 
-def make_start(settings: EvaSettings, layer: StartLayer[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+def make_start(settings: EvaSettings, layer: StartLayer[Tensors]) -> tuple[Tensor, Tensor]:
     """A (R, I) = the R first principal components of the inputs, B (O, R) = 0.
 
     Raises: DataError where the batches held fewer tokens than the rank.    Source: Paischer et al. 2024, algorithm 1.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Processor, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import TextHead
@@ -76,7 +76,7 @@ class AudioClassifierFamily(Family):
     def head(self, net: nn.Module) -> TextHead:
         return MeanHead(net, CLASSIFIER)
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
+    def trial_inputs(self, net: nn.Module) -> Tensors:
         return {"input_features": noise_features(net)}
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Processor, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
@@ -33,7 +33,7 @@ class ClassifierFamily(Family):
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         return stacks_of(net).layers(net)
 
-    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, C). An encoder counts positions itself: some begin at another number than 0.
 
         Raises: ModelError where a decoder could not tell padding from text.

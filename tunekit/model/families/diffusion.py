@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Processor, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, PipelineNet, denoising_layers, load_pipeline
@@ -38,7 +38,7 @@ class DiffusionFamily(Family):
         part = PIPELINES[_as_pipeline(net).config.model_type]
         return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]
 
-    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """What the denoiser predicts, (B, C, H, W) float32; of one that predicts a variance too, without that."""
         pipeline = _as_pipeline(net)
         latents = inputs["latents"].to(pipeline.dtype)
@@ -47,7 +47,7 @@ class DiffusionFamily(Family):
             ids = {name.removeprefix(IDS): value for name, value in inputs.items() if name.startswith(IDS)}
             given = encode_prompts(pipeline, ids)
         given = {name: value.to(pipeline.dtype) for name, value in given.items()}
-        more: dict[str, Tensor | dict[str, Tensor]] = {}
+        more: dict[str, Tensor | Tensors] = {}
         if pipeline.config.model_type == "StableDiffusion3Pipeline":
             more["pooled_projections"] = given["pooled"]
         elif "pooled" in given:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import ModelOutput, Processor, Stages
+from tunekit.contracts import ModelOutput, Processor, Stages, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.heads import TextHead, draw_module, label_head, label_head_name, make_head, scores_tokens
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
@@ -80,13 +80,13 @@ class Family:
         """The layers in order, with their module names."""
         return self.stacks.layers(net)
 
-    def forward(self, net: nn.Module, inputs: dict[str, Tensor]) -> ModelOutput:
+    def forward(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
         """What objectives read: logits of a head that reads whole rows, else hidden states and the head."""
         if self.reads_rows(net):
             return ModelOutput(logits=self.logits(net, inputs))
         return ModelOutput(hidden=self.hidden(net, inputs), head=self.head(net))
 
-    def hidden(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, T, D) hidden states after the final norm; no head, no cache, no full logits.
 
         Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts; a decoder
@@ -95,7 +95,7 @@ class Family:
         left_out = "attention_mask" if self.labelled else ""
         return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != left_out})
 
-    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
         return call_accepted(net, inputs).logits
 
@@ -144,16 +144,16 @@ class Family:
         """Width of the hidden states."""
         return int(text_config(net).hidden_size)
 
-    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> Tensors:
         """What the net is called with for one row of ids (1, T); `beside`: of a batch, whose first row has what else
         the net reads."""
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
+    def trial_inputs(self, net: nn.Module) -> Tensors:
         """Of a family that reads no ids: what the net could be called with for one row, always the same."""
         raise NotImplementedError
 
-    def scores(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """What the head makes of one row, of what the net is called with: (T, V) float32, of a classifier (1, C)."""
         if self.labelled or self.reads_rows(net):
             return self.logits(net, inputs).float()

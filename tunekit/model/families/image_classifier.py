@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Pixels, Processor, Tokenizer
+from tunekit.contracts import Pixels, Processor, Tensors, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
@@ -225,12 +225,12 @@ class ImageClassifierFamily(Family):
         except AttributeError:
             raise _no_transformer(net) from None
 
-    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, C). Pictures of another size than the model's have positions between its own."""
         pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
         return call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
+    def trial_inputs(self, net: nn.Module) -> Tensors:
         size = getattr(text_config(net), "image_size", SIDE)
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded())}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Processor, Tensors
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import TWO
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ class Seq2SeqFamily(Family):
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)
 
-    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> Tensors:
         """Source and answer at once."""
         return {"input_ids": ids, "decoder_input_ids": ids}
 

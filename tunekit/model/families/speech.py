@@ -5,7 +5,7 @@ from collections.abc import Mapping, Set
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Processor, Tensors
 from tunekit.model.families import audio_classifier
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import TWO
@@ -46,13 +46,13 @@ class SpeechFamily(Family):
         """Of the decoder, where it learned them: its answers can be no longer."""
         return getattr(config_of(net), "max_target_positions", None)
 
-    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> Tensors:
         """What the net is called with for one row of ids (1, T), the recording being the first of `beside`."""
         assert beside is not None
         recording = {name: values[:1] for name, values in beside.items() if name in INPUTS}
         return {**recording, "decoder_input_ids": ids}
 
-    def trial_inputs(self, net: nn.Module) -> dict[str, Tensor]:
+    def trial_inputs(self, net: nn.Module) -> Tensors:
         """Seeded noise for a recording, and the first ids for its answer."""
         ids = torch.arange(min(16, config_of(net).vocab_size))[None]
         if as_pretrained(net).main_input_name == "input_values":

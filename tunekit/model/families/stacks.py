@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Stages
+from tunekit.contracts import Stages, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
 from tunekit.model.families.heads import before_projection
@@ -35,7 +35,7 @@ class OneStack:
         name, layers = find_layers(net)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
 
-    def hidden(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, T, D) after the final norm."""
         hidden = last_hidden(call_accepted(base_of(net), inputs))
         for module in before_projection(net):
@@ -66,7 +66,7 @@ class TwoStacks:
             for index, layer in enumerate(layers)
         ]
 
-    def hidden(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, T, D) of the decoder after its final norm; `source_rows` (N,) in the inputs: answers share sources."""
         encoder, decoder = _stacks(net)
         source = last_hidden(_read(encoder, inputs))  # (B, S, D)
@@ -94,12 +94,12 @@ def stacks_of(net: nn.Module) -> OneStack | TwoStacks:
     return TWO if getattr(config_of(net), "is_encoder_decoder", False) else ONE
 
 
-def _read(encoder: nn.Module, inputs: dict[str, Tensor], source: Tensor | None = None) -> ModelOutput:
+def _read(encoder: nn.Module, inputs: Tensors, source: Tensor | None = None) -> ModelOutput:
     """The encoder's output."""
     return call_accepted(encoder, {key: value for key, value in inputs.items() if not key.startswith(OF_DECODER)})
 
 
-def _answer(decoder: nn.Module, inputs: dict[str, Tensor], source: Tensor | None) -> ModelOutput:
+def _answer(decoder: nn.Module, inputs: Tensors, source: Tensor | None) -> ModelOutput:
     """The decoder's output. Shapes: source (B, S, D)."""
     given = {key.removeprefix(OF_DECODER): value for key, value in inputs.items() if key.startswith(OF_DECODER)}
     mask = {"encoder_attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tunekit.contracts import LayerCall, SideInput, Stack
+from tunekit.contracts import LayerCall, SideInput, Stack, Tensors
 from tunekit.model.pretrained import text_config
 from tunekit.model.transformers_guard import replaced
 
@@ -97,14 +97,14 @@ def make_stack(
     net: nn.Module,
     parent: nn.Module,
     attribute: str,
-    run: Callable[[dict[str, Tensor], Tensor | None], object],
+    run: Callable[[Tensors, Tensor | None], object],
     finish: Sequence[nn.Module],
 ) -> Stack:
     """The layers of `parent`, a part of the net, under this name. `run(inputs, source)` calls what embeds and passes
     them; `finish` is what it does after the last."""
     layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
-    def embed(inputs: dict[str, Tensor], source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:
+    def embed(inputs: Tensors, source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:
         recorders = [_LayerRecorder(layer, SIDE_OUTPUTS.get(text_config(net).model_type, 0)) for layer in layers]
         with replaced(parent._modules, **{attribute: nn.ModuleList(recorders)}):
             run(inputs, None if source is None else source.value)

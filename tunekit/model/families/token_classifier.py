@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor
+from tunekit.contracts import Processor, Tensors
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
@@ -30,13 +30,13 @@ class TokenClassifierFamily(Family):
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         return stacks_of(net).layers(net)
 
-    def logits(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, T, C). A decoder needs no mask, since padding comes last, and tells rows of one line apart by their
         positions; an encoder counts positions itself: some begin at another number than 0."""
         left_out = "attention_mask" if scores_tokens(net) else "position_ids"
         return super().logits(net, {name: value for name, value in inputs.items() if name != left_out})
 
-    def scores(self, net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(T, C) float32."""
         return super().scores(net, inputs)[0]
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
 from tunekit.model.quantized import four_bit, fp8
@@ -82,7 +83,7 @@ def packed_shapes(
     return {"packed": packed, "absmax": ((blocks,), torch.uint8), "nested_absmax": nested, "offset": offset}
 
 
-def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
+def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """Pack a dense (O, I) matrix; the same matrix always gives the same bytes, whatever its device: 4 bits are packed
     on the CPU, since bitsandbytes' kernels choose other neighbours and another mean of the scales on a GPU."""
     matrix = matrix.detach().contiguous()  # (O, I)
@@ -94,7 +95,7 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[s
     return {name: tensor.to(matrix.device) for name, tensor in packed.items()}
 
 
-def _pack_rows(matrix: Tensor) -> dict[str, Tensor]:
+def _pack_rows(matrix: Tensor) -> Tensors:
     """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8; some rows at a time."""
     packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
@@ -150,7 +151,7 @@ def _product_without_values(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor
     return (integers * (scales * absmax[None]) * 1.0).to(x.dtype)
 
 
-def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
+def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
@@ -165,7 +166,7 @@ def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> 
     return saved | {f".quant_state.bitsandbytes__{quantization}": text}
 
 
-def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[dict[str, Tensor], str]:
+def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[Tensors, str]:
     """Our named tensors, and the quantization, of a weight that bitsandbytes packed.
 
     Raises: ModelError for blocks of another size than ours.

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tunekit.contracts import Tensors
+
 BLOCK = 64  # elements that share one scale
 NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
 CHUNK_ELEMENTS = 2**18  # worked on at a time, so that what lies between input and output stays in the cache
@@ -51,7 +53,7 @@ def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa
     return torch.tensor(sorted(found), dtype=torch.float32).to(device)
 
 
-def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
+def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """The packed tensors of a contiguous matrix on the CPU, by the names of codec.packed_shapes."""
     flat = matrix.reshape(-1)
     elements = flat.numel()

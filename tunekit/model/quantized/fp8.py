@@ -7,6 +7,7 @@ multiplied in float32, so that a CPU computes what the GPU does up to the order 
 import torch
 from torch import Tensor
 
+from tunekit.contracts import Tensors
 from tunekit.machine.devices import capability
 
 LARGEST = 448.0  # the largest number of e4m3
@@ -34,7 +35,7 @@ def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(KIND), absmax
 
 
-def pack(matrix: Tensor) -> dict[str, Tensor]:
+def pack(matrix: Tensor) -> Tensors:
     """A dense (O, I) matrix as bytes (O, I) with absmax (O,); the same matrix always gives the same bytes."""
     values, absmax = rounded(matrix)
     return {"packed": values.view(torch.uint8), "absmax": absmax}

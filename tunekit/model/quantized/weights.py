@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.uncalled import returns_several
@@ -40,7 +41,7 @@ class PackedLinear(nn.Module):
         out_features: int,
         quantization: str,
         double_quantization: bool,
-        tensors: dict[str, Tensor],
+        tensors: Tensors,
         bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """The packed tensors by name."""
         return {name: self.get_buffer(name) for name in self.tensor_names}
 
@@ -127,7 +128,7 @@ def pack_linear(
     return PackedLinear(shape[1], shape[0], quantization, double_quantization, tensors, frozen)
 
 
-def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
+def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """The packed tensors of a matrix (O, I) of the base.
 
     Raises: ModelError where it is not finite, which shows in its scales, so that no second matrix is made to see it.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 
+from tunekit.contracts import Tensors
+
 
 def stored_names(net: nn.Module) -> dict[str, str]:
     """Names in the files of parameters that transformers renames while it loads -> their names in the net."""
@@ -32,11 +34,11 @@ class StoredPieces:
         fits = all(name in stored for name in pieces) and sizes == math.prod(self.shape)
         self.names = sorted(pieces) if fits else []
 
-    def split(self, whole: Tensor) -> dict[str, Tensor]:
+    def split(self, whole: Tensor) -> Tensors:
         """The pieces by their names in the files."""
         return revert_weight_conversion(self.net, {self.parameter: whole})
 
-    def places(self, whole: Tensor) -> dict[str, Tensor] | None:
+    def places(self, whole: Tensor) -> Tensors | None:
         """Views into `whole` to read the pieces into; None where a piece is no contiguous part of it."""
         with _NoCopies():
             parts = self.split(whole)

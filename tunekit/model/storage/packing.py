@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.families import Family
@@ -73,7 +74,7 @@ class PackedBase:
     def iterate_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in the layout's order, read and packed only when it is asked for."""
         layers = packed_layers(self.net)
-        packed: dict[str, Tensor] = {}
+        packed: Tensors = {}
         for each in self.layout:
             module_name, _, own = each.name.rpartition(".")
             layer = layers.get(module_name)
@@ -84,7 +85,7 @@ class PackedBase:
                 packed = self._pack(module_name, layer.out_features, layer.in_features)
             yield each.name, packed.pop(own)
 
-    def _pack(self, name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
+    def _pack(self, name: str, out_features: int, in_features: int) -> Tensors:
         """The packed tensors of one layer."""
         matrix = torch.empty(out_features, in_features, dtype=self.dtype)
         self.reader.read_into(f"{name}.weight", matrix.t() if name in self.transposed else matrix)

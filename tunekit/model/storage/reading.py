@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from tunekit.contracts import Tensors
 from tunekit.files.tensors import TensorEntry, fill_from_file
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.base_spec import BaseSpec
@@ -116,7 +117,7 @@ class BaseReader:
 
     def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: Sequence[str] = ()) -> None:
         self.files, self._groups, self._head = files, groups, tuple(f"{name}." for name in head)
-        self._tensors: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
+        self._tensors: Tensors = dict(net.state_dict(keep_vars=True))
         self.names = tuple(name for name in self._tensors if groups[name] == name)
         self.new: frozenset[str] = frozenset()  # of a head, names that no file holds
         self._stored: dict[str, str] = {}  # name -> its name in the files

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.contracts import Tensors
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
@@ -73,7 +74,7 @@ class LoadedTensors:
     """The same of a net in memory, for bases that only transformers can read (GGUF); `dtype` is what is written."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
-        stored: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
+        stored: Tensors = dict(net.state_dict(keep_vars=True))
         stored.pop(f"{tied_head}.weight", None)
         once = {id(tensor): name for name, tensor in reversed(stored.items())}  # of tied ones the first name
         self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.files.durable import rename, write_json
 from tunekit.files.tensors import TensorEntry, read_tensor, read_tensor_header, write_tensors
@@ -92,7 +93,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, max_shard_bytes: int = 4 * 2**30) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._pending: Tensors = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0

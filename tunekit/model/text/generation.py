@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import GREEDY, Sampling, Tokenizer
+from tunekit.contracts import GREEDY, Sampling, Tensors, Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.machine.devices import forked_random, summing_dtype
 from tunekit.model.call import seed_for
@@ -26,7 +26,7 @@ from tunekit.model.transformers_guard import quiet
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig
 
-ModelInputs = dict[str, Tensor]
+ModelInputs = Tensors
 StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tunekit.contracts import Array, Batch, EncodeOptions, LossKind, Objective, Row, RowLayout, Span, Tokenizer
+from tunekit.contracts import Array, Batch, EncodeOptions, LossKind, Objective, Row, RowLayout, Span, Tensors, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
@@ -177,7 +176,7 @@ class AnswerRows(TextRows):
             for start, sequence in zip(starts, sequences, strict=False)
         ]
 
-    def _predicted(self, rows: Sequence[Row], places: Places) -> dict[str, Tensor]:
+    def _predicted(self, rows: Sequence[Row], places: Places) -> Tensors:
         """`counts`: (S P,) how many predicted tokens each first answer has, then each second one (then each prompt);
         `index`, `ids`: (N,) those tokens, in this order."""
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
@@ -191,7 +190,7 @@ class AnswerRows(TextRows):
         counts = torch.tensor(list(map(len, index)))
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "counts": counts}
 
-    def _last_tokens(self, rows: Sequence[Row], places: Places) -> dict[str, Tensor]:
+    def _last_tokens(self, rows: Sequence[Row], places: Places) -> Tensors:
         """`last`: (2 P,) where the score of each chosen answer is read, then of each rejected one."""
         order = [(number, side) for side in self.sides for number in range(len(rows))]
         last = [

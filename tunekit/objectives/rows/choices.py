@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tunekit.contracts import Array, Batch, Row, RowKind, Tokenizer
+from tunekit.contracts import Array, Batch, Row, RowKind, Tensors, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
 from tunekit.model.attention.documents import as_added
 
@@ -164,6 +163,6 @@ class LineByLineRows(RowKind):
         return Batch(inputs, _targets(index, labels, cells), tuple(map(tuple, sequences)))
 
 
-def _targets(*parts: Sequence[Array]) -> dict[str, Tensor]:
+def _targets(*parts: Sequence[Array]) -> Tensors:
     names = ("index", "labels", "cells")
     return {name: torch.from_numpy(np.concatenate(part)) for name, part in zip(names, parts, strict=True)}

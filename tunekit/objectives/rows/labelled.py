@@ -8,9 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Labels, Model, Row, RowKind, RowLayout, Span, Tokenizer
+from tunekit.contracts import (
+    Array,
+    Batch,
+    EncodeOptions,
+    Labels,
+    Model,
+    Row,
+    RowKind,
+    RowLayout,
+    Span,
+    Tensors,
+    Tokenizer,
+)
 from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
@@ -119,7 +130,7 @@ class LabelledTexts(RowKind):
         """
         ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.padding)
         sizes = [[row.size for row in rows] for rows in sequences]
-        inputs: dict[str, Tensor] = {"input_ids": ids, "position_ids": positions(sizes)}
+        inputs: Tensors = {"input_ids": ids, "position_ids": positions(sizes)}
         if len(sequences) > 1:
             inputs["attention_mask"] = real_positions([sum(each) for each in sizes]).long()
         places = []

@@ -12,9 +12,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Model, Pixels, Progress, Row, RowKind, RowLayout, Span
+from tunekit.contracts import (
+    Array,
+    Batch,
+    EncodeOptions,
+    Model,
+    Pixels,
+    Progress,
+    Row,
+    RowKind,
+    RowLayout,
+    Span,
+    Tensors,
+)
 from tunekit.data.encoding.images import Size, covering, cropped
 from tunekit.errors import DataError, Problem
 from tunekit.formats.image import ImageExample
@@ -126,7 +137,7 @@ def text_parts(texts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     return {f"{place} {name}": values for place, text in enumerate(texts) for name, values in text.items()}
 
 
-def _texts(rows: Sequence[Row]) -> dict[str, Tensor]:
+def _texts(rows: Sequence[Row]) -> Tensors:
     """The inputs made from the prompts of all images: each (N, ...)."""
     names = [name.removeprefix("0 ") for name in rows[0].parts if name.startswith("0 ")]
     places = [(row, place) for row in rows for place in range(len(row.parts["times"]))]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, Row, RowLayout, Span, Window
+from tunekit.contracts import Array, Batch, Row, RowLayout, Span, Tensors, Window
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.formats.prompt import PromptExample
@@ -168,7 +168,7 @@ class PromptRows(TextRows):
             parts.append({f"{side}_{name}": split[at * count :][:count] for at, side in enumerate(sides)})
         return self.with_parts(window, parts)
 
-    def _prepared(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def _prepared(self, rows: Sequence[Row]) -> Tensors:
         """(N,) of tokens, (G P,) of completions, each in the order of the predicted tokens; (P, ...) of rows."""
         parts, sides, prepared = rows[0].parts, self.answers.sides, dict[str, Array]()
         for name in (name for name in PER_TOKEN if f"{sides[0]}_{name}" in parts):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import total_penalty
-from tunekit.contracts import LayerCall, SideInput, Stages
+from tunekit.contracts import LayerCall, SideInput, Stages, Tensors
 from tunekit.errors import ModelError
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import Splitting
@@ -34,7 +34,7 @@ class PieceState:
 
     piece: Piece
     call: Call
-    inputs: dict[str, Tensor]  # what the network is called with
+    inputs: Tensors  # what the network is called with
     hidden: Tensor = field(init=False)  # (B, T, D) so far; on the way back its gradient
     source: SideInput | None = None  # (B, S, D) that the stack before gave
     calls: list[LayerCall] = field(default_factory=list)  # of the layers of all stacks so far

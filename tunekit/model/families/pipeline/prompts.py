@@ -6,11 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tunekit.contracts import Tensors
 from tunekit.model.families.pipeline.parts import PipelineNet
 from tunekit.model.families.pipeline.processor import T5_LENGTH
 
 
-def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> Tensors:
     """`prompt` (B, T, D), and of all but Stable Diffusion 1 and 2 `pooled` (B, P). Shapes: ids (B, T) by encoder."""
     encoders = net.text_encoders
     if net.config.model_type == "StableDiffusionPipeline":
