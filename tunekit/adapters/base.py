@@ -49,6 +49,7 @@ class Slot:
     first: float | None = 0.0
 
 
+PeftConfig = dict[str, Any]  # fields of adapter_config.json
 Slots = dict[str, Slot]  # by the attribute that holds the tensor
 
 
@@ -102,7 +103,7 @@ class AdapterPart(nn.Module):
         """What the adapter's file holds, by full name."""
         return {name: tensor.detach() for name, tensor in self.state(("trained", "saved")).items()}
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         """Fields of PEFT's configuration that the state decides."""
         return {}
 

@@ -74,7 +74,7 @@ def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: 
         what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
         raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
     tensors = combine_linear(parts, mixture.weights)
-    fields = {key: config.fields[key] for key in ("target_modules", "fan_in_fan_out") if key in config.fields}
+    fields = {key: value for key, value in config.fields.items() if key in ("target_modules", "fan_in_fan_out")}
     write_without_base(place, facts, config, tensors, fields)
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tunekit.adapters.base import AdapterPart
+from tunekit.adapters.base import AdapterPart, PeftConfig
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.adapters.folder.expected import BASE_COPY, FLOATS, refuse_not_finite
 from tunekit.adapters.method import Method, load_method
@@ -49,7 +48,7 @@ def plain_lora_method() -> Method:
     return load_method("lora")
 
 
-def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> LoraFolder:
+def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFolder:
     """Read a LoRA folder whole; factors in float32.
 
     `instead`: as read_adapter_config.

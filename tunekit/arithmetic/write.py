@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tunekit.adapters.base import PeftConfig
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
 from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.folder.write import base_names, write_adapter_folder
@@ -118,7 +119,7 @@ def _located(config: AdapterConfig) -> str | None:
 
 
 def write_without_base(
-    output: Path, base: BaseFacts, config: AdapterConfig, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
+    output: Path, base: BaseFacts, config: AdapterConfig, tensors: Mapping[str, Tensor], fields: PeftConfig
 ) -> int:
     """Write the folder; `fields` are PEFT's that the settings do not contain. Returns its bytes."""
     name, path = (None, None) if base.name is None else base_names(base.name, output)

@@ -4,12 +4,11 @@ Comes in: one row.  Goes out: ChatExample: instruction and input, joined by a ne
 tokenizer has no chat template, Stanford Alpaca's own prompt is used instead.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
-from tunekit.formats.fields import check_text, read_optional_text, read_text
+from tunekit.formats.fields import Fields, check_text, read_optional_text, read_text
 
 DESCRIPTION = "instruction, input (may be empty or absent), output; system: optional"
 FIELDS = ("instruction", "input", "output", "system", "history", "sample_weight")
@@ -22,7 +21,7 @@ _WITH_INPUT = f"{_HEADER}, paired with an input that provides further context. {
 _WITHOUT_INPUT = f"{_HEADER}. {_TASK}"
 
 
-def make_example(row: Mapping[str, Any]) -> Example:
+def make_example(row: Fields) -> Example:
     """The exchange of a row."""
     instruction, output = read_text(row, "instruction"), read_text(row, "output")
     extra_input, system = read_optional_text(row, "input"), read_optional_text(row, "system")

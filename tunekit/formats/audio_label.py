@@ -4,10 +4,9 @@ theirs.
 Comes in: one row.  Goes out: AudioLabelExample, whose recording is not read yet.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from tunekit.formats.fields import Fields
 from tunekit.formats.labels import read_label
 from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
@@ -27,7 +26,7 @@ class AudioLabelExample:
     label: str
 
 
-def make_example(row: Mapping[str, Any]) -> AudioLabelExample:
+def make_example(row: Fields) -> AudioLabelExample:
     """The recording and its label."""
     row = renamed(row, ALIASES)
     return AudioLabelExample(read_media(row, "audio"), read_label(row))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.example import ROLES, ChatExample, Example, Message
-from tunekit.formats.fields import check_text, listed, named_nearly, read_json, read_value, read_weight
+from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
 
 DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
 FIELDS = ("messages", "tools", "sample_weight")
@@ -19,7 +19,7 @@ EXAMPLE = "text"
 WEIGHTS = ("weight", "train")  # of a message: how much it counts, or whether
 
 
-def make_example(row: Mapping[str, Any]) -> Example:
+def make_example(row: Fields) -> Example:
     """The conversation of a row."""
     return ChatExample(read_messages(read_value(row, "messages"), "messages"), read_tools(row.get("tools")))
 
@@ -49,7 +49,7 @@ def _read_message(value: object, label: str) -> Message:
     return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label, role), extra)
 
 
-def _read_role(value: Mapping[str, Any], label: str) -> str:
+def _read_role(value: Fields, label: str) -> str:
     if "role" not in value:
         how = "rows with 'from' and 'value' are format: sharegpt" if "from" in value else "add one"
         raise DataError(f"'{label}' has no role; it has {listed(value)}", how)
@@ -60,7 +60,7 @@ def _read_role(value: Mapping[str, Any], label: str) -> str:
     return str(role)
 
 
-def _read_content(value: Mapping[str, Any], label: str, calls_tools: bool) -> str:
+def _read_content(value: Fields, label: str, calls_tools: bool) -> str:
     content = value.get("content")
     if content is None:
         if calls_tools:
@@ -79,7 +79,7 @@ def _read_part(part: object, label: str) -> str:
     return check_text(part.get("text"), f"{label}.text")
 
 
-def _read_weight(value: Mapping[str, Any], label: str, role: str) -> float:
+def _read_weight(value: Fields, label: str, role: str) -> float:
     """Raises: DataError also where another's turn is to be trained on, or by a weight: it never is, whatever it has."""
     found = [name for name in WEIGHTS if value.get(name) is not None]
     if len(found) > 1:

@@ -3,9 +3,7 @@
 Comes in: one row.  Goes out: TagsExample.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
+from tunekit.formats.fields import Fields
 from tunekit.formats.tags import TagsExample, read_tags
 
 DESCRIPTION = "tokens, ner_tags: words and their tags, as data sets of the hub name them"
@@ -14,6 +12,6 @@ REQUIRED = ("tokens", "ner_tags")
 EXAMPLE = "tags"
 
 
-def make_example(row: Mapping[str, Any]) -> TagsExample:
+def make_example(row: Fields) -> TagsExample:
     """The words and tags of a row."""
     return read_tags(row, *REQUIRED)

@@ -7,15 +7,16 @@ from typing import Any
 
 from tunekit.errors import DataError
 
+Fields = Mapping[str, Any]  # of a row, by name, as its file has them
 LEAST_WEIGHT, MOST_WEIGHT = 1e-15, 1e15
 
 
-def read_text(row: Mapping[str, Any], name: str, *, where: str = "") -> str:
+def read_text(row: Fields, name: str, *, where: str = "") -> str:
     """The text under `name`."""
     return check_text(read_value(row, name, where=where), f"{where}{name}")
 
 
-def read_value(row: Mapping[str, Any], name: str, *, where: str = "") -> object:
+def read_value(row: Fields, name: str, *, where: str = "") -> object:
     """Whatever stands under `name`, which must be there."""
     if name not in row:
         what = f"no field '{where}{name}'; this row has {listed(row)}"
@@ -29,7 +30,7 @@ def named_nearly(value: object, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'? " if near else ""
 
 
-def read_optional_text(row: Mapping[str, Any], name: str) -> str:
+def read_optional_text(row: Fields, name: str) -> str:
     """The text under `name`; absent or null is the empty text."""
     return "" if row.get(name) is None else check_text(row[name], name)
 

@@ -3,11 +3,9 @@
 Comes in: one row.  Goes out: ImageExample.  The picture is a path, seen from the table's folder, or a file's bytes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from tunekit.formats.fields import check_text
+from tunekit.formats.fields import Fields, check_text
 from tunekit.formats.media import Media, read_media
 
 DESCRIPTION = "image: an image's file; text: what it shows, where the recipe does not say it for all"
@@ -25,7 +23,7 @@ class ImageExample:
     text: str | None
 
 
-def make_example(row: Mapping[str, Any]) -> ImageExample:
+def make_example(row: Fields) -> ImageExample:
     """The picture and its text."""
     text = row.get("text")
     return ImageExample(read_media(row, "image"), None if text is None else check_text(text, "text"))

@@ -3,10 +3,9 @@
 Comes in: one row.  Goes out: ImageLabelExample.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from tunekit.formats.fields import Fields
 from tunekit.formats.labels import read_label
 from tunekit.formats.media import Media, read_media
 
@@ -25,6 +24,6 @@ class ImageLabelExample:
     label: str
 
 
-def make_example(row: Mapping[str, Any]) -> ImageLabelExample:
+def make_example(row: Fields) -> ImageLabelExample:
     """The picture and its label."""
     return ImageLabelExample(read_media(row, "image"), read_label(row))

@@ -3,12 +3,10 @@
 Comes in: one row.  Goes out: LabelExample.  A label is text; a whole number or a truth value is read as its text.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tunekit.errors import DataError
-from tunekit.formats.fields import read_text, read_value
+from tunekit.formats.fields import Fields, read_text, read_value
 
 DESCRIPTION = "text, and label: the name of its class, or a whole number"
 FIELDS = ("text", "label")
@@ -24,12 +22,12 @@ class LabelExample:
     label: str
 
 
-def make_example(row: Mapping[str, Any]) -> LabelExample:
+def make_example(row: Fields) -> LabelExample:
     """The text and its label."""
     return LabelExample(read_text(row, "text"), read_label(row))
 
 
-def read_label(row: Mapping[str, Any]) -> str:
+def read_label(row: Fields) -> str:
     """The label of a row, as text."""
     label = read_value(row, "label")
     if isinstance(label, float) and label.is_integer():

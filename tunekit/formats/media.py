@@ -8,10 +8,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import DataError
-from tunekit.formats.fields import check_text, read_value
+from tunekit.formats.fields import Fields, check_text, read_value
 
 AUDIO_ALIASES = dict.fromkeys(("file_name", "path", "file", "audio_filepath"), "audio")
 AUDIO_FIELDS = ("audio", *AUDIO_ALIASES)  # under which a row names a recording
@@ -30,7 +29,7 @@ class Media:
         return os.path.basename(self.path) or "without a name"
 
 
-def read_media(row: Mapping[str, Any], field: str) -> Media:
+def read_media(row: Fields, field: str) -> Media:
     """What stands under `field`."""
     value = read_value(row, field)
     if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
@@ -47,12 +46,12 @@ def read_media(row: Mapping[str, Any], field: str) -> Media:
     return Media(text)
 
 
-def renamed(row: Mapping[str, Any], aliases: Mapping[str, str]) -> Mapping[str, Any]:
+def renamed(row: Fields, aliases: Mapping[str, str]) -> Fields:
     """The row with the fields that stand under another name, where it does not have them itself."""
     return {**row, **{aliases[name]: value for name, value in row.items() if aliases.get(name, name) not in row}}
 
 
-def located(row: Mapping[str, Any], fields: Sequence[str], folder: Path) -> Mapping[str, Any]:
+def located(row: Fields, fields: Sequence[str], folder: Path) -> Fields:
     """The row with the paths under these fields as they are seen from `folder`."""
     found = dict(row)
     for field in fields:

@@ -14,7 +14,7 @@ from tunekit.errors import DataError
 from tunekit.formats import sharegpt
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
-from tunekit.formats.fields import check_text, listed, read_optional_text
+from tunekit.formats.fields import Fields, check_text, listed, read_optional_text
 
 DESCRIPTION = (
     "chosen, rejected: text or messages; prompt: likewise, or what both begin with; system, tools, margin: optional"
@@ -52,7 +52,7 @@ class PreferenceExample(AskedExample):
     margin: float = field(default=0.0, kw_only=True)
 
 
-def make_example(row: Mapping[str, Any]) -> PreferenceExample:
+def make_example(row: Fields) -> PreferenceExample:
     """The pair of a row. A side that says nothing is empty."""
     chosen, rejected = (read_side(row, name) for name in REQUIRED)
     prompt, chosen, rejected = (
@@ -62,19 +62,19 @@ def make_example(row: Mapping[str, Any]) -> PreferenceExample:
     return PreferenceExample(prompt, chosen, rejected, tools=read_tools(row.get("tools")), margin=_read_margin(row))
 
 
-def is_pair(row: Mapping[str, Any]) -> bool:
+def is_pair(row: Fields) -> bool:
     """Whether a row has two answers, one of which says something."""
     return all(name in row for name in REQUIRED) and any(row[name] is not None for name in REQUIRED)
 
 
-def conversation(row: Mapping[str, Any], prompt: Said, *answers: Said) -> tuple[Said, ...]:
+def conversation(row: Fields, prompt: Said, *answers: Said) -> tuple[Said, ...]:
     """The prompt after the row's system text, then its answers: all of them texts, or all of them turns."""
     if not all(isinstance(said, str) for said in (prompt, *answers)):
         prompt, answers = _as_turns(prompt, "user"), tuple(_as_turns(answer, "assistant") for answer in answers)
     return _after(read_optional_text(row, "system"), prompt), *answers
 
 
-def _read_margin(row: Mapping[str, Any]) -> float:
+def _read_margin(row: Fields) -> float:
     value = row.get("margin")
     value = 0.0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -82,7 +82,7 @@ def _read_margin(row: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def read_prompt(row: Mapping[str, Any]) -> Said | None:
+def read_prompt(row: Fields) -> Said | None:
     """What was asked, under whatever name; None where the row has no prompt of its own."""
     given = [name for name in PROMPTS if row.get(name) is not None]
     if len(given) > 1:
@@ -102,7 +102,7 @@ def _after(system: str, prompt: Said) -> Said:
     return (Message("system", system), *prompt) if system and prompt[:1] and prompt[0].role != "system" else prompt
 
 
-def read_side(row: Mapping[str, Any], name: str) -> Said:
+def read_side(row: Fields, name: str) -> Said:
     """A text, or messages; nothing said is the empty text."""
     if name not in row:
         raise DataError(f"no field '{name}'; this row has {listed(row)}", "add it, or map a column to it")

@@ -12,7 +12,7 @@ from typing import Any
 from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
-from tunekit.formats.fields import listed
+from tunekit.formats.fields import Fields, listed
 from tunekit.formats.preference import AskedExample, conversation, read_prompt, read_side
 
 ALIASES = {"messages": "conversations"}
@@ -30,7 +30,7 @@ class PromptExample(AskedExample):
     """What is asked, the reference answer if there is one, and the row's other columns."""
 
     answer: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Fields = field(default_factory=dict)
 
     @property
     def prompt_value(self) -> str | list[dict[str, Any]]:
@@ -38,7 +38,7 @@ class PromptExample(AskedExample):
         return self.prompt if isinstance(self.prompt, str) else [message.as_dict() for message in self.prompt]
 
 
-def make_example(row: Mapping[str, Any]) -> PromptExample:
+def make_example(row: Fields) -> PromptExample:
     """The prompt of a row, and what is said beside it."""
     for name, other in ALIASES.items():
         row = {**row, other: row[name]} if row.get(name) is not None and row.get(other) is None else row
@@ -54,7 +54,7 @@ def make_example(row: Mapping[str, Any]) -> PromptExample:
     return PromptExample(prompt, answer, columns, tools=read_tools(row.get("tools")))
 
 
-def _read_answer(row: Mapping[str, Any], name: str) -> str | None:
+def _read_answer(row: Fields, name: str) -> str | None:
     """A text, turns or a whole number; what is something else is only a column."""
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):

@@ -3,14 +3,12 @@
 Comes in: one row.  Goes out: CompletionExample, byte for byte; or ChatExample in which only the completion is trained.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, CompletionExample, Example
-from tunekit.formats.fields import read_text
+from tunekit.formats.fields import Fields, read_text
 
 DESCRIPTION = "prompt, completion: plain text, or lists of messages; only the completion is trained on"
 FIELDS = ("prompt", "completion", "tools", "sample_weight")
@@ -18,7 +16,7 @@ REQUIRED = ("prompt", "completion")
 EXAMPLE = "text"
 
 
-def make_example(row: Mapping[str, Any]) -> Example:
+def make_example(row: Fields) -> Example:
     """The pair of a row."""
     kinds = {isinstance(row.get(name), list) for name in ("prompt", "completion")}
     if kinds == {True}:

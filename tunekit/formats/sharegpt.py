@@ -9,7 +9,7 @@ from typing import Any
 from tunekit.errors import DataError
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, Example, Message
-from tunekit.formats.fields import listed, named_nearly, read_json, read_optional_text, read_text
+from tunekit.formats.fields import Fields, listed, named_nearly, read_json, read_optional_text, read_text
 
 DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system and tools: optional"
 FIELDS = ("conversations", "system", "tools", "sample_weight")
@@ -25,7 +25,7 @@ ROLES_BY_SENDER = {
 }
 
 
-def make_example(row: Mapping[str, Any]) -> Example:
+def make_example(row: Fields) -> Example:
     """The conversation of a row."""
     turns = row.get("conversations")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:

@@ -3,12 +3,12 @@
 Comes in: one row.  Goes out: TagsExample.  A tag is text; a whole number is its place in objective.labels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunekit.errors import DataError
-from tunekit.formats.fields import check_text, read_value
+from tunekit.formats.fields import Fields, check_text, read_value
 
 DESCRIPTION = "words, tags: two lists of one length; a tag is a name, or its place in objective.labels"
 FIELDS = ("words", "tags")
@@ -24,12 +24,12 @@ class TagsExample:
     tags: tuple[str | int, ...]
 
 
-def make_example(row: Mapping[str, Any]) -> TagsExample:
+def make_example(row: Fields) -> TagsExample:
     """The words and tags of a row."""
     return read_tags(row, *REQUIRED)
 
 
-def read_tags(row: Mapping[str, Any], words: str, tags: str) -> TagsExample:
+def read_tags(row: Fields, words: str, tags: str) -> TagsExample:
     """Two lists of one length."""
     pairs = _read_list(row, words), _read_list(row, tags)
     if len(pairs[0]) != len(pairs[1]):
@@ -42,7 +42,7 @@ def read_tags(row: Mapping[str, Any], words: str, tags: str) -> TagsExample:
     return TagsExample(tuple(named), tuple(_read_tag(tag, f"{tags}[{at}]") for at, tag in enumerate(pairs[1])))
 
 
-def _read_list(row: Mapping[str, Any], name: str) -> Sequence[Any]:
+def _read_list(row: Fields, name: str) -> Sequence[Any]:
     value = read_value(row, name)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"'{name}' must be a list, not {type(value).__name__}", "write [...]")

@@ -3,11 +3,8 @@
 Comes in: one row.  Goes out: TextExample.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from tunekit.formats.example import Example, TextExample
-from tunekit.formats.fields import read_text
+from tunekit.formats.fields import Fields, read_text
 
 DESCRIPTION = "text: trained on whole, with the end-of-sequence token after it"
 FIELDS = ("text", "sample_weight")
@@ -15,6 +12,6 @@ REQUIRED = ("text",)
 EXAMPLE = "text"
 
 
-def make_example(row: Mapping[str, Any]) -> Example:
+def make_example(row: Fields) -> Example:
     """The text of a row."""
     return TextExample(read_text(row, "text"))

@@ -5,10 +5,9 @@ Comes in: one row.  Goes out: TranscriptExample, whose recording is not read yet
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tunekit.errors import DataError
-from tunekit.formats.fields import read_optional_text, read_text
+from tunekit.formats.fields import Fields, read_optional_text, read_text
 from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
 DESCRIPTION = "audio, a file's path or {bytes, path}, and text: what is said; also language, task and segments"
@@ -40,7 +39,7 @@ class TranscriptExample:
     segments: tuple[Segment, ...] = ()
 
 
-def make_example(row: Mapping[str, Any]) -> TranscriptExample:
+def make_example(row: Fields) -> TranscriptExample:
     """The recording and its text."""
     row = renamed(row, ALIASES)
     segments = _segments(row.get("segments"))

@@ -5,14 +5,12 @@ output, or a conversation whose last turn is the answer, and kto_tag) and Axolot
 preference pair is two such rows.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
-from tunekit.formats.fields import read_value
+from tunekit.formats.fields import Fields, read_value
 from tunekit.formats.preference import AskedExample, Said, conversation, is_pair, read_prompt, read_side
 
 ALIASES = {"kto_tag": "label", "output": "completion", "messages": "conversations"}
@@ -30,7 +28,7 @@ class UnpairedExample(AskedExample):
     label: bool
 
 
-def make_example(row: Mapping[str, Any]) -> UnpairedExample:
+def make_example(row: Fields) -> UnpairedExample:
     """The answer of a row, with its prompt. What says nothing is empty."""
     if is_pair(row):  # which is read twice, with either label
         pair, label = preference.make_example(row), read_value(row, "label")
@@ -46,7 +44,7 @@ def make_example(row: Mapping[str, Any]) -> UnpairedExample:
     return UnpairedExample(prompt, answer, label, tools=read_tools(row.get("tools")))
 
 
-def _read_answered(row: Mapping[str, Any]) -> tuple[Said, Said]:
+def _read_answered(row: Fields) -> tuple[Said, Said]:
     """The prompt and its answer; of a conversation with nothing beside it, the last turn is that."""
     prompt, alone = read_prompt(row) or "", row.get("completion") is None
     whole = prompt if alone else "" if prompt else read_side(row, "completion")

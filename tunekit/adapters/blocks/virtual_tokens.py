@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import ModelAdapter, Settings, Slot, Slots
+from tunekit.adapters.base import ModelAdapter, PeftConfig, Settings, Slot, Slots
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.folder.fields import ANY, MODULES, Fixed, PeftFields
 from tunekit.contracts import Tensors, Tokenizer
@@ -129,7 +129,7 @@ class VirtualTokens(ModelAdapter[Settings]):
             return hidden[:, self.virtual_tokens(self.settings) :]
         return hidden.gather(1, self.real[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         """What PEFT's configuration says of the base."""
         config = text_config(self.net)
         layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)

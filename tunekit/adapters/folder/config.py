@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunekit.adapters.base import PeftConfig
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, peft_keys
 from tunekit.adapters.method import Method, all_methods
 from tunekit.errors import AdapterError, ModelError
@@ -43,7 +44,7 @@ class AdapterConfig:
     double_quantization: bool | None = None
     files: tuple[tuple[str, str], ...] = ()  # name, sha256
     objective: Mapping[str, Any] | None = None  # its method and facts
-    fields: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, as the file has them
+    fields: PeftConfig = field(default_factory=dict)  # PEFT's, as the file has them
 
     @property
     def file(self) -> str:
@@ -95,9 +96,7 @@ def _fingerprint_of(place: Path) -> str | None:
         return None
 
 
-def read_adapter_config(
-    folder: Path, method: Method | None = None, instead: Mapping[str, Any] | None = None
-) -> AdapterConfig:
+def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
     """Read and check both configuration files; `method` is found from peft_type where it is not given.
 
     `instead`: values that stand for those of the file, where the caller deals with what the file's own would mean.
@@ -121,7 +120,7 @@ def read_adapter_config(
     return config
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> PeftConfig:
     """adapter_config.json as it stands.
 
     Raises: AdapterError.
@@ -132,7 +131,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return parse_json(read_small(path), str(path))
 
 
-def method_of(fields: dict[str, Any], file: str) -> Method:
+def method_of(fields: PeftConfig, file: str) -> Method:
     """The method of this peft_type; among several, the one whose claims the fields meet best."""
     wanted = fields.get("peft_type")
     methods = [method for method in all_methods() if method.peft.peft_type]
@@ -151,7 +150,7 @@ def method_of(fields: dict[str, Any], file: str) -> Method:
     return max(fitting, key=lambda method: len(method.peft.claims))
 
 
-def _text(fields: dict[str, Any], name: str, path: Path) -> str | None:
+def _text(fields: PeftConfig, name: str, path: Path) -> str | None:
     value = fields.get(name)
     if value is not None and (not isinstance(value, str) or len(value) > 4096 or "\0" in value):
         raise AdapterError("must be a text", file=str(path), key=name)

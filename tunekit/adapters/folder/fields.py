@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from tunekit.adapters.base import Settings
+from tunekit.adapters.base import PeftConfig, Settings
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.untrusted import same, shown
 from tunekit.records import Target
@@ -78,7 +78,7 @@ class PeftSide(Generic[Settings]):
     mends: Mapping[str, str] = field(default_factory=dict)
     refuses_kernel_layers: bool = False
     takes_experts: bool = False
-    resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
+    resolve: Callable[[Any, Sequence[Target], PeftConfig], PeftConfig] | None = None
 
     def __post_init__(self) -> None:
         """Add the fields that have our setting's name."""
@@ -86,14 +86,14 @@ class PeftSide(Generic[Settings]):
         added = {name: (name, default) for name, default in SAME_NAMED.items() if name in own}
         object.__setattr__(self, "fields", {**added, **self.fields})
 
-    def write(self, settings: Settings) -> dict[str, Any]:
+    def write(self, settings: Settings) -> PeftConfig:
         """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
         known = {**COMMON, **MODULES, **self.fixed}
         written = {name: values[0] for name, values in known.items() if name not in self.absent}
         written |= {name: plain(getattr(settings, own), default) for name, (own, default) in self.fields.items()}
         return {**written, **self.claims, "peft_type": self.peft_type}
 
-    def read(self, config: Mapping[str, Any], file: str) -> Settings:
+    def read(self, config: PeftConfig, file: str) -> Settings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError with every field that would change the result and is not supported, or is malformed.
@@ -111,7 +111,7 @@ class PeftSide(Generic[Settings]):
         ]
         if problems:
             raise AdapterError.of(problems)
-        values: dict[str, Any] = {}
+        values: PeftConfig = {}
         for name, (own, default) in self.fields.items():
             value = config.get(name, default)
             if default in (None, {}, []) and (value is None or (default is None and value in ([], ""))):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.base import PeftConfig
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_header, diffusers_tensors
 from tunekit.adapters.folder.peft_models import taken_for_experts
@@ -80,7 +81,7 @@ def save_adapter_folder(
 def write_adapter_folder(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    config: PeftConfig,
     settings: AdapterSettings,
     base: Mapping[str, Any],
     chat_template: str | None = None,
@@ -138,7 +139,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
+def peft_config(attached: AttachedAdapter) -> PeftConfig:
     """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, SharedPart, Slot, Slots
+from tunekit.adapters.base import LayerAdapter, PeftConfig, SharedPart, Slot, Slots
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_MENDS
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
@@ -200,7 +200,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
         for layer in self.layers:
             layer.E.masked_fill_(~layer.kept[:, None], 0.0)
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         """rank_pattern, where a rank is gone, and a total_step with which PEFT takes the schedule for possible."""
         patterns = {pattern_key(layer.module_name): layer.rank_pattern() for layer in self.layers}
         least = self.settings.tinit + self.settings.tfinal + 1

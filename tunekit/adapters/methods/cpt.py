@@ -1,13 +1,12 @@
 """Context-aware prompt tuning, of a decoder-only network."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot, Slots
+from tunekit.adapters.base import PeftConfig, Slot, Slots
 from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
 from tunekit.adapters.method import Method
@@ -85,7 +84,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
         with torch.no_grad():
             self.delta.mul_(self._shrink())
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         ids, types = list(self.settings.token_ids or ()), list(self.settings.token_types or ())
         mine = {"cpt_token_ids": ids, "cpt_tokens_type_mask": types, "cpt_mask": [1] * len(ids)}
         return {**super().file_fields(), **mine, "num_virtual_tokens": len(ids), "num_transformer_submodules": 1}
@@ -118,7 +117,7 @@ def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
 class CptSide(PeftSide[CptSettings]):
     """PEFT's fields, of which num_virtual_tokens repeats a length."""
 
-    def read(self, config: Mapping[str, Any], file: str) -> CptSettings:
+    def read(self, config: PeftConfig, file: str) -> CptSettings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError.

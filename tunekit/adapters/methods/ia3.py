@@ -1,12 +1,11 @@
 """IA3, of linear layers and Conv1D, packed or not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot, Slots
+from tunekit.adapters.base import LayerAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.folder.fields import PeftSide, named_alike
 from tunekit.adapters.folder.targets import entries_for
 from tunekit.adapters.method import Conflict, Method, always
@@ -63,7 +62,7 @@ def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> 
     ]
 
 
-def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[str, Any]) -> dict[str, Any]:
+def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: PeftConfig) -> PeftConfig:
     """PEFT wants entries of target_modules, where that is a list."""
     inputs = {target.name for target in targets if is_feedforward(settings.feedforward_modules, target.name)}
     return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}

@@ -7,7 +7,7 @@ Starts as the identity: gate = 0.    Source: Zhang et al. 2023, eq. 3 to 8, with
 GPT-2's output is added without W_o, as PEFT adds it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tunekit.adapters.base import ModelAdapter, Slot, Slots
+from tunekit.adapters.base import ModelAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.folder.fields import MODULES, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
@@ -105,7 +105,7 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
         added = seen * getattr(self, f"gate_{place.layer}").to(seen.dtype)
         return added if self.attention_name == "attn" else module.o_proj(added)
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         return {"target_modules": self.attention_name, "adapter_layers": len(self.declared) // 2}
 
 
@@ -147,7 +147,7 @@ def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention
 class LlamaAdapterSide(PeftSide[FileLlamaAdapterSettings]):
     """PEFT's fields; the name of the attention modules is compared with the base later."""
 
-    def read(self, config: Mapping[str, Any], file: str) -> FileLlamaAdapterSettings:
+    def read(self, config: PeftConfig, file: str) -> FileLlamaAdapterSettings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError.

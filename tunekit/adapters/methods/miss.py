@@ -1,13 +1,11 @@
 """MiSS, of linear layers and Conv1D, packed or not."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot, Slots
+from tunekit.adapters.base import LayerAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.blocks.delta_product import delta_product
 from tunekit.adapters.folder.fields import PeftFields, PeftSide
 from tunekit.adapters.method import Method
@@ -72,11 +70,11 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 class MissSide(PeftSide[MissSettings]):
     """PEFT names the variant by init_weights, where the plain one is true (or false, which only starts elsewhere)."""
 
-    def write(self, settings: MissSettings) -> dict[str, Any]:
+    def write(self, settings: MissSettings) -> PeftConfig:
         written = super().write(settings)
         return written | {"init_weights": True if settings.variant == "balance" else settings.variant}
 
-    def read(self, config: Mapping[str, Any], file: str) -> MissSettings:
+    def read(self, config: PeftConfig, file: str) -> MissSettings:
         variant = config.get("init_weights", True)
         return super().read({**config, "init_weights": "balance" if isinstance(variant, bool) else variant}, file)
 

@@ -1,13 +1,12 @@
 """P-tuning, of any network with a token embedding."""
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Slot, Slots
+from tunekit.adapters.base import PeftConfig, Slot, Slots
 from tunekit.adapters.blocks import virtual_tokens as prompts
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
@@ -77,7 +76,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         """Without dropout, whatever mode the network is in."""
         return {prompts.IN_FILES: self._encoded(0.0).detach()}
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         names = ("encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout")
         own = {name: getattr(self.settings, name) for name in names}
         hidden = self.settings.encoder_hidden_size or prompts.width_of(self.net)

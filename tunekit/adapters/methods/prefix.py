@@ -8,15 +8,13 @@ With a projection the trained state is an embedding E (P, H * D) and two layers:
 in checkpoints. PEFT's files hold the prefix that comes of it, and are read as that.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import ModelAdapter, Slot, Slots
+from tunekit.adapters.base import ModelAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIRST_VALUES, IN_FILES, is_encoder_decoder, repeated
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
@@ -152,7 +150,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
     def exported(self) -> Tensors:
         return {IN_FILES: self._computed().detach()}
 
-    def file_fields(self) -> dict[str, Any]:
+    def file_fields(self) -> PeftConfig:
         facts = _facts(self.net, self.places)
         return {**facts, "encoder_hidden_size": self.settings.encoder_hidden_size or facts["token_dim"]}
 
@@ -192,7 +190,7 @@ def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSett
 class PrefixSide(PeftSide[FilePrefixSettings]):
     """PEFT's fields, of which some tell about the base and are compared with it later."""
 
-    def read(self, config: Mapping[str, Any], file: str) -> FilePrefixSettings:
+    def read(self, config: PeftConfig, file: str) -> FilePrefixSettings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError.

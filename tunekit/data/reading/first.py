@@ -4,12 +4,11 @@ It imports neither numpy nor torch, because validate uses it too.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tunekit.data.reading.folder import MEDIA, is_media, media_folder
 from tunekit.data.reading.lines import RawRow
@@ -17,13 +16,13 @@ from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError
 from tunekit.formats.example import Example
-from tunekit.formats.fields import read_weight
+from tunekit.formats.fields import Fields, read_weight
 from tunekit.formats.media import located
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of, formats_of
 
-MakeExample = Callable[[Mapping[str, Any]], Example]
+MakeExample = Callable[[Fields], Example]
 NAMED = "the recipe says so"
 ASKED, TOLD = ("question", "query", "input", "prompt"), ("answer", "response", "output", "completion", "target")
 
@@ -54,7 +53,7 @@ def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
         yield from (RawRow(row.line, {**row.values, **label}) for label in labels)
 
 
-def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
+def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
     """The format of a source and why, from its first row; of those that give this kind of example.
 
     Raises: DataError listing the formats' fields.
@@ -93,11 +92,11 @@ def media_fields(name: str) -> tuple[str, ...]:
     return getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
 
 
-def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Example:
+def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Fields) -> Example:
     return make(located(row, fields, folder))
 
 
-def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Example:
+def _weighted(make: MakeExample, row: Fields) -> Example:
     example, weight = make(row), row.get("sample_weight")
     if weight is None:
         return example
@@ -107,13 +106,13 @@ def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Example:
     return replace(example, weight=read_weight(weight, "sample_weight"))
 
 
-def columns_meant(values: Mapping[str, Any]) -> dict[str, str]:
+def columns_meant(values: Fields) -> dict[str, str]:
     """The columns that by their names hold a question and its answer: the field of each; {} where none do."""
     asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
     return {asked: "prompt", told: "completion"} if asked and told else {}
 
 
-def _mapped(values: Mapping[str, Any], fitting: Sequence[str]) -> str:
+def _mapped(values: Fields, fitting: Sequence[str]) -> str:
     """How to read a row of such columns: by a mapping that its names suggest, if they do."""
     kind = next((kind for kind in MEDIA if is_media(str(values.get(kind) or ""), kind)), "")
     if set(values) <= {kind, "label"}:  # rows made of a folder's files, of which each must say more

@@ -10,7 +10,7 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
+from tunekit.formats.fields import Fields
 from tunekit.recipe.data import Source
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -218,7 +219,7 @@ class HubRows(Protocol):
 
     _fingerprint: str
 
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+    def __iter__(self) -> Iterator[Fields]:
         """Its rows."""
 
     def __len__(self) -> int:
