@@ -7,6 +7,9 @@ every record can be written as JSON by `dataclasses.asdict`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+JsonObject = dict[str, Any]  # plain values by name, as JSON and YAML have them
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
-from tunekit.records import bytes_text
+from tunekit.records import JsonObject, bytes_text
 
 LISTED = 12  # entries that a line prints of a list; a JSON file has them all
 NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
@@ -69,7 +68,7 @@ class AdapterSummary:
     revision: str | None
     fingerprint: str | None
     ranks: dict[int, int]  # rank -> number of layers
-    settings: dict[str, Any]
+    settings: JsonObject
     parameters: int
     tensor_bytes: int  # of the file on the disk
     tensors: list[TensorSummary]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from tunekit.errors import RunFolderError, TunekitError
 from tunekit.files import durable
 from tunekit.files.tensors import iterate_tensors, read_tensor_header, write_tensors
 from tunekit.files.untrusted import RUN_FILE
+from tunekit.records import JsonObject
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 HALF_DONE_NAME = re.compile(r"\.(tmp|deleting)-step-\d{6,}-\d+(-\d+)?")
@@ -46,7 +46,7 @@ class Checkpoint:
 
     step: int
     tensors: Tensors
-    facts: dict[str, Any]
+    facts: JsonObject
     path: Path
 
 

@@ -6,15 +6,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import RunFolderError
 from tunekit.files import durable
 from tunekit.files.untrusted import RUN_RECORD, opened
-from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.records import EvaluationRecord, JsonObject, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
-Record = dict[str, Any]  # a line: `step`, and of a step its numbers by name, of an evaluation `eval` and more
+Record = JsonObject  # a line: `step`, and of a step its numbers by name, of an evaluation `eval` and more
 LoggedLine = tuple[int, Record]  # where the line ends in the file, and its record
 BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
 

@@ -26,6 +26,7 @@ from tunekit.contracts.rows import (
     Window,
 )
 from tunekit.errors import Problem
+from tunekit.records import JsonObject
 
 
 class RunView(Protocol):
@@ -229,7 +230,7 @@ class LossKind:
         """The sums that metrics are computed from, and ROW_LOSSES, which add up to its `loss`; no gradient."""
         raise NotImplementedError
 
-    def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any] | None:
+    def class_counts(self, sums: Mapping[str, Any]) -> JsonObject | None:
         """Labels with their counts (correct, predicted, true), and their confusion matrix; None without labels."""
         return None
 

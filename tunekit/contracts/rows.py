@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.errors import DataError
-from tunekit.records import Preparation
+from tunekit.records import JsonObject, Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 Tensors = dict[str, Tensor]  # by name
@@ -59,9 +59,9 @@ class Tokenizer(Protocol):
 
     def render(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[JsonObject],
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[JsonObject] | None = None,
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:

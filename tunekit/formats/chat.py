@@ -5,11 +5,11 @@ an assistant message multiplies the loss of its tokens; 0, or `train: false`, ke
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.example import ROLES, ChatExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
+from tunekit.records import JsonObject
 
 DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
 FIELDS = ("messages", "tools", "sample_weight")
@@ -37,7 +37,7 @@ def _read_message(value: object, label: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"'{label}' must be an object with role and content, not {type(value).__name__}", "")
     role = _read_role(value, label)
-    extra: dict[str, Any] = {}
+    extra: JsonObject = {}
     calls = value.get("tool_calls")
     if calls:
         if role != "assistant":
@@ -97,7 +97,7 @@ def _read_weight(value: Fields, label: str, role: str) -> float:
     return weight
 
 
-def read_tool_calls(value: object, label: str) -> list[dict[str, Any]]:
+def read_tool_calls(value: object, label: str) -> list[JsonObject]:
     """Calls with their arguments as an object: templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):
@@ -105,7 +105,7 @@ def read_tool_calls(value: object, label: str) -> list[dict[str, Any]]:
     return [_read_tool_call(call, f"{label}[{index}]") for index, call in enumerate(calls)]
 
 
-def _read_tool_call(call: object, label: str) -> dict[str, Any]:
+def _read_tool_call(call: object, label: str) -> JsonObject:
     if isinstance(call, Mapping) and "function" not in call and "name" in call:
         call = {"type": "function", "function": call}
     function = call.get("function") if isinstance(call, Mapping) else None
@@ -117,7 +117,7 @@ def _read_tool_call(call: object, label: str) -> dict[str, Any]:
     return {**kept, "function": {"name": function["name"], "arguments": parsed}}
 
 
-def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
+def read_tools(value: object) -> tuple[JsonObject, ...] | None:
     """The tools of a row: a list of JSON schemas, or that list as JSON text."""
     if value is None or value == [] or value == "":
         return None

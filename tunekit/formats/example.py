@@ -5,7 +5,8 @@ loss of all its tokens (`sample_weight` in a row).
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from tunekit.records import JsonObject
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -18,14 +19,14 @@ class Message:
     role: str
     content: str
     weight: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Nothing was said and no tool called."""
         return not self.content.strip() and not self.extra.get("tool_calls")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """As a chat template reads it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
@@ -52,7 +53,7 @@ class ChatExample:
     """A conversation. `without_template` is what to train on where the tokenizer has no chat template, if anything."""
 
     messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[JsonObject, ...] | None = None
     without_template: CompletionExample | None = None
     weight: float = 1.0
 

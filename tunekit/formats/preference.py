@@ -8,13 +8,13 @@ and Axolotl's (question) are turns, as there, and so are {from, value}.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats import sharegpt
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, read_optional_text
+from tunekit.records import JsonObject
 
 DESCRIPTION = (
     "chosen, rejected: text or messages; prompt: likewise, or what both begin with; system, tools, margin: optional"
@@ -33,7 +33,7 @@ class AskedExample:
     """What was asked: a text, or turns of a conversation."""
 
     prompt: Said
-    tools: tuple[dict[str, Any], ...] | None = field(default=None, kw_only=True)
+    tools: tuple[JsonObject, ...] | None = field(default=None, kw_only=True)
 
     def answered(self, answer: Said) -> Example:
         """The prompt with one of its answers, which alone is trained on."""

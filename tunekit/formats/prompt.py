@@ -7,13 +7,13 @@ as it is, for reward functions.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import Fields, listed
 from tunekit.formats.preference import AskedExample, conversation, read_prompt, read_side
+from tunekit.records import JsonObject
 
 ALIASES = {"messages": "conversations"}
 ANSWERS = ("answer", "completion", "output")
@@ -33,7 +33,7 @@ class PromptExample(AskedExample):
     columns: Fields = field(default_factory=dict)
 
     @property
-    def prompt_value(self) -> str | list[dict[str, Any]]:
+    def prompt_value(self) -> str | list[JsonObject]:
         """The prompt as reward functions get it, like TRL's: a text, or messages."""
         return self.prompt if isinstance(self.prompt, str) else [message.as_dict() for message in self.prompt]
 

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tunekit.records import JsonObject
+
 COLUMNS = ("label", "precision", "recall", "f1", "rows")
 MOST_SHOWN = 12
 
 
-def class_facts(classes: Mapping[str, Any]) -> dict[str, Any]:
+def class_facts(classes: Mapping[str, Any]) -> JsonObject:
     """`per_class`, a line for each of `labels` from `counts` of each (predicted right, predicted, there at all), beside
     what else is known.
 
@@ -29,7 +31,7 @@ def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]
     return ["true, then predicted as", *labels], [[label, *row] for label, row in rows]
 
 
-def class_table(labels: Sequence[str], confusion: Sequence[Sequence[float]]) -> dict[str, Any]:
+def class_table(labels: Sequence[str], confusion: Sequence[Sequence[float]]) -> JsonObject:
     """Labels, their counts (correct, predicted, true) and their confusion matrix."""
     whole = [[int(count) for count in row] for row in confusion]
     return {"labels": list(labels), "counts": counts_of(whole), "confusion": whole}

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -38,6 +37,7 @@ from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+from tunekit.records import JsonObject
 
 __all__ = [
     "LoadedRecipe",
@@ -134,8 +134,8 @@ def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
 class TargetOverrides:
     """The written fields of model.* and of evaluation.*, and which of other tools' spellings were rewritten."""
 
-    model: dict[str, Any]
-    evaluation: dict[str, Any]
+    model: JsonObject
+    evaluation: JsonObject
     rewrites: list[str]
 
 

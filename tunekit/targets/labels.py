@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.errors import RecipeError
@@ -11,9 +10,10 @@ from tunekit.model.storage.inspection import family_of_base, head_labels
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
+from tunekit.records import JsonObject
 
 
-def start_facts(recipe: Recipe) -> dict[str, Any]:
+def start_facts(recipe: Recipe) -> JsonObject:
     """What a classifier begins with: `head`, labels of the base's own; `labels`, of the adapter that is continued.
 
     Raises: AdapterError; RecipeError where the recipe lists other labels than the head has, or another order.
@@ -35,14 +35,14 @@ def start_facts(recipe: Recipe) -> dict[str, Any]:
     return {"head": head, "labels": labels}
 
 
-def adapter_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
+def adapter_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
     """What the folder says of its objective, without the method; of another tool's adapter, its head's labels."""
     if config.objective is not None:
         return {key: value for key, value in config.objective.items() if key != "method"}
     return head_facts(config, base)
 
 
-def head_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
+def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
     """One label for each row of the last matrix of another tool's head: the base's where it has as many."""
     header, family = adapter_header(tensors_path(config.folder)), adapter_family(config, base)
     named = set(family.head_parts[-1:]) or _modules_to_save(config)

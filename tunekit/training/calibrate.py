@@ -18,7 +18,7 @@ from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import forked_random
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import CalibratedStart
-from tunekit.records import Target
+from tunekit.records import JsonObject, Target
 from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import ModelRun, TunedModel
 
@@ -108,7 +108,7 @@ def calibrate(
     *,
     seed: int,
     companions: Mapping[str, Companion] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[JsonObject, JsonObject]:
     """Make the pass: what was gathered of each layer, by module name, and what the pass cost.
 
     Raises: RecipeError where a layer takes no part in it.

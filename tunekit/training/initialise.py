@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.records import Target
+from tunekit.records import JsonObject, Target
 from tunekit.training.calibrate import calibrate
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
@@ -44,7 +43,7 @@ def initialise_adapter(
     windows: Callable[[], WindowSource],
     resumed: Layout | None,
     companions: Mapping[str, Companion] | None = None,
-) -> tuple[AttachedAdapter, dict[str, Any] | None]:
+) -> tuple[AttachedAdapter, JsonObject | None]:
     """Attach the adapter and fill it; returns also what a pass over the data cost, where one was made.
 
     `resumed`: the layout of the checkpoint that will be restored into it.

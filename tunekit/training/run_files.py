@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from tunekit.errors import ResourceError, RunFolderError, TunekitError
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.memory.splitting import is_out_of_memory
 from tunekit.recipe.load import dump_recipe
-from tunekit.records import Choice, EvaluationRecord, Plan, StepRecord
+from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
@@ -110,7 +109,7 @@ def previous_choice(session: Session) -> Choice | None:
 
 def checked_fingerprint(
     session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
-) -> dict[str, Any]:
+) -> JsonObject:
     """What a checkpoint must agree with; `checkpoint`: the one that is resumed.
 
     Raises: RunFolderError naming each difference from the run in this folder: recipe, data, base or version.
@@ -139,8 +138,8 @@ def checked_fingerprint(
 
 
 def with_files(
-    session: Session, fingerprint: dict[str, Any], files: Mapping[str, str], checkpoint: Checkpoint | None
-) -> dict[str, Any]:
+    session: Session, fingerprint: JsonObject, files: Mapping[str, str], checkpoint: Checkpoint | None
+) -> JsonObject:
     """The fingerprint with that of files which the objective read before the first step, by key.
 
     Raises: RunFolderError where the checkpoint that is resumed knew others.
@@ -159,7 +158,7 @@ def _protected(session: Session, best_step: int | None) -> set[int]:
     return {best_step} if session.loaded.recipe.evaluation.best and best_step is not None else set()
 
 
-def _previous_fingerprint(folder: RunFolder) -> dict[str, Any] | None:
+def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
     """Of a run in this folder that has no checkpoint yet."""
     environment = folder.read_json("environment.json") if (folder.path / "plan.json").exists() else None
     return None if environment is None else environment.get("fingerprint")
@@ -177,7 +176,7 @@ def announce_run(session: Session, plan: Plan) -> None:
         session.folder.require_free_bytes(plan.trainable_parameters * torch.float32.itemsize * copies)
 
 
-def write_plan(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
+def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:
     """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
 
     def write(folder: RunFolder) -> None:
@@ -220,7 +219,7 @@ def make_recorder(
     return record
 
 
-def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
+def save_run(session: Session, run: Run, fingerprint: JsonObject) -> None:
     """Write a checkpoint on the main rank; an error of it stops every rank."""
     state, recipe = run.state, session.loaded.recipe
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
+from tunekit.records import JsonObject
 from tunekit.targets.export import BUFFER_PREFIX, adapter_buffers
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
@@ -25,7 +26,7 @@ def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> Tensor
     return optimizer.state_tensors() | {BUFFER_PREFIX + name: tensor for name, tensor in buffers.items()}
 
 
-def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> JsonObject:
     """Every plain value that an exact resume needs."""
     return {
         "loop": asdict(state),

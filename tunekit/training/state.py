@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, Engine, Objective, Processor, WindowSource
@@ -16,7 +15,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Shows, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
@@ -42,8 +41,8 @@ class LoopState:
     past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
     useless_steps: dict[str, int] = field(default_factory=dict)  # in a row, of samples that teach nothing, by why
     seconds: dict[str, float] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None  # the pass over the data before step 1
-    reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
+    calibration: JsonObject | None = None  # the pass over the data before step 1
+    reactions: list[JsonObject] = field(default_factory=list)  # records.Reaction as plain values
     split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
 
     def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:

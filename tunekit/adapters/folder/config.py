@@ -18,6 +18,7 @@ from tunekit.model.storage.source import find_source
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -157,7 +158,7 @@ def _text(fields: PeftConfig, name: str, path: Path) -> str | None:
     return value or None
 
 
-def _own_facts(folder: Path) -> dict[str, Any]:
+def _own_facts(folder: Path) -> JsonObject:
     """The facts of tunekit.json; nothing where there is none."""
     path = folder / FACTS_NAME
     if not path.exists() and not path.is_symlink():

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.patterns import Patterns
+from tunekit.records import JsonObject
 
 
 def concrete_targets(
@@ -36,7 +37,7 @@ def entries_for(names: Collection[str], all_names: Collection[str], entries: lis
     return "|".join(re.escape(name) for name in sorted(names))
 
 
-def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], default: object) -> dict[str, Any]:
+def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], default: object) -> JsonObject:
     """A pattern from which PEFT reads `resolved` (layer -> value), whatever the order of its keys.
 
     PEFT takes the first key that matches, and may sort them when it saves. The recipe's own keys stay where no layer is

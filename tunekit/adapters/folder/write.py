@@ -27,6 +27,7 @@ from tunekit.errors import AdapterError
 from tunekit.files import durable
 from tunekit.files.tensors import write_tensors
 from tunekit.recipe.bases.section import AdapterSettings
+from tunekit.records import JsonObject
 
 OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME, DIFFUSERS_NAME}
 TensorsFile = tuple[str, Mapping[str, str]]  # its name, and what its header says
@@ -114,7 +115,7 @@ def write_adapter_folder(
     return sum(file["bytes"] for file in written)
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
+def _write(path: Path, content: bytes) -> JsonObject:
     """Write a file, flushed to the disk; its size and its hash."""
     with durable.DurableFile(path) as file:
         file.write(content)

@@ -9,12 +9,12 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tunekit.contracts import Tokenizer
 from tunekit.data.rendering.control import ControlTokens
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Message
+from tunekit.records import JsonObject
 
 ONLY_LAST = (
     "rows of which only the last answer is trained on: the chat template rewrites earlier turns "
@@ -25,7 +25,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one t
 THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
 SHORTENED = "answers that the chat template does not write as they are"
 _OPENING, _CLOSING = "\ue001", "\ue002"
-Tools = Sequence[dict[str, Any]] | None  # of a row
+Tools = Sequence[JsonObject] | None  # of a row
 _PROBE = "\ue003tunekit\ue003"
 _MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
@@ -90,7 +90,7 @@ class TurnFinder:
         return self._render(rows, neutral, add_generation_prompt, self._template)
 
     def _render(
-        self, rows: Sequence[dict[str, Any]], tools: Tools, add_generation_prompt: bool, template: str | None
+        self, rows: Sequence[JsonObject], tools: Tools, add_generation_prompt: bool, template: str | None
     ) -> str:
         return self._tokenizer.render(rows, tools=tools, add_generation_prompt=add_generation_prompt, template=template)
 

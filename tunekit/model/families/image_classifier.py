@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from tunekit.model.pretrained import text_config
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet, refuse_code
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -52,7 +53,7 @@ class PixelProcessor:
     tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """Of the file; without one, of a vision transformer of the size that the model's configuration says.
 
         Raises: ModelError for sizes that no picture has.
@@ -70,7 +71,7 @@ class PixelProcessor:
         return found
 
     @cached_property
-    def written(self) -> dict[str, Any]:
+    def written(self) -> JsonObject:
         """The configuration with the sizes that are trained on."""
         if self.side is None:
             return self.config

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from tunekit.model.speech.features import FeatureExtractor, load_extractor
 from tunekit.model.storage.source import read_json
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 NORMALIZER = "normalizer.json"
 TIMESTAMP_SECONDS = 0.02
@@ -37,7 +38,7 @@ class SpeechProcessor(FeatureExtractor):
 
     blank: ClassVar[str] = " "
     tokenizer: LoadedTokenizer
-    generation: dict[str, Any]
+    generation: JsonObject
     multilingual: bool
     longest_answer: int  # tokens that the decoder has positions for
 

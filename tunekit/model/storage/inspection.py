@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
@@ -17,6 +16,7 @@ from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.records import JsonObject
 
 CHUNK_BYTES = 64 * 1024
 SAMPLED_CHUNKS = 16
@@ -36,7 +36,7 @@ OTHER_HEADS = {
 MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
 
-def read_config(source: ModelSource) -> dict[str, Any]:
+def read_config(source: ModelSource) -> JsonObject:
     """config.json of a folder, checked to be that of a model.
 
     Raises: ModelError where it is missing or damaged, or where the folder is an adapter or a run.
@@ -81,7 +81,7 @@ def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
     return tuple(str(names.get(str(number))) for number in range(len(names)))
 
 
-def find_family(config: dict[str, Any], section: ModelSection) -> Family:
+def find_family(config: JsonObject, section: ModelSection) -> Family:
     """The family of a base, by the architecture that its configuration names; `model.family` must say the same.
 
     Raises: ModelError with the reason for what is of none of the families.
@@ -108,7 +108,7 @@ def find_family(config: dict[str, Any], section: ModelSection) -> Family:
 
 
 def _obstacle(
-    config: dict[str, Any], architecture: str, family: Family | None, asked: Family | None, headed: bool
+    config: JsonObject, architecture: str, family: Family | None, asked: Family | None, headed: bool
 ) -> str | None:
     """Why a base cannot be loaded; None where it can."""
     if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
@@ -146,13 +146,13 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
     return next((value for value in found if isinstance(value, int)), None)
 
 
-def is_packed_by_bitsandbytes(config: dict[str, Any]) -> bool:
+def is_packed_by_bitsandbytes(config: JsonObject) -> bool:
     """Whether the weights are stored in bitsandbytes' 4 bits, as merging onto a quantized base writes them."""
     stored = config.get("quantization_config")
     return isinstance(stored, dict) and bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
 
 
-def check_quantized(config: dict[str, Any], section: ModelSection) -> None:
+def check_quantized(config: JsonObject, section: ModelSection) -> None:
     """Refuse a base whose weights are stored quantized: alone by method, with a quantization of ours as a conflict.
 
     Raises: ModelError.
@@ -188,7 +188,7 @@ def fingerprint(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def _digest_folder(digest: hashlib._Hash, config: dict[str, Any], files: Sequence[Path]) -> None:
+def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Path]) -> None:
     """Feed a configuration without what changes by itself, and the headers and samples of files."""
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     digest.update(json.dumps(kept, sort_keys=True).encode())

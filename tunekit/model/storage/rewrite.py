@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -250,7 +251,7 @@ class Rewriter:
             places[name].data = places[stored].data
         self.written = asked
 
-    def _configuration(self, changes: Changes) -> dict[str, Any]:
+    def _configuration(self, changes: Changes) -> JsonObject:
         """The base's configuration; changed only where the new weights differ from it."""
         if not self._rewritten:
             config = inspection.read_config(self.source)

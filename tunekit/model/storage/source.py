@@ -5,12 +5,12 @@ import stat
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import MODEL_FILE, read_small
 from tunekit.model.storage.builtin import tiny_model_folder
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 KEY = "model.name_or_path"
 PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline
@@ -105,7 +105,7 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     return ModelSource(section.name_or_path, folder, commit=folder.name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object from a regular file of sane size.
 
     Raises: ModelError for a file that is missing, not regular, too large, not JSON or not an object.

@@ -14,6 +14,7 @@ from tunekit.errors import DataError
 from tunekit.machine.memory import address_space_bytes
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.transformers_guard import replaced
+from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +31,14 @@ class _Refusal(Exception):
     """A template's own error, in words."""
 
 
-Messages = Sequence[dict[str, Any]]
+Messages = Sequence[JsonObject]
 
 
 def render_template(
     native: PreTrainedTokenizerBase,
     template: str,
     messages: Messages,
-    tools: Sequence[dict[str, Any]] | None,
+    tools: Sequence[JsonObject] | None,
     add_generation_prompt: bool,
 ) -> str:
     """The template applied to messages, whose content is text and whose tool calls have objects as arguments.
@@ -79,12 +80,12 @@ def _is_written(messages: Messages, text: str) -> bool:
     return not printed and (not any(contents) or any(content and content in text for content in contents))
 
 
-def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+def _with_parts(message: JsonObject) -> JsonObject:
     content = message.get("content")
     return message if not isinstance(content, str) else {**message, "content": [{"type": "text", "text": content}]}
 
 
-def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+def _with_text_arguments(message: JsonObject) -> JsonObject:
     calls = []
     for call in message.get("tool_calls", ()):
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
@@ -92,7 +93,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _apply(render: Callable[[list[dict[str, Any]]], str], template: str, messages: Messages) -> str:
+def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: Messages) -> str:
     """One form of the messages through the template, within the limits."""
     try:
         with _memory_limit(), time_limit(LIMIT_SECONDS), _fixed_day(template):

@@ -16,6 +16,7 @@ from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.text.templates import render_template
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -105,9 +106,9 @@ class LoadedTokenizer:
 
     def render(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[JsonObject],
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[JsonObject] | None = None,
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:

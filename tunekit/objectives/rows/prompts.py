@@ -18,6 +18,7 @@ from tunekit.errors import DataError
 from tunekit.formats.prompt import PromptExample
 from tunekit.objectives.rows.answers import NO_PROMPT, AnswerRows
 from tunekit.objectives.rows.text import TextRows
+from tunekit.records import JsonObject
 
 PER_TOKEN = ("old", "reference", "kl")  # parts SIDE_NAME of a prepared row, with a number for each predicted token
 PER_COMPLETION = ("advantages", "weights")  # parts with a number for each completion
@@ -37,12 +38,12 @@ class Sample:
 class Completion:
     """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text."""
 
-    prompt: str | list[dict[str, Any]]
+    prompt: str | list[JsonObject]
     columns: Mapping[str, Any]
     text: str
 
     @property
-    def formatted(self) -> str | list[dict[str, Any]]:
+    def formatted(self) -> str | list[JsonObject]:
         """In the form of the prompt: a text, or a list of one message."""
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
@@ -192,6 +193,6 @@ def context_json(example: PromptExample) -> str:
     return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
 
 
-def read_context(row: Row) -> dict[str, Any]:
+def read_context(row: Row) -> JsonObject:
     """The prompt and the columns of a row."""
     return json.loads(row.parts["context"].tobytes())

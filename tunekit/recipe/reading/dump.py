@@ -5,13 +5,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tunekit.errors import MAX_LINES, Problem, first_lines, redact
 from tunekit.recipe.reading.draft import Draft, KeyPath, dotted
 from tunekit.recipe.reading.paths import named_paths, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
+from tunekit.records import JsonObject
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 MAX_COMMENT = 300  # characters of a line
@@ -54,7 +54,7 @@ def _key(problem: Problem, *, spelled: bool) -> KeyPath:
     return tuple(int(part) if part.isdecimal() else part for part in ((spelled and other) or name).split("."))
 
 
-def _dump(values: dict[str, Any], relative_to: Path) -> str:
+def _dump(values: JsonObject, relative_to: Path) -> str:
     for path in named_paths(values):
         path.holder[path.key[-1]] = relative_path(path.text, relative_to)
     return "\n".join(yaml_lines(values)) + "\n"
@@ -74,7 +74,7 @@ def yaml_scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def yaml_lines(values: dict[str, Any], indent: str = "") -> list[str]:
+def yaml_lines(values: JsonObject, indent: str = "") -> list[str]:
     """Plain values as lines of YAML."""
     lines: list[str] = []
     for name, value in values.items():

@@ -9,6 +9,7 @@ from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.names import SettingsKind, known_names, settings_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+from tunekit.records import JsonObject
 
 
 def kind_of(section: str) -> SettingsKind:
@@ -56,7 +57,7 @@ def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, FieldInfo]:
     return owner.model_fields if owner else {}
 
 
-def sections_in(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, type[Section], dict[str, Any]]]:
+def sections_in(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, type[Section], JsonObject]]:
     """Every mapping in a recipe's plain values that is a section, with its place and its settings class."""
     for name in Recipe.model_fields:
         yield from _sections_at((name,), section_class(name, values.get(name)), values.get(name))
@@ -64,7 +65,7 @@ def sections_in(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, type[Secti
 
 def _sections_at(
     key: KeyPath, owner: type[Section] | None, value: object
-) -> Iterator[tuple[KeyPath, type[Section], dict[str, Any]]]:
+) -> Iterator[tuple[KeyPath, type[Section], JsonObject]]:
     if owner is not None and isinstance(value, list):
         for index, inner in inner_items(value):
             yield from _sections_at((*key, index), owner, inner)

@@ -22,6 +22,7 @@ from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, TEXT_ENCODER
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet, refuse_code
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 SCHEDULER = "scheduler/scheduler_config.json"
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -43,7 +44,7 @@ class PipelineProcessor:
     tokenizer: ClassVar[Tokenizer | None] = None  # prompts go to each text encoder by its own
 
     @cached_property
-    def configs(self) -> dict[str, dict[str, Any]]:
+    def configs(self) -> dict[str, JsonObject]:
         """Each part's own configuration, and the scheduler's."""
         names = [name for name in read_index(self.folder) if name]
         found = {name: read_json(self.folder / name / "config.json") for name in names}
