@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import v2
 
 from tunekit.data.encoding.images import ANIMATED, TOO_SMALL, covering, cropped, png_bytes, read_image
@@ -119,3 +119,22 @@ def test_what_covers_a_size_is_no_larger_than_it_must_be(size: tuple[int, int]) 
     assert all(side >= least for side, least in zip(found.shape, size, strict=False))
     theirs = v2.CenterCrop(size)(torch.from_numpy(found.copy()).permute(2, 0, 1))
     assert torch.equal(torch.from_numpy(cropped(found, size)[0].copy()).permute(2, 0, 1), theirs)
+
+
+def test_no_program_is_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL gives EPS to Ghostscript, whatever the file is called."""
+    started: list[str] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append("gs"))
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
+    with pytest.raises(DataError, match=r"a\.png cannot be read as an image .*what is read is JPEG, PNG"):
+        read_image(str(tmp_path / "a.png"))
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["BMP", "DIB", "TIFF", "WEBP", "JPEG2000", "PPM", "TGA", "PCX", "AVIF", "GIF"])
+def test_pictures_of_every_kind_are_read_whatever_they_are_called(tmp_path: Path, kind: str) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this PIL writes no {kind}")
+    path = saved(tmp_path, "picture.jpg", Image.fromarray(COLOURS), format=kind)
+    assert read_image(path).shape == (*COLOURS.shape[:2], 3)

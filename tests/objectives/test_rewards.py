@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from tunekit.companions.rewards import RewardFunctions, make
-from tunekit.contracts import CompanionSpec
+from tunekit.companions.rewards import TRAINING_SECONDS, RewardFunctions, make
+from tunekit.contracts import CompanionSpec, Row
 from tunekit.errors import RewardError
 from tunekit.objectives.losses.advantages import teaches_nothing
-from tunekit.objectives.rows.prompts import Completion
+from tunekit.objectives.rows.prompts import Completion, Sample, completions_of
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 SAID = [
@@ -113,3 +115,54 @@ def test_rewards_that_are_equal_or_absent_teach_nothing() -> None:
     assert teaches_nothing(groups, axis=1).tolist() == [False, True, True, True, True]
     assert not teaches_nothing(groups)
     assert teaches_nothing(groups[1:3])
+
+
+def test_expressions_keep_the_meaning_that_python_gives_them() -> None:
+    texts = ["<think>\n</think> YES", "ab ab", "a{e<=1}", "x]", "x" * 30, r"\boxed{3}", "{", "yes"]
+    for pattern in (r"(?s)<think>.*?</think>", "(?i)yes", r"(\w+) \1", "a{e<=1}", "[x[:alpha:]]", "^.{20,2000}$", "{"):
+        scores = loaded({"regex": pattern}).score([Completion("p", {}, text) for text in texts])
+        assert scores[:, 0].tolist() == [float(re.search(pattern, text) is not None) for text in texts], pattern
+    with pytest.raises(RewardError, match="more than 100,000 parts with its counted repeats written out"):
+        loaded({"regex": "((a{1000}){1000}){1000}"})
+
+
+SLOW = r"(x+)(x+)(x+)\3\2\1y"  # for x's, whose number of ways to be divided is enormous
+HANGS = """
+import time
+
+def score(completions):
+    for text in completions:
+        if text.startswith("x"):
+            time.sleep(60)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("kind", ["regex", "extract", "function"])
+def test_a_reward_that_hangs_ends_and_names_the_row(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "rewards.py").write_text(HANGS, encoding="utf-8")
+    sources = {
+        "regex": {"regex": SLOW},
+        "extract": {"exact_match": "answer", "extract": SLOW},
+        "function": {"function": f"{tmp_path}/rewards.py:score", "allow_code": True},
+    }
+    found = loaded(sources[kind] | {"limit_seconds": 0.2})
+    completions = [Completion("p", {"answer": "7"}, "a" * 5, f"train.jsonl:{line}") for line in range(1, 9)]
+    found.score(completions)
+    completions[4] = replace(completions[4], text="x" * 1000)
+    match = r"took more than 0\.2 s for a completion of train\.jsonl:5; make it faster, or raise .*0\.limit_seconds"
+    with pytest.raises(RewardError, match=match):
+        found.score(completions)
+
+
+def test_completions_state_where_their_row_is_from() -> None:
+    context = np.frombuffer(b'{"prompt": "p", "columns": {}}', np.uint8)
+    row = Row({"context": context}, (1,), 1, "train.jsonl:3")
+    (completion,) = completions_of([row], [[Sample([1], True, "text")]])
+    assert completion == Completion("p", {}, "text", "train.jsonl:3")
+
+
+def test_a_limit_is_for_code_alone(tmp_path: Path) -> None:
+    assert loaded({"regex": "a"}).limit(0) == TRAINING_SECONDS
+    with pytest.raises(ValueError, match="limit_seconds is not for a reward model"):
+        rewards_of({"model": str(tmp_path), "limit_seconds": 3})

@@ -6,9 +6,10 @@ A function of the user's is called as TRL calls it; its result is checked before
 import importlib.util
 import inspect
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,15 +20,20 @@ import torch
 
 from tunekit.companions.base import Planned
 from tunekit.companions.reward_model import find_reward_model, load_scorer, weight_bytes
+from tunekit.console import visible
 from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows
 from tunekit.errors import Problem, RewardError
-from tunekit.files.untrusted import MODEL_FILE, sha256_of
+from tunekit.files.untrusted import MODEL_FILE, Match, compile_expression, sha256_of
+from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.objectives.losses.advantages import Rewards, weighted_sum
 from tunekit.objectives.rows.prompts import Completion, read_context
 from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
+TRAINING_SECONDS = 120.0  # that one call may take, if the recipe states nothing
 KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
+SHORTEST = 1e-3  # seconds that are left for the last search
 RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
+MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
 
 
 class RewardFunctions(Companion):
@@ -39,6 +45,7 @@ class RewardFunctions(Companion):
         super().__init__(spec)
         self.sources: Sequence[RewardSource] = spec.settings
         self.names = reward_names(self.sources)  # of each in what is logged
+        self.limit_seconds = TRAINING_SECONDS  # of a reward for which the recipe states none
         self._functions: list[RewardFunction] = []
 
     def facts(self, planned: Planned) -> CompanionFacts:
@@ -76,8 +83,66 @@ class RewardFunctions(Companion):
         if source.model is not None:
             return load_scorer(source.model, f"{self.key}.{number}.model", device)
         if source.regex is not None:
-            return partial(_found, re.compile(source.regex))
-        return _exact_match(source) if source.exact_match is not None else _user_function(source)
+            search = self._search(number, "regex", source.regex)
+            return lambda completions: [float(match is not None) for match in search(completions)]
+        if source.exact_match is None:
+            return _user_function(source)
+        extracted = None if source.extract is None else self._search(number, "extract", source.extract)
+        return partial(_exact_match, source.exact_match, extracted)
+
+    def _search(self, number: int, name: str, text: str) -> MatchSearch:
+        """The first match of an expression in each completion, in no more processor time than the reward may take.
+
+        Raises: RewardError for an expression that is too large, and one that is too slow, with the row.
+        """
+        try:
+            pattern = compile_expression(text)
+        except ValueError as error:
+            raise RewardError(str(error), "write a simpler one", key=f"{self.key}.{number}.{name}") from None
+
+        def search(completions: Sequence[Completion]) -> Iterator[Match | None]:
+            end = time.process_time() + self.limit(number)
+            for completion in completions:
+                try:
+                    yield pattern.search(completion.text, timeout=max(end - time.process_time(), SHORTEST))
+                except TimeoutError:
+                    raise self._late(number, [completion]) from None
+
+        return search
+
+    def limit(self, number: int) -> float:
+        """Seconds that one call of a reward may take."""
+        return self.sources[number].limit_seconds or self.limit_seconds
+
+    def _called(self, number: int, completions: Sequence[Completion]) -> Any:
+        """What the reward returned. Raises: RewardError, with the row, for a function that takes too long."""
+        if self.sources[number].kind != "function":
+            return self._functions[number](completions)
+        try:
+            with time_limit(self.limit(number)):
+                return _listed(self._functions[number](completions))
+        except TimeUp:
+            raise self._late(number, self._hanging(number, completions)) from None
+
+    def _hanging(self, number: int, completions: Sequence[Completion]) -> Sequence[Completion]:
+        """The completion for which the function takes long even alone; all of them if none is found in the limit."""
+        limit, start = self.limit(number), time.monotonic()
+        for completion in completions:
+            try:
+                with time_limit(limit / 4), suppress(Exception, SystemExit):
+                    _listed(self._functions[number]([completion]))
+            except TimeUp:
+                return [completion]
+            if time.monotonic() - start > limit:
+                break
+        return completions
+
+    def _late(self, number: int, completions: Sequence[Completion]) -> RewardError:
+        first = completions[0]
+        row = first.origin or f"the prompt {visible(str(first.prompt))[:80]!r}"
+        which = f"a completion of {row}" if len(completions) == 1 else f"{len(completions)} completions from {row} on"
+        what = f"{name_of(self.sources[number])} took more than {self.limit(number):g} s for {which}"
+        return RewardError(what, f"make it faster, or raise {self.key}.{number}.limit_seconds")
 
     def score(self, completions: Sequence[Completion]) -> Rewards:
         """(N, F) of each completion by each function. Raises: RewardError for a wrong result."""
@@ -92,8 +157,7 @@ class RewardFunctions(Companion):
         """
         name = name_of(self.sources[number])
         try:
-            result = self._functions[number](completions)
-            result = list(result) if isinstance(result, Iterator) else result  # a generator raises its errors here
+            result = self._called(number, completions)
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
@@ -241,25 +305,21 @@ def _loaded(source: RewardSource) -> Callable[..., Any]:
     return function
 
 
-def _found(pattern: re.Pattern[str], completions: Sequence[Completion]) -> list[float]:
-    return [float(pattern.search(each.text) is not None) for each in completions]
-
-
-def _exact_match(source: RewardSource) -> RewardFunction:
+def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequence[Completion]) -> list[float | None]:
     """Compared with a column; None if the row has nothing in it."""
-    pattern = None if source.extract is None else re.compile(source.extract)
-    column = str(source.exact_match)
+    judged = [each for each in completions if each.columns.get(column) is not None]
+    texts = [each.text for each in judged]
+    if extracted is not None:
+        texts = [
+            "" if match is None else str(match.group(min(match.re.groups, 1)) or "") for match in extracted(judged)
+        ]
+    equal = iter([text.strip() == str(each.columns[column]).strip() for text, each in zip(texts, judged, strict=True)])
+    return [None if each.columns.get(column) is None else float(next(equal)) for each in completions]
 
-    def reward(completion: Completion) -> float | None:
-        wanted, text = completion.columns.get(column), completion.text
-        if wanted is None:
-            return None
-        if pattern is not None:
-            match = pattern.search(text)
-            text = "" if match is None else str(match.group(min(pattern.groups, 1)) or "")
-        return float(text.strip() == str(wanted).strip())
 
-    return lambda completions: [reward(each) for each in completions]
+def _listed(result: Any) -> Any:
+    """A generator's items, so that its errors are raised here; anything else as it is."""
+    return list(result) if isinstance(result, Iterator) else result
 
 
 make = RewardFunctions  # companions.base calls it with a CompanionSpec

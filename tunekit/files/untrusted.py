@@ -27,12 +27,16 @@ MAX_NUMBER_CHARACTERS = 40
 MAX_PATTERN_CHARACTERS = 100_000
 MAX_GROUPS = 100  # inside each other
 MAX_COPIES = 1000  # of a part that counted repeats write out
+MAX_WRITTEN_OUT = 100_000  # parts of an expression with its counted repeats written out, as the matcher holds it
 MAX_OPEN_REPEATS, MAX_OPEN_DEPTH = 16, 2  # in a pattern, and inside each other
 PATTERN_PIECE = re.compile(
     r"(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<group>\((?:\?(?:P<\w+>|<[=!]|[:=!]))?)|(?P<close>\))"
     r"|(?P<repeat>(?:[*+?]|\{(?:\d+(?:,\d*)?|,\d+)\})[?+]?)|(?P<between>\|)|(?P<one>\\.|.)",
     re.DOTALL,
 )
+
+
+Match = regex.Match[str]
 
 
 @dataclass(frozen=True)
@@ -240,3 +244,47 @@ def _refuse_costly(text: str) -> None:
             parts[-1].append(_Repeats())
     if sum(part.count for group in parts for part in group) > MAX_OPEN_REPEATS:
         raise ValueError("can take too many steps: it repeats too much")
+
+
+def compile_expression(text: str) -> regex.Pattern[str]:
+    """An expression of Python's syntax and meaning for texts that a model wrote, whose search takes a timeout.
+
+    Everything that `re` compiles is allowed, as the timeout ends what is slow; only its size is bounded.
+    Raises: ValueError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(text)
+            return regex.compile(_without_extensions(text), regex.VERSION0, cache_pattern=False)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is not a regular expression ({type(error).__name__}: {error})") from error
+
+
+def _without_extensions(text: str) -> str:
+    """The same expression with a backslash before what `regex` alone reads: fuzzy counts and POSIX classes.
+
+    Raises: ValueError if its counted repeats write out too much.
+    """
+    pieces, sizes = list[str](), [[0]]  # of each open group the size of its parts
+    for piece in PATTERN_PIECE.finditer(text):
+        kind, token = piece.lastgroup, piece.group()
+        if kind == "group":
+            sizes.append([0])
+        elif kind == "close" and len(sizes) > 1:
+            inner = sum(sizes.pop())
+            sizes[-1].append(inner + 1)
+        elif kind == "repeat":
+            sizes[-1][-1] *= max([1, *map(int, re.findall(r"\d+", token))])
+        else:
+            sizes[-1].append(1)
+        if token == "{":
+            token = r"\{"
+        elif kind == "set":
+            token = "[" + re.sub(
+                r"(?s)\\.|\[(?=:)", lambda found: found[0].replace("[", r"\[", found[0] == "["), token[1:]
+            )
+        pieces.append(token)
+    if sum(map(sum, sizes)) > MAX_WRITTEN_OUT:
+        raise ValueError(f"has more than {MAX_WRITTEN_OUT:,} parts with its counted repeats written out")
+    return "".join(pieces)

@@ -45,11 +45,15 @@ def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) ->
 
 
 def inlined(picture: Path | NDArray[np.uint8]) -> str:
-    """A small JPEG of a picture, a file or pixels (H, W, 3), as a data address."""
+    """A small JPEG of a picture, a PNG file or pixels (H, W, 3), as a data address. Raises: ValueError for a damaged
+    file."""
     from PIL import Image
 
     stream = io.BytesIO()
-    with Image.open(picture) if isinstance(picture, Path) else Image.fromarray(picture) as image:
-        image.thumbnail((SIDE, SIDE))
-        image.convert("RGB").save(stream, format="JPEG", quality=QUALITY)
+    try:
+        with Image.open(picture, formats=["PNG"]) if isinstance(picture, Path) else Image.fromarray(picture) as image:
+            image.thumbnail((SIDE, SIDE))
+            image.convert("RGB").save(stream, format="JPEG", quality=QUALITY)
+    except Exception as error:  # PIL's decoders raise errors of every kind
+        raise ValueError(f"{picture} cannot be read as PNG ({error})") from error
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

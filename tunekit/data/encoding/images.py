@@ -19,6 +19,9 @@ from tunekit.errors import DataError
 Size = tuple[int, int]  # height and width in pixels
 BILINEAR = 2  # PIL's number of it
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
+FORMATS = (  # PIL's names of what is read; others, such as EPS, start programs, whatever the file is called
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "QOI", "ICO", "PCX"),
+)
 LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left
 ANIMATED = "animated image"
 TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
@@ -40,7 +43,9 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            Image.init()
+            formats = [name for name in FORMATS if name in Image.OPEN]  # older versions of PIL lack some
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
                 opened.load()
@@ -55,7 +60,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     except Exception as error:  # what PIL's decoders raise of damaged files is of every kind
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
-        raise DataError(what, "mend it, or take it out") from None
+        raise DataError(what, f"mend it, or take it out; what is read is {', '.join(FORMATS)}") from None
 
 
 def _named(file: str | None) -> str:

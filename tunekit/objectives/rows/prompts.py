@@ -36,11 +36,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text."""
+    """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text. `origin`: the
+    row's file and line, for errors."""
 
     prompt: str | list[JsonObject]
     columns: Mapping[str, Any]
     text: str
+    origin: str = ""
 
     @property
     def formatted(self) -> str | list[JsonObject]:
@@ -183,8 +185,11 @@ class PromptRows(TextRows):
 
 def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[Completion]:
     """The completions of each row as rewards read them."""
-    contexts = zip(map(read_context, rows), groups, strict=True)
-    return [Completion(**context, text=sample.text) for context, group in contexts for sample in group]
+    return [
+        Completion(**read_context(row), text=sample.text, origin=row.origin)
+        for row, group in zip(rows, groups, strict=True)
+        for sample in group
+    ]
 
 
 def context_json(example: PromptExample) -> str:

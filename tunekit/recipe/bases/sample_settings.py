@@ -78,6 +78,11 @@ class RewardSource(Section):
         None, description="folder of a reward model: a run of objective: reward, or its adapter"
     )
     weight: Number = Field(1.0, description="of this reward in the sum of all")
+    limit_seconds: Positive | None = Field(
+        None,
+        description="of function, regex and extract: how long one call may take, for all completions of a step; null: "
+        "120 in training, 20 in `tunekit reward check`",
+    )
 
     @property
     def kind(self) -> str:
@@ -106,6 +111,8 @@ class RewardSource(Section):
             raise ValueError("allow_code is false, and a function is code; read the file, then write allow_code: true")
         if self.extract is not None and self.exact_match is None:
             raise ValueError("extract is read by exact_match alone; remove it")
+        if self.limit_seconds is not None and self.model is not None:
+            raise ValueError("limit_seconds is not for a reward model; remove it")
         if self.allow_code and self.function is None:
             raise ValueError("allow_code is read by function alone; remove it")
         return self
