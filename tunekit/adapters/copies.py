@@ -5,14 +5,14 @@ original for bypass, comes out.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Generator, nn
 from torch.func import functional_call
 
 from tunekit.adapters.base import AdapterPart, Slot, Slots, Wrapper
 from tunekit.adapters.module_names import named_copies, plain_entries
-from tunekit.contracts import Tensors
+from tunekit.contracts import Modules, Tensors
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import weight_of
@@ -67,7 +67,7 @@ class TrainedCopy(Wrapper, AdapterPart):
         return functional_call(self.base_layer, self.copied(), inputs, named)
 
 
-def wrong_entries(modules: Mapping[str, nn.Module], entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
+def wrong_entries(modules: Modules, entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
     """What is wrong, and how to mend it. PEFT's own files name heads on suspicion: there an entry may match nothing."""
     wrong = []
     for entry in entries:

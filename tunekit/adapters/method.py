@@ -13,7 +13,7 @@ from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.kernels.joined_lora import JoinedProducts, LayerGroup
 from tunekit.adapters.module_names import is_within, named_copies
-from tunekit.contracts import Tokenizer
+from tunekit.contracts import Modules, Tokenizer
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
@@ -65,7 +65,7 @@ class Method:
     repeats_shared: bool = False  # PEFT's files repeat the shared tensors under each layer
     parameter: type[ParameterAdapter[Any]] | None = None
     model: type[ModelAdapter[Any]] | None = None
-    only_copies: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
+    only_copies: Callable[[Modules, Any], Mapping[str, tuple[str, ...] | None]] | None = None
     copy: type[TrainedCopy] = TrainedCopy
     kernel: JoinedProducts | None = None
     written_form: Callable[[WrittenForm], WrittenForm] = lambda form: form
@@ -84,9 +84,7 @@ class Method:
         modules = dict(net.named_modules(remove_duplicate=False))
         return [] if self.kernel is None else self.kernel.groups(net, modules, settings, targets)
 
-    def copied_modules(
-        self, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]
-    ) -> Copies:
+    def copied_modules(self, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]) -> Copies:
         """Every module to copy. With bias: all these are also all owners of a bias that is not an adapted layer's."""
         whole = named_copies(modules, saved_modules(settings))
         copied: Copies = dict.fromkeys(whole)

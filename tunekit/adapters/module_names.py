@@ -1,12 +1,13 @@
 """The base's own modules and fused parameters by name, also with adapters in place, and how an entry names one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tunekit.adapters.base import Wrapper, full_name
+from tunekit.contracts import Modules
 from tunekit.recipe.bases.section import AdapterSettings
 
 OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
@@ -77,7 +78,7 @@ def is_within(name: str, outer: Sequence[str]) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in outer)
 
 
-def plain_entries(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str] | None:
+def plain_entries(names: Sequence[str], modules: Modules) -> list[str] | None:
     """The shortest list that PEFT reads as exactly `names` in modules_to_save, where it compares plain endings."""
     for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
         if {name for name in modules if name and name.endswith(tuple(entries))} == set(names):

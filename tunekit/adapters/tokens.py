@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import AdapterPart, Slot, Slots, Wrapper
 from tunekit.adapters.module_names import base_modules, named_copies, plain_entries
+from tunekit.contracts import Modules
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.recipe.bases.section import AdapterSettings
@@ -144,7 +145,7 @@ def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows
     return dict(sorted(rows.items()))
 
 
-def embedding_name(net: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+def embedding_name(net: nn.Module, modules: Modules) -> str:
     """Name of the module that token ids are looked up in."""
     wanted = getattr(net, "get_input_embeddings", lambda: None)()
     while isinstance(wanted, Wrapper):
@@ -152,7 +153,7 @@ def embedding_name(net: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     return next((name for name, module in modules.items() if module is wanted), "")
 
 
-def tied_with(modules: Mapping[str, nn.Module], name: str) -> list[str]:
+def tied_with(modules: Modules, name: str) -> list[str]:
     """Modules whose matrix is the one of `name`, itself among them."""
     weight = modules[name].weight
     return [other for other, module in modules.items() if getattr(module, "weight", None) is weight]
@@ -189,7 +190,7 @@ def _by_rows(module: nn.Module) -> bool:
     return layer_kind(module) in ("embedding", "linear") and weight is not None and weight.kind == "dense"
 
 
-def _wrong_module(name: str, modules: Mapping[str, nn.Module], ids: Sequence[int]) -> list[Wrong]:
+def _wrong_module(name: str, modules: Modules, ids: Sequence[int]) -> list[Wrong]:
     if not _by_rows(modules[name]):
         what = f"'{name}' ({type(modules[name]).__name__}) is no embedding or linear layer in full precision"
         return [(what, "name an embedding, or a head")]

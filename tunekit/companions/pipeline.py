@@ -24,6 +24,7 @@ from tunekit.contracts import (
     Model,
     Pixels,
     Row,
+    RowParts,
     Rows,
     RunView,
 )
@@ -130,7 +131,7 @@ class Pipeline(Companion):
             self.posteriors[key] = posterior
         return posterior
 
-    def texts(self, run: RunView, prompts: Sequence[str]) -> list[Mapping[str, Array]]:
+    def texts(self, run: RunView, prompts: Sequence[str]) -> list[RowParts]:
         """The network's inputs for each prompt: embeddings, or ids for each text encoder if one is trained."""
         if run.model.base.net.trains_text:
             ids = _processor(run).ids(prompts)

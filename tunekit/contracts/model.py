@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tensors, Tokenizer
 
+Modules = Mapping[str, torch.nn.Module]  # by name
+NamedModules = list[tuple[str, torch.nn.Module]]
 Sums = Tensors  # float64, of any shape; added up over batches and ranks
 ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead: (rows,) the loss of each row
 

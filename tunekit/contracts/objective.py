@@ -21,6 +21,7 @@ from tunekit.contracts.rows import (
     Progress,
     Row,
     RowLayout,
+    RowParts,
     Rows,
     Span,
     Window,
@@ -101,17 +102,15 @@ class RowKind:
         """Rows of prompts whose labels are not known: they have the first one. Only of rows with labels."""
         raise NotImplementedError
 
-    def make_row(
-        self, parts: Mapping[str, Array], origin: str, number: int = 0, sizes: tuple[int, ...] | None = None
-    ) -> Row:
+    def make_row(self, parts: RowParts, origin: str, number: int = 0, sizes: tuple[int, ...] | None = None) -> Row:
         """A row of these parts."""
         return Row(parts, self.sizes_of(parts) if sizes is None else sizes, self.units_in(parts), origin, number)
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         """The sizes of a row with these parts."""
         raise NotImplementedError
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         """The number of units that the loss sums in a row with these parts."""
         return 1
 

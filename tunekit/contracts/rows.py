@@ -18,6 +18,7 @@ from tunekit.records import JsonObject, Preparation
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 Tensors = dict[str, Tensor]  # by name
 Array = NDArray[Any]
+RowParts = Mapping[str, Array]  # what a row is made of, by name
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of all ranks
 Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
@@ -141,7 +142,7 @@ class RowLayout:
 class Row:
     """One encoded row. `sizes`: of each part that is padded by itself; `supervised`: how many units its loss sums."""
 
-    parts: Mapping[str, Array]
+    parts: RowParts
     sizes: tuple[int, ...]
     supervised: int
     origin: str  # "train.jsonl:17", for errors and preview
@@ -152,7 +153,7 @@ class Row:
         """Total size of all parts, without padding."""
         return sum(self.sizes)
 
-    def with_parts(self, parts: Mapping[str, Array]) -> Row:
+    def with_parts(self, parts: RowParts) -> Row:
         """The row with further parts."""
         return replace(self, parts={**self.parts, **parts})
 

@@ -8,16 +8,18 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 
 from torch import nn
+
+from tunekit.contracts import Modules
 
 OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # as it is, cast or transposed; no part of it
 PRODUCTS = ("linear", "matmul")  # functions that multiply
 
 
-def uncalled_layers(modules: Mapping[str, nn.Module]) -> set[str]:
+def uncalled_layers(modules: Modules) -> set[str]:
     """Names of those among a net's modules."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}

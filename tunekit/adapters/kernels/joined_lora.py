@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunekit.adapters.base import Casts, LayerAdapter
 from tunekit.adapters.kernels.gated import is_gated_mlp
 from tunekit.adapters.kernels.lora_products import Gated, Products, gated_product, products
+from tunekit.contracts import Modules
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import multiplies_exactly
 from tunekit.recipe.bases.low_rank import LowRankSettings
@@ -37,7 +38,7 @@ class JoinedProducts:
     layer: type[LayerAdapter[Any]]
 
     def groups(
-        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]
+        self, net: nn.Module, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]
     ) -> list[LayerGroup]:
         """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
         children: dict[str, set[str]] = {}

@@ -4,17 +4,14 @@ PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit read
 after PEFT's prefix, so that the biases of any other tool are easily put beside them.
 """
 
-from collections.abc import Mapping
-
-from torch import nn
-
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Method, always
+from tunekit.contracts import Modules
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 
 
-def chosen_biases(modules: Mapping[str, nn.Module], settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
+def chosen_biases(modules: Modules, settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
     """The bias of each chosen owner, trained as a float32 copy that is never decayed.
 
     Source: Ben Zaken et al. 2022.

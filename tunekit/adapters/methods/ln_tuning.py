@@ -1,13 +1,12 @@
 """LN tuning, of the norms of a base, quantized or not."""
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Method, always
+from tunekit.contracts import Modules
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 
@@ -32,7 +31,7 @@ def is_norm(module: nn.Module) -> bool:
     return single and "weight" in shapes and set(shapes.values()) == {1}
 
 
-def chosen_norms(modules: Mapping[str, nn.Module], settings: LnTuningSettings) -> dict[str, None]:
+def chosen_norms(modules: Modules, settings: LnTuningSettings) -> dict[str, None]:
     """The chosen norms, every parameter of each."""
     norms = [name for name, module in modules.items() if is_norm(module)]
     return dict.fromkeys(chosen_names(norms, settings.target_modules, "all-norms", "norm"))

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor, Tensors
+from tunekit.contracts import NamedModules, Processor, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
@@ -30,7 +30,7 @@ class ClassifierFamily(Family):
         """Of encoders and encoder-decoders, whose heads differ from net to net."""
         return not scores_tokens(net)
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:

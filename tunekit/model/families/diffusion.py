@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor, Tensors
+from tunekit.contracts import NamedModules, Processor, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
 from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, PipelineNet, denoising_layers, load_pipeline
@@ -33,7 +33,7 @@ class DiffusionFamily(Family):
         """Its tokenizers, latents and noise schedule. Raises: ModelError."""
         return load_processor(section)
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         """Those of the denoiser, in the order in which they run."""
         part = PIPELINES[_as_pipeline(net).config.model_type]
         return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import ModelOutput, Processor, Stages, Tensors
+from tunekit.contracts import ModelOutput, NamedModules, Processor, Stages, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.heads import TextHead, draw_module, label_head, label_head_name, make_head, scores_tokens
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
@@ -76,7 +76,7 @@ class Family:
         """What turns examples into rows for a base of this family. Raises: ModelError."""
         raise NotImplementedError
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         """The layers in order, with their module names."""
         return self.stacks.layers(net)
 

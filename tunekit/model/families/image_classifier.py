@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Pixels, Processor, Tensors, Tokenizer
+from tunekit.contracts import NamedModules, Pixels, Processor, Tensors, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
@@ -212,7 +212,7 @@ class ImageClassifierFamily(Family):
     def reads_rows(self, net: nn.Module) -> bool:
         return True
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         """The layers in order, with their module names. Raises: ModelError for a net of convolutions."""
         try:
             return super().layers(net)

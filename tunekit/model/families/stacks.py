@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tunekit.contracts import Stages, Tensors
+from tunekit.contracts import NamedModules, Stages, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
 from tunekit.model.families.heads import before_projection
@@ -30,7 +30,7 @@ FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's dropout
 class OneStack:
     """A decoder or an encoder alone."""
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         """The layers in order, with their module names."""
         name, layers = find_layers(net)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
@@ -57,7 +57,7 @@ class OneStack:
 class TwoStacks:
     """An encoder that reads a source, and a decoder of answers (inputs `decoder_...`) that reads what it gives."""
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         """The encoder's layers in order, then the decoder's, with their module names."""
         return [
             (f"{name_of(net, stack)}.{own}.{index}", layer)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunekit.contracts import Processor, Tensors
+from tunekit.contracts import NamedModules, Processor, Tensors
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
@@ -27,7 +27,7 @@ class TokenClassifierFamily(Family):
         """Always: the modules between the last layer and the scores, such as dropout, differ from net to net."""
         return True
 
-    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(self, net: nn.Module) -> NamedModules:
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:

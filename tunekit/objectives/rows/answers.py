@@ -11,7 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunekit.contracts import Array, Batch, EncodeOptions, LossKind, Objective, Row, RowLayout, Span, Tensors, Tokenizer
+from tunekit.contracts import (
+    Array,
+    Batch,
+    EncodeOptions,
+    LossKind,
+    Objective,
+    Row,
+    RowLayout,
+    RowParts,
+    Span,
+    Tensors,
+    Tokenizer,
+)
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
@@ -88,11 +100,11 @@ class AnswerRows(TextRows):
             what = reason if reason == EQUAL else f"the row has {reason}"
             raise DataError(what, f"mend it, or write objective.{self.unusable_key}: drop")
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         """The length of each side."""
         return tuple(len(parts[side]) for side in self.sides)
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         """A row counts once, if it has no empty answer."""
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 

@@ -1,7 +1,7 @@
 """Rows of images that have a label each. Their augmentation is drawn from (seed, step, row)."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -9,7 +9,19 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from tunekit.contracts import Array, Batch, EncodeOptions, Labels, Model, Pixels, Row, RowKind, RowLayout, Span
+from tunekit.contracts import (
+    Array,
+    Batch,
+    EncodeOptions,
+    Labels,
+    Model,
+    Pixels,
+    Row,
+    RowKind,
+    RowLayout,
+    RowParts,
+    Span,
+)
 from tunekit.data.encoding.augmentation import Augmentation
 from tunekit.data.encoding.images import Size, covering, read_image
 from tunekit.formats.image_label import ImageLabelExample
@@ -81,7 +93,7 @@ class LabelledImages(RowKind):
         side = min(max(min(pixels.shape[:2]), resolution), resolution * LARGEST)
         return covering(pixels, (side, side))
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return (len(parts["seen"]) // 3,)
 
     def prompt(self, example: ImageLabelExample) -> tuple[ImagePrompt, str]:

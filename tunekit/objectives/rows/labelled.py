@@ -1,7 +1,7 @@
 """Rows of texts that have a label each."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from tunekit.contracts import (
     Row,
     RowKind,
     RowLayout,
+    RowParts,
     Span,
     Tensors,
     Tokenizer,
@@ -71,7 +72,7 @@ class LabelledTexts(RowKind):
         self.labels.check(example.label)
         return self.make_row(_parts(self.tokenizer.encode_source(example.text), utf8(example.label)), origin)
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return (len(parts["ids"]),)
 
     def prompt(self, example: Any) -> tuple[list[int], str]:

@@ -1,12 +1,12 @@
 """Rows of recordings that have a label each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from tunekit.contracts import Array, Batch, Labels, Model, Row, RowLayout, Span
+from tunekit.contracts import Array, Batch, Labels, Model, Row, RowLayout, RowParts, Span
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.sound import Sound, opened
 from tunekit.errors import DataError
@@ -85,7 +85,7 @@ class LabelledRecordings(RecordingRows):
         parts = UNHEARD if example.beyond else self.sound_parts(example.clip)
         return self.make_row({**parts, "label": utf8(example.label)}, origin, sizes=(example.frames,))
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         """Nothing is learned from a part that is not heard."""
         return int(parts["features"].size > 0 or parts["place"].size > 0)
 

@@ -7,7 +7,7 @@ images are enlarged, and that only the ratio between aspect ratios decides which
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ from tunekit.contracts import (
     Row,
     RowKind,
     RowLayout,
+    RowParts,
     Span,
     Tensors,
 )
@@ -87,7 +88,7 @@ class PictureRows(RowKind):
         }
         return self.make_row(parts, origin)
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return (int(parts["bucket"].prod()),)
 
     def question(self, text: str) -> str:
@@ -132,7 +133,7 @@ def prompt_of(row: Row) -> str:
     return row.parts["prompt"].tobytes().decode()
 
 
-def text_parts(texts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def text_parts(texts: Sequence[RowParts]) -> dict[str, Array]:
     """The parts of a prepared row with the inputs made from each image's prompt."""
     return {f"{place} {name}": values for place, text in enumerate(texts) for name, values in text.items()}
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, Row, RowLayout, Span, Tensors, Window
+from tunekit.contracts import Array, Batch, Row, RowLayout, RowParts, Span, Tensors, Window
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.formats.prompt import PromptExample
@@ -94,13 +94,13 @@ class PromptRows(TextRows):
         assert prompt is not None
         return prompt[0]
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         """Those with the longest completions, as long as there are none."""
         if "prompt" not in parts:
             return self.answers.sizes_of(parts)
         return (len(parts["prompt"]) + self.longest,) * self.count
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         """The number of completions."""
         return self.count if "prompt" in parts else len(self.answers.sides)
 

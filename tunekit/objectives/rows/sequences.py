@@ -1,12 +1,12 @@
 """Rows of one sequence of ids, with a mark on each id that is trained on: for causal models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, Span
+from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, RowParts, Span
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.formats.example import Example
 from tunekit.objectives.losses.choices import ChoiceLoss
@@ -36,10 +36,10 @@ class SequenceRows(TextRows):
         ids, weights = self.renderer.sequence(example)
         return self.make_row(sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights), origin)
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return (len(parts["ids"]),)
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         return int(parts["trained"][1:].sum())
 
     def cut(self, row: Row, start: int, stop: int) -> Row:

@@ -1,12 +1,12 @@
 """Rows of a source that an encoder reads and an answer that a decoder learns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, Span
+from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, RowParts, Span
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER, NO_WEIGHT
@@ -67,10 +67,10 @@ class SourceRows(TextRows):
         ids = (np.asarray(source, np.int32), np.asarray([start, *answer], np.int32))
         return self.make_row(source_parts(*ids, weight), origin)
 
-    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return len(parts["source"]), self.units_in(parts)
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         return max(len(parts["answer"]) - 1, 0)
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:

@@ -1,11 +1,11 @@
 """Rows of words that have a tag each, predicted at the first token of the word."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tunekit.contracts import Array, Row, RowLayout, Span
+from tunekit.contracts import Array, Row, RowLayout, RowParts, Span
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
 from tunekit.errors import DataError
@@ -46,7 +46,7 @@ class TaggedWords(LabelledTexts):
         ids = self.word_ids(example.words)
         return self.make_row(_parts(ids, ids.firsts, tags), origin)
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         return len(parts["firsts"])
 
     def prompt(self, example: TagsExample) -> tuple[list[int], str]:

@@ -1,12 +1,12 @@
 """Rows of recordings with their transcripts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from tunekit.contracts import IGNORED, Array, Batch, Row, RowLayout, Span
+from tunekit.contracts import IGNORED, Batch, Row, RowLayout, RowParts, Span
 from tunekit.data.batching.pad import lay_end_to_end
 from tunekit.data.encoding.encode import TOO_LONG
 from tunekit.data.encoding.outcomes import Dropped
@@ -109,12 +109,12 @@ class TranscriptRows(RecordingRows):
         what = f"the transcript has {tokens} tokens, and an answer may have {maximum}"
         raise DataError(what, "cut the recording, or leave the row out")
 
-    def _row(self, parts: Mapping[str, Array], frames: int, origin: str, number: int = 0) -> Row:
+    def _row(self, parts: RowParts, frames: int, origin: str, number: int = 0) -> Row:
         """Without parts that a step added."""
         parts = {name: parts[name] for name in self.layout.parts}
         return self.make_row(parts, origin, number, (frames, self.units_in(parts)))
 
-    def units_in(self, parts: Mapping[str, Array]) -> int:
+    def units_in(self, parts: RowParts) -> int:
         return max(len(parts["answer"]) - 1, 0)
 
     def _text_ids(self, example: TranscriptExample, start: float) -> list[int]:

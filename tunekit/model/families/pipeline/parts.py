@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tunekit.contracts import Modules, NamedModules
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import shown
 from tunekit.model.quantized.codec import import_bitsandbytes
@@ -63,8 +64,8 @@ class PipelineNet(nn.Module):
 
     def __init__(
         self,
-        trained: Mapping[str, nn.Module],
-        beside: Mapping[str, nn.Module],
+        trained: Modules,
+        beside: Modules,
         config: PipelineConfig,
         dtype: torch.dtype,
     ) -> None:
@@ -225,7 +226,7 @@ def _width(config: Mapping[str, Any]) -> int:
     return int(config.get("num_attention_heads", 1)) * int(config.get("attention_head_dim", 1))
 
 
-def denoising_layers(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+def denoising_layers(denoiser: nn.Module) -> NamedModules:
     """The layers that may be recomputed, in the order in which they run: residual and transformer blocks of a UNet, as
     diffusers recomputes them, or the blocks of a transformer."""
     blocks = getattr(denoiser, "transformer_blocks", None)
