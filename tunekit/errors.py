@@ -107,7 +107,7 @@ class AdapterError(InputError):
 class RewardError(InputError):
     """A reward: its file, or what it gave back."""
 
-    going_on = "go on with --resume where it works again; a changed file is another reward, and needs a new run"
+    going_on = "go on with --resume; if you mended the reward's file, with --resume --accept-changed objective.reward"
 
 
 class RunFolderError(InputError):

@@ -6,6 +6,7 @@ Every decision was plan's; this file only obeys.
 import gc
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,21 @@ ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(
-    loaded: LoadedRecipe, resume: bool, dry_run: bool, overwrite: bool = False, json_file: str | None = None
+    loaded: LoadedRecipe,
+    resume: bool,
+    dry_run: bool,
+    overwrite: bool = False,
+    json_file: str | None = None,
+    accepted: Sequence[str] = (),
 ) -> None:
-    """Run the recipe.
+    """Run the recipe. `accepted`: keys whose files may have changed since the run that is resumed.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
     if overwrite and (resume or dry_run):
         raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
+    if accepted and not resume:
+        raise InputError("--accept-changed says what --resume accepts", "add --resume, or leave it out")
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
@@ -54,7 +62,10 @@ def train_verb(
     try:
         deterministic = deterministic_kernels(loaded.recipe.training.deterministic)
         with StopSignals(announce=devices.is_main) as signals, deterministic:
-            session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
+            session, path = (
+                Session(loaded, devices, console, signals, dry_run, tuple(accepted)),
+                Path(loaded.recipe.output.dir),
+            )
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):
                     result = _try_out(session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.grpo import GrpoSettings
 from tunekit.recipe.objectives.rloo import RlooSettings
 from tunekit.targets.target import find_target, load_target
+from tunekit.train import train_verb
 from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
 from tunekit.validate import validate
@@ -266,6 +268,35 @@ def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> Non
     with pytest.raises(RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: it has other"):
         train(recipe, resume=True)
     assert not (tmp_path / "ran").exists(), "a run that is refused runs none of the code"
+
+
+def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from judge import judged\n\ndef letters(completions):\n    return judged(completions)\n"
+    judge = (
+        "calls = []\ndef judged(said):\n    calls.append(1)\n    return [float(at) for at, _ in enumerate(said)]{}\n"
+    )
+    (tmp_path / "judge.py").write_text(judge.format("[: 18 if len(calls) < 3 else 0]"), encoding="utf-8")
+    recipe = write_prompts(tmp_path, base, code=code, data={"eval": None}, training={"epochs": 1})
+    with pytest.raises(InputError, match=r"(?s)0 rewards for 18.*with --resume --accept-changed objective\.reward"):
+        train(recipe)
+    (tmp_path / "judge.py").write_text(judge.format(""), encoding="utf-8")
+    sys.modules.pop("judge")
+    said = r"objective\.reward\.0\.function: changed since the run: it has other content; put it back \(or the file tha"
+    with pytest.raises(RunFolderError, match=said + r"t it loads\), accept it with --accept-changed objective\.reward"):
+        train(recipe, resume=True)
+    loaded = load_recipe(recipe)
+    with pytest.raises(RunFolderError, match=r"--accept-changed objective\.rewrad: no file of this run belongs to tha"):
+        train_verb(loaded, True, False, accepted=["objective.rewrad"])
+    with pytest.raises(InputError, match="--accept-changed says what --resume accepts"):
+        train_verb(loaded, False, False, accepted=["objective.reward"])
+    train_verb(loaded, True, False, accepted=["objective.reward"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
+    accepted = {"probe": "objective.reward.0.function: its files changed since the run", "step": 2}
+    assert accepted.items() <= report["reactions"][0].items()
+    assert "resumed with them, by --accept-changed" in capsys.readouterr().err
+    assert len([record for record in records(tmp_path / "run") if "loss" in record]) == 4
 
 
 WRONG = [

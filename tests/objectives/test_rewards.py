@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,89 @@ def every(prompts, completions, answer, **columns):
     old = found.fingerprint()
     (tmp_path / "rewards.py").write_text(f"{code}\n", encoding="utf-8")
     assert set(found.fingerprint().values()).isdisjoint(old.values())
+
+
+def test_every_module_of_the_folder_that_is_loaded_decides_a_resume(tmp_path: Path) -> None:
+    """Imported at the top, inside a function, by a module that is imported, relatively in a package, or by its name as
+    text; modules that nothing imports, and those that are installed, do not."""
+    code = """
+import importlib
+import json
+from beside import WORTH
+named = importlib.import_module("named_as_text")
+
+def score(completions, **columns):
+    import late.inner
+    return [WORTH + late.inner.MORE + named.EVEN_MORE for _ in completions]
+"""
+    (tmp_path / "late").mkdir()
+    files = {
+        "rewards.py": code,
+        "beside.py": "from deeper import WORTH\n",
+        "deeper.py": "WORTH = 1.0\n",
+        "late/__init__.py": "",
+        "late/inner.py": "from .values import MORE\nfrom . import others\n",
+        "late/values.py": "MORE = 2.0\n",
+        "late/others.py": "",
+        "named_as_text.py": "EVEN_MORE = 4.0\n",
+        "unrelated.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    before, source = list(sys.path), {"function": f"{tmp_path}/rewards.py:score", "allow_code": True}
+
+    def digests() -> list[dict[str, str]]:
+        found = loaded(source)
+        return [dict(found.fingerprint()), dict(found.begin(None, []))]  # type: ignore[arg-type]
+
+    for name in [*sys.modules]:  # of an earlier test
+        if name.split(".")[0] in ("beside", "deeper", "late", "named_as_text"):
+            del sys.modules[name]
+    rewards = loaded(source)
+    old = [dict(rewards.fingerprint()), dict(rewards.begin(None, []))]  # type: ignore[arg-type]
+    assert rewards.score(SAID).tolist() == [[7.0]] * 3
+    assert sys.path == before
+    assert [list(each) for each in old] == [["objective.reward.0.function"]] * 2
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}# changed\n", encoding="utf-8")
+        sys.modules.pop("named_as_text", None)
+        found = digests()
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        changed = [new != was for new, was in zip(found, old, strict=True)]
+        assert changed == [name not in ("unrelated.py", "named_as_text.py"), name == "named_as_text.py"], name
+
+
+def test_every_file_of_a_reward_model_decides_a_resume(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+
+    def digest() -> str:
+        return rewards_of({"model": str(model)}).fingerprint()["objective.reward.0.model"]
+
+    old = digest()
+    for name, was, is_ in (
+        ("config.json", '"rms_norm_eps": 1e-', '"rms_norm_eps": 2e-'),
+        ("tokenizer.json", '"Ń": 258', '"Ń": 259'),
+        ("chat_template.jinja", "im_end", "im_stop"),
+    ):
+        text = (model / name).read_text("utf-8")
+        (model / name).write_text(text.replace(was, is_), encoding="utf-8")
+        assert text != (model / name).read_text("utf-8")
+        assert digest() != old, name
+        (model / name).write_text(text, encoding="utf-8")
+    assert digest() == old
+
+
+def test_completion_ids_are_what_the_model_wrote_as_in_trl(tmp_path: Path) -> None:
+    code = """
+def score(completions, completion_ids):
+    return [float(sum(ids)) for ids in completion_ids]
+"""
+    (tmp_path / "rewards.py").write_text(code, encoding="utf-8")
+    found = loaded({"function": f"{tmp_path}/rewards.py:score", "allow_code": True})
+    assert found.reads_ids
+    written = [Completion("p", {"completion_ids": "a column"}, "a b", ids=[3, 4, 2]), Completion("p", {}, "", ids=[2])]
+    assert found.score(written).tolist() == [[9.0], [2.0]]
 
 
 def test_columns_of_the_data_never_stand_in_for_completions(tmp_path: Path) -> None:

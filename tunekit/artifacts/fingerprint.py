@@ -3,7 +3,7 @@ of processes is not part of it: no window depends on it.
 """
 
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 
 from tunekit.errors import Problem, RunFolderError
 from tunekit.recipe.reading.paths import path_mark
@@ -86,13 +86,17 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         found.append(("model", "the base model's files differ"))
-    changed = [key for key, _, _ in _changes(old, new, "code")]
-    changed += [key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)]  # known once read
-    found += [(key, "it has other content") for key in changed]
+    found += [(key, "it has other content") for key in changed_files(old, new)]
     found += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
     return found
+
+
+def changed_files(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """The keys whose files (code, models) have other content; they alone may be accepted."""
+    read = [key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)]  # known once read
+    return list(dict.fromkeys([*(key for key, _, _ in _changes(old, new, "code")), *read]))
 
 
 def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) -> Iterator[tuple[str, object, object]]:
@@ -126,15 +130,28 @@ def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[s
     return [f"{what}: the run goes on, but not bit by bit as it would have there"]
 
 
-def require_same(old: Mapping[str, object], new: Mapping[str, object], *, lines: Mapping[str, int], file: str) -> None:
-    """Refuse a resume whose recipe, data, base or versions changed.
+def require_same(
+    old: Mapping[str, object],
+    new: Mapping[str, object],
+    *,
+    lines: Mapping[str, int],
+    file: str,
+    accepted: Collection[str] = (),
+) -> list[str]:
+    """Refuse a resume whose recipe, data, base or versions changed; returns the keys whose changed files are `accepted`
+    (keys, or sections of keys).
 
     Raises: RunFolderError naming each difference.
     """
-    how = "put it back, or start a new run (adapter.init_from continues an adapter)"
-    problems = [
-        Problem(f"changed since the run: {text}", how, file if key in lines else None, lines.get(key), key)
-        for key, text in compare_fingerprints(old, new)
-    ]
+    files = changed_files(old, new)
+    allowed = [key for key in files if any(f"{key}.".startswith(f"{name}.") for name in accepted)]
+    problems = []
+    for key, text in compare_fingerprints(old, new):
+        accept = f" (or the file that it loads), accept it with --accept-changed {key}" if key in files else ""
+        how = f"put it back{accept}, or start a new run (adapter.init_from continues an adapter)"
+        if key not in allowed:
+            place = file if key in lines else None
+            problems.append(Problem(f"changed since the run: {text}", how, place, lines.get(key), key))
     if problems:
         raise RunFolderError.of(problems)
+    return allowed

@@ -57,6 +57,14 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
     ] = False,
+    accepted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept-changed",
+            metavar="KEY",
+            help="with --resume: go on although the files of this key (objective.reward) changed; the report says so",
+        ),
+    ] = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
@@ -69,7 +77,7 @@ def train(
         check_new_run(loaded)
     from tunekit.train import train_verb
 
-    train_verb(loaded, resume, dry_run, overwrite, json_file)
+    train_verb(loaded, resume, dry_run, overwrite, json_file, accepted or [])
 
 
 @data.command()

@@ -1,23 +1,26 @@
 """One reward model of a recipe: its folder -> a function that scores completions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tunekit.adapters.folder.config import FACTS_NAME
 from tunekit.contracts import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.errors import RecipeError
 from tunekit.evaluation.scores import undisturbed
+from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.formats.example import Message
 from tunekit.formats.preference import AskedExample
-from tunekit.model.load import make_meta_model
+from tunekit.model.load import base_fingerprint, make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.prompts import Completion
 from tunekit.objectives.rows.text import TextRows
-from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
+from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target, processor_of
 
 BATCH_SIZE = 16  # completions that are scored side by side
 Scorer = Callable[[Sequence[Completion]], list[float]]
@@ -31,6 +34,18 @@ def find_reward_model(folder: str) -> TargetSpec:
 def weight_bytes(target: TargetSpec, device: torch.device) -> int:
     """Bytes of its weights, before they are loaded."""
     return stored_bytes(make_meta_model(target.model, device=device).net)
+
+
+def reward_model_content(folder: str) -> bytes:
+    """What decides its scores: weights, adapter, configuration, tokenizer and template."""
+    target = find_reward_model(folder)
+    places = [Path(folder) / name for name in ("", "adapter", "model")]
+    weights = [file for place in places for file in sorted(place.glob("*.safetensors"))]
+    settings = [file for place in places for file in (place / "adapter_config.json", place / FACTS_NAME)]
+    files = [*weights, *filter(Path.is_file, settings)]
+    section = target.model.model_dump_json(exclude={"name_or_path", "revision"})
+    texts = [section, base_fingerprint(target.model), processor_of(target).fingerprint, target.chat_template or ""]
+    return "\0".join([*(sha256_of(file, MODEL_FILE) for file in files), *texts]).encode("utf-8", "surrogatepass")
 
 
 def load_scorer(folder: str, key: str, device: torch.device) -> Scorer:

@@ -3,34 +3,30 @@
 A function of the user's is called as TRL calls it; its result is checked before anything is made of it. NaN: no reward.
 """
 
-import importlib.util
-import inspect
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tunekit.companions.base import Planned
-from tunekit.companions.reward_model import find_reward_model, load_scorer, weight_bytes
+from tunekit.companions.reward_code import UserFunction, code_content, error_line
+from tunekit.companions.reward_model import find_reward_model, load_scorer, reward_model_content, weight_bytes
 from tunekit.console import visible
-from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows
+from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows, RunView
 from tunekit.errors import Problem, RewardError
-from tunekit.files.untrusted import MODEL_FILE, Match, compile_expression, sha256_of
+from tunekit.files.untrusted import Match, compile_expression
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.objectives.losses.advantages import Rewards, weighted_sum
 from tunekit.objectives.rows.prompts import Completion, read_context
 from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
 TRAINING_SECONDS = 120.0  # that one call may take, if the recipe states nothing
-KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
 SHORTEST = 1e-3  # seconds that are left for the last search
 RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
 MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
@@ -66,7 +62,7 @@ class RewardFunctions(Companion):
             yield Problem(f"no row has the column '{column}'", f"the first row has: {names or 'none'}", key=key)
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of each function's file and each model's weights. Raises: RewardError."""
+        """sha256 of the code that each function runs, and of each model's files. Raises: RewardError."""
         return {
             f"{self.key}.{number}.{source.kind}": sha256(content).hexdigest()
             for number, source in enumerate(self.sources)
@@ -78,6 +74,17 @@ class RewardFunctions(Companion):
         model."""
         self._functions = [self._function(number, device) for number in range(len(self.sources))]
 
+    def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
+        """sha256 of the modules that a function's file loaded from its folder and that its text does not name."""
+        functions = {f"{self.key}.{number}.function": each for number, each in enumerate(self._functions)}
+        user = {key: each for key, each in functions.items() if isinstance(each, UserFunction)}
+        return {key: sha256(content).hexdigest() for key, each in user.items() if (content := each.unnamed_modules())}
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether a loaded function has a parameter completion_ids."""
+        return any("completion_ids" in each.taken for each in self._functions if isinstance(each, UserFunction))
+
     def _function(self, number: int, device: torch.device) -> RewardFunction:
         source = self.sources[number]
         if source.model is not None:
@@ -86,7 +93,7 @@ class RewardFunctions(Companion):
             search = self._search(number, "regex", source.regex)
             return lambda completions: [float(match is not None) for match in search(completions)]
         if source.exact_match is None:
-            return _user_function(source)
+            return UserFunction(source)
         extracted = None if source.extract is None else self._search(number, "extract", source.extract)
         return partial(_exact_match, source.exact_match, extracted)
 
@@ -120,7 +127,7 @@ class RewardFunctions(Companion):
             return self._functions[number](completions)
         try:
             with time_limit(self.limit(number)):
-                return _listed(self._functions[number](completions))
+                return self._functions[number](completions)
         except TimeUp:
             raise self._late(number, self._hanging(number, completions)) from None
 
@@ -130,7 +137,7 @@ class RewardFunctions(Companion):
         for completion in completions:
             try:
                 with time_limit(limit / 4), suppress(Exception, SystemExit):
-                    _listed(self._functions[number]([completion]))
+                    self._functions[number]([completion])
             except TimeUp:
                 return [completion]
             if time.monotonic() - start > limit:
@@ -161,7 +168,7 @@ class RewardFunctions(Companion):
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
-            what = f"{name} raised {_line(error, self.sources[number].code_file)}"
+            what = f"{name} raised {error_line(error, self.sources[number].code_file)}"
             raise RewardError(what, "mend it; `tunekit reward check` tries it") from error
         rewards = _checked(result, len(completions), name)
         if completions and not may_be_silent and np.isnan(rewards).all():
@@ -228,81 +235,11 @@ def _shown(value: object) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _line(error: BaseException, code_file: Path) -> str:
-    """An error in a line, with where in the user's file it came from."""
-    words = " ".join(str(error).split())[:200]
-    trace, place = error.__traceback__, ""
-    while trace is not None:
-        mine = trace.tb_frame.f_code.co_filename == str(code_file)
-        place = f" (line {trace.tb_lineno})" if mine else place
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {words}{place}" if words else f"{type(error).__name__}{place}"
-
-
 def _content_of(source: RewardSource) -> bytes | None:
-    """What decides its rewards, besides the recipe: a file's bytes, or the hashes of a model's weights."""
+    """What decides its rewards, besides the recipe: the code that a function runs, or a model's files."""
     if source.kind == "function":
-        return _code_of(source)
-    if source.model is None:
-        return None
-    places = [Path(source.model) / name for name in ("", "adapter", "model")]
-    files = [file for place in places for file in sorted(place.glob("*.safetensors"))]
-    return "".join(sha256_of(file, MODEL_FILE) for file in files).encode()
-
-
-def _code_of(source: RewardSource) -> bytes:
-    try:
-        return source.code_file.read_bytes()
-    except OSError as error:
-        what = f"the file cannot be read: {error.strerror or error}"
-        raise RewardError(what, "name FILE.py:NAME", file=str(source.code_file), key="objective.reward") from None
-
-
-def _user_function(source: RewardSource) -> RewardFunction:
-    """A function of a file, called with what its signature takes."""
-    function = _loaded(source)
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    taken = {parameter.name for parameter in parameters}
-
-    def call(completions: Sequence[Completion]) -> Sequence[Any]:
-        columns = {name: None for each in completions for name in each.columns if name not in KEPT_BACK}
-        values: dict[str, Any] = {
-            **{name: [each.columns.get(name) for each in completions] for name in columns},
-            "prompts": [each.prompt for each in completions],
-            "completions": [each.formatted for each in completions],
-        }
-        arguments = {name: value for name, value in values.items() if takes_all or name in taken}
-        rewards: Sequence[Any] = function(**arguments)
-        return rewards
-
-    return call
-
-
-def _loaded(source: RewardSource) -> Callable[..., Any]:
-    """The function, its file run as a module; meanwhile files of the same folder can be imported."""
-    code, file, name = _code_of(source), source.code_file, source.function_name
-    module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where classes of the file look for their own module
-    sys.path.insert(0, str(file.parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise RewardError(f"cannot be run: {_line(error, file)}", "mend it", file=str(file)) from error
-    finally:
-        sys.path.remove(str(file.parent))
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise RewardError(f"has no function {name}", f"it has: {', '.join(names) or 'none'}", file=str(file))
-    if inspect.iscoroutinefunction(function):
-        raise RewardError(f"{name} is an async function", "write a plain one", file=str(file))
-    return function
+        return code_content(source)
+    return None if source.model is None else reward_model_content(source.model)
 
 
 def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequence[Completion]) -> list[float | None]:
@@ -315,11 +252,6 @@ def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequen
         ]
     equal = iter([text.strip() == str(each.columns[column]).strip() for text, each in zip(texts, judged, strict=True)])
     return [None if each.columns.get(column) is None else float(next(equal)) for each in completions]
-
-
-def _listed(result: Any) -> Any:
-    """A generator's items, so that its errors are raised here; anything else as it is."""
-    return list(result) if isinstance(result, Iterator) else result
 
 
 make = RewardFunctions  # companions.base calls it with a CompanionSpec

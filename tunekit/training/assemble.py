@@ -3,7 +3,7 @@ probed, restored from its checkpoint, and tried where plan wants that.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
-from tunekit.records import Plan, calibration_text
+from tunekit.records import Plan, Reaction, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
@@ -79,6 +79,10 @@ def assemble_run(
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
+    for key in session.changed:
+        what, action = f"{key}: its files changed since the run", "resumed with them, by --accept-changed"
+        state.reactions.append(asdict(Reaction(what, action, state.step)))
+        session.console.warn(f"{what}; {action}")
     plan = _with_targets(plan, adapter)
     write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
     splitting = make_splitting(session, state)

@@ -29,10 +29,11 @@ def run_loop(run: Run) -> None:
     try:
         _make_steps(run, waiting)
     except InputError as error:
-        if run.devices.world > 1 or state.step == state.saved_step:  # another rank may be in the middle of a step
+        if run.devices.world > 1 or not state.step:  # another rank may be in the middle of a step
             raise
         _settle(run, waiting)
-        _save(run)
+        if state.step > state.saved_step:
+            _save(run)
         saved = Problem(f"the checkpoint of step {state.step} is written", error.going_on)
         raise InputError.of([*error.problems, saved]) from error
 

@@ -127,7 +127,7 @@ def checked_fingerprint(
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
     if old is not None:
-        require_same(old, new, lines=session.loaded.lines, file=str(session.loaded.path))
+        _require_same(session, old, new)
         for note in resume_notes(old, new):
             session.console.warn(note)
     if checkpoint is not None:  # what made it may have been killed before it removed the older ones
@@ -148,9 +148,21 @@ def with_files(
         return fingerprint
     new = {**fingerprint, "files": dict(files)}
     if checkpoint is not None:
-        old = checkpoint.facts["fingerprint"]
-        require_same(old, new, lines=session.loaded.lines, file=str(session.loaded.path))
+        _require_same(session, checkpoint.facts["fingerprint"], new)
     return new
+
+
+def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
+    """Refuse what changed; what --accept-changed names is kept for the report."""
+    keys = list(dict.fromkeys([*new.get("code", ()), *new.get("files", ()), *old.get("files", ())]))
+    for name in session.accepted:
+        if not any(f"{key}.".startswith(f"{name}.") for key in keys):
+            what = f"--accept-changed {name}: no file of this run belongs to that key"
+            raise RunFolderError(what, f"name one of: {', '.join(keys)}" if keys else "leave it out")
+    lines, file = session.loaded.lines, str(session.loaded.path)
+    for key in require_same(old, new, lines=lines, file=file, accepted=session.accepted):
+        if key not in session.changed:
+            session.changed.append(key)
 
 
 def _protected(session: Session, best_step: int | None) -> set[int]:

@@ -30,6 +30,8 @@ class Session:
     console: Console
     signals: StopSignals
     dry_run: bool = False
+    accepted: tuple[str, ...] = ()  # keys of the recipe whose files may have changed since the run that is resumed
+    changed: list[str] = field(default_factory=list)  # those of them whose files did
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # of what came before the loop
     baseline_bytes: int = 0  # what the process had, libraries imported, before the base was loaded

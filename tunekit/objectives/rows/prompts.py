@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,12 +37,13 @@ class Sample:
 @dataclass(frozen=True)
 class Completion:
     """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text. `origin`: the
-    row's file and line, for errors."""
+    row's file and line, for errors; `ids`: with the stop token that ended it, None where no tokenizer was loaded."""
 
     prompt: str | list[JsonObject]
     columns: Mapping[str, Any]
     text: str
     origin: str = ""
+    ids: Sequence[int] | None = field(default=None, compare=False)
 
     @property
     def formatted(self) -> str | list[JsonObject]:
@@ -186,7 +187,7 @@ class PromptRows(TextRows):
 def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[Completion]:
     """The completions of each row as rewards read them."""
     return [
-        Completion(**read_context(row), text=sample.text, origin=row.origin)
+        Completion(**read_context(row), text=sample.text, origin=row.origin, ids=sample.ids)
         for row, group in zip(rows, groups, strict=True)
         for sample in group
     ]

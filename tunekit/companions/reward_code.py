@@ -1,0 +1,151 @@
+"""A reward function of the user's file: loaded, called as TRL calls it, and which files decide its results."""
+
+import ast
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tunekit.errors import RewardError
+from tunekit.objectives.rows.prompts import Completion
+from tunekit.recipe.bases.sample_settings import RewardSource
+
+KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
+
+
+class UserFunction:
+    """A function of a file, called with the arguments that its signature names; `taken`: their names.
+
+    While the file is loaded and during calls, modules of its folder can be imported.
+    """
+
+    def __init__(self, source: RewardSource) -> None:
+        self.folder, self._named = source.code_file.parent, imported_files(source.code_file)
+        before = set(sys.modules)
+        self._function = _loaded(source)
+        self._modules = sorted(set(sys.modules) - before)
+        parameters = inspect.signature(self._function).parameters.values()
+        self.takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        self.taken = {parameter.name for parameter in parameters}
+
+    def __call__(self, completions: Sequence[Completion]) -> Sequence[Any]:
+        """The function's result, whatever it is; a generator runs here."""
+        columns = {name: None for each in completions for name in each.columns if name not in KEPT_BACK}
+        values: dict[str, Any] = {
+            **{name: [each.columns.get(name) for each in completions] for name in columns},
+            "prompts": [each.prompt for each in completions],
+            "completions": [each.formatted for each in completions],
+        }
+        if all(each.ids is not None for each in completions):
+            values["completion_ids"] = [list(each.ids or ()) for each in completions]
+        arguments = {name: value for name, value in values.items() if self.takes_all or name in self.taken}
+        with _importing_from(self.folder):
+            rewards: Sequence[Any] = self._function(**arguments)
+            return list(rewards) if isinstance(rewards, Iterator) else rewards
+
+    def unnamed_modules(self) -> bytes:
+        """The content of modules that the file loaded from its folder, but not by an import statement."""
+        files = [path for name in self._modules for path in _places(self.folder, name) if path.is_file()]
+        return _content({path: _read(path) for path in files if path not in self._named}, self.folder)
+
+
+def code_content(source: RewardSource) -> bytes:
+    """The file of a function, with every module of its folder that it imports. Nothing is run. Raises: RewardError."""
+    files = imported_files(source.code_file)
+    return files.pop(source.code_file) + _content(files, source.code_file.parent)
+
+
+def imported_files(file: Path) -> dict[Path, bytes]:
+    """The file and the modules of its folder that its import statements name, directly or not: their contents."""
+    found, waiting = dict[Path, bytes](), [file]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found[path] = _read(path)
+            names = _imports(found[path], path.relative_to(file.parent).parent.parts)
+            waiting += [place for name in names for place in _places(file.parent, name) if place.is_file()]
+    return found
+
+
+def _imports(code: bytes, package: Sequence[str]) -> set[str]:
+    """Dotted names of modules that the code of a package may import, also inside functions, and of their parents."""
+    try:
+        statements = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError):  # told when the file is run
+        return set()
+    names = {alias.name for each in statements if isinstance(each, ast.Import) for alias in each.names}
+    for each in statements:
+        if isinstance(each, ast.ImportFrom):
+            above = package[: len(package) + 1 - each.level] if each.level else ()
+            module = [*above, *(each.module or "").split(".")]
+            names |= {".".join(filter(None, [*module, alias.name])) for alias in each.names}
+    parts = [name.split(".") for name in names]
+    return {".".join(some[:count]) for some in parts for count in range(1, len(some) + 1)}
+
+
+def _places(folder: Path, module: str) -> tuple[Path, Path]:
+    """Where a module of the folder would be."""
+    path = folder.joinpath(*module.split("."))
+    return path.parent / f"{path.name}.py", path / "__init__.py"
+
+
+def _content(files: dict[Path, bytes], folder: Path) -> bytes:
+    return b"".join(f"\0{path.relative_to(folder)}\0".encode() + sha256(files[path]).digest() for path in sorted(files))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        what = f"the file cannot be read: {error.strerror or error}"
+        raise RewardError(what, "name FILE.py:NAME", file=str(path), key="objective.reward") from None
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """A block in which modules of the folder can be imported."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+
+
+def _loaded(source: RewardSource) -> Callable[..., Any]:
+    """The function, its file run as a module."""
+    code, file, name = _read(source.code_file), source.code_file, source.function_name
+    module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where classes of the file look for their own module
+    try:
+        with _importing_from(file.parent):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise RewardError(f"cannot be run: {error_line(error, file)}", "mend it", file=str(file)) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise RewardError(f"has no function {name}", f"it has: {', '.join(names) or 'none'}", file=str(file))
+    if inspect.iscoroutinefunction(function):
+        raise RewardError(f"{name} is an async function", "write a plain one", file=str(file))
+    return function
+
+
+def error_line(error: BaseException, code_file: Path) -> str:
+    """An error in a line, with where in the user's file it came from."""
+    words = " ".join(str(error).split())[:200]
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        mine = trace.tb_frame.f_code.co_filename == str(code_file)
+        place = f" (line {trace.tb_lineno})" if mine else place
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {words}{place}" if words else f"{type(error).__name__}{place}"
