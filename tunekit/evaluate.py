@@ -21,7 +21,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
-from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
+from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_reference, load_target
 from tunekit.tuned.fit import row_problems
 
 
@@ -51,6 +51,7 @@ def evaluate_verb(
     try:
         console.info(f"loading {found.model.name_or_path} ...")
         loaded = load_target(found, devices.device)
+        load_reference(loaded)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
         loaded.model.companions = load_companions(rows.objective, devices.device)

@@ -48,8 +48,8 @@ def log_probabilities_of(of_batch: Callable[[str, Batch], Tensor]) -> Iterator[N
 def run_of(rows: RowKind, gather: Gather = list) -> ModelRun:
     """A run whose model gives Outputs."""
 
-    def scored(batches: Sequence[Batch], read: Any, *, bypassed: bool = False) -> list[Tensor]:
-        return [read(Output("reference" if bypassed else "policy", batch), batch).detach() for batch in batches]
+    def scored(batches: Sequence[Batch], read: Any, *, reference: bool = False) -> list[Tensor]:
+        return [read(Output("reference" if reference else "policy", batch), batch).detach() for batch in batches]
 
     model: Any = SimpleNamespace(scored=scored, device=torch.device("cpu"), reference_scores={}, companions={})
     return ModelRun(model, rows, gather)

@@ -153,8 +153,8 @@ class Case:
             assert named["seeds"] == expected, "what is drawn follows from seed, step, row and completion"
             return [known[tuple(prompt)][at % count] for at, prompt in enumerate(prompts)]
 
-        def scored(batches: Sequence[Batch], score: Any, *, bypassed: bool = False) -> list[Tensor]:
-            table = self.reference if bypassed else self.old
+        def scored(batches: Sequence[Batch], score: Any, *, reference: bool = False) -> list[Tensor]:
+            table = self.reference if reference else self.old
             return [score(Output(table, batch), batch).detach() for batch in batches]
 
         model: Any = SimpleNamespace(

@@ -1,7 +1,8 @@
 """Puts an adapter into a base and holds on to it: state by name, optimizer groups, hooks, and the way back."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,19 @@ class AttachedAdapter:
                 tensor.copy_(tensors[name])
         for part in self.parts():
             part.check_state()
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """A block in which the whole state is these tensors. Nothing is copied, and the state keeps its storage."""
+        state = self._tensors(KINDS)
+        before = {name: tensor.data for name, tensor in state.items()}
+        try:
+            for name, tensor in state.items():
+                tensor.data = tensors[name]
+            yield
+        finally:
+            for name, tensor in state.items():
+                tensor.data = before[name]
 
     def groups(self, training: TrainingSection) -> list[tuple[tuple[str, ...], float, bool]]:
         """Optimizer groups (names, learning-rate multiplier, whether weight decay applies): every trained name once.

@@ -37,6 +37,15 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
     return () if getattr(settings, "trains_base", False) else names
 
 
+def starts_as_base(settings: AdapterSettings, *, exported: bool = False) -> bool:
+    """Whether the model at step 0 is the base with the adapter bypassed; `exported`: with its exported folder bypassed,
+    where the base has the weights that an initialisation took from it."""
+    method, start = load_method(settings.method), settings.initialisation
+    part = method.layer or method.model or LayerAdapter
+    changed = start is not None and (start.looks_at == "original" or (start.moves_weights and not exported))
+    return part.starts_as_identity and settings.init_from is None and not changed
+
+
 def always(settings: AdapterSettings) -> bool:
     """Method.is_linear of a method whose update is always linear in its tensors."""
     return True

@@ -87,9 +87,9 @@ class Model(Protocol):
     def output(self, inputs: Tensors) -> ModelOutput:
         """One forward."""
 
-    def scored(self, batches: Sequence[Batch], read: Read, *, bypassed: bool = False) -> list[Tensor]:
-        """What `read` takes from the forward of each batch, on the host, without gradient or dropout; `bypassed`:
-        without the adapter. A streamed base copies its layers once for all batches."""
+    def scored(self, batches: Sequence[Batch], read: Read, *, reference: bool = False) -> list[Tensor]:
+        """What `read` takes from the forward of each batch, on the host, without gradient or dropout; `reference`:
+        from that of the policy at step 0. A streamed base copies its layers once for all batches."""
 
     def generate(
         self,

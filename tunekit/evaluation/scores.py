@@ -156,20 +156,20 @@ class MeasuringRun(ModelRun):
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """As ModelRun."""
-        return [self._in_halves(batch, read, bypassed=False) for batch in batches]
+        return [self._in_halves(batch, read, reference=False) for batch in batches]
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """As ModelRun."""
-        return [self._in_halves(batch, read, bypassed=True) for batch in batches]
+        return [self._in_halves(batch, read, reference=True) for batch in batches]
 
-    def _in_halves(self, batch: Batch, read: Read, *, bypassed: bool) -> Tensor:
+    def _in_halves(self, batch: Batch, read: Read, *, reference: bool) -> Tensor:
         """Shapes: -> (S P,), P rows of S sides."""
         try:
-            return self.model.scored([batch], read, bypassed=bypassed)[0]
+            return self.model.scored([batch], read, reference=reference)[0]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
         halves = _halves(batch, self.rows, reason, self.on_split)
-        scores = [self._in_halves(half, read, bypassed=bypassed).view(-1, len(half.rows)) for half in halves]
+        scores = [self._in_halves(half, read, reference=reference).view(-1, len(half.rows)) for half in halves]
         return torch.cat(scores, dim=1).flatten()  # (S P,)

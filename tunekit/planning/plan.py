@@ -32,7 +32,7 @@ from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
-from tunekit.planning.starts import reference_problems, start_bytes, start_notes, start_problems
+from tunekit.planning.starts import start_bytes, start_notes, start_problems
 from tunekit.planning.tiers import activation_notes, allowed_tiers, streaming_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
@@ -108,7 +108,6 @@ def make_plan(
     rows = inputs.rows
     findings.add(row_problems(inputs.base, inputs.processor, objective.rows, rows.all, inputs.virtual_tokens))
     findings.add(start_problems(recipe.adapter, inputs.base, inputs.targets))
-    findings.add(reference_problems(recipe.adapter, objective))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
@@ -355,7 +354,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
         notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
     notes += refusals.position_notes(inputs.base, inputs.rows, inputs.virtual_tokens)
     notes += refusals.run_notes(recipe, inputs.base, device)
-    notes += start_notes(recipe.adapter, inputs.targets)
+    notes += start_notes(recipe.adapter, inputs.rows.objective, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)
     groups = load_method(adapter.method).groups(net, adapter, inputs.targets)
     if groups:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tunekit.adapters.base import LayerAdapter
-from tunekit.adapters.method import load_method
+from tunekit.adapters.method import starts_as_base
 from tunekit.adapters.starts.start import LINEAR, start_module
 from tunekit.contracts import Objective
 from tunekit.errors import Problem
@@ -22,24 +21,6 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
         yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
 
 
-def reference_problems(settings: AdapterSettings, objective: Objective) -> Iterator[Problem]:
-    """Where the base, the adapter bypassed, is not the model as it is at step 0, with which the objective compares."""
-    if not objective.loss.reference:
-        return
-    method, start = load_method(settings.method), settings.initialisation
-    part = method.layer or method.model or LayerAdapter
-    what = f"{objective.name} compares with the model at step 0, which must be the base with its adapter bypassed, and "
-    if settings.init_from is not None:
-        how = "merge that adapter into its base first, and train a new one over the result"
-        yield Problem(f"{what}init_from begins with another adapter's values", how, key="adapter.init_from")
-    if not part.starts_as_identity:
-        how = "choose a method that begins as the identity, such as lora, or an objective without a reference"
-        yield Problem(f"{what}{settings.method} does not begin as the identity", how, key="adapter.method")
-    if start is not None and (start.moves_weights or start.looks_at == "original"):
-        how = "write start: default, or choose an objective without a reference"
-        yield Problem(f"{what}{start.method} begins with values that change it", how, key="adapter.start")
-
-
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
     """The most that a start keeps and works with, beside the base; all of it is gone before step 1."""
     start, linear = settings.initialisation, [target for target in targets if target.kind in LINEAR]
@@ -55,8 +36,10 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
     return sum(start_module(start.method).statistics_bytes(start, target) for target in targets)
 
 
-def start_notes(settings: AdapterSettings, targets: Sequence[Target]) -> Iterator[str]:
-    """The pass over the data that will be made."""
+def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
+    """The pass over the data that will be made, and what the reference model is."""
+    if objective.loss.reference and not starts_as_base(settings):
+        yield "the reference model is the base with the adapter as it is at step 0; a frozen copy of that is kept"
     start = settings.calibration
     if start is not None:
         kept = bytes_text(_statistics_bytes(start, [target for target in targets if target.kind in LINEAR]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.adapters.method import starts_as_base
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.contracts import Answering, Objective, Processor, Tensors
 from tunekit.data.encoding.sources import read_template
@@ -26,6 +27,9 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import Target
 
 BUFFER_PREFIX = "adapter."  # of a checkpoint's tensors: adapter state that is not trained: seeds, indices, importances
+
+REFERENCE_PREFIX = "reference."  # and the whole state at step 0, where the loss compares with it
+STEP_0 = {"reference": "the adapter at step 0"}  # a fact of an exported objective, where the base alone is another
 
 
 def export_adapter(
@@ -48,7 +52,7 @@ def export_adapter(
         double_quantization=base.facts.double_quantization,
         task_type=base.family.task_type,
         chat_template=chat_template,
-        objective=_objective_facts(objective),
+        objective=_objective_facts(objective, adapter),
         of_pipeline=base.family.is_pipeline,
     )
 
@@ -71,8 +75,9 @@ def export_model(
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _objective_facts(objective: Objective) -> dict[str, Any]:
-    return {"method": objective.name, **objective.facts}
+def _objective_facts(objective: Objective, adapter: AttachedAdapter) -> dict[str, Any]:
+    other = objective.loss.reference and not starts_as_base(adapter.settings, exported=True)
+    return {"method": objective.name, **objective.facts, **(STEP_0 if other else {})}
 
 
 def facts_for_export(adapter: AttachedAdapter, objective: Objective) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def facts_for_export(adapter: AttachedAdapter, objective: Objective) -> dict[str
     return {
         "settings": adapter.settings.model_dump(mode="json", exclude={"init_from"}),
         "targets": [asdict(target) for target in adapter.targets],
-        "objective": _objective_facts(objective),
+        "objective": _objective_facts(objective, adapter),
     }
 
 
@@ -104,17 +109,17 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         what = f"{checkpoint} is of an older tunekit and cannot be exported"
         raise RunFolderError(what, "finish the run with --resume")
     section = recipe.model.model_copy(update=model)
-    named = {key: value for key, value in facts["objective"].items() if key != "method"}
+    named = {key: value for key, value in facts["objective"].items() if key not in ("method", *STEP_0)}
     objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
     fingerprint = base_fingerprint(section)
     if fingerprint != found.facts["fingerprint"]["base"]:
         what = f"{checkpoint} was trained on another base than {section.name_or_path} (their fingerprints differ)"
         raise RunFolderError(what, "name the right base with --base")
-    base = make_meta_model(section, device=cpu)
+    base, settings = make_meta_model(section, device=cpu), type(recipe.adapter).model_validate(facts["settings"])
     adapter = attach_adapter(
         base.net,
-        type(recipe.adapter).model_validate(facts["settings"]),
+        settings.model_copy(update={"init_from": recipe.adapter.init_from}),
         seed=0,
         head_name=base.family.head_name(base.net),
         device=cpu,
@@ -127,15 +132,14 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     return export_adapter(folder, base, adapter, objective, template, fingerprint)
 
 
-def adapter_buffers(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The adapter's state in a checkpoint that is not trained, by name."""
-    buffers = {name: value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)}
-    return {name.removeprefix(BUFFER_PREFIX): value for name, value in buffers.items()}
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """The tensors of a checkpoint whose names begin with `prefix`, by the rest of the name."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> Tensors:
     """The adapter's tensors by name, of which the trained ones lie in one buffer a group."""
-    state = adapter_buffers(tensors)
+    state = prefixed(tensors, BUFFER_PREFIX)
     for number, group in enumerate(layout):
         weights = tensors[f"group{number}.weights"]
         for name, (start, *shape) in group.items():

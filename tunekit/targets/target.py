@@ -11,7 +11,7 @@ import torch
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.artifacts.checkpoint import find_checkpoint
+from tunekit.artifacts.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
@@ -30,7 +30,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
-from tunekit.targets.export import export_checkpoint
+from tunekit.targets.export import REFERENCE_PREFIX, STEP_0, export_checkpoint, prefixed
 from tunekit.targets.labels import adapter_family, head_facts, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
@@ -48,6 +48,7 @@ class TargetSpec:
     evaluation: EvaluationSection
     adapter: Path | None = None
     recipe: Recipe | None = None
+    run: Path | None = None  # the folder of the run that it is from
     rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
     holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
 
@@ -177,7 +178,7 @@ def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
         if not (folder / "adapter" / "adapter_config.json").exists():
             how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
             raise InputError(f"{folder} is a run without a result yet", how)
-        return _from_recipe("run", recipe, folder / "adapter", given)
+        return replace(_from_recipe("run", recipe, folder / "adapter", given), run=folder)
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
         return _bare_model(str(folder), given)
     files = "neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
@@ -197,15 +198,16 @@ def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> TargetSpec:
     holder = TemporaryDirectory(prefix="tunekit-")
     adapter = Path(holder.name) / "adapter"
     export_checkpoint(checkpoint, adapter, given.model)
-    recipe = load_recipe(checkpoint.parent.parent / "recipe.yaml").recipe
-    return replace(_from_recipe("checkpoint", recipe, adapter, given), holder=holder)
+    run = checkpoint.parent.parent
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    return replace(_from_recipe("checkpoint", recipe, adapter, given), run=run, holder=holder)
 
 
 def _from_adapter(folder: Path, given: TargetOverrides) -> TargetSpec:
     """An adapter folder; in a run folder it also has that run's data."""
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
-        return _from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given)
+        return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given), run=run)
     model = base_section(read_adapter_config(folder), given.model, NAME_BASE)
     return TargetSpec("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
 
@@ -254,7 +256,7 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     """For what the target was or would be trained, as its recipe or its adapter's folder say; None of bare models."""
     config = None if target.adapter is None else read_adapter_config(target.adapter)
     facts = dict((config.objective if config else None) or {})
-    method = facts.pop("method", None)
+    method, _ = facts.pop("method", None), [facts.pop(key, None) for key in STEP_0]
     if target.recipe is not None:
         facts = start_facts(target.recipe) if target.kind == "recipe" else facts
         objective = make_objective(target.recipe.objective, processor, facts)
@@ -315,3 +317,23 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
         place = partial(attach_adapter_folder, base.net, target.adapter, device=base.device)
         attach = partial(place, head_name=base.family.head_name(base.net), base_fingerprint=base.fingerprint)
     return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)
+
+
+def load_reference(loaded: LoadedTarget) -> None:
+    """Give the model the adapter's state at step 0, where the objective compares with that and not with the base.
+
+    Raises: InputError where no checkpoint of its run has it.
+    """
+    target, model = loaded.target, loaded.model
+    facts = {} if target.adapter is None else read_adapter_config(target.adapter).objective or {}
+    if not STEP_0.keys() <= facts.keys() or model.adapter is None:
+        return
+    checkpoints = [] if target.run is None else list_checkpoints(target.run / "checkpoints")
+    saved = prefixed(load_checkpoint(checkpoints[0][1]).tensors, REFERENCE_PREFIX) if checkpoints else {}
+    state = model.adapter.state()
+    if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in state.items()):
+        what = (
+            f"{loaded.objective.name} compares this adapter with its state at step 0, which only its run's checkpoints"
+        )
+        raise InputError(f"{what} have", "name the run, with its folder 'checkpoints' as training left it")
+    model.reference_state = {name: saved[name].to(tensor.device) for name, tensor in state.items()}

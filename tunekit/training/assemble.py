@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.method import starts_as_base
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
@@ -30,7 +31,7 @@ from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.run_files import checked_fingerprint, save_run, with_files, write_plan
-from tunekit.training.saved_state import restore
+from tunekit.training.saved_state import restore, restore_reference
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run, add_seconds
@@ -70,14 +71,19 @@ def assemble_run(
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
-    probe_reference(model, prepared.rows.objective, prepared.largest_batch)
-    adapter = model.adapter
+    adapter, objective = model.adapter, prepared.rows.objective
     assert adapter is not None
+    if objective.loss.reference and starts_as_base(prepared.adapter):
+        probe_reference(model, objective, prepared.largest_batch)
+    elif objective.loss.reference:
+        model.keep_reference()
     optimizer = make_optimizer(recipe.training, adapter)
     trim_heap()  # the adapter's own tensors left pieces between small objects, too short for an activation
     settle_heap()
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
+        if model.reference_state is not None:
+            restore_reference(checkpoint.tensors, model.reference_state)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
     for key in session.changed:
         what, action = f"{key}: its files changed since the run", "resumed with them, by --accept-changed"

@@ -240,7 +240,7 @@ def save_run(session: Session, run: Run, fingerprint: JsonObject) -> None:
             save_checkpoint(
                 folder,
                 state.step,
-                checkpoint_tensors(run.optimizer, run.adapter),
+                checkpoint_tensors(run.optimizer, run.adapter, run.model.reference_state),
                 checkpoint_facts(run.optimizer, state, fingerprint)
                 | {"export": facts_for_export(run.adapter, run.objective)},
                 keep=recipe.training.keep_checkpoints,

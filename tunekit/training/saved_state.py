@@ -14,16 +14,19 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
 from tunekit.records import JsonObject
-from tunekit.targets.export import BUFFER_PREFIX, adapter_buffers
+from tunekit.targets.export import BUFFER_PREFIX, REFERENCE_PREFIX, prefixed
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
 
 
-def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> Tensors:
-    """Every tensor that an exact resume needs."""
-    buffers = adapter.state(("saved", "resume"))
-    return optimizer.state_tensors() | {BUFFER_PREFIX + name: tensor for name, tensor in buffers.items()}
+def checkpoint_tensors(
+    optimizer: Optimizer, adapter: AttachedAdapter, reference: Mapping[str, Tensor] | None = None
+) -> Tensors:
+    """Every tensor that an exact resume needs; `reference`: the adapter's state at step 0, where the loss reads it."""
+    buffers = {BUFFER_PREFIX + name: tensor for name, tensor in adapter.state(("saved", "resume")).items()}
+    kept = {REFERENCE_PREFIX + name: tensor for name, tensor in (reference or {}).items()}
+    return optimizer.state_tensors() | buffers | kept
 
 
 def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> JsonObject:
@@ -43,7 +46,7 @@ def restore(
 
     Raises: RunFolderError where it does not fit.
     """
-    buffers = adapter_buffers(tensors)
+    buffers = prefixed(tensors, BUFFER_PREFIX)
     expected = adapter.state(("saved", "resume"))
     if set(buffers) != set(expected):
         raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")
@@ -51,3 +54,16 @@ def restore(
     adapter.load_state(buffers, kinds=("saved", "resume"))
     loop = facts["loop"]
     return LoopState(**(loop | {"scale": LossScale(**loop["scale"])}))
+
+
+def restore_reference(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's reference state into the tensors that keep it.
+
+    Raises: RunFolderError where it has none, or one of another adapter.
+    """
+    saved = prefixed(tensors, REFERENCE_PREFIX)
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: each.shape for name, each in kept.items()}:
+        what = "the checkpoint has no state of the reference model that fits this adapter"
+        raise RunFolderError(what, "resume with the same tunekit")
+    for name, tensor in kept.items():
+        tensor.copy_(saved[name])

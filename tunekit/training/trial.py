@@ -42,11 +42,11 @@ def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state:
 
 
 def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
-    """See whether the base with its adapter bypassed is the model at step 0, where the objective compares with that.
+    """Check that the base with its adapter bypassed is the model at step 0, with which the objective compares.
 
     Raises: ModelError where it is not.
     """
-    moved = 0.0 if not objective.loss.reference else bypass_difference(model, batch.inputs["input_ids"])
+    moved = bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
         what = f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})"
         how = f"{objective.name} compares with that model: choose another adapter.method or adapter.start"

@@ -45,6 +45,7 @@ class TunedModel:
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
+    reference_state: dict[str, Tensor] | None = None  # the adapter's at step 0, where the base alone is another policy
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows whose reference scores a loss keeps
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
 
@@ -63,16 +64,32 @@ class TunedModel:
         return self.finished(self.leaving(output.hidden))
 
     def scored(
-        self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, bypassed: bool = False
+        self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, reference: bool = False
     ) -> list[Tensor]:
-        """What `score` makes of each batch, on the host: without gradient or dropout, and where `bypassed` without the
-        adapter. A streamed base's layers are copied once for all batches."""
-        call = replace(current_call(), bypassed=bypassed)
-        with torch.no_grad(), self.training_mode(False), self.unchanged_weights(), calling(call):
+        """What `score` makes of each batch, on the host, without gradient or dropout; `reference`: by the policy at
+        step 0. A streamed base's layers are copied once for all batches."""
+        policy = self._at_step_0() if reference else nullcontext()
+        with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
             single = (self.output(batch.inputs) for batch in batches)
             outputs = single if self.slots is None else self._by_layer(batches)
             found = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
         return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in found]
+
+    def keep_reference(self) -> None:
+        """Keep the adapter's state as that of the policy at step 0."""
+        assert self.adapter is not None
+        self.reference_state = {name: tensor.clone() for name, tensor in self.adapter.state().items()}
+
+    @contextmanager
+    def _at_step_0(self) -> Iterator[None]:
+        """A block in which the model is the policy at step 0: with the state kept of it, else the base alone."""
+        kept = self.reference_state
+        if kept is None or self.adapter is None:
+            with calling(replace(current_call(), bypassed=True)):
+                yield
+        else:
+            with self.adapter.holding(kept):
+                yield
 
     def _by_layer(self, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
         """What the objective reads of each batch, every layer computing all of them before the next."""
@@ -221,8 +238,8 @@ class ModelRun:
         return self.model.scored(batches, read)
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The same of the policy at step 0: the base, the adapter bypassed."""
-        return self.model.scored(batches, read, bypassed=True)
+        """The same of the policy at step 0."""
+        return self.model.scored(batches, read, reference=True)
 
     def companion(self, key: str) -> Companion:
         """The loaded companion with this key."""

@@ -1,0 +1,158 @@
+"""The reference model of an adapter that does not start as the base: the adapter as it is at step 0, frozen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from tests.conftest import write_tiny_llama
+from tests.objectives.test_dpo import check_it_is_one_run, losses, tensors_of, train, write_recipe
+from tests.objectives.test_grpo import measured, write_prompts
+from tests.objectives.test_kto import write_kto
+from tests.support.train_case import lose_the_end, records
+from tests.support.train_case import write_recipe as write_chat_recipe
+from tests.training.test_ranks import TORCHRUN, run_two
+from tunekit.errors import InputError
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+
+CPU = torch.device("cpu")
+FAST = {"learning_rate": 0.02, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def supervised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A supervised adapter that moves the base's log-probabilities far."""
+    recipe = write_chat_recipe(tmp_path_factory.mktemp("supervised"), base, training=FAST, adapter={"dropout": 0.0})
+    return train(recipe) / "adapter"
+
+
+def test_a_continued_adapter_is_one_run(
+    base: Path, supervised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_it_is_one_run(write_recipe, base, tmp_path, monkeypatch, adapter=continued(supervised))
+
+
+def continued(supervised: Path) -> dict[str, Any]:
+    settings = json.loads((supervised / "tunekit.json").read_text("utf-8"))["settings"]
+    return {"r": settings["r"], "alpha": settings["alpha"], "init_from": str(supervised)}
+
+
+def test_losses_equal_trls_with_its_reference_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
+    rows, steps = [{"prompt": f"say {n}:", "chosen": f" so {n}", "rejected": " no" * (n + 1)} for n in range(6)], 5
+    training = {"micro_batch_size": 6, "gradient_accumulation_steps": 1, "epochs": steps, "weight_decay": 0.0}
+    training |= {"scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 0.003, "max_grad_norm": 1.0}
+    ours = train(
+        write_recipe(
+            tmp_path / "ours", base, rows, data={"eval": None}, adapter=continued(supervised), training=training
+        )
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trainer = DPOTrainer(
+        model=PeftModel.from_pretrained(model, str(supervised), is_trainable=True),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            per_device_train_batch_size=6,
+            num_train_epochs=steps,
+            learning_rate=0.003,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(theirs) == steps
+    assert theirs[-1] < theirs[0] - 0.01, "the adapter moves away from its reference"
+    assert losses(ours) == pytest.approx(theirs, rel=1e-5)
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "pissa": {"start": "pissa"},
+    "eva": {"start": "eva"},
+    "hra": {"method": "hra"},
+    "prompt": {"method": "prompt"},
+    "prefix": {"method": "prefix"},
+}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("hra", "prefix", "eva")]
+
+
+@pytest.mark.parametrize("start", [None, "pissa", "prompt", *SLOW])
+def test_the_policy_at_step_0_is_its_own_reference(
+    base: Path, supervised: Path, tmp_path: Path, start: str | None
+) -> None:
+    """The first step's margin is 0, so its loss is log 2; a resumed run is the uninterrupted one."""
+    adapter = continued(supervised) if start is None else STARTS[start]
+    recipe = write_recipe(tmp_path, base, data={"eval": None}, training={"save_steps": 2, "epochs": 1})
+    values = json.loads(recipe.read_text("utf-8"))
+    recipe.write_text(json.dumps({**values, "adapter": {"method": "lora", **adapter}}), encoding="utf-8")
+    run = train(recipe)
+    assert losses(run)[0] == pytest.approx(0.693147, abs=2e-5)
+    assert losses(run)[-1] != pytest.approx(0.693147, abs=1e-4)
+    whole = tensors_of(run)
+    lose_the_end(run)
+    train(recipe, resume=True)
+    assert tensors_of(run) == whole
+
+
+def test_unpaired_preferences_and_samples_compare_with_it_too(base: Path, supervised: Path, tmp_path: Path) -> None:
+    adapter = continued(supervised)
+    kto = train(write_kto(tmp_path / "kto", base, adapter=adapter))
+    assert losses(kto)[0] == pytest.approx(0.5, abs=1e-5)
+    grpo = train(write_prompts(tmp_path / "grpo", base, adapter=adapter, objective={"beta": 0.1}))
+    steps = [record for record in records(grpo) if "kl" in record]
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert steps[-1]["kl"] > 1e-6
+
+
+def test_plan_counts_the_frozen_copy(base: Path, supervised: Path, tmp_path: Path) -> None:
+    adapter = continued(supervised)
+    fresh, _ = make_plan(load_recipe(write_recipe(tmp_path / "fresh", base, adapter={"r": adapter["r"]})), device=CPU)
+    plan, _ = make_plan(load_recipe(write_recipe(tmp_path / "continued", base, adapter=adapter)), device=CPU)
+    copied = 4 * plan.trainable_parameters
+    assert plan.peak_bytes.adapter - fresh.peak_bytes.adapter == pytest.approx(copied, rel=0.05)
+    assert any("reference model is the base with the adapter as it is at step 0" in note for note in plan.notes)
+
+
+def test_two_ranks_give_the_curve_of_one(base: Path, supervised: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "one", base, data={"eval": None}, adapter=continued(supervised))
+    one = losses(train(recipe))
+    two = run_two(TORCHRUN, recipe, tmp_path / "two")
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
+
+
+def test_eval_compares_with_it_or_refuses(base: Path, supervised: Path, tmp_path: Path) -> None:
+    training = {"eval_steps": 6, "save_steps": 6}
+    run = train(write_recipe(tmp_path, base, adapter=continued(supervised), training=training))
+    evaluations = [record["eval"] for record in records(run) if "eval" in record]
+    assert measured(run)["loss"] == pytest.approx(evaluations[-1]["loss"], rel=1e-5)
+    assert measured(Path(f"{run}@6"))["loss"] == pytest.approx(evaluations[-1]["loss"], rel=1e-5)
+    shutil.copytree(run / "adapter", tmp_path / "copied")
+    with pytest.raises(InputError, match="compares this adapter with its state at step 0"):
+        measured(tmp_path / "copied", f"data.eval=[{tmp_path / 'train.jsonl'}]")
