@@ -99,10 +99,10 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("hra", "prefix", "eva")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("prompt", "hra", "prefix", "eva")]
 
 
-@pytest.mark.parametrize("start", [None, "pissa", "prompt", *SLOW])
+@pytest.mark.parametrize("start", [None, "pissa", *SLOW])
 def test_the_policy_at_step_0_is_its_own_reference(
     base: Path, supervised: Path, tmp_path: Path, start: str | None
 ) -> None:
