@@ -21,7 +21,8 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
-from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_reference, load_target
+from tunekit.targets.reference import load_reference
+from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
 from tunekit.tuned.fit import row_problems
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.artifacts.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
@@ -30,7 +30,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
-from tunekit.targets.export import REFERENCE_PREFIX, STEP_0, export_checkpoint, prefixed
+from tunekit.targets.export import STEP_0, export_checkpoint
 from tunekit.targets.labels import adapter_family, head_facts, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
@@ -317,23 +317,3 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
         place = partial(attach_adapter_folder, base.net, target.adapter, device=base.device)
         attach = partial(place, head_name=base.family.head_name(base.net), base_fingerprint=base.fingerprint)
     return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)
-
-
-def load_reference(loaded: LoadedTarget) -> None:
-    """Give the model the adapter's state at step 0, where the objective compares with that and not with the base.
-
-    Raises: InputError where no checkpoint of its run has it.
-    """
-    target, model = loaded.target, loaded.model
-    facts = {} if target.adapter is None else read_adapter_config(target.adapter).objective or {}
-    if not STEP_0.keys() <= facts.keys() or model.adapter is None:
-        return
-    checkpoints = [] if target.run is None else list_checkpoints(target.run / "checkpoints")
-    saved = prefixed(load_checkpoint(checkpoints[0][1]).tensors, REFERENCE_PREFIX) if checkpoints else {}
-    state = model.adapter.state()
-    if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in state.items()):
-        what = (
-            f"{loaded.objective.name} compares this adapter with its state at step 0, which only its run's checkpoints"
-        )
-        raise InputError(f"{what} have", "name the run, with its folder 'checkpoints' as training left it")
-    model.reference_state = {name: saved[name].to(tensor.device) for name, tensor in state.items()}

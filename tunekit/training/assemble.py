@@ -71,19 +71,15 @@ def assemble_run(
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
-    adapter, objective = model.adapter, prepared.rows.objective
+    _settle_reference(prepared, model)
+    adapter = model.adapter
     assert adapter is not None
-    if objective.loss.reference and starts_as_base(prepared.adapter):
-        probe_reference(model, objective, prepared.largest_batch)
-    elif objective.loss.reference:
-        model.keep_reference()
     optimizer = make_optimizer(recipe.training, adapter)
     trim_heap()  # the adapter's own tensors left pieces between small objects, too short for an activation
     settle_heap()
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
-        if model.reference_state is not None:
-            restore_reference(checkpoint.tensors, model.reference_state)
+        restore_reference(checkpoint.tensors, model.reference_state or {})
         session.console.info(f"going on after step {state.step} of {plan.steps}")
     for key in session.changed:
         what, action = f"{key}: its files changed since the run", "resumed with them, by --accept-changed"
@@ -163,6 +159,15 @@ def _begin(session: Session, prepared: Prepared, model: TunedModel) -> dict[str,
     for companion in model.companions.values():
         files |= companion.begin(run, prepared.rows.all)
     return files
+
+
+def _settle_reference(prepared: Prepared, model: TunedModel) -> None:
+    """The policy at step 0, where the loss compares with it: check that it is the base alone, or keep its state."""
+    objective = prepared.rows.objective
+    if objective.loss.reference and starts_as_base(prepared.adapter):
+        probe_reference(model, objective, prepared.largest_batch)
+    elif objective.loss.reference:
+        model.keep_reference()
 
 
 def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:

@@ -45,7 +45,7 @@ class TunedModel:
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
-    reference_state: dict[str, Tensor] | None = None  # the adapter's at step 0, where the base alone is another policy
+    reference_state: Tensors | None = None  # the adapter's at step 0, where the base alone is another policy
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows whose reference scores a loss keeps
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
 
