@@ -81,10 +81,7 @@ def assemble_run(
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         restore_reference(checkpoint.tensors, model.reference_state or {})
         session.console.info(f"going on after step {state.step} of {plan.steps}")
-    for key in session.changed:
-        what, action = f"{key}: its files changed since the run", "resumed with them, by --accept-changed"
-        state.reactions.append(asdict(Reaction(what, action, state.step)))
-        session.console.warn(f"{what}; {action}")
+    _note_changes(session, state)
     plan = _with_targets(plan, adapter)
     write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
     splitting = make_splitting(session, state)
@@ -159,6 +156,14 @@ def _begin(session: Session, prepared: Prepared, model: TunedModel) -> dict[str,
     for companion in model.companions.values():
         files |= companion.begin(run, prepared.rows.all)
     return files
+
+
+def _note_changes(session: Session, state: LoopState) -> None:
+    """State in terminal and report what changed since the run and was accepted."""
+    for key in session.changed:
+        what, action = f"{key}: its files changed since the run", "resumed with them, by --accept-changed"
+        state.reactions.append(asdict(Reaction(what, action, state.step)))
+        session.console.warn(f"{what}; {action}")
 
 
 def _settle_reference(prepared: Prepared, model: TunedModel) -> None:
