@@ -23,7 +23,7 @@ from tests.objectives.test_dpo import CPU, check_it_is_one_run, train, write_rec
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Output, log_probabilities_of, on_two_ranks, parts_of, run_of, trainer_of
 from tests.support.train_case import records
-from tunekit.contracts import Batch, Row, Window
+from tunekit.contracts import Batch, EncodeOptions, Row, Window
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -69,13 +69,14 @@ def make_rows(objective: Any, labels: Sequence[bool]) -> list[Row]:
     return rows
 
 
-def trl_loss(rows: Sequence[Row], models: Sequence[Table], settings: KtoSettings) -> tuple[Tensor, dict[str, float]]:
-    """What KTOTrainer makes of the rows as one batch of its data set."""
+def trl_loss(
+    rows: Sequence[Row], models: Sequence[Table], settings: KtoSettings, longest: int = 1024
+) -> tuple[Tensor, dict[str, float]]:
+    """What KTOTrainer makes of the rows as one batch of its data set, whose max_length is `longest`."""
     prompts = [row.parts["completion"][~row.parts["completion_trained"]] for row in rows]
     answers = [row.parts["completion"][row.parts["completion_trained"]] for row in rows]
     inputs = {"label": torch.tensor([bool(row.parts["label"][0]) for row in rows])}
     for name, said in (("", answers), ("KL_", [answers[-1], *answers[:-1]])):
-        longest = max(row.size for row in rows)
         ids = [torch.from_numpy(np.concatenate(both))[:longest].long() for both in zip(prompts, said, strict=True)]
         marks = [(torch.arange(len(line)) >= len(prompt)).long() for line, prompt in zip(ids, prompts, strict=True)]
         found = {"input_ids": ids, "completion_mask": marks, "attention_mask": [torch.ones_like(line) for line in ids]}
@@ -128,6 +129,24 @@ def test_losses_gradients_and_what_is_logged_are_trls(case: str, sizes: list[int
     finite = {name: value for name, value in logged.items() if np.isfinite(value)}
     assert finite == pytest.approx({name: theirs[name] for name in LOGGED if name in theirs}, rel=1e-5)
     assert (finite["kl"] > 0) == (settings.loss_type == "kto")
+
+
+@pytest.mark.parametrize(("max_length", "positions"), [(0, None), (8, None), (10, 8), (16, 14)])
+def test_mismatched_answers_are_cut_only_where_trl_and_the_model_must(max_length: int, positions: int | None) -> None:
+    """The longest row has 9 tokens, and the longest prompt with the answer of the row before it 11."""
+    settings, models = KtoSettings(), (Table(0, raised=0.5), Table(1))
+    objective = objective_of(settings)
+    rows = make_rows(objective, MIXED)
+    expected = trl_loss(rows, models, settings, min(max_length or 99, positions or 99))[1]["kl"]
+    assert (expected == trl_loss(rows, models, settings)[1]["kl"]) == (max_length in (0, 16))
+    kind = objective.rows.with_options(EncodeOptions(max_length=max_length))
+    with scored_by(models):
+        batch = kind.collate([[row] for row in rows])
+        run = run_of(kind, positions=positions)
+        window = objective.prepare(run, Window(0, 0.0, (0,), (batch,)))
+        measured: Any = objective.loss.measuring(run, rows, [batch])
+    assert float(window.batches[0].targets["facts"][0, 0]) == pytest.approx(expected, rel=1e-5)
+    assert measured.balance[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_ranks_together_have_the_kl_of_one() -> None:

@@ -2,8 +2,8 @@
 
 Source: Ethayarajh et al. 2024, eq. 7; names and formulas are those of trl 1.16.  Different by design: the KL is one
 number for the whole step of all ranks (of an evaluation, for all of its rows), where trl has one for each micro-batch;
-for it, each prompt is followed by the answer of the row before it in the files' order, not in that of the batch, and
-cut at the longest row of the step instead of max_length; the policy's KL is computed without dropout.
+for it, each prompt is followed by the answer of the row before it in the files' order, not in that of the batch; the
+policy's KL is computed without dropout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, ModelOutput, Row, RowKind, Rows, RunView, Sums, Window
+from tunekit.contracts import Array, Batch, ModelOutput, Row, Rows, RunView, Sums, Window
 from tunekit.machine.devices import wide
 from tunekit.machine.placing import placed
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
@@ -43,7 +43,6 @@ class KtoLoss(AnswerLoss):
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> KtoLoss:
         """With the KL of all evaluation rows, so that it does not depend on their batches."""
-        longest = int(np.asarray(rows.sizes).max(initial=0))
 
         def before(row: Row) -> IdsAndMarks:
             return _answer(rows[(row.number - 1) % len(rows)])
@@ -52,7 +51,7 @@ class KtoLoss(AnswerLoss):
         for batch in batches:
             labels += _labels(batch)
             if self.settings.loss_type == "kto":
-                mismatched = [_mismatched(run.rows, batch, before, longest)]
+                mismatched = [_mismatched(run, batch, before)]
                 policy, reference = run.score(mismatched, answer_scores)[0], run.reference(mismatched, answer_scores)[0]
                 apart += (policy - reference).tolist()
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
@@ -119,10 +118,10 @@ def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...
 
 def _mismatched_window(run: RunView, window: Window) -> list[Batch]:
     """Each batch with the answers of other rows: each of the row before, by number, among the rows of all ranks."""
-    local = [(row.number, row.size, _answer(row)) for batch in window.batches for row in batch.rows]
-    numbers, sizes, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
+    local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
+    numbers, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
     before = {number: answers[numbers.index(number) - 1] for number in numbers}  # of equal rows the first one's
-    return [_mismatched(run.rows, batch, lambda row: before[row.number], max(sizes)) for batch in window.batches]
+    return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
 
 
 def _answer(row: Row) -> IdsAndMarks:
@@ -131,8 +130,12 @@ def _answer(row: Row) -> IdsAndMarks:
     return ids[start:], trained[start:]
 
 
-def _mismatched(rows: RowKind, batch: Batch, other: Callable[[Row], IdsAndMarks], longest: int) -> Batch:
-    """Each row's prompt with the answer of a different row, cut at so many tokens."""
+def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks]) -> Batch:
+    """Each row's prompt with the answer of a different row, cut only at data.max_length and the model's positions."""
+    rows, model = run.rows, run.model
+    positions = model.base.family.learned_positions(model.base.net) or 0
+    limits = (rows.options.max_length, positions and positions - model.virtual_tokens)
+    longest = min(filter(None, limits), default=None)
 
     def joined(row: Row) -> Row:
         ids, trained = row.parts[SIDE], row.parts[f"{SIDE}_trained"]
