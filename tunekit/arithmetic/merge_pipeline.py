@@ -15,6 +15,7 @@ from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PipelineNet, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.storage.model_folder import whole_model_folder
+from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.rewrite import Changes
 from tunekit.model.storage.source import find_source
 from tunekit.model.transformers_guard import quiet
@@ -61,6 +62,7 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
                 net.part(path.name).to(written[path.name]).save_pretrained(staging / path.name)
         else:
             shutil.copytree(path, staging / path.name, dirs_exist_ok=True)
+        make_portable(staging / path.name)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tunekit.contracts import Answering, Processor
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
+from tunekit.model.storage.portable import make_portable
 from tunekit.recipe.model import ModelSection
 
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
@@ -41,7 +42,8 @@ def copy_other_files(
     answering: Answering | None,
 ) -> None:
     """Copy tokenizer or other processor, chat template, generation settings and licence; code files only of a base that
-    is trusted to run them. `answering`: the objective's, with its changes of processor and generation settings."""
+    is trusted to run them. `answering`: the objective's, with its changes of processor and generation settings. The
+    folder is then made portable, the configuration written before included."""
     own = None if answering is None else answering.processor
     (own or processor).save(folder)
     if Path(section.name_or_path).suffix != ".gguf":
@@ -54,3 +56,4 @@ def copy_other_files(
         write_json(settings, {name: value for name, value in values.items() if generation.get(name, "") is not None})
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    make_portable(folder)

@@ -266,7 +266,6 @@ class Rewriter:
         if changes.vocabulary_size is not None:
             config["vocab_size"] = changes.vocabulary_size
         if self.written is not None:
-            config.pop("torch_dtype", None)  # as older versions of transformers call it
             config["dtype"] = str(self.written).removeprefix("torch.")
         if self.onto == "quantized":
             config["quantization_config"] = {
