@@ -31,19 +31,22 @@ def merge_verb(
     difference = result.difference
     tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # images have none
     console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
-    console.info(
-        f"logits differ from the running adapter's by {difference.largest:.3g} at most and {difference.mean:.3g} on "
-        f"average (their spread is {difference.spread:.3g}), on {tokens}{difference.rows}"
-    )
-    if difference.unrounded is not None and difference.unrounded != difference.largest:
+    measured = f"(their spread is {difference.spread:.3g}), on {tokens}{difference.rows}"
+    if difference.written is not None:
+        rounding = f", {difference.rounding:.3g} of it from rounding the weights" if difference.rounding else ""
         console.info(
-            f"of that, {difference.unrounded:.3g} at most is left in float32 and before any rounding; the rest is "
-            f"rounding: of the weights to {result.dtype} ({difference.rounding:.3g} at most, computed in float32) "
-            f"and of the computation in {result.computed_in}"
+            f"weights in {result.dtype}, computed in float32: logits differ from the running adapter's by "
+            f"{difference.written:.3g} at most{rounding} {measured}"
+        )
+    if difference.written is None or result.computed_in != "float32":
+        adds = "" if difference.written is None else "; what is more than above is the rounding of that computation"
+        console.info(
+            f"computed in {result.computed_in}, as the adapter runs here: logits differ by {difference.largest:.3g} at "
+            f"most and {difference.mean:.3g} on average {measured}{adds}"
         )
     if difference.running_loss is not None:
         console.info(
-            f"mean loss over every one of these tokens, trained on or not: {difference.running_loss:.5f} with the "
-            f"adapter, {difference.merged_loss:.5f} merged"
+            f"mean loss over every one of these tokens, trained on or not, in {result.computed_in}: "
+            f"{difference.running_loss:.5f} with the adapter, {difference.merged_loss:.5f} merged"
         )
     console.info(f"written to {result.folder}")

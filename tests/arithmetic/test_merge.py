@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -279,11 +280,28 @@ def test_the_certificate_of_a_half_precision_run_says_what_is_rounding(
     merge_verb(str(adapter), str(tmp_path / "merged"), None, None, [])
     told = json.loads((tmp_path / "merged" / REPORT).read_text())
     assert told["largest_logit_difference_unrounded"] < 1e-3 < told["largest_logit_difference"]
-    assert "before any rounding; the rest is rounding: of the weights to bfloat16" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^weights in bfloat16, computed in float32: .*, \S+ of it from rounding the weights", printed, re.M
+    )
+    assert "computed in bfloat16, as the adapter runs here: logits differ by" in printed
     with pytest.raises(InputError, match="packed weights have no other dtype"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, "quantized", [], "float16")
     with pytest.raises(InputError, match="--dtype int8 is unknown; choose float32"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, None, [], "int8")
+
+
+def test_the_certificate_leads_with_the_written_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A float32 base and its adapter in bfloat16: a reader of that difference first takes the merge for broken."""
+    adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
+    merge_verb(str(adapter), str(tmp_path / "merged"), None, None, ["model.dtype=bfloat16"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "differ" in line]
+    largest = [float(re.search(r"by (\S+) at most", line).group(1)) for line in lines]  # type: ignore[union-attr]
+    assert lines[0].startswith("weights in float32, computed in float32: logits differ")
+    assert lines[1].startswith("computed in bfloat16, as the adapter runs here")
+    assert largest[0] < 1e-4 < largest[1]
+    report = json.loads((tmp_path / "merged" / REPORT).read_text())
+    assert report["largest_logit_difference_in_float32"] == pytest.approx(largest[0], rel=1e-2)
 
 
 def test_sharded_base_and_prefixless_names(tmp_path: Path) -> None:
@@ -318,6 +336,10 @@ def test_a_base_with_the_names_of_an_older_version(tmp_path: Path) -> None:
 
 def test_companions_come_along_byte_for_byte(tmp_path: Path) -> None:
     adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
+    written = tmp_path / "base" / "tokenizer_config.json"
+    named = {"TokenizersBackend": "PreTrainedTokenizerFast", "extra_special": "additional_special"}  # as every version
+    for newer, older in named.items():
+        written.write_text(written.read_text().replace(newer, older))
     (tmp_path / "base" / "LICENSE").write_text("as you like")
     (tmp_path / "base" / "modeling_evil.py").write_text("raise SystemExit")
     merge(adapter, tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""Written model folders as older programs read them: by transformers 4's own rules, and by the programs where they are."""
+"""Written model folders as older programs read them: by transformers 4's rules, and by the programs where they are."""
 
 import importlib
 import json

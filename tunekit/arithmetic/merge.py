@@ -119,7 +119,7 @@ def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, cha
     if requantized:
         return difference
     if dtype == "float32" and not rewriter.rounds():
-        return replace(difference, unrounded=difference.largest, rounding=0.0)
+        return replace(difference, written=difference.largest, unrounded=difference.largest, rounding=0.0)
     del packed, model
     gc.collect()
     return _without_rounding(difference, target, section, rewriter, changes, rows)
@@ -149,7 +149,8 @@ def _without_rounding(
     head, base = model.family.head_name(model.net), rewriter.fingerprint()
     attach_adapter_folder(model.net, target.adapter, head_name=head, base_fingerprint=base, device=device)
     running = _logits(model, rows)
-    return replace(difference, unrounded=_largest(running, exact), rounding=_largest(exact, rounded))
+    written, unrounded = _largest(running, rounded), _largest(running, exact)
+    return replace(difference, written=written, unrounded=unrounded, rounding=_largest(exact, rounded))
 
 
 def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:

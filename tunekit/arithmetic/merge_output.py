@@ -30,7 +30,8 @@ class LogitDifference:
     tokens: int
     running_loss: float | None = None  # of the next token; None of models that predict none
     merged_loss: float | None = None
-    # largest, all computed in float32: of the merge before its weights are rounded; of rounding them to what is written
+    # largest, all computed in float32: of the merge as written; before its weights are rounded; of rounding them
+    written: float | None = None
     unrounded: float | None = None
     rounding: float | None = None
 
@@ -102,6 +103,7 @@ def write_report(folder: Path, result: MergeResult) -> None:
     """Write REPORT into the folder of a merge."""
     difference = result.difference
     measured = {
+        "largest_logit_difference_in_float32": difference.written,
         "largest_logit_difference_unrounded": difference.unrounded,
         "largest_logit_difference_of_rounding": difference.rounding,
     }

@@ -68,7 +68,9 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
     gap, rows = (after - before).abs(), f"predictions of noise at {len(TIMES)} times"
     largest, mean, spread = float(gap.max()), float(gap.mean()), float(before.std())
-    difference = LogitDifference(largest, mean, spread, rows, 0, unrounded=unrounded, rounding=rounding)
+    difference = LogitDifference(
+        largest, mean, spread, rows, 0, written=largest, unrounded=unrounded, rounding=rounding
+    )
     kinds = sorted({str(kind).removeprefix("torch.") for kind in written.values()})
     reason = "the adapter was trained on the base's own weights"
     return MergeResult(staging, "full", reason, " and ".join(kinds), "float32", difference)
