@@ -41,7 +41,6 @@ CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
 SPARE_SHARE = 0.06  # for what the allocator reserves beyond tensors, and the libraries' own
 HEAD_BYTES = 2  # of a parameter of the head, which is not packed
 LIKELY_SHARE = 0.5  # of the product ceiling, for the expected minutes
-MOST_TOGETHER = 2  # micro-batches of a pass that are simulated: of more, the inputs lie on the host as well
 START_SECONDS, DRAWN_BYTES_PER_SECOND = 45.0, 20e9
 
 
@@ -125,7 +124,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
         choice = row_choice(row, base.text.vocabulary_size, checkpointed)
         run = SimulatedRun(section, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
-        together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
+        together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size)
         step = run.training_step(micro_batch(row, 0, 0), together)
     peak = peak_bytes(step, None, None, run_device, base.dtype)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}

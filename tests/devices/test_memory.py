@@ -4,6 +4,7 @@ output projection on the device and in parts."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,16 +40,21 @@ STREAMED = {"engine": "host", "micro_batches": 2}
     ],
 )
 def test_the_peak_is_foreseen(model: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.MODELS, "reduced", REDUCED[model])
+    monkeypatch.setattr(vocabulary, "PART_BYTES", 2**20)
+    planning.meta_base.cache_clear()
+    usual = {"quantization": "nf4", "length": 256, "checkpointing": "every", "steps": 2}
+    foreseen, measured = foreseen_and_measured(shapes.Row("peak", "test", "reduced", **(usual | settings)))
+    assert foreseen == pytest.approx(measured, rel=0.05)
+
+
+def foreseen_and_measured(row: Any) -> tuple[int, int]:
+    """The peak bytes of a row beside what the device had before."""
     import gc
 
     import ours
     import torch
 
-    monkeypatch.setitem(shapes.MODELS, "reduced", REDUCED[model])
-    monkeypatch.setattr(vocabulary, "PART_BYTES", 2**20)
-    planning.meta_base.cache_clear()
-    usual = {"quantization": "nf4", "length": 256, "checkpointing": "every", "steps": 2}
-    row = shapes.Row("peak", "test", "reduced", **(usual | settings))
     plan = planning.plan_row(row, CUDA, arithmetic.Ceilings())
     product = torch.ones(8, 8, device=CUDA, requires_grad=True) @ torch.ones(8, 8, device=CUDA)
     product.sum().backward()  # both threads' workspaces, which later tests find there
@@ -57,8 +63,30 @@ def test_the_peak_is_foreseen(model: str, settings: dict[str, Any], monkeypatch:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     measured = ours.run_row(row, CUDA, plan)["peak_allocated_bytes"] - before
-    foreseen = plan["predicted_bytes"]["total"] - workspace_bytes(CUDA)
-    assert foreseen == pytest.approx(measured, rel=0.05)
+    return plan["predicted_bytes"]["total"] - workspace_bytes(CUDA), measured
+
+
+@pytest.mark.parametrize("counts", [(2, 5), pytest.param((2, 5, 16), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offloads", ["auto", True])
+def test_every_micro_batch_of_a_streamed_pass_counts(
+    offloads: Any, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states, and the input of the last layer, stay on the device where the others' wait on the host."""
+    import ours
+
+    def offloading(*given: Any) -> Any:
+        return replace(row_choice(*given), activation_offload=offloads)
+
+    row_choice = planning.row_choice
+    for module in (planning, ours):
+        monkeypatch.setattr(module, "row_choice", offloading)
+    monkeypatch.setitem(shapes.MODELS, "reduced", REDUCED["llama"] | {"vocab_size": 512})
+    planning.meta_base.cache_clear()
+    row = shapes.Row("peak", "test", "reduced", rows=4, length=64, steps=2, **STREAMED)
+    foreseen, measured = zip(*(foreseen_and_measured(replace(row, micro_batches=n)) for n in counts), strict=True)
+    assert foreseen == pytest.approx(measured, rel=0.06)
+    growth = [[after - before for before, after in pairwise(peaks)] for peaks in (foreseen, measured)]
+    assert growth[0] == pytest.approx(growth[1], rel=0.01)
 
 
 @pytest.mark.parametrize("engine", ["resident", "host"])

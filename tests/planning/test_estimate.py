@@ -198,6 +198,24 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
     assert run.evaluation(batch).total < totals[0]
 
 
+@pytest.mark.parametrize("micro_batches", [2, 5, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_micro_batch_of_a_streamed_pass_counts(wide_llama: Path, device: str, micro_batches: int) -> None:
+    """A few are simulated; all of them would need as much."""
+    run = SimulatedRun(
+        ModelSection(name_or_path=str(wide_llama), dtype="float32", attention="eager"),
+        LoraSettings(),
+        objective_of(),
+        TrainingSection(),
+        Choice(streaming="host", activation_offload=True),
+        torch.device(device),
+    )
+    batch = collate(make_rows(2, shortest=100, longest=120), [(0,), (1,)], objective_of().rows)
+    foreseen, simulated = run.training_step(batch, micro_batches), run._step(batch, micro_batches)
+    assert (foreseen.total, foreseen.offloaded) == (simulated.total, simulated.offloaded)
+    assert foreseen.total == sum(foreseen.peak.values())
+
+
 def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
     run = SimulatedRun(
         ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), Choice(), CPU

@@ -14,7 +14,6 @@ from tunekit.contracts import Batch, RowKind, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
-from tunekit.machine.devices import kind_of
 from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -36,7 +35,6 @@ from tunekit.planning.simulation import SimulatedRun
 from tunekit.records import Choice, PeakBytes
 
 EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
-SIMULATED = 2  # micro-batches of a pass; of more, each keeps the same
 SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
@@ -126,17 +124,10 @@ class Forecast:
 
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
-            batch, together = self.largest_batch(choice.micro_batch_size), min(choice.pass_micro_batches, SIMULATED)
-            simulation = replace(self.run, choice=choice).training_step(batch, together)
-            more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
-            simulation = _with_inputs(simulation, more, self.run.device)
+            batch = self.largest_batch(choice.micro_batch_size)
+            simulation = replace(self.run, choice=choice).training_step(batch, choice.pass_micro_batches)
             self._steps[choice] = self._without_unread(simulation, choice.streaming)
         return self._steps[choice]
-
-    def _input_bytes(self, batch: Batch) -> int:
-        """What one more micro-batch of a pass keeps: the input of every layer."""
-        facts = self.base.facts
-        return batch.padded * facts.hidden_size * self.base.dtype.itemsize * (facts.layers + 1)
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""
@@ -232,16 +223,6 @@ class Forecast:
         row_bytes = embedding.shape[1] * self.base.dtype.itemsize
         ids = _ids(self.rows, self.run.objective.rows.layout.token_parts)
         return untouched_bytes(ids, row_bytes, embedding.shape[0] * row_bytes)
-
-
-def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) -> Simulation:
-    """With further layers' inputs kept: beside a step's other activations, or on a GPU on the host."""
-    if not size_bytes:
-        return simulation
-    if kind_of(device).own_memory and simulation.offloaded:
-        return replace(simulation, offloaded=simulation.offloaded + size_bytes)
-    peak = simulation.peak | {"activations": simulation.peak.get("activations", 0) + size_bytes}
-    return replace(simulation, peak=peak, total=simulation.total + size_bytes)
 
 
 def _ids(rows: Rows, parts: Sequence[str]) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
+SIMULATED = 3  # micro-batches of a pass: from the second on, each adds as many bytes as the one before
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
 
 
@@ -50,8 +51,22 @@ class SimulatedRun:
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
         """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist.
 
-        `micro_batches`: how many of this size pass through the layers together, where weights are streamed.
+        `micro_batches`: how many of this size pass through the layers together, where weights are streamed. If they are
+        more than SIMULATED, the difference between the last two simulated ones is added for each further one.
         """
+        simulation = self._step(batch, min(micro_batches, SIMULATED))
+        if micro_batches <= SIMULATED:
+            return simulation
+        fewer, more = self._step(batch, SIMULATED - 1), micro_batches - SIMULATED
+        further = more * (simulation.total - fewer.total)
+        activations = simulation.peak.get("activations", 0) + further
+        return Simulation(
+            simulation.peak | {"activations": activations},
+            simulation.total + further,
+            simulation.offloaded + more * (simulation.offloaded - fewer.offloaded),
+        )
+
+    def _step(self, batch: Batch, micro_batches: int) -> Simulation:
         fixed = deterministic_kernels(self.training.deterministic)
         with torch.random.fork_rng(devices=[]), fixed, self._tracked() as (tuned, tracker, optimizer):
             objective = _logits_apart(self.objective, tuned, tracker)
