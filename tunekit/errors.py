@@ -58,6 +58,7 @@ class TunekitError(Exception):
     """
 
     exit_code = 1
+    alone = False  # whether one of several ranks has this error, and no other rank prints it
     notes: tuple[str, ...] = ()  # said before the problems, such as the spellings of other tools that were rewritten
 
     def __init__(
@@ -134,13 +135,29 @@ class Stopped(TunekitError):
         self.exit_code = 128 + signal_number
 
 
+MEMORY_MESSAGES = (  # of errors that have no class of their own: the host's, a driver's, a library's on the device
+    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+    *("CUDA error: out of memory", "HIP error: out of memory", "MPS backend out of memory", "OUT_OF_DEVICE_MEMORY"),
+    *("BLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "miopenStatusAllocFailed"),
+    # cuDNN's, if no algorithm's workspace fits: accelerate takes them for the same
+    *("CUDNN_STATUS_NOT_SUPPORTED", "valid cuDNN algorithm", "unable to find an engine to execute this computation"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a device or on the host."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, known by name
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES)
+
+
 def told(error: BaseException) -> tuple[str, int]:
     """What is said of the error that ends a command, a line for each problem, and the exit code."""
     if isinstance(error, TunekitError):
         return "\n".join([*error.notes, *first_lines(error.problems)]), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "memory ran out; lower training.micro_batch_size or data.max_length", ResourceError.exit_code
     if isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename is not None else ""

@@ -18,9 +18,9 @@ from tests.support.train_case import records, train_in_child, write_recipe
 from tunekit.contracts import IGNORED, Batch, ModelOutput, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import collate
-from tunekit.errors import ResourceError
+from tunekit.errors import ResourceError, is_out_of_memory, told
 from tunekit.evaluation.scores import summed_evaluation
-from tunekit.memory.splitting import Splitting, is_out_of_memory
+from tunekit.memory.splitting import Splitting
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
 from tunekit.training.engines.window import WindowEngine
@@ -72,10 +72,29 @@ def test_the_allocators_own_errors_are_known() -> None:
         torch.empty(2**46, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(CUDA_ERROR)
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be ...",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+        "HIP error: out of memory\nHIP kernel errors might be ...",
+        "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+        "GET was unable to find an engine to execute this computation",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+    ],
+)
+def test_errors_of_drivers_and_libraries_say_that_memory_ran_out(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+    assert told(RuntimeError(message))[1] == ResourceError.exit_code
 
 
 def make_model(tiny_llama: Path, **changes: Any) -> Case:

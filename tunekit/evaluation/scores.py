@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tunekit.contracts import ROW_LOSSES, Batch, Objective, Read, RowKind, Sums, Window
 from tunekit.data.batching.split import split_batch
-from tunekit.errors import RewardError
+from tunekit.errors import RewardError, is_out_of_memory
 from tunekit.machine.devices import Devices, forked_random
-from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
+from tunekit.memory.splitting import collect_failed, document_too_large, first_line
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import ModelRun, TunedModel
 
@@ -44,7 +44,7 @@ class EvaluationSums:
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
     """Eval mode, no gradient; mode and every random state as before when the block ends."""
-    with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(Call()):
+    with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(Call(fuses=True)):
         yield
 
 

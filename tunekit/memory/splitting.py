@@ -10,31 +10,18 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-
 from tunekit.contracts import Batch, RowKind
 from tunekit.data.batching.split import split_batch
-from tunekit.errors import ResourceError
+from tunekit.errors import ResourceError, is_out_of_memory
 from tunekit.machine.memory import release_cached
 from tunekit.records import Reaction
 
 Result = TypeVar("Result")
 PIECE_STRIDE = 2**32  # a split micro-batch's pieces draw as micro-batches of their own: no step has so many
-MESSAGES = (  # of errors that have no class of their own: the host's, the driver's, a library's on the device
-    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"),
-)
 HOW = (
     "lower data.max_length or adapter.r, set memory.gradient_checkpointing: true, or quantize the base with "
     "model.quantization: nf4"
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a device or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 def first_line(error: BaseException) -> str:

@@ -19,9 +19,8 @@ from tunekit.artifacts.fingerprint import (
 from tunekit.artifacts.run import RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.console.progress import StepProgress
-from tunekit.errors import ResourceError, RunFolderError, TunekitError
+from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
-from tunekit.memory.splitting import is_out_of_memory
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
