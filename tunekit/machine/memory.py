@@ -24,7 +24,11 @@ def available_bytes(device: torch.device) -> int | None:
     """Free bytes of a GPU; of the host what can be had without swapping, inside this process's control group. Of
     memory that both have, what either may still take."""
     if kind_of(device).own_memory:
-        return int(torch.get_device_module(device).mem_get_info(device)[0])
+        module = torch.get_device_module(device)
+        try:
+            return int(module.mem_get_info(device)[0])
+        except RuntimeError:  # some Intel Arc do not tell what is free: then all that this process has not taken
+            return int(module.get_device_properties(device).total_memory - module.memory_reserved(device))
     limits = [int(psutil.virtual_memory().available), _group_available()]
     if device.type == "mps" and is_here(device):
         limits.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
