@@ -75,4 +75,4 @@ def test_plan_names_it_approximate_and_refuses_older_gpus(
     monkeypatch.setattr(refusals, "computes_fp8", lambda device: False)
     (problem,) = refusals.device_problems(loaded.recipe, torch.device("cuda"))
     assert problem.key == "model.quantization"
-    assert "9.0" in problem.what
+    assert "8.9" in problem.what

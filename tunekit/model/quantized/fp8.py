@@ -1,7 +1,8 @@
 """Weights in float8 (e4m3) with one scale for each row, and products with inputs rounded the same way: approximate.
 
-On a GPU of compute capability 9.0 or more the product runs on the float8 units. Elsewhere the same rounded numbers are
-multiplied in float32, so that a CPU computes what the GPU does up to the order of sums: for trying a recipe out.
+On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100) the product runs on the float8 units. Elsewhere the same
+rounded numbers are multiplied in float32, so that a CPU computes what the GPU does up to the order of sums: for trying
+a recipe out.
 """
 
 import torch
@@ -13,7 +14,7 @@ from tunekit.machine.devices import capability
 LARGEST = 448.0  # the largest number of e4m3
 KIND = torch.float8_e4m3fn
 MULTIPLE = 16  # the units take matrices whose sides are multiples of it
-CAPABILITY = (9, 0)
+CAPABILITY = (8, 9)
 
 
 def computes_fp8(device: torch.device) -> bool:
