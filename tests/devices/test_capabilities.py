@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.devices import simulated
 from tests.devices.test_mistakes import CUDA
+from tests.devices.test_runs import train, whole_device
 from tests.devices.test_steps import section
 from tests.support.loop_case import make_case, make_rows
+from tests.support.train_case import records
 from tests.training.test_loop import training
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import VARLEN
 from tunekit.model.quantized.fp8 import computes_fp8
 
+__all__ = ["whole_device"]
 LOOPED = "sdpa_per_document"
 
 
@@ -44,7 +48,28 @@ def test_turing_has_neither_bfloat16_nor_the_kernel_over_documents(folder: Path,
     assert not computes_fp8(CUDA)
 
 
-@pytest.mark.parametrize("generation", [(8, 0), (9, 0)], indirect=True)
+@pytest.mark.parametrize("generation", [(7, 5)], indirect=True)
+def test_turing_trains_in_float16_with_the_scaler_and_plan_states_it(
+    folder: Path, tmp_path: Path, generation: tuple[int, int]
+) -> None:
+    run, report = train(tmp_path, folder, model={"dtype": "auto"}, device="cuda")
+    assert any(
+        "auto is float16 with a loss scale" in note for note in json.loads((run / "plan.json").read_text())["notes"]
+    )
+    assert "skipped_steps" not in report or report["skipped_steps"] < 3
+    norms = [
+        [each["grad_norm"] for each in records(place) if "grad_norm" in each]
+        for place in (run, plain(tmp_path, folder))
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def plain(place: Path, folder: Path) -> Path:
+    """The same run in float32."""
+    return train(place / "plain", folder, device="cuda")[0]
+
+
+@pytest.mark.parametrize("generation", [(8, 0), (8, 9), (9, 0)], indirect=True)
 def test_later_ones_have_both(folder: Path, generation: tuple[int, int]) -> None:
     case = make_case(
         folder, make_rows(7), training=training(max_steps=2), device=CUDA, model=section(folder, "bfloat16"),
@@ -53,4 +78,4 @@ def test_later_ones_have_both(folder: Path, generation: tuple[int, int]) -> None
     assert case.model.base.facts.attention == VARLEN
     case.run()
     assert len(case.losses) == 2
-    assert computes_fp8(CUDA) == (generation >= (9, 0))
+    assert computes_fp8(CUDA) == (generation >= (8, 9))

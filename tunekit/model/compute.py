@@ -13,12 +13,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
-    """The compute dtype; auto is bfloat16 where the device computes it natively, else float32.
+    """The compute dtype; auto is bfloat16 where the device computes it natively; float16 with a loss scale on a CUDA
+    device that does not (Turing and before); else float32.
 
     Raises: ModelError for float16 on a CPU, and for bfloat16 on a GPU that only emulates it.
     """
     if section.dtype == "auto":
-        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+        if computes_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
     dtype = DTYPES[section.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         what = "float16 on a CPU is slow and overflows without a GPU's scaler"

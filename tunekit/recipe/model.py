@@ -35,7 +35,9 @@ class ModelSection(Section):
         "auto", description="what the base computes; auto reads it from the model's configuration"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="compute dtype; auto is bfloat16 where the device computes it natively, else float32"
+        "auto",
+        description="compute dtype; auto is bfloat16 where the device computes it natively, float16 with a loss scale "
+        "on a CUDA device that does not (T4, RTX 20xx), else float32",
     )
     quantization: Quantization = Field("none", description="how the frozen base weights are stored")
     double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 too")
