@@ -133,6 +133,11 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
         yield f"{training.optimizer}: whether gradients are finite is read before each update, a wait for the device"
     elif base.dtype == torch.float16:
         yield "float16: whether gradients overflow is read before each update, a wait for the device"
+    if base.dtype == torch.float16 and recipe.model.dtype == "auto":
+        yield (
+            "model.dtype: auto is float16 with a loss scale, because this device does not compute bfloat16 natively; "
+            "write float32 if the model's numbers are too large for float16"
+        )
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: nothing is paged on a CPU"
     if recipe.model.quantization == "fp8":
@@ -145,6 +150,8 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
             yield f"{lacks}: weights are unpacked by plain torch, the same bits, but slower"
     if training.deterministic and device.type == "cpu":
         yield "training.deterministic: a CPU's kernels add up in a fixed order as it is"
+    if training.deterministic and device.type == "mps":
+        yield "training.deterministic: torch has no such kernels for Metal; a resumed run is equal up to rounding"
     if recipe.model.quantization == "int8" and device.type != "cpu":
         yield "int8: bitsandbytes looks in every layer for columns of large inputs, a wait for the device each time"
     if kind_of(device).own_memory:
