@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,74 @@ def register(double: Double) -> None:
     LIBRARY.impl("_flash_attention_backward", backward, "CUDA")
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+SCALES, BYTES = (torch.float32,), (torch.uint8,)
+# What bitsandbytes' CUDA kernels take by raw pointer, and so do not check: tensors of one device without gaps, in these
+# dtypes. Source: bitsandbytes/backends/cuda/ops.py.
+RAW: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "dequantize_4bit": {"A": BYTES, "absmax": SCALES},
+    "dequantize_blockwise": {"A": BYTES, "absmax": SCALES, "code": SCALES},
+    "gemm_4bit": {
+        "A": FLOATS,
+        "B": BYTES,
+        "absmax": SCALES,
+        "bias": FLOATS,
+        "absmax_8bit": BYTES,
+        "absmax_code": SCALES,
+        "absmax_offset": SCALES,
+    },
+    "int8_linear_matmul": {"A": (torch.int8,), "B": (torch.int8,)},
+    "int8_mm_dequant": {"A": (torch.int32,), "row_stats": SCALES, "col_stats": SCALES},
+    "int8_vectorwise_quant": {"A": (torch.float16,)},
+    "optimizer_update_32bit": {"g": FLOATS, "p": FLOATS, "state1": SCALES, "state2": SCALES},
+    "optimizer_update_8bit_blockwise": {
+        "g": FLOATS,
+        "p": FLOATS,
+        "state1": BYTES,
+        "state2": BYTES,
+        **dict.fromkeys(("qmap1", "qmap2", "absmax1", "absmax2"), SCALES),
+    },
+}
+CALLED: Counter[str] = Counter()  # bitsandbytes' kernels that were used
+
+
+def check_raw(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Raises: RuntimeError for a tensor that the real kernel would read wrongly, or not at all."""
+    operation = getattr(torch.ops.bitsandbytes, name).default
+    values = dict(zip((argument.name for argument in operation._schema.arguments), given, strict=False)) | named
+    tensors = {key: values[key] for key in RAW[name] if isinstance(values.get(key), Tensor)}
+    place = next(iter(tensors.values())).device
+    for key, tensor in tensors.items():
+        there = tensor.device == place or getattr(tensor, "is_paged", False)
+        if not there or not tensor.is_contiguous() or tensor.dtype not in RAW[name][key]:
+            found = f"{tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ' with gaps'}"
+            raise RuntimeError(f"bitsandbytes::{name} reads {key} by a raw pointer, and it is {found}")
+    same = [tensors[key].dtype for key in ("g", "p") if key in tensors]
+    if len(set(same)) > 1 or ("bias" in tensors and tensors["bias"].dtype != tensors["A"].dtype):
+        raise RuntimeError(f"bitsandbytes::{name} got tensors of several dtypes for one")
+    CALLED[name] += 1
+
+
+def register_products(plain: dict[str, Any], kind: str) -> None:
+    """bitsandbytes' kernels by what it has for any device (`plain`, by name), with checks that the real ones lack."""
+    global_library = torch.library.Library("bitsandbytes", "IMPL")
+    for name in (name for name in RAW if not name.startswith("optimizer")):
+
+        def checked(*given: Any, name: str = name, **named: Any) -> Any:
+            check_raw(name, given, named)
+            return plain[name](*given, **named)
+
+        global_library.impl(name, checked, kind.upper())
+    OPTIMIZERS.append(global_library)
+
+
 def register_optimizers(double: Double, library: Any, kind: str) -> None:
     """bitsandbytes' updates by what it has for a CPU, and memory of the host that a device's kernels reach by pages."""
     from bitsandbytes.backends.cpu import ops
 
-    def reaching(update: Any) -> Any:
+    def reaching(name: str, update: Any) -> Any:
         def updated(*given: Any) -> None:
+            check_raw(name, given, {})
             with double.unwatched(), torch.no_grad():
                 there = [each.to(kind) if isinstance(each, Tensor) and each.is_cpu else each for each in given]
                 update(*there)
@@ -94,7 +157,7 @@ def register_optimizers(double: Double, library: Any, kind: str) -> None:
     functional.get_paged, functional.prefetch_tensor = get_paged, lambda tensor, to_cpu=False: None
     functional.fill = lambda tensor, value, device=None, prefetch=True: tensor.fill_(value)
     for name in ("optimizer_update_32bit", "optimizer_update_8bit_blockwise"):
-        global_library.impl(name, reaching(getattr(ops, f"_{name}_cpu")), kind.upper())
+        global_library.impl(name, reaching(name, getattr(ops, f"_{name}_cpu")), kind.upper())
     OPTIMIZERS.append(global_library)
 
 

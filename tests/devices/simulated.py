@@ -143,16 +143,28 @@ def _around_bitsandbytes() -> Iterator[None]:
 
     module: Any = torch.get_device_module(KIND)
     compiled, available = torch.compile, module.is_available
+    register, plain = torch.library.register_kernel, dict[str, Any]()
+
+    def remembering(name: str, kinds: Any, function: Any = None, **named: Any) -> Any:
+        if function is None:
+            return lambda function: remembering(name, kinds, function, **named)
+        if kinds == "default":
+            plain[name.partition("::")[2]] = function
+        return register(name, kinds, function, **named)
+
     torch.compile = lambda function=None, **named: function or (lambda given: given)  # type: ignore[assignment]
+    torch.library.register_kernel = remembering
     module.is_available = lambda: False
     try:
         yield
     finally:
         torch.compile, module.is_available = compiled, available
+        torch.library.register_kernel = register
     if KIND != "mps":
         from tests.devices import kernels
 
         kernels.register_optimizers(DOUBLE, sys.modules["bitsandbytes"], KIND)
+        kernels.register_products(plain, KIND)
 
 
 def _install(double: Double) -> None:

@@ -18,7 +18,10 @@ OUTSIDE_LAYERS, AFTER_LAYERS, BETWEEN_STACKS = -1, -2, -3
 @dataclass(frozen=True)
 class Call:
     """One forward: adapters bypassed or not, which of several adapters, which step and micro-batch (for seeds),
-    segments of packed rows, and whatever routes rows to adapters."""
+    segments of packed rows, and whatever routes rows to adapters.
+
+    `fuses`: products with 4-bit weights may round differently, where that is faster: no gradient is compared with them.
+    """
 
     bypassed: bool = False
     adapter: str | None = None  # of several that are loaded at once; None: the one switched to
@@ -27,6 +30,7 @@ class Call:
     seed: int = 0
     segments: Segments | None = None
     rows: object = None
+    fuses: bool = False
 
 
 _PLAIN = Call()

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tunekit.adapters.base import Casts, LayerAdapter
 from tunekit.model.autograd import Context
-from tunekit.model.quantized.weights import product_matrix
+from tunekit.model.quantized.weights import exact_product, product_matrix
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
@@ -66,7 +65,7 @@ class Products:
         outputs = []
         for index, (base, low) in enumerate(zip(self.bases, self._lows(x, factors, masks), strict=True)):
             bias: Tensor | None = getattr(base, "bias", None)
-            y = F.linear(x, product_matrix(base, x.dtype), None if bias is None else bias.to(x.dtype))
+            y = exact_product(base, x, None if bias is None else bias.to(x.dtype))
             b = self._b(index, factors, x.dtype)
             y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=self.scalings[index] * masks.scale)
             outputs.append(y)

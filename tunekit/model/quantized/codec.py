@@ -128,6 +128,28 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: 
     return dense.reshape(shape)
 
 
+def fused_product(
+    x: Tensor, tensors: Tensors, shape: tuple[int, int], quantization: str, bias: Tensor | None
+) -> Tensor | None:
+    """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel, which chooses by x's number of rows
+    whether it unpacks the matrix first. None where there is no such kernel, or a block of weights passes a row's end.
+    """
+    absmax, bits = tensors["absmax"], quantization in FOUR_BIT and shape[1] % BLOCK == 0
+    if not bits or x.device.type in ("cpu", "meta") or not kind_of(x.device).bitsandbytes or not has_bitsandbytes():
+        return None
+    import_bitsandbytes()
+    named: dict[str, Tensor] = {}
+    if "nested_absmax" in tensors:
+        named = {
+            "absmax_8bit": absmax,
+            "absmax_code": four_bit.nested_values(x.device),
+            "absmax_offset": tensors["offset"],
+        }
+        absmax = tensors["nested_absmax"]
+    gemm: Callable[..., Tensor] = torch.ops.bitsandbytes.gemm_4bit.default
+    return gemm(x, tensors["packed"], shape, absmax, BLOCK, quantization, bias, **named)
+
+
 def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
     if x.is_meta:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
+from tunekit.model.call import current_call
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.uncalled import returns_several
 
@@ -95,7 +96,7 @@ class _PackedProduct(torch.autograd.Function):
             product = fp8.product(x.reshape(-1, x.shape[-1]), **layer.tensors())
             product = product if cast_bias is None else product + cast_bias
             return product.reshape(*x.shape[:-1], layer.out_features)
-        return F.linear(x, layer.dequantize(x.dtype), cast_bias)
+        return exact_product(layer, x, cast_bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -222,6 +223,16 @@ def multiplies_exactly(module: nn.Module) -> bool:
 def product_matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """W (O, I) of such a module for a product in `dtype`: the stored one where it is dense, else unpacked anew."""
     return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
+
+
+def exact_product(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., I) -> x W^T + b (..., O) of such a module; `bias` in x's dtype."""
+    if isinstance(module, PackedLinear) and current_call().fuses:
+        shape = module.out_features, module.in_features
+        fused = codec.fused_product(x, module.tensors(), shape, module.quantization, bias)
+        if fused is not None:
+            return fused
+    return F.linear(x, product_matrix(module, x.dtype), bias)
 
 
 def _dense(module: nn.Module) -> Tensor:
