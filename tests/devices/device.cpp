@@ -471,7 +471,7 @@ at::Tensor on_device(const at::Tensor& result, const Text& name) {  // what the 
 }
 
 // Operators that take tensors of the host beside those of the device; that make the host wait; that have no kernel; that
-// look at shapes alone.
+// look at shapes alone; that a GPU adds up in no fixed order.
 const std::set<Text> kMixed = {"aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put",
     "aten::_unsafe_index.Tensor", "aten::_unsafe_index_put", "aten::set_.source_Tensor", "aten::_fused_adamw_",
     "aten::_fused_adamw_.tensor_lr"};
@@ -479,6 +479,7 @@ const std::set<Text> kWaits = {"aten::_local_scalar_dense", "aten::nonzero", "at
     "aten::masked_select.out", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::equal",
     "aten::is_nonzero", "aten::repeat_interleave.Tensor", "aten::bincount", "aten::_linalg_check_errors"};
 const std::set<Text> kAbsent = {"aten::_fused_rms_norm"};
+const std::set<Text> kUnordered = {"aten::cumsum", "aten::cumsum_", "aten::cumsum.out", "aten::kthvalue", "aten::median.dim"};
 const std::set<Text> kShapes = {"aten::_fused_sdp_choice"};
 
 // One call of an operator: its tensors of the device as tensors of the CPU over the same memory, and back again.
@@ -586,6 +587,8 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     for (bool writes : {false, true})
       for (auto& [block, written] : call.touched) if (written == writes) touch(block, writes, s, time, call.name);
   }
+  if (kUnordered.count(call.name) && c10::isFloatingType(torch::jit::peek(*stack, 0, count).toTensor().scalar_type()))
+    at::globalContext().alertNotDeterministic(call.name);
   if (workspace_bytes && kProducts.count(call.name)) keep_workspace();
   if (kWaits.count(call.name)) host_waits(s, call.name);
   if (call.by_mask) host_waits(s, call.name + " by a mask");

@@ -3,6 +3,7 @@ torch is left as it was."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from tests.devices.test_mistakes import CUDA
 from tests.devices.test_runs import train, whole_device
 from tests.devices.test_steps import section
+from tests.objectives.test_dpo import train as train_grpo
+from tests.objectives.test_grpo import base, write_prompts
 from tests.support.loop_case import make_case, make_rows
+from tests.support.train_case import records
 from tests.training.test_loop import training, weights
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.model.attention.documents import VARLEN
 from tunekit.training import loop
 
-__all__ = ["whole_device"]
+__all__ = ["base", "whole_device"]
 
 
 def run_of(folder: Path, longest: int) -> list[torch.Tensor]:
@@ -41,6 +45,17 @@ def test_long_documents_repeat_their_bits_with_it_alone(
     with deterministic_kernels(deterministic):
         first, second = run_of(folder, longest), run_of(folder, longest)
     assert all(map(torch.equal, first, second)) == repeats
+
+
+def test_cumulated_probabilities_refuse_no_deterministic_run(base: Path, tmp_path: Path) -> None:
+    """A GPU has no deterministic sum of parts of fractions."""
+    with deterministic_kernels(True), pytest.raises(RuntimeError, match="does not have a deterministic"):
+        torch.ones(2, device=CUDA).cumsum(0)
+    objective = {"temperature": 0.9, "top_p": 0.9, "top_k": 100}
+    training_of = {"epochs": 1, "micro_batch_size": 6, "deterministic": True}
+    os.environ["TUNEKIT_DEVICE"] = "cuda"
+    run = train_grpo(write_prompts(tmp_path, base, training=training_of, objective=objective))
+    assert [each["loss"] for each in records(run) if "loss" in each]
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -190,7 +190,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
         together = torch.cat([each.to(self.total_steps.device) for each in scores])
         beyond = len(together) - budget
         if beyond > 0:
-            threshold = torch.kthvalue(together, beyond).values
+            threshold = together.sort().values[beyond - 1]  # a GPU has no deterministic kthvalue
             for layer, score in zip(self.layers, scores, strict=True):
                 layer.kept.copy_(score > threshold.to(score.device))
         self._clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tunekit.contracts import GREEDY, Sampling, Tensors, Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.machine.devices import forked_random, summing_dtype
-from tunekit.model.call import seed_for
+from tunekit.model.call import calling, current_call, seed_for
 from tunekit.model.families import text_config
 from tunekit.model.families.structure import accepted_names, training_mode
 from tunekit.model.load import LoadedModel
@@ -30,6 +30,7 @@ ModelInputs = Tensors
 StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
+PROBABILITY_UNITS = 2.0**52
 LEAST_TEMPERATURE = 1e-5  # below it logits divided by it overflow; the likeliest token is taken as at 0
 
 
@@ -282,15 +283,23 @@ class _Draws:
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Shapes: scores (B, V) -> (B, V), of which all but one of each row are -inf."""
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
         sampling = self.sampling
         scores = TemperatureLogitsWarper(sampling.temperature)(ids, scores) if sampling.temperature != 1 else scores
         scores = TopKLogitsWarper(sampling.top_k)(ids, scores) if sampling.top_k else scores
-        scores = TopPLogitsWarper(sampling.top_p)(ids, scores) if sampling.top_p < 1 else scores
+        scores = _likeliest(scores, sampling.top_p) if sampling.top_p < 1 else scores
         place = draw(scores.float(), self.numbers[:, self.drawn].to(scores.device, summing_dtype(scores.device)))
         self.drawn += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
+
+
+def _likeliest(scores: Tensor, share: float) -> Tensor:
+    """(B, V) scores, -inf beyond the likeliest tokens whose probabilities sum to `share`: transformers' top_p."""
+    ordered, places = scores.sort(dim=-1)
+    unlikely = cumulated(ordered.float().softmax(dim=-1)) <= int((1 - share) * PROBABILITY_UNITS)  # (B, V)
+    unlikely[:, -1] = False
+    return scores.masked_fill(unlikely.scatter(1, places, unlikely), -torch.inf)
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
@@ -298,8 +307,14 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
     Shapes: logits (B, V) float32, numbers (B,).
     """
-    total = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=numbers.dtype)  # (B, V)
-    return torch.searchsorted(total, numbers[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    total = cumulated(torch.softmax(logits, dim=-1))  # (B, V)
+    reached = (numbers[:, None] * total[:, -1:].to(numbers.dtype)).to(torch.int64)  # (B, 1)
+    return torch.searchsorted(total, reached, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+def cumulated(probabilities: Tensor) -> Tensor:
+    """(B, V) float32 -> (B, V) int64, sums in units of 2^-52: a GPU adds up whole numbers alone in a fixed order."""
+    return (probabilities * PROBABILITY_UNITS).to(torch.int64).cumsum(dim=-1)
 
 
 def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., Tensor]:
@@ -319,7 +334,7 @@ def left_as_found(net: nn.Module) -> Iterator[None]:
     # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
     contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        with training_mode(net, False), forked_random(device):
+        with training_mode(net, False), forked_random(device), calling(replace(current_call(), fuses=True)):
             yield
     finally:
         contiguous.remove()
