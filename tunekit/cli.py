@@ -92,17 +92,18 @@ class Verb(TyperCommand):
         except (Exception, KeyboardInterrupt) as error:
             if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)
-            code = _say(*told(error))
+            code = _say(error)
         finally:
             gc.set_threshold(*ordinary)
         raise typer.Exit(code)
 
 
-def _say(text: str, code: int) -> int:
-    """Print what went wrong, once: what ends a run with these codes, the main rank (of torchrun) says for all."""
-    told_by_main = code not in (EXIT_FAULT, ResourceError.exit_code) and os.environ.get("RANK", "0") != "0"
-    if not told_by_main:
-        print(visible(redact(text)), file=sys.stderr)
+def _say(error: BaseException) -> int:
+    """Print what went wrong; the other ranks (of torchrun) print what the main one does not print for all."""
+    (text, code), rank = told(error), os.environ.get("RANK", "0")
+    alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
+    if rank == "0" or alone:
+        print(visible(redact(text if rank == "0" else f"rank {rank}: {text}")), file=sys.stderr)
     return code
 
 

@@ -15,12 +15,12 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
 from tunekit.console.progress import StepProgress
-from tunekit.errors import InputError
+from tunekit.errors import InputError, TunekitError, is_out_of_memory
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
-from tunekit.memory.splitting import is_out_of_memory, shape_text
+from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
@@ -76,6 +76,9 @@ def train_verb(
                     _train(session, resume)
             if devices.is_main:
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
+    except TunekitError as error:
+        error.alone = devices.fails_alone()
+        raise
     finally:
         devices.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from tunekit.machine.devices import (
     summing_dtype,
     wide,
 )
+from tunekit.machine.memory import available_bytes
 from tunekit.machine.placing import placed
 
 
@@ -57,6 +60,43 @@ def test_what_is_planned_for_and_is_not_here(monkeypatch: pytest.MonkeyPatch) ->
     assert capability(torch.device("xpu")) == (0, 0)
     monkeypatch.setattr(torch.version, "hip", "6.4")  # ROCm's devices are called cuda, and count otherwise
     assert capability(torch.device("cuda")) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "1"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+    ],
+)
+def test_what_the_environment_asks_for_in_vain_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=f"the environment has {name}={value}, which tunekit does not follow; "):
+        make_devices()
+
+
+def test_what_the_launcher_of_accelerate_always_sets_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert make_devices().world == 1
+
+
+def test_a_gpu_that_does_not_tell_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some Intel Arc: then all that this process has not taken."""
+
+    def refuse(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("The device (Intel(R) Arc(TM) A770) doesn't support querying the available free memory.")
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", refuse)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(total_memory=5000))
+    assert available_bytes(torch.device("xpu", 0)) == 4000
 
 
 def test_sums_are_taken_in_what_the_device_has() -> None:

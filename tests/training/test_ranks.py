@@ -225,6 +225,35 @@ def test_a_lost_rank_is_named(recipe: Path, tmp_path: Path) -> None:
     assert f"{reason}; see what it said last" in ended.stderr
 
 
+ALONE = """
+import os
+from tunekit.errors import DataError
+from tunekit.training import loop
+
+make_step = loop._make_step
+
+def failing(run, window):
+    if os.environ["RANK"] == "1" and run.state.step == 1:
+        raise DataError("the image is not there", "mend it", file="pictures/7.png")
+    return make_step(run, window)
+
+loop._make_step = failing
+from tunekit.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_another_rank_alone_is_printed_with_its_number(recipe: Path, tmp_path: Path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    command = [sys.executable, *TORCHRUN, str(script), "train", str(recipe), f"output.dir={tmp_path / 'run'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu", "PYTHONPATH": os.getcwd()}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode != 0
+    assert ended.stderr.count("rank 1: pictures/7.png: the image is not there; mend it") == 1, ended.stderr
+
+
 @pytest.mark.slow
 def test_an_error_of_one_rank_is_told_once(recipe: Path, tmp_path: Path) -> None:
     ended = run_two(TORCHRUN, recipe, tmp_path / "run", "training.learning_rate=1e30", "training.scheduler=constant")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,11 +17,27 @@ import psutil
 import torch
 from torch import Tensor
 
-from tunekit.errors import RecipeError, TunekitError
+from tunekit.errors import Problem, RecipeError, TunekitError
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 ENDING_SECONDS = 5.0  # a connection closes before the process that had it has ended
+FAILED = "tunekit: the main rank has failed"  # a key that ranks share
+
+# What accelerate's launcher hands on that tunekit does not do: values that ask for nothing, and what to write instead.
+NOTHING = ("", "no", "none", "false", "0")
+SAVING = "write memory.streaming or model.quantization to save memory, and take it out of accelerate's configuration"
+REQUESTS = {
+    "ACCELERATE_USE_FSDP": (NOTHING, SAVING),
+    "ACCELERATE_USE_DEEPSPEED": (NOTHING, SAVING),
+    "ACCELERATE_USE_MEGATRON_LM": (NOTHING, SAVING),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (NOTHING, "take it out of accelerate's configuration"),
+    "ACCELERATE_MIXED_PRECISION": (NOTHING, "write model.dtype in the recipe, and mixed_precision: 'no' there"),
+    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "write training.compile in the recipe, and take it out there"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        (*NOTHING, "1"), "write training.gradient_accumulation_steps in the recipe, and 1 there",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,9 @@ class Devices:
         if self.device.index:
             torch.accelerator.set_device_index(self.device.index)
         self.rank: int = self.state.process_index
+        several = self.world > 1 and self.device.type != "cpu"
+        # numbers of the host are summed there: over the device's own backend they would wait for its computation
+        self.host: Any = torch.distributed.new_group(backend="gloo") if several else None
         self.processes: list[tuple[int, str, int]] = self.gather([(self.rank, socket.gethostname(), os.getpid())])
 
     @property
@@ -144,12 +164,10 @@ class Devices:
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum of `value` over ranks, in its own dtype; float64 on the CPU."""
-        if self.world == 1:
-            return value
-        placed = value.to(self.device)
-        torch.distributed.all_reduce(placed)
-        return placed.to(value.device)
+        """Sum of `value` over ranks, in its own dtype, where it is."""
+        if self.world > 1:
+            torch.distributed.all_reduce(value, group=self.host if value.is_cpu else None)
+        return value
 
     def sum_in_place(self, tensors: list[Tensor]) -> None:
         """Sum each flat gradient over ranks."""
@@ -161,8 +179,8 @@ class Devices:
         """The largest of a small non-negative number over ranks: a signal or an error on one rank concerns all."""
         if self.world == 1:
             return flag
-        value = torch.tensor([flag], dtype=torch.int64, device=self.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        value = torch.tensor([flag], dtype=torch.int64)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.host)
         return int(value.item())
 
     def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
@@ -185,7 +203,7 @@ class Devices:
         if self.world == 1:
             return value
         holder = [value]
-        torch.distributed.broadcast_object_list(holder, src=0, device=self.device)
+        torch.distributed.broadcast_object_list(holder, src=0, group=self.host)
         return holder[0]
 
     def gather(self, values: list[Any]) -> list[Any]:
@@ -193,7 +211,7 @@ class Devices:
         if self.world == 1:
             return values
         holder: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(holder, values)
+        torch.distributed.all_gather_object(holder, values, group=self.host)
         return [value for of_rank in holder for value in of_rank]
 
     def on_main(self, work: Callable[[], Value]) -> Value | None:
@@ -213,6 +231,20 @@ class Devices:
         """Do `work` on the main rank, then on the others: what it leaves in a cache is made once."""
         value = self.on_main(work)
         return work() if value is None else value
+
+    def fails_alone(self) -> bool:
+        """Whether this rank failed and the main rank, which prints for all, did not; waits a moment for it to fail."""
+        if self.world == 1:
+            return False
+        store = torch.distributed.distributed_c10d._get_default_store()
+        try:
+            if self.is_main:
+                store.set(FAILED, "")
+            else:
+                store.wait([FAILED], timedelta(seconds=ENDING_SECONDS))
+        except RuntimeError:  # it took too long, or the store ended with the rank that had it
+            return not self.is_main
+        return False
 
     def lost_ranks(self) -> list[int]:
         """Ranks on this machine whose process has ended; waits a moment for one to end that is about to."""
@@ -252,12 +284,25 @@ def check_found(found: torch.device, wanted: torch.device | None) -> None:
         raise RecipeError(f"--device {wanted} is not the device of this rank, {found}", how)
 
 
+def check_requests() -> None:
+    """Raises: RecipeError where the environment asks for what tunekit does not do, and would be ignored."""
+    asked = [(name, os.environ.get(name, ""), *request) for name, request in REQUESTS.items()]
+    wrong = [
+        (f"the environment has {name}={value}, which tunekit does not follow", how)
+        for name, value, nothing, how in asked
+        if value.strip().lower() not in nothing
+    ]
+    if wrong:
+        raise RecipeError.of([Problem(*each) for each in wrong])
+
+
 def make_devices() -> Devices:
     """The devices of this process: what --device names, else the accelerator of this machine, else the CPU.
 
     The option comes in TUNEKIT_DEVICE.
-    Raises: RecipeError where it names no device, or one that torch does not see.
+    Raises: RecipeError where it names no device, or one that torch does not see, or check_requests finds something.
     """
+    check_requests()
     name = os.environ.get("TUNEKIT_DEVICE", "")
     if not name:
         return Devices(None if torch.accelerator.is_available() else torch.device("cpu"))
