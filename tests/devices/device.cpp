@@ -24,10 +24,12 @@
 namespace {
 using Lock = std::lock_guard<std::recursive_mutex>;
 using Text = std::string;
-const c10::Device kDevice(c10::DeviceType::KIND, 0);
-const bool kFloat64 = kDevice.type() != c10::DeviceType::MPS, kPins = kFloat64;
+constexpr auto kType = c10::DeviceType::KIND;
+const bool kFloat64 = kType != c10::DeviceType::MPS, kPins = kFloat64;
+const int kDevices = kFloat64 ? 2 : 1;  // the second one shows where an index is wrong
 const uint8_t kUnset = 0xFF;   // NaN in every floating dtype
-const size_t kStreams = 32;    // as torch's pool of streams; then they are given out again
+const size_t kStreams = 32;    // of a device, as torch's pool of streams; then they are given out again
+const int kSlots = kStreams + 1;  // streams of a device with its default one; below a stream is a number among those of all
 const size_t kGranule = 512;   // bytes, as CUDA's caching allocator rounds
 
 // What lives until the process ends is never destroyed: threads of torch may still be using it.
@@ -53,10 +55,16 @@ struct StreamState {
   uint64_t sent = 0, done = 0;
   Clock clock;
 };
-auto& streams = *new std::deque<StreamState>(1);
+auto& streams = *new std::deque<StreamState>(2 * kSlots);
 auto& host = *new Clock;
-size_t streams_given = 0;
-thread_local int current = 0;
+size_t streams_given[2] = {0, 0};
+thread_local int device_now = 0;                 // the current device
+thread_local int current_of[2] = {0, kSlots};    // the current stream of each
+int owner_of(int stream) { return stream / kSlots; }
+c10::Device device_at(int index) { return c10::Device(kType, index); }
+int here_now() { return current_of[device_now]; }
+c10::Stream stream_at(int s) { return c10::Stream(c10::Stream::UNSAFE, device_at(owner_of(s)), s % kSlots); }
+int number_of(const c10::Stream& stream) { return stream.device_index() * kSlots + int(stream.id()); }
 
 void run_until(int s, uint64_t upto) {
   while (streams[s].done < upto && !streams[s].queue.empty()) {
@@ -99,8 +107,10 @@ struct Block {
 auto& blocks = *new std::map<char*, Block*>;
 auto& cached = *new std::map<std::pair<int, size_t>, std::vector<char*>>;  // freed memory, by stream and size
 auto& leaving = *new std::vector<Block*>;
-size_t allocated, requested, reserved, cached_bytes, limit = ~size_t(0);
-size_t peak_allocated, peak_requested, peak_reserved;
+struct Counts {
+  size_t allocated = 0, requested = 0, reserved = 0, cached_bytes = 0, limit = ~size_t(0);
+  size_t peak_allocated = 0, peak_requested = 0, peak_reserved = 0;
+} counts[2];
 
 void fault(const Text& text) {  // into a file that processes share; one without tests around it has none
   const char* name = getenv("TUNEKIT_SIMULATED_FAULTS");
@@ -145,7 +155,7 @@ void give_back(Block* block) {
   memset(block->start, kUnset, block->bytes);
   blocks.erase(block->start);
   cached[{block->stream, block->bytes}].push_back(block->start);
-  cached_bytes += block->bytes;
+  counts[owner_of(block->stream)].cached_bytes += block->bytes;
   delete block;
 }
 void give_back_what_has_ended() {
@@ -161,8 +171,7 @@ void empty_cache() {
   give_back_what_has_ended();
   for (auto& [key, pointers] : cached) for (char* pointer : pointers) free(pointer);
   cached.clear();
-  reserved -= cached_bytes;
-  cached_bytes = 0;
+  for (Counts& of : counts) of.reserved -= std::exchange(of.cached_bytes, 0);
 }
 
 struct DeviceAllocator final : c10::Allocator {
@@ -171,8 +180,8 @@ struct DeviceAllocator final : c10::Allocator {
     auto found = blocks.find((char*)pointer);
     if (found == blocks.end()) return;
     Block* block = found->second;
-    allocated -= block->bytes;
-    requested -= block->requested;
+    counts[owner_of(block->stream)].allocated -= block->bytes;
+    counts[owner_of(block->stream)].requested -= block->requested;
     auto check = [&](const char* kind, const Access& access) {
       if (access.stream < 0 || access.stream == block->stream || block->recorded.count(access.stream)) return;
       if (!access.before(streams[block->stream].clock) && !access.before(host))
@@ -188,31 +197,33 @@ struct DeviceAllocator final : c10::Allocator {
   }
   c10::DataPtr allocate(size_t n) override {
     Lock lock(mutex);
-    if (!n) return {nullptr, nullptr, &release, kDevice};
+    const int current = here_now();
+    Counts& of = counts[device_now];
+    if (!n) return {nullptr, nullptr, &release, device_at(device_now)};
     give_back_what_has_ended();
     size_t bytes = (n + kGranule - 1) / kGranule * kGranule;
-    TORCH_CHECK_WITH(OutOfMemoryError, allocated + bytes <= limit, "CUDA out of memory. Tried to allocate ", n, " bytes.");
+    TORCH_CHECK_WITH(OutOfMemoryError, of.allocated + bytes <= of.limit, "CUDA out of memory. Tried to allocate ", n, " bytes.");
     void* pointer = nullptr;
     auto& fitting = cached[{current, bytes}];
     if (!fitting.empty()) {
       pointer = fitting.back();
       fitting.pop_back();
-      cached_bytes -= bytes;
+      of.cached_bytes -= bytes;
     } else {
-      if (reserved + bytes > limit) empty_cache();
+      if (of.reserved + bytes > of.limit) empty_cache();
       TORCH_CHECK(posix_memalign(&pointer, kGranule, bytes) == 0);
-      reserved += bytes;
-      peak_reserved = std::max(peak_reserved, reserved);
+      of.reserved += bytes;
+      of.peak_reserved = std::max(of.peak_reserved, of.reserved);
     }
     memset(pointer, kUnset, bytes);
     Block* block = new Block{(char*)pointer, bytes, n, current};
     block->write = {current, tick(current), "its allocation"};  // what had this memory before may still be computed
     blocks[block->start] = block;
-    allocated += bytes;
-    requested += n;
-    peak_allocated = std::max(peak_allocated, allocated);
-    peak_requested = std::max(peak_requested, requested);
-    return {pointer, pointer, &release, kDevice};
+    of.allocated += bytes;
+    of.requested += n;
+    of.peak_allocated = std::max(of.peak_allocated, of.allocated);
+    of.peak_requested = std::max(of.peak_requested, of.requested);
+    return {pointer, pointer, &release, device_at(device_now)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t n) const override { memcpy(to, from, n); }
@@ -282,43 +293,44 @@ struct Event {
   bool ended() const { return stream < 0 || streams[stream].done >= upto; }
 };
 struct Guard final : c10::impl::DeviceGuardImplInterface {
-  c10::Stream stream_of(int64_t id) const { return c10::Stream(c10::Stream::UNSAFE, kDevice, id); }
-  c10::DeviceType type() const override { return kDevice.type(); }
-  c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
-  c10::Device getDevice() const override { return kDevice; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  c10::Stream getStream(c10::Device) const override { return stream_of(current); }
-  c10::Stream getDefaultStream(c10::Device) const override { return stream_of(0); }
+  c10::DeviceType type() const override { return kType; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    TORCH_CHECK(device.index() < kDevices, "CUDA error: invalid device ordinal");
+    return device_at(std::exchange(device_now, std::max<int>(device.index(), 0)));
+  }
+  c10::Device getDevice() const override { return device_at(device_now); }
+  void setDevice(c10::Device device) const override { exchangeDevice(device); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { device_now = std::max<int>(device.index(), 0); }
+  c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
+  int index_of(c10::Device device) const { return device.has_index() ? device.index() : device_now; }
+  c10::Stream getStream(c10::Device device) const override { return stream_at(current_of[index_of(device)]); }
+  c10::Stream getDefaultStream(c10::Device device) const override { return stream_at(index_of(device) * kSlots); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
-  c10::Stream getNewStream(c10::Device, int) const override {
+  c10::Stream getNewStream(c10::Device device, int) const override {
     Lock lock(mutex);
-    size_t id = 1 + streams_given++ % kStreams;
-    if (streams.size() <= id) streams.emplace_back();
-    return stream_of(id);
+    int index = index_of(device);
+    return stream_at(index * kSlots + 1 + streams_given[index]++ % kStreams);
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
-    auto before = current;
-    current = int(stream.id());
-    return stream_of(before);
+    return stream_at(std::exchange(current_of[stream.device_index()], number_of(stream)));
   }
   void* getStreamNativeHandle(const c10::Stream stream) const override { return (void*)(intptr_t)stream.id(); }
   bool queryStream(const c10::Stream& stream) const override {
-    return streams[stream.id()].done == streams[stream.id()].sent;
+    return streams[number_of(stream)].done == streams[number_of(stream)].sent;
   }
   void synchronizeStream(const c10::Stream& stream) const override {
     Lock lock(mutex);
-    host_waits(int(stream.id()), "stream.synchronize");
+    host_waits(number_of(stream), "stream.synchronize");
   }
-  void synchronizeDevice(const c10::DeviceIndex) const override {
+  void synchronizeDevice(const c10::DeviceIndex index) const override {
     Lock lock(mutex);
-    for (size_t s = 0; s < streams.size(); s++) host_waits(int(s), "device synchronize", false);
+    for (int s = index * kSlots; s < (index + 1) * kSlots; s++)
+      if (streams[s].sent || s % kSlots == 0) host_waits(s, "device synchronize", false);
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete (Event*)event; }
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
     Lock lock(mutex);
-    int s = int(stream.id());
+    int s = number_of(stream);
     if (!*event) *event = new Event();
     tick(s);
     *(Event*)*event = Event{s, streams[s].sent, streams[s].clock};
@@ -327,8 +339,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     Lock lock(mutex);
     auto* passed = (Event*)event;
     if (!passed || passed->stream < 0) return;
-    streams[stream.id()].clock.learn(passed->clock);
-    if (passed->stream != stream.id() && !passed->ended()) send(int(stream.id()), {nullptr, passed->stream, passed->upto});
+    const int s = number_of(stream);
+    streams[s].clock.learn(passed->clock);
+    if (passed->stream != s && !passed->ended()) send(s, {nullptr, passed->stream, passed->upto});
   }
   bool queryEvent(void* event) const override {
     Lock lock(mutex);
@@ -347,14 +360,16 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void recordDataPtrOnStream(const c10::DataPtr& memory, const c10::Stream& stream) const override {
     Lock lock(mutex);
-    if (Block* block = block_of(memory.get())) block->recorded.insert(int(stream.id()));
+    if (Block* block = block_of(memory.get())) block->recorded.insert(number_of(stream));
   }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override { return 1.0; }
 };
 
 struct Generator final : c10::GeneratorImpl {
   at::Generator inner = at::detail::createCPUGenerator();
-  Generator() : c10::GeneratorImpl(kDevice, c10::DispatchKeySet(c10::DispatchKey::KIND)) {}
+  explicit Generator(int index) : c10::GeneratorImpl(device_at(index), c10::DispatchKeySet(c10::DispatchKey::KIND)) {
+    inner.seed();  // by nobody, as one that only the host's seed reached would be
+  }
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
   void set_offset(uint64_t) override {}
   uint64_t get_offset() const override { return 0; }
@@ -362,18 +377,18 @@ struct Generator final : c10::GeneratorImpl {
   uint64_t seed() override { return inner.seed(); }
   void set_state(const c10::TensorImpl& state) override { inner.unsafeGetGeneratorImpl()->set_state(state); }
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return inner.unsafeGetGeneratorImpl()->get_state(); }
-  static c10::DeviceType device_type() { return kDevice.type(); }
+  static c10::DeviceType device_type() { return kType; }
 
  private:
   Generator* clone_impl() const override {
-    auto* copy = new Generator();
+    auto* copy = new Generator(device_.index());
     copy->inner = inner.clone();
     return copy;
   }
 };
-const at::Generator& default_generator() {
-  static at::Generator generator = at::make_generator<Generator>();
-  return generator;
+const at::Generator& default_generator(int index) {
+  static at::Generator generators[] = {at::make_generator<Generator>(0), at::make_generator<Generator>(1)};
+  return generators[index];
 }
 at::Generator inner_generator(const at::Generator& generator) {
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->inner;
@@ -384,37 +399,45 @@ namespace at {
 template <typename Interface>
 struct Hooks : Interface {  // what torch asks every kind of
   void init() const override {}
-  const Generator& getDefaultGenerator(DeviceIndex) const override { return default_generator(); }
-  Generator getNewGenerator(DeviceIndex) const override {
-    static bool first = true;  // Python asks once for the default one
-    if (!std::exchange(first, false)) return at::make_generator<::Generator>();
-    return default_generator();
+  const Generator& getDefaultGenerator(DeviceIndex index) const override {
+    return default_generator(index < 0 ? device_now : index);
   }
-  Device getDeviceFromPtr(void*) const override { return kDevice; }
+  Generator getNewGenerator(DeviceIndex index) const override {
+    static bool first[] = {true, true};  // Python asks once for each default one
+    index = index < 0 ? device_now : index;
+    if (!std::exchange(first[index], false)) return at::make_generator<::Generator>(index);
+    return default_generator(index);
+  }
+  Device getDeviceFromPtr(void* pointer) const override {
+    Block* block = block_of(pointer);
+    return device_at(block ? owner_of(block->stream) : device_now);
+  }
   bool isPinnedPtr(const void* pointer) const override { return is_pinned(pointer); }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return device_now; }
+  void setCurrentDevice(DeviceIndex index) const override { device_now = index; }
+  DeviceIndex exchangeDevice(DeviceIndex index) const override { return std::exchange(device_now, index); }
+  DeviceIndex maybeExchangeDevice(DeviceIndex index) const override {
+    return index < 0 ? device_now : std::exchange(device_now, index);
+  }
   Allocator* getPinnedMemoryAllocator() const override {
     TORCH_CHECK(kPins, "there is no pinned memory");
     return &pinned_allocator;
   }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex deviceCount() const override { return kDevices; }
 };
 struct CUDAHooks final : Hooks<CUDAHooksInterface> {  // torch looks for classes of these names
   CUDAHooks(CUDAHooksArgs) {}
   bool hasCUDA() const override { return true; }
-  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex current_device() const override { return device_now; }
   Allocator* getCUDADeviceAllocator() const override { return &device_allocator; }
 };
 struct XPUHooks final : Hooks<XPUHooksInterface> {
   bool hasXPU() const override { return true; }
-  DeviceIndex getNumGPUs() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getNumGPUs() const override { return kDevices; }
+  DeviceIndex current_device() const override { return device_now; }
 };
 struct MPSHooks final : Hooks<MPSHooksInterface> {
   bool hasMPS() const override { return true; }
@@ -438,7 +461,7 @@ c10::Storage storage_of(size_t bytes, c10::DataPtr memory, c10::Allocator* alloc
   return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), bytes, std::move(memory), allocator, true));
 }
-bool here(const at::Tensor& t) { return t.device().type() == kDevice.type(); }
+bool here(const at::Tensor& t) { return t.device().type() == kType; }
 void check_kind(c10::ScalarType dtype) {
   TORCH_CHECK_TYPE(kFloat64 || dtype != at::kDouble, "Cannot convert a MPS Tensor to float64 dtype as the MPS framework "
                    "doesn't support float64. Please use float32 instead.");
@@ -491,10 +514,19 @@ struct Call {
   std::map<c10::TensorImpl*, at::Tensor> tensors;                // CPU's tensor -> device's
   std::vector<std::pair<Block*, bool>> touched;                  // whether it is written
   bool uses_device = false, uses_host = false, made_here = false, by_mask = false;
+  int index = device_now;  // the device whose tensors these are
+
+  void on(c10::Device device) {
+    const int other = device.has_index() ? device.index() : device_now;
+    TORCH_CHECK(!(uses_device || made_here) || index == other, "Expected all tensors to be on the same device, but found at "
+                "least two devices, cuda:", index, " and cuda:", other, "! (", name, ")");
+    index = other;
+  }
 
   at::Tensor there(const at::Tensor& t, bool writes, bool views) {
     if (t.defined() && t.is_cpu() && t.dim() > 0) uses_host = true;
     if (!t.defined() || !here(t)) return t;
+    on(t.device());
     uses_device = true;
     if (!t.has_storage()) return t;
     if (!views) touched.push_back({block_of(t.storage().data()), writes});
@@ -545,12 +577,13 @@ struct Call {
       }
       return list;
     }
-    if (value.isDevice() && value.toDevice().type() == kDevice.type()) {
+    if (value.isDevice() && value.toDevice().type() == kType) {
+      on(value.toDevice());
       made_here = true;
       return c10::Device(c10::kCPU);
     }
-    if (value.isGenerator() && value.toGenerator().device().type() == kDevice.type()) return inner_generator(value.toGenerator());
-    if (value.isNone() && schema.arguments()[i].name() == "generator") return inner_generator(default_generator());
+    if (value.isGenerator() && value.toGenerator().device().type() == kType) return inner_generator(value.toGenerator());
+    if (value.isNone() && schema.arguments()[i].name() == "generator") return inner_generator(default_generator(index));
     return value;
   }
   c10::IValue result(const c10::IValue& value) {
@@ -566,19 +599,21 @@ struct Call {
 size_t workspace_bytes = 0;
 const std::set<Text> kProducts = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mm.out", "aten::addmm.out",
     "aten::bmm.out"};
-void keep_workspace() {
-  static thread_local auto& kept = *new c10::DataPtr(device_allocator.allocate(workspace_bytes));
-  if (Block* block = block_of(kept.get())) block->set = true;
+void keep_workspace(int index) {
+  static thread_local auto& kept = *new std::map<int, c10::DataPtr>;
+  if (!kept.count(index)) kept.emplace(index, device_allocator.allocate(workspace_bytes));
+  if (Block* block = block_of(kept.at(index).get())) block->set = true;
 }
 
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::unique_lock<std::recursive_mutex> lock(mutex);
   Call call{op.schema(), toString(op.operator_name())};
-  const int s = current;
-  run_all(s);
   const size_t count = call.schema.arguments().size();
   std::vector<c10::IValue> arguments;
   for (size_t i = 0; i < count; i++) arguments.push_back(call.argument(i, torch::jit::peek(*stack, i, count)));
+  c10::DeviceGuard device(device_at(call.index));  // as torch's kernels have: the current stream of the tensors' device
+  const int s = here_now();
+  run_all(s);
   TORCH_CHECK(!call.uses_device || !call.uses_host || kMixed.count(call.name),
               "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (", call.name, ")");
   TORCH_CHECK_NOT_IMPLEMENTED(!kAbsent.count(call.name), "Could not run '", call.name, "' with the simulated device");
@@ -589,7 +624,7 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   if (kUnordered.count(call.name) && c10::isFloatingType(torch::jit::peek(*stack, 0, count).toTensor().scalar_type()))
     at::globalContext().alertNotDeterministic(call.name);
-  if (workspace_bytes && kProducts.count(call.name)) keep_workspace();
+  if (workspace_bytes && kProducts.count(call.name)) keep_workspace(call.index);
   if (kWaits.count(call.name)) host_waits(s, call.name);
   if (call.by_mask) host_waits(s, call.name + " by a mask");
   torch::jit::drop(*stack, count);
@@ -608,7 +643,8 @@ size_t checksum(const at::Tensor& t) {
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   Lock lock(mutex);
   if (to.numel() == 0 || from.is_meta()) return to;
-  const int s = current;
+  c10::DeviceGuard device((here(from) ? from : to).device());  // a copy between devices is on the first one's stream
+  const int s = here_now();
   const bool arrives = here(to) && !here(from), leaves = here(from) && !here(to), crosses = arrives || leaves;
   Block* const of_from = block_of(from.storage().data());
   Block* const of_to = block_of(to.storage().data());
@@ -617,7 +653,13 @@ at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   const Text what = arrives ? "a copy to the device" : leaves ? "a copy to the host" : "a copy on the device";
   at::Tensor target = here(to) ? on_host(to) : to.detach(), source = here(from) ? on_host(from) : from.detach();
   if (leaves && !waits_here) run_all(s);  // what was copied from the target before is on its way
+  const int other = here(to) ? current_of[to.device().index()] : s;
+  if (other != s) {  // of another device: both current streams wait for each other
+    run_all(other);
+    streams[s].clock.learn(streams[other].clock);
+  }
   const uint64_t time = tick(s);
+  if (other != s) streams[other].clock.learn(streams[s].clock);
   touch(of_from, false, s, time, what);
   touch(of_to, true, s, time, what);
   auto copy = [=]() mutable {
@@ -644,7 +686,7 @@ at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
       copy();
     }});
   } else {
-    if (s == 0) {
+    if (s % kSlots == 0 || other != s) {
       run_all(s);
       copy();
     } else send(s, {copy});
@@ -659,14 +701,16 @@ void refuse_pinned(Maybe<bool> pin) {
   TORCH_CHECK(!c10::pinned_memory_or_default(pin), "Only dense CPU tensors can be pinned");
 }
 const c10::DispatchKeySet kKeys(c10::DispatchKey::KIND);
-at::Tensor empty(Size size, Maybe<c10::ScalarType> dtype, Maybe<c10::Layout>, Maybe<c10::Device>, Maybe<bool> pin,
+at::Tensor empty(Size size, Maybe<c10::ScalarType> dtype, Maybe<c10::Layout>, Maybe<c10::Device> place, Maybe<bool> pin,
                  Maybe<c10::MemoryFormat> format) {
+  c10::DeviceGuard device(place && place->has_index() ? *place : device_at(device_now));
   refuse_pinned(pin);
   check_kind(c10::dtype_or_default(dtype));
   return at::detail::empty_generic(size, &device_allocator, kKeys, c10::dtype_or_default(dtype), format);
 }
-at::Tensor empty_strided(Size size, Size stride, Maybe<c10::ScalarType> dtype, Maybe<c10::Layout>, Maybe<c10::Device>,
+at::Tensor empty_strided(Size size, Size stride, Maybe<c10::ScalarType> dtype, Maybe<c10::Layout>, Maybe<c10::Device> place,
                          Maybe<bool> pin) {
+  c10::DeviceGuard device(place && place->has_index() ? *place : device_at(device_now));
   refuse_pinned(pin);
   check_kind(c10::dtype_or_default(dtype));
   return at::detail::empty_strided_generic(size, stride, &device_allocator, kKeys, c10::dtype_or_default(dtype));
@@ -709,28 +753,35 @@ TORCH_LIBRARY_IMPL(aten, KIND, library) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute>());
 }
 TORCH_LIBRARY_IMPL(_, KIND, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
-const bool allocates = (c10::SetAllocator(kDevice.type(), &device_allocator, 10), true);
+const bool allocates = (c10::SetAllocator(kType, &device_allocator, 10), true);
 
 }  // namespace
 
 // ---- What simulated.py asks ----------------------------------------------------------------------------------------
 extern "C" {
-int64_t double_stream() { return current; }
-void double_set_stream(int64_t stream) { current = int(stream); }
-void double_synchronize() { Guard().synchronizeDevice(0); }
+int64_t double_stream(int index) { return current_of[index] % kSlots; }
+void double_set_stream(int64_t stream, int index) {
+  device_now = index;
+  current_of[index] = index * kSlots + int(stream);
+}
+int double_device() { return device_now; }
+int double_set_device(int index) { return std::exchange(device_now, index); }
+void double_synchronize() { Guard().synchronizeDevice(device_now); }
 void double_watch(int mode) { watched = mode; }
-void double_set_limit(size_t bytes) { limit = bytes; }
+void double_set_limit(size_t bytes, int index) { counts[index].limit = bytes; }
 void double_set_workspace(size_t bytes) { workspace_bytes = bytes; }
 void double_empty_cache() { Lock lock(mutex); empty_cache(); }
-void double_reset_peaks() {
+void double_reset_peaks(int index) {
   Lock lock(mutex);
-  peak_allocated = allocated;
-  peak_requested = requested;
-  peak_reserved = reserved;
+  Counts& of = counts[index];
+  of.peak_allocated = of.allocated;
+  of.peak_requested = of.requested;
+  of.peak_reserved = of.reserved;
 }
-size_t double_bytes(int which) {
+size_t double_bytes(int which, int index) {
   Lock lock(mutex);
-  return std::vector<size_t>{allocated, peak_allocated, requested, peak_requested, reserved, peak_reserved}.at(which);
+  const Counts& of = counts[index];
+  return std::vector<size_t>{of.allocated, of.peak_allocated, of.requested, of.peak_requested, of.reserved, of.peak_reserved}.at(which);
 }
 const char* double_waits() {
   static Text answer;

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.devices.build import KIND, library, torch_folder
 
+DEVICES = 1 if KIND == "mps" else 2  # the second one shows where an index is wrong
 BYTES = ("allocated", "peak_allocated", "requested", "peak_requested", "reserved", "peak_reserved")
 
 
@@ -30,12 +31,12 @@ class Double:
         ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
         self.core = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
         self.core.double_stream.restype = ctypes.c_int64
-        self.core.double_set_stream.argtypes = [ctypes.c_int64]
+        self.core.double_set_stream.argtypes = [ctypes.c_int64, ctypes.c_int]
         self.core.double_bytes.restype = ctypes.c_size_t
-        self.core.double_set_limit.argtypes = [ctypes.c_size_t]
+        self.core.double_set_limit.argtypes = [ctypes.c_size_t, ctypes.c_int]
         self.core.double_set_workspace.argtypes = [ctypes.c_size_t]
         self.core.double_waits.restype = ctypes.c_char_p
-        self.mode, self.fraction = 0, 1.0
+        self.mode, self.fractions = 0, {0: 1.0, 1: 1.0}
         major, minor = os.environ.get("TUNEKIT_SIMULATED_CAPABILITY", "8.0").split(".")
         self.properties = SimpleNamespace(
             name="simulated",
@@ -53,8 +54,8 @@ class Double:
         """What the host waited for since the last call, while it was watched."""
         return self.core.double_waits().decode().splitlines()
 
-    def bytes(self, which: str) -> int:
-        return int(self.core.double_bytes(BYTES.index(which)))
+    def bytes(self, which: str, device: int = 0) -> int:
+        return int(self.core.double_bytes(BYTES.index(which), device))
 
     def watch(self, mode: int) -> None:
         """As torch.cuda.set_sync_debug_mode: 0 off, 1 count, 2 raise."""
@@ -71,15 +72,16 @@ class Double:
             self.core.double_watch(self.mode)
 
     def set_fraction(self, fraction: float, device: int) -> None:
-        self.fraction = fraction
-        self.core.double_set_limit(int(fraction * self.properties.total_memory))
+        self.fractions[device] = fraction
+        self.core.double_set_limit(int(fraction * self.properties.total_memory), device)
 
     def statistics(self, device: int) -> dict[str, Any]:
         """As torch._C._cuda_memoryStats."""
         found = {}
         for kind in ("allocated", "active", "requested", "reserved"):
             name = "allocated" if kind == "active" else kind
-            numbers = {"current": self.bytes(name), "peak": self.bytes(f"peak_{name}"), "allocated": 0, "freed": 0}
+            current, peak = self.bytes(name, device), self.bytes(f"peak_{name}", device)
+            numbers = {"current": current, "peak": peak, "allocated": 0, "freed": 0}
             found[f"{kind}_bytes"] = {"all": numbers, "small_pool": numbers, "large_pool": numbers}
         return found
 
@@ -185,8 +187,8 @@ def _install_with_streams(double: Double) -> None:
         def __new__(cls, device: Any = None, priority: int = 0, **named: Any) -> Any:
             if "stream_id" in named:
                 return super().__new__(cls, **named)
-            module._utils._get_device_index(device, optional=True)  # torch's own check
-            return super().__new__(cls, device=torch.device(KIND, 0), priority=priority)
+            index = module._utils._get_device_index(device, optional=True)
+            return super().__new__(cls, device=torch.device(KIND, index), priority=priority)
 
         cuda_stream = property(lambda self: self.stream_id)
 
@@ -217,27 +219,26 @@ def _install_with_streams(double: Double) -> None:
         return double.properties
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
-        module._utils._get_device_index(0 if device is None else device, optional=True)
         total = double.properties.total_memory
-        return total - double.bytes("reserved"), total
+        return total - double.bytes("reserved", module._utils._get_device_index(device, optional=True)), total
 
     core, number = double.core, {"cuda": 1, "xpu": 12}[KIND]  # of c10::DeviceType
     native = {
-        "getCurrentStream": lambda device: (core.double_stream(), 0, number),
-        "getDefaultStream": lambda device: (0, 0, number),
-        "getDeviceCount": lambda: 1,
-        "getDevice": lambda: 0,
-        "setDevice": lambda device: None,
-        "exchangeDevice": lambda device: 0,
-        "maybeExchangeDevice": lambda device: 0,
+        "getCurrentStream": lambda device: (core.double_stream(device), device, number),
+        "getDefaultStream": lambda device: (0, device, number),
+        "getDeviceCount": lambda: DEVICES,
+        "getDevice": core.double_device,
+        "setDevice": core.double_set_device,
+        "exchangeDevice": core.double_set_device,
+        "maybeExchangeDevice": lambda device: core.double_device() if device < 0 else core.double_set_device(device),
         "setMemoryFraction": double.set_fraction,
-        "getMemoryFraction": lambda device: double.fraction,
+        "getMemoryFraction": lambda device: double.fractions[device],
         "emptyCache": lambda: core.double_empty_cache(),
         "memoryStats": double.statistics,
-        "resetPeakMemoryStats": lambda device: core.double_reset_peaks(),
+        "resetPeakMemoryStats": core.double_reset_peaks,
         "resetAccumulatedMemoryStats": lambda device: None,
-        "setStream": lambda stream_id, device_index, device_type: core.double_set_stream(stream_id),
-        "getCurrentRawStream": lambda device: core.double_stream(),
+        "setStream": lambda stream_id, device_index, device_type: core.double_set_stream(stream_id, device_index),
+        "getCurrentRawStream": core.double_stream,
         "synchronize": lambda *device: core.double_synchronize(),
         "isInBadFork": lambda: False,
         "init": lambda: None,
@@ -249,7 +250,7 @@ def _install_with_streams(double: Double) -> None:
     for name, function in native.items():
         setattr(torch._C, f"_{KIND}_{name}", function)
     for part in (module, module.memory, module.random):
-        part._lazy_init, part.is_initialized, part.device_count = lambda: None, lambda: True, lambda: 1
+        part._lazy_init, part.is_initialized, part.device_count = lambda: None, lambda: True, lambda: DEVICES
     for part in (module, module.streams):
         part.Stream, part.Event = Stream, Event
     for part in (module, module.memory):
@@ -258,7 +259,7 @@ def _install_with_streams(double: Double) -> None:
     module._initialized = True
     module.is_available = lambda: True
     module.get_device_properties = properties
-    module.default_generators = (torch.Generator(device=KIND),)
+    module.default_generators = tuple(torch.Generator(device=f"{KIND}:{index}") for index in range(DEVICES))
     if KIND == "cuda":
         large = double.properties.major >= 9 or os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
         core.double_set_workspace(2**25 if large else 8_519_680)  # cuBLAS's

@@ -29,9 +29,47 @@ def test_values_are_those_of_the_cpu() -> None:
     assert torch.equal(product.cpu(), left @ right)
 
 
-def test_tensors_of_two_devices_do_not_meet() -> None:
+@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+def test_tensors_of_two_devices_do_not_meet(other: str) -> None:
     with pytest.raises(RuntimeError, match="on the same device"):
-        torch.ones(3, device=CUDA) + torch.ones(3)
+        torch.ones(3, device=CUDA) + torch.ones(3, device=other)
+
+
+def test_the_second_device_has_memory_streams_and_random_numbers_of_its_own() -> None:
+    assert torch.cuda.device_count() == 2
+    second, numbers = (
+        torch.device("cuda", 1),
+        [torch.cuda.memory_stats(index)["allocated_bytes.all.current"] for index in (0, 1)],
+    )
+    x = torch.ones(1000, device=second)
+    assert x.device == (x + x).device == second
+    now = [torch.cuda.memory_stats(index)["allocated_bytes.all.current"] for index in (0, 1)]
+    assert [after - before for after, before in zip(now, numbers, strict=True)] == [0, 4096]
+    assert torch.cuda.Stream(second).device == second
+    assert torch.cuda.current_stream(second) != torch.cuda.current_stream(CUDA)
+    with torch.cuda.device(second):
+        assert torch.ones(2, device="cuda").device == second
+    assert torch.ones(2, device="cuda").device == CUDA
+    assert torch.equal(x.to(CUDA).cpu(), x.cpu())
+    torch.manual_seed(0)
+    states = [generator.get_state() for generator in torch.cuda.default_generators]
+    torch.rand(3, device=second)
+    assert [
+        torch.equal(state, generator.get_state())
+        for state, generator in zip(states, torch.cuda.default_generators, strict=True)
+    ] == [True, False]
+
+
+@pytest.mark.faulty
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_stream_of_another_device_orders_nothing(index: int) -> None:
+    second = torch.device("cuda", 1)
+    source, x = pinned(1, 2, 3), torch.empty(3, device=second)
+    with torch.cuda.stream(torch.cuda.Stream(second)):
+        torch.cuda.current_stream(second).wait_stream(torch.cuda.default_stream(index))
+        x.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(second)
+    assert kinds() == ({"write after write"} if index == 0 else set())
 
 
 @pytest.mark.faulty

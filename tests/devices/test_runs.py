@@ -66,7 +66,7 @@ def test_a_budget_bounds_the_allocator(folder: Path, tmp_path: Path) -> None:
         assert 0 < report["peak_reserved_bytes"] == report["measured_bytes"]["mps"]
         assert "peak_allocated_bytes" not in report
         return
-    assert simulated.DOUBLE.fraction == 64 * MIB / simulated.DOUBLE.properties.total_memory
+    assert simulated.DOUBLE.fractions[0] == 64 * MIB / simulated.DOUBLE.properties.total_memory
     peaks = [report[f"peak_{kind}_bytes"] for kind in ("requested", "allocated", "reserved")]
     assert 0 < peaks[0] < peaks[1] <= peaks[2] < 64 * MIB
     assert report["measured_bytes"] == {DEVICE.type: peaks[1]}
