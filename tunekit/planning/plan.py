@@ -28,6 +28,7 @@ from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
+from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
@@ -356,6 +357,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.rows.objective, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)
+    notes += end_notes(inputs.model, inputs.base, inputs.processor.tokenizer, inputs.rows, adapter, inputs.targets)
     groups = load_method(adapter.method).groups(net, adapter, inputs.targets)
     if groups:
         notes.append(f"layers that share one computation, which saves memory and time: {describe(groups)}")

@@ -1,0 +1,95 @@
+"""Whether the base was ever trained on the token with which answers end: a frozen head cannot learn it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.module_names import base_modules, named_copies
+from tunekit.adapters.tokens import tied_with, token_rows
+from tunekit.contracts import Tokenizer
+from tunekit.data.rows import RowSet
+from tunekit.errors import ModelError
+from tunekit.model.load import LoadedModel
+from tunekit.model.storage.reading import MappedFiles
+from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.source import find_source
+from tunekit.model.text.generation import end_of_turn_ids
+from tunekit.recipe.bases.section import AdapterSettings
+from tunekit.recipe.model import ModelSection
+from tunekit.records import Target
+
+SAMPLED_ROWS = 4096  # of the matrix, evenly spaced
+READ_ROWS = 64  # of the data: an end of turn is in nearly each
+NEAR = 0.3  # of the usual distance from the mean: where training never pulled a row away from it
+
+
+def end_notes(
+    model: ModelSection,
+    base: LoadedModel,
+    tokenizer: Tokenizer | None,
+    rows: RowSet,
+    adapter: AdapterSettings,
+    targets: Sequence[Target],
+) -> Iterator[str]:
+    """A warning for an end token that rows have, the base never learnt and the adapter does not train."""
+    head = base.family.head_name(base.net)
+    if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
+        return
+    ends = _ids(rows).intersection([*end_of_turn_ids(tokenizer, rows.template), tokenizer.eos_id])
+    matrix = _matrix(model, base.net, head) if ends else None
+    modules = base_modules(base.net)
+    wholly = {*named_copies(modules, getattr(adapter, "modules_to_save", None) or ()), *(each.name for each in targets)}
+    if matrix is None or wholly & set(tied_with(modules, head)):
+        return
+    trained = token_rows(base.net, adapter).get(head)
+    for end in sorted(ends - set(trained.ids if trained else ())):
+        if _is_untrained(matrix, end):
+            yield (
+                f"warning: the base was never trained on {tokenizer.decode([end])!r} (id {end}), with which answers "
+                f"end: its row of '{head}' is near the mean of all rows, and the adapter leaves it as it is, so that "
+                f"answers may never stop; write {_cure(base.net, head, end)}, or another end with data.chat_template"
+            )
+
+
+def _cure(net: nn.Module, head: str, end: int) -> str:
+    """Both matrices where the head has one of its own: PEFT's plain list is of the embedding."""
+    modules = base_modules(net)
+    embedding = next((name for name, module in modules.items() if module is _embedding(net)), "")
+    if not embedding or embedding in tied_with(modules, head):
+        return f"adapter.trainable_token_indices: [{end}]"
+    return f"adapter.trainable_token_indices: {{{embedding}: [{end}], {head}: [{end}]}}"
+
+
+def _embedding(net: nn.Module) -> nn.Module | None:
+    found: nn.Module | None = getattr(net, "get_input_embeddings", lambda: None)()
+    return found
+
+
+def _ids(rows: RowSet) -> set[int]:
+    """Tokens of the first rows."""
+    parts = rows.objective.rows.layout.token_parts
+    first = (rows.train[number] for number in range(min(len(rows.train), READ_ROWS)))
+    return {token for row in first for part in parts for token in row.parts[part].tolist()}
+
+
+def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
+    """(V, D) as it is stored; None where it is not here, or not as a plain matrix."""
+    try:
+        source = find_source(model, weights=False)
+        headers = {} if source.gguf_file is not None else read_headers(source.folder)
+    except ModelError:
+        return None
+    names = [f"{name}.weight" for name in (head, *tied_with(base_modules(net), head))]
+    stored = next((name for name in names if name in headers and headers[name].dtype.is_floating_point), None)
+    return None if stored is None else MappedFiles(source.folder, headers).view(stored)
+
+
+def _is_untrained(matrix: Tensor, token: int) -> bool:
+    """Whether the token's row is far nearer to the mean than rows are."""
+    rows = matrix[:: max(1, len(matrix) // SAMPLED_ROWS)].float()  # (S, D)
+    mean = rows.mean(dim=0)  # (D,)
+    usual = torch.linalg.vector_norm(rows - mean, dim=1).median()
+    return bool(torch.linalg.vector_norm(matrix[token].float() - mean) < NEAR * usual)
