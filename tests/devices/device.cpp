@@ -595,6 +595,24 @@ struct Call {
   }
 };
 
+// Operators that draw from the default generator and take none: while such a one runs, the host's has the device's state.
+const std::set<Text> kDraws = {"aten::native_dropout", "aten::_fused_dropout", "aten::rrelu_with_noise"};
+struct Drawing {
+  const int index;
+  at::Generator host = at::detail::getDefaultCPUGenerator();
+  at::Tensor before;
+  explicit Drawing(int index) : index(index) {
+    if (index < 0) return;
+    before = host.get_state();
+    host.set_state(default_generator(index).get_state());
+  }
+  ~Drawing() {
+    if (index < 0) return;
+    inner_generator(default_generator(index)).set_state(host.get_state());
+    host.set_state(before);
+  }
+};
+
 // cuBLAS's workspace, which each thread that multiplies matrices keeps until it ends.
 size_t workspace_bytes = 0;
 const std::set<Text> kProducts = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mm.out", "aten::addmm.out",
@@ -630,7 +648,10 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   torch::jit::drop(*stack, count);
   for (auto& argument : arguments) stack->push_back(std::move(argument));
   lock.unlock();
-  op.callBoxedForDispatchKey(c10::DispatchKey::CPU, *stack);
+  {
+    const Drawing drawing(kDraws.count(call.name) && call.uses_device ? call.index : -1);
+    op.callBoxedForDispatchKey(c10::DispatchKey::CPU, *stack);
+  }
   lock.lock();
   for (auto& value : torch::jit::pop(*stack, call.schema.returns().size())) stack->push_back(call.result(value));
   lock.unlock();  // before anything is destroyed: the last reference of a tensor of Python needs the interpreter

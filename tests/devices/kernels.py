@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +41,11 @@ def register(double: Double) -> None:
         scale: Any = None, **named: Any,
     ) -> Any:  # fmt: skip
         _check(double, q, k, v, starts, keys)
-        empty = torch.empty(0, device=q.device)
+        empty, sees = torch.empty(0, device=q.device), _Sees.of(*rest, **named)
         with double.unwatched(), torch.no_grad():
             documents = _documents(starts, keys, q, k, v)
             _check_longest(documents, max_q, max_k)
-            out = torch.cat([_attention(*part, scale)[0] for part in documents])
+            out = torch.cat([_attention(*part, scale, sees)[0] for part in documents])
         seeds = torch.zeros(2, dtype=torch.uint64, device=q.device)
         return out.to(q.dtype), torch.zeros(q.shape[1], q.shape[0], device=q.device), seeds, empty, empty
 
@@ -57,7 +57,7 @@ def register(double: Double) -> None:
         with double.unwatched(), torch.no_grad():
             documents = _documents(starts, keys, q, k, v, gradient)
             _check_longest(documents, max_q, max_k)
-            found = [_gradients(*part, scale) for part in documents]
+            found = [_gradients(*part, scale, _Sees.of(*rest, **named)) for part in documents]
             of_q, *others = (torch.cat(each) for each in zip(*found, strict=True))
             of_k, of_v = (each.unflatten(1, (k.shape[1], -1)).sum(2) for each in others)
             longest = max(len(part[1]) for part in documents)
@@ -193,17 +193,43 @@ def _documents(starts: Tensor, keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *m
     return [[first, *seen, *others] for (first, *others), seen in zip(*cut, strict=True)]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, float]:
-    """What the heads give (t, heads, d), their weights (heads, t, s), and the scale. The last query sees every key."""
+class _Sees(NamedTuple):
+    """How many keys before its own place a query sees, and how many after it; -1: all."""
+
+    before: int
+    after: int
+
+    @classmethod
+    def of(
+        cls, dropout: float, causal: bool, *rest: Any, window_size_left: int | None = None,
+        window_size_right: int | None = None, **named: Any,
+    ) -> _Sees:  # fmt: skip
+        assert not dropout
+        before, after = (-1 if size is None else size for size in (window_size_left, window_size_right))
+        return cls(before, 0 if causal else after)
+
+    def mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(t, s) bool; the last query's place is that of the last key."""
+        places = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+        seen = torch.ones_like(places, dtype=torch.bool)
+        seen &= places >= -self.before if self.before >= 0 else True
+        seen &= places <= self.after if self.after >= 0 else True
+        return seen
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sees: _Sees) -> tuple[Tensor, Tensor, float]:
+    """What the heads give (t, heads, d), their weights (heads, t, s), and the scale."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    future = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(1 + len(k) - len(q))
-    weights = (torch.einsum("thd,shd->hts", q, k) * scale).masked_fill(future, float("-inf")).softmax(-1)
+    hidden = ~sees.mask(len(q), len(k), q.device)
+    weights = (torch.einsum("thd,shd->hts", q, k) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hts,shd->thd", weights, v), weights, scale
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float | None) -> tuple[Tensor, ...]:
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float | None, sees: _Sees
+) -> tuple[Tensor, ...]:
     """Of q, (t, heads, d), and of k and v, (s, heads, d) each."""
-    _, weights, scale = _attention(q, k, v, scale)
+    _, weights, scale = _attention(q, k, v, scale, sees)
     of_weights = torch.einsum("thd,shd->hts", gradient, v)
     of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
     of_keys, of_values = torch.einsum("hts,thd->shd", of_scores, q), torch.einsum("hts,thd->shd", weights, gradient)

@@ -17,12 +17,47 @@ from tests.training.test_ranks import free_port
 __all__ = ["whole_device"]
 
 
-@pytest.mark.parametrize("override", ["memory.streaming=off", "memory.streaming=host"])
-def test_two_devices_give_the_curve_of_one(folder: Path, tmp_path: Path, override: str) -> None:
-    one, _ = train(tmp_path / "one", folder, "adapter.dropout=0", override, device="cuda")
-    recipe, run = write_recipe(tmp_path / "two", folder, rows=11), tmp_path / "two" / "run"
-    overrides = ["adapter.dropout=0", override, f"output.dir={run}"]
-    command = [sys.executable, "-m", "tunekit", "train", str(recipe), *overrides]
+WATCHING = """
+import os, sys
+import torch
+from tests.devices import simulated
+from tunekit.training import loop
+
+found = []
+
+def watched(function):
+    def call(run, *given):
+        simulated.DOUBLE.waits()
+        torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
+        try:
+            return function(run, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found.extend(simulated.DOUBLE.waits())
+    return call
+
+loop._make_step, loop._stop_if_asked = watched(loop._make_step), watched(loop._stop_if_asked)
+from tunekit.cli import main
+
+try:
+    main()
+finally:
+    print("waits:", found)
+"""
+
+
+def test_no_rank_waits_for_its_device_within_a_step(folder: Path, tmp_path: Path) -> None:
+    """Counts of tokens and flags of signals are the host's, and are summed there."""
+    script = tmp_path / "watching.py"
+    script.write_text(WATCHING)
+    outputs = run_two([str(script)], tmp_path, folder, "adapter.dropout=0", "training.save_steps=100", "data.eval=null")
+    assert all("waits: []" in output for output in outputs), outputs
+
+
+def run_two(program: list[str], place: Path, folder: Path, *overrides: str) -> list[str]:
+    """What each of two ranks printed."""
+    recipe = write_recipe(place, folder, rows=11)
+    command = [sys.executable, *program, "train", str(recipe), *overrides, f"output.dir={place / 'run'}"]
     several = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | several | {"TUNEKIT_DEVICE": ""}
     ranks = [
@@ -33,6 +68,14 @@ def test_two_devices_give_the_curve_of_one(folder: Path, tmp_path: Path, overrid
     ]
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.parametrize("override", ["memory.streaming=off", "memory.streaming=host"])
+def test_two_devices_give_the_curve_of_one(folder: Path, tmp_path: Path, override: str) -> None:
+    one, _ = train(tmp_path / "one", folder, "adapter.dropout=0", override, device="cuda")
+    run = tmp_path / "two" / "run"
+    outputs = run_two(["-m", "tunekit"], tmp_path / "two", folder, "adapter.dropout=0", override)
     assert plugin.faults() == []
     assert outputs[0].count("report:") == 1
     single, double = records(one), records(run)

@@ -109,8 +109,7 @@ def start_reading(
     if kind_of(device).own_memory:
         pinned = torch.empty(len(numbers), dtype=numbers.dtype, pin_memory=True)
         numbers = pinned.copy_(numbers, non_blocking=True)
-        copied = torch.Event(device)
-        copied.record()
+        copied = torch.accelerator.current_stream(device).record_event()
     return Reading(step, window, losses, counts, numbers, list(named)[2:], copied, started)
 
 
