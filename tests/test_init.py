@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tunekit.data.looking.first_look import look_at, proposed_objectives
 from tunekit.errors import DataError, InputError, RecipeError
-from tunekit.init import init_verb, look_at, models_at_hand, proposed_objectives
+from tunekit.init import LENGTHS, _labelled, init_verb, models_at_hand
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
@@ -98,6 +99,82 @@ def test_columns_that_hold_questions_and_answers_are_renamed(
     recipe = load_recipe(tmp_path / "mine.yaml").recipe
     assert recipe.data.train[0].columns == {"question": "prompt", "answer": "completion"}
     assert "40 rows of format prompt_completion (question, answer)" in capsys.readouterr().out
+
+
+RATES = {"sft": 2e-4, "dpo": 5e-6, "kto": 5e-6, "classify": 2e-4, "speech": 1e-3}
+
+
+@pytest.mark.parametrize("objective", RATES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_learning_rate_is_the_objectives(objective: str, method: str, tmp_path: Path) -> None:
+    init(write(tmp_path / "rows.jsonl", ROWS[objective]), tmp_path / "r.yaml", "org/model", method=method)
+    rate = RATES[objective] if method == "lora" else min(2e-5, RATES[objective] / 10)
+    assert load_recipe(tmp_path / "r.yaml").recipe.training.learning_rate == pytest.approx(rate)
+
+
+def test_the_learning_rate_is_the_methods(tmp_path: Path) -> None:
+    init(write(tmp_path / "rows.jsonl", ROWS["sft"]), tmp_path / "r.yaml", "org/model", method="ia3")
+    assert load_recipe(tmp_path / "r.yaml").recipe.training.learning_rate == 5e-3
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, 0.2), (300, 0.2), (2000, 0.1), (10_000, 0.02)])
+def test_enough_rows_are_evaluated_and_the_best_step_is_reached(count: int, share: float, tmp_path: Path) -> None:
+    init(write(tmp_path / "rows.jsonl", ROWS["sft"], count), tmp_path / "r.yaml", "org/model")
+    recipe = load_recipe(tmp_path / "r.yaml").recipe
+    assert recipe.data.eval == share
+    assert (recipe.evaluation.best, recipe.evaluation.samples) == ("eval.loss", 4)
+    training = recipe.training
+    per_step = training.micro_batch_size * training.gradient_accumulation_steps  # type: ignore[operator]
+    steps = training.epochs * count * (1 - share) / per_step  # type: ignore[operator]
+    assert training.eval_steps == training.save_steps
+    assert training.eval_steps <= max(steps / 9, 1)
+    assert steps / training.eval_steps < 12
+
+
+def test_a_long_text_is_split(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 1000, "utf-8")
+    init(tmp_path / "book.txt", tmp_path / "r.yaml", tiny_llama)
+    recipe = load_recipe(tmp_path / "r.yaml").recipe
+    assert (recipe.data.excess_length, recipe.data.max_length, recipe.data.eval) == ("split", 1024, None)
+    assert (recipe.evaluation.best, recipe.training.save_steps) == (None, 1)
+
+
+@pytest.mark.parametrize("text", ["שלום עולם", "加牛奶的茶", "ชากับนม", "شاي مع حليب"])
+def test_the_models_tokenizer_counts_the_tokens(
+    text: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"{number} {text * 30}"} for number in range(10, 50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    init(tmp_path / "rows.jsonl", tmp_path / "guessed.yaml", "org/model")
+    bound = look_at(str(tmp_path / "rows.jsonl"))
+    assert bound is not None
+    length = len(rows[0]["text"].encode()) + 1  # a byte each, and the end of the text
+    assert 0.95 * length <= bound.longest  # this tokenizer spells spaces too, of which words take few
+    capsys.readouterr()
+    init(tmp_path / "rows.jsonl", tmp_path / "counted.yaml", tiny_llama)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"99.5% of the rows have at most {length:,} tokens, by the model's tokenizer" in said
+    assert "dropped" not in said
+    fitting = next(size for size in LENGTHS if size >= length)
+    assert load_recipe(tmp_path / "counted.yaml").recipe.data.max_length == fitting
+
+
+def test_a_column_that_is_called_as_labels_are_is_learnt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["text,category", *(f"Where is card {number}?,{('lost', 'late')[number % 2]}" for number in range(40))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines), "utf-8")
+    init(tmp_path / "rows.csv", tmp_path / "r.yaml", "org/model")
+    recipe = load_recipe(tmp_path / "r.yaml").recipe
+    assert (recipe.objective.method, recipe.data.train[0].format) == ("classify", "labels")
+    assert recipe.data.train[0].columns == {"category": "label"}
+    assert recipe.evaluation.metrics == ("loss", "accuracy", "macro_f1")
+    assert "the labels are those of category (2)" in capsys.readouterr().out
+    look, asked = look_at(str(tmp_path / "rows.csv")), list[str]()
+    assert look is not None
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "no")  # type: ignore[func-returns-value]
+    assert _labelled(look, asks=True).objective == "sft"
+    assert "The column category has 2 values" in asked[0]
 
 
 @pytest.mark.parametrize(("values", "told"), [(("good", "bad"), True), ((1, 0, 2), True), (("same",), False)])

@@ -3,65 +3,40 @@ validates, and its plan fits where the model can be read here. Nothing is overwr
 
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from tunekit.console import Console
-from tunekit.data.reading.first import choose_format, columns_meant
-from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
-from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import read_source
-from tunekit.errors import DataError, InputError, RecipeError, TunekitError
+from tunekit.data.looking.first_look import (
+    LABEL_NAMES,
+    ROWS_NAME,
+    SHARE_KEPT,
+    Look,
+    label_columns,
+    look_at,
+    measured,
+    proposed_objectives,
+)
+from tunekit.errors import InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
-from tunekit.recipe.bases.section import AdapterSettings, FirstRecipe, Line, ObjectiveSettings
-from tunekit.recipe.data import Source
+from tunekit.recipe.bases.section import AdapterSettings, FirstRecipe, Line
 from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.recipe.recipe import DEFAULT_METHOD
+from tunekit.recipe.training import TrainingSection
 from tunekit.records import bytes_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LOOKED_AT = 20_000  # rows
-CHARACTERS_OF_A_TOKEN = 3.5  # of English text; only a guess before a tokenizer has seen the rows
 FEW_ROWS = 1000
-SHARE_KEPT = 0.995  # of the rows, by length
-LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
+EVAL_ROWS, LARGEST_SHARE = 200, 0.2  # enough to tell two checkpoints apart; of few rows most are to train on
+EVALUATIONS, MOST_STEPS = 10, 100  # of a run; steps between two of them
+LABELS_FORMAT, SPLIT_LENGTH = "labels", 1024  # of a file that is one long text, the length of its pieces
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> what a row is
-QUESTIONS_FORMAT = "prompt_completion"  # of which columns of questions and answers are renamed
-FULL_RATE = "2e-5"  # of the base's own weights
+FULL_RATE, FULL_SHARE = 2e-5, 0.1  # of the base's own weights, at most; of an adapter's rate (TRL's advice)
 RATE_COMMENT = "what matters most: try a third, threefold"
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the rows of a data file are like."""
-
-    objective: str
-    format_name: str
-    rows: int
-    complete: bool  # whether these are all of them
-    longest: int  # tokens of all rows but the very longest, guessed
-    fields: tuple[str, ...]
-    columns: Mapping[str, str]  # how the recipe renames them, where no format has these names
-    notes: Sequence[str] = ()  # what the user may have meant instead
-
-    @property
-    def settings(self) -> type[ObjectiveSettings]:
-        """The settings class of the objective."""
-        return objective_class(self.objective)
-
-    def text(self) -> str:
-        """In a line."""
-        unit = ROWS_NAME[self.settings.medium] + ("" if self.rows == 1 else "s")
-        about = f"{self.rows:,} {unit}" if self.complete else f"more than {self.rows:,} {unit}"
-        sizes = f", {SHARE_KEPT:.1%} of them shorter than about {self.longest:,} tokens"
-        share = "" if self.settings.medium else sizes
-        return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
+LENGTH_COMMENT = {False: "tokens; longer rows are dropped, and told", True: "tokens of each piece of a text"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +70,7 @@ def init_verb(
     data = data or _ask(asks, "Which data? A file (JSONL, JSON, CSV, Parquet, text) or a hub name", "train.jsonl")
     look = look_at(data) if named else None
     if look is not None:
+        look = _labelled(look, asks)
         console.info(look.text(), *look.notes)
     first = _first_recipe(look)
     if first.model:
@@ -108,7 +84,7 @@ def init_verb(
     if method not in known_names("adapters"):
         raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
     question = "Which share of the rows to evaluate on?"
-    share = str(evaluation) if evaluation is not None else _ask(asks, question, first.eval_share)
+    share = str(evaluation) if evaluation is not None else _ask(asks, question, first.eval_share or eval_share(look))
     wanted = Wanted(data, model, method, quantization, _share(share), look)
     write_text(target, recipe_text(wanted, target))
     said: Sequence[str] = ()
@@ -123,15 +99,42 @@ def init_verb(
     console.info(*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
 
 
+def eval_share(look: Look | None) -> str:
+    """The share of the rows to hold back: EVAL_ROWS of them, and at most LARGEST_SHARE."""
+    if look is not None and look.rows < 2:  # a file of one text
+        return "0"
+    share = LARGEST_SHARE if look is None else EVAL_ROWS / look.rows
+    return f"{min(max(round(share, 2), 0.01), LARGEST_SHARE):g}"
+
+
+def _labelled(look: Look, asks: bool) -> Look:
+    """The look at rows to classify, where they have texts and labels and the user wants that; nobody asked, where the
+    column of labels is called so."""
+    found = label_columns(look.sample) if look.format_name == "text" else {}
+    for name, count in found.items():
+        usual = "yes" if name.lower() in LABEL_NAMES else "no"
+        question = f"The column {name} has {count} values. Is the task to predict them from the text? yes or no"
+        if _ask(asks, question, usual).lower().startswith("y"):
+            example = facts_of("formats", LABELS_FORMAT).EXAMPLE
+            objective = next(each for each in proposed_objectives() if each.example == example)
+            note = f"the labels are those of {name} ({count}); to learn the text instead: objective: sft, format: text"
+            method = objective.model_fields["method"].default
+            return replace(
+                look, objective=method, format_name=LABELS_FORMAT, columns={name: "label"}, notes=[note, *look.notes]
+            )
+    return replace(look, notes=[*look.notes, *map(_label_note, found, found.values())])
+
+
+def _label_note(name: str, count: int) -> str:
+    return (
+        f"{name} has {count} values: to learn them instead of the text, write objective: classify, and as data.train "
+        f"{{path: ..., format: {LABELS_FORMAT}, columns: {{{name}: label}}}}"
+    )
+
+
 def _first_recipe(look: Look | None) -> FirstRecipe:
     """That of the objective which fits the rows; of the default one where there are none to look at."""
     return objective_class(look.objective if look else DEFAULT_METHOD["objective"]).first_recipe
-
-
-def proposed_objectives() -> list[type[ObjectiveSettings]]:
-    """The settings classes of the objectives that rows are tried for, in order."""
-    known = [each for each in map(objective_class, known_names("objectives")) if each.first_recipe.order is not None]
-    return sorted(known, key=lambda each: each.first_recipe.order or 0)
 
 
 def _refuse(target: Path) -> None:
@@ -166,93 +169,15 @@ def models_at_hand() -> list[str]:
     return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in complete]
 
 
-def look_at(data: str) -> Look | None:
-    """What the first rows of a file are like; None of a name on the hub, whose rows are not here.
-
-    Raises: DataError where it cannot be read or is of no known format.
-    """
-    if not Path(data).exists():
-        if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
-            return None
-        how = "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
-        raise DataError(f"there is no file {data}", how)
-    problems = Problems()
-    rows = read_source(Source(path=str(Path(data).absolute())), problems)
-    values = [row.values for row in islice(rows, LOOKED_AT + 1)]
-    problems.raise_if_any()
-    if not values:
-        raise DataError("there is no row in it", "", file=data)
-    objective, format_name, columns = _kind(values[0], data)
-    method, seen = objective.model_fields["method"].default, values[:LOOKED_AT]
-    sizes = sorted(sum(map(len, _texts(row))) for row in seen)
-    longest = int(sizes[min(int(len(sizes) * SHARE_KEPT), len(sizes) - 1)] / CHARACTERS_OF_A_TOKEN) + 32
-    fields = tuple(name for name, _ in Counter(name for row in seen for name in row).most_common(6))
-    notes = _label_notes(seen) if format_name == "text" else _folder_notes(data)
-    return Look(method, format_name, len(seen), seen == values, longest, fields, columns, notes)
-
-
-def _names(kind: str, value: object) -> bool:
-    """Whether it is a file of this kind, or holds one: a recording or an image."""
-    if isinstance(value, Mapping):
-        return "bytes" in value and is_media(str(value.get("path") or f"x{MEDIA[kind][0]}"), kind)
-    return isinstance(value, str) and is_media(value, kind)
-
-
-def _label_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """Of a column beside the text that has few values, each of them in many rows: it may be what is to be learnt."""
-    notes = []
-    for name in (name for name in rows[0] if name != "text"):
-        short = all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
-        if short and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL:
-            notes.append(
-                f"{name} has {count} values: to learn them instead of the text, write objective: classify, and as "
-                f"data.train {{path: ..., format: labels, columns: {{{name}: label}}}}"
-            )
-    return notes
-
-
-def _folder_notes(data: str) -> list[str]:
-    """Of a folder without a table: files of it that are no rows."""
-    others = passed_over(Path(data)) if is_folder(with_table(Source(path=str(Path(data).absolute()))).path) else None
-    return [] if others is None else [others]
-
-
-def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
-    """The settings class of the objective that fits a row, the row's format, and the columns to rename for it.
-
-    Raises: DataError naming the fields of every format.
-    """
-    medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
-    folder, lacks = bool(medium and medium in row), list[str]()
-    known = proposed_objectives()
-    for objective in known:
-        if objective.medium != medium and (objective.medium or folder):  # of a folder of files no text is to be learnt
-            continue
-        try:
-            return objective, choose_format("auto", row, objective.example)[0], {}
-        except DataError as error:
-            last, lacks = error, [*lacks, error.problems[0].how]
-    if columns := columns_meant(row):
-        example = facts_of("formats", QUESTIONS_FORMAT).EXAMPLE
-        return next(each for each in known if each.example == example), QUESTIONS_FORMAT, columns
-    problem = last.problems[0]
-    raise DataError(problem.what, "; or ".join(lacks) if folder else problem.how, file=data, line=1)
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Every text in a row."""
-    if isinstance(value, str):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(inner)
-
-
 def recipe_text(wanted: Wanted, target: Path) -> str:
     """The recipe with what each key means beside it."""
     look, first, adapter = wanted.look, _first_recipe(wanted.look), wanted.adapter
     length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
-    few = look is not None and look.complete and look.rows < FEW_ROWS
+    split = look is not None and _is_split(look)
+    length = SPLIT_LENGTH if split else length
+    few = look is not None and look.complete and look.rows < FEW_ROWS and not split
     steps = 2 if few else 8
+    evaluate, save = _every(wanted, 3 if few else 1, steps)
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
     media = look is not None and look.settings.medium is not None
     draws = look is not None and wanted.quantization == "none" and look.settings.shows.draws  # nothing packed there
@@ -273,24 +198,64 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         ("data:", ""),
         *_source_lines(data, look),
         (f"  eval: {wanted.evaluation or 'null'}", _evaluation_said(look, data)),
-        *([] if media else [(f"  max_length: {length}", "tokens; longer rows are dropped, and told")]),
+        *([] if media else [(f"  max_length: {length}", LENGTH_COMMENT[split])]),
+        *([("  excess_length: split", "")] if split else []),
         ("adapter:", ""),
         (f"  method: {wanted.method}", "every weight of the base is trained" if adapter.trains_base else ""),
         *method,
         *(chosen if media else [(f"objective: {objective}", "")]),
         ("training:", ""),
-        (f"  learning_rate: {FULL_RATE if adapter.trains_base else first.learning_rate}", RATE_COMMENT),
+        (f"  learning_rate: {_rate_text(first_rate(wanted))}", RATE_COMMENT),
         *epochs,
         *first.training,
         ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
-        ("  eval_steps: 50", ""),
-        ("  save_steps: 50", "tunekit train --resume goes on from there"),
+        *([(f"  eval_steps: {evaluate}", "")] if wanted.evaluation else []),
+        (f"  save_steps: {save}", "tunekit train --resume goes on from there"),
+        *(_evaluation_lines(first) if wanted.evaluation else []),
         ("output:", ""),
         (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
     ]
     commented = (f"{text:<34} # {comment}" if comment else text for text, comment in lines)
     return "".join(f"\n{line}\n" if line[0].isalpha() else f"{line}\n" for line in commented)  # a gap before a section
+
+
+def _is_split(look: Look) -> bool:
+    """Whether its texts are so long that they are cut into pieces."""
+    return look.format_name == "text" and look.longest > LENGTHS[-1]
+
+
+def _every(wanted: Wanted, epochs: int, accumulation: int) -> tuple[int, int]:
+    """Steps between evaluations, about EVALUATIONS of them in a run, and between checkpoints."""
+    look, first = wanted.look, _first_recipe(wanted.look)
+    if look is None:
+        return MOST_STEPS, MOST_STEPS
+    written = next((int(line.split(":")[1]) for line, _ in first.training if "max_steps" in line), None)
+    rows = max(look.rows, look.longest // SPLIT_LENGTH) if _is_split(look) else look.rows
+    total = written or epochs * rows * (1 - wanted.evaluation) / (2 * accumulation)
+    every = min(max(round(total / EVALUATIONS), 1), MOST_STEPS)
+    return every, every
+
+
+def _evaluation_lines(first: FirstRecipe) -> list[Line]:
+    best = ("  best: eval.loss", "the checkpoint that is kept as the result; the last one may be overfitted")
+    return [("evaluation:", ""), best, *first.evaluation]
+
+
+def first_rate(wanted: Wanted) -> float:
+    """The learning rate of the objective, else of the method, else that of a recipe that writes none."""
+    first, adapter = _first_recipe(wanted.look), wanted.adapter
+    objective = objective_class(wanted.look.objective if wanted.look else DEFAULT_METHOD["objective"])
+    published = objective.default_learning_rate or (None if adapter.trains_base else adapter.default_learning_rate)
+    usual = TrainingSection.model_fields["learning_rate"].default if published is None else published.value
+    rate = float(first.learning_rate or usual)
+    return min(FULL_RATE, FULL_SHARE * rate) if adapter.trains_base else rate
+
+
+def _rate_text(rate: float) -> str:
+    """Such as 2e-4."""
+    digits, _, power = f"{rate:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def _source_lines(data: str, look: Look | None) -> list[Line]:
@@ -300,10 +265,11 @@ def _source_lines(data: str, look: Look | None) -> list[Line]:
         said = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
     if not (look and look.columns):
         return [(f"  train: {_quoted(data)}", said)]
-    columns = ", ".join(f"{column}: {field}" for column, field in look.columns.items())
+    columns = ", ".join(f"{_quoted(column)}: {field}" for column, field in look.columns.items())
     return [
         ("  train:", ""),
         (f"    path: {_quoted(data)}", said),
+        *([(f"    format: {LABELS_FORMAT}", "")] if look.format_name == LABELS_FORMAT else []),
         (f"    columns: {{{columns}}}", "the file's column: the format's field"),
     ]
 
@@ -333,15 +299,19 @@ def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
     """
     from tunekit.recipe.load import load_recipe
 
-    load_recipe(target)
+    recipe = load_recipe(target).recipe
     if not Path(wanted.model).exists() and wanted.model not in models_at_hand():
         return wanted, [f"{wanted.model} is not here yet: the first run fetches it, and `tunekit plan` asks the hub"]
     from tunekit.machine.devices import make_devices
     from tunekit.machine.memory import available_bytes
     from tunekit.planning.plan import make_plan
+    from tunekit.planning.row_kind import row_kind_at_hand
 
     devices = make_devices()
     free = available_bytes(devices.device)
+    kind = row_kind_at_hand(recipe)
+    if wanted.look is not None and wanted.look.settings.medium is None and kind is not None:
+        wanted = replace(wanted, look=measured(wanted.look, recipe.data.train[0], kind))
     for quantization in dict.fromkeys((wanted.quantization, *(() if wanted.adapter.trains_base else ("nf4",)))):
         changed = quantization != wanted.quantization
         note = "; without it this machine's memory does not hold the run" if changed else ""
@@ -354,6 +324,8 @@ def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
             break
     said = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
     said[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
+    if (look := wanted.look) is not None and look.counted:
+        said.append(f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, by the model's tokenizer")
     rows = plan.rows.training
     if rows.dropped:
         said.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))

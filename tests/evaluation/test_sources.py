@@ -55,6 +55,19 @@ def test_each_source_is_measured_as_if_it_were_alone(tiny_llama: Path, tmp_path:
     assert both["loss"] == pytest.approx(last["eval"]["loss"], rel=1e-6)
 
 
+def test_a_few_answers_are_shown_and_not_scored(tiny_llama: Path, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, "a.jsonl")
+    evaluation = {"samples": 2, "max_new_tokens": 3, "best": "eval.loss"}
+    once = {"max_steps": 2, "epochs": None, "eval_steps": 2}
+    recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, evaluation=evaluation, training=once)
+    train_verb(load_recipe(recipe), False, False)
+    first, last = evaluated(tmp_path / "run")
+    for record in (first, last):
+        assert [sample["reference"] for sample in record["samples"]] == ["ab", "abab"]
+        assert set(record["eval"]) == {"loss", "perplexity"}
+    assert "Answers to the first evaluation rows" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_files_of_one_name_are_told_apart(tiny_llama: Path, tmp_path: Path) -> None:
     sources = write_sources(tmp_path, "one/d.jsonl", "two/d.jsonl")
     recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, training={"max_steps": 1, "epochs": None})

@@ -57,6 +57,13 @@ def test_an_evaluation_fraction_of_zero_is_none(zero: str, tmp_path: Path) -> No
     ]
 
 
+def test_a_model_that_gives_no_answers_gives_no_samples(tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: a, eval: 0.1}\nobjective: reward\noutput: {dir: out}\nevaluation: {samples: 4}\n"
+    assert problems_of(text, tmp_path) == [
+        "recipe.yaml:5: evaluation.samples: this objective's model gives no answers; remove it"
+    ]
+
+
 def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     text = (
         "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"

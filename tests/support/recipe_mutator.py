@@ -144,6 +144,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "evaluation.before_training": (["true", "false"], NOT_BOOLEANS),
     "evaluation.generate": (["true"], NOT_BOOLEANS),
+    "evaluation.samples": (["0", "4"], ["-1", "1.5", "true", "null"]),
     "evaluation.max_new_tokens": (COUNTS, NOT_COUNTS),
     "evaluation.batch_size": (COUNTS, NOT_COUNTS),
     "evaluation.best": (["null", "eval.loss"], ["loss", "eval.bleu", "true", "5", "eval."]),

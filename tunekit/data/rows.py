@@ -72,8 +72,8 @@ class RowSet:
         """Training rows, and those to evaluate on if there are any."""
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
-    def evaluation_prompts(self) -> list[Prompt]:
-        """Every evaluation row that has an answer, as a prompt with it."""
+    def evaluation_prompts(self, count: int | None = None) -> list[Prompt]:
+        """Every evaluation row that has an answer, or the first `count` of them, as a prompt with it."""
         kind = self.objective.rows.counting()
         prompts: list[Prompt] = []
         for file, line, example in self.evaluation_examples():
@@ -83,6 +83,8 @@ class RowSet:
                 raise DataError(error.problems[0].what, file=file, line=line) from None
             if prompt is not None:
                 prompts.append(Prompt(*prompt, kind.shown(prompt[0])))
+            if len(prompts) == count:
+                break
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:

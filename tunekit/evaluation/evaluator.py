@@ -92,17 +92,17 @@ class Evaluator:
         wanted = list(dict.fromkeys([*always, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
         computed, samples = sums.metrics([name for name in wanted if name not in texts]), None
-        if texts:
+        if texts or self.queries.prompts:
+            prompts = self.queries.prompts
             answering, settings = self.objective.answering, self.settings
             assert answering is not None  # or the recipe's checks refuse the metric
             limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, self.template)
-            prompts = self.queries.prompts
             answers = answer_questions(self.model, answering, prompts, self.devices, limits, self.progress)
             references = [prompt.reference for prompt in prompts]
             computed |= text_metrics(texts, answers, references, answering.normalize)
             samples = [
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
-                for prompt, answer in zip(prompts[:SAMPLES], answers, strict=False)
+                for prompt, answer in zip(prompts[: settings.samples or SAMPLES], answers, strict=False)
             ]
         ordered = {name: computed.pop(name) for name in wanted} | computed  # the rest: what metrics left out
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
@@ -167,13 +167,15 @@ def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[s
 def queries_of(
     rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
 ) -> Queries:
-    """Prompts of the evaluation rows if one of these metrics, or of the objective's, needs answers; questions if there
-    are choices, those `from_data` being the answers of `data`.
+    """Prompts of the evaluation rows if one of these metrics, or of the objective's, needs answers, else of as many as
+    the report shows; questions if there are choices, those `from_data` being the answers of `data`.
 
     They are read here and now: the files may have moved by the time of an evaluation.
     """
     names = [*rows.objective.loss.metrics, *metric_names]
-    prompts = rows.evaluation_prompts() if any(needs_generation(name) for name in names) else ()
+    shown = settings.samples if rows.objective.answering is not None else 0
+    needed = None if any(needs_generation(name) for name in names) else shown
+    prompts = rows.evaluation_prompts(needed) if needed != 0 else ()
     choices = choices_of(settings, rows.objective, data)
     if choices is None:
         return Queries(prompts)

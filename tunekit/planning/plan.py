@@ -246,7 +246,7 @@ def _forecast(
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
         evaluation = largest_evaluation_batch(rows.evaluation, rows.objective.rows, batch_size=size)
-        if recipe.evaluation.generate:
+        if recipe.evaluation.generate or recipe.evaluation.samples:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     start, facts = start_bytes(recipe.adapter, inputs.targets), inputs.companion_facts
     companion_bytes, any_token = sum(each.weight_bytes for each in facts), any(each.any_token for each in facts)

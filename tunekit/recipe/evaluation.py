@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from tunekit.recipe.bases.section import Count, Section, Several, Text
+from tunekit.recipe.bases.section import Count, CountOrZero, Section, Several, Text
 
 FROM_DATA = "from_data"
 CHOICE_SUMS = frozenset({"confusion", "calibration"})  # what choosing adds to what an objective sums up
@@ -59,6 +59,9 @@ class EvaluationSection(Section):
     metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
     before_training: bool = Field(True, description="evaluate before the first step too, to compare the result with")
     generate: bool = Field(False, description="generate an answer for every eval row, for the metrics that need one")
+    samples: CountOrZero = Field(
+        0, description="answers to so many eval rows at each evaluation, for the report; no metric needs them"
+    )
     max_new_tokens: Count = Field(128, description="tokens of one generated answer, at most")
     batch_size: Count = Field(8, description="rows of one evaluation forward; only memory and speed")
     best: Annotated[str, BeforeValidator(_best)] | None = Field(None, description="export the checkpoint best in this")

@@ -70,18 +70,27 @@ class FirstRecipe:
     """What `tunekit init` writes for an objective, with the values of a shipped recipe.
 
     `order`: init asks of the first row whether it is of the objective's kind, smallest numbers first; None: never;
-    `model`: None for one at hand; `target_modules`: None for the adapter's default; `objective`, `training`: lines of
-    that section.
+    `model`: None for one at hand; `target_modules`: None for the adapter's default; `learning_rate`: None for the
+    objective's or the adapter's default; `eval_share`: None for one by the number of rows; `objective`, `training`,
+    `evaluation`: lines of that section.
     """
 
     order: int | None = None
     model: str | None = None
     model_comment: str = "a folder, a .gguf file or a hub name"
     target_modules: str | None = None
-    learning_rate: str = "2e-4"
-    eval_share: str = "0.05"
+    learning_rate: str | None = None
+    eval_share: str | None = None
     objective: Sequence[Line] = ()
     training: Sequence[Line] = ()
+    evaluation: Sequence[Line] = ()
+
+
+SAMPLED_ANSWERS: Sequence[Line] = (
+    ("  samples: 4", "answers to eval rows in the report, before training and after"),
+    ("  max_new_tokens: 64", "of each"),
+)
+LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 
 
 class AdapterSettings(MethodSettings):

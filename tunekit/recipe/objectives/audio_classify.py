@@ -1,7 +1,7 @@
 """`objective: audio_classify` a head that is trained with the adapter gives each recording a label."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import FirstRecipe
+from tunekit.recipe.bases.section import LABEL_METRICS, FirstRecipe
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 from tunekit.records import Shows
 
@@ -20,4 +20,5 @@ class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
         model_comment="a folder or a hub name, of Whisper",
         target_modules="[q_proj, v_proj]",
         learning_rate="1e-3",
+        evaluation=LABEL_METRICS,
     )

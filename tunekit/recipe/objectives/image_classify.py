@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import Count, CountOrZero, FirstRecipe, Fraction, Number, Several
+from tunekit.recipe.bases.section import LABEL_METRICS, Count, CountOrZero, FirstRecipe, Fraction, Number, Several
 from tunekit.records import Shows
 
 
@@ -29,6 +29,7 @@ class ImageClassifySettings(LabelSettings):
         model_comment="a folder or a hub name, of an image classifier",
         target_modules="[q_proj, v_proj]",
         learning_rate="5e-3",
+        evaluation=LABEL_METRICS,
     )
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(

@@ -177,6 +177,8 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(key, what, "remove it")
         elif wrong := unmeasurable(name, objective, chosen=chosen):
             draft.add_problem(key, *wrong)
+    if evaluation.samples and not objective.answers:
+        draft.add_problem(("evaluation", "samples"), "this objective's model gives no answers", "remove it")
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
     if best != "loss" and best not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")

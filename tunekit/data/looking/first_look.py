@@ -1,0 +1,163 @@
+"""A first look at data: which objective their rows are for, in which format, and how long they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit.data.looking.guess import guessed_tokens
+from tunekit.data.reading.first import choose_format, columns_meant, format_maker
+from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
+from tunekit.data.reading.lines import RawRow
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import read_source, rename_columns
+from tunekit.errors import DataError
+from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.data import Source
+from tunekit.recipe.reading.names import facts_of, known_names, objective_class
+
+if TYPE_CHECKING:  # with torch behind it
+    from tunekit.contracts import RowKind
+
+LOOKED_AT, MEASURED = 20_000, 2000  # rows; those whose tokens are counted
+LABEL_NAMES = ("category", "class", "intent", "sentiment", "target", "topic", "emotion", "tag", "y")
+SHARE_KEPT = 0.995  # of the rows, by length
+LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
+ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> what a row is
+QUESTIONS_FORMAT = "prompt_completion"  # of which columns of questions and answers are renamed
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the rows of a data file are like."""
+
+    objective: str
+    format_name: str
+    rows: int
+    complete: bool  # whether these are all of them
+    longest: int  # tokens of all rows but the very longest
+    fields: tuple[str, ...]
+    columns: Mapping[str, str]  # how the recipe renames them, where no format has these names
+    notes: Sequence[str] = ()  # what the user may have meant instead
+    sample: Sequence[Mapping[str, object]] = field(default=(), repr=False)  # rows to count the tokens of
+    counted: bool = False  # by the model's tokenizer; else `longest` is a bound
+
+    @property
+    def settings(self) -> type[ObjectiveSettings]:
+        """The settings class of the objective."""
+        return objective_class(self.objective)
+
+    def text(self) -> str:
+        """In a line."""
+        unit = ROWS_NAME[self.settings.medium] + ("" if self.rows == 1 else "s")
+        about = f"{self.rows:,} {unit}" if self.complete else f"more than {self.rows:,} {unit}"
+        sizes = (
+            f", {SHARE_KEPT:.1%} of them {'at most' if self.counted else 'at most about'} {self.longest:,} tokens long"
+        )
+        share = "" if self.settings.medium else sizes
+        return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
+
+
+def proposed_objectives() -> list[type[ObjectiveSettings]]:
+    """The settings classes of the objectives that rows are tried for, in order."""
+    known = [each for each in map(objective_class, known_names("objectives")) if each.first_recipe.order is not None]
+    return sorted(known, key=lambda each: each.first_recipe.order or 0)
+
+
+def look_at(data: str) -> Look | None:
+    """What the first rows of a file are like; None of a name on the hub, whose rows are not here.
+
+    Raises: DataError where it cannot be read or is of no known format.
+    """
+    if not Path(data).exists():
+        if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
+            return None
+        how = "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
+        raise DataError(f"there is no file {data}", how)
+    problems = Problems()
+    rows = read_source(Source(path=str(Path(data).absolute())), problems)
+    values = [row.values for row in islice(rows, LOOKED_AT + 1)]
+    problems.raise_if_any()
+    if not values:
+        raise DataError("there is no row in it", "", file=data)
+    objective, format_name, columns = _kind(values[0], data)
+    method, seen = objective.model_fields["method"].default, values[:LOOKED_AT]
+    sample = seen[:: -(-len(seen) // MEASURED)]
+    longest = _longest([sum(map(guessed_tokens, _texts(row))) for row in sample]) + 32
+    fields = tuple(name for name, _ in Counter(name for row in seen for name in row).most_common(6))
+    notes = [] if format_name == "text" else _folder_notes(data)
+    return Look(method, format_name, len(seen), seen == values, longest, fields, columns, notes, sample)
+
+
+def _longest(lengths: Sequence[int]) -> int:
+    """The length that SHARE_KEPT of the rows do not exceed."""
+    return sorted(lengths)[min(int(len(lengths) * SHARE_KEPT), len(lengths) - 1)]
+
+
+def measured(look: Look, source: Source, kind: RowKind) -> Look:
+    """The look with the tokens counted as training counts them; `kind`: how the rows are encoded."""
+    from tunekit.data.encoding.outcomes import SourceEncoder  # with torch behind it
+
+    encoder = SourceEncoder(format_maker(look.format_name, source.path), kind, source.path)
+    rows = (RawRow(number, rename_columns(dict(row), source.columns)) for number, row in enumerate(look.sample, 1))
+    encoded = [rows for _, rows in map(encoder.outcome, rows) if isinstance(rows, list)]
+    lengths = [max(kind.layout.length(row.sizes) for row in rows) for rows in encoded]
+    return replace(look, longest=_longest(lengths), counted=True) if lengths else look
+
+
+def _names(kind: str, value: object) -> bool:
+    """Whether it is a file of this kind, or holds one: a recording or an image."""
+    if isinstance(value, Mapping):
+        return "bytes" in value and is_media(str(value.get("path") or f"x{MEDIA[kind][0]}"), kind)
+    return isinstance(value, str) and is_media(value, kind)
+
+
+def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
+    """The columns beside the text that have few values, each of them in many rows, with the number of values; those
+    that are called as labels are come first."""
+    found = {}
+    for name in (name for name in rows[0] if name != "text"):
+        short = all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
+        if short and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL:
+            found[name] = count
+    return dict(sorted(found.items(), key=lambda each: each[0].lower() not in LABEL_NAMES))
+
+
+def _folder_notes(data: str) -> list[str]:
+    """Of a folder without a table: files of it that are no rows."""
+    others = passed_over(Path(data)) if is_folder(with_table(Source(path=str(Path(data).absolute()))).path) else None
+    return [] if others is None else [others]
+
+
+def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
+    """The settings class of the objective that fits a row, the row's format, and the columns to rename for it.
+
+    Raises: DataError naming the fields of every format.
+    """
+    medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
+    folder, lacks = bool(medium and medium in row), list[str]()
+    known = proposed_objectives()
+    for objective in known:
+        if objective.medium != medium and (objective.medium or folder):  # of a folder of files no text is to be learnt
+            continue
+        try:
+            return objective, choose_format("auto", row, objective.example)[0], {}
+        except DataError as error:
+            last, lacks = error, [*lacks, error.problems[0].how]
+    if columns := columns_meant(row):
+        example = facts_of("formats", QUESTIONS_FORMAT).EXAMPLE
+        return next(each for each in known if each.example == example), QUESTIONS_FORMAT, columns
+    problem = last.problems[0]
+    raise DataError(problem.what, "; or ".join(lacks) if folder else problem.how, file=data, line=1)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a row."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
