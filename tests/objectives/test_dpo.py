@@ -29,6 +29,7 @@ from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.preferences import LOSSES
+from tunekit.objectives.rows.answers import NOT_ANSWERED
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -138,11 +139,17 @@ def test_the_recipe_says_what_a_loss_does_not_read() -> None:
         {"loss_type": ["sigmoid", "sigmoid"]},
         {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]},
         {"loss_type": ["sigmoid", "sft"], "rpo_alpha": 1.0},
+        {"loss_weights": [0.0]},
+        {"loss_type": ["hinge", "sigmoid"], "loss_weights": [0.0, 0.0]},
+        {"discopop_tau": 0.2},
         {"loss_type": []},
         {"loss_type": "bco"},
     ):
         with pytest.raises(ValueError, match=r"loss|label_smoothing|rpo_alpha"):
             DpoSettings.model_validate(values)
+    DpoSettings.model_validate({"loss_weights": [0.0], "rpo_alpha": 1.0})
+    DpoSettings.model_validate({"loss_type": ["discopop", "hinge"], "loss_weights": [1.0, 0.0], "discopop_tau": 0.2})
+    DpoSettings.model_validate({"discopop_tau": 0.05})  # a run's own recipe has every default
 
 
 # Whole runs.
@@ -385,12 +392,19 @@ def test_what_cannot_be_is_said(base: Path, tmp_path: Path, changes: dict[str, A
         raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
 
 
+def turn(content: str, role: str = "assistant") -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 BAD = [
     ({"prompt": "p", "chosen": "", "rejected": "b"}, "an empty answer"),
     ({"prompt": "p", "chosen": "a", "rejected": None}, "an empty answer"),
     ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "no prompt"),
     ({"chosen": "a", "rejected": "b"}, "no prompt"),
+    ({"prompt": "p", "chosen": [turn("a"), turn("c", "user")], "rejected": "b"}, NOT_ANSWERED),
+    ({"prompt": "p", "chosen": "a", "rejected": [turn("b", "user")]}, NOT_ANSWERED),
+    ({"prompt": "p", "chosen": [turn(" ")], "rejected": "b"}, "an empty answer"),
 ]
 
 

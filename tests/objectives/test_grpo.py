@@ -417,6 +417,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": [{"regex": "a", "exact_match": "answer"}]}, "has regex and exact_match"),
     ({"reward": [{"weight": 2.0}]}, "has none"),
     ({"reward": []}, "must not be empty"),
+    ({"reward": [{"regex": "a", "weight": 0}]}, "every weight is 0, so that all rewards are equal"),
     ({"reward": None}, r"objective\.reward: must be a list, not empty"),
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
     ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),
@@ -453,6 +454,23 @@ def test_a_column_that_no_row_has_is_refused_by_plan(base: Path, tmp_path: Path)
     (refusal,) = plan.refusals
     assert refusal.key == "objective.reward.2.exact_match"
     assert refusal.message.startswith("no row has the column 'anwser'; the first row has: answer, level")
+
+
+def test_messages_on_shared_completions_and_their_length_name_both_keys(base: Path, tmp_path: Path) -> None:
+    plan, _ = make_plan(
+        load_recipe(write_prompts(tmp_path, base, objective={"num_iterations": 3}, training={"save_steps": 4})),
+        device=CPU,
+    )
+    (refusal,) = plan.refusals
+    assert refusal.key == "training.save_steps"
+    assert refusal.message.startswith("4 is not a multiple of objective.num_iterations, 3: ")
+    recipe = write_prompts(tmp_path, base, objective={"max_completion_length": 126})
+    said = "24 longer than max_length with room for objective.max_completion_length; raise data.max_length"
+    with pytest.raises(DataError, match=said):
+        make_plan(load_recipe(recipe), device=CPU)
+    recipe = write_prompts(tmp_path, base, objective={"max_completion_length": 126}, data={"excess_length": "error"})
+    with pytest.raises(DataError, match=r"tokens with room for objective\.max_completion_length, but data\.max"):
+        make_plan(load_recipe(recipe), device=CPU)
 
 
 def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_path: Path) -> None:

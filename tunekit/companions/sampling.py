@@ -45,8 +45,12 @@ class Sampler(Companion):
         places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
         for name, steps in places.items():
             if steps % updates:
-                what = f"{updates} steps share the same completions, which no checkpoint between them keeps"
-                yield Problem(what, f"write a multiple of {updates} (objective.num_iterations)", key=f"training.{name}")
+                what = (
+                    f"{steps} is not a multiple of objective.num_iterations, {updates}: so many steps share the same "
+                    "completions, which no checkpoint between them keeps"
+                )
+                how = f"write a multiple of {updates}, or change objective.num_iterations"
+                yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
         """The forward of the prompts, then the last token's logits and the draw, with the keys and values of all

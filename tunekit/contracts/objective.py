@@ -72,6 +72,7 @@ class RowKind:
     draws: bool = False
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
+    room: str = ""  # " with room for KEY": what a row's length counts besides its own tokens
 
     @property
     def layout(self) -> RowLayout:

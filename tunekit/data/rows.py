@@ -228,7 +228,7 @@ def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) 
         return
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
     why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
-    too_long = not reasons or reasons.keys() & {TOO_LONG, NO_TARGET_LEFT}
+    too_long = not reasons or any(reason.startswith((TOO_LONG, NO_TARGET_LEFT)) for reason in reasons)
     what = f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else "")
     cut = "raise data.max_length, or look at the rows with `tunekit preview`"
     file = sources[0].source.path if sources else None

@@ -85,9 +85,9 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
         return [row]
     if options.excess_length == "error":
         how = "raise it, or set data.excess_length: drop|truncate|split"
-        raise DataError(f"{length} tokens, but data.max_length is {most}", how)
+        raise DataError(f"{length} tokens{kind.room}, but data.max_length is {most}", how)
     if options.excess_length == "drop":
-        raise Dropped(TOO_LONG)
+        raise Dropped(TOO_LONG + kind.room)
     truncates = options.excess_length == "truncate"
     starts = range(0, most if truncates else length, most)
     kept = [piece for start in starts if (piece := kind.cut(row, start, start + most)).supervised]

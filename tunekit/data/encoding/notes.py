@@ -61,6 +61,7 @@ def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[
     """Warnings of dropped rows, with the cure: of any row to evaluate on, and of many to train on."""
     longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens)"
     cures = {TOO_LONG: f"{longer}, or set data.excess_length: truncate or split", NO_TARGET_LEFT: longer}
+    cures |= {reason: f"{longer}, or lower the other" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")}
     return [
         f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
         + cures.get(reason, "mend them, or take them out of the file")

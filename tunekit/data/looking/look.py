@@ -198,7 +198,7 @@ def _fates(outcome: Outcome, kind: RowKind, found: Found) -> Iterator[tuple[str,
             cut_row(row, kind, SourceCounts())
         except Dropped as reason:
             reasons.append(str(reason))
-    if len(reasons) == len(rows) and reasons[-1] != TOO_LONG:
+    if len(reasons) == len(rows) and not reasons[-1].startswith(TOO_LONG):
         yield "dropped", reasons[-1]
 
 

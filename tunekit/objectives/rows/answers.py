@@ -27,6 +27,7 @@ from tunekit.contracts import (
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
+from tunekit.formats.example import Message
 from tunekit.formats.preference import AskedExample
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.rows.text import TextRows, text_answering
@@ -36,6 +37,7 @@ SIDES = ("chosen", "rejected")
 NO_PROMPT = "no prompt"
 EMPTY_ANSWER = "an empty answer"
 EQUAL = "chosen and rejected are the same"
+NOT_ANSWERED = "an answer that ends in a turn of somebody else than the assistant"
 Places = dict[tuple[int, str], NDArray[Any]]  # (T,) in the flattened ids, by the row's number in the batch and its side
 
 
@@ -91,8 +93,11 @@ class AnswerRows(TextRows):
         parts |= {name: np.asarray([getattr(example, name)], kind) for name, kind in self.further.items()}
         return self.make_row(parts, origin)
 
-    def _check_usable(self, prompt: object, answers: Sequence[object]) -> None:
-        reasons = {NO_PROMPT: not prompt, EMPTY_ANSWER: not all(answers)}
+    def _check_usable(self, prompt: object, answers: Sequence[str | tuple[Message, ...]]) -> None:
+        last = [answer[-1] for answer in answers if answer and isinstance(answer, tuple)]
+        empty = not all(answers) or any(turn.empty for turn in last)
+        reasons = {NO_PROMPT: not prompt, EMPTY_ANSWER: empty}
+        reasons[NOT_ANSWERED] = any(turn.role != "assistant" for turn in last)
         reasons[EQUAL] = len(answers) > 1 and answers[0] == answers[1]
         for reason in (reason for reason, applies in reasons.items() if applies):
             if self.unusable == "drop":

@@ -67,6 +67,7 @@ class PromptRows(TextRows):
     masks_truncated: bool
     example = "prompt"
     packable = True
+    room = " with room for objective.max_completion_length"
     allowed_options = (
         ("train_on", "assistant", "the model's own completions are what it learns from"),
         ("excess_length", "drop or error", "a prompt that is cut asks something else"),

@@ -28,5 +28,7 @@ class PairSettings(ObjectiveSettings):
     )
 
     unusable_pairs: Literal["error", "drop"] = Field(
-        "error", description="a pair without a prompt, with an empty answer or two equal ones: stop, or leave it out"
+        "error",
+        description="a pair without a prompt, with an empty answer, two equal ones, or one that does not end in the "
+        "assistant's turn: stop, or leave it out",
     )

@@ -122,7 +122,13 @@ def _listed(value: object) -> object:
     return (value,) if isinstance(value, dict) else value
 
 
-RewardList = Annotated[Several[RewardSource], BeforeValidator(_listed), Field(min_length=1)]
+def _weighted(rewards: tuple[RewardSource, ...]) -> tuple[RewardSource, ...]:
+    if rewards and not any(reward.weight for reward in rewards):
+        raise ValueError("every weight is 0, so that all rewards are equal; give one reward a weight")
+    return rewards
+
+
+RewardList = Annotated[Several[RewardSource], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_weighted)]
 
 
 def reward_names(rewards: Sequence[RewardSource]) -> list[str]:

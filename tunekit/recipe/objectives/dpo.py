@@ -78,6 +78,11 @@ class DpoSettings(PairSettings):
             raise ValueError("loss_type names a loss twice; give it one weight")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} weights for {len(self.loss_type)} losses")
+        if not any(weight for _, weight in self.weighted_losses):
+            raise ValueError("loss_weights are all 0, so that nothing is learned; give one loss a weight")
+        changed = self.discopop_tau != type(self).model_fields["discopop_tau"].default
+        if changed and "discopop" not in self.loss_type:
+            raise ValueError("discopop_tau is read by loss_type discopop alone; remove it")
         if self.rpo_alpha is not None and "sft" in self.loss_type:
             raise ValueError("rpo_alpha and loss_type sft are the same term; keep one")
         if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
