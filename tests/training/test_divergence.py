@@ -67,6 +67,13 @@ def test_a_run_that_ends_worse_than_it_began_is_told_and_noise_is_not(noise: flo
         assert why.startswith("worse than it began: training loss ")
 
 
+def test_the_jumps_of_a_run_that_diverged_are_no_noise() -> None:
+    jumps = [2.99, 3.4, 9.1, 4.2, 8.8, 5.0, 10.2, 4.1, 9.0, 6.5]
+    assert rise(jumps) == "worse than it began: training loss 6.5 over the last tenth of the steps, 2.99 at step 1"
+    assert rise([2.99, 4.0, 6.5]) is not None
+    assert rise([2.99, 2.5, 5.9]) is None, "three noisy steps"
+
+
 def test_a_loss_that_may_be_negative_is_not_compared() -> None:
     assert rise([-0.2, 3.0, 3.0, 3.0]) is None
     assert rise([]) is rise([2.0]) is None

@@ -15,8 +15,8 @@ PAST = 50  # steps before this one that are looked at
 LEAST = 8  # of them, for a spike to be told from noise
 DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above their mean
 LAST = 5  # steps in a row that should be no worse than the first one, whose loss is that before any update
-# A whole run ends worse by this many times its noise, and by this share.
-NOISES, LEAST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 0.6
+# A whole run ends worse by this many times its noise, and by this share; twice the first loss is never noise.
+NOISES, LEAST_RISE, MOST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 1.0, 0.6
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
@@ -77,13 +77,14 @@ def rise(losses: Sequence[float]) -> str | None:
 
     The mean of the last tenth of the steps is compared with the loss of the first step, which is that before any
     update: worse by more than LEAST_RISE of it, and by more than NOISES times the noise, which few steps do not show:
-    at least UNKNOWN_NOISE / sqrt(steps).
+    at least UNKNOWN_NOISE / sqrt(steps). The jumps of a run that diverged look like noise: worse by MOST_RISE always
+    counts.
     """
     if len(losses) < 2 or losses[0] <= 0:
         return None
     tenth = -(-len(losses) // 10)
     final, noise = fmean(losses[-tenth:]), max(_noise(losses), UNKNOWN_NOISE / math.sqrt(len(losses)))
-    if final <= losses[0] * (1.0 + max(LEAST_RISE, NOISES * noise)):
+    if final <= losses[0] * (1.0 + min(max(LEAST_RISE, NOISES * noise), MOST_RISE)):
         return None
     return f"worse than it began: training loss {final:.4g} over the last tenth of the steps, {losses[0]:.4g} at step 1"
 
