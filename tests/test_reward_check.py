@@ -59,6 +59,19 @@ FAULTS = {
         "one answer to all: '7'",
     ),
     "is constant": ("return [0.5] * len(completions)", "nothing: a mean reward of 0.5"),
+    "likes the answer anywhere": (
+        "return [float(right in said[0]['content']) for said, right in zip(completions, answer)]",
+        "the row's own answer among others: a mean",
+    ),
+    "likes a list of labels": (
+        "return [float(right in said[0]['content'].split(', ')) for said, right in zip(completions, answer)]",
+        "all answers in a list: a mean",
+    ),
+    "likes words of the prompt": (
+        "return [0.4 * (said[0]['content'] == right) + 0.6 * (said[0]['content'] == right or 'say' in "
+        "said[0]['content']) for said, right in zip(completions, answer)]",
+        "the prompt five times: a mean reward of",
+    ),
     "raises": ("return 1 / 0", "letters raised ZeroDivisionError"),
     "returns None": ("pass", "letters returned None"),
     "returns NaN": ("return [float('nan')] * len(completions)", "letters returned None or NaN for each"),
@@ -92,6 +105,18 @@ def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkey
     assert any(said in finding for finding in findings), findings
 
 
+def test_a_reward_that_reads_ids_gets_those_of_known_answers(base: Path, tmp_path: Path) -> None:
+    code = (
+        "def letters(completions, answer, **more):\n"
+        "    return [float(len(ids) == 1 + len(right)) for ids, right in zip(more['completion_ids'], answer)]\n"
+    )
+    recipe = write_prompts(tmp_path, base, code=code, data={"eval": None})
+    reward_check_verb(load_recipe(recipe), 0, str(tmp_path / "found.json"))
+    answers = json.loads((tmp_path / "found.json").read_text("utf-8"))["answers"]
+    assert answers[0]["mean"] == 1.0, "bytes and the end"
+    assert not any(each["errors"] for each in answers)
+
+
 def test_a_reward_that_the_others_hide_is_noted(base: Path, tmp_path: Path) -> None:
     """It compares a list of messages with a text, so that it is always 0."""
     mistaken = "return [float(said == right) for said, right in zip(completions, answer)]"
@@ -108,7 +133,7 @@ def test_one_failure_is_told_once(base: Path, tmp_path: Path) -> None:
     (finding,) = [finding for finding in found["findings"] if "returned None" in finding]
     assert finding.endswith(
         "letters returned None; return a list with a number, or None, for each completion "
-        "(the rows' own answers, and 5 more kinds of answers)"
+        "(the rows' own answers, and 8 more kinds of answers)"
     )
 
 

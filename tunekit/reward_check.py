@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from tunekit.data.batching.order import epoch_rows
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import load_rows
-from tunekit.errors import DataError, InputError, RewardError
+from tunekit.errors import DataError, InputError, ModelError, RewardError
 from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
@@ -44,8 +44,14 @@ MOST_ROWS, MOST_READ = 64, 20_000  # rows that are tried; of a source, those amo
 LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers
 SLOW_SECONDS = 0.2  # a completion: a step of 64 would wait for 13 seconds
 LONG_WORDS = 200
-REFERENCE, SAMPLES = "the rows' own answers", "samples of the model before step 1"
+REFERENCE, SAMPLES, NOTHING = "the rows' own answers", "samples of the model before step 1", "nothing"
 SHUFFLED = "another row's answer"
+BURIED, LISTED = "the row's own answer among others", "all answers in a list"
+PROMPT, PROMPTS = "the prompt again", "the prompt five times"
+LONG = f"{LONG_WORDS} words of other answers"
+WORTHLESS = (BURIED, LISTED, PROMPT, PROMPTS, LONG)  # none of them answers; a sound reward gives them little
+OTHERS, MOST_LISTED = 6, 100  # answers around the row's own; distinct answers, if a list of all is tried
+TOO_MUCH = 0.5  # of what the rows' own answers have more than nothing has
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
     device = make_devices().device
     rewards.load(device)
     rewards.limit_seconds = LIMIT_SECONDS
-    kinds = known_answers(_chosen(recipe, console))
+    encode = _encoder(recipe) if rewards.reads_ids else None
+    kinds = known_answers(_chosen(recipe, console), encode)
     if samples:
         kinds[SAMPLES] = _sampled(recipe, max(1, round(samples / size)), device)
     trials = [_trial(rewards, name, completions) for name, completions in kinds.items()]
@@ -110,8 +117,12 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
     return chosen
 
 
-def known_answers(contexts: Sequence[dict[str, Any]]) -> dict[str, list[Completion]]:
-    """Each row with its own answer, and with worse ones, by what they are."""
+def known_answers(
+    contexts: Sequence[dict[str, Any]], encode: Callable[[str], list[int]] | None = None
+) -> dict[str, list[Completion]]:
+    """Each row with its own answer, and with worse ones, by what they are: also those that fool a reward which looks
+    for the answer, or for words of it, anywhere in the completion. `encode`: text -> ids, for rewards that take them.
+    """
     with_answer = [each for each in contexts if isinstance(each["columns"].get("answer"), str | int)]
     answers = [str(each["columns"]["answer"]) for each in with_answer]
     common = Counter(answers).most_common(1)[0][0] if answers else "yes"
@@ -124,14 +135,40 @@ def known_answers(contexts: Sequence[dict[str, Any]]) -> dict[str, list[Completi
             next((text for text in answers[at + 1 :] + answers[:at] if text != own), own)
             for at, own in enumerate(answers)
         ]
-    kinds["nothing"] = [""] * len(rows)
+    distinct = list(dict.fromkeys(answers))
+    if len(distinct) > 1:
+        kinds[BURIED] = [_among_others(own, distinct) for own in answers]
+    if 1 < len(distinct) <= MOST_LISTED:
+        kinds[LISTED] = [", ".join(distinct)] * len(rows)
+    kinds[NOTHING] = [""] * len(rows)
     kinds[f"one answer to all: {visible(common)[:40]!r}"] = [common] * len(rows)
-    kinds["the prompt again"] = [_text_of(each["prompt"]) for each in rows]
-    kinds[f"{LONG_WORDS} words of other answers"] = [long] * len(rows)
+    kinds[PROMPT] = [_text_of(each["prompt"]) for each in rows]
+    kinds[PROMPTS] = ["\n".join([text] * 5) for text in kinds[PROMPT]]
+    kinds[LONG] = [long] * len(rows)
     return {
-        name: [Completion(**context, text=text) for context, text in zip(rows, texts, strict=True)]
+        name: [
+            Completion(**context, text=text, ids=None if encode is None else encode(text))
+            for context, text in zip(rows, texts, strict=True)
+        ]
         for name, texts in kinds.items()
     }
+
+
+def _among_others(answer: str, distinct: Sequence[str]) -> str:
+    """The answer in the middle of other ones, a line each."""
+    others = [text for text in distinct[: OTHERS + 1] if text != answer][:OTHERS]
+    middle = len(others) // 2
+    return "\n".join([*others[:middle], answer, *others[middle:]])
+
+
+def _encoder(recipe: Recipe) -> Callable[[str], list[int]] | None:
+    """Ids of a text as the model would have written it, with the token that ends it; None without the model's files."""
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except ModelError:
+        return None
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return lambda text: [*tokenizer.encode(text), *end]
 
 
 def _text_of(prompt: str | list[dict[str, Any]]) -> str:
@@ -188,9 +225,12 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
     failed = {each.name for each in trials if each.errors}
     best = np.nan if own is None or own.errors else float(mean(own.total))
+    empty = float(mean(by_name[NOTHING].total)) if NOTHING in by_name else np.nan
+    much = empty + TOO_MUCH * (best - empty) if empty < best else best
     for each in trials:
         other = float(mean(each.total))
-        if other >= best and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
+        enough = much if each.name in WORTHLESS else best
+        if other >= enough and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
             text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
             (notes if each.name == SHUFFLED else findings).append(text)
     notes += _constant(rewards, trials) if own is not None else ()

@@ -82,8 +82,9 @@ class RewardFunctions(Companion):
 
     @property
     def reads_ids(self) -> bool:
-        """Whether a loaded function has a parameter completion_ids."""
-        return any("completion_ids" in each.taken for each in self._functions if isinstance(each, UserFunction))
+        """Whether a loaded function takes completion_ids."""
+        functions = [each for each in self._functions if isinstance(each, UserFunction)]
+        return any(each.takes_all or "completion_ids" in each.taken for each in functions)
 
     def _function(self, number: int, device: torch.device) -> RewardFunction:
         source = self.sources[number]
