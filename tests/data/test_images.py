@@ -11,8 +11,10 @@ import torch
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import v2
 
+from tunekit.data.encoding import images
 from tunekit.data.encoding.images import ANIMATED, TOO_SMALL, covering, cropped, png_bytes, read_image
 from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.reading.data_file import content_hash
 from tunekit.errors import DataError
 
 COLOURS = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
@@ -138,3 +140,25 @@ def test_pictures_of_every_kind_are_read_whatever_they_are_called(tmp_path: Path
         pytest.skip(f"this PIL writes no {kind}")
     path = saved(tmp_path, "picture.jpg", Image.fromarray(COLOURS), format=kind)
     assert read_image(path).shape == (*COLOURS.shape[:2], 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "RGBA", "LA", "I;16"])
+def test_large_pictures_are_converted_a_block_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """PIL and numpy would hold a picture of 80 megapixels six times."""
+    deep = Image.fromarray((np.arange(24 * 40, dtype=np.uint16) * 60).reshape(24, 40))
+    image = deep if mode == "I;16" else Image.fromarray(COLOURS).convert("RGB" if mode == "P" else mode)
+    if mode == "P":
+        path = saved(tmp_path, "picture.png", image.convert("P"), transparency=3)
+    else:
+        path = saved(tmp_path, "picture.tif", image)
+    whole = read_image(path)
+    monkeypatch.setattr(images, "BLOCK_PIXELS", 90)
+    assert np.array_equal(read_image(path), whole)
+
+
+def test_the_files_of_rows_are_hashed_only_if_they_end(tmp_path: Path) -> None:
+    for path in ("/dev/zero", str(tmp_path)):
+        with pytest.raises(OSError, match="not a regular file"):
+            content_hash(Path(path))

@@ -7,12 +7,13 @@ dropped by count; what cannot be read is an error that names the file.
 import io
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import Pixels
+from tunekit.contracts import Array, Pixels
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 
@@ -22,6 +23,7 @@ ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 FORMATS = (  # PIL's names of what is read; others, such as EPS, start programs, whatever the file is called
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "QOI", "ICO", "PCX"),
 )
+BLOCK_PIXELS = 2**20  # that are converted at a time, because PIL and numpy hold several copies meanwhile
 LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left
 ANIMATED = "animated image"
 TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
@@ -49,9 +51,9 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
                 opened.load()
-                upright = ImageOps.exif_transpose(opened)
                 told["was turned upright, as its EXIF says"] += opened.getexif().get(ORIENTATION) in range(2, 9)
-                return _as_pixels(upright, told)
+                ImageOps.exif_transpose(opened, in_place=True)
+                return _as_pixels(opened, told)
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -69,22 +71,37 @@ def _named(file: str | None) -> str:
 
 def _as_pixels(image: Any, told: Counter[str]) -> Pixels:
     """RGB. Raises: Dropped for a tiny picture."""
-    from PIL import Image
-
     if min(image.size) < LEAST_PIXELS:
         raise Dropped(TOO_SMALL)
-    if image.mode in DEEP_MODES:
-        told[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
-        values = np.asarray(image).astype(np.float64)  # (H, W)
-        scale = 1.0 if values.max(initial=0.0) <= 255.0 else BIT_DEPTH_STEP
-        image = Image.fromarray(np.clip(np.rint(values / scale), 0, 255).astype(np.uint8))
-    elif image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
+    block_rows = max(BLOCK_PIXELS // image.width, 1)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    to_rgb = _deep_to_rgb(image, told) if image.mode in DEEP_MODES else _flat_to_rgb(image, told)
+    for top in range(0, image.height, block_rows):
+        bottom = min(top + block_rows, image.height)
+        pixels[top:bottom] = to_rgb(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _deep_to_rgb(image: Any, told: Counter[str]) -> Callable[[Any], Array]:
+    """What makes (H, W, 1) levels of a block of a picture of one deep channel."""
+    told[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
+    scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
+    return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
+
+
+def _flat_to_rgb(image: Any, told: Counter[str]) -> Callable[[Any], Array]:
+    """What makes (H, W, 3) of a block of a picture of 8 bits a channel."""
+    from PIL import Image
+
+    if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
         told[f"is {image.mode}, converted to RGB"] += 1
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        told["is transparent in places, laid on white"] += 1
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return lambda block: np.asarray(block.convert("RGB"))
+    told["is transparent in places, laid on white"] += 1
+    white = (255, 255, 255, 255)
+    return lambda block: np.asarray(
+        Image.alpha_composite(Image.new("RGBA", block.size, white), block.convert("RGBA")).convert("RGB")
+    )
 
 
 def covering(pixels: Pixels, size: Size) -> Pixels:

@@ -129,7 +129,9 @@ def _check_content(file: DataFile) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of the file's bytes."""
+    """sha256 of the file's bytes. Raises: OSError for something else than a file, whose bytes may never end."""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
