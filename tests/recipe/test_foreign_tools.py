@@ -17,6 +17,7 @@ from tunekit.cli import main
 from tunekit.errors import RecipeError
 from tunekit.foreign import import_verb
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.yaml_reader import read_yaml
 from tunekit.recipe.recipe import Recipe
 from tunekit.validate import validate
@@ -680,3 +681,15 @@ def test_of_a_file_that_is_not_there_nothing_is_lost(folder: Path) -> None:
     with pytest.raises(RecipeError, match="no such file") as found:
         import_verb(str(folder / "nothere.yaml"), None)
     assert not found.value.notes
+
+
+def test_values_that_nothing_can_hold_are_refused_in_words(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found by scripts/fuzz: a list for a name, and half a surrogate pair, which no file in UTF-8 holds."""
+    for old, new in (("torch.optim.AdamW", "[adamw]"), ("seed: null", 'seed: "\\ud800"')):
+        path = folder / "odd.yaml"
+        path.write_text(changed(TORCHTUNE, {old: new}), encoding="utf-8")
+        with pytest.raises(RecipeError):
+            import_verb(str(path), str(tmp_path / f"{len(new)}.yaml"))
+    assert yaml_scalar("\ud800\u202e") == '"\\ud800\\u202e"'

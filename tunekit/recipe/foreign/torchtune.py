@@ -284,7 +284,7 @@ def _write_optimizer(theirs: Theirs) -> None:
     """The optimizer's class, and the schedule: constant where none is named."""
     key = f"optimizer.{COMPONENT}"
     kind = theirs.take(key, "torch.optim.AdamW")
-    if kind in OPTIMIZERS:
+    if isinstance(kind, str) and kind in OPTIMIZERS:
         theirs.write(key, "training.optimizer", OPTIMIZERS[kind])
     else:
         theirs.complain(key, f"{show(kind)} has no exact translation", f"known: {', '.join(OPTIMIZERS)}")
