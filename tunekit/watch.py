@@ -4,13 +4,14 @@ not slowed down."""
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, LoggedLine, Record, records_from
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.run_report import run_report
-from tunekit.artifacts.report.values import read_run, run_values, state_of
+from tunekit.artifacts.report.values import damage_named, read_run, run_values, state_of
 from tunekit.artifacts.run import read_json
 from tunekit.console import Console
 from tunekit.console.progress import StepProgress
@@ -30,6 +31,11 @@ def watch_verb(folder: str, port: int | None) -> None:
     if port is not None:
         _serve(path, port, console)
         return
+    with damage_named(path):
+        _follow(path, console)
+
+
+def _follow(path: Path, console: Console) -> None:
     run = run_values(path)
     console.info(f"{path}: {state_of(run)}")
     with StepProgress(console, run.plan.count("steps"), shows=run.shows) as progress:
@@ -98,10 +104,14 @@ class _Page(BaseHTTPRequestHandler):
         if self.path not in ("/", "/index.html"):
             self.send_error(404)
             return
-        text = html_page(run_report(run_values(self.path_of_run)))
-        if read_json(self.path_of_run / "report.json") is None:
-            text = text.replace("<head>", f"<head>{REFRESH}", 1)
-        body = text.encode()
+        try:
+            with damage_named(self.path_of_run):
+                text = html_page(run_report(run_values(self.path_of_run)))
+                if read_json(self.path_of_run / "report.json") is None:
+                    text = text.replace("<head>", f"<head>{REFRESH}", 1)
+        except RunFolderError as error:
+            text = f"{REFRESH}<p>{escape(str(error))}</p>"
+        body = text.encode("utf-8", "backslashreplace")
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

@@ -16,6 +16,7 @@ from tunekit.errors import RunFolderError
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.report import report_verb
 from tunekit.runs import runs_verb
+from tunekit.watch import watch_verb
 
 DEEP = "[" * 100_000
 
@@ -92,6 +93,14 @@ def test_a_damaged_run_hides_no_other(
     if code:
         with pytest.raises(RunFolderError, match="damaged"):
             report_verb([str(damaged)], None, None, None)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plan.json"])
+def test_a_damaged_run_that_is_watched_is_named(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run")
+    (line(learning_rate=None) if name == "metrics.jsonl" else written(name, DEEP))(run)
+    with pytest.raises(RunFolderError, match=r"run is damaged|cannot be read"):
+        watch_verb(str(run), None)
 
 
 def test_a_folder_named_in_bytes_that_are_no_utf8_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

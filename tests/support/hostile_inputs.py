@@ -282,9 +282,11 @@ def run_folder(draw: random.Random, folder: Path, bases: Bases) -> HostileInput:
         ("report", paths[0]),
         ("report", *paths, "--html", str(folder / "page.html"), "--csv", str(folder / "out.csv")),
         ("report", *paths[::-1], "--json", "-"),
+        ("watch", paths[0]),
+        ("eval", paths[0], "--device", "cpu"),
+        ("merge", paths[0], "--output", str(folder / "merged")),
     ]
     command = draw.choice(commands)
-    command = ("report", "--", *command[1:]) if paths[0].startswith("-") else command
     return HostileInput(f"{file.name}: {what}", command)
 
 

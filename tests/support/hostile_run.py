@@ -26,7 +26,17 @@ from tunekit.talking.protocol import ProtocolError, read_body
 LIMIT_SECONDS, KILLED_SECONDS = 10.0, 60.0  # of its processor; on the clock, after which it is ended
 LIMIT_BYTES = 10**9  # beyond Python and its libraries
 REFUSED = 2
-LOADED_BEFORE = ("preview", "report", "runs", "foreign", "model.speech.processor", "model.families.image_classifier")
+LOADED_BEFORE = (
+    "preview",
+    "report",
+    "runs",
+    "foreign",
+    "watch",
+    "evaluate",
+    "merge",
+    "model.speech.processor",
+    "model.families.image_classifier",
+)
 COMMANDS = ("\x1b", "\x07", "\u202e", "\u2066")  # of terminals, which no output may have
 
 
