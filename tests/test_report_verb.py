@@ -9,7 +9,7 @@ import time
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -218,11 +218,11 @@ def test_the_page_of_a_running_run_is_served(tmp_path: Path, monkeypatch: pytest
 
     def look(self: ThreadingHTTPServer) -> None:
         host, port = self.server_address[:2]
-        thread = threading.Thread(target=lambda: [self.handle_request() for _ in range(2)])
+        thread = threading.Thread(target=lambda: [self.handle_request() for _ in range(3)])
         thread.start()
-        for place in ("", "nothing"):
+        for place, name in (("", f"localhost:{port}"), ("nothing", f"{host}"), ("", "elsewhere.example")):
             try:
-                with urlopen(f"http://{host}:{port}/{place}") as reply:
+                with urlopen(Request(f"http://{host}:{port}/{place}", headers={"Host": name})) as reply:
                     found.append((reply.status, reply.read().decode()))
             except HTTPError as error:
                 found.append((error.code, ""))
@@ -230,6 +230,6 @@ def test_the_page_of_a_running_run_is_served(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", look)
     watch_verb(str(going), 0)
-    assert [status for status, _ in found] == [200, 404]
+    assert [status for status, _ in found] == [200, 404, 403]  # the last one asked for another machine's page
     assert "<title>going</title>" in found[0][1]
     assert "refresh" in found[0][1]

@@ -24,6 +24,7 @@ from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import (
     Talk,
+    bind,
     make_app,
     make_server,
     serve_verb,
@@ -45,18 +46,23 @@ def serving(base: Path, adapters: Path, key: str | None = None) -> Iterator[int]
     speaker = make_speaker(load_target(find_target(str(base), None, ["model.dtype=float32"]), CPU))
     add_folders(speaker, [str(adapters)])
     desk = Desk(speaker, 8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app(desk, key, 16), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    with running(make_server(desk, make_app(desk, key, 16))) as port:
+        yield port
+    desk.close()
+
+
+@contextmanager
+def running(server: Any) -> Iterator[int]:
+    """The port of a server that runs in a thread."""
+    listening = bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield port
+    yield listening.getsockname()[1]
     server.should_exit = True
-    thread.join()
-    desk.close()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +83,13 @@ def client(port: int, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
 
 
-def ask_raw(port: int, path: str, body: bytes | None) -> tuple[int, bytes]:
+JSON = {"Content-Type": "application/json"}
+
+
+def ask_raw(port: int, path: str, body: bytes | None, headers: dict[str, str] = JSON) -> tuple[int, bytes]:
     """Status and body of an answer, whatever the status."""
     try:
-        with urlopen(Request(f"http://127.0.0.1:{port}{path}", body)) as reply:
+        with urlopen(Request(f"http://127.0.0.1:{port}{path}", body, headers)) as reply:
             return reply.status, reply.read()
     except HTTPError as error:
         return error.code, error.read()
@@ -166,7 +175,7 @@ def test_a_client_that_leaves_stops_its_answer(port: int) -> None:
     """What it would have made is not waited for: the next one is answered at once."""
     body = {"model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
     body |= {"temperature": 2, "seed": 3}
-    request = Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
+    request = Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), JSON)
     with urlopen(request) as reply:
         reply.readline()
     assert ask(client(port), "two", "x").choices
@@ -183,12 +192,13 @@ class Slow:
     def prompt_ids(self, messages: Any) -> list[int]:
         return [1]
 
-    def answer(self, requests: Any, name: str, on_text: Any) -> list[Reply]:
+    def answer(self, requests: Any, name: str, on_text: Any, on_end: Any) -> None:
         self.batches.append([request.sampling.seed for request in requests])
         self.free.wait(10)
         while on_text(0, "x"):
             time.sleep(0.001)
-        return [Reply("x", 1, 1, "stop") for _ in requests]
+        for row in range(len(requests)):
+            on_end(row, Reply("x", 1, 1, "stop"))
 
 
 BODY = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
@@ -238,7 +248,9 @@ def test_a_stream_whose_client_left_before_it_began_ends_its_job() -> None:
         async def send(message: Any) -> None:
             await asyncio.sleep(0)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+        headers = [(b"host", b"localhost:8000"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+        scope |= {"headers": headers}
         await make_app(desk, None, 4)(scope, receive, send)
         await asyncio.to_thread(desk.close)  # after the answer that is being made, which else has no end
 
@@ -317,21 +329,14 @@ def test_a_signal_ends_the_answers_that_are_being_made() -> None:
     speaker: Any = Slow()
     speaker.free.set()
     desk = Desk(speaker, 8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = make_server(desk, make_app(desk, None, 4), "127.0.0.1", port)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    body = json.dumps(BODY | {"stream": True}).encode()
-    with urlopen(Request(f"http://127.0.0.1:{port}/v1/chat/completions", body)) as reply:
+    server, body = make_server(desk, make_app(desk, None, 4)), json.dumps(BODY | {"stream": True}).encode()
+    with (
+        running(server) as port,
+        urlopen(Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, JSON)) as reply,
+    ):
         reply.readline()
         server.handle_exit(2, None)
         lines = [line for line in reply.read().decode().split("\n\n") if line]
-    thread.join(5)
-    assert not thread.is_alive()
     assert "the server is going down" in lines[-2]
     assert lines[-1] == "data: [DONE]"
     desk.close()

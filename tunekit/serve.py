@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tunekit.console import Console
 from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.machine.devices import make_devices
+from tunekit.machine.network import LOCAL_HOSTS, connection_limit, names_this_machine
 from tunekit.talking.conversation import Reply, Speaker, add_folders, make_speaker, name_of
 from tunekit.talking.desk import Desk, Job
 from tunekit.talking.protocol import ChatRequest, ProtocolError, read_body, usage
@@ -34,12 +35,18 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 AsgiApp = Callable[..., Awaitable[None]]  # (scope, receive, send) -> nothing
-LOCAL = ("127.0.0.1", "localhost", "::1")
 LARGEST_BODY_BYTES = 4_000_000
+QUEUED_CONNECTIONS = 1024
+HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # within which a client sends them
 
 
 async def whole_body(request: Request) -> bytes:
-    """Raises: ProtocolError where it is too large."""
+    """Raises: ProtocolError where it is too large, or said to be no JSON.
+
+    A page from elsewhere can make the browser send a body here unasked, but none of this type.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ProtocolError(415, "the body must be JSON: send it with Content-Type: application/json")
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -48,8 +55,9 @@ async def whole_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def make_app(desk: Desk, key: str | None, most_tokens: int) -> Starlette:
-    """The endpoint as an ASGI application. `key`: what clients must give; None: nothing."""
+def make_app(desk: Desk, key: str | None, most_tokens: int, only_local: bool = True) -> Starlette:
+    """The endpoint as an ASGI application. `key`: what clients must give; None: nothing. `only_local`: whether it is
+    this machine's alone."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -66,21 +74,26 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Starlette:
         assert isinstance(error, ProtocolError)  # its text may quote half a surrogate pair, which json escapes
         return Response(json.dumps(error.body), error.status, media_type="application/json")
 
-    def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if key is not None and not hmac.compare_digest(given, key.encode()):
-            raise ProtocolError(401, "the key is missing or wrong", code="invalid_api_key")
+    def check(request: Request) -> None:
+        """Who asks, and whom."""
+        host = request.headers.get("host", "")
+        if only_local and not names_this_machine(host):
+            raise ProtocolError(403, f"{host!r} is not this machine: ask {' or '.join(LOCAL_HOSTS)}")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        bears = scheme.lower() == "bearer"
+        if key is not None and not (hmac.compare_digest(given.strip().encode(), key.encode()) and bears):
+            raise ProtocolError(401, "the key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def models(request: Request) -> Response:
-        check_key(request)
+        check(request)
         each = [{"id": name, "object": "model", "created": began, "owned_by": "tunekit"} for name in names]
         return JSONResponse({"object": "list", "data": each})
 
     async def completions(request: Request) -> Response | AsgiApp:
-        check_key(request)
+        check(request)
         asked = read_body(await whole_body(request), names, most_tokens)
         talk = Talk(desk, asked)
         if not asked.stream:
@@ -194,7 +207,7 @@ def serve_verb(
     except ImportError as error:
         raise InputError(f"serving needs {error.name}", "pip install 'tunekit[serve]'") from error
     key = key or os.environ.get("TUNEKIT_API_KEY")
-    if host not in LOCAL and not key:
+    if host not in LOCAL_HOSTS and not key:
         how = "give --api-key or TUNEKIT_API_KEY, or leave --host out"
         raise InputError(f"on {host} others could use it without a key", how)
     console, found = Console(), find_target(target, base, overrides)
@@ -206,7 +219,8 @@ def serve_verb(
         speaker = make_speaker(load_target(found, devices.device), name_of(target))
         add_folders(speaker, adapters)
         desk = Desk(speaker, batch_size)
-        server = make_server(desk, make_app(desk, key, most_tokens), host, port)
+        app = make_app(desk, key, most_tokens, only_local=host in LOCAL_HOSTS)
+        server = make_server(desk, app)
         threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
         server.run(sockets=[listening])
         desk.close()
@@ -223,19 +237,85 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"{host}:{port} cannot be listened on ({error.strerror})", "choose another --port") from error
 
 
-def make_server(desk: Desk, app: Starlette, host: str, port: int) -> Server:
-    """A server that a signal ends at once: the answers that are being made are given up with it."""
+def make_server(desk: Desk, app: Starlette) -> Server:
+    """A server that a signal ends at once: the answers that are being made are given up with it.
+
+    It accepts few connections at a time, so that the request of each is read before many others come after it; these
+    wait in the system's queue. Its log has no line for a bad request, of which anybody can send any number.
+    """
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
-    end = server.handle_exit
+    most = connection_limit()
+    settings = {"http": make_connection_class(most), "ws": "none", "lifespan": "off", "loop": "asyncio"}
+    server = uvicorn.Server(uvicorn.Config(app, **settings, backlog=most // 8, log_level="error"))
+    end, start = server.handle_exit, server.startup
 
     def end_with_answers(signal: int, frame: FrameType | None) -> None:
         desk.stop()
         end(signal, frame)
 
-    server.handle_exit = end_with_answers
+    async def start_with_a_queue(sockets: Sequence[socket.socket]) -> None:
+        await start(sockets)
+        for listening in sockets:
+            listening.listen(QUEUED_CONNECTIONS)  # the backlog above is both, the queue and how many are accepted
+
+    server.handle_exit, server.startup = end_with_answers, start_with_a_queue
     return server
+
+
+def make_connection_class(most: int) -> type[asyncio.Protocol]:
+    """uvicorn's connection with deadlines for header and body, and a limit: of more than `most`, the one that has kept
+    the server waiting for the longest time is closed. uvicorn itself waits for ever."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of those without a whole request, the oldest first
+
+    class Connection(H11Protocol):  # type: ignore[misc]
+        awaited_seconds: float | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.await_request()
+            if len(self.connections) > most:
+                next(iter(deadlines)).give_up()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.await_request()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.await_request()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self.stop_waiting()
+            super().connection_lost(error)
+
+        def shutdown(self) -> None:
+            if self in deadlines:
+                self.give_up()
+            else:
+                super().shutdown()
+
+        def await_request(self) -> None:
+            """Begin a deadline where what the client has to send next has changed; there is none while it waits."""
+            idle = self.cycle is None or self.cycle.response_complete
+            seconds = HEADER_SECONDS if idle else BODY_SECONDS if self.cycle.more_body else None
+            if seconds != self.awaited_seconds:
+                self.stop_waiting()
+                self.awaited_seconds = seconds
+                if seconds is not None:
+                    deadlines[self] = self.loop.call_later(seconds, self.give_up)
+
+        def stop_waiting(self) -> None:
+            if self in deadlines:
+                deadlines.pop(self).cancel()
+
+        def give_up(self) -> None:
+            self.stop_waiting()
+            self.transport.abort()
+
+    return Connection
 
 
 def _announce(server: Server, console: Console, speaker: Speaker, host: str, port: int) -> None:

@@ -17,6 +17,7 @@ from tunekit.console import Console
 from tunekit.console.progress import StepProgress
 from tunekit.errors import InputError, RunFolderError
 from tunekit.files.lock import is_held
+from tunekit.machine.network import names_this_machine
 from tunekit.records import EvaluationRecord, StepRecord
 
 LOOK_SECONDS = 0.5  # between two looks at the files
@@ -99,8 +100,12 @@ class _Page(BaseHTTPRequestHandler):
     """The page of the run as it is now."""
 
     path_of_run: Path
+    timeout = 10  # seconds to wait for more of a request
 
     def do_GET(self) -> None:
+        if not names_this_machine(self.headers.get("Host", "")):
+            self.send_error(403, "ask 127.0.0.1 or localhost")
+            return
         if self.path not in ("/", "/index.html"):
             self.send_error(404)
             return

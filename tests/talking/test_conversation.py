@@ -112,6 +112,43 @@ def test_several_are_answered_side_by_side(speaker: Speaker) -> None:
     assert {reply.reason for reply in replies} == {"length"}
 
 
+def test_a_finished_answer_does_not_wait_for_a_longer_one(speaker: Speaker) -> None:
+    """Also where it ends with a stop text, and where each is answered alone."""
+    events: list[tuple[int, object]] = []
+    requests = [Request(QUESTION, 40), Request([Message("user", "a")], 2)]
+
+    def on_text(row: int, text: str) -> bool:
+        events.append((row, ""))
+        return True
+
+    answered = speaker.answer(requests, "two", on_text, lambda *end: events.append(end))
+    ends = [at for at, (_, what) in enumerate(events) if what]
+    assert [events[at] for at in ends] == [(1, answered[1]), (0, answered[0])]
+    assert len(events) - ends[0] > 30
+    events.clear()
+    long = [Request([Message("user", "word " * 90)], 60), Request(QUESTION, 60)]
+    assert speaker.answer(long, "two", on_end=lambda *end: events.append(end)) == [reply for _, reply in events]
+
+
+def test_a_prompt_is_measured_before_it_is_tokenized(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer lets no other thread run: of 4 MB it reads as much as shows that they are too long."""
+    read: list[int] = []
+    tokenizer = speaker.target.tokenizer
+    encode = tokenizer.encode_with_offsets
+    monkeypatch.setattr(tokenizer, "encode_with_offsets", lambda text, **_: read.append(len(text)) or encode(text, **_))
+    for messages in (
+        [Message("user", "word ladder " * 300_000)],
+        [Message("user", "<|im_start|>" * 300_000)],
+        [Message("user", "a")] * 100_000,
+    ):
+        with pytest.raises(DataError, match="has more than 512 tokens, and the model reads at most 512"):
+            speaker.prompt_ids(messages)
+    assert sum(read) < 200_000
+    with pytest.raises(DataError, match="has 519 tokens, and the model reads at most 512"):
+        speaker.prompt_ids([Message("user", "x" * 500)])
+    assert len(speaker.prompt_ids([Message("user", "x" * 490)])) == 509
+
+
 def test_an_answer_ends_before_a_stop_text_and_where_nobody_listens(speaker: Speaker) -> None:
     whole = ask(speaker, "one", QUESTION, 30)
     stop = whole[10:13]

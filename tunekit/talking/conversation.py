@@ -4,7 +4,7 @@ The keys and values of a conversation's beginning are kept for its next turn.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +17,8 @@ import torch
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
 from tunekit.contracts import GREEDY, Sampling
-from tunekit.data.rendering.render import Renderer
-from tunekit.errors import DataError, InputError
+from tunekit.data.rendering.render import Renderer, too_long
+from tunekit.errors import InputError
 from tunekit.formats.example import Message
 from tunekit.model.call import Call, calling
 from tunekit.model.text.generation import find_stop_ids, generate_texts, prompt_cache
@@ -33,12 +33,16 @@ UNFINISHED = "�"  # a character of which not all bytes are there yet
 
 @dataclass(frozen=True)
 class Request:
-    """One conversation to answer. `stop`: texts that end the answer and are not part of it."""
+    """One conversation to answer. `stop`: texts that end the answer and are not part of it.
+
+    `prompt`: its ids, where they were made before, by `Speaker.prompt_ids`.
+    """
 
     messages: Sequence[Message]
     max_new_tokens: int
     sampling: Sampling = GREEDY
     stop: Sequence[str] = ()
+    prompt: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Reply:
 
 
 OnText = Callable[[int, str], bool]  # (which request, what its answer has more of, "" too) -> whether to go on with it
+OnEnd = Callable[[int, Reply], None]  # (which request, its whole answer), as soon as it is whole
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Speaker:
     adapters: AdapterSet
     default: str  # BASE, or the name of the target's own adapter
     template: str | None
+    stop_ids: frozenset[int]  # the tokens that end an answer
     # per name: ids, and their keys and values
     _kept: dict[str, tuple[Sequence[int], Any]] = field(default_factory=dict)
 
@@ -81,38 +87,57 @@ class Speaker:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to its next answer.
 
+        One thread at a time may ask, also while another one answers.
         Raises: DataError where the template refuses it, or where it leaves the model no position for an answer.
         """
-        ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages)
         facts = self._facts
+        ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages, facts.positions)
         check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
         if facts.positions is not None and len(ids) >= facts.positions:
-            what = f"the conversation has {len(ids):,} tokens, and the model reads at most {facts.positions:,}"
-            raise DataError(what, "shorten it, or begin a new one")
+            raise too_long(f"{len(ids):,}", facts.positions)
         return ids
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[Request], name: str, on_text: OnText = lambda row, text: True) -> list[Reply]:
+    def answer(
+        self,
+        requests: Sequence[Request],
+        name: str,
+        on_text: OnText = lambda row, text: True,
+        on_end: OnEnd = lambda row, reply: None,
+    ) -> list[Reply]:
         """Answers to conversations of equal sampling, made side by side.
 
         Raises: InputError for an unknown name; DataError where a conversation is too long or the template refuses it.
         """
         if name not in self.names:
             raise InputError(f"there is no adapter '{name}'", f"there are: {', '.join(self.names)}")
-        prompts, tokenizer = [self.prompt_ids(request.messages) for request in requests], self.target.tokenizer
-        stops = set(find_stop_ids(self.target.model.base, tokenizer, self.template))
-        writers = [_Writer(tokenizer.decode, request, stops) for request in requests]
+        prompts = [request.prompt or self.prompt_ids(request.messages) for request in requests]
+        writers = [_Writer(self.target.tokenizer.decode, request, self.stop_ids) for request in requests]
         rooms = [self._room(prompt) for prompt in prompts]
         room = min(rooms)
         if any(own != room < request.max_new_tokens for own, request in zip(rooms, requests, strict=True)):
-            alone = [partial(lambda at, _, text: on_text(at, text), at) for at in range(len(requests))]
-            return [self.answer([request], name, tell)[0] for request, tell in zip(requests, alone, strict=True)]
+
+            def alone(row: int) -> Reply:
+                text, end = (lambda _, text: on_text(row, text)), (lambda _, reply: on_end(row, reply))
+                return self.answer([requests[row]], name, text, end)[0]
+
+            return [alone(row) for row in range(len(requests))]
+        replies: dict[int, Reply] = {}
+
+        def end(row: int) -> None:
+            writer = writers[row]
+            if rest := writer.finish():
+                on_text(row, rest)
+            replies[row] = Reply(writer.written, len(prompts[row]), len(writer.ids), writer.reason)
+            on_end(row, replies[row])
 
         def told(rows: Sequence[int], tokens: list[int]) -> list[bool]:
             for row, token in zip(rows, tokens, strict=True):
-                more = writers[row].add(token)
-                writers[row].ended |= not on_text(row, more)
-            return [writers[row].ended for row in rows]
+                if row not in replies:
+                    more = writers[row].add(token)
+                    if not on_text(row, more) or writers[row].ended:
+                        end(row)
+            return [row in replies for row in rows]
 
         with self._through(name) as model:
             kept, cache = self._kept.pop(name, ((), None)), None  # of no use where this is interrupted
@@ -120,12 +145,12 @@ class Speaker:
                 cache = prompt_cache(model.base, *kept, prompts[0])
             produced = generate_texts(
                 model.base,
-                tokenizer,
+                self.target.tokenizer,
                 prompts,
                 max_new_tokens=int(min(room, max(request.max_new_tokens for request in requests))),
                 batch_size=len(prompts),
                 sampling=requests[0].sampling,
-                template=self.template,
+                stop_ids=sorted(self.stop_ids),
                 adapt=model.adapted,
                 virtual_tokens=model.virtual_tokens,
                 told=told,
@@ -133,12 +158,10 @@ class Speaker:
             )
         if cache is not None:
             self._kept[name] = ([*prompts[0], *produced[0]][: cache.get_seq_length()], cache)
-        replies = []
-        for row, (writer, prompt) in enumerate(zip(writers, prompts, strict=True)):
-            if rest := writer.finish():
-                on_text(row, rest)
-            replies.append(Reply(writer.written, len(prompt), len(writer.ids), writer.reason))
-        return replies
+        for row in range(len(requests)):
+            if row not in replies:
+                end(row)
+        return [replies[row] for row in range(len(requests))]
 
     def _room(self, prompt: Sequence[int]) -> float:
         """The most tokens that an answer to it can have; an encoder's prompt takes none of its answer's positions."""
@@ -162,15 +185,13 @@ class Speaker:
 class _Writer:
     """One answer as it grows: whole characters only, nothing of a stop text."""
 
-    def __init__(self, decode: Callable[..., str], request: Request, stop_ids: set[int]) -> None:
+    def __init__(self, decode: Callable[..., str], request: Request, stop_ids: Collection[int]) -> None:
         self.decode, self.request, self.stop_ids = decode, request, stop_ids
         self.ids: list[int] = []
         self.written, self.ended, self.reason = "", False, "length"
 
     def add(self, token: int) -> str:
         """What can be shown after this token that could not be before."""
-        if self.ended:
-            return ""
         if token in self.stop_ids:
             self.ended, self.reason = True, "stop"
             return ""
@@ -215,7 +236,8 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     adapters = AdapterSet(model.base.net)
     if own is not None:
         adapters.add(name, lambda: own)
-    return Speaker(loaded, adapters, BASE if own is None else name, template)
+    stop_ids = frozenset(find_stop_ids(model.base, loaded.tokenizer, template))
+    return Speaker(loaded, adapters, BASE if own is None else name, template, stop_ids)
 
 
 def name_of(target: str) -> str:

@@ -31,6 +31,7 @@ SPELLED = (
     "warning: rows that spell a special token, which stays text: only a chat template makes special tokens; "
     "write conversations as messages (format chat)"
 )
+PIECE_CHARACTERS, CUT_TOKENS = 8192, 16  # of a text that is measured, and what cutting it may add to one piece
 UNSAID = ("name", "tool_call_id", "tool_calls")  # need not be written; of tool_calls, turns.py sees to it
 WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all does not read"
 AS_GIVEN = "rows whose earlier answers the chat template rewrites: each answer is trained on as it was given"
@@ -111,9 +112,12 @@ class Renderer:
         """Ids of a user's turn up to where the answer begins; of the plain text where there is no template."""
         return self.turns([Message("user", text)]) if self.has_template else self._plain(text)
 
-    def turns(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where its next answer begins. Raises: DataError where there is no template."""
-        return self._turns_before(ChatExample(tuple(messages)), len(messages))
+    def turns(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """Ids of a conversation up to where its next answer begins.
+
+        Raises: DataError where there is no template, or where it has more than `most` tokens for certain.
+        """
+        return self._turns_before(ChatExample(tuple(messages)), len(messages), most)
 
     def _readable(self, example: Example) -> Example:
         """The example, or how it is written where the tokenizer has no chat template."""
@@ -143,12 +147,29 @@ class Renderer:
         if self._control.spelled_in(text):
             self.notices[SPELLED] += 1
 
-    def _turns_before(self, example: ChatExample, index: int) -> list[int]:
+    def _turns_before(self, example: ChatExample, index: int, most: int | None = None) -> list[int]:
         """Ids of the turns before one, and of what the template writes where an answer begins."""
         self._need_template(example)
+        if most is not None and index > most:  # each has a token or more
+            raise too_long(f"more than {most:,}", most)
         text = self._turns.render(example.messages[:index], example.tools, add_generation_prompt=True)
+        if most is not None:
+            self._check_length(text, most)
         neutral = self._turns.render_neutral(example.messages[:index], example.tools, add_generation_prompt=True)
         return encode_trusted(text, neutral, self.tokenizer, self._control)[0]
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Refuse a text that is too long for certain, without reading more of it than that takes.
+
+        It is read in pieces, since a tokenizer lets no other thread run meanwhile. A piece may have a few tokens more
+        than its share of the whole text's, of the word that is cut at its ends; what spells a special token counts one.
+        """
+        count = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = text[start : start + PIECE_CHARACTERS]
+            count += max(0, len(self.tokenizer.encode(piece)) - CUT_TOKENS)
+            if count > most:
+                raise too_long(f"more than {most:,}", most)
 
     def _need_template(self, example: ChatExample) -> None:
         """Refuse a conversation without a template, or with fields that the template does not read."""
@@ -203,6 +224,12 @@ class Renderer:
                 self.notices[MERGED_BOUNDARY] += 1
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return [*begin, *ids, *end], np.concatenate([[0] * len(begin), trained, [1] * len(end)]).astype(np.float32)
+
+
+def too_long(tokens: str, most: int) -> DataError:
+    """Of a conversation with so many tokens."""
+    what = f"the conversation has {tokens} tokens, and the model reads at most {most:,}"
+    return DataError(what, "shorten it, or begin a new one")
 
 
 def reads_field(template: str, name: str) -> bool:

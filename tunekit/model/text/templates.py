@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
@@ -123,7 +124,13 @@ def _fixed_day(template: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _memory_limit() -> Iterator[None]:
-    """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so."""
+    """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so.
+
+    None outside the main thread: the limit is the whole process's, and the others may be making answers meanwhile.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         limit = address_space_bytes() + LIMIT_EXTRA_BYTES
