@@ -182,6 +182,23 @@ def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     assert not [word for word in ("logits", "Packing", "PeftModel") if word in text]
 
 
+def test_a_calibrated_initialisation_looks_at_class_pictures_too(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    """They are made before it: the base draws the same ones as for any other start."""
+    classes, objective = tmp_path / "classes", {"num_inference_steps": 1, **with_prior(tmp_path)}
+    (classes / "2.png").unlink()
+    recipe = write_image_recipe(
+        tmp_path, pipeline, photos, objective=objective, adapter={"start": "eva"}, training={"max_steps": 1}
+    )
+    run = trained(recipe, tmp_path / "run", "~data.eval")
+    drawn = classes / "class-00000.png"
+    first = drawn.read_bytes()
+    drawn.unlink()
+    trained(recipe, tmp_path / "plain", "~data.eval", "adapter.start=default")
+    assert drawn.read_bytes() == first
+    assert records(run)[0]["loss"] > 0
+    assert any(float(each.abs().max()) > 0 for key, each in adapter_tensors(run / "adapter").items() if "lora_B" in key)
+
+
 @pytest.mark.slow
 def test_the_base_draws_the_class_pictures_that_are_missing(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     classes = tmp_path / "classes"

@@ -62,12 +62,16 @@ def assemble_run(
     with session.timed("load"):
         for companion in companions.values():
             companion.load(devices.device)
-    state = LoopState(LossScale(base.dtype == torch.float16))
-    if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at these rows
-        prepared = probe_layout(session, prepared, TunedModel(base, None), state)
+    state, files = LoopState(LossScale(base.dtype == torch.float16)), None
+    if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at whole steps
+        bare = TunedModel(base, None, companions=companions)
+        prepared = probe_layout(session, prepared, bare, state)
+        with session.timed("data"):
+            files = _begin(session, prepared, bare)
     model = _tuned(session, plan, prepared, base, companions, state, checkpoint)
-    with session.timed("data"):
-        files = _begin(session, prepared, model)
+    if files is None:
+        with session.timed("data"):
+            files = _begin(session, prepared, model)
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)

@@ -143,7 +143,7 @@ def _run_forward(model: TunedModel, watch: Watch, batches: Sequence[Batch]) -> N
     with undisturbed(model):
         for batch in batches:
             watch.batch = batch
-            model.hidden(batch.inputs)
+            model.output(batch.inputs)  # of a language model the last hidden states, without a logit
 
 
 def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows: Sequence[Window], seed: int) -> None:
