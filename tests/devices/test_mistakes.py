@@ -195,11 +195,12 @@ def test_a_seed_that_does_not_reach_the_device_is_seen(
 
 @pytest.mark.parametrize("settings", [{}, HOST, OFFLOAD], ids=["resident", "host", "offload"])
 def test_a_run_on_the_second_device_is_the_same(folder: Path, settings: dict[str, Any], expected: Any) -> None:
-    before = torch.cuda.memory_stats(0)["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.memory_stats(0)["requested_bytes.all.peak"]
     case = case_of(folder, device=torch.device("cuda", 1), **settings)
     case.run()
     assert plugin.faults() == []
-    assert torch.cuda.memory_stats(0)["requested_bytes.all.current"] == before
+    assert torch.cuda.memory_stats(0)["requested_bytes.all.peak"] == before, "nothing was put on the first device"
     assert case.losses == expected[0]
 
 
