@@ -66,12 +66,9 @@ def assemble_run(
     if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at whole steps
         bare = TunedModel(base, None, companions=companions)
         prepared = probe_layout(session, prepared, bare, state)
-        with session.timed("data"):
-            files = _begin(session, prepared, bare)
+        files = _begin(session, prepared, bare)
     model = _tuned(session, plan, prepared, base, companions, state, checkpoint)
-    if files is None:
-        with session.timed("data"):
-            files = _begin(session, prepared, model)
+    files = _begin(session, prepared, model) if files is None else files
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
@@ -112,8 +109,7 @@ def assemble_run(
     if devices.world > 1:
         run.spare = dry_run_batch(run, cut_batch(prepared.largest_batch, run.objective.rows, sequences=1))
     if plan.tries_longest_batch or session.dry_run:
-        with session.timed("try"):
-            _try_longest(session, prepared, run)
+        _try_longest(session, prepared, run)
     add_seconds(state.seconds, session.seconds)
     return plan, run
 
@@ -157,8 +153,9 @@ def _begin(session: Session, prepared: Prepared, model: TunedModel) -> dict[str,
     """Companions make what all steps need; the sha256 of the files they read, by key."""
     run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, Counting(session.console))
     files: dict[str, str] = {}
-    for companion in model.companions.values():
-        files |= companion.begin(run, prepared.rows.all)
+    with session.timed("data"):
+        for companion in model.companions.values():
+            files |= companion.begin(run, prepared.rows.all)
     return files
 
 
@@ -190,12 +187,13 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
 
 def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
     """The longest batch of training and of evaluation, before anything depends on their going well."""
-    try_longest_batch(run, prepared.largest_batch)
     rows = prepared.rows.evaluation
-    if rows is not None:
-        batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
-        split = split_evaluation_noted(session, run.state)
-        summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
+    with session.timed("try"):
+        try_longest_batch(run, prepared.largest_batch)
+        if rows is not None:
+            batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
+            split = split_evaluation_noted(session, run.state)
+            summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 
