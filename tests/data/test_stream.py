@@ -20,6 +20,7 @@ from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.lines import read_json_lines
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import must_stream, shard_source
+from tunekit.data.reading.source import read_source
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -184,6 +185,21 @@ def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     rows = load(tiny, streamed(path), eval=(Source(path=str(held)),))
     assert rows.evaluation is not None
     assert len(rows.evaluation) == ROWS
+
+
+@pytest.mark.parametrize("most", [None, 7])
+def test_a_folder_of_classes_is_streamed_file_by_file(most: int | None, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number // 5}").mkdir(exist_ok=True)
+        (tmp_path / f"{number // 5}" / f"{number:02d}.png").touch()
+    source = streamed(tmp_path, max_rows=most)
+    sharded, problems = shard_source(source), Problems()
+    rows = [row for shard in sharded.shards for row in sharded.read(shard, problems)]
+    assert rows == list(read_source(source, problems))
+    assert (len(rows), sharded.lines, len(sharded.shards)) == (most or 20,) * 3
+    before = sharded.content
+    (tmp_path / "0" / "new.png").touch()
+    assert shard_source(source).content != before
 
 
 def test_a_file_beyond_a_quarter_of_memory_is_streamed(tmp_path: Path) -> None:

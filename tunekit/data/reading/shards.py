@@ -1,7 +1,7 @@
 """Large sources in pieces that can be read on their own and in any order.
 
-JSON Lines is cut at line ends, Parquet at its row groups.  What cannot be entered in the middle (CSV, a compressed
-file, a hub data set, a source cut short by max_rows) is one shard, read from its start.
+JSON Lines is cut at line ends, Parquet at its row groups, a folder of classes file by file. What cannot be entered in
+the middle (CSV, a compressed file, a hub data set, a source cut short by max_rows) is one shard, read from its start.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
+from tunekit.data.reading.folder import is_folder, names_hash
 from tunekit.data.reading.lines import LONGEST_LINE_BYTES, RawRow, parse_line
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import is_data_set, prepare_rows, read_row_groups, read_source, row_group_sizes
@@ -40,9 +41,12 @@ class Sharded:
     shards: tuple[Shard, ...]
     lines: int | None
     content: str
+    rows: tuple[RawRow, ...] = ()  # of a folder: they only name files
 
     def read(self, shard: Shard, problems: Problems) -> Iterator[RawRow]:
         """The raw rows of one shard."""
+        if self.rows:
+            return iter(self.rows[shard.start : shard.stop])
         if self.file is None or shard.stop < 0:
             return read_source(self.source, problems)
         if self.file.kind == "parquet":
@@ -72,6 +76,10 @@ def shard_source(source: Source) -> Sharded:
     if is_data_set(source.path):
         name = hashlib.sha256(f"{source.path}@{source.revision}/{source.split}".encode()).hexdigest()
         return Sharded(source, None, (Shard(0, -1, 0),), None, name)
+    if is_folder(source.path):
+        rows = tuple(read_source(source, Problems()))
+        shards = tuple(Shard(number, number + 1, number) for number in range(len(rows)))
+        return Sharded(source, None, shards, len(rows), names_hash(Path(source.path)), rows)
     file = inspect_file(Path(source.path))
     if file.kind in ("json", "text"):
         kind = "JSON array" if file.kind == "json" else "text file"
