@@ -21,7 +21,7 @@ from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.dreambooth import CUT
-from tunekit.objectives.rows.pictures import PictureRows, bucket_of, made_buckets, nearest_bucket
+from tunekit.objectives.rows.pictures import PictureRows, bucket_of, fitting_bucket, made_buckets, nearest_bucket
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
@@ -59,6 +59,35 @@ def test_made_buckets_have_about_as_many_pixels_and_sides_the_denoiser_can_halve
     assert all((width, height) in found for height, width in found)
     assert all(0.85 < height * width / 512**2 < 1.15 for height, width in found)
     assert len({height / width for height, width in found}) == len(found) == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((600, 600), (512, 512)),
+        ((500, 500), (448, 448)),  # too small for 512
+        ((300, 200), (256, 128)),
+        ((200, 400), (192, 384)),
+        ((40, 30), (64, 64)),  # the denoiser takes nothing smaller
+    ],
+)
+def test_auto_enlarges_no_picture(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    sets = [made_buckets(side, 64) for side in range(512, 0, -64)]
+    found = fitting_bucket(size, sets)
+    assert found == bucket
+    assert all(have >= want for have, want in zip(size, found, strict=True)) or found == (64, 64)
+    assert fitting_bucket(size, sets[:1]) == nearest_bucket(size, sets[0])  # listed buckets enlarge
+
+
+def test_small_photos_are_trained_on_as_they_are(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    objective = {"aspect_ratio_buckets": "auto", "resolution": 32}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective)
+    _, prepared = make_plan(load_recipe(recipe), device=torch.device("cpu"))
+    rows = prepared.rows.train
+    sizes = [(rows[index].parts["original"], bucket_of(rows[index])) for index in range(len(rows))]
+    assert len(sizes) == 5
+    assert all(height >= high and width >= wide for (height, width), (high, wide) in sizes)
+    assert prepared.rows.objective.facts["aspect_ratio_buckets"] == "auto"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.pipeline.parts import PIPELINES
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.objectives.losses.noise import KEY, DiffusionLoss, NoiseSchedule, setting_problems
-from tunekit.objectives.rows.pictures import Artist, PictureRows, buckets_of, size_problems
+from tunekit.objectives.rows.pictures import Artist, PictureRows, buckets_of, size_problems, smaller_buckets
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
@@ -27,17 +27,17 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
     if problems := [*size_problems(settings, processor), *setting_problems(settings, processor.flows)]:
         raise RecipeError.of(problems)
     processor.check()
-    buckets = buckets_of(settings, processor)
-    decides = (settings.method, settings.instance_prompt, buckets)  # what a row is made of
+    buckets, smaller = buckets_of(settings, processor), smaller_buckets(settings, processor)
+    decides = (settings.method, settings.instance_prompt, buckets, *smaller)  # what a row is made of
     fingerprint = hash_of([*decides, processor.fingerprint])
     stated = {name: getattr(settings, name) for name in FACTS}
-    if settings.aspect_ratio_buckets is not None:
+    if isinstance(settings.aspect_ratio_buckets, tuple):
         stated["aspect_ratio_buckets"] = [*map(list, buckets)]
     artist = Artist(settings, processor)
     return Objective(
         settings.method,
         settings.family,
-        PictureRows(processor, settings.instance_prompt, buckets, fingerprint, options),
+        PictureRows(processor, settings.instance_prompt, buckets, fingerprint, smaller, options),
         DiffusionLoss(settings, _schedule(processor)),
         Answering("picture", draw=artist.draw, report_pictures=artist.report_pictures, processor=processor),
         companions=(CompanionSpec("pipeline", KEY, settings),),

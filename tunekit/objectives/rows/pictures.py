@@ -1,8 +1,9 @@
 """Rows of images with prompts, each trained on at the size of the bucket with the nearest aspect ratio; and how a
 pipeline draws images for prompts.
 
-Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that small
-images are enlarged, and that only the ratio between aspect ratios decides which is the nearest.
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that only
+the ratio between aspect ratios decides which is the nearest. An image too small for its bucket goes to a smaller one
+where buckets are made (auto), and is enlarged where the recipe lists them.
 """
 
 import math
@@ -54,6 +55,7 @@ class PictureRows(RowKind):
     instance_prompt: str | None
     buckets: tuple[Size, ...]
     fingerprint: str
+    smaller: tuple[tuple[Size, ...], ...] = ()  # buckets for images that do not cover theirs, the largest first
     options: EncodeOptions = field(default_factory=EncodeOptions)
     notices: Counter[str] = field(default_factory=Counter)
 
@@ -75,7 +77,7 @@ class PictureRows(RowKind):
         pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
             self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
-        size = nearest_bucket(pixels.shape[:2], self.buckets)
+        size = fitting_bucket(pixels.shape[:2], (self.buckets, *self.smaller))
         if len(self.buckets) > 1:
             self.notices[f"trained on at {size[1]} x {size[0]} pixels"] += 1
         covered = covering(pixels, size)
@@ -170,6 +172,21 @@ def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
     """The bucket whose aspect ratio differs by the smallest factor; the first of equals."""
     ratio = size[0] / size[1]
     return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
+
+
+def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[tuple[Size, ...], ...]:
+    """Those of `auto` with fewer and fewer pixels, for images that would have to be enlarged; none where sizes are
+    listed."""
+    if not isinstance(settings.aspect_ratio_buckets, str) or settings.resolution is None:
+        return ()
+    sides = range(settings.resolution - processor.multiple, 0, -processor.multiple)
+    return tuple(made_buckets(side, processor.multiple) for side in sides)
+
+
+def fitting_bucket(size: Sequence[int], sets: Sequence[tuple[Size, ...]]) -> Size:
+    """The nearest bucket of the first set in which the image covers it; of the last set where it covers none."""
+    nearest = [nearest_bucket(size, buckets) for buckets in sets]
+    return next((bucket for bucket in nearest if size[0] >= bucket[0] and size[1] >= bucket[1]), nearest[-1])
 
 
 def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) -> Iterator[Problem]:

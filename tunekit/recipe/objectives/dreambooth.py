@@ -83,7 +83,7 @@ class DreamboothSettings(ObjectiveSettings):
         None,
         description="sizes that are trained on, [height, width] each; every image goes to the one nearest in aspect "
         "ratio, and `resolution` is that of drawn images alone. auto: those of the usual ratios with as many pixels "
-        "as a square of `resolution`; null: that square",
+        "as a square of `resolution`, or with fewer for an image that is smaller; null: that square",
     )
     center_crop: bool = Field(True, description="the middle of each image; false: another part in each step")
     random_flip: bool = Field(False, description="each image mirrored in half of the steps")
