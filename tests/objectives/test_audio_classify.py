@@ -145,6 +145,33 @@ def test_twenty_steps_equal_transformers_and_peft(whisper: Path, recordings: Pat
     assert ours[-1] < ours[0] / 2
 
 
+def test_an_adapter_of_peft_is_measured_by_the_labels_that_are_named(
+    whisper: Path, recordings: Path, tmp_path: Path
+) -> None:
+    theirs, folder, out = wrapped(whisper).eval(), tmp_path / "theirs", tmp_path / "e.json"
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(folder)
+    features, labels = features_of(whisper, recordings)
+    with torch.no_grad():
+        logits = theirs(input_features=features).logits
+    verb = (str(folder), str(whisper), str(recordings), None, [], str(out))
+    evaluate_verb(*verb, ["model.dtype=float32", f"objective.labels=[{', '.join(LABELS)}]"])
+    found = json.loads(out.read_text("utf-8"))
+    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert found["rows"] == len(labels)
+    with pytest.raises(TunekitError, match=r"objective\.labels"):
+        evaluate_verb(*verb, [])
+    with pytest.raises(TunekitError, match="names 2 labels, and the adapter's head has 3 rows"):
+        evaluate_verb(*verb, ["objective.labels=[five, nine]"])
+    with pytest.raises(TunekitError, match="must be a list of names, each once"):
+        evaluate_verb(*verb, ["objective.labels=[five, five, one]"])
+    with pytest.raises(InputError, match="is not such an adapter"):
+        evaluate_verb(str(whisper), *verb[1:], ["objective.labels=[five, nine, one]"])
+
+
 def test_an_adapter_goes_to_peft_and_back(whisper: Path, recordings: Path, tmp_path: Path) -> None:
     run = train(write(tmp_path, whisper, recordings))
     config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))

@@ -132,15 +132,18 @@ def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 @dataclass(frozen=True)
 class TargetOverrides:
-    """The written fields of model.* and of evaluation.*, and which of other tools' spellings were rewritten."""
+    """The written fields of model.* and of evaluation.*, which of other tools' spellings were rewritten, and the names
+    of the rows of another tool's head."""
 
     model: JsonObject
     evaluation: JsonObject
     rewrites: list[str]
+    labels: tuple[str, ...] = ()
 
 
 def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
-    """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, checked.
+    """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, and objective.labels,
+    checked.
 
     A key of another section is refused. Paths are relative to the working folder: no recipe file is involved.
     """
@@ -148,9 +151,10 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     apply_overrides(draft, overrides)
     checks.settle_generation(draft)
     resolve_paths(draft, Path.cwd())
+    labels = _take_labels(draft)
     model, evaluation = draft.values.get("model", {}), draft.values.get("evaluation", {})
     for name in [name for name in draft.values if name not in ("model", "evaluation")]:
-        how = "only model.* and evaluation.* can; in eval also data.*"
+        how = "only model.*, evaluation.* and objective.labels can; in eval also data.*"
         draft.add_problem((name,), "cannot be overridden here", how)
     if isinstance(model, dict):
         draft.values["model"] = {"name_or_path": "any", **model}  # required, and not what an override is about
@@ -162,7 +166,20 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
         model={name: getattr(sections["model"], name) for name in model},
         evaluation={name: getattr(sections["evaluation"], name) for name in evaluation},
         rewrites=draft.rewrites,
+        labels=labels,
     )
+
+
+def _take_labels(draft: Draft) -> tuple[str, ...]:
+    """objective.labels, out of the draft."""
+    objective = draft.values.get("objective")
+    if not isinstance(objective, dict) or set(objective) != {"labels"}:
+        return ()
+    labels = draft.values.pop("objective")["labels"]
+    texts = [str(label) for label in labels if type(label) in (str, int)] if isinstance(labels, list) else []
+    if not texts or len(set(texts)) < len(labels):
+        draft.add_problem(("objective", "labels"), "must be a list of names, each once", "write [no, yes]")
+    return tuple(texts)
 
 
 def override_data(data: DataSection | None, overrides: Sequence[str], objective: str | None) -> DataSection:

@@ -54,6 +54,14 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
     return {"labels": own if len(own) == min(rows) else _unnamed(min(rows))}
 
 
+def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
+    """What is known of a head, its rows called as the user calls them. Raises: RecipeError for another number."""
+    if labels and len(labels) != (rows := len(facts.get("labels", ()))):
+        what = f"names {len(labels)} labels, and the adapter's head has {rows} rows"
+        raise RecipeError(what, "name one for each row, in their order", key="objective.labels")
+    return {**facts, "labels": labels} if labels else facts
+
+
 def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
     """The family as which another tool's adapter has its base loaded: that of PEFT's task, or the base's own."""
     tasks = {family.task_type: family for family in known_families() if family.task_type}

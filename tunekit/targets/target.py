@@ -31,7 +31,7 @@ from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
 from tunekit.targets.export import STEP_0, export_checkpoint
-from tunekit.targets.labels import adapter_family, head_facts, start_facts
+from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
@@ -50,6 +50,7 @@ class TargetSpec:
     recipe: Recipe | None = None
     run: Path | None = None  # the folder of the run that it is from
     rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+    labels: tuple[str, ...] = ()  # the user's names for the rows of a head that another tool trained
     holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
 
     @property
@@ -134,6 +135,11 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
     else:
         found = _bare_model(target, given)
         _require_model(target, found.model)
+    if given.labels and found.labels != given.labels:
+        what = (
+            f"objective.labels names the rows of a head whose adapter states none, and {target} is not such an adapter"
+        )
+        raise InputError(what, "leave it out")
     return replace(found, rewrites=tuple(rewrites))
 
 
@@ -208,8 +214,10 @@ def _from_adapter(folder: Path, given: TargetOverrides) -> TargetSpec:
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
         return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given), run=run)
-    model = base_section(read_adapter_config(folder), given.model, NAME_BASE)
-    return TargetSpec("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
+    config = read_adapter_config(folder)
+    model = base_section(config, given.model, NAME_BASE)
+    labels = given.labels if config.objective is None else ()
+    return TargetSpec("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder, labels=labels)
 
 
 def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
@@ -270,7 +278,7 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     if config is None:
         return None
     family = family_of(target)
-    facts = head_facts(config, target.model)
+    facts = named_labels(head_facts(config, target.model), target.labels)
     settings = supervised_objective(family, len(facts.get("labels", ())))
     return None if settings is None else make_objective(settings, processor, facts)
 
