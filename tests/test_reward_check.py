@@ -105,6 +105,21 @@ def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkey
     assert any(said in finding for finding in findings), findings
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_reward_that_reads_the_first_or_the_last_of_two_labels_is_sound(
+    place: int, base: Path, tmp_path: Path
+) -> None:
+    """By chance half of the labels are right in a list, as in one answer to all."""
+    rows = [{"prompt": f"say {n}", "answer": "yes" if n % 2 else "no"} for n in range(12)]
+    code = (
+        "import re\n\ndef letters(completions, answer):\n"
+        "    found = [re.findall('yes|no', said) for said in completions]\n"
+        f"    return [float(some[{place}:][:1] == [right]) for some, right in zip(found, answer)]\n"
+    )
+    recipe = write_prompts(tmp_path, base, rows, code=code, data={"eval": None})
+    assert reward_check_verb(load_recipe(recipe), 0, str(tmp_path / "found.json")) == 0
+
+
 def test_a_reward_that_reads_ids_gets_those_of_known_answers(base: Path, tmp_path: Path) -> None:
     code = (
         "def letters(completions, answer, **more):\n"

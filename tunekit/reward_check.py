@@ -45,7 +45,7 @@ LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers
 SLOW_SECONDS = 0.2  # a completion: a step of 64 would wait for 13 seconds
 LONG_WORDS = 200
 REFERENCE, SAMPLES, NOTHING = "the rows' own answers", "samples of the model before step 1", "nothing"
-SHUFFLED = "another row's answer"
+SHUFFLED, COMMON = "another row's answer", "one answer to all"
 BURIED, LISTED = "the row's own answer among others", "all answers in a list"
 PROMPT, PROMPTS = "the prompt again", "the prompt five times"
 LONG = f"{LONG_WORDS} words of other answers"
@@ -141,7 +141,7 @@ def known_answers(
     if 1 < len(distinct) <= MOST_LISTED:
         kinds[LISTED] = [", ".join(distinct)] * len(rows)
     kinds[NOTHING] = [""] * len(rows)
-    kinds[f"one answer to all: {visible(common)[:40]!r}"] = [common] * len(rows)
+    kinds[f"{COMMON}: {visible(common)[:40]!r}"] = [common] * len(rows)
     kinds[PROMPT] = [_text_of(each["prompt"]) for each in rows]
     kinds[PROMPTS] = ["\n".join([text] * 5) for text in kinds[PROMPT]]
     kinds[LONG] = [long] * len(rows)
@@ -157,6 +157,7 @@ def known_answers(
 def _among_others(answer: str, distinct: Sequence[str]) -> str:
     """The answer in the middle of other ones, a line each."""
     others = [text for text in distinct[: OTHERS + 1] if text != answer][:OTHERS]
+    others *= 2 if len(others) == 1 else 1  # a reward that reads the first or the last one finds a different answer
     middle = len(others) // 2
     return "\n".join([*others[:middle], answer, *others[middle:]])
 
@@ -226,11 +227,13 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     failed = {each.name for each in trials if each.errors}
     best = np.nan if own is None or own.errors else float(mean(own.total))
     empty = float(mean(by_name[NOTHING].total)) if NOTHING in by_name else np.nan
+    constant = max((float(mean(each.total)) for each in trials if each.name.startswith(COMMON)), default=np.nan)
     much = empty + TOO_MUCH * (best - empty) if empty < best else best
     for each in trials:
         other = float(mean(each.total))
-        enough = much if each.name in WORTHLESS else best
-        if other >= enough and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
+        chance = -np.inf if each.name in (PROMPT, PROMPTS) else constant  # half of the labels if there are two
+        fools = each.name in WORTHLESS and other >= much and other > chance
+        if (other >= best or fools) and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
             text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
             (notes if each.name == SHUFFLED else findings).append(text)
     notes += _constant(rewards, trials) if own is not None else ()

@@ -63,7 +63,9 @@ class RewardSource(Section):
     """One of what gives completions their reward; its weight in their sum."""
 
     function: CodePath | None = Field(
-        None, description="FILE.py:NAME, called as TRL does: NAME(prompts, completions, **columns) -> numbers"
+        None,
+        description="FILE.py:NAME, called as TRL does: NAME(prompts, completions, completion_ids, **columns) -> "
+        "numbers; each argument only if the function takes it",
     )
     allow_code: bool = Field(False, description="of function: run the file; its code can do whatever you can")
     regex: Expression | None = Field(None, description="1 where the expression is found in the completion, else 0")
