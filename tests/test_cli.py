@@ -69,6 +69,22 @@ def test_the_gpus_allocator_is_told_what_nobody_else_told_it(written: dict[str, 
     assert done.stderr.split()[-1] == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "x.yaml", "-q"], "-q belongs before the command: tunekit -q train ..."),
+        (["plan", "x.yaml", "--verbose"], "--verbose belongs before the command: tunekit --verbose plan ..."),
+        (["adapter", "show", "x", "--debug"], "--debug belongs before the command: tunekit --debug adapter show ..."),
+        (["train", "x.yaml", "--quie"], "No such option: --quie"),
+    ],
+)
+def test_an_option_of_the_program_after_a_command_is_told_its_place(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"Error: {expected}"
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"

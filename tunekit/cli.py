@@ -31,6 +31,7 @@ ENVIRONMENT = {
 # importing torch and transformers makes 100,000s of objects that stay: looking through them again and again took a
 # fifth of a start (0.6 of 3.3 CPU seconds, measured); training sets the collector back
 WHILE_STARTING = (100_000, 20, 100)
+UsageError: Any = typer.BadParameter.__base__  # typer gives it no name of its own
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs")  # commands that import no torch
 
 app = typer.Typer(
@@ -74,6 +75,18 @@ def start(
 
 class Verb(TyperCommand):
     """A command, whose errors become words on stderr and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; an option of the program itself is refused with its right place."""
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            root, name = ctx.find_root(), getattr(error, "option_name", None)
+            if name in [each for option in root.command.params for each in option.opts]:
+                words = ctx.command_path.removeprefix(root.info_name).strip()
+                error.message = f"{name} belongs before the command: tunekit {name} {words} ..."
+                error.possibilities = None  # like names of this command's own options
+            raise
 
     def invoke(self, ctx: Any) -> NoReturn:
         """Call the verb, whose module is imported only now."""
