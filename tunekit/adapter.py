@@ -272,14 +272,14 @@ def adapter_folder(name: str) -> Path:
 
 
 def _show(console: Console, summary: AdapterSummary) -> None:
-    """Layer by layer, and at the end, where a terminal stands, the whole in a few lines."""
+    """The whole in a few lines, then layer by layer."""
+    console.panel(summary.folder, summary.facts)
     rows = [(layer.name, layer.rank, layer.parameters, layer.norm, layer.update_norm) for layer in summary.layers]
-    columns = ["layer", "rank", "parameters", "norm of its tensors", "norm of s B A"]
+    columns = ["layer", "rank", "parameters", "norm of\nits tensors", "norm of\ns B A"]
     width = 5 if any(row[4] is not None for row in rows) else 4
     console.table(columns[:width], [row[:width] for row in rows])
     _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
     _list(console, "tensors with NaN or infinity", summary.not_finite)
-    console.panel(summary.folder, summary.facts)
     console.warn(*(f"would not be loaded: {fault}" for fault in summary.faults))
 
 

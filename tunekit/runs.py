@@ -47,7 +47,7 @@ def runs_verb(folder: str, json_file: str | None) -> None:
         console.info(f"no runs in {folder}; output.dir of a recipe says where its run goes")
     elif found:
         rows = [_cells(line) for line in found]
-        console.table(["run", "state", "steps", "loss", "eval loss", "size", "checkpoints", "age"], rows)
+        console.table(["run", "state", "steps", "loss", "eval\nloss", "size", "check-\npoints", "age"], rows)
     write_result([asdict(line) for line in found])
 
 

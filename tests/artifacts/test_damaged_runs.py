@@ -103,7 +103,10 @@ def test_a_damaged_run_that_is_watched_is_named(tmp_path: Path, name: str) -> No
         watch_verb(str(run), None)
 
 
-def test_a_folder_named_in_bytes_that_are_no_utf8_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_named_in_bytes_that_are_no_utf8_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # the path is not folded
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     write_run(Path(name))
     runs_verb(str(tmp_path), str(tmp_path / "runs.json"))

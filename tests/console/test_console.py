@@ -114,6 +114,21 @@ def test_tables_hold_all_text_however_narrow(monkeypatch: pytest.MonkeyPatch) ->
     assert name in output.getvalue()
 
 
+@pytest.mark.parametrize("path", ["runs/first", "runs/experiments/of-this-week/lora-r16-lr2e-4"])
+def test_a_narrow_table_folds_long_cells_alone(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight columns on 80 characters: every number and every column name stays whole."""
+    monkeypatch.setenv("COLUMNS", "80")
+    console, output, _ = both()
+    columns = ["run", "state", "steps", "loss", "eval\nloss", "size", "check-\npoints", "age"]
+    row = [path, "finished", "1,200/1,200", "0.7396", "1.234", "937.6 MiB", "128.1 MiB", "12 min"]
+    console.table(columns, [row])
+    lines = output.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any(all(cell in line for cell in row[1:]) for line in lines)
+    assert "check-" in output.getvalue()
+    assert "".join(line[: lines[2].index("state")].strip() for line in lines[4:]) == path
+
+
 def test_a_table_in_a_pipe_is_wide_and_aligned() -> None:
     console, output, _ = both()
     console.table(["part", "bytes"], [["weights", 5], ["logits", 12345], ["x", None]])

@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TextIO
+from typing import Literal, TextIO
 
 from tunekit.console.loudness import is_quiet, is_verbose
 from tunekit.console.streams import can_draw, can_encode, encodable, redirect_to_nothing
@@ -19,6 +19,7 @@ from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
 
+SHORT_CELL = 12  # characters of a column that is not folded while there is room
 PIPE_COLUMNS = 120  # where output is not a terminal and COLUMNS is not set
 
 
@@ -108,19 +109,27 @@ class Console:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-        """A table; numbers are set to the right, None is left empty."""
+        """A table; numbers are set to the right, None is left empty. A column's name may have several lines."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
         rows = list(rows)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            cells = [row[index] for row in rows if row[index] is not None]
-            numbers = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
-            table.add_column(Text(visible(column)), justify="right" if numbers else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(visible(cell_text(cell))) for cell in row))
+        texts = [[visible(cell_text(cell)) for cell in row] for row in rows]
+        heads = ["\n".join(map(visible, column.split("\n"))) for column in columns]
+        cells = list(zip(*texts, strict=True)) if texts else [() for _ in heads]
+        sizes = [max(map(len, [*head.split("\n"), *column])) for head, column in zip(heads, cells, strict=True)]
+        tight = sum(sizes) + 3 * (len(sizes) - 1) > self.columns  # 3 between two columns, or 2
+        least = [min(size, SHORT_CELL) for size in sizes]
+        room = sum(least) + 2 * (len(sizes) - 1) <= self.columns  # for all short columns as they are: long ones fold
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=tight)
+        for index, (head, size) in enumerate(zip(heads, sizes, strict=True)):
+            values = [row[index] for row in rows if row[index] is not None]
+            numbers = bool(values) and all(isinstance(value, int | float) for value in values)
+            justify: Literal["left", "right"] = "right" if numbers else "left"
+            table.add_column(Text(head), justify=justify, overflow="fold", no_wrap=room and size <= SHORT_CELL)
+        for line in texts:
+            table.add_row(*map(Text, line))
         if title:
             self.info(title)
         self._print_rich(table)
