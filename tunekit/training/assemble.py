@@ -26,7 +26,7 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
-from tunekit.records import Plan, Reaction, calibration_text
+from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
@@ -56,12 +56,7 @@ def assemble_run(
     Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    companions = make_companions(prepared.rows.objective.companions)
-    code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
-    with session.timed("load"):
-        for companion in companions.values():
-            companion.load(devices.device)
+    companions, fingerprint = _load_companions(session, prepared, base, checkpoint)
     state, files = LoopState(LossScale(base.dtype == torch.float16)), None
     if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at whole steps
         bare = TunedModel(base, None, companions=companions)
@@ -112,6 +107,19 @@ def assemble_run(
         _try_longest(session, prepared, run)
     add_seconds(state.seconds, session.seconds)
     return plan, run
+
+
+def _load_companions(
+    session: Session, prepared: Prepared, base: LoadedModel, checkpoint: Checkpoint | None
+) -> tuple[dict[str, Companion], JsonObject]:
+    """The objective's companions, loaded after the run's fingerprint, which has theirs, is checked."""
+    companions = make_companions(prepared.rows.objective.companions)
+    code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
+    with session.timed("load"):
+        for companion in companions.values():
+            companion.load(session.devices.device)
+    return companions, fingerprint
 
 
 def _tuned(
