@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,7 +24,7 @@ from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packing import packed_base, quantize_layers
-from tunekit.model.storage.reading import MappedFiles, fill_net, needs_copies, open_base, open_net
+from tunekit.model.storage.reading import MappedFiles, fill_net, missing_modules, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
@@ -51,6 +52,7 @@ class LoadedModel:
     text: TextFacts | None  # None: it neither reads nor writes text
     generation_config: GenerationConfig | None
     notes: list[str] = field(default_factory=list)
+    new_modules: tuple[str, ...] = ()  # of a head, which the files do not hold: initialised at random
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
     mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
     # of a model without weights: whether load_model will need one tensor at a time, to pack it or to copy it
@@ -86,9 +88,10 @@ def load_model(
         direct = _from_files(spec)
         net, notes, sidecar = direct or (*_read_weights(spec), None)
         spec.family.draw_head(section, net, spec.dtype)
+    new_modules = _new_modules(net, spec)
     if direct is None:
-        notes += _packed(net, spec, device)
-    loaded = _finish(net.to(device), spec, notes)
+        notes += _packed(net, spec, device, new_modules)
+    loaded = _finish(net.to(device), spec, notes, new_modules)
     loaded.sidecar = sidecar
     return loaded
 
@@ -106,7 +109,7 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
     for tensor in [*net.parameters(), *net.buffers()]:
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(spec.device)
-    loaded = _finish(net, spec, notes)
+    loaded = _finish(net, spec, notes, _new_modules(net, spec))
     loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped and streamed else frozenset()
     return loaded
 
@@ -125,12 +128,15 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
         net = spec.family.auto_class().from_config(
             spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
         )
+    if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
+        spec = replace(spec, source=find_source(section, weights=True))  # only they tell which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
     copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
     _untie(net, spec.family, source.folder, headers)
-    notes = _packed(net, spec, torch.device("meta"))
-    loaded = _finish(net, spec, notes, meta=True)
+    new_modules = _new_modules(net, spec)
+    notes = _packed(net, spec, torch.device("meta"), new_modules)
+    loaded = _finish(net, spec, notes, new_modules, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
 
@@ -152,9 +158,15 @@ def _load_indexed(
     return loaded
 
 
-def _packed(net: nn.Module, spec: BaseSpec, device: torch.device) -> list[str]:
+def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
+    """Names of the modules of the head that the base's files do not hold."""
+    names = spec.family.new_head(spec.section, net)
+    return missing_modules(net, _headers(spec.source), names) if names else ()
+
+
+def _packed(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
     """Pack the net's layers, where the section asks for it; notes."""
-    return [] if spec.is_dense else quantize_layers(net, spec.family, spec.section, spec.dtype, device)
+    return [] if spec.is_dense else quantize_layers(net, spec.family, spec.section, spec.dtype, device, new_modules)
 
 
 def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
@@ -265,7 +277,9 @@ def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] |
     return net, [*packed.notes, *notes], sidecar
 
 
-def _finish(net: nn.Module, spec: BaseSpec, notes: list[str], *, meta: bool = False) -> LoadedModel:
+def _finish(
+    net: nn.Module, spec: BaseSpec, notes: list[str], new_modules: tuple[str, ...] = (), *, meta: bool = False
+) -> LoadedModel:
     """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
     net.requires_grad_(False)
     net.eval()
@@ -286,8 +300,17 @@ def _finish(net: nn.Module, spec: BaseSpec, notes: list[str], *, meta: bool = Fa
         facts=_facts(net, spec),
         text=_text_facts(net, spec.family),
         generation_config=getattr(net, "generation_config", None),
-        notes=notes,
+        notes=[*notes, *_new_notes(new_modules)],
+        new_modules=new_modules,
     )
+
+
+def _new_notes(names: Sequence[str]) -> list[str]:
+    """Say which modules are random at first."""
+    if not names:
+        return []
+    what = f"the base's files do not contain {', '.join(names)}"
+    return [f"{what}: initialised at random, trained whole, and saved with the adapter or the model"]
 
 
 def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:

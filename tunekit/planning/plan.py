@@ -150,7 +150,8 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         text, with_tokenizer = processor.tokenizer, load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: recipe.adapter if text is None else with_tokenizer(recipe.adapter, text))
     if base is not None and adapter is not None:
-        adapter = findings.attempt(partial(with_saved_modules, adapter, base.family.trained_with(base.net)))
+        trained_whole = list(dict.fromkeys([*base.new_modules, *base.family.trained_with(base.net)]))
+        adapter = findings.attempt(partial(with_saved_modules, adapter, trained_whole))
     if base is not None:
         head = base.family.head_name(base.net)
         targets = findings.attempt(lambda: find_targets(base.net, adapter or recipe.adapter, head_name=head))
@@ -180,7 +181,7 @@ def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> Adapte
     """The adapter with these modules trained whole beside it. Raises: RecipeError where its method trains none."""
     own = getattr(adapter, "modules_to_save", None)
     if own is None and names:
-        what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[0]}'"
+        what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[-1]}'"
         raise RecipeError(what, "choose another method, lora for one", key="adapter.method")
     missing = [name for name in names if name not in (own or ())]
     return adapter.model_copy(update={"modules_to_save": (*own, *missing)}) if own is not None and missing else adapter

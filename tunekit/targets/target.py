@@ -324,4 +324,20 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
     if target.adapter is not None:
         place = partial(attach_adapter_folder, base.net, target.adapter, device=base.device)
         attach = partial(place, head_name=base.family.head_name(base.net), base_fingerprint=base.fingerprint)
-    return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)
+    model = prepare_network(base, choice, attach)
+    _refuse_random(target, model)
+    return LoadedTarget(target, model, processor, objective)
+
+
+def _refuse_random(target: TargetSpec, model: TunedModel) -> None:
+    """Refuse an adapter whose base is random in part: modules that neither its files nor the adapter's hold.
+
+    Raises: ModelError.
+    """
+    if model.adapter is None or model.adapter.settings.trains_base:
+        return
+    lost = [name for name in model.base.new_modules if name not in model.adapter.copies]
+    if lost:
+        what = f"neither {target.adapter} nor its base {target.model.name_or_path} contains {', '.join(lost)}"
+        how = f"they would be random; train the adapter again, in peft with modules_to_save: [{', '.join(lost)}, ...]"
+        raise ModelError(what, how)

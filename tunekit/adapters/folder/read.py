@@ -17,8 +17,8 @@ from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
 from tunekit.adapters.folder.vocabulary import added_rows, enlarge
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
-from tunekit.adapters.method import Method, load_method
-from tunekit.adapters.module_names import base_modules, named_copies
+from tunekit.adapters.method import Method, load_method, saved_modules
+from tunekit.adapters.module_names import base_modules, is_within, named_copies
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
 from tunekit.contracts import Tensors
@@ -49,7 +49,7 @@ def attach_adapter_folder(
     files of peft that carry a copy of an embedding. `method`: found from the folder's peft_type by default.
     Raises: AdapterError for everything that is not exactly as the configuration says, before the base is touched.
     """
-    config = _with_tied_partners(read_adapter_config(folder, method), net, head_name)
+    config = _as_peft_reads(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
     rows = added_rows(net, head_name, tensors_path(config.folder))
     enlarge(net, rows)
@@ -68,6 +68,19 @@ def attach_adapter_folder(
     attached.load_state(tensors, ("trained", "saved"))
     attached.added_rows = rows
     return attached
+
+
+def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
+    """The configuration with the modules that PEFT copies beyond those that its entries name: it takes an entry of
+    modules_to_save for the end of a name (`classifier` is DistilBERT's `pre_classifier` too), and tied partners."""
+    saved = tuple(saved_modules(config.settings))
+    modules = [name for name in base_modules(net) if name]
+    named = named_copies(modules, saved)
+    more = [name for name in modules if name.endswith(saved) and not is_within(name, named)] if saved else []
+    if more:
+        settings = config.settings.model_copy(update={"modules_to_save": (*saved, *more)})
+        config = replace(config, settings=settings)
+    return _with_tied_partners(config, net, head_name)
 
 
 def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
@@ -97,7 +110,7 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
         config = read_adapter_config(folder, attached.method)
     _check_fingerprint(config, base_fingerprint)
     net, head_name = attached.net, attached.head_name
-    config = _with_tied_partners(config, net, head_name)
+    config = _as_peft_reads(config, net, head_name)
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     _refuse_difference(attached, config, targets)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from tunekit.contracts import ModelOutput, NamedModules, Processor, Stages, Tensors
 from tunekit.errors import ModelError
-from tunekit.model.families.heads import TextHead, draw_module, label_head, label_head_name, make_head, scores_tokens
+from tunekit.model.families.heads import (
+    TextHead,
+    draw_module,
+    label_head,
+    label_head_name,
+    make_head,
+    modules_after_base,
+    scores_tokens,
+)
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
 from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_config
@@ -108,13 +116,16 @@ class Family:
         return False
 
     def trained_with(self, net: nn.Module) -> list[str]:
-        """Names of modules that are trained whole beside any adapter."""
-        name = self.head_name(net) if self.labelled else None
-        return [] if name is None else [name]
+        """Names of modules that are trained whole beside any adapter: the head, and what PEFT trains with it. It takes
+        `classifier` in modules_to_save for the end of a name, and so means DistilBERT's `pre_classifier` too."""
+        head = self.head_name(net) if self.labelled else None
+        return [] if head is None else [name for name, _ in net.named_children() if name.endswith(head)]
 
     def new_head(self, section: ModelSection, net: nn.Module) -> tuple[str, ...]:
         """Names of the modules of the head that the section asks for, which the base's files need not hold."""
-        return tuple(self.trained_with(net)) if isinstance(section, HeadedModel) else ()
+        if not isinstance(section, HeadedModel):
+            return ()
+        return tuple(dict.fromkeys([*modules_after_base(net), *self.trained_with(net)]))
 
     def head_modules(self, net: nn.Module) -> list[str]:
         """Names of the output projection and of what is trained whole: no quantization packs them."""
@@ -125,7 +136,7 @@ class Family:
         """Values for the modules of a head that the base's files do not hold, and for scores of other labels."""
         if not isinstance(section, HeadedModel):
             return
-        for name in self.trained_with(net):
+        for name in self.new_head(section, net):
             other_labels = section.new_head and name == self.head_name(net)
             if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
                 draw_module(net, name, section.head_seed, dtype)

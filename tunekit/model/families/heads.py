@@ -80,13 +80,23 @@ def label_head(net: nn.Module) -> TextHead:
 
 
 def label_head_name(net: nn.Module) -> str | None:
-    """Name of the module beside the base that ends in one number per label."""
+    """Name of the module next to the base that ends in one number per label: the last one, because a projection before
+    it may be as wide."""
     labels, base = int(config_of(net).num_labels), base_name(net)
-    for name, module in net.named_children():
+    for name, module in reversed(list(net.named_children())):
         outputs = [getattr(inner, "out_features", None) for inner in module.modules()]
         if name != base and labels in outputs:
             return name
     return None
+
+
+def modules_after_base(net: nn.Module) -> list[str]:
+    """Names of the modules with parameters that a classifier has next to its base, and of the base's own pooler: a
+    model that was saved for another task need not hold them."""
+    base = base_name(net)
+    names = [name for name, _ in net.named_children() if name != base.partition(".")[0]]
+    names += [f"{base}.pooler"] if isinstance(getattr(net.get_submodule(base), "pooler", None), nn.Module) else []
+    return [name for name in names if next(net.get_submodule(name).parameters(), None) is not None]
 
 
 def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> None:

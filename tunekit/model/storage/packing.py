@@ -1,7 +1,7 @@
 """A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,15 @@ from tunekit.recipe.model import ModelSection
 
 
 def quantize_layers(
-    net: nn.Module, family: Family, section: ModelSection, dtype: torch.dtype, device: torch.device
+    net: nn.Module,
+    family: Family,
+    section: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_modules: Sequence[str] = (),
 ) -> list[str]:
     """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
-    for name in packable(net, family):
+    for name in packable(net, family, new_modules):
         dense = net.get_submodule(name)
         packed = pack_linear(dense, section.quantization, section.double_quantization, dtype)
         net.set_submodule(name, packed.to(device))
@@ -36,10 +41,11 @@ def quantize_layers(
     return _left_dense(net, section)
 
 
-def packable(net: nn.Module, family: Family) -> list[str]:
-    """Names of the layers that are packed: every linear one but the head's, and but those whose matrix the model's code
-    reads itself."""
-    head, modules = tuple(f"{name}." for name in family.head_modules(net)), dict(net.named_modules())
+def packable(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
+    """Names of the layers that are packed: every linear one but the head's, but those in modules that are new and
+    therefore trained, and but those whose matrix the model's code reads itself."""
+    head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
+    modules = dict(net.named_modules())
     uncalled = uncalled_layers(modules)
     names = [name for name, module in modules.items() if layer_kind(module) in ("linear", "conv1d")]
     return [name for name in names if name not in uncalled and not f"{name}.".startswith(head)]
@@ -120,8 +126,8 @@ def packed_base(
     device: torch.device,
 ) -> PackedBase:
     """The packed form of a net without values: packed on `device`, from the files of `reader`."""
-    kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, family)}
-    notes = quantize_layers(net, family, section, dtype, torch.device("meta"))
+    kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, family, reader.new_modules)}
+    notes = quantize_layers(net, family, section, dtype, torch.device("meta"), reader.new_modules)
     transposed = frozenset(name for name, kind in kinds.items() if kind == "conv1d")
     return PackedBase(net, reader, section, dtype, device, notes, layout_of(net, family, reader.new), transposed)
 

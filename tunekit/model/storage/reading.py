@@ -11,7 +11,7 @@ import math
 import mmap
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,6 +120,7 @@ class BaseReader:
         self._tensors: Tensors = dict(net.state_dict(keep_vars=True))
         self.names = tuple(name for name in self._tensors if groups[name] == name)
         self.new: frozenset[str] = frozenset()  # of a head, names that no file holds
+        self.new_modules: tuple[str, ...] = ()  # of a head, the modules that have these
         self._stored: dict[str, str] = {}  # name -> its name in the files
         self._pieces: dict[str, dict[str, str]] = {}  # name -> piece's name as converted -> its name in the files
         self._joined: dict[str, StoredPieces] = {}
@@ -185,6 +186,7 @@ class BaseReader:
         if self._head:  # which the files need not hold, and may hold another one in its place
             self.new = frozenset(name for name in set(self.names) - covered if name.startswith(self._head))
             self.names = tuple(name for name in self.names if name not in self.new)
+            self.new_modules = _with_any(self._head, self.new)
         unknown = [] if self._head else found.unknown(net)
         return not found.ambiguous and covered == set(self.names) and not unknown
 
@@ -230,6 +232,18 @@ class _StoredNames:
         buffers = [name for name, _ in net.named_buffers()]
         skipped += [pattern for ending, pattern in COMPUTED.items() if any(name.endswith(ending) for name in buffers)]
         return sorted(name for name in self._left if not any(re.search(pattern, name) for pattern in skipped))
+
+
+def _with_any(heads: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the modules, each with a dot at its end, in which one of these tensors is."""
+    return tuple(head.removesuffix(".") for head in heads if any(name.startswith(head) for name in names))
+
+
+def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: Iterable[str]) -> tuple[str, ...]:
+    """Those of the modules of which the files hold no tensor, or not all of them in the net's shapes."""
+    stored, tensors = _StoredNames(net, headers), net.state_dict(keep_vars=True)
+    absent = [name for name, tensor in tensors.items() if stored.take(name, tuple(tensor.shape)) is None]
+    return _with_any([f"{name}." for name in modules], absent)
 
 
 def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> bool:

@@ -103,11 +103,12 @@ class Rewriter:
         plain = section.model_copy(update={"quantization": "none"})
         meta = make_meta_model(plain, device=device)
         self.family, self.net, self.config = meta.family, meta.net, meta.config
+        self.new_modules = meta.new_modules
         self.head = self.family.head_name(self.net)
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
-        self.packable = packable(self.net, self.family)
+        self.packable = packable(self.net, self.family, self.new_modules)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
         self.generation_config: GenerationConfig | None = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
@@ -276,7 +277,10 @@ class Rewriter:
                 "bnb_4bit_use_double_quant": self.section.double_quantization,
                 "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": [*self.family.head_modules(self.net), *sorted(uncalled_layers(self.modules))],
+                "llm_int8_skip_modules": [
+                    *dict.fromkeys([*self.family.head_modules(self.net), *self.new_modules]),
+                    *sorted(uncalled_layers(self.modules)),
+                ],
             }
         return config
 
