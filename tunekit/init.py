@@ -20,6 +20,7 @@ from tunekit.data.looking.first_look import (
 )
 from tunekit.errors import InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
+from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.bases.section import AdapterSettings, FirstRecipe, Line
 from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class
 from tunekit.recipe.reading.schema import schema_text
@@ -283,7 +284,7 @@ def _evaluation_said(look: Look | None, data: str) -> str:
 
 def _beside(name: str, target: Path) -> str:
     """A local path as the recipe's folder sees it; another name as it is."""
-    return os.path.relpath(name, target.absolute().parent) if Path(name).exists() else name
+    return relative_to(name, target.absolute().parent) if Path(name).exists() else name
 
 
 def _quoted(text: str) -> str:

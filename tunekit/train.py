@@ -5,7 +5,6 @@ Every decision was plan's; this file only obeys.
 
 import gc
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
+from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
@@ -194,5 +194,5 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     console.info(f"report:  {folder.path / 'report.html'}")
     text = prepared.processor.tokenizer
     if base.family.answers and base.family.reads_ids and text and (template or text.chat_template) is not None:
-        console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")
+        console.info(f"talk to it: tunekit chat {relative_to(folder.path)}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import ntpath
+import os
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,8 +15,16 @@ from hypothesis import strategies as st
 
 from tests.recipe.test_reader import SMALL, problems_of
 from tunekit.errors import RecipeError
+from tunekit.recipe.bases import paths as marks
+from tunekit.recipe.bases.paths import is_like_path, last_name
+from tunekit.recipe.bases.sample_settings import RewardSource
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading import paths
+from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.dump import dump_recipe, yaml_scalar
+from tunekit.recipe.reading.overrides import apply_overrides
+from tunekit.recipe.reading.paths import named_paths, relative_path, resolve_paths
+from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.yaml_reader import read_yaml
 from tunekit.recipe.recipe import Recipe
 from tunekit.validate import validate
@@ -147,3 +159,84 @@ def test_scalars_read_back_as_themselves(value: str | float | int) -> None:
     found = read_yaml(yaml_scalar(value), "x").values
     assert found == value
     assert type(found) is type(value)
+
+
+ON_WINDOWS = {  # as written -> as the file D:\\work\\recipe.yaml means it
+    r"C:\data\x.jsonl": r"C:\data\x.jsonl",
+    "C:/data/x.jsonl": r"C:\data\x.jsonl",
+    r"..\up.csv": r"D:\up.csv",
+    r"sub\x.jsonl": r"D:\work\sub\x.jsonl",
+    r"\\host\share\rows": r"\\host\share\rows",
+    r".\folder": r"D:\work\folder",
+    "org/dataset": "org/dataset",
+}
+REWARDED = r"""
+model: C:\models\base
+data: {train: C:\data\x.jsonl, eval: ['D:\x.csv']}
+objective: {method: grpo, reward: {function: C:\rewards\score.py:length, allow_code: true}}
+output: {dir: E:\runs\first}
+"""
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of `os` that take paths apart are those of Windows; there is no file."""
+    names = {**vars(ntpath), "lexists": lambda path: False, "expanduser": lambda path: path}
+    system = SimpleNamespace(path=SimpleNamespace(**names), fsencode=os.fsencode)
+    for module in (paths, marks):
+        monkeypatch.setattr(module, "os", system)
+    monkeypatch.setattr(marks, "Path", PureWindowsPath)
+
+
+def draft_of(text: str) -> Draft:
+    draft = read_yaml(text, "recipe.yaml")
+    expand_shorthands(draft)
+    resolve_paths(draft, cast("Path", PureWindowsPath(r"D:\work")))
+    return draft
+
+
+@pytest.mark.parametrize("written", ON_WINDOWS)
+@pytest.mark.parametrize("form", ["data: {{train: '{}'}}", "data: {{train: [{{path: {}}}]}}", "data:\n  train: {}"])
+def test_rows_with_a_drive_and_backslashes(windows: None, written: str, form: str) -> None:
+    assert draft_of(form.format(written)).get(("data", "train", 0, "path")) == ON_WINDOWS[written]
+
+
+def test_every_path_may_have_a_drive(windows: None) -> None:
+    draft = draft_of(REWARDED)
+    assert draft.get(("model", "name_or_path")) == r"C:\models\base"
+    assert draft.get(("data", "eval", 0, "path")) == r"D:\x.csv"
+    assert draft.get(("output", "dir")) == r"E:\runs\first"
+    reward = draft.get(("objective", "reward", 0, "function"))
+    assert reward == r"C:\rewards\score.py:length"
+    (code,) = [path for path in named_paths(draft.values) if path.mark.expected == "code"]
+    assert (str(code.file), RewardSource(function=reward, allow_code=True).function_name) == (
+        r"C:\rewards\score.py",
+        "length",
+    )
+    assert draft.problems == []
+    apply_overrides(draft, [r"output.dir=C:\other", r"training.seed=3"])
+    assert draft.get(("output", "dir")) == r"C:\other"
+
+
+def test_a_path_on_another_drive_is_written_whole(windows: None) -> None:
+    assert relative_path(r"C:\data\x.jsonl", cast("Path", r"D:\work")) == r"C:\data\x.jsonl"
+    assert relative_path(r"D:\work\in\x.jsonl", cast("Path", r"D:\work")) == "./in/x.jsonl"
+    assert relative_path(r"D:\x.jsonl", cast("Path", r"D:\work")) == "../x.jsonl"
+    assert read_yaml(f"path: {yaml_scalar(chr(67) + ':' + chr(92) + 'x')}", "r").values == {"path": "C:\\x"}
+
+
+def test_a_backslash_in_double_quotes_is_explained(tmp_path: Path) -> None:
+    (problem,) = problems_of('output: {dir: "C:\\data"}\n', tmp_path)
+    assert "after a backslash in double quotes; use single quotes, or / in paths" in problem
+    (problem,) = problems_of('model: a\ndata: {train: x.jsonl}\noutput: {dir: "C:\\runs"}\n', tmp_path)
+    assert problem == (
+        "recipe.yaml:3: output.dir: holds the character U+000D; in double quotes a backslash begins an escape: use "
+        "single quotes, or / in paths"
+    )
+
+
+def test_what_begins_as_a_path_is_no_name_on_the_hub() -> None:
+    names = ("org/name", "name", "a/b.c")
+    assert not any(map(is_like_path, names))
+    assert all(map(is_like_path, ("./a", "../a", "/a", "~/a", r".\a", r"C:\a", "c:/a", r"\\host\a", ".")))
+    assert [last_name(path) for path in (r"C:\a\base", "C:/a/base", "/a/base")] == ["base"] * 3

@@ -36,8 +36,8 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
 
 def append_line(path: Path, line: bytes) -> None:
     """Append one whole line or nothing: a partial line on a full disk is cut off again."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    number = durable.effect("create", path, lambda: os.open(path, flags, 0o666))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    number = durable.effect("create", path, lambda: durable.open_file(path, flags))
     try:
         before = os.fstat(number).st_size
         try:

@@ -160,6 +160,8 @@ def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
         return
     aside = next(each for number in count(1) if not os.path.lexists(each := path.with_name(f"{path.name}.{number}")))
     lock = FolderLock(path)
+    if not durable.IS_POSIX:
+        lock.release()  # whose file is in the folder
     try:
         durable.rename(path, aside)
     except OSError as error:

@@ -20,10 +20,11 @@ from tunekit.data.encoding.sample import sample_source
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.folder import with_table
-from tunekit.data.reading.shards import machine_memory_bytes, must_stream
+from tunekit.data.reading.shards import must_stream
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
+from tunekit.machine.memory import machine_memory_bytes
 from tunekit.recipe.data import DataSection
 from tunekit.records import RowCounts
 

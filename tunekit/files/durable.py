@@ -23,7 +23,8 @@ from tunekit.records import bytes_text
 
 T = TypeVar("T")
 WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+IS_POSIX = hasattr(os, "O_DIRECTORY")  # else Windows: it opens no folder, and moves and removes nothing that is open
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 BROKEN = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
@@ -73,6 +74,18 @@ def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) 
         raise explain(error, kind, path, size_bytes) from error
 
 
+def open_file(path: Path, flags: int, *, follows_links: bool = False) -> int:
+    """The number of a file that is opened for bytes. Where the system cannot refuse a link (Windows), it is looked for.
+
+    Raises: OSError, also for a link unless `follows_links`.
+    """
+    if not (follows_links or hasattr(os, "O_NOFOLLOW")) and os.path.islink(path):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    for name in ("O_CLOEXEC", "O_BINARY", *(() if follows_links else ("O_NOFOLLOW",))):
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, 0o666)
+
+
 class DurableFile:
     """A new file, written piece by piece inside a `with` block that makes it durable. Knows its size and sha256."""
 
@@ -80,7 +93,7 @@ class DurableFile:
         self.path = path
         self.size_bytes = 0
         self._hash = hashlib.sha256()
-        self._file = effect("create", path, lambda: os.fdopen(os.open(path, NEW_FILE, 0o666), "wb", buffering=0))
+        self._file = effect("create", path, lambda: os.fdopen(open_file(path, NEW_FILE), "wb", buffering=0))
 
     @property
     def sha256(self) -> str:
@@ -110,10 +123,12 @@ class DurableFile:
 
 
 def sync(path: Path) -> None:
-    """Make durable the names in a folder, or the present bytes of a file."""
+    """Make durable the names in a folder (Windows: NTFS's own journal), or the present bytes of a file."""
+    if not IS_POSIX and path.is_dir():
+        return
 
     def flush() -> None:
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        number = open_file(path, os.O_RDONLY if IS_POSIX else os.O_RDWR, follows_links=True)
         try:
             os.fsync(number)
         except OSError as error:  # some network file systems cannot flush a folder, and need not
@@ -132,7 +147,7 @@ def make_folder(folder: Path) -> None:
 
 def rename(old: Path, new: Path) -> None:
     """Rename within one file system and make the new name durable."""
-    effect("rename", new, lambda: os.rename(old, new))
+    effect("rename", new, lambda: os.replace(old, new))
     sync(new.parent)
 
 

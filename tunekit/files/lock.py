@@ -12,7 +12,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from tunekit.errors import RunFolderError
-from tunekit.files.durable import explain, perform
+from tunekit.files.durable import IS_POSIX, explain, perform
 
 LOCK_NAME = ".tunekit.lock"
 
@@ -22,6 +22,8 @@ def is_held(folder: Path) -> bool:
     path = folder / LOCK_NAME
     try:
         return bool(psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime)
+    except PermissionError:  # Windows lets no other process read a file that is locked
+        return not IS_POSIX
     except (OSError, ValueError, psutil.Error):
         return False
 
@@ -59,7 +61,11 @@ class FolderLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Remove the file while it is still held, then let go: after a failed start the folder is left as it was."""
+        """Remove the file while it is still held, if the system can, then let go: after a failed start the folder is
+        left as it was."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         self._lock.release()
+        if not IS_POSIX:
+            with contextlib.suppress(OSError):
+                self.path.unlink()

@@ -156,11 +156,13 @@ def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: F
     Raises: the kind's error where the file ends before.
     """
     done, memory = 0, tensor_bytes(target)
-    while done < len(memory):
-        count = os.preadv(number, [memory[done : done + READ_BYTES]], offset + done)
-        if not count:
-            raise kind.error("ends before its tensors do", AGAIN, file=str(path))
-        done += count
+    with open(number, "rb", buffering=0, closefd=False) as file:
+        file.seek(offset)
+        while done < len(memory):
+            count = file.readinto(memory[done : done + READ_BYTES])
+            if not count:
+                raise kind.error("ends before its tensors do", AGAIN, file=str(path))
+            done += count
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

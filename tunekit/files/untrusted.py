@@ -21,6 +21,7 @@ from typing import Any
 import regex
 
 from tunekit.errors import AdapterError, InputError, ModelError, RunFolderError
+from tunekit.files.durable import open_file
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_NUMBER_CHARACTERS = 40
@@ -61,8 +62,8 @@ def opened(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int
     Raises: the kind's error.
     """
     try:
-        links = 0 if kind.follows_links else os.O_NOFOLLOW
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | links)
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        number = open_file(path, flags, follows_links=kind.follows_links)
     except (OSError, ValueError) as error:
         if path.is_symlink() and not kind.follows_links:
             raise kind.error("is a link", "put the file itself there", file=str(path)) from error

@@ -5,8 +5,9 @@ Comes in: a device.  Goes out: bytes, or None where the system does not tell.
 
 import contextlib
 import os
-import resource
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import psutil
 import torch
 
 from tunekit.machine.devices import is_here, kind_of
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 KIB = 1024
 STATUS = Path("/proc/self/status")
@@ -98,13 +104,16 @@ def resident_bytes() -> int:
 
 
 def peak_host_bytes(status: Path = STATUS) -> int:
-    """The most memory this process ever had: VmHWM on Linux, elsewhere the peak from getrusage.
+    """The most memory this process ever had: VmHWM on Linux, elsewhere the peak from getrusage, or psutil's on Windows.
 
     VmHWM comes first because ru_maxrss is inherited over exec: a small program started by a large one would report the
     large one's peak as its own.
     """
     with contextlib.suppress(OSError, ValueError):
         return status_bytes("VmHWM", status)
+    if resource is None:
+        now = psutil.Process().memory_info()
+        return int(getattr(now, "peak_wset", now.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIB
 
@@ -120,11 +129,37 @@ def status_bytes(name: str, status: Path = STATUS) -> int:
     raise ValueError(f"{status} does not say {name}")
 
 
-def address_space_bytes() -> int:
-    """The address space of this process. Read without Python's streams or psutil: it is asked for every row, twice.
+def machine_memory_bytes() -> int:
+    """The machine's memory."""
+    return int(psutil.virtual_memory().total)
 
-    Raises: OSError where the system does not tell.
+
+@contextlib.contextmanager
+def address_space_limit(extra_bytes: int) -> Iterator[None]:
+    """A block in which no allocation goes beyond what the process has now and `extra_bytes` more. Only on Linux: other
+    systems have no such limit, or do not keep it.
+
+    None outside the main thread: the limit is the whole process's, and the others may be making answers meanwhile.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        limit = _address_space_bytes() + extra_bytes
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space_bytes() -> int:
+    """Read without Python's streams or psutil: it is asked for every row, twice. Raises: OSError."""
     file = os.open("/proc/self/statm", os.O_RDONLY)
     try:
         return int(os.read(file, 64).split()[0]) * resource.getpagesize()

@@ -1,7 +1,7 @@
 """Stop signals: the first asks the run to save and stop, or ends what has nothing to save; the second ends it at once.
 And the alarm that ends foreign code which takes too long.
 
-Comes in: SIGINT, SIGTERM, SIGHUP.  Goes out: `requested`, which every loop looks at.
+Comes in: SIGINT, SIGTERM, SIGHUP or SIGBREAK.  Goes out: `requested`, which every loop looks at.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 from tunekit.errors import Stopped
 
 AGAIN_SECONDS = 1.0  # between the alarms for a block that caught one
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = tuple(  # SIGHUP is of POSIX, SIGBREAK (Ctrl-Break, a closed window) of Windows
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+)
 
 
 class _StopNow(KeyboardInterrupt):
@@ -80,7 +82,7 @@ class StopSignals:
             return self
         for number in STOP_SIGNALS:
             before = signal.getsignal(number)
-            if number == signal.SIGHUP and before is signal.SIG_IGN:
+            if number.name == "SIGHUP" and before is signal.SIG_IGN:
                 continue
             self._before[number] = before
             signal.signal(number, self._receive)

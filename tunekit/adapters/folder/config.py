@@ -16,6 +16,7 @@ from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, sho
 from tunekit.model.storage.inspection import fingerprint
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.bases.low_rank import LowRankSettings
+from tunekit.recipe.bases.paths import is_like_path, last_name
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
@@ -79,9 +80,9 @@ class AdapterConfig:
         name = self.base_name_or_path
         if not name:
             return None
-        is_path = name.startswith((".", "/", "~"))
+        is_path = is_like_path(name)
         named = [self.folder / Path(each).expanduser() for each in (self.base_path, name) if each]
-        near = [parent / Path(name).name for parent in self.folder.resolve().parents[:3]] if is_path else []
+        near = [parent / last_name(name) for parent in self.folder.resolve().parents[:3]] if is_path else []
         if self.base_fingerprint is not None:
             for place in [*named, *near]:
                 if place.exists() and _fingerprint_of(place) == self.base_fingerprint:

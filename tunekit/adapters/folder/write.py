@@ -26,6 +26,7 @@ from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
 from tunekit.files import durable
 from tunekit.files.tensors import write_tensors
+from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import JsonObject
 
@@ -186,7 +187,7 @@ def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
     base = Path(base_name).expanduser()
     if not base.is_absolute():
         return base_name, None
-    return str(base.resolve()), os.path.relpath(base.resolve(), folder.resolve())
+    return str(base.resolve()), relative_to(base.resolve(), folder.resolve())
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """What the report of one run contains, from the values of its run folder; memory, time and rows are in run_costs.py."""
 
 import json
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +12,7 @@ from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
+from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.records import Headline, Panel, skipped_text
 
@@ -201,7 +201,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     """The commands that come next."""
     if not run.report:
         return
-    place = os.path.relpath(run.path)
+    place = relative_to(run.path)
     place = shlex.quote(str(run.path) if place.startswith("..") else place)
     method = run.recipe.part("adapter").get("method")
     known = method in known_names("adapters")

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 from tunekit.data.encoding.sources import read_examples
-from tunekit.data.reading.shards import machine_memory_bytes, must_stream
+from tunekit.data.reading.shards import must_stream
 from tunekit.data.rendering.turns import last_answer
 from tunekit.errors import DataError, RecipeError
 from tunekit.formats.example import ChatExample, CompletionExample, Example
+from tunekit.machine.memory import machine_memory_bytes
 from tunekit.recipe.bases.section import LARGEST_COUNT
 from tunekit.recipe.data import DataSection
 

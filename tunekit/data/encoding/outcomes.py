@@ -6,9 +6,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import wait
 from threading import Thread
 
@@ -21,6 +22,9 @@ from tunekit.errors import DataError, ResourceError
 
 LONG_ROWS = 8_000  # from here on processes, which take some seconds to begin, end earlier than one alone
 CHUNK_ROWS = 500
+MAX_PROCESSES = 61  # that Windows can wait for
+FORKS = "forkserver" in get_all_start_methods()
+MASKS_SIGNALS = hasattr(signal, "pthread_sigmask")
 
 
 class Dropped(Exception):
@@ -55,9 +59,10 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]
         yield from map(source.outcome, chain(first, rows))
         return
     arguments = (source.make_example, source.kind.counting(), source.name)
-    context = get_context("forkserver")  # which imports once for all of them, and forks before it has threads
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(cores, mp_context=context, initializer=_begin, initargs=arguments)
+    context = get_context("forkserver" if FORKS else "spawn")
+    if FORKS:  # imports once for all of them, before it has threads
+        context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(cores, MAX_PROCESSES), mp_context=context, initializer=_begin, initargs=arguments)
     try:
         for found, notices in _in_order(pool, chain(first, rows), 2 * cores):
             source.kind.notices.update(notices)
@@ -76,22 +81,31 @@ def _in_order(
     pending: deque[Future[tuple[list[Outcome], Counter[str]]]] = deque()
     rest = iter(rows)
     for chunk in iter(lambda: list(islice(rest, CHUNK_ROWS)), []):
-        # A new process inherits what is blocked: Ctrl-C in a terminal, which reaches it too, is this one's to obey.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
+        with _interrupts_blocked():
             pending.append(pool.submit(_encode, chunk))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A new process inherits what is blocked: Ctrl-C in a terminal, which reaches it too, is this one's to obey."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if MASKS_SIGNALS else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _source: list[SourceEncoder] = []  # of this process, which encodes for another
 
 
 def _begin(make_example: MakeExample, kind: RowKind, name: str) -> None:
+    if not MASKS_SIGNALS:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # of an image's processor: there is a process for each core
     _source.append(SourceEncoder(make_example, kind, name))
     Thread(target=_end_with_parent, daemon=True).start()

@@ -16,6 +16,7 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
+from tunekit.recipe.bases.paths import is_like_path
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of, known_names, objective_class
@@ -74,7 +75,7 @@ def look_at(data: str) -> Look | None:
     Raises: DataError where it cannot be read or is of no known format.
     """
     if not Path(data).exists():
-        if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
+        if data.count("/") == 1 and not is_like_path(data) and not Path(data).suffix:
             return None
         how = "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
         raise DataError(f"there is no file {data}", how)

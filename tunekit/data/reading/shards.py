@@ -56,11 +56,6 @@ class Sharded:
         return prepare_rows(rows, self.source)
 
 
-def machine_memory_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def must_stream(source: Source, memory_bytes: int) -> bool:
     """Whether a source is read on the fly: where the recipe says so, or its file is a quarter of memory or more."""
     if source.streaming:

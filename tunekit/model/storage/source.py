@@ -9,6 +9,7 @@ from pathlib import Path
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import MODEL_FILE, read_small
 from tunekit.model.storage.builtin import tiny_model_folder
+from tunekit.recipe.bases.paths import is_like_path
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
@@ -40,7 +41,7 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     if built_in is not None:
         return ModelSource(name, built_in)
     path = Path(name).expanduser()
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf"
+    local = is_like_path(name) or path.is_absolute() or name.count("/") > 1 or path.suffix.lower() == ".gguf"
     try:
         mode = path.stat().st_mode if local else None
     except (OSError, ValueError):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import DataError
-from tunekit.machine.memory import address_space_bytes
+from tunekit.machine.memory import address_space_limit
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.transformers_guard import replaced
 from tunekit.records import JsonObject
@@ -97,7 +95,7 @@ def _with_text_arguments(message: JsonObject) -> JsonObject:
 def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: Messages) -> str:
     """One form of the messages through the template, within the limits."""
     try:
-        with _memory_limit(), time_limit(LIMIT_SECONDS), _fixed_day(template):
+        with address_space_limit(LIMIT_EXTRA_BYTES), time_limit(LIMIT_SECONDS), _fixed_day(template):
             text = render(list(messages))
     except TimeUp as error:
         raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds", key=KEY) from error
@@ -120,26 +118,3 @@ def _fixed_day(template: str) -> AbstractContextManager[None]:
     if compile_template is None or "strftime_now" not in template:
         return nullcontext()
     return replaced(compile_template(template).environment.globals, strftime_now=FIXED_DAY.strftime)
-
-
-@contextmanager
-def _memory_limit() -> Iterator[None]:
-    """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so.
-
-    None outside the main thread: the limit is the whole process's, and the others may be making answers meanwhile.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        limit = address_space_bytes() + LIMIT_EXTRA_BYTES
-        known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
-    except (OSError, ValueError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -1,9 +1,33 @@
 """Marks on settings whose text is a path, so that reading, writing, checking and copying recipes find every path."""
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Literal
 
 from pydantic import Field
+
+_LIKE_PATH = re.compile(r"[./~\\]|[A-Za-z]:[/\\]")  # how a path begins, of Windows too, and no name on the hub
+
+
+def is_like_path(text: str) -> bool:
+    """Whether a text begins as only a path does, on whatever system it was written."""
+    return _LIKE_PATH.match(text) is not None
+
+
+def last_name(path: str) -> str:
+    """The last part of a path of this system, or of Windows."""
+    is_windows = "\\" in path and "/" not in path
+    return (PureWindowsPath if is_windows else PurePosixPath)(path).name
+
+
+def relative_to(path: Path | str, folder: Path | str = ".") -> str:
+    """The way from a folder to a path, with slashes; the absolute path if there is none (another drive)."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        return str(path)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@ reading, relative to the new file on writing. Hub names stay as they are; `~` is
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunekit.recipe.bases.paths import PathMark
+from tunekit.recipe.bases.paths import PathMark, is_like_path, relative_to
 from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
 from tunekit.recipe.reading.sections import inner_class, section_class, sections_in, types_in
 
+_CONTROL = re.compile("[\x01-\x1f]")
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
 
@@ -80,25 +82,30 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:
     """Whether a text is a path by its looks, and no name on the hub."""
-    return text in (".", "..") or text.startswith(("./", "../", "/", "~")) or text.lower().endswith(endings)
+    return is_like_path(text) or text.lower().endswith(endings)
 
 
 def relative_path(path: str, folder: Path) -> str:
     """An absolute path as written in a recipe inside `folder`; anything else (a hub name) unchanged."""
     if not os.path.isabs(path):
         return path
-    relative = os.path.relpath(path, folder)
-    return relative if relative.startswith("..") else f"./{relative}"
+    relative = relative_to(path, folder)
+    return relative if relative.startswith("..") or os.path.isabs(relative) else f"./{relative}"
 
 
 def _fault(text: str) -> str | None:
-    """Why no file can have this name."""
+    """Why no file can have this name, or none is meant to."""
     if "\0" in text:
         return "a path cannot hold NUL"
+    if control := _CONTROL.search(text):
+        escape = "in double quotes a backslash begins an escape: use single quotes, or / in paths"
+        return f"holds the character U+{ord(control.group()):04X}; {escape}"
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
         return "holds characters that no file name can have"
-    if len(encoded) > LONGEST_PATH_BYTES or any(len(part) > LONGEST_NAME_BYTES for part in encoded.split(b"/")):
+    if len(encoded) > LONGEST_PATH_BYTES or any(
+        len(os.fsencode(part)) > LONGEST_NAME_BYTES for part in Path(text).parts
+    ):
         return "is too long for a file name"
     return None

@@ -123,6 +123,8 @@ def _syntax_words(error: yaml.MarkedYAMLError) -> str:
     problem = (error.problem or "cannot be read").replace("\n", " ")
     if "'\\t'" in problem:
         return "not valid YAML: a tab cannot indent; use spaces"
+    if "unknown escape character" in problem:
+        return f"not valid YAML: {problem}, after a backslash in double quotes; use single quotes, or / in paths"
     context = f" ({error.context})" if error.context else ""
     return f"not valid YAML: {problem}{context}".replace("\n", " ")
 
