@@ -424,7 +424,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     for line in (
         "theirs.yaml:2: template -> nothing (the tokenizer's own template is used; `tunekit preview` shows it)",
         "theirs.yaml:7: max_samples -> data.train.0.max_rows",
-        "theirs.yaml:7: max_samples -> data.train.0.draw_seed: None",
+        "theirs.yaml:7: max_samples -> data.train.0.draw_seed: null",
         "theirs.yaml:9: plot_loss -> nothing (every step is logged)",
         "theirs.yaml:11: preprocessing_num_workers -> nothing (rows are cached by their content)",
     ):

@@ -53,7 +53,8 @@ def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: s
     draft.set(target, value, Place(place.file, place.line, spelled))
     if draft.places[target[:1]].spelled:  # a section that only an alias opened was not spelled by anyone
         draft.places[target[:1]] = place
-    shown = f": {show(value)}" if translated and not isinstance(value, list | dict) else ""
+    text = "null" if value is None else show(value)  # as the recipe has it
+    shown = f": {text}" if translated and not isinstance(value, list | dict) else ""
     record(draft, place, spelled, f"{dotted(target)}{shown}")
     return True
 
