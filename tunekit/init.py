@@ -10,6 +10,7 @@ from pathlib import Path
 from tunekit.console import Console
 from tunekit.data.looking.first_look import (
     LABEL_NAMES,
+    LABELS_FORMAT,
     ROWS_NAME,
     SHARE_KEPT,
     Look,
@@ -33,7 +34,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FEW_ROWS = 1000
 EVAL_ROWS, LARGEST_SHARE = 200, 0.2  # enough to tell two checkpoints apart; of few rows most are to train on
 EVALUATIONS, MOST_STEPS = 10, 100  # of a run; steps between two of them
-LABELS_FORMAT, SPLIT_LENGTH = "labels", 1024  # of a file that is one long text, the length of its pieces
+SPLIT_LENGTH = 1024  # of a file that is one long text, the length of its pieces
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 FULL_RATE, FULL_SHARE = 2e-5, 0.1  # of the base's own weights, at most; of an adapter's rate (TRL's advice)
 RATE_COMMENT = "what matters most: try a third, threefold"

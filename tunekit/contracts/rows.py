@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.errors import DataError
+from tunekit.formats.labels import label_text
 from tunekit.records import JsonObject, Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
@@ -178,6 +180,11 @@ class Rows(Protocol):
         """(rows,) units of the loss in each row."""
 
 
+def default_labels(count: int) -> tuple[str, ...]:
+    """The names that transformers gives to the rows of a head whose labels nobody named."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
 @dataclass(frozen=True)
 class Labels:
     """`names`: the label of each row of the trained head; empty: not learned yet.
@@ -189,16 +196,29 @@ class Labels:
     head: tuple[str, ...] = ()
     pad_id: int | None = None
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The row of the head of each label: by its name, by the name as label_text writes it, and by the number of the
+        row where the rows have transformers' default names."""
+        numbers = range(len(self.names))
+        spellings = ((label_text(name), number) for number, name in enumerate(self.names))
+        by_number = {str(number): number for number in numbers} if self.names == default_labels(len(self.names)) else {}
+        return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
+
+    def named(self, label: str) -> str:
+        """The name of a row's label in the head; the label itself where the head has none for it."""
+        place = self.places.get(label)
+        return label if place is None else self.names[place]
+
     def check(self, label: str) -> None:
         """Raises: DataError for a label that is not listed."""
-        if self.names and label not in self.names:
+        if self.names and label not in self.places:
             what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
             raise DataError(what, "mend it, or list it under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
         """(N,) the number of each label."""
-        places = {label: number for number, label in enumerate(self.names)}
-        return torch.tensor([places[label] for label in labels])
+        return torch.tensor([self.places[label] for label in labels])
 
     @staticmethod
     def text(labels: Sequence[str]) -> str:

@@ -7,13 +7,14 @@ Comes in: one row.  Goes out: AudioLabelExample, whose recording is not read yet
 from dataclasses import dataclass
 
 from tunekit.formats.fields import Fields
+from tunekit.formats.labels import ALIASES as LABEL_ALIASES
 from tunekit.formats.labels import read_label
 from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
 DESCRIPTION = "audio: a recording's path or {bytes, path}; label: the name of its class, or a whole number"
 FIELDS = ("audio", "label")
 REQUIRED = ("audio", "label")
-ALIASES = AUDIO_ALIASES
+ALIASES = AUDIO_ALIASES | LABEL_ALIASES
 MEDIA = AUDIO_FIELDS
 EXAMPLE = "audio_label"
 
@@ -28,5 +29,5 @@ class AudioLabelExample:
 
 def make_example(row: Fields) -> AudioLabelExample:
     """The recording and its label."""
-    row = renamed(row, ALIASES)
+    row = renamed(row, AUDIO_ALIASES)
     return AudioLabelExample(read_media(row, "audio"), read_label(row))

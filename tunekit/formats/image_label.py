@@ -6,12 +6,14 @@ Comes in: one row.  Goes out: ImageLabelExample.
 from dataclasses import dataclass
 
 from tunekit.formats.fields import Fields
+from tunekit.formats.labels import ALIASES as LABEL_ALIASES
 from tunekit.formats.labels import read_label
 from tunekit.formats.media import Media, read_media
 
 DESCRIPTION = "image: an image's file; label: the name of its class, or a whole number"
 FIELDS = ("image", "label")
 REQUIRED = ("image", "label")
+ALIASES = LABEL_ALIASES
 EXAMPLE = "image_label"
 MEDIA = ("image",)
 

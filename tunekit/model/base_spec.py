@@ -78,6 +78,8 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
     if isinstance(section, HeadedModel):
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}
+        if section.problem_type is not None:
+            config.problem_type = section.problem_type
         pad_id = getattr(config, "pad_token_id", None)
         config.pad_token_id = section.head_pad_id if pad_id is None else pad_id
     _check_known(config, family, section)

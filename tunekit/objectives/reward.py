@@ -22,6 +22,6 @@ def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Facts, options: 
         replace(pair_rows(settings, tokenizer, options), further={"margin": "<f4"}, scored=True),
         ScoreLoss(settings.center_rewards_coefficient or 0.0),
         Answering("score", score=partial(score_sequences, tokenizer.pad_id)),
-        section=partial(headed_section, settings.family, Labels(labels, tuple(head), tokenizer.pad_id)),
+        section=partial(headed_section, settings.family, Labels(labels, tuple(head), tokenizer.pad_id), None),
         facts={"labels": list(labels)},
     )

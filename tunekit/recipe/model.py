@@ -56,13 +56,14 @@ class HeadedModel(ModelSection):
     """The section of a base that is loaded with a head of one score a label, whatever it was saved with.
 
     `new_head`: the one in the base's files is for other labels; `head_seed`: of a head that is drawn; `head_pad_id`:
-    where the base's configuration names no padding.
+    where the base's configuration names no padding; `problem_type`: transformers' name of what the scores mean.
     """
 
     labels: tuple[str, ...]
     new_head: bool = False
     head_seed: int = 0
     head_pad_id: int | None = None
+    problem_type: str | None = None
 
 
 class PipelineModel(ModelSection):

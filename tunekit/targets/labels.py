@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
+from tunekit.contracts import default_labels
 from tunekit.errors import RecipeError
+from tunekit.formats.labels import label_text
 from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.inspection import family_of_base, head_labels
 from tunekit.model.storage.source import find_source
@@ -51,7 +53,7 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
     if not rows:
         return {}
     own = _head_labels(base, family.name) if family.labelled else ()
-    return {"labels": own if len(own) == min(rows) else _unnamed(min(rows))}
+    return {"labels": own if len(own) == min(rows) else default_labels(min(rows))}
 
 
 def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
@@ -77,15 +79,12 @@ def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
     return head_labels(find_source(base, weights=False), family)
 
 
-def _unnamed(count: int) -> tuple[str, ...]:
-    """What transformers calls the rows of a head whose labels nobody named."""
-    return tuple(f"LABEL_{number}" for number in range(count))
-
-
 def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels; those of the recipe where a head of as many rows has no names for its own."""
+    """The labels; those of the recipe where a head of as many rows has no names for its own, or spells true and false
+    otherwise."""
     own = tuple(map(str, labels))
-    return listed if len(own) == len(listed) and own == _unnamed(len(own)) else own
+    same = own == default_labels(len(own)) or tuple(map(label_text, own)) == listed
+    return listed if len(own) == len(listed) and same else own
 
 
 def _refuse_other_order(whose: str, labels: tuple[str, ...], listed: tuple[str, ...]) -> None:

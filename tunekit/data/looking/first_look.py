@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # with torch behind it
     from tunekit.contracts import RowKind
 
 LOOKED_AT, MEASURED = 20_000, 2000  # rows; those whose tokens are counted
-LABEL_NAMES = ("category", "class", "intent", "sentiment", "target", "topic", "emotion", "tag", "y")
+LABELS_FORMAT = "labels"
+LABEL_NAMES = ("labels", "category", "class", "intent", "sentiment", "target", "topic", "emotion", "tag", "y")
 SHARE_KEPT = 0.995  # of the rows, by length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
 ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> what a row is
@@ -146,7 +147,10 @@ def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], s
         if objective.medium != medium and (objective.medium or folder):  # of a folder of files no text is to be learnt
             continue
         try:
-            return objective, choose_format("auto", row, objective.example)[0], {}
+            name = choose_format("auto", row, objective.example)[0]
+            if name == LABELS_FORMAT and "label" not in row:  # a column such as category: the user is asked
+                continue
+            return objective, name, {}
         except DataError as error:
             last, lacks = error, [*lacks, error.problems[0].how]
     if columns := columns_meant(row):

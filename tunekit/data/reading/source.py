@@ -15,6 +15,7 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from tunekit.data.reading.class_names import class_names, stored_class_names, with_class_names
 from tunekit.data.reading.data_file import KINDS, DataFile, inspect_file, open_bytes
 from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_table
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
@@ -184,10 +185,11 @@ def read_row_groups(
     number = before
     try:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            names = stored_class_names(parquet.schema_arrow.metadata)
             for batch in parquet.iter_batches(batch_size=1000, row_groups=groups):
                 for values in batch.to_pylist():
                     number += 1
-                    yield RawRow(number, values)
+                    yield RawRow(number, with_class_names(values, names) if names else values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         problems.add(str(file.path), number + 1, f"the Parquet file is damaged: {str(error).splitlines()[0]}", "")
 
@@ -207,9 +209,11 @@ def row_group_sizes(file: DataFile) -> list[int]:
 def _read_hub(source: Source) -> Iterator[RawRow]:
     """Rows of a hub data set; a streamed one is read over the network as it is used."""
     rows = _load_hub(source, streaming=source.streaming)
+    features = getattr(rows, "features", None)
+    names = class_names(None if features is None else features.to_dict())
     try:
         for number, values in enumerate(rows, 1):
-            yield RawRow(number, dict(values))
+            yield RawRow(number, with_class_names(dict(values), names))
     except Exception as error:  # the network, or a damaged file
         raise _hub_error(source, error) from error
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunekit.contracts import Answering, Processor
+from tunekit.contracts import Answering, Processor, Tokenizer
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
 from tunekit.model.storage.portable import make_portable
-from tunekit.recipe.model import ModelSection
+from tunekit.model.storage.source import read_json
+from tunekit.recipe.model import HeadedModel, ModelSection
 
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 
@@ -46,6 +47,8 @@ def copy_other_files(
     folder is then made portable, the configuration written before included."""
     own = None if answering is None else answering.processor
     (own or processor).save(folder)
+    if isinstance(section, HeadedModel) and processor.tokenizer is not None:
+        _name_padding(folder / "tokenizer_config.json", processor.tokenizer)
     if Path(section.name_or_path).suffix != ".gguf":
         patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
@@ -57,3 +60,11 @@ def copy_other_files(
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     make_portable(folder)
+
+
+def _name_padding(path: Path, tokenizer: Tokenizer) -> None:
+    """Name the padding token of config.json in the tokenizer's files too, if they name none: other programs pad a batch
+    of texts with it, and a decoder's head looks for the last token before it."""
+    settings, config = (read_json(each) if each.is_file() else {} for each in (path, path.parent / "config.json"))
+    if settings and settings.get("pad_token") is None and config.get("pad_token_id") == tokenizer.pad_id:
+        write_json(path, {**settings, "pad_token": tokenizer.token_text(tokenizer.pad_id)})

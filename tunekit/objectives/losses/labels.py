@@ -45,11 +45,13 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LabelLoss(LossKind):
-    """`scores`: gives (N, C) float32 scores of the batch's labels and their (N,) numbers, on the device."""
+    """`scores`: gives (N, C) float32 scores of the batch's labels and their (N,) numbers, on the device.
+    `problem_type`: transformers' name of this loss, which a merged model's configuration has."""
 
     scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
+    problem_type: str | None = "single_label_classification"
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """total (1,)."""
@@ -74,6 +76,7 @@ class TagLoss(LabelLoss):
 
     scores: ReadScores = word_scores
     metrics: Sequence[str] = ("loss", "token_accuracy", "span_f1")
+    problem_type: str | None = None
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """Those of labels, and spans (kinds, 3): predicted right, predicted, true."""

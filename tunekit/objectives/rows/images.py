@@ -98,7 +98,7 @@ class LabelledImages(RowKind):
 
     def prompt(self, example: ImageLabelExample) -> tuple[ImagePrompt, str]:
         """The image, and its label."""
-        return self._prompt(read_pixels(example.image, self.notices)), example.label
+        return self._prompt(read_pixels(example.image, self.notices)), self.labels.named(example.label)
 
     def question(self, text: str) -> ImagePrompt:
         """The image at this path."""

@@ -77,7 +77,7 @@ class LabelledTexts(RowKind):
 
     def prompt(self, example: Any) -> tuple[list[int], str]:
         """Ids of the text, and its label."""
-        return self.question(example.text), example.label
+        return self.question(example.text), self.labels.named(example.label)
 
     def question(self, text: str) -> list[int]:
         """Ids of a text as the tokenizer lays it out, cut where rows are."""

@@ -91,7 +91,7 @@ class LabelledRecordings(RecordingRows):
 
     def prompt(self, example: AudioLabelExample) -> tuple[Clip, str]:
         """The recording, and its label."""
-        return self._prompt(example.audio), example.label
+        return self._prompt(example.audio), self.labels.named(example.label)
 
     def question(self, text: str) -> Clip:
         """The recording in a file. Raises: DataError for one that is longer than the model hears and may not be cut."""

@@ -9,12 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import Answering, AnswerLimits, Array, Labels, Model, Objective, Processor, Row, RowKind, Rows
+from tunekit.contracts import (
+    Answering,
+    AnswerLimits,
+    Array,
+    Labels,
+    Model,
+    Objective,
+    Processor,
+    Row,
+    RowKind,
+    Rows,
+    default_labels,
+)
 from tunekit.errors import DataError, InputError
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
+
+NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is one
 
 
 def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None) -> Labels:
@@ -60,7 +74,7 @@ def _with_labels(
         rows=rows,
         loss=loss,
         answering=replace(objective.answering, write=partial(_write, rows, loss), labels=names),  # type: ignore[type-var]
-        section=partial(headed_section, objective.family, labels),
+        section=partial(headed_section, objective.family, labels, loss.problem_type),
         complete=bool(names),
         facts={**objective.facts, "labels": list(names)},
         notes=tuple(notes),
@@ -69,17 +83,20 @@ def _with_labels(
     return replace(labelled, learning=partial(_learn, labelled, loss, unlabelled))
 
 
-def headed_section(family: str, labels: Labels, model: ModelSection, seed: int = 0) -> ModelSection:
+def headed_section(
+    family: str, labels: Labels, problem_type: str | None, model: ModelSection, seed: int = 0
+) -> ModelSection:
     """The base with a head of one score for each label: its own if that is for these labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
-    return HeadedModel.of(model, family=family, **head)
+    return HeadedModel.of(model, family=family, problem_type=problem_type, **head)
 
 
 def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequence[Rows]) -> Objective:
     """With the labels of the rows if none were listed, in the order of the base's own head if it has the same.
 
-    Raises: DataError for fewer than two, or for one that no training row has and nothing else names.
+    Raises: DataError for fewer than two, for one number in two spellings, or for a label that no training row has and
+    nothing else names.
     """
     kind = objective.rows
     listed, head = kind.labels.names, kind.labels.head
@@ -87,7 +104,9 @@ def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequenc
     taught = Counter(label for row in train for label in set(kind.labels_of(row)))
     unseen = {label: row for row in reversed(held) for label in kind.labels_of(row) if label not in taught}
     present = {*taught, *unseen}
-    same = head if set(head) == present else ()
+    _refuse_two_spellings(present, kind, [*train, *held])
+    known = replace(kind.labels, names=listed or head)
+    same = head if set(head) == set(map(known.named, present)) else ()
     if unseen and not listed and not same:
         label, row = min(unseen.items(), key=lambda pair: pair[1].number)
         file, _, line = row.origin.rpartition(":")
@@ -97,14 +116,42 @@ def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequenc
     if len(names) < 2:
         what = f"all rows of data.train have the label '{names[0]}'"
         raise DataError(what, "classification needs two labels or more")
-    notes = [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in unseen]
-    notes += [f"the label '{label}' has one row to train on" for label in names if taught[label] == 1]
+    known = replace(kind.labels, names=names)
+    counts, other = Counter[str](), set(map(known.named, unseen))
+    for label, count in taught.items():
+        counts[known.named(label)] += count
+    notes = [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
+    notes += [f"the label '{label}' has one row to train on" for label in names if counts[label] == 1]
+    if present and not present & set(names) and names == default_labels(len(names)):
+        notes.append(f"the head's rows have no names of their own: the label n is its row n ({Labels.text(names)})")
+    if head and head == names:
+        notes.append(f"the head of the base is kept, with its labels: {Labels.text(names)}")
     if head and head != names:
         notes.append(
             f"the base's own head ({Labels.text(head)}) is not used, and a new one trained for {Labels.text(names)}; "
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
     return _with_labels(objective, loss, names, unlabelled, notes)
+
+
+def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) -> None:
+    """Raises: DataError where two labels spell one number, such as 1 and 1.0 or 01, or where some labels are numbers
+    and others truth values."""
+    spellings, wrong = dict[float, str](), ("", "", "")
+    for label in sorted(labels, key=lambda label: (len(label), label)):
+        if not re.fullmatch(NUMBER, label):
+            continue
+        first = spellings.setdefault(float(label), label)
+        if first != label:
+            wrong = label, f"is the same number as the label '{first}' of other rows", f"write '{first}' in all rows"
+    truth = sorted(labels & {"true", "false"})
+    if spellings and truth:
+        what = f"is a truth value, and the label '{min(spellings.values())}' of other rows is a number"
+        wrong = truth[0], what, "write labels of one kind"
+    if wrong[0]:
+        row = next(row for row in rows if wrong[0] in kind.labels_of(row))
+        file, _, line = row.origin.rpartition(":")
+        raise DataError(f"the label '{wrong[0]}' {wrong[1]}", wrong[2], file=file, line=int(line))
 
 
 def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tunekit.contracts import Array, Row, RowLayout, RowParts, Span
+from tunekit.contracts import Array, Row, RowLayout, RowParts, Span, default_labels
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
 from tunekit.errors import DataError
@@ -52,7 +52,7 @@ class TaggedWords(LabelledTexts):
     def prompt(self, example: TagsExample) -> tuple[list[int], str]:
         """Ids of the words, and their tags with a blank between them."""
         ids = self._cut_words(example.words)
-        return ids, " ".join(self._names(example.tags)[: len(ids.firsts)])
+        return ids, " ".join(map(self.labels.named, self._names(example.tags)[: len(ids.firsts)]))
 
     def question(self, text: str) -> list[int]:
         """Ids of a text whose words are separated by blanks, cut where rows are."""
@@ -88,8 +88,10 @@ class TaggedWords(LabelledTexts):
         return ids
 
     def _names(self, tags: Sequence[str | int]) -> list[str]:
-        """Names of the tags, those of numbers from the recipe's list. Raises: DataError for a number beyond it."""
-        listed = self.settings.labels
+        """Names of the tags, those of numbers from the recipe's list, else from a head whose rows have default names.
+        Raises: DataError for a number beyond it."""
+        unnamed = (names for names in (self.labels.names, self.labels.head) if names == default_labels(len(names)))
+        listed = self.settings.labels or next(unnamed, ())
         for tag in tags:
             if isinstance(tag, int) and not 0 <= tag < len(listed):
                 what = f"the tag {tag} is a number, and objective.labels has {len(listed)} names"

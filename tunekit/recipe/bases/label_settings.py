@@ -4,13 +4,14 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from tunekit.formats.labels import label_text
 from tunekit.recipe.bases.section import ObjectiveSettings, Several, Text
 from tunekit.records import Shows
 
 
 def _label(value: object) -> object:
-    """As the rows' labels are read: a whole number is its text, and blanks around a label are no part of it."""
-    return str(value).strip() if isinstance(value, str | int) else value
+    """As the rows' labels are read."""
+    return label_text(value) if isinstance(value, str | int) else value
 
 
 def _each_once(labels: tuple[str, ...]) -> tuple[str, ...]:
