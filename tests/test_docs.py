@@ -185,6 +185,12 @@ def test_the_generated_pages_have_everything_that_has_a_name(pages: Path) -> Non
     assert "name_or_path: HuggingFaceTB/SmolLM2" in (pages / "tutorials" / "sft.md").read_text(encoding="utf-8")
 
 
+def test_generated_pages_show_code_as_code(pages: Path) -> None:
+    texts = {file.name: file.read_text(encoding="utf-8") for file in (pages / "reference").glob("*.md")}
+    assert {name for name, text in texts.items() if "\\`" in text} == set(), "an escaped backtick is shown"
+    assert "write at least model, data and output; <code>tunekit init</code> writes" in texts["errors.md"]
+
+
 def test_every_number_of_a_report_is_explained() -> None:
     page = (SITE / "pages" / "report.md").read_text(encoding="utf-8")
     names = {field.name for facts in (ReportFacts, StepRecord) for field in fields(facts)} - {"metrics", "headline"}
@@ -202,6 +208,8 @@ def test_a_broken_site_is_noticed(tmp_path: Path) -> None:
     )
     (tmp_path / "d.css").write_text("@import 'https://example.org/font.css';")
     assert len(check(tmp_path)) == 5
+    (tmp_path / "e.html").write_text("<p>A `key`</p><pre>`uname`</pre><script>`x`</script><p>and <code>code</code>")
+    assert [fault for fault in check(tmp_path) if "e.html" in fault] == ["e.html: shows a backtick: A `key`"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""Look through a built site: every link and anchor leads somewhere in it, and nothing is fetched from elsewhere.
+"""Look through a built site: every link and anchor leads somewhere in it, nothing is fetched from elsewhere, and no
+backtick is shown: the signs around code in Markdown, where the page should show the code.
 
-usage: python scripts/site/check.py FOLDER      exits 1 and names each page and link that is wrong
+usage: python scripts/site/check.py FOLDER      exits 1 and names each page and what is wrong in it
 """
 
 from __future__ import annotations
@@ -12,26 +13,37 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+AS_WRITTEN = ("pre", "script", "style")  # where a backtick may be meant
 IN_STYLES = re.compile(rb"url\(\s*['\"]?(https?:)?//|@import\s+['\"]?(https?:)?//")
 
 
 class Page(HTMLParser):
-    """The links of a page, what it fetches, and the anchors in it."""
+    """The links of a page, what it fetches, the anchors in it, and texts with a backtick."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.links: list[str] = []
         self.fetched: list[str] = []
         self.anchors: set[str] = set()
+        self.backticks: list[str] = []
+        self._as_written = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = {name: value or "" for name, value in attrs}
+        self._as_written += tag in AS_WRITTEN
         self.anchors |= {named[name] for name in ("id", "name") if name in named}
         if tag == "a" and "href" in named:
             self.links.append(named["href"])
         if tag in FETCHED and FETCHED[tag] in named and named.get("rel") not in ("canonical", "next", "prev"):
             self.fetched.append(named[FETCHED[tag]])
+
+    def handle_endtag(self, tag: str) -> None:
+        self._as_written -= tag in AS_WRITTEN
+
+    def handle_data(self, data: str) -> None:
+        if not self._as_written:
+            self.backticks += [line.strip() for line in data.splitlines() if "`" in line]
 
 
 def faults(folder: Path) -> list[str]:
@@ -40,6 +52,7 @@ def faults(folder: Path) -> list[str]:
     pages = {file.resolve(): Page(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.html"))}
     for file, page in pages.items():
         name = file.relative_to(folder.resolve())
+        found += [f"{name}: shows a backtick: {line}" for line in page.backticks]
         if name.name == "404.html":  # whose links begin at the root of whatever serves it
             continue
         for link in (*page.links, *page.fetched):

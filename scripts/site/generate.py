@@ -99,8 +99,8 @@ def keys_table(keys: list[Key]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text whose signs are no Markdown."""
-    return re.sub(r"([*_<>\[\]`])", r"\\\1", text)
+    """Text whose signs are no Markdown, but for code between backticks: as HTML, since a cell may begin with it."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"([*_\[\]])", r"\\\1", html.escape(text, quote=False)))
 
 
 def recipe_page() -> str:
