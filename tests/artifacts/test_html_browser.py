@@ -38,6 +38,10 @@ PREVIEWED: list[dict[str, object]] = [
     {"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS, "image": None}]},
     {"heading": "photos:1: 25,600 pixels", "parts": [{"title": "a kite" * 60, "tokens": [], "image": IMAGE}]},
 ]
+# cells with two words of a text that end beyond the screen: one would scroll sideways in each line
+TEXTS_TO_THE_RIGHT = """[...document.querySelectorAll("td")].filter(cell =>
+    /[a-z]{4}.* .*[a-z]{4}/i.test(cell.innerText)
+    && cell.getBoundingClientRect().right > innerWidth).map(cell => cell.innerText)"""
 
 
 def browser_path() -> str:
@@ -103,6 +107,7 @@ def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width:
     assert said == []
     assert asked == [address]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(TEXTS_TO_THE_RIGHT) == []
     drawn = page.evaluate(
         "[document.querySelectorAll('.plot').length, document.querySelectorAll('.plot canvas').length]"
     )
