@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +16,7 @@ import soundfile
 
 from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
+from tunekit.cli import main
 from tunekit.data.encoding.notes import format_note
 from tunekit.data.looking.look import EXCESS, KINDS
 from tunekit.data.looking.similar import SimilarityIndex, signed
@@ -125,6 +127,21 @@ def test_fix_replaces_no_table_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(InputError, match=r"is data\.train\.0\.path of the recipe"):
         check(tmp_path / "recipe.yaml", tmp_path / "photos" / "metadata.jsonl", overwrite=True)
+
+
+def test_json_replaces_no_file_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    recipe = write(tmp_path)
+    rows, text = (tmp_path / "rows.jsonl").read_bytes(), recipe.read_bytes()
+    for command in (["validate"], ["plan"], ["train"], ["data", "check"], ["eval"]):
+        for file in (tmp_path / "rows.jsonl", recipe):
+            words = [*command, str(recipe), "--json", str(file)]
+            words += ["--data", str(tmp_path / "rows.jsonl")] if command == ["eval"] else []
+            monkeypatch.setattr(sys, "argv", ["tunekit", *words])
+            with pytest.raises(SystemExit) as left:
+                main()
+            assert left.value.code == 2, words
+            assert "which it would replace; name a new file" in capsys.readouterr().err, words
+            assert (rows, text) == ((tmp_path / "rows.jsonl").read_bytes(), recipe.read_bytes()), words
 
 
 def test_fix_replaces_another_file_only_where_told(tmp_path: Path) -> None:

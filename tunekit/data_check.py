@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.similar import SimilarityIndex
-from tunekit.data.reading.folder import TABLES
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError
 from tunekit.files.durable import json_result, write_text
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.recipe.reading.draft import dotted
-from tunekit.recipe.reading.paths import named_paths
 from tunekit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:  # with torch behind it
@@ -31,6 +29,7 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         import rensa  # noqa: F401
     except ImportError as error:
         raise InputError("finding near duplicates needs rensa", "pip install 'tunekit[data]'") from error
+    refuse_to_replace("--json", json_file, loaded)
     if fix is not None:
         _refuse(fix, loaded, overwrite)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
@@ -91,27 +90,11 @@ def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
         raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
     if not target.absolute().parent.is_dir():
         raise InputError(f"--fix {fix}: there is no folder {target.parent}", "make it, or name another file")
-    used = next((key for key, path in _used_files(loaded.recipe) if _same(target, path)), None)
-    if used is not None:
-        raise InputError(f"--fix {fix} is {used} of the recipe, which it would replace", how)
+    refuse_to_replace("--fix", fix, loaded)
     if target.resolve().is_relative_to(Path(loaded.recipe.output.dir).resolve()):
         raise InputError(f"--fix {fix} is inside output.dir of the recipe", f"{how} outside of it")
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         raise InputError(f"--fix {fix}: the file exists", f"{how}, or add --overwrite to replace it")
-
-
-def _used_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
-    """Every file that the recipe names, with its key, and the tables of folders that are sources."""
-    for path in named_paths(recipe.model_dump(mode="json")):
-        yield dotted(path.key), path.file
-    for name, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        for number, source in enumerate(sources if isinstance(sources, tuple) else ()):
-            yield from ((f"data.{name}.{number}.path", Path(source.path) / table) for table in TABLES)
-
-
-def _same(target: Path, other: Path) -> bool:
-    """Whether both names are of one file, also through links."""
-    return target.resolve() == other.resolve() or (target.exists() and other.exists() and target.samefile(other))
 
 
 def _rows_text(lines: Sequence[int]) -> str:

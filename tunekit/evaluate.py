@@ -10,6 +10,7 @@ from tunekit.console import Console
 from tunekit.console.progress import Counting
 from tunekit.contracts import Progress
 from tunekit.data.encoding.sources import read_template
+from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
@@ -45,6 +46,7 @@ def evaluate_verb(
     of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
     found = find_target(target, base, [text for text in overrides if text not in of_data])
     section = _data_section(found, of_data)
+    refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.console import Console
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
@@ -17,6 +18,7 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
 
     Raises: TunekitError with every refusal.
     """
+    refuse_to_replace("--json", json_file, loaded)
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

@@ -24,6 +24,7 @@ from tunekit.contracts import CompanionSpec, Window
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, ModelError, RewardError
 from tunekit.evaluation.scores import undisturbed
@@ -68,6 +69,7 @@ class Trial:
 
 def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None) -> int:
     """Try the reward; 2 if there are findings. Raises: TunekitError if nothing can be tried."""
+    refuse_to_replace("--json", json_file, loaded)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     settings = recipe.objective

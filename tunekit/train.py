@@ -14,6 +14,7 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
 from tunekit.console.progress import StepProgress
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, is_out_of_memory
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
@@ -55,6 +56,7 @@ def train_verb(
         raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
     if accepted and not resume:
         raise InputError("--accept-changed says what --resume accepts", "add --resume, or leave it out")
+    refuse_to_replace("--json", json_file, loaded)
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

@@ -10,6 +10,7 @@ from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import is_folder, is_saved, with_table
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
@@ -49,6 +50,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
         problems = [asdict(problem) for problem in error.problems]
         write_result({"valid": False, "problems": problems, "notes": list(error.notes)})
         raise
+    refuse_to_replace("--json", json_file, loaded)
     notes = [*loaded.rewrites, *loaded.defaults]
     write_result({"valid": True, "problems": [], "notes": notes})
     if json_file != "-":
