@@ -188,6 +188,17 @@ def values(recipe: Recipe, *keys: str) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize("line", ["  max_seq_len: null\n", ""])
+def test_torchtune_without_a_limit_is_said_to_lose_tokens(
+    folder: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, said = imported(folder, "theirs.yaml", changed(TORCHTUNE, {"  max_seq_len: 640\n": line}), capsys)
+    assert values(recipe, "data.max_length", "data.excess_length") == [2048, "truncate"]
+    assert "tokenizer.max_seq_len -> data.max_length: 2048 (no row is truncated there, and longer ones are" in said
+    assert "write data.max_length: the tokens of the longest row" in said
+    assert "max_length: 2048" in (folder / "recipe.yaml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [  # torchtune/recipes/configs: 1B_lora, 3B_qlora, 8B_dora, 8B_qdora, 1B_full, 7B_lora_dpo, 0.5B_lora (qwen2)

@@ -6,6 +6,7 @@ Source: torchtune's recipes/configs, and the arguments of the builders that they
 import re
 from typing import Any
 
+from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
@@ -14,6 +15,7 @@ from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
 COMPONENT = "_component_"
+UNLIMITED = DataSection.model_fields["max_length"].default  # written where torchtune has no limit
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 HEAD, TAIL = re.compile(r"(\w+)\[:(\d+)%\]"), re.compile(r"(\w+)\[(\d+)%:\]")  # parts of a split
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
@@ -116,7 +118,19 @@ def rewrite_torchtune(draft: Draft) -> None:
         theirs.write(f"metric_logger.{COMPONENT}", "output.report_to", LOGGERS[logger])
     clip = theirs.take("clip_grad_norm")
     theirs.write("clip_grad_norm", "training.max_grad_norm", None if clip is None else float(clip))
+    _write_max_length(theirs)
     theirs.settle(TABLE)
+
+
+def _write_max_length(theirs: Theirs) -> None:
+    """Without a length torchtune cuts no row; here every recipe has one, so the loss is stated."""
+    key = "tokenizer.max_seq_len"
+    if theirs.get(key) is None:
+        theirs.take(key)
+        lost = f"{UNLIMITED} (no row is truncated there, and longer ones are here)"
+        theirs.draft.set(("data", "max_length"), UNLIMITED, theirs.places[key])
+        how = "write data.max_length: the tokens of the longest row (`tunekit data check` counts them)"
+        theirs.record(key, f"data.max_length: {lost}; {how}")
 
 
 def _referred(theirs: Theirs, value: object) -> object:
