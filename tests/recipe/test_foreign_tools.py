@@ -401,6 +401,40 @@ def test_trls_commands(
     assert "default of TRL -> training.epochs: 3.0" in said
 
 
+@pytest.mark.parametrize(
+    ("model_type", "options", "expected", "said"),
+    [
+        ("qwen2", "", ("q_proj", "v_proj"), "default of TRL -> adapter.target_modules: [q_proj, v_proj]"),
+        ("gpt2", "", ("c_attn",), "default of TRL -> adapter.target_modules: [c_attn]"),
+        ("unheard_of", "", "all-linear", "adapter.target_modules: 'all-linear', where PEFT adapts fewer layers"),
+        ("qwen2", "--lora_target_modules k_proj o_proj", ("k_proj", "o_proj"), "-> adapter.target_modules"),
+    ],
+)
+def test_trl_without_target_modules_adapts_those_of_peft(
+    folder: Path,
+    model_type: str,
+    options: str,
+    expected: object,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    command = f"trl sft --model_name_or_path {folder / 'base'} --dataset_name someone/rows --use_peft {options}"
+    recipe, lines = imported(folder, "run.sh", command, capsys)
+    assert values(recipe, "adapter.target_modules") == [expected]
+    assert said in lines
+
+
+@pytest.mark.slow
+def test_the_target_modules_of_peft_are_pefts() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    from tunekit.recipe.foreign.tools import PEFT_TARGETS
+
+    for model_type, names in PEFT_TARGETS.items():
+        assert tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]) == names
+
+
 GRPO = (
     "trl grpo --model_name_or_path org/base --dataset_name someone/rows --use_peft --num_generations 4 --beta 0.04 "
     "--scale_rewards false --log_completions --vllm_mode colocate"

@@ -23,7 +23,7 @@ SPECIAL_TOKENS: tuple[KeyPath, ...] = (
     ("eos_token",),
     *(("special_tokens", name) for name in ("eos_token", "bos_token", "unk_token")),
 )
-MAX_TOKENIZER_BYTES = 8 << 20
+MAX_FILE_BYTES = 8 << 20
 PER_EPOCH = {"evals_per_epoch": "training.eval_steps", "saves_per_epoch": "training.save_steps"}
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
@@ -228,7 +228,7 @@ def _rewrite_strategy(draft: Draft, name: str, steps: str) -> None:
 def _settle_special_tokens(draft: Draft) -> None:
     """Special tokens that are those of the base's own tokenizer -> nothing."""
     written = [key for key in SPECIAL_TOKENS if draft.get(key) is not None]
-    own = _tokens_of_base(draft) if written else {}
+    own = file_of_base(draft, "tokenizer_config.json") if written else {}
     for key in written:
         token = own.get(key[-1])
         if draft.get(key) == (token.get("content") if isinstance(token, dict) else token):
@@ -236,13 +236,13 @@ def _settle_special_tokens(draft: Draft) -> None:
             draft.remove(key)
 
 
-def _tokens_of_base(draft: Draft) -> dict[str | int, Any]:
-    """tokenizer_config.json of a base that is a folder; nothing of one that is not, or that cannot be read."""
+def file_of_base(draft: Draft, file: str) -> dict[str | int, Any]:
+    """A JSON file of a base that is a folder; nothing of one that is not, or that cannot be read."""
     names = (("base_model",), ("model_name_or_path",), ("model_name",), ("model", "name_or_path"), ("model",))
     base = next((name for name in map(draft.get, names) if isinstance(name, str)), "")
-    path = Path(draft.file).parent / os.path.expanduser(base) / "tokenizer_config.json"
+    path = Path(draft.file).parent / os.path.expanduser(base) / file
     try:
-        small = path.is_file() and path.stat().st_size <= MAX_TOKENIZER_BYTES
+        small = path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
         fields = json.loads(path.read_bytes()) if small else {}
     except (OSError, ValueError, RecursionError):
         return {}

@@ -7,6 +7,7 @@ LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders o
 from typing import Any
 
 from tunekit.recipe.foreign.become import UNTRANSLATED, complain, record
+from tunekit.recipe.foreign.rewrite import file_of_base
 from tunekit.recipe.foreign.table import TOP_LEVEL
 from tunekit.recipe.foreign.torchtune import COMPONENT, rewrite_torchtune
 from tunekit.recipe.foreign.unsloth import rewrite_options, rewrite_sections
@@ -56,6 +57,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is 
 }
 # of objectives that sample, which cut no prompt
 OF_SAMPLING = {"objective.max_completion_length": 512, "data.excess_length": "error", "data.max_length": 2048}
+_ATTENTION = ("q_proj", "v_proj")
+PEFT_TARGETS: dict[str, tuple[str, ...]] = {  # by model_type: the layers that PEFT adapts where none are named
+    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2"), _ATTENTION),
+    **dict.fromkeys(("gemma3_text", "qwen2", "qwen3", "opt", "gptj", "gpt_neo", "bart"), _ATTENTION),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    **dict.fromkeys(("bloom", "gpt_neox", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "value")),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "phi": (*_ATTENTION, "fc1", "fc2"),
+}
+PEFT_CHOOSES = (  # beside our default, where the base is not a folder whose architecture is in that table
+    ", where PEFT adapts fewer layers, by the architecture (q_proj and v_proj of llama, mistral, gemma and qwen2): "
+    "write adapter.target_modules: [q_proj, v_proj] for those"
+)
 ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
 
 
@@ -129,6 +145,8 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         objective = str(draft.get(("objective", "method")))
         found["training.learning_rate"] = rate_of(objective)
         found |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
+        targets = PEFT_TARGETS.get(file_of_base(draft, "config.json").get("model_type", ""))
+        found["adapter.target_modules"] = "all-linear" if targets is None else list(targets)
     if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
         found["adapter.alpha"] = 2.0 * rank
     for key, value in found.items():
@@ -138,4 +156,6 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         of_adapter = method == "full" and (section == "adapter" or name == "quantization") and name != "method"
         if not (written or of_adapter or draft.untranslated & {(section, name)}):
             draft.set((section, name), value, Place(draft.file))
-            draft.rewrites.append(f"{draft.file}: default of {tool} -> {key}: {show(value)}")
+            text = f"[{', '.join(value)}]" if isinstance(value, list) else show(value)
+            text += PEFT_CHOOSES if key == "adapter.target_modules" and value == "all-linear" else ""
+            draft.rewrites.append(f"{draft.file}: default of {tool} -> {key}: {text}")
