@@ -93,6 +93,17 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("written", "warns"), [("", True), ("eval: null, ", False), ("eval: 0.1, ", False)])
+def test_steps_between_evaluations_without_rows_to_evaluate_are_warned_of(
+    tmp_path: Path, written: str, warns: bool
+) -> None:
+    """A written null is a choice, and recipes that runs save have one."""
+    text = f"model: m\ndata: {{{written}train: a}}\noutput: {{dir: out}}\ntraining: {{eval_steps: 7}}\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    defaults = load_recipe(tmp_path / "recipe.yaml").defaults
+    assert any(line.startswith("warning: training.eval_steps has no effect") for line in defaults) == warns
+
+
 def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
     each = "data.rewritten_answers=each"
     assert load(SMALL, tmp_path, each).data.rewritten_answers == "each"

@@ -350,7 +350,6 @@ def test_trl(folder: Path) -> None:
     assert (recipe.model.dtype, recipe.model.quantization, recipe.model.attention) == ("bfloat16", "nf4", "sdpa")
     assert (recipe.data.packing, recipe.data.max_length, recipe.training.seed) == (True, 768, 7)
     for change, what in (
-        ("dataset_test_split: test", "would be lost: it is no source yet; write data.eval: {path: NAME, split: SPLIT}"),
         ("eos_token: <|im_end|>", "would be lost: rows end with the end token of the base"),
         ("packing_strategy: wrapped", "'wrapped' has no exact translation"),
     ):

@@ -425,6 +425,35 @@ def test_trl_without_target_modules_adapts_those_of_peft(
     assert said in lines
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "split", "said"),
+    [
+        ("someone/rows", "--eval_strategy steps --eval_steps 30", "test", "eval_strategy -> data.eval"),
+        ("someone/rows", "--eval_strategy epoch", "test", "eval_strategy -> data.eval"),
+        ("someone/rows", "--eval_strategy steps --dataset_test_split dev", "dev", "dataset_test_split -> data.eval"),
+        ("someone/rows", "--dataset_test_split dev", None, "nothing (eval_strategy evaluates nothing)"),
+        ("rows.jsonl", "--eval_strategy steps --eval_steps 30", None, "no evaluation rows: write data.eval: FILE"),
+    ],
+)
+def test_trl_evaluates_on_a_split_of_its_data_set(
+    folder: Path, data: str, options: str, split: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"trl sft --model_name_or_path org/base --dataset_name {data} --use_peft {options}"
+    recipe, lines = imported(folder, "run.sh", command, capsys)
+    assert said in lines
+    if split is None:
+        assert recipe.data.eval is None
+    else:
+        assert values(recipe, "data.eval.0.path", "data.eval.0.split") == ["someone/rows", split]
+    assert values(recipe, "training.eval_steps") == [30 if "30" in options else 100]
+
+
+def test_a_split_of_a_file_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "trl sft --model_name_or_path org/base --dataset_name rows.jsonl --eval_strategy steps"
+    with pytest.raises(RecipeError, match="dataset_test_split: is a split of a data set of the hub, and none is named"):
+        imported(folder, "run.sh", f"{command} --dataset_test_split dev", capsys)
+
+
 @pytest.mark.slow
 def test_the_target_modules_of_peft_are_pefts() -> None:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tunekit.recipe.bases.paths import DATA_ENDINGS, is_like_path
 from tunekit.recipe.foreign.become import complain, record, rewrite, take, write
 from tunekit.recipe.foreign.datasets import name_sources
 from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, SOURCE_KEYS, TEMPLATE_KEYS, TEMPLATES, TOP_LEVEL
@@ -17,6 +18,8 @@ from tunekit.recipe.reading.suggest import show
 QUANTIZATION: KeyPath = ("model", "quantization")
 METHOD: KeyPath = ("adapter", "method")
 TRAIN: KeyPath = ("data", "train")
+EVAL: KeyPath = ("data", "eval")
+EVAL_ROWS = "write data.eval: FILE, or a fraction such as 0.05"
 DORA: tuple[KeyPath, ...] = (("use_dora",), ("peft_use_dora",), ("adapter", "use_dora"))
 STRATEGIES = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
 SPECIAL_TOKENS: tuple[KeyPath, ...] = (
@@ -39,6 +42,9 @@ def rewrite_aliases(draft: Draft) -> None:
     for name in PER_EPOCH:
         if (found := take(draft, name)) is not None:
             _settle_per_epoch(draft, name, PER_EPOCH[name], *found)
+    strategy, dataset = draft.get(("eval_strategy",)), draft.get(("dataset_name",))
+    split = take(draft, "dataset_test_split")
+    evaluates = draft.place(("eval_strategy",)) if strategy in ("steps", "epoch") else None
     for name, steps in STRATEGIES.items():
         _rewrite_strategy(draft, name, steps)
     if draft.get(("load_best_model_at_end",)) is True and draft.has(("metric_for_best_model",)):
@@ -46,6 +52,8 @@ def rewrite_aliases(draft: Draft) -> None:
             draft, draft.place(("load_best_model_at_end",)), "load_best_model_at_end", "nothing (the metric says it)"
         )
         draft.remove(("load_best_model_at_end",))
+    if evaluates is not None and draft.has(("eval_strategy",)):
+        draft.remove(("eval_strategy",))  # what becomes of it depends on data.eval
     _settle_special_tokens(draft)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
@@ -60,6 +68,7 @@ def rewrite_aliases(draft: Draft) -> None:
         _settle_dora(draft, dotted(key), place)
     if constant:
         _settle_constant(draft, constant[0])
+    _write_test_split(draft, dataset, split, evaluates)
     for name, field in SOURCE_KEYS.items():
         _rewrite_source_key(draft, name, field)
     for name in TEMPLATE_KEYS:
@@ -223,6 +232,26 @@ def _rewrite_strategy(draft: Draft, name: str, steps: str) -> None:
         if (ignored := take(draft, steps)) is not None:
             record(draft, ignored[1], steps, f"nothing ({name}: epoch overrules it)")
         _settle_per_epoch(draft, name, f"training.{steps}", 1, found[1])
+
+
+def _write_test_split(draft: Draft, dataset: object, split: tuple[Any, Place] | None, evaluates: Place | None) -> None:
+    """TRL evaluates on a split of dataset_name, test unless dataset_test_split names another, if eval_strategy says so:
+    data.eval, where that is a data set of the hub. `evaluates`: the place of such an eval_strategy."""
+    if evaluates is None:
+        if split is not None:
+            record(draft, split[1], "dataset_test_split", "nothing (eval_strategy evaluates nothing)")
+        return
+    spelled = "eval_strategy" if split is None else "dataset_test_split"
+    name, place = split or ("test", evaluates)
+    hub = isinstance(dataset, str) and not (is_like_path(dataset) or dataset.endswith(DATA_ENDINGS))
+    if split is None and draft.has(EVAL):
+        record(draft, place, spelled, "nothing (data.eval is measured)")
+    elif hub and not (Path(draft.file).parent / str(dataset)).exists():
+        write(draft, EVAL, [{"path": dataset, "split": name}], place, spelled)
+    elif split is None:
+        record(draft, place, spelled, f"nothing (there are no evaluation rows: {EVAL_ROWS})")
+    else:
+        complain(draft, place, spelled, "is a split of a data set of the hub, and none is named", EVAL_ROWS)
 
 
 def _settle_special_tokens(draft: Draft) -> None:

@@ -150,7 +150,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("run `tunekit adapter convert` on the result", "pissa_convert"),
     **nowhere(values.tokens_of_padding, "special_tokens"),
     **nowhere(lost(_TOKENS, "remove it if that is the same; else set eos_token in the base's files"), "eos_token"),
-    **nowhere(lost("it is no source yet", "write data.eval: {path: NAME, split: SPLIT}"), "dataset_test_split"),
+    **nowhere(same, "dataset_test_split"),  # rewrite.py
     **nowhere(one_of({"default": NOTHING}, "write the source under data.train"), "dataset_config"),
     **nowhere(one_of({"bfd": NOTHING}, "write data.excess_length: split"), "packing_strategy"),
     **nowhere(one_of({"CAUSAL_LM": NOTHING}, "write objective"), "lora_task_type"),

@@ -86,6 +86,9 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded
         _check_rewritten_answers(draft, objective)
         _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
+        if not draft.has(("data", "eval")) and draft.get(("training", "eval_steps")) is not None:
+            what = "warning: training.eval_steps has no effect, for there are no evaluation rows"
+            draft.defaults.append(f"{what}; write data.eval: a fraction or a file")
     if isinstance(evaluation, EvaluationSection):
         _check_metrics(draft, evaluation, objective)
         for name in ("best", "patience"):
