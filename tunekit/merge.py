@@ -49,4 +49,6 @@ def merge_verb(
             f"mean loss over every one of these tokens, trained on or not, in {result.computed_in}: "
             f"{difference.running_loss:.5f} with the adapter, {difference.merged_loss:.5f} merged"
         )
+    if result.note:
+        console.warn(result.note)
     console.info(f"written to {result.folder}")

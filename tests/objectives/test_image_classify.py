@@ -202,7 +202,9 @@ def test_colours_are_learnt_answered_and_merged(
     }
 
 
-def test_another_size_is_kept_by_the_adapter_and_the_merged_model(tmp_path: Path, vit: Path, pictures: Path) -> None:
+def test_another_size_is_kept_by_the_adapter_and_the_merged_model(
+    tmp_path: Path, vit: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     side = 2 * SIDE  # than the vision transformer has positions for
     settings = {"resolution": side, "random_resized_crop": False}
     recipe = write(tmp_path, vit, pictures, objective=settings, training={"max_steps": 1, "eval_steps": 1})
@@ -212,6 +214,9 @@ def test_another_size_is_kept_by_the_adapter_and_the_merged_model(tmp_path: Path
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     saved = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert saved["size"] == {"height": side, "width": side}
+    warned = " ".join("".join(capsys.readouterr()).split())
+    assert f"trained on {side} pixels, and the base has positions for {SIDE}" in warned
+    assert "interpolate_pos_encoding=True" in warned
 
 
 def test_preview_tells_the_size_of_the_file(

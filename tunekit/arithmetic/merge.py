@@ -66,7 +66,8 @@ def _merge_model(
     output = output.expanduser().absolute()
     merge_output.check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
-    changes = merge_output.collect_changes(attach_without_weights(adapter, target.model, rewriter))
+    attached = attach_without_weights(adapter, target.model, rewriter)
+    changes = merge_output.collect_changes(attached)
     merge_output.check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
@@ -74,7 +75,9 @@ def _merge_model(
         copy_other_files(target.model, source.folder, processor, target.chat_template, staging, answering)
         difference = measure_difference(target, staging, rewriter, changes)
         written = rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
-        result = MergeResult(output, chosen, reason, str(written)[6:], str(rewriter.compute_dtype)[6:], difference)
+        note = make_family(family_of(target)).use_note(attached.net, staging)
+        names = str(written)[6:], str(rewriter.compute_dtype)[6:]
+        result = MergeResult(output, chosen, reason, names[0], names[1], difference, note)
         merge_output.write_report(staging, result)
     return result
 

@@ -46,6 +46,7 @@ class MergeResult:
     dtype: str  # of the written weights
     computed_in: str
     difference: LogitDifference
+    note: str = ""  # how the model must be called, where other programs would not do it by themselves
 
 
 def check_output(output: Path, sources: list[Path]) -> None:

@@ -107,6 +107,10 @@ class Family:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
         return call_accepted(net, inputs).logits
 
+    def use_note(self, net: nn.Module, folder: Path) -> str:
+        """How the model in this folder must be called, where other programs would not do it by themselves."""
+        return ""
+
     def looks_back(self, net: nn.Module) -> bool:
         """Whether each position sees only those before it, so that rows may lie end to end."""
         return scores_tokens(net) if self.labelled else not self.reads_source

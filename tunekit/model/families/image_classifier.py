@@ -18,7 +18,7 @@ from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.family import Family
-from tunekit.model.families.structure import call_accepted, seeded
+from tunekit.model.families.structure import accepted_names, call_accepted, seeded
 from tunekit.model.pretrained import text_config
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet, refuse_code
@@ -230,6 +230,16 @@ class ImageClassifierFamily(Family):
         """(B, C). Pictures of another size than the model's have positions between its own."""
         pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
         return call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
+
+    def use_note(self, net: nn.Module, folder: Path) -> str:
+        """Positions of another number of pixels are computed only where the caller asks for that."""
+        size, side = getattr(text_config(net), "image_size", None), PixelProcessor(folder).resolution
+        if "interpolate_pos_encoding" not in accepted_names(net) or size in (None, side, [side, side]):
+            return ""
+        return (
+            f"trained on {side} pixels, and the base has positions for {size}: "
+            "call model(pixel_values, interpolate_pos_encoding=True), which transformers' pipeline() does not"
+        )
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
         size = getattr(text_config(net), "image_size", SIDE)
