@@ -136,7 +136,7 @@ def test_wrapped_head_takes_part() -> None:
 def test_net_without_layers_is_refused() -> None:
     net: Any = make_net("llama")
     net.config.num_hidden_layers = 7
-    with pytest.raises(ModelError, match="7 decoder layers"):
+    with pytest.raises(ModelError, match="no list of its 7 layers"):
         FAMILY.layers(net)
 
 

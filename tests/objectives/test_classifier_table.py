@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 STEPS, ROWS, LABELS = 10, 6, ["no", "perhaps", "yes"]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ALBERT = {"embedding_size": 16, "classifier_dropout_prob": 0.0}
 ROBERTA = {
     "type_vocab_size": 1,
     "max_position_embeddings": 514,
@@ -82,6 +83,13 @@ ENCODERS = {
     "electra_generator": Encoder("electra", "ElectraForMaskedLM", SIZES | DROPOUT | {"embedding_size": 16}),
     "roberta": Encoder("roberta", "RobertaForMaskedLM", SIZES | DROPOUT | ROBERTA),
     "xlm_roberta": Encoder("xlm-roberta", "XLMRobertaForMaskedLM", SIZES | DROPOUT | ROBERTA),
+    "albert": Encoder("albert", "AlbertForPreTraining", SIZES | DROPOUT | ALBERT),
+    "albert_without_pooler": Encoder(
+        "albert",
+        "AlbertForMaskedLM",
+        SIZES | DROPOUT | ALBERT,
+        ("pooler",),
+    ),
     "mpnet": Encoder("mpnet", "MPNetForMaskedLM", SIZES | DROPOUT),
     "modernbert": Encoder(
         "modernbert",

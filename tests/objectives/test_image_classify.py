@@ -16,10 +16,6 @@ from safetensors.torch import load_file
 from torchvision.transforms import v2
 from transformers import (
     AutoModelForImageClassification,
-    BitConfig,
-    ConvNextConfig,
-    EfficientNetConfig,
-    PreTrainedConfig,
     ViTImageProcessor,
 )
 
@@ -241,20 +237,3 @@ def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path,
     listed = write(tmp_path, vit, pictures, objective={"labels": ["red", "green"]})
     with pytest.raises(InputError, match="the label 'blue' is not among the labels"):
         make_plan(load_recipe(str(listed), []))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
-        BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4),
-        EfficientNetConfig(image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=64),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_nets_of_convolutions_are_refused_by_name(tmp_path: Path, pictures: Path, config: PreTrainedConfig) -> None:
-    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "net")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "net")
-    recipe = write(tmp_path, tmp_path / "net", pictures)
-    with pytest.raises(InputError, match=r"ForImageClassification is no vision transformer .*choose a ViT"):
-        make_plan(load_recipe(str(recipe), []))

@@ -61,7 +61,12 @@ def find_targets(
         search.report("trainable_token_indices", what, how)
     search.report_large_ranks()
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
-        search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
+        head = [*search.copies, *([head_name] if head_name else [])]
+        others = [name for name in search._adaptable_names() if not is_within(name, head)]
+        how = (
+            "name other layers" if others else "its layers are no linear ones, such as convolutions: write method: full"
+        )
+        search.report("target_modules", "no layer of the base is left to adapt", how)
     if not search.problems:
         for conflict in search.method.conflicts(settings, targets, file is not None):
             search.report(conflict.key, conflict.what, conflict.how)

@@ -17,6 +17,7 @@ from tunekit.adapters.base import AdapterPart, Slot, Slots, Wrapper
 from tunekit.adapters.module_names import base_modules, named_copies, plain_entries
 from tunekit.contracts import Modules
 from tunekit.model.call import current_call
+from tunekit.model.pretrained import input_embedding
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.recipe.bases.section import AdapterSettings
 
@@ -147,7 +148,7 @@ def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows
 
 def embedding_name(net: nn.Module, modules: Modules) -> str:
     """Name of the module that token ids are looked up in."""
-    wanted = getattr(net, "get_input_embeddings", lambda: None)()
+    wanted = input_embedding(net)
     while isinstance(wanted, Wrapper):
         wanted = wanted.base_layer
     return next((name for name, module in modules.items() if module is wanted), "")

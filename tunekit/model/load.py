@@ -16,6 +16,7 @@ from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
+from tunekit.model.families.structure import keeps_statistics
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
@@ -300,21 +301,31 @@ def _finish(
         facts=_facts(net, spec),
         text=_text_facts(net, spec.family),
         generation_config=getattr(net, "generation_config", None),
-        notes=[*notes, *_new_notes(new_modules)],
+        notes=[*notes, *_new_notes(net, spec, new_modules), *_statistics_notes(net)],
         new_modules=new_modules,
     )
 
 
-def _new_notes(names: Sequence[str]) -> list[str]:
-    """Say which modules are random at first."""
+def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
+    """Say which modules are random at first, but for a head for other labels, which the labels' own note names."""
+    replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
+    names = [name for name in new_modules if name != replaced]
     if not names:
         return []
     what = f"the base's files do not contain {', '.join(names)}"
     return [f"{what}: initialised at random, trained whole, and saved with the adapter or the model"]
 
 
+def _statistics_notes(net: nn.Module) -> list[str]:
+    """Say that batch normalisation is not in train mode, as it would be in a plain loop."""
+    if not keeps_statistics(net):
+        return []
+    return ["batch normalisation uses the base's running statistics, which training does not change"]
+
+
 def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:
-    config, section, family = text_config(net), spec.section, spec.family
+    section, family = spec.section, spec.family
+    config = config_of(net) if family.ids is None else text_config(net)
     return ModelFacts(
         name_or_path=section.name_or_path,
         revision=spec.source.commit,

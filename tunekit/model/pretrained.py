@@ -30,6 +30,14 @@ def as_pretrained(net: nn.Module) -> PreTrainedModel:
     return net
 
 
+def input_embedding(net: nn.Module) -> nn.Module | None:
+    """The module that looks inputs up or projects them; None where the net's class names none, as convolutions do."""
+    try:
+        return as_pretrained(net).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def config_of(net: nn.Module) -> PreTrainedConfig:
     """The net's configuration."""
     return as_pretrained(net).config

@@ -23,7 +23,28 @@ def uncalled_layers(modules: Modules) -> set[str]:
     """Names of those among a net's modules."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}
-    return {name for name, parent, own in split if parent in kinds and own in _multiplied(kinds[parent])}
+    multiplied = {name for name, parent, own in split if parent in kinds and own in _multiplied(kinds[parent])}
+    return multiplied | _unread_poolers(modules)
+
+
+def _unread_poolers(modules: Modules) -> set[str]:
+    """Names in a pooler of the base whose result the whole net does not read, as SigLIP's classifier takes the mean of
+    the positions."""
+    kinds: dict[str, type] = {name: type(module) for name, module in modules.items() if not name}
+    if not kinds or _reads_pooled(kinds[""]):
+        return set()
+    poolers = [name for name in modules if name.count(".") == 1 and name.endswith((".head", ".pooler"))]
+    return {name for name in modules if name.startswith(tuple(f"{pooler}." for pooler in poolers))}
+
+
+@cache
+def _reads_pooled(kind: type) -> bool:
+    """Whether the net's forward may read more of its base's output than the hidden states."""
+    try:
+        source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (AttributeError, OSError, TypeError):
+        return True
+    return ".last_hidden_state" not in source or "pooler_output" in source or "[1]" in source
 
 
 @cache

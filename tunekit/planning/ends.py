@@ -13,6 +13,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.data.rows import RowSet
 from tunekit.errors import ModelError
 from tunekit.model.load import LoadedModel
+from tunekit.model.pretrained import input_embedding
 from tunekit.model.storage.reading import MappedFiles
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import find_source
@@ -57,15 +58,10 @@ def end_notes(
 def _cure(net: nn.Module, head: str, end: int) -> str:
     """Both matrices where the head has one of its own: PEFT's plain list is of the embedding."""
     modules = base_modules(net)
-    embedding = next((name for name, module in modules.items() if module is _embedding(net)), "")
+    embedding = next((name for name, module in modules.items() if module is input_embedding(net)), "")
     if not embedding or embedding in tied_with(modules, head):
         return f"adapter.trainable_token_indices: [{end}]"
     return f"adapter.trainable_token_indices: {{{embedding}: [{end}], {head}: [{end}]}}"
-
-
-def _embedding(net: nn.Module) -> nn.Module | None:
-    found: nn.Module | None = getattr(net, "get_input_embeddings", lambda: None)()
-    return found
 
 
 def _ids(rows: RowSet) -> set[int]:

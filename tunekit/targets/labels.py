@@ -65,10 +65,19 @@ def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
 
 
 def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
-    """The family as which another tool's adapter has its base loaded: that of PEFT's task, or the base's own."""
+    """The family as which another tool's adapter has its base loaded: that of PEFT's task, or of the class that PEFT
+    names where it has no task for it and the base's files name another (a vision model without a head); or the
+    base's own."""
     tasks = {family.task_type: family for family in known_families() if family.task_type}
-    own = tasks.get(config.task_type or "")
+    own = tasks.get(config.task_type or "") or _family_of_class(config.fields.get("auto_mapping"))
     return own or make_family(family_of_base(base)).with_head(_modules_to_save(config))
+
+
+def _family_of_class(mapping: object) -> Family | None:
+    """The family with a head of labels whose classes have this name's ending; the name is compared, never imported."""
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    labelled = [family for family in known_families() if family.labelled and family.endings]
+    return next((family for family in labelled if str(name).endswith(family.endings)), None)
 
 
 def _modules_to_save(config: AdapterConfig) -> set[str]:

@@ -40,6 +40,7 @@ class Family:
     labelled = False  # whether its head gives one score a label, and is trained with every adapter
     reads_ids = True  # whether a question is token ids; else recordings or images
     ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
+    part_of: tuple[str, ...] = ()  # keys of the configurations of larger models of which it loads one part
     unread: tuple[str, ...] = ()  # beginnings of names in the base's files for which the net has no place
     head_parts: tuple[str, ...] = ()  # modules of a head that has several; the last one scores the labels
     reads_source = False  # whether an encoder reads the prompt, and the answer is a sequence of its own

@@ -19,14 +19,14 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.family import Family
 from tunekit.model.families.structure import accepted_names, call_accepted, seeded
-from tunekit.model.pretrained import text_config
+from tunekit.model.pretrained import config_of
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet, refuse_code
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, PreTrainedConfig
 
 CONFIG = "preprocessor_config.json"
 SIZES = ("size", "crop_size", "resize_short")  # its keys that say how large pictures are
@@ -204,6 +204,7 @@ class ImageClassifierFamily(Family):
     labelled = True
     reads_ids = False
     ids = None
+    part_of = ("vision_config",)  # of CLIP and SigLIP
 
     def processor(self, section: ModelSection) -> Processor:
         """How its pictures are scaled."""
@@ -213,18 +214,29 @@ class ImageClassifierFamily(Family):
         return True
 
     def layers(self, net: nn.Module) -> NamedModules:
-        """The layers in order, with their module names. Raises: ModelError for a net of convolutions."""
-        try:
-            return super().layers(net)
-        except (AttributeError, ModelError):
-            raise _no_transformer(net) from None
+        """The layers in order, with their module names: all that are in lists, since nets of convolutions have one list
+        of blocks or stages, or several. Raises: ModelError for a net without."""
+        lists = [(name, each) for name, each in net.named_modules() if isinstance(each, nn.ModuleList)]
+        found: dict[str, nn.Module] = {}
+        for name, each in lists:
+            if not any(name.startswith(f"{other}.") for other in found):
+                items = [(f"{name}.{own}", item) for own, item in each.named_children()]
+                found |= {own: item for own, item in items if not isinstance(item, nn.ModuleList)}
+        if not found:
+            what = f"{type(net).__name__} has no list of layers"
+            raise ModelError(what, "choose a ViT, DINOv2, Swin, ConvNeXt or the like", key="model.name_or_path")
+        return list(found.items())
 
     def hidden_size(self, net: nn.Module) -> int:
-        """Width of the hidden states. Raises: ModelError for a net of convolutions."""
-        try:
-            return super().hidden_size(net)
-        except AttributeError:
-            raise _no_transformer(net) from None
+        """Width of the hidden states: of a net of convolutions, what its head reads."""
+        declared = getattr(_vision_config(net), "hidden_size", None)
+        widths = [
+            module.in_features
+            for name in self.trained_with(net)
+            for module in net.get_submodule(name).modules()
+            if isinstance(module, nn.Linear)
+        ]
+        return int(declared or widths[-1])
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, C). Pictures of another size than the model's have positions between its own."""
@@ -233,7 +245,7 @@ class ImageClassifierFamily(Family):
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
         """Positions of another number of pixels are computed only where the caller asks for that."""
-        size, side = getattr(text_config(net), "image_size", None), PixelProcessor(folder).resolution
+        size, side = getattr(_vision_config(net), "image_size", None), PixelProcessor(folder).resolution
         if "interpolate_pos_encoding" not in accepted_names(net) or size in (None, side, [side, side]):
             return ""
         return (
@@ -242,14 +254,15 @@ class ImageClassifierFamily(Family):
         )
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        size = getattr(text_config(net), "image_size", SIDE)
+        size = getattr(_vision_config(net), "image_size", SIDE)
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded())}
 
 
-def _no_transformer(net: nn.Module) -> ModelError:
-    what = f"{type(net).__name__} is no vision transformer with a list of its layers"
-    return ModelError(what, "choose a ViT, DeiT, Swin, DINOv2 or the like", key="model.name_or_path")
+def _vision_config(net: nn.Module) -> PreTrainedConfig:
+    """The configuration of the vision model, which may be a part of a larger one's."""
+    config = config_of(net)
+    return getattr(config, "vision_config", config)
 
 
 FAMILY = ImageClassifierFamily()

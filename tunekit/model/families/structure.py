@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import known_documents
@@ -72,11 +73,22 @@ def call_accepted(module: nn.Module, inputs: Mapping[str, Tensor | bool | None])
         return module(**taken, **switches)
 
 
+def keeps_statistics(net: nn.Module) -> list[nn.Module]:
+    """The modules of batch normalisation that have running statistics."""
+    return [module for module in net.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
+
+
 @contextmanager
 def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside the block; every module's own mode is put back after it."""
+    """Train or eval mode inside the block; every module's own mode is put back after it.
+
+    Batch normalisation keeps the base's running statistics: with those of a batch, rows would depend on the
+    micro-batch that they share, and no adapter's folder would hold what training made of the statistics.
+    """
     before = {module: module.training for module in net.modules()}
     net.train(training)
+    for module in keeps_statistics(net):
+        module.eval()
     try:
         yield
     finally:
@@ -111,16 +123,18 @@ def name_of(net: nn.Module, module: nn.Module | None) -> str | None:
 
 
 def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that holds as many layers as the configuration says, nearest to the root."""
-    count, prefix = int(text_config(net).num_hidden_layers), base_name(net)
+    """The ModuleList that holds as many layers as the configuration says, nearest to the root. ALBERT's layers share
+    their weights in groups, which are what its list holds."""
+    config, prefix = text_config(net), base_name(net)
+    count = int(getattr(config, "num_hidden_groups", None) or config.num_hidden_layers)
     lists = [
         (name, module)
         for name, module in net.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count and name.startswith(prefix + ".")
     ]
     if not lists:
-        what = f"{type(net).__name__} has no list of {count} decoder layers"
-        raise ModelError(what, "choose a decoder-only language model")
+        what = f"{type(net).__name__} has no list of its {count} layers"
+        raise ModelError(what, "choose a base whose layers are in one list, such as Llama, BERT or ViT")
     return min(lists, key=lambda pair: pair[0].count("."))
 
 

@@ -111,7 +111,9 @@ def _obstacle(
     config: JsonObject, architecture: str, family: Family | None, asked: Family | None, headed: bool
 ) -> str | None:
     """Why a base cannot be loaded; None where it can."""
-    if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
+    loaded_as = asked if asked is not None and headed else family
+    parts = () if loaded_as is None else loaded_as.part_of
+    if any(key in config for key in {"vision_config", "audio_config", "vq_config", "speech_config"}.difference(parts)):
         return "is a vision-language or audio-language model"
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
