@@ -325,7 +325,8 @@ class Objective:
 
     `section(model, seed)`: the recipe's model section as the base must be loaded (heads, trained parts).
     `learn(rows)`: the objective with the labels and notes that only all rows together decide; None: it learns nothing.
-    `complete`: whether it knows all labels.  `facts`: plain values that its adapter's folder keeps.
+    `complete`: whether it knows all labels.  `counts_rows`: key of a setting for which it counts all training rows.
+    `facts`: plain values that its adapter's folder keeps.
     """
 
     name: str
@@ -337,6 +338,7 @@ class Objective:
     section: Callable[[Any, int], Any] = _unchanged
     learning: Callable[[Sequence[Rows]], Objective] | None = None
     complete: bool = True
+    counts_rows: str | None = None
     facts: Facts = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     measures_training: bool = False  # whether evaluation rows are usually training rows

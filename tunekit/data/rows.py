@@ -160,6 +160,9 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
     if not objective.complete:
         what = f"{STREAMED}, and its first rows need not have every label"
         raise RecipeError(what, "list them all", key="objective.labels")
+    if objective.counts_rows is not None:
+        what = f"{STREAMED}, so that its rows cannot be counted before"
+        raise RecipeError(what, "write the weights themselves", key=objective.counts_rows)
     sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
     streams, samples = zip(*sampled, strict=True)
     rows = ChosenRows([_whole(sample) for sample in samples])

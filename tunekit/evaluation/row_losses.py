@@ -29,11 +29,11 @@ class RowLosses:
     @cached_property
     def names(self) -> dict[str, list[Any]]:
         """Of each row: where it is written, a hash of all that the loss reads of it, and how many units it has."""
-        rows = [self.rows[number] for number in range(len(self.rows))]
+        rows, loss = [self.rows[number] for number in range(len(self.rows))], self.objective.loss.evaluation_copy()
         return {
             "rows": [row.origin for row in rows],
             "digests": [_digest(row) for row in rows],
-            "units": [float(self.objective.loss.units(self.objective.rows.collate([[row]]))[0]) for row in rows],
+            "units": [float(loss.units(self.objective.rows.collate([[row]]))[0]) for row in rows],
         }
 
     def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Cross entropy on labels: loss = sum over labels of -log p(label | row), divided by the step's number of labels."""
+"""Cross entropy on labels: loss = sum over labels of -w(label) log p(label | row), divided by the sum of w(label).
+
+w is 1 unless labels have weights."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,17 +48,34 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class LabelLoss(LossKind):
     """`scores`: gives (N, C) float32 scores of the batch's labels and their (N,) numbers, on the device.
-    `problem_type`: transformers' name of this loss, which a merged model's configuration has."""
+    `problem_type`: transformers' name of this loss, which a merged model's configuration has.
+    `weights`: of each label, none: 1 each; `smoothing`: share of a target that is spread over all labels. Both are of
+    torch's cross_entropy, and of training alone: what evaluation measures can be compared between runs."""
 
     scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
     problem_type: str | None = "single_label_classification"
+    weights: tuple[float, ...] = ()
+    smoothing: float = 0.0
+
+    def evaluation_copy(self) -> Self:
+        """Plain cross entropy."""
+        return replace(self, weights=(), smoothing=0.0)
+
+    def units(self, batch: Batch) -> Tensor:
+        """The sum of the labels' weights."""
+        if not self.weights:
+            return super().units(batch)
+        weights = torch.tensor(self.weights, dtype=torch.float64)  # (C,)
+        return weights[batch.targets["labels"].cpu()].sum()[None]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """total (1,)."""
         scores, labels = self.scores(output, batch)
-        return Loss(torch.nn.functional.cross_entropy(scores, labels, reduction="sum")[None])
+        weights = torch.tensor(self.weights, device=scores.device) if self.weights else None  # (C,)
+        entropy, smoothing = torch.nn.functional.cross_entropy, self.smoothing
+        return Loss(entropy(scores, labels, weights, reduction="sum", label_smoothing=smoothing)[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, and those of label_sums."""

@@ -22,10 +22,10 @@ from tunekit.contracts import (
     Rows,
     default_labels,
 )
-from tunekit.errors import DataError, InputError
+from tunekit.errors import DataError, InputError, RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.losses.labels import LabelLoss
-from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is one
@@ -59,12 +59,21 @@ def label_objective(
 ) -> Objective:
     """The objective of rows with labels. `facts`: those besides the labels."""
     answering = Answering("label", processor=processor)
-    objective = Objective(settings.method, settings.family, rows, loss, answering, facts={"labels": [], **facts})
-    return _with_labels(objective, loss, rows.labels.names, rows.fingerprint)
+    counted = "objective.class_weights" if settings.class_weights == BALANCED else None
+    objective = Objective(
+        settings.method, settings.family, rows, loss, answering, facts={"labels": [], **facts}, counts_rows=counted
+    )
+    loss = replace(loss, smoothing=settings.label_smoothing)
+    return _with_labels(objective, loss, rows.labels.names, rows.fingerprint, settings.class_weights)
 
 
 def _with_labels(
-    objective: Objective, loss: LabelLoss, names: tuple[str, ...], unlabelled: str, notes: Sequence[str] = ()
+    objective: Objective,
+    loss: LabelLoss,
+    names: tuple[str, ...],
+    unlabelled: str,
+    weights: ClassWeights = None,
+    notes: Sequence[str] = (),
 ) -> Objective:
     """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong."""
     labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
@@ -80,7 +89,7 @@ def _with_labels(
         notes=tuple(notes),
         learning=None,
     )
-    return replace(labelled, learning=partial(_learn, labelled, loss, unlabelled))
+    return replace(labelled, learning=partial(_learn, labelled, loss, unlabelled, weights))
 
 
 def headed_section(
@@ -92,7 +101,9 @@ def headed_section(
     return HeadedModel.of(model, family=family, problem_type=problem_type, **head)
 
 
-def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequence[Rows]) -> Objective:
+def _learn(
+    objective: Objective, loss: LabelLoss, unlabelled: str, weights: ClassWeights, rows: Sequence[Rows]
+) -> Objective:
     """With the labels of the rows if none were listed, in the order of the base's own head if it has the same.
 
     Raises: DataError for fewer than two, for one number in two spellings, or for a label that no training row has and
@@ -131,7 +142,26 @@ def _learn(objective: Objective, loss: LabelLoss, unlabelled: str, rows: Sequenc
             f"the base's own head ({Labels.text(head)}) is not used, and a new one trained for {Labels.text(names)}; "
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
-    return _with_labels(objective, loss, names, unlabelled, notes)
+    if weights is not None:
+        words = Counter(known.named(label) for row in train for label in kind.labels_of(row))
+        loss = replace(loss, weights=_weights_of(weights, known, [words[name] for name in names]))
+        shown = [f"{name} {weight:.4g}" for name, weight in zip(names, loss.weights, strict=True)]
+        notes.append(f"weights of the labels in the training loss: {Labels.text(shown)}")
+    return _with_labels(objective, loss, names, unlabelled, weights, notes)
+
+
+def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) -> tuple[float, ...]:
+    """A weight for each label, from how often each is to be learned: as scikit-learn's `balanced`, rows / (labels that
+    occur * rows of this one). Raises: RecipeError for a weight of something that is no label."""
+    if isinstance(written, Mapping):
+        other = next((label for label in written if label not in labels.places), None)
+        if other is not None:
+            what = f"'{other}' is not among the labels ({Labels.text(labels.names)})"
+            raise RecipeError(what, "name labels of the data", key="objective.class_weights")
+        by_name = {labels.named(label): weight for label, weight in written.items()}
+        return tuple(by_name.get(name, 1.0) for name in labels.names)
+    occurring = sum(map(bool, counts))
+    return tuple(sum(counts) / (occurring * count) if count else 1.0 for count in counts)
 
 
 def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) -> None:
