@@ -189,6 +189,11 @@ def test_one_request_too_many_is_told_to_come_back(monkeypatch: pytest.MonkeyPat
     desk.close()
 
 
+def listen_to_ctrl_c() -> None:
+    """In the child: a process in the background of a script inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ten_thousand_half_open_connections_under_1024_files(tiny_llama: Path, tmp_path: Path) -> None:
     """The command itself: it answers all the time, ends by a signal, and its log is a few lines."""
@@ -203,7 +208,7 @@ def test_ten_thousand_half_open_connections_under_1024_files(tiny_llama: Path, t
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 20_000), hard))
     statuses: list[int] = []
     with (tmp_path / "log").open("wb") as log, ExitStack() as held, ThreadPoolExecutor(8) as strangers:
-        server = subprocess.Popen(["bash", "-c", command], stdout=log, stderr=log)
+        server = subprocess.Popen(["bash", "-c", command], stdout=log, stderr=log, preexec_fn=listen_to_ctrl_c)
         try:
             while not statuses:
                 assert server.poll() is None

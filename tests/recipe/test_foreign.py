@@ -344,6 +344,25 @@ def test_what_axolotl_would_do_otherwise_is_refused(folder: Path) -> None:
         load(folder, AXOLOTL, rows, "evals_per_epoch: often")
 
 
+@pytest.mark.parametrize(
+    "line", ["roles: x", "roles: {user: 5}", "message_property_mappings: [role]", "message_property_mappings: 7"]
+)
+def test_keys_of_messages_that_are_no_mappings_are_refused_in_words(folder: Path, line: str) -> None:
+    rows = f"datasets:\n  - path: data/alpaca.jsonl\n    type: chat_template\n    {line}"
+    with pytest.raises(RecipeError, match=f"{line.partition(':')[0]} must be a mapping|the role 5 for user"):
+        load(folder, AXOLOTL, rows)
+
+
+@pytest.mark.parametrize("entry", [{"tags": "x"}, {"columns": 5}])
+def test_a_description_that_is_no_mapping_is_refused_in_words(folder: Path, entry: dict[str, object]) -> None:
+    described = {"file_name": "alpaca.jsonl", "formatting": "sharegpt", **entry}
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": described}), encoding="utf-8")
+    text = "model_name_or_path: base\nfinetuning_type: lora\ndataset: mine\noutput_dir: out"
+    (folder / "theirs.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="must be a mapping"):
+        load_recipe(folder / "theirs.yaml")
+
+
 def test_trl(folder: Path) -> None:
     """trl/examples/cli_configs/example_config.yaml, with the arguments of SFTConfig and ModelConfig beside."""
     recipe = load(folder, TRL).recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import Problem
-from tunekit.recipe.foreign.values import DATA_ENDINGS, NotExact
+from tunekit.recipe.foreign.values import DATA_ENDINGS, NotExact, mapping_of
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import did_you_mean, show
 
@@ -84,14 +84,14 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
     if not isinstance(entry, dict):
         raise NotExact(f"{path} has no data set {show(name)}", did_you_mean(name, list(known), "add it there"))
     lost = [key for key, value in entry.items() if value and key not in (*_ENTRY_KEYS, *_ELSEWHERE)]
-    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    columns, tags = mapping_of(entry, "columns"), mapping_of(entry, "tags")
     lost += [f"columns.{key}" for key in columns if key not in (*ALPACA, *SHAREGPT, *JUDGED)]
     if lost:
         why = "only text is read" if lost[0].split(".")[-1] in MEDIA else "it has no translation"
         raise NotExact(f"{name}: {lost[0]} would be lost: {why}", "write the source under data.train")
     if not (entry.get("hf_hub_url") or entry.get("file_name")):
         raise NotExact(f"{name} is neither a file nor on the Hugging Face hub", "download it, and name the file")
-    where = entry.get("hf_hub_url") or str(path.parent / entry["file_name"])
+    where = entry.get("hf_hub_url") or str(path.parent / str(entry["file_name"]))
     source: dict[str, Any] = {"path": where}
     source |= {ours: entry[key] for key, ours in (("split", "split"), ("num_samples", "max_rows")) if entry.get(key)}
     if raw_text:

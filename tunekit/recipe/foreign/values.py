@@ -190,13 +190,22 @@ def _dataset(item: dict[str, Any]) -> dict[str, Any]:
 
 def _read_messages(item: dict[str, Any], source: dict[str, Any]) -> None:
     """Axolotl's keys and roles of messages: those of our two formats. Raises: NotExact for others."""
-    mapped = item.get("message_property_mappings") or {}
+    mapped = mapping_of(item, "message_property_mappings")
     keys = tuple(item.get(f"message_field_{name}") or mapped.get(name, name) for name in ("role", "content"))
     if keys not in _SPEAKERS.values() or set(mapped) - {"role", "content"}:
         raise NotExact(f"messages with {' and '.join(map(str, keys))} are read by no format", "rename their keys")
     if source.get("format") == "chat" and keys == _SPEAKERS["sharegpt"]:
         source["format"] = "sharegpt"
-    for role, names in (item.get("roles") or {}).items():
-        others = [name for name in names or () if name not in _ROLES.get(role, ())]
+    for role, names in mapping_of(item, "roles").items():
+        listed = names if isinstance(names, list) else [] if names is None else [names]
+        others = [name for name in listed if name not in _ROLES.get(role, ())]
         if others:
             raise NotExact(f"the role {show(others[0])} for {role} has no translation", "rename it in the rows")
+
+
+def mapping_of(item: dict[str, Any], key: str) -> dict[Any, Any]:
+    """The mapping under this key, empty where there is none. Raises: NotExact for anything else."""
+    value = item.get(key) or {}
+    if not isinstance(value, dict):
+        raise NotExact(f"{key} must be a mapping, not {show(value)}", "mend it")
+    return value
