@@ -18,7 +18,7 @@ from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.cli import main
 from tunekit.data.encoding.notes import format_note
-from tunekit.data.looking.look import EXCESS, KINDS
+from tunekit.data.looking.look import EXCESS, KINDS, Found
 from tunekit.data.looking.similar import SimilarityIndex, signed
 from tunekit.data.rows import load_rows
 from tunekit.data_check import data_check_verb
@@ -361,3 +361,10 @@ def test_training_images_that_dreambooth_measures_are_no_leak(
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert data_check_verb(load_recipe(tmp_path / "recipe.yaml"), None, None) == 0
     assert "nothing was found" in capsys.readouterr().out
+
+
+def test_a_row_with_two_secrets_is_one_row() -> None:
+    found = Found("rows.jsonl")
+    for line in (3, 3, 5):
+        found.add("secret", line)
+    assert found.lines == {"secret": [3, 5]}

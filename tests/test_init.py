@@ -229,7 +229,7 @@ def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no method 'lorra'"):
         init(good, out, "org/model", method="lorra")
     with pytest.raises(InputError, match="no share of the rows"):
-        init(good, out, "org/model", evaluation=2.0)
+        init(good, out, "org/model", evaluation=0.6)
     with pytest.raises(RecipeError):
         init(good, out, "org/model", quantization="nf5")
     assert not out.exists()

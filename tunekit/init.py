@@ -157,7 +157,7 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < 1:
+    if not 0 <= value <= 0.5:
         raise InputError(f"'{text}' is no share of the rows", "give a number from 0 to 0.5, such as 0.05")
     return value
 

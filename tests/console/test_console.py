@@ -272,7 +272,15 @@ def test_a_count_is_told_now_and_then() -> None:
     for done in range(0, 1001, 100):
         clock.now += 3.0
         counting("rows measured", done, 1000)
-    assert output.getvalue().splitlines() == [f"rows measured: {done} of 1,000" for done in (300, 700)]
+    assert output.getvalue().splitlines() == [f"rows measured: {done:,} of 1,000" for done in (300, 700, 1_000)]
+
+
+def test_a_short_count_says_nothing() -> None:
+    clock, (console, output, _) = Clock(), both(False)
+    counting = Counting(console, clock)
+    for done in (1, 2):
+        counting("rows measured", done, 2)
+    assert output.getvalue() == ""
 
 
 def test_no_word_is_broken_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -15,9 +16,10 @@ import torch
 
 from tunekit.companions.rewards import TRAINING_SECONDS, RewardFunctions, make
 from tunekit.contracts import CompanionSpec, Row
-from tunekit.errors import RewardError
+from tunekit.errors import RecipeError, RewardError
 from tunekit.objectives.losses.advantages import teaches_nothing
 from tunekit.objectives.rows.prompts import Completion, Sample, completions_of
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 SAID = [
@@ -250,3 +252,20 @@ def test_a_limit_is_for_code_alone(tmp_path: Path) -> None:
     assert loaded({"regex": "a"}).limit(0) == TRAINING_SECONDS
     with pytest.raises(ValueError, match="limit_seconds is not for a reward model"):
         rewards_of({"model": str(tmp_path), "limit_seconds": 3})
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("myreward.py", r"must be a list, not 'myreward.py'; write reward: \[\{function: FILE.py:NAME, allow_code"),
+        (["myreward.py"], r"reward.0: must be a mapping, not 'myreward.py'; write reward: \[\{function: FILE.py:NAME"),
+        ([{"path": "myreward.py"}], r"reward.0.path: unknown key; the keys here are: function"),
+    ],
+)
+def test_a_reward_in_another_form_is_shown_the_right_one(tmp_path: Path, reward: object, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    values = {"model": "base", "data": {"train": "rows.jsonl"}, "output": {"dir": "out"}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**values, "objective": {"method": "grpo", "reward": reward}}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(recipe)

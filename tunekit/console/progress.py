@@ -125,12 +125,12 @@ class Counting:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
         self._wait = LIVE_SECONDS if console.is_terminal else PLAIN_SECONDS
-        self._told = clock()
+        self._told, self._drawn = clock(), False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """So many are done, such as ("rows measured", 120, 427)."""
-        now = self._clock()
-        if now - self._told < self._wait:
+        """So many are done, such as ("rows measured", 120, 427). Where a part was reported, so is the whole."""
+        now, ends = self._clock(), self._drawn and done == total
+        if now - self._told < self._wait and not ends:
             return
-        self._told = now
+        self._told, self._drawn = now, done < total
         self._console.draw(f"{what}: {done:,} of {total:,}")

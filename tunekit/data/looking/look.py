@@ -89,7 +89,9 @@ class Found:
 
     def add(self, kind: str, line: int, what: str = "") -> None:
         """One row with a finding."""
-        self.lines.setdefault(kind, []).append(line)
+        lines = self.lines.setdefault(kind, [])
+        if line not in lines[-1:]:  # two patterns may find the same in one row
+            lines.append(line)
         self.first.setdefault(kind, what)
 
 

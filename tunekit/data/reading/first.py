@@ -125,4 +125,6 @@ def _mapped(values: Fields, fitting: Sequence[str]) -> str:
         typed = " ".join(f"data.eval.0.columns.{column}={field}" for column, field in meant.items())
         columns = ", ".join(f"{column}: {field}" for column, field in meant.items())
         return f"write {{path: FILE, columns: {{{columns}}}}} for it; beside --data: {typed}"
-    return "write {path: FILE, format: NAME} for it, or columns: {COLUMN: FIELD} in place of the format"
+    names = [name for name, value in values.items() if isinstance(value, str)]
+    columns = f"{names[0]}: prompt, {names[1]}: completion" if len(names) > 1 else "COLUMN: FIELD"
+    return f"write {{path: FILE, format: NAME}} for it, or name the columns' fields, such as columns: {{{columns}}}"

@@ -59,7 +59,7 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     name = str(key[-1])
     here = list(fields_at(key[:-1], draft))
     target = alias_target(name)
-    elsewhere = _leaf_elsewhere(name)
+    elsewhere = _leaf_elsewhere(name, of_item=any(isinstance(part, int) for part in key))
     section, dot, rest = name.partition(".")
     meant = meaning(name, draft.get(key))
     if dot and section in Recipe.model_fields:
@@ -77,13 +77,13 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     return draft.problem(key, "unknown key", how)
 
 
-def _leaf_elsewhere(name: str) -> KeyPath | None:
-    """Where a key of exactly this name exists in another section."""
+def _leaf_elsewhere(name: str, of_item: bool) -> KeyPath | None:
+    """Where a key of exactly this name exists in another section; `of_item`: it is an item's of some list."""
     for section in Recipe.model_fields:
         owner = section_class(section, None)
         if owner and name in owner.model_fields:
             return (section, name)
-    return ("data", "train", 0, name) if name in Source.model_fields else None
+    return ("data", "train", 0, name) if name in Source.model_fields and not of_item else None
 
 
 def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
@@ -107,6 +107,11 @@ def _problem(finding: ErrorDetails, section: KeyPath, draft: Draft) -> Problem:
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))
+    if len(key) == 2 or (
+        len(key) == 3 and isinstance(key[2], int)
+    ):  # a key whose form is seldom guessed has an example
+        owner = section_class(str(key[0]), draft.values.get(str(key[0])))
+        how = getattr(owner, "required", {}).get(key[1], how)
     return draft.problem(key, f"{what}, not {show(value)}", how)
 
 
