@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.data_case import write_lines
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.recipe.reading.dump import yaml_lines
 from tunekit.recipe.recipe import Recipe
 
 FACTORY = """
@@ -361,6 +363,11 @@ def test_a_description_that_is_no_mapping_is_refused_in_words(folder: Path, entr
     (folder / "theirs.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match="must be a mapping"):
         load_recipe(folder / "theirs.yaml")
+
+
+def test_a_list_of_mappings_and_texts_is_written_as_it_is() -> None:
+    values = {"modules": [{"q_proj": [1]}, "v_proj", {}], "rest": ["a", {"b": "c"}]}
+    assert yaml.safe_load("\n".join(yaml_lines(values))) == values
 
 
 def test_trl(folder: Path) -> None:

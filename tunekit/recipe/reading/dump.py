@@ -81,10 +81,11 @@ def yaml_lines(values: JsonObject, indent: str = "") -> list[str]:
         start = f"{indent}{yaml_scalar(name)}:"
         if isinstance(value, dict) and value:
             lines += [start, *yaml_lines(value, f"{indent}  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             lines.append(start)
-            for item in value:
-                first, *rest = yaml_lines(item, f"{indent}    ")
+            for item in value:  # a wrong value that a draft quotes may have items of two kinds
+                mapping = isinstance(item, dict) and item
+                first, *rest = yaml_lines(item, f"{indent}    ") if mapping else [yaml_scalar(item)]
                 lines += [f"{indent}  - {first.strip()}", *rest]
         elif isinstance(value, list):
             lines.append(f"{start} [{', '.join(yaml_scalar(item) for item in value)}]")
