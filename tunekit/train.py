@@ -89,7 +89,7 @@ def _train(session: Session, resume: bool) -> None:
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = _plan(session, run_files.previous_choice(session) if resume else None)
-        run_files.announce_run(session, plan)
+        run_files.announce_run(session, plan, prepared)
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)

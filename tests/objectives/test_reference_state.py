@@ -156,3 +156,14 @@ def test_eval_compares_with_it_or_refuses(base: Path, supervised: Path, tmp_path
     shutil.copytree(run / "adapter", tmp_path / "copied")
     with pytest.raises(InputError, match="compares this adapter with its state at step 0"):
         measured(tmp_path / "copied", f"data.eval=[{tmp_path / 'train.jsonl'}]")
+
+
+def test_room_on_the_disk_is_asked_for_the_copy_too(
+    base: Path, supervised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("tunekit.artifacts.run.RunFolder.require_free_bytes", lambda self, count: asked.append(count))
+    for name, adapter in (("fresh", {"r": continued(supervised)["r"]}), ("continued", continued(supervised))):
+        train(write_recipe(tmp_path / name, base, adapter=adapter, training={"keep_checkpoints": 2, "epochs": 1}))
+    fresh, with_copy = asked[0], asked[-1]
+    assert with_copy * (3 * 3 + 1) == fresh * (4 * 3 + 1), "a copy in each of three checkpoints"

@@ -13,7 +13,7 @@ from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.kernels.joined_lora import JoinedProducts, LayerGroup
 from tunekit.adapters.module_names import is_within, named_copies
-from tunekit.contracts import Modules, Tokenizer
+from tunekit.contracts import Modules, Objective, Tokenizer
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
@@ -37,13 +37,14 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
     return () if getattr(settings, "trains_base", False) else names
 
 
-def starts_as_base(settings: AdapterSettings, *, exported: bool = False) -> bool:
-    """Whether the model at step 0 is the base with the adapter bypassed; `exported`: with its exported folder bypassed,
-    where the base has the weights that an initialisation took from it."""
+def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
+    """Whether the loss compares with a policy at step 0 that is not the base with the adapter bypassed; `exported`:
+    with its exported folder bypassed, where the base has the weights that an initialisation took from it."""
     method, start = load_method(settings.method), settings.initialisation
     part = method.layer or method.model or LayerAdapter
     changed = start is not None and (start.looks_at == "original" or (start.moves_weights and not exported))
-    return part.starts_as_identity and settings.init_from is None and not changed
+    starts_as_base = part.starts_as_identity and settings.init_from is None and not changed
+    return objective.loss.reference and not starts_as_base
 
 
 def always(settings: AdapterSettings) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.method import starts_as_base
+from tunekit.adapters.method import needs_reference_state
 from tunekit.contracts import Batch, Companion, Loss, LossKind, ModelOutput, Objective, Sums, Window
 from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.machine.devices import deterministic_kernels, kind_of
@@ -148,7 +148,7 @@ class SimulatedRun:
         part = trained_part(tuned.adapter)
         with tracker.counting_as(part):  # where state() detaches a tensor, that alone brings it to notice
             tracker.adopt(tuned.adapter.state().values(), part)
-            if self.objective.loss.reference and not starts_as_base(self.adapter):
+            if needs_reference_state(self.objective, self.adapter):
                 tuned.keep_reference()
         resident = slots is None and tuned.head_parts is None
         on_host = None if resident or self.device.type == "cpu" else host_embedding(tuned.base)

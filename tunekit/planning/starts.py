@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tunekit.adapters.method import starts_as_base
+from tunekit.adapters.method import needs_reference_state
 from tunekit.adapters.starts.start import LINEAR, start_module
 from tunekit.contracts import Objective
 from tunekit.errors import Problem
@@ -38,7 +38,7 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 
 def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
     """The pass over the data that will be made, and what the reference model is."""
-    if objective.loss.reference and not starts_as_base(settings):
+    if needs_reference_state(objective, settings):
         yield "the reference model is the base with the adapter as it is at step 0; a frozen copy of that is kept"
     start = settings.calibration
     if start is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
-from tunekit.adapters.method import starts_as_base
+from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.contracts import Answering, Objective, Processor, Tensors
 from tunekit.data.encoding.sources import read_template
@@ -76,8 +76,8 @@ def export_model(
 
 
 def _objective_facts(objective: Objective, adapter: AttachedAdapter) -> dict[str, Any]:
-    other = objective.loss.reference and not starts_as_base(adapter.settings, exported=True)
-    return {"method": objective.name, **objective.facts, **(STEP_0 if other else {})}
+    step_0 = STEP_0 if needs_reference_state(objective, adapter.settings, exported=True) else {}
+    return {"method": objective.name, **objective.facts, **step_0}
 
 
 def facts_for_export(adapter: AttachedAdapter, objective: Objective) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.method import starts_as_base
+from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
@@ -178,10 +178,10 @@ def _note_changes(session: Session, state: LoopState) -> None:
 def _settle_reference(prepared: Prepared, model: TunedModel) -> None:
     """The policy at step 0, where the loss compares with it: check that it is the base alone, or keep its state."""
     objective = prepared.rows.objective
-    if objective.loss.reference and starts_as_base(prepared.adapter):
-        probe_reference(model, objective, prepared.largest_batch)
-    elif objective.loss.reference:
+    if needs_reference_state(objective, prepared.adapter):
         model.keep_reference()
+    elif objective.loss.reference:
+        probe_reference(model, objective, prepared.largest_batch)
 
 
 def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
 from tunekit.artifacts.fingerprint import (
     flat_values,
@@ -26,7 +27,7 @@ from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepReco
 from tunekit.targets.export import facts_for_export
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
-from tunekit.training.state import Run
+from tunekit.training.state import Prepared, Run
 
 OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
 
@@ -175,7 +176,7 @@ def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
     return None if environment is None else environment.get("fingerprint")
 
 
-def announce_run(session: Session, plan: Plan) -> None:
+def announce_run(session: Session, plan: Plan, prepared: Prepared) -> None:
     """Say in the folder that the run is under way.
 
     Raises: ResourceError where the disk is too small for the checkpoints (while saving, one more than are kept) and
@@ -183,7 +184,8 @@ def announce_run(session: Session, plan: Plan) -> None:
     """
     if session.folder is not None:
         session.folder.status(None, "running")
-        copies = OPTIMIZER_COPIES * (session.loaded.recipe.training.keep_checkpoints + 1) + 1
+        of_checkpoint = OPTIMIZER_COPIES + needs_reference_state(prepared.rows.objective, prepared.adapter)
+        copies = of_checkpoint * (session.loaded.recipe.training.keep_checkpoints + 1) + 1
         session.folder.require_free_bytes(plan.trainable_parameters * torch.float32.itemsize * copies)
 
 
