@@ -263,7 +263,7 @@ def test_unpaired(row: dict[str, Any], expected: tuple[Any, Any]) -> None:
         ({"prompt": "q", "completion": "a"}, "no field 'label'"),
         ({"prompt": "q", "label": True}, "no field 'completion'"),
         ({"messages": [ASKED], "label": True}, "no field 'completion'"),
-        ({"prompt": "q", **ANSWERED, "kto_tag": False}, "'label' and 'kto_tag' are one thing"),
+        ({"prompt": "q", **ANSWERED, "kto_tag": False}, "'label' and 'kto_tag' have the same meaning"),
     ],
 )
 def test_unpaired_says_what_is_wrong(row: dict[str, Any], said: str) -> None:

@@ -30,7 +30,7 @@ from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunF
 from tunekit.evaluate import evaluate_verb
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.formats.example import Message
-from tunekit.formats.preference import AskedExample
+from tunekit.formats.preference import PromptedExample
 from tunekit.formats.prompt import make_example
 from tunekit.generate import answer, score_file
 from tunekit.machine.devices import Devices
@@ -518,7 +518,7 @@ def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None
         assert step["reward"] == pytest.approx(both, rel=1e-6)
     assert measured(run)["reward"] == pytest.approx([r["eval"] for r in records(run) if "eval" in r][-1]["reward"])
     (sample,) = steps[0]["samples"][:1]
-    asked = AskedExample((Message("user", sample["prompt"].split("\n")[1].removesuffix("<|im_end|>")),))
+    asked = PromptedExample((Message("user", sample["prompt"].split("\n")[1].removesuffix("<|im_end|>")),))
     rows = tmp_path / "rows.jsonl"
     said = {"role": "assistant", "content": sample["completion"]}
     rows.write_text(

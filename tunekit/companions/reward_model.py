@@ -13,7 +13,7 @@ from tunekit.errors import RecipeError
 from tunekit.evaluation.scores import undisturbed
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.formats.example import Message
-from tunekit.formats.preference import AskedExample
+from tunekit.formats.preference import PromptedExample
 from tunekit.model.load import base_fingerprint, make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.generation import check_prompts
@@ -81,7 +81,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
 def _ids(completion: Completion, renderer: Renderer, eos_id: int | None) -> list[int]:
     """Ids of the prompt with the completion; of an empty completion the prompt and the end."""
     prompt = completion.prompt
-    example = AskedExample(prompt if isinstance(prompt, str) else tuple(map(_message, prompt)))
+    example = PromptedExample(prompt if isinstance(prompt, str) else tuple(map(_message, prompt)))
     if completion.text.strip():
         return renderer.sequence(example.answered(completion.text))[0]
     rendered = renderer.prompt(example.answered("an answer"))

@@ -1,7 +1,7 @@
 """`format: alpaca`: `{"instruction": ..., "input": ..., "output": ...}`, with optional `system` and `history`.
 
-Comes in: one row.  Goes out: ChatExample: instruction and input, joined by a newline, are the user's turn.  Where the
-tokenizer has no chat template, Stanford Alpaca's own prompt is used instead.
+Instruction and input, joined by a newline, are the user's turn. If the tokenizer has no chat template, the prompt is
+that of Stanford Alpaca.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _WITHOUT_INPUT = f"{_HEADER}. {_TASK}"
 
 
 def make_example(row: Fields) -> Example:
-    """The exchange of a row."""
+    """The conversation of a row: system, history, question and answer."""
     instruction, output = read_text(row, "instruction"), read_text(row, "output")
     extra_input, system = read_optional_text(row, "input"), read_optional_text(row, "system")
     messages = [Message("system", system)] if system else []

@@ -1,7 +1,6 @@
-"""`format: audio_label`: a recording and its label, `{"audio": "ring.wav", "label": ...}`; of a folder of folders,
-theirs.
+"""`format: audio_label`: a recording and its label, `{"audio": "ring.wav", "label": ...}`.
 
-Comes in: one row.  Goes out: AudioLabelExample, whose recording is not read yet.
+In a folder of folders, the label is the folder's name. The recording is read later.
 """
 
 from dataclasses import dataclass

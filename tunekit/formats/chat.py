@@ -1,7 +1,7 @@
 """`format: chat`: OpenAI messages, `{"messages": [{"role": ..., "content": ...}], "tools": [...]}`.
 
-Comes in: one row.  Goes out: ChatExample.  Content may be text or text parts; null only beside tool_calls.  `weight` of
-an assistant message multiplies the loss of its tokens; 0, or `train: false`, keeps it as context.
+Content is text or text parts, and may be null only in a message with tool_calls. `weight` of an assistant message
+multiplies the loss of its tokens. 0, or `train: false`, keeps the message as context.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from tunekit.formats.example import ROLES, ChatExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
 from tunekit.records import JsonObject
 
-DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
+DESCRIPTION = "messages: a list of {role, content}, as in OpenAI's API; tools: optional tool definitions"
 FIELDS = ("messages", "tools", "sample_weight")
 REQUIRED = ("messages",)
 EXAMPLE = "text"
 
-WEIGHTS = ("weight", "train")  # of a message: how much it counts, or whether
+WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or whether it is trained on
 
 
 def make_example(row: Fields) -> Example:
@@ -66,7 +66,7 @@ def _read_content(value: Fields, label: str, calls_tools: bool) -> str:
         if calls_tools:
             return ""
         state = "null" if "content" in value else "missing"
-        raise DataError(f"'{label}.content' is {state}", "write text; null is only allowed beside tool_calls")
+        raise DataError(f"'{label}.content' is {state}", "write text; null is allowed only with tool_calls")
     if isinstance(content, list):
         return "".join(_read_part(part, f"{label}.content[{index}]") for index, part in enumerate(content))
     return check_text(content, f"{label}.content")
@@ -80,25 +80,25 @@ def _read_part(part: object, label: str) -> str:
 
 
 def _read_weight(value: Fields, label: str, role: str) -> float:
-    """Raises: DataError also where another's turn is to be trained on, or by a weight: it never is, whatever it has."""
-    found = [name for name in WEIGHTS if value.get(name) is not None]
-    if len(found) > 1:
+    """The weight of a message. Raises: DataError also if a message of another role than the assistant has one."""
+    fields = [name for name in WEIGHTS if value.get(name) is not None]
+    if len(fields) > 1:
         raise DataError(f"'{label}' has both weight and train", "keep one")
     weight = 1.0
-    if found == ["train"]:
+    if fields == ["train"]:
         if not isinstance(value["train"], bool):
             raise DataError(f"'{label}.train' must be true or false, not {value['train']!r}", "")
         weight = float(value["train"])
-    elif found:
+    elif fields:
         weight = read_weight(value["weight"], f"{label}.weight")
     if role != "assistant" and (weight not in (0.0, 1.0) or value.get("train")):
-        what = f"'{label}' has {found[0]}: {str(value[found[0]]).lower()}, but its role is {role!r}"
-        raise DataError(what, "only the assistant's messages are trained on; take it out")
+        what = f"'{label}' has {fields[0]}: {str(value[fields[0]]).lower()}, but its role is {role!r}"
+        raise DataError(what, "remove it; only the assistant's messages are trained on")
     return weight
 
 
 def read_tool_calls(value: object, label: str) -> list[JsonObject]:
-    """Calls with their arguments as an object: templates print them with `tojson`."""
+    """Tool calls with their arguments as an object, because templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):
         raise DataError(f"'{label}' must be a list, not {type(calls).__name__}", "")
@@ -113,8 +113,8 @@ def _read_tool_call(call: object, label: str) -> JsonObject:
         raise DataError(f"'{label}' must be {{'function': {{'name': ..., 'arguments': {{...}}}}}}", "")
     arguments = function.get("arguments")
     parsed = {} if arguments is None or arguments == "" else read_json(arguments, f"{label}.function.arguments")
-    kept = {key: part for key, part in call.items() if part is not None}
-    return {**kept, "function": {"name": function["name"], "arguments": parsed}}
+    present = {key: part for key, part in call.items() if part is not None}
+    return {**present, "function": {"name": function["name"], "arguments": parsed}}
 
 
 def read_tools(value: object) -> tuple[JsonObject, ...] | None:

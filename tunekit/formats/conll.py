@@ -1,7 +1,4 @@
-"""`format: conll`: words and tags under the names that data sets of the hub give them, `tokens` and `ner_tags`.
-
-Comes in: one row.  Goes out: TagsExample.
-"""
+"""`format: conll`: words and tags in the columns of data sets on the hub, `tokens` and `ner_tags`."""
 
 from tunekit.formats.fields import Fields
 from tunekit.formats.tags import TagsExample, read_tags

@@ -1,7 +1,6 @@
-"""Examples: what a row means, whatever format it was written in.
+"""Examples: the content of a row, independent of its format.
 
-Comes in: formats/*.py turn rows into these.  Goes out: plain frozen values. An example's own `weight` multiplies the
-loss of all its tokens (`sample_weight` in a row).
+`weight` of an example multiplies the loss of all its tokens (`sample_weight` in a row).
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `extra` holds tool_calls and whatever else it has. `weight`: of the loss of its tokens; 0 keeps the
-    turn as context."""
+    """One turn of a conversation. `extra`: tool_calls and all other fields. `weight` multiplies the loss of its tokens;
+    0 keeps the turn as context."""
 
     role: str
     content: str
@@ -23,17 +22,17 @@ class Message:
 
     @property
     def empty(self) -> bool:
-        """Nothing was said and no tool called."""
+        """Whether the turn has no text and no tool call."""
         return not self.content.strip() and not self.extra.get("tool_calls")
 
     def as_dict(self) -> JsonObject:
-        """As a chat template reads it."""
+        """The form that chat templates read."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)
 class CompletionExample:
-    """A prompt and its completion, joined as they are."""
+    """A prompt and its completion, joined without changes."""
 
     prompt: str
     completion: str
@@ -42,7 +41,7 @@ class CompletionExample:
 
 @dataclass(frozen=True)
 class TextExample:
-    """Running text, trained on whole."""
+    """Running text; all of it is trained on."""
 
     text: str
     weight: float = 1.0
@@ -50,7 +49,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation. `without_template` is what to train on where the tokenizer has no chat template, if anything."""
+    """A conversation. `without_template`: the example to use if the tokenizer has no chat template, or None."""
 
     messages: tuple[Message, ...]
     tools: tuple[JsonObject, ...] | None = None

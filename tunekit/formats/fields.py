@@ -1,4 +1,4 @@
-"""Reading one field of a row, strictly: a missing, null, non-text or broken value is an error, never the text None."""
+"""Strict reading of one field of a row: a missing, null or non-text value is an error, never the text "None"."""
 
 import difflib
 import json
@@ -7,17 +7,17 @@ from typing import Any
 
 from tunekit.errors import DataError
 
-Fields = Mapping[str, Any]  # of a row, by name, as its file has them
-LEAST_WEIGHT, MOST_WEIGHT = 1e-15, 1e15
+Fields = Mapping[str, Any]  # the fields of a row by name
+MINIMUM_WEIGHT, MAXIMUM_WEIGHT = 1e-15, 1e15
 
 
 def read_text(row: Fields, name: str, *, where: str = "") -> str:
-    """The text under `name`."""
+    """The text of the field `name`."""
     return check_text(read_value(row, name, where=where), f"{where}{name}")
 
 
 def read_value(row: Fields, name: str, *, where: str = "") -> object:
-    """Whatever stands under `name`, which must be there."""
+    """The value of the field `name`. Raises: DataError if there is none."""
     if name not in row:
         what = f"no field '{where}{name}'; this row has {listed(row)}"
         raise DataError(what, "add it, or map a column to it under data.train[].columns")
@@ -25,13 +25,13 @@ def read_value(row: Fields, name: str, *, where: str = "") -> object:
 
 
 def named_nearly(value: object, known: Iterable[str]) -> str:
-    """A question after the known name that is nearest to a wrong one; nothing where none is near."""
+    """ "did you mean 'NAME'? " with the known name closest to a wrong one, or "" if none is close."""
     near = difflib.get_close_matches(str(value), list(known), n=1)
     return f"did you mean '{near[0]}'? " if near else ""
 
 
 def read_optional_text(row: Fields, name: str) -> str:
-    """The text under `name`; absent or null is the empty text."""
+    """The text of the field `name`; the empty text if it is missing or null."""
     return "" if row.get(name) is None else check_text(row[name], name)
 
 
@@ -59,16 +59,16 @@ def check_encodable(value: str, label: str) -> None:
 
 
 def read_weight(value: object, label: str) -> float:
-    """A factor of a loss: 0, or a number whose product with another one float32 has."""
+    """A weight in the loss: 0, or a number within limits that keep products of two weights finite in float32."""
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
-    if not (number == 0 or LEAST_WEIGHT <= number <= MOST_WEIGHT):
-        allowed = f"0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+    if not (number == 0 or MINIMUM_WEIGHT <= number <= MAXIMUM_WEIGHT):
+        allowed = f"0, or from {MINIMUM_WEIGHT:g} to {MAXIMUM_WEIGHT:g}"
         raise DataError(f"'{label}' must be a number, 0 or more, not {str(value)[:40]!r}", f"write {allowed}")
     return float(number)
 
 
 def read_json(value: object, label: str) -> object:
-    """`value`, parsed where it is JSON written as text."""
+    """`value`, parsed if it is a text with JSON."""
     if not isinstance(value, str):
         check_encodable(json.dumps(value, ensure_ascii=False, default=str), label)
         return value
@@ -80,5 +80,5 @@ def read_json(value: object, label: str) -> object:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names for a message."""
+    """Quoted names, separated by commas, for a message."""
     return ", ".join(f"'{name}'" for name in names) or "no fields"

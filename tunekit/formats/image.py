@@ -1,6 +1,6 @@
-"""`format: image`: a picture, and what it shows where the rows say so, `{"image": "dog.jpg", "text": ...}`.
+"""`format: image`: an image and an optional caption, `{"image": "dog.jpg", "text": ...}`.
 
-Comes in: one row.  Goes out: ImageExample.  The picture is a path, seen from the table's folder, or a file's bytes.
+The image is a path, relative to the table's folder, or the bytes of a file.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tunekit.formats.fields import Fields, check_text
 from tunekit.formats.media import Media, read_media
 
-DESCRIPTION = "image: an image's file; text: what it shows, where the recipe does not say it for all"
+DESCRIPTION = "image: an image file; text: its caption, if the recipe has none for all images"
 FIELDS = ("image", "text")
 REQUIRED = ("image",)
 EXAMPLE = "image"
@@ -17,13 +17,13 @@ MEDIA = ("image",)
 
 @dataclass(frozen=True)
 class ImageExample:
-    """A picture, and what it shows; None: what the recipe says of all."""
+    """An image and its caption; None: the recipe's caption for all images."""
 
     image: Media
     text: str | None
 
 
 def make_example(row: Fields) -> ImageExample:
-    """The picture and its text."""
+    """The image and its caption."""
     text = row.get("text")
     return ImageExample(read_media(row, "image"), None if text is None else check_text(text, "text"))

@@ -1,6 +1,6 @@
-"""`format: image_label`: a picture and its label, `{"image": "cat.jpg", "label": ...}`; of a folder of folders, theirs.
+"""`format: image_label`: an image and its label, `{"image": "cat.jpg", "label": ...}`.
 
-Comes in: one row.  Goes out: ImageLabelExample.
+In a folder of folders, the label is the folder's name.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tunekit.formats.labels import ALIASES as LABEL_ALIASES
 from tunekit.formats.labels import read_label
 from tunekit.formats.media import Media, read_media
 
-DESCRIPTION = "image: an image's file; label: the name of its class, or a whole number"
+DESCRIPTION = "image: an image file; label: the name of its class, or a whole number"
 FIELDS = ("image", "label")
 REQUIRED = ("image", "label")
 ALIASES = LABEL_ALIASES
@@ -20,12 +20,12 @@ MEDIA = ("image",)
 
 @dataclass(frozen=True)
 class ImageLabelExample:
-    """A picture and the name of its class."""
+    """An image and the name of its class."""
 
     image: Media
     label: str
 
 
 def make_example(row: Fields) -> ImageLabelExample:
-    """The picture and its label."""
+    """The image and its label."""
     return ImageLabelExample(read_media(row, "image"), read_label(row))

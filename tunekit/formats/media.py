@@ -1,7 +1,6 @@
-"""Files that a row names, or holds: recordings and images.
+"""Recordings and images of rows: a path, or {"bytes": ..., "path": ...}, the form of undecoded columns in `datasets`.
 
-Comes in: one value of a row, a path or {"bytes": ..., "path": ...} as datasets keeps what is not decoded.  Goes out:
-Media, which is not read yet.
+The files are read later.
 """
 
 import os
@@ -13,31 +12,31 @@ from tunekit.errors import DataError
 from tunekit.formats.fields import Fields, check_text, read_value
 
 AUDIO_ALIASES = dict.fromkeys(("file_name", "path", "file", "audio_filepath"), "audio")
-AUDIO_FIELDS = ("audio", *AUDIO_ALIASES)  # under which a row names a recording
+AUDIO_FIELDS = ("audio", *AUDIO_ALIASES)  # columns that may contain a recording
 
 
 @dataclass(frozen=True)
 class Media:
-    """A file by its path, or its bytes, with the name under which they were kept."""
+    """A file: its path, or its bytes with the original path."""
 
     path: str
     data: bytes | None = None
 
     @property
     def name(self) -> str:
-        """For messages and previews."""
+        """The file name, for messages and previews."""
         return os.path.basename(self.path) or "without a name"
 
 
 def read_media(row: Fields, field: str) -> Media:
-    """What stands under `field`."""
+    """The file in the column `field`."""
     value = read_value(row, field)
     if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
         what = f"'{field}' is decoded already"
         raise DataError(what, "keep the column undecoded: a path, or {bytes, path}")
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (None, value)
     if data is not None and not isinstance(data, bytes):
-        raise DataError(f"'{field}' has bytes that are {type(data).__name__}", "keep the file's own bytes")
+        raise DataError(f"'{field}' has bytes that are {type(data).__name__}", "store the file's bytes")
     if data is not None:
         return Media(str(path or ""), data)
     text = check_text(path, field)
@@ -47,17 +46,17 @@ def read_media(row: Fields, field: str) -> Media:
 
 
 def renamed(row: Fields, aliases: Mapping[str, str]) -> Fields:
-    """The row with the fields that stand under another name, where it does not have them itself."""
+    """The row with aliased columns under their standard names. A column with the standard name has priority."""
     return {**row, **{aliases[name]: value for name, value in row.items() if aliases.get(name, name) not in row}}
 
 
 def located(row: Fields, fields: Sequence[str], folder: Path) -> Fields:
-    """The row with the paths under these fields as they are seen from `folder`."""
-    found = dict(row)
+    """The row with the paths in these columns resolved relative to `folder`."""
+    resolved = dict(row)
     for field in fields:
         value = row.get(field)
         if isinstance(value, str) and value.strip():
-            found[field] = str(folder / os.path.expanduser(value))
+            resolved[field] = str(folder / os.path.expanduser(value))
         elif isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
-            found[field] = {**value, "path": str(folder / value["path"])}
-    return found
+            resolved[field] = {**value, "path": str(folder / value["path"])}
+    return resolved

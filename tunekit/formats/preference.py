@@ -1,8 +1,8 @@
-"""`format: preference`: an answer that was preferred to another, `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+"""`format: preference`: a chosen and a rejected answer, `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 
-Comes in: one row; texts or lists of messages.  Goes out: PreferenceExample.  Without a prompt of its own it is what
-chosen and rejected have in common.  Texts are joined as they are; those of LLaMA-Factory's rows (instruction and input)
-and Axolotl's (question) are turns, as there, and so are {from, value}.
+All are texts or lists of messages. If the row has no prompt, the common beginning of both answers is the prompt. Texts
+are joined without changes. Rows of LLaMA-Factory (instruction and input) and of Axolotl (question) become turns, as in
+those tools, and so do {from, value}.
 """
 
 import math
@@ -17,7 +17,7 @@ from tunekit.formats.fields import Fields, check_text, listed, read_optional_tex
 from tunekit.records import JsonObject
 
 DESCRIPTION = (
-    "chosen, rejected: text or messages; prompt: likewise, or what both begin with; system, tools, margin: optional"
+    "chosen, rejected: text or messages; prompt: the same, or their common beginning; system, tools, margin: optional"
 )
 PROMPTS = ("prompt", "question", "instruction", "conversations")
 FIELDS = (*PROMPTS, "input", "chosen", "rejected", "system", "tools", "margin")
@@ -25,18 +25,18 @@ REQUIRED = ("chosen", "rejected")
 EXAMPLE = "preference"
 
 Turns = tuple[Message, ...]
-Said = str | Turns
+TextOrTurns = str | Turns
 
 
 @dataclass(frozen=True)
-class AskedExample:
-    """What was asked: a text, or turns of a conversation."""
+class PromptedExample:
+    """A prompt: a text, or turns of a conversation."""
 
-    prompt: Said
+    prompt: TextOrTurns
     tools: tuple[JsonObject, ...] | None = field(default=None, kw_only=True)
 
-    def answered(self, answer: Said) -> Example:
-        """The prompt with one of its answers, which alone is trained on."""
+    def answered(self, answer: TextOrTurns) -> Example:
+        """The prompt with one of its answers. Only the answer is trained on."""
         if isinstance(self.prompt, str) and isinstance(answer, str):
             return CompletionExample(self.prompt, answer)
         asked = tuple(replace(message, weight=0.0) for message in _as_turns(self.prompt, "user"))
@@ -44,16 +44,16 @@ class AskedExample:
 
 
 @dataclass(frozen=True)
-class PreferenceExample(AskedExample):
-    """The answer that was preferred, and the other one, written as the prompt is. `margin`: by how much it was."""
+class PreferenceExample(PromptedExample):
+    """Two answers of the same type as the prompt. `margin`: how much better the chosen one is."""
 
-    chosen: Said
-    rejected: Said
+    chosen: TextOrTurns
+    rejected: TextOrTurns
     margin: float = field(default=0.0, kw_only=True)
 
 
 def make_example(row: Fields) -> PreferenceExample:
-    """The pair of a row. A side that says nothing is empty."""
+    """The pair of a row. A missing answer is the empty text."""
     chosen, rejected = (read_side(row, name) for name in REQUIRED)
     prompt, chosen, rejected = (
         _split(chosen, rejected) if (asked := read_prompt(row)) is None else (asked, chosen, rejected)
@@ -63,13 +63,13 @@ def make_example(row: Fields) -> PreferenceExample:
 
 
 def is_pair(row: Fields) -> bool:
-    """Whether a row has two answers, one of which says something."""
+    """Whether a row has both answers, at least one of them not null."""
     return all(name in row for name in REQUIRED) and any(row[name] is not None for name in REQUIRED)
 
 
-def conversation(row: Fields, prompt: Said, *answers: Said) -> tuple[Said, ...]:
-    """The prompt after the row's system text, then its answers: all of them texts, or all of them turns."""
-    if not all(isinstance(said, str) for said in (prompt, *answers)):
+def conversation(row: Fields, prompt: TextOrTurns, *answers: TextOrTurns) -> tuple[TextOrTurns, ...]:
+    """The prompt after the row's system text, and the answers: all of them texts, or all of them turns."""
+    if not all(isinstance(side, str) for side in (prompt, *answers)):
         prompt, answers = _as_turns(prompt, "user"), tuple(_as_turns(answer, "assistant") for answer in answers)
     return _after(read_optional_text(row, "system"), prompt), *answers
 
@@ -82,28 +82,28 @@ def _read_margin(row: Fields) -> float:
     return float(value)
 
 
-def read_prompt(row: Fields) -> Said | None:
-    """What was asked, under whatever name; None where the row has no prompt of its own."""
-    given = [name for name in PROMPTS if row.get(name) is not None]
-    if len(given) > 1:
-        raise DataError(f"'{given[0]}' and '{given[1]}' are both prompts", "keep one")
-    if not given:
+def read_prompt(row: Fields) -> TextOrTurns | None:
+    """The prompt from any of its columns, or None if the row has no prompt."""
+    columns = [name for name in PROMPTS if row.get(name) is not None]
+    if len(columns) > 1:
+        raise DataError(f"'{columns[0]}' and '{columns[1]}' are both prompts", "keep one")
+    if not columns:
         return None
-    prompt, more = read_side(row, given[0]), read_optional_text(row, "input")
-    if given[0] not in ("question", "instruction") or not isinstance(prompt, str):
+    prompt, more = read_side(row, columns[0]), read_optional_text(row, "input")
+    if columns[0] not in ("question", "instruction") or not isinstance(prompt, str):
         return prompt
     return (Message("user", f"{prompt}\n{more}" if more else prompt),) if prompt else ()
 
 
-def _after(system: str, prompt: Said) -> Said:
-    """The prompt, after the system's text where it does not begin with one."""
+def _after(system: str, prompt: TextOrTurns) -> TextOrTurns:
+    """The prompt with the system text before it, unless the prompt already starts with a system turn."""
     if isinstance(prompt, str):
         return f"{system}\n\n{prompt}" if system else prompt
     return (Message("system", system), *prompt) if system and prompt[:1] and prompt[0].role != "system" else prompt
 
 
-def read_side(row: Fields, name: str) -> Said:
-    """A text, or messages; nothing said is the empty text."""
+def read_side(row: Fields, name: str) -> TextOrTurns:
+    """A text, or messages. null and [] are the empty text."""
     if name not in row:
         raise DataError(f"no field '{name}'; this row has {listed(row)}", "add it, or map a column to it")
     value = row[name]
@@ -117,21 +117,21 @@ def read_side(row: Fields, name: str) -> Said:
     return read_messages(turns, name)
 
 
-def _split(chosen: Said, rejected: Said) -> tuple[Said, Said, Said]:
-    """What both begin with, and how each goes on. The space before the first difference belongs to the answers, as in
-    TRL; of a conversation that has another's turns and more, the last common one does."""
+def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, TextOrTurns, TextOrTurns]:
+    """The common beginning of both answers, and the rest of each. A space before the first difference belongs to the
+    answers, as in TRL. If one conversation contains all turns of the other, the last common turn is an answer."""
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("'chosen' and 'rejected' must both be text or both be messages", "")
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    least = min(len(chosen), len(rejected))
-    shared = next((place for place, (one, other) in pairs if one != other), least)
+    shorter = min(len(chosen), len(rejected))
+    shared = next((place for place, (one, other) in pairs if one != other), shorter)
     if isinstance(chosen, str):
         shared -= chosen[shared - 1 : shared] == " "
-    elif shared == least:
+    elif shared == shorter:
         shared = max(shared - 1, 0)
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _as_turns(side: Said, role: str) -> Turns:
-    """Turns as they are; a text as one of this role."""
+def _as_turns(side: TextOrTurns, role: str) -> Turns:
+    """Turns without changes, or a text as one turn of this role."""
     return side if isinstance(side, tuple) else (Message(role, side),) if side else ()

@@ -1,8 +1,7 @@
-"""`format: prompt`: what the model is asked, `{"prompt": ..., "answer": ...}`; the model's own answers are rewarded.
+"""`format: prompt`: a prompt for the model to answer, `{"prompt": ..., "answer": ...}`, a text or messages.
 
-Comes in: one row; a text or a list of messages.  Goes out: PromptExample.  The answer is a reference for the reward,
-and need not be there: `answer`, `completion`, `output`, or the last turn of a conversation.  Every other column is kept
-as it is, for reward functions.
+The answer is optional. It is a reference for the reward: `answer`, `completion`, `output`, or the last turn of a
+conversation. Reward functions get all other columns without changes.
 """
 
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import Fields, listed
-from tunekit.formats.preference import AskedExample, conversation, read_prompt, read_side
+from tunekit.formats.preference import PromptedExample, conversation, read_prompt, read_side
 from tunekit.records import JsonObject
 
 ALIASES = {"messages": "conversations"}
@@ -21,46 +20,46 @@ DESCRIPTION = "prompt: text or messages; answer, other columns: optional, for th
 FIELDS = (*preference.PROMPTS, "input", *ALIASES, *ANSWERS, "system", "tools")
 REQUIRED = ()
 EXAMPLE = "prompt"
-KEEPS_COLUMNS = True  # rewards read those that are no field
-ASKING = (*preference.PROMPTS, *ALIASES, "input", "system", "tools")  # columns that are the prompt
+KEEPS_COLUMNS = True  # rewards read the other columns
+PROMPT_COLUMNS = (*preference.PROMPTS, *ALIASES, "input", "system", "tools")
 
 
 @dataclass(frozen=True)
-class PromptExample(AskedExample):
-    """What is asked, the reference answer if there is one, and the row's other columns."""
+class PromptExample(PromptedExample):
+    """A prompt, the reference answer if there is one, and the row's other columns."""
 
     answer: str | None = None
     columns: Fields = field(default_factory=dict)
 
     @property
     def prompt_value(self) -> str | list[JsonObject]:
-        """The prompt as reward functions get it, like TRL's: a text, or messages."""
+        """The prompt in the form that reward functions get, as in TRL: a text, or messages."""
         return self.prompt if isinstance(self.prompt, str) else [message.as_dict() for message in self.prompt]
 
 
 def make_example(row: Fields) -> PromptExample:
-    """The prompt of a row, and what is said beside it."""
+    """The prompt of a row, its reference answer and its other columns."""
     for name, other in ALIASES.items():
         row = {**row, other: row[name]} if row.get(name) is not None and row.get(other) is None else row
     asked = read_prompt(row)
     if asked is None:
         raise DataError(f"no prompt; this row has {listed(row)}", "add one, or map a column to 'prompt'")
-    given = [name for name in ANSWERS if row.get(name) is not None]
-    answer = _read_answer(row, given[0]) if given else None
+    column = next((name for name in ANSWERS if row.get(name) is not None), None)
+    answer = _read_answer(row, column) if column else None
     if answer is None and not isinstance(asked, str) and asked and asked[-1].role == "assistant":
         asked, answer = asked[:-1], asked[-1].content
     (prompt,) = conversation(row, asked)
-    columns = {name: value for name, value in row.items() if name not in ASKING}
+    columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
     return PromptExample(prompt, answer, columns, tools=read_tools(row.get("tools")))
 
 
 def _read_answer(row: Fields, name: str) -> str | None:
-    """A text, turns or a whole number; what is something else is only a column."""
+    """The answer from a text, turns or a whole number. Any other value is only a column: None."""
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     turns = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
     if not turns and not isinstance(value, str):
         return None
-    said = read_side(row, name)
-    return said if isinstance(said, str) else "".join(message.content for message in said)
+    answer = read_side(row, name)
+    return answer if isinstance(answer, str) else "".join(message.content for message in answer)

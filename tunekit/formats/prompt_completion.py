@@ -1,6 +1,6 @@
 """`format: prompt_completion`: `{"prompt": ..., "completion": ...}`, two texts or two lists of messages.
 
-Comes in: one row.  Goes out: CompletionExample, byte for byte; or ChatExample in which only the completion is trained.
+Texts are not changed. Only the completion is trained on.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ EXAMPLE = "text"
 
 
 def make_example(row: Fields) -> Example:
-    """The pair of a row."""
+    """The prompt and completion of a row."""
     kinds = {isinstance(row.get(name), list) for name in ("prompt", "completion")}
     if kinds == {True}:
         prompt = tuple(replace(message, weight=0.0) for message in read_messages(row["prompt"], "prompt"))

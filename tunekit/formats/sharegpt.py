@@ -1,6 +1,6 @@
 """`format: sharegpt`: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`.
 
-Comes in: one row; `system` and `tools` may stand beside.  Goes out: ChatExample.
+The row may also have `system` and `tools`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""`format: tags`: words and the tag of each, `{"words": [...], "tags": [...]}`.
+"""`format: tags`: words and one tag for each, `{"words": [...], "tags": [...]}`.
 
-Comes in: one row.  Goes out: TagsExample.  A tag is text; a whole number is its place in objective.labels.
+A tag is text. A whole number is an index into objective.labels.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from tunekit.errors import DataError
 from tunekit.formats.fields import Fields, check_text, read_value
 
-DESCRIPTION = "words, tags: two lists of one length; a tag is a name, or its place in objective.labels"
+DESCRIPTION = "words, tags: two lists of equal length; a tag is a name, or an index into objective.labels"
 FIELDS = ("words", "tags")
 REQUIRED = ("words", "tags")
 EXAMPLE = "tags"
@@ -18,7 +18,7 @@ EXAMPLE = "tags"
 
 @dataclass(frozen=True)
 class TagsExample:
-    """Words and their tags, of which numbers stand for those that the recipe lists."""
+    """Words and their tags. A number is an index into the labels of the recipe."""
 
     words: tuple[str, ...]
     tags: tuple[str | int, ...]
@@ -30,16 +30,16 @@ def make_example(row: Fields) -> TagsExample:
 
 
 def read_tags(row: Fields, words: str, tags: str) -> TagsExample:
-    """Two lists of one length."""
+    """The example of two lists of equal length."""
     pairs = _read_list(row, words), _read_list(row, tags)
     if len(pairs[0]) != len(pairs[1]):
         what = f"{len(pairs[0])} {words}, but {len(pairs[1])} {tags}"
         raise DataError(what, "write one tag for each word")
-    named = [check_text(word, f"{words}[{at}]") for at, word in enumerate(pairs[0])]
-    blank = next((at for at, word in enumerate(named) if not word.strip()), None)
+    texts = [check_text(word, f"{words}[{at}]") for at, word in enumerate(pairs[0])]
+    blank = next((at for at, word in enumerate(texts) if not word.strip()), None)
     if blank is not None:
         raise DataError(f"'{words}[{blank}]' is empty", "leave the word and its tag out")
-    return TagsExample(tuple(named), tuple(_read_tag(tag, f"{tags}[{at}]") for at, tag in enumerate(pairs[1])))
+    return TagsExample(tuple(texts), tuple(_read_tag(tag, f"{tags}[{at}]") for at, tag in enumerate(pairs[1])))
 
 
 def _read_list(row: Fields, name: str) -> Sequence[Any]:
@@ -54,5 +54,5 @@ def _read_tag(value: object, label: str) -> str | int:
         return value
     tag = check_text(value, label).strip()
     if not tag:
-        raise DataError(f"'{label}' is empty", "write O for a word of no kind")
+        raise DataError(f"'{label}' is empty", "write O for a word without a tag")
     return tag

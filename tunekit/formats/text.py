@@ -1,12 +1,9 @@
-"""`format: text`: `{"text": ...}`, running text trained on whole.
-
-Comes in: one row.  Goes out: TextExample.
-"""
+"""`format: text`: `{"text": ...}`, running text; all of it is trained on."""
 
 from tunekit.formats.example import Example, TextExample
 from tunekit.formats.fields import Fields, read_text
 
-DESCRIPTION = "text: trained on whole, with the end-of-sequence token after it"
+DESCRIPTION = "text: all of it is trained on, with the end-of-sequence token after it"
 FIELDS = ("text", "sample_weight")
 REQUIRED = ("text",)
 EXAMPLE = "text"

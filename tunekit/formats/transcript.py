@@ -1,7 +1,4 @@
-"""`format: transcript`: a recording and what is said in it, `{"audio": ..., "text": ...}`.
-
-Comes in: one row.  Goes out: TranscriptExample, whose recording is not read yet.
-"""
+"""`format: transcript`: a recording and its transcript, `{"audio": ..., "text": ...}`. The recording is read later."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +7,7 @@ from tunekit.errors import DataError
 from tunekit.formats.fields import Fields, read_optional_text, read_text
 from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
-DESCRIPTION = "audio, a file's path or {bytes, path}, and text: what is said; also language, task and segments"
+DESCRIPTION = "audio: a file's path or {bytes, path}; text: the transcript; optional: language, task and segments"
 FIELDS = ("audio", "text", "language", "task", "segments")
 REQUIRED = ("audio", "text")
 ALIASES = {**AUDIO_ALIASES, **dict.fromkeys(("sentence", "transcription", "transcript"), "text")}
@@ -21,7 +18,7 @@ TASKS = ("transcribe", "translate")
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said between two moments of a recording, in seconds."""
+    """The transcript between two times of a recording, in seconds."""
 
     start: float
     end: float
@@ -30,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TranscriptExample:
-    """A recording and its text; `language` and `task` where the row says them; `segments`: the text with its times."""
+    """A recording and its transcript. `language`, `task`: None if the row has none. `segments`: the text with times."""
 
     audio: Media
     text: str
@@ -40,7 +37,7 @@ class TranscriptExample:
 
 
 def make_example(row: Fields) -> TranscriptExample:
-    """The recording and its text."""
+    """The recording and its transcript."""
     row = renamed(row, ALIASES)
     segments = _segments(row.get("segments"))
     audio = read_media(row, "audio")
@@ -52,23 +49,23 @@ def make_example(row: Fields) -> TranscriptExample:
 
 
 def _segments(value: object) -> tuple[Segment, ...]:
-    """In order, none before the one before it."""
+    """Segments in order of time, without overlap."""
     if value is None:
         return ()
     if not isinstance(value, list) or not value:
-        raise DataError("'segments' must be a list of {start, end, text}", "leave it out where there are none")
-    found: list[Segment] = []
+        raise DataError("'segments' must be a list of {start, end, text}", "leave it out if there are none")
+    segments: list[Segment] = []
     for number, each in enumerate(value):
         where = f"segments[{number}]."
         if not isinstance(each, Mapping):
             raise DataError(f"'segments[{number}]' must be {{start, end, text}}", "times are seconds")
         start, end = (_seconds(each.get(name), where + name) for name in ("start", "end"))
-        before = found[-1].end if found else 0.0
+        before = segments[-1].end if segments else 0.0
         if not before <= start < end:
-            what = f"'segments[{number}]' lasts from {start:g} to {end:g} s, and the one before it ends at {before:g} s"
+            what = f"'segments[{number}]' lasts from {start:g} to {end:g} s, but the one before it ends at {before:g} s"
             raise DataError(what, "give them in order, without overlap")
-        found.append(Segment(start, end, read_text(each, "text", where=where)))
-    return tuple(found)
+        segments.append(Segment(start, end, read_text(each, "text", where=where)))
+    return tuple(segments)
 
 
 def _seconds(value: object, label: str) -> float:

@@ -1,8 +1,8 @@
-"""`format: unpaired`: an answer and whether it is a good one, `{"prompt": ..., "completion": ..., "label": true}`.
+"""`format: unpaired`: an answer with its rating, good or bad, `{"prompt": ..., "completion": ..., "label": true}`.
 
-Comes in: one row; texts or lists of messages.  Goes out: UnpairedExample.  LLaMA-Factory's rows (instruction and
-output, or a conversation whose last turn is the answer, and kto_tag) and Axolotl's (question) are turns, as there. A
-preference pair is two such rows.
+Prompt and completion are texts or lists of messages. Rows of LLaMA-Factory (instruction and output, or a conversation
+that ends with the answer, and kto_tag) and of Axolotl (question) become turns, as in those tools. A preference pair
+becomes two such rows.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import Fields, read_value
-from tunekit.formats.preference import AskedExample, Said, conversation, is_pair, read_prompt, read_side
+from tunekit.formats.preference import PromptedExample, TextOrTurns, conversation, is_pair, read_prompt, read_side
 
 ALIASES = {"kto_tag": "label", "output": "completion", "messages": "conversations"}
 DESCRIPTION = "prompt, completion: text or messages; label: true or false; system, tools: optional"
@@ -21,21 +21,21 @@ EXAMPLE = "unpaired"
 
 
 @dataclass(frozen=True)
-class UnpairedExample(AskedExample):
-    """An answer, written as the prompt is, and whether it is a good one."""
+class UnpairedExample(PromptedExample):
+    """An answer, of the same type as the prompt, and whether it is good."""
 
-    completion: Said
+    completion: TextOrTurns
     label: bool
 
 
 def make_example(row: Fields) -> UnpairedExample:
-    """The answer of a row, with its prompt. What says nothing is empty."""
-    if is_pair(row):  # which is read twice, with either label
+    """The answer of a row, with its prompt. A missing text is empty."""
+    if is_pair(row):  # is read twice, once with each label
         pair, label = preference.make_example(row), read_value(row, "label")
         return UnpairedExample(pair.prompt, pair.chosen if label else pair.rejected, bool(label), tools=pair.tools)
     for name, field in ALIASES.items():
         if row.get(name) is not None and row.get(field) is not None:
-            raise DataError(f"'{field}' and '{name}' are one thing", "keep one")
+            raise DataError(f"'{field}' and '{name}' have the same meaning", "keep one")
         row = {**row, field: row[name]} if row.get(name) is not None else row
     label = read_value(row, "label")
     if not isinstance(label, bool):
@@ -44,10 +44,10 @@ def make_example(row: Fields) -> UnpairedExample:
     return UnpairedExample(prompt, answer, label, tools=read_tools(row.get("tools")))
 
 
-def _read_answered(row: Fields) -> tuple[Said, Said]:
-    """The prompt and its answer; of a conversation with nothing beside it, the last turn is that."""
+def _read_answered(row: Fields) -> tuple[TextOrTurns, TextOrTurns]:
+    """The prompt and its answer. If the row has only a conversation, its last turn is the answer."""
     prompt, alone = read_prompt(row) or "", row.get("completion") is None
-    whole = prompt if alone else "" if prompt else read_side(row, "completion")
-    if not isinstance(whole, str) and whole[-1].role == "assistant":
-        return whole[:-1], whole[-1:]
+    turns = prompt if alone else "" if prompt else read_side(row, "completion")
+    if not isinstance(turns, str) and turns[-1].role == "assistant":
+        return turns[:-1], turns[-1:]
     return prompt, read_side(row, "completion")

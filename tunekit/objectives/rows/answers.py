@@ -28,7 +28,7 @@ from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.formats.example import Message
-from tunekit.formats.preference import AskedExample
+from tunekit.formats.preference import PromptedExample
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.rows.text import TextRows, text_answering
 from tunekit.recipe.bases.pair_settings import PairSettings
@@ -75,7 +75,7 @@ class AnswerRows(TextRows):
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
-    def encode(self, example: AskedExample, origin: str) -> Row:
+    def encode(self, example: PromptedExample, origin: str) -> Row:
         """The row. Raises: Dropped or DataError for an unusable one, as the recipe states."""
         answers = [getattr(example, side) for side in self.sides]
         self._check_usable(example.prompt, answers)
@@ -113,7 +113,7 @@ class AnswerRows(TextRows):
         """A row counts once, if it has no empty answer."""
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 
-    def prompt(self, example: AskedExample) -> tuple[list[int], str] | None:
+    def prompt(self, example: PromptedExample) -> tuple[list[int], str] | None:
         """Ids of the prompt, and its first answer's text."""
         return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
 
