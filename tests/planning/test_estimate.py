@@ -18,6 +18,7 @@ import torch
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import objective_of
 from tests.support.loop_case import make_case, make_rows
+from tests.support.pair_case import parts_of
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
@@ -36,10 +37,12 @@ from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.training.engines.window import WindowEngine
 from tunekit.training.optimizers import Optimizer, ParameterGroup
+from tunekit.tuned.model import ModelRun
 from tunekit.tuned.network import prepare_network
 
 CPU = torch.device("cpu")
@@ -417,3 +420,30 @@ def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.Monke
     recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
     train.train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
     assert order == ["make_plan", "resident_bytes", "load_model"]
+
+
+def test_kto_s_mismatched_rows_are_simulated_as_long_as_they_get(wide_llama: Path) -> None:
+    """The longest prompt with the longest answer, each of a different row: longer than every row of the files."""
+    kind = objective_of(KtoSettings()).rows
+    sizes = [(200, 8), (8, 200)] * 3  # of prompt and answer
+    rows = [kind.make_row(answered(*each, number), f"d:{number}", number) for number, each in enumerate(sizes)]
+    objective = objective_of(KtoSettings()).learn([rows])  # type: ignore[list-item]
+    batches = [kind.collate([[rows[at]], [rows[at + 2]]]) for at in (0, 1)]
+    model = ModelSection(name_or_path=str(wide_llama), dtype="float32", attention="eager")
+    choice = Choice(checkpointed_layers=3)
+    run = SimulatedRun(model, LoraSettings(r=8), objective, TrainingSection(), choice, CPU)
+    base = load_model(run.model, device=CPU)
+    tuned = prepare_network(base, choice, partial(attach_adapter, base.net, run.adapter, seed=0, head_name="lm_head"))
+    tracker = StorageTracker(CPU)
+    with tracker:
+        tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
+        tracker.start()
+        objective.prepare(ModelRun(tuned, kind), Window(0, 0.0, (0, 1), tuple(batches)))
+    assert tracker.peak_total < run.evaluation(batches[0]).total < 1.2 * tracker.peak_total
+    assert tracker.peak_total < run.training_step(batches[0]).total < 1.2 * tracker.peak_total
+
+
+def answered(prompt: int, answer: int, number: int) -> dict[str, Any]:
+    """Parts of a row of kto."""
+    trained = np.arange(prompt + answer) >= prompt
+    return parts_of(("completion", trained.astype(np.int32) + 1, trained), label=np.array([number % 3 > 0]))

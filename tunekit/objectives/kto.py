@@ -6,14 +6,14 @@ from functools import partial
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Rows, Tokenizer
 from tunekit.objectives.base import row_fingerprint
-from tunekit.objectives.losses.kto import SIDE, KtoLoss, balance_notes
+from tunekit.objectives.losses.kto import SIDE, KtoLoss, balance_notes, longest_first
 from tunekit.objectives.rows.answers import AnswerRows
 from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.objectives.kto import KtoSettings
 
 
 def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Answers with their label; it learns whether the weights balance them."""
+    """Answers with their label; it learns whether the weights balance them, and how long they are."""
     rows = AnswerRows(
         tokenizer,
         row_fingerprint(settings, tokenizer),
@@ -25,8 +25,9 @@ def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: Enc
         unusable_key="unusable_rows",
     )
     objective = Objective(settings.method, settings.family, rows, KtoLoss(settings), text_answering(tokenizer))
-    return replace(objective, learning=partial(_with_notes, objective, settings))
+    return replace(objective, learning=partial(_learned, objective, settings))
 
 
-def _with_notes(objective: Objective, settings: KtoSettings, rows: Sequence[Rows]) -> Objective:
-    return replace(objective, notes=balance_notes(settings, rows[0]))
+def _learned(objective: Objective, settings: KtoSettings, rows: Sequence[Rows]) -> Objective:
+    loss = KtoLoss(settings, lengths=longest_first(rows))
+    return replace(objective, loss=loss, notes=balance_notes(settings, rows[0]))

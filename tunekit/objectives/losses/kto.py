@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -33,10 +33,12 @@ class KtoLoss(AnswerLoss):
 
     s is the logistic function, r log of policy over reference, w the weight of its side; kl 0 with apo_zero_unpaired.
     `balance`: the facts of all evaluation rows together; None: those of a step are computed for it.
+    `lengths`: of all prompts and of all answers, longest first; a simulated step has mismatched rows of these.
     """
 
     settings: KtoSettings
     balance: tuple[float, ...] | None = None
+    lengths: tuple[Array, Array] | None = field(default=None, compare=False)
     reference: bool = True
     metrics: Sequence[str] = ("loss", *LOGGED)
     logged: Sequence[str] = LOGGED
@@ -60,7 +62,7 @@ class KtoLoss(AnswerLoss):
         """Each row with the reference's score, the step's KL, and the factors that make a sum over all rows the mean of
         one side."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
-        mismatched = _mismatched_window(run, window) if estimated else []
+        mismatched = self._mismatched_window(run, window) if estimated else []
         keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
         reference = reference_scores(run, window.batches, answer_scores, keeps=keeps, further=mismatched)
         policy = run.score(mismatched, answer_scores) if mismatched else []
@@ -72,6 +74,15 @@ class KtoLoss(AnswerLoss):
             {"reference": by_row(scores, 1), "facts": np.tile(facts, (len(scores), 1))} for scores in reference[:count]
         ]
         return run.rows.with_parts(window, parts)
+
+    def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
+        """Each batch with the answers of other rows: each of the row before, by number, among the rows of all ranks."""
+        if run.is_simulated and self.lengths is not None:
+            return [_longest(run, batch, self.lengths) for batch in window.batches]
+        local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
+        numbers, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
+        before = {number: answers[numbers.index(number) - 1] for number in numbers}  # of equal rows the first one's
+        return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
         """(P,) loss of each row, and sums over rows of what is logged."""
@@ -92,6 +103,14 @@ class KtoLoss(AnswerLoss):
 def answer_scores(output: ModelOutput, batch: Batch) -> Tensor:
     """(P,) the summed log-probability of each answer."""
     return by_sequence(predicted(output, batch), batch.targets["counts"])
+
+
+def longest_first(rows: Sequence[Rows]) -> tuple[Array, Array]:
+    """Lengths of all prompts, and of all answers, longest first."""
+    each = (some[index].parts[f"{SIDE}_trained"] for some in rows for index in range(len(some)))
+    lengths = np.array([(start := int(np.argmax(trained)), len(trained) - start) for trained in each], np.int32)
+    prompts, answers = np.sort(lengths, axis=0)[::-1].T  # (rows,) each
+    return prompts, answers
 
 
 def balance_notes(settings: KtoSettings, rows: Rows) -> tuple[str, ...]:
@@ -116,14 +135,6 @@ def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
 
 
-def _mismatched_window(run: RunView, window: Window) -> list[Batch]:
-    """Each batch with the answers of other rows: each of the row before, by number, among the rows of all ranks."""
-    local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
-    numbers, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
-    before = {number: answers[numbers.index(number) - 1] for number in numbers}  # of equal rows the first one's
-    return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
-
-
 def _answer(row: Row) -> IdsAndMarks:
     ids, trained = row.parts[SIDE], row.parts[f"{SIDE}_trained"]
     start = int(np.argmax(trained))
@@ -132,10 +143,7 @@ def _answer(row: Row) -> IdsAndMarks:
 
 def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks]) -> Batch:
     """Each row's prompt with the answer of a different row, cut only at data.max_length and the model's positions."""
-    rows, model = run.rows, run.model
-    positions = model.base.family.learned_positions(model.base.net) or 0
-    limits = (rows.options.max_length, positions and positions - model.virtual_tokens)
-    longest = min(filter(None, limits), default=None)
+    rows, longest = run.rows, _most_tokens(run)
 
     def joined(row: Row) -> Row:
         ids, trained = row.parts[SIDE], row.parts[f"{SIDE}_trained"]
@@ -145,3 +153,23 @@ def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks])
         return rows.make_row({**row.parts, SIDE: ids, f"{SIDE}_trained": trained}, row.origin, row.number)
 
     return rows.remade(batch, map(joined, batch.rows))
+
+
+def _longest(run: RunView, batch: Batch, lengths: tuple[Array, Array]) -> Batch:
+    """As many mismatched rows, as long as those of one batch can be: the longest prompt with the longest answer, and so
+    on."""
+    rows, longest, remade = run.rows, _most_tokens(run), list[Row]()
+    for place, row in enumerate(batch.rows):
+        prompt, answer = (int(each[min(place, len(each) - 1)]) for each in lengths)
+        trained = (np.arange(prompt + answer) >= prompt)[:longest]
+        parts = {**row.parts, SIDE: np.resize(row.parts[SIDE], len(trained)), f"{SIDE}_trained": trained}
+        remade.append(rows.make_row(parts, row.origin, row.number))
+    return rows.remade(batch, remade)
+
+
+def _most_tokens(run: RunView) -> int | None:
+    """Of a mismatched row; None where nothing limits it."""
+    model = run.model
+    positions = model.base.family.learned_positions(model.base.net) or 0
+    limits = (run.rows.options.max_length, positions and positions - model.virtual_tokens)
+    return min(filter(None, limits), default=None)
