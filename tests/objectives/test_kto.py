@@ -218,6 +218,27 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     assert "completion, label: " in capsys.readouterr().out
 
 
+def test_each_source_s_rewards_are_means_over_its_own_good_and_bad_rows(base: Path, tmp_path: Path) -> None:
+    """As of the source alone, whatever share of its rows is good; the KL is that of all rows."""
+    rows = unpaired(30)
+    shares = {"mixed": rows[:5], "bad": [row for row in rows[5:14] if not row["label"]], "good": rows[15:17]}
+    files = {name: tmp_path / f"{name}.jsonl" for name in shares}
+    for name, some in shares.items():
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+    evaluated = {"eval": [str(file) for file in files.values()]}
+    run = train(write_kto(tmp_path / "made", base, rows[17:], data=evaluated, training={"learning_rate": 0.01}))
+    together = measured(run)
+    assert together["rewards_chosen"] - together["rewards_rejected"] == pytest.approx(together["rewards_margins"])
+    sources: Any = together["sources"]
+    counts = {name.removesuffix(".jsonl"): len(values) for name, values in sources.items()}
+    assert counts == {"mixed": 8, "bad": 5, "good": 5}, "a mean over no rows is left out"
+    for name, file in files.items():
+        alone, values = measured(run, f"data.eval=[{file}]"), sources[file.name]
+        found, expected = ({key: each[key] for key in LOGGED[:5] if each.get(key)} for each in (values, alone))
+        assert found == pytest.approx(expected, rel=1e-5), name
+        assert values["kl"] == pytest.approx(together["kl"], rel=1e-6)
+
+
 def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Mean negative log-likelihood of the supervised tokens, from its sum."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,14 +8,16 @@ DESCRIPTION = "mean negative log-likelihood of the supervised tokens"
 HIGHER_IS_BETTER = False
 
 
-def mean_of(name: str) -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric: the sum `name` over the number of its units (tokens, labels, pairs)."""
+def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
+    """NEEDS and `from_sums` of a metric: the sum `name` over the number of its units (tokens, labels, pairs).
+    `counted`: the sum that counts them, of objectives where only some of the units have the value."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
-        """Raises ValueError without units."""
+        """NaN where no unit has the value. Raises ValueError without units."""
         if sums["units"] <= 0:
             raise ValueError("no supervised tokens")
-        return float(sums[name] / sums["units"])
+        count = sums.get(counted, sums["units"])
+        return float(sums[name] / count) if count else math.nan
 
     return (name, "units"), from_sums
 

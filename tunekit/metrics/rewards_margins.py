@@ -1,7 +1,15 @@
 """By how much the reward of the preferred answer is above the other's, on average."""
 
-from tunekit.metrics.loss import mean_of
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.metrics import rewards_chosen, rewards_rejected
 
 DESCRIPTION = "mean reward of the preferred answer less that of the other"
 HIGHER_IS_BETTER = True
-NEEDS, from_sums = mean_of("rewards_margins")
+NEEDS = ("rewards_chosen", "rewards_rejected", "units")
+
+
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """Raises ValueError without units."""
+    return rewards_chosen.from_sums(sums) - rewards_rejected.from_sums(sums)

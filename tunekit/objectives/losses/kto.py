@@ -99,6 +99,12 @@ class KtoLoss(AnswerLoss):
         columns = (*rewards, rewards[0] - rewards[1], *(logps * side for side in sides), wide(kl))
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """Also what the rewards and log-probabilities of each side count: some of the rows may be of one side."""
+        good, facts = batch.targets["label"][:, 0], batch.targets["facts"].double()
+        counts = {"chosen_units": (good * facts[:, 1]).nansum(), "rejected_units": (~good * facts[:, 2]).nansum()}
+        return {**super().sums(output, batch), **counts}
+
 
 def answer_scores(output: ModelOutput, batch: Batch) -> Tensor:
     """(P,) the summed log-probability of each answer."""
