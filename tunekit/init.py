@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tunekit.console import Console
@@ -22,11 +23,12 @@ from tunekit.data.looking.first_look import (
 from tunekit.errors import InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.bases.paths import relative_to
-from tunekit.recipe.bases.section import AdapterSettings, FirstRecipe, Line
+from tunekit.recipe.bases.section import AdapterSettings, Line, ObjectiveSettings
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class
 from tunekit.recipe.reading.schema import schema_text
-from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
-from tunekit.recipe.recipe import DEFAULT_METHOD
+from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME, shipped_recipes
+from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import bytes_text
 
@@ -38,12 +40,17 @@ SPLIT_LENGTH = 1024  # of a file that is one long text, the length of its pieces
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 FULL_RATE, FULL_SHARE = 2e-5, 0.1  # of the base's own weights, at most; of an adapter's rate (TRL's advice)
 RATE_COMMENT = "what matters most: try a third, threefold"
+SAMPLED_ANSWERS: Sequence[Line] = (
+    ("  samples: 4", "answers to eval rows in the report, before training and after"),
+    ("  max_new_tokens: 64", "of each"),
+)
+LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 LENGTH_COMMENT = {False: "tokens; longer rows are dropped, and told", True: "tokens of each piece of a text"}
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the recipe is to say."""
+class FirstRecipe:
+    """The choices that make up the recipe."""
 
     data: str
     model: str
@@ -58,6 +65,16 @@ class Wanted:
         """The settings class of the method."""
         return adapter_class(self.method)
 
+    @property
+    def objective(self) -> type[ObjectiveSettings]:
+        """The settings class of the objective."""
+        return _objective(self.look)
+
+    @property
+    def example(self) -> Recipe | None:
+        """The shipped recipe whose base, target modules and rate are written; None for an objective over texts."""
+        return _example(self.objective)
+
 
 def init_verb(
     data: str | None, output: str, model: str | None, method: str | None, quantization: str, evaluation: float | None
@@ -67,33 +84,33 @@ def init_verb(
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     target = Path(output) / "recipe.yaml" if os.path.isdir(output) else Path(output)
     _refuse(target)
-    found = models_at_hand()
+    models = models_at_hand()
     named = data is not None or asks
     data = data or _ask(asks, "Which data? A file (JSONL, JSON, CSV, Parquet, text) or a hub name", "train.jsonl")
     look = look_at(data) if named else None
     if look is not None:
         look = _labelled(look, asks)
         console.info(look.text(), *look.notes)
-    first = _first_recipe(look)
-    if first.model:
-        found = [name for name in found if name == first.model]
-    usual = first.model or (found[0] if found else DEFAULT_MODEL)
-    if asks and found and model is None:
-        console.info("models at hand: " + ", ".join(found[:8]))
+    example = _example(_objective(look))
+    if example is not None:
+        models = [name for name in models if name == example.model.name_or_path]
+    usual = example.model.name_or_path if example else (models[0] if models else DEFAULT_MODEL)
+    if asks and models and model is None:
+        console.info("models at hand: " + ", ".join(models[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", usual)
     question = "Which method? lora, dora, ia3, full (every weight), or another"
     method = method or _ask(asks, question, DEFAULT_METHOD["adapter"])
     if method not in known_names("adapters"):
         raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
     question = "Which share of the rows to evaluate on?"
-    share = str(evaluation) if evaluation is not None else _ask(asks, question, first.eval_share or eval_share(look))
-    wanted = Wanted(data, model, method, quantization, _share(share), look)
-    write_text(target, recipe_text(wanted, target))
+    share = str(evaluation) if evaluation is not None else _ask(asks, question, eval_share(look))
+    first = FirstRecipe(data, model, method, quantization, _share(share), look)
+    write_text(target, recipe_text(first, target))
     said: Sequence[str] = ()
     if named:
         console.info("planning the run, to see whether it fits this machine ...")
         try:
-            wanted, said = fitted(wanted, target)
+            first, said = fitted(first, target)
         except TunekitError:
             target.unlink()
             raise
@@ -103,7 +120,7 @@ def init_verb(
 
 def eval_share(look: Look | None) -> str:
     """The share of the rows to hold back: EVAL_ROWS of them, and at most LARGEST_SHARE."""
-    if look is not None and look.rows < 2:  # a file of one text
+    if look is not None and (look.rows < 2 or look.settings.measures_training):  # one text; a few images of one thing
         return "0"
     share = LARGEST_SHARE if look is None else EVAL_ROWS / look.rows
     return f"{min(max(round(share, 2), 0.01), LARGEST_SHARE):g}"
@@ -134,9 +151,16 @@ def _label_note(name: str, count: int) -> str:
     )
 
 
-def _first_recipe(look: Look | None) -> FirstRecipe:
-    """That of the objective which fits the rows; of the default one where there are none to look at."""
-    return objective_class(look.objective if look else DEFAULT_METHOD["objective"]).first_recipe
+def _objective(look: Look | None) -> type[ObjectiveSettings]:
+    """The objective that fits the rows; the default one where there are none to look at."""
+    return objective_class(look.objective if look else DEFAULT_METHOD["objective"])
+
+
+@cache
+def _example(objective: type[ObjectiveSettings]) -> Recipe | None:
+    """The shipped recipe of an objective over recordings or images, whose bases have little in common."""
+    name = f"{objective.model_fields['method'].default.replace('_', '-')}-{DEFAULT_METHOD['adapter']}"
+    return None if objective.medium is None else load_recipe(shipped_recipes()[name]).recipe
 
 
 def _refuse(target: Path) -> None:
@@ -171,50 +195,50 @@ def models_at_hand() -> list[str]:
     return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in complete]
 
 
-def recipe_text(wanted: Wanted, target: Path) -> str:
+def recipe_text(first: FirstRecipe, target: Path) -> str:
     """The recipe with what each key means beside it."""
-    look, first, adapter = wanted.look, _first_recipe(wanted.look), wanted.adapter
+    look, adapter, objective, example = first.look, first.adapter, first.objective, first.example
     length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
     split = look is not None and _is_split(look)
     length = SPLIT_LENGTH if split else length
     few = look is not None and look.complete and look.rows < FEW_ROWS and not split
     steps = 2 if few else 8
-    evaluate, save = _every(wanted, 3 if few else 1, steps)
-    data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
-    media = look is not None and look.settings.medium is not None
-    draws = look is not None and wanted.quantization == "none" and look.settings.shows.draws  # nothing packed there
-    method = [*adapter.first_lines]
-    if method and first.target_modules:
-        method.append((f"  target_modules: {first.target_modules}", ""))
-    objective = look.objective if look else DEFAULT_METHOD["objective"]
-    chosen = [("objective:", ""), (f"  method: {objective}", ""), *first.objective]
-    epochs = [] if any("max_steps" in line for line, _ in first.training) else [(f"  epochs: {3 if few else 1}", "")]
+    interval = _interval(first, 3 if few else 1, steps)
+    data, model = (_beside(name, target) for name in (first.data, first.model))
+    draws = first.quantization == "none" and objective.shows.draws  # nothing is packed there
+    method, name = [*adapter.first_lines], objective.model_fields["method"].default
+    if method and example:
+        method.append((f"  target_modules: [{', '.join(example.adapter.model_dump()['target_modules'])}]", ""))
+    chosen = [("objective:", ""), (f"  method: {name}", ""), *objective.first_lines]
+    length_of_run = [(f"  epochs: {3 if few else 1}", "")]
+    if example and example.training.max_steps:
+        keys = ("scheduler", "warmup_steps", "max_steps")
+        length_of_run = [(f"  {key}: {getattr(example.training, key)}", "") for key in keys]
     lines = [
         (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
         ("# What now: tunekit preview (the rows), tunekit plan (steps and memory), tunekit train.", ""),
         ("# Every key: tunekit schema --reference", ""),
         ("model:", ""),
-        (f"  name_or_path: {_quoted(model)}", first.model_comment),
-        *([] if draws else [(f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}")]),
+        (f"  name_or_path: {_quoted(model)}", f"a folder{' or' if example else ', a .gguf file or'} a hub name"),
+        *([] if draws else [(f"  quantization: {first.quantization}", f"nf4: 4 bits a weight{first.note}")]),
         ("data:", ""),
         *_source_lines(data, look),
-        (f"  eval: {wanted.evaluation or 'null'}", _evaluation_said(look, data)),
-        *([] if media else [(f"  max_length: {length}", LENGTH_COMMENT[split])]),
+        (f"  eval: {first.evaluation or 'null'}", _evaluation_said(look, data)),
+        *([] if example else [(f"  max_length: {length}", LENGTH_COMMENT[split])]),
         *([("  excess_length: split", "")] if split else []),
         ("adapter:", ""),
-        (f"  method: {wanted.method}", "every weight of the base is trained" if adapter.trains_base else ""),
+        (f"  method: {first.method}", "every weight of the base is trained" if adapter.trains_base else ""),
         *method,
-        *(chosen if media else [(f"objective: {objective}", "")]),
+        *(chosen if example else [(f"objective: {name}", "")]),
         ("training:", ""),
-        (f"  learning_rate: {_rate_text(first_rate(wanted))}", RATE_COMMENT),
-        *epochs,
-        *first.training,
+        (f"  learning_rate: {_rate_text(first_rate(first))}", RATE_COMMENT),
+        *length_of_run,
         ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
-        *([(f"  eval_steps: {evaluate}", "")] if wanted.evaluation else []),
-        (f"  save_steps: {save}", "tunekit train --resume goes on from there"),
-        *(_evaluation_lines(first) if wanted.evaluation else []),
+        *([(f"  eval_steps: {interval}", "")] if first.evaluation else []),
+        (f"  save_steps: {interval}", "tunekit train --resume goes on from there"),
+        *(_evaluation_lines(objective) if first.evaluation else []),
         ("output:", ""),
         (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
     ]
@@ -227,30 +251,29 @@ def _is_split(look: Look) -> bool:
     return look.format_name == "text" and look.longest > LENGTHS[-1]
 
 
-def _every(wanted: Wanted, epochs: int, accumulation: int) -> tuple[int, int]:
+def _interval(first: FirstRecipe, epochs: int, accumulation: int) -> int:
     """Steps between evaluations, about EVALUATIONS of them in a run, and between checkpoints."""
-    look, first = wanted.look, _first_recipe(wanted.look)
+    look, example = first.look, first.example
     if look is None:
-        return MOST_STEPS, MOST_STEPS
-    written = next((int(line.split(":")[1]) for line, _ in first.training if "max_steps" in line), None)
+        return MOST_STEPS
     rows = max(look.rows, look.longest // SPLIT_LENGTH) if _is_split(look) else look.rows
-    total = written or epochs * rows * (1 - wanted.evaluation) / (2 * accumulation)
-    every = min(max(round(total / EVALUATIONS), 1), MOST_STEPS)
-    return every, every
+    written = example.training.max_steps if example else None
+    total = written or epochs * rows * (1 - first.evaluation) / (2 * accumulation)
+    return min(max(round(total / EVALUATIONS), 1), MOST_STEPS)
 
 
-def _evaluation_lines(first: FirstRecipe) -> list[Line]:
+def _evaluation_lines(objective: type[ObjectiveSettings]) -> list[Line]:
     best = ("  best: eval.loss", "the checkpoint that is kept as the result; the last one may be overfitted")
-    return [("evaluation:", ""), best, *first.evaluation]
+    answers = SAMPLED_ANSWERS if objective.medium is None else ()
+    return [("evaluation:", ""), best, *(LABEL_METRICS if objective.names_labels else answers)]
 
 
-def first_rate(wanted: Wanted) -> float:
+def first_rate(first: FirstRecipe) -> float:
     """The learning rate of the objective, else of the method, else that of a recipe that writes none."""
-    first, adapter = _first_recipe(wanted.look), wanted.adapter
-    objective = objective_class(wanted.look.objective if wanted.look else DEFAULT_METHOD["objective"])
+    adapter, objective, example = first.adapter, first.objective, first.example
     published = objective.default_learning_rate or (None if adapter.trains_base else adapter.default_learning_rate)
     usual = TrainingSection.model_fields["learning_rate"].default if published is None else published.value
-    rate = float(first.learning_rate or usual)
+    rate: float = example.training.learning_rate if example else usual
     return min(FULL_RATE, FULL_SHARE * rate) if adapter.trains_base else rate
 
 
@@ -294,16 +317,14 @@ def _quoted(text: str) -> str:
     return text if plain else "'" + text.replace("'", "''") + "'"
 
 
-def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
+def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]]:
     """The recipe again with a smaller base where its plan does not fit this machine, and what was found.
 
     Raises: TunekitError where the recipe cannot be planned for a reason that is not memory or an absent model.
     """
-    from tunekit.recipe.load import load_recipe
-
     recipe = load_recipe(target).recipe
-    if not Path(wanted.model).exists() and wanted.model not in models_at_hand():
-        return wanted, [f"{wanted.model} is not here yet: the first run fetches it, and `tunekit plan` asks the hub"]
+    if not Path(first.model).exists() and first.model not in models_at_hand():
+        return first, [f"{first.model} is not here yet: the first run fetches it, and `tunekit plan` asks the hub"]
     from tunekit.machine.devices import make_devices
     from tunekit.machine.memory import available_bytes
     from tunekit.planning.plan import make_plan
@@ -312,13 +333,13 @@ def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
     devices = make_devices()
     free = available_bytes(devices.device)
     kind = row_kind_at_hand(recipe)
-    if wanted.look is not None and wanted.look.settings.medium is None and kind is not None:
-        wanted = replace(wanted, look=measured(wanted.look, recipe.data.train[0], kind))
-    for quantization in dict.fromkeys((wanted.quantization, *(() if wanted.adapter.trains_base else ("nf4",)))):
-        changed = quantization != wanted.quantization
+    if first.look is not None and first.look.settings.medium is None and kind is not None:
+        first = replace(first, look=measured(first.look, recipe.data.train[0], kind))
+    for quantization in dict.fromkeys((first.quantization, *(() if first.adapter.trains_base else ("nf4",)))):
+        changed = quantization != first.quantization
         note = "; without it this machine's memory does not hold the run" if changed else ""
-        wanted = replace(wanted, quantization=quantization, note=note)
-        write_text(target, recipe_text(wanted, target))
+        first = replace(first, quantization=quantization, note=note)
+        write_text(target, recipe_text(first, target))
         plan, _ = make_plan(load_recipe(target), device=devices.device)
         refused = [f"{refusal.key}: {refusal.message}" for refusal in plan.refusals]
         fits = free is None or plan.peak_bytes.total < free
@@ -326,11 +347,11 @@ def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
             break
     said = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
     said[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
-    if (look := wanted.look) is not None and look.counted:
+    if (look := first.look) is not None and look.counted:
         said.append(f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, by the model's tokenizer")
     rows = plan.rows.training
     if rows.dropped:
         said.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
     if not fits:
         said.append("warning: that does not fit; set memory.budget, and plan finds a way or says why there is none")
-    return wanted, [*said, *(f"warning: {text}" for text in refused)]
+    return first, [*said, *(f"warning: {text}" for text in refused)]

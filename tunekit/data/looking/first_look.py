@@ -66,8 +66,8 @@ class Look:
 
 def proposed_objectives() -> list[type[ObjectiveSettings]]:
     """The settings classes of the objectives that rows are tried for, in order."""
-    known = [each for each in map(objective_class, known_names("objectives")) if each.first_recipe.order is not None]
-    return sorted(known, key=lambda each: each.first_recipe.order or 0)
+    known = [each for each in map(objective_class, known_names("objectives")) if each.first_order is not None]
+    return sorted(known, key=lambda each: each.first_order or 0)
 
 
 def look_at(data: str) -> Look | None:

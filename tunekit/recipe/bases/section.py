@@ -65,34 +65,6 @@ def metamath_rate(value: float, experiment: str) -> PublishedRate:
 Line = tuple[str, str]  # a line of YAML, and the comment beside it
 
 
-@dataclass(frozen=True)
-class FirstRecipe:
-    """What `tunekit init` writes for an objective, with the values of a shipped recipe.
-
-    `order`: init asks of the first row whether it is of the objective's kind, smallest numbers first; None: never;
-    `model`: None for one at hand; `target_modules`: None for the adapter's default; `learning_rate`: None for the
-    objective's or the adapter's default; `eval_share`: None for one by the number of rows; `objective`, `training`,
-    `evaluation`: lines of that section.
-    """
-
-    order: int | None = None
-    model: str | None = None
-    model_comment: str = "a folder, a .gguf file or a hub name"
-    target_modules: str | None = None
-    learning_rate: str | None = None
-    eval_share: str | None = None
-    objective: Sequence[Line] = ()
-    training: Sequence[Line] = ()
-    evaluation: Sequence[Line] = ()
-
-
-SAMPLED_ANSWERS: Sequence[Line] = (
-    ("  samples: 4", "answers to eval rows in the report, before training and after"),
-    ("  max_new_tokens: 64", "of each"),
-)
-LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
-
-
 class AdapterSettings(MethodSettings):
     """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
 
@@ -146,7 +118,8 @@ class ObjectiveSettings(MethodSettings):
     `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
     `default_learning_rate`: before that of the adapter; `required`: keys that must be written, and how; `one_sequence`:
     whether a row is one sequence with answers in it; `medium`: audio or image where rows name files of it, None for
-    text; `first_recipe`: what `tunekit init` writes.
+    text; `first_order`: `tunekit init` asks of the first row whether it is of this kind, smallest numbers first (None:
+    never); `first_lines`: what it writes below the method.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -162,7 +135,8 @@ class ObjectiveSettings(MethodSettings):
     required: ClassVar[Mapping[str, str]] = {}
     one_sequence: ClassVar[bool] = False
     medium: ClassVar[str | None] = None
-    first_recipe: ClassVar[FirstRecipe] = FirstRecipe()
+    first_order: ClassVar[int | None] = None
+    first_lines: ClassVar[Sequence[Line]] = ()
     needs_recipe: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     names_labels: ClassVar[bool] = False

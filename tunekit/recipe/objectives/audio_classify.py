@@ -1,7 +1,6 @@
 """`objective: audio_classify` a head that is trained with the adapter gives each recording a label."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import LABEL_METRICS, FirstRecipe
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 from tunekit.records import Shows
 
@@ -14,11 +13,4 @@ class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
     example = "audio_label"
     shows = Shows(unit="label", size_unit="frame")
     medium = "audio"
-    first_recipe = FirstRecipe(
-        order=20,
-        model="openai/whisper-tiny",
-        model_comment="a folder or a hub name, of Whisper",
-        target_modules="[q_proj, v_proj]",
-        learning_rate="1e-3",
-        evaluation=LABEL_METRICS,
-    )
+    first_order = 20

@@ -1,7 +1,6 @@
 """`objective: classify` sequence classification: a head that is trained with the adapter gives each text a label."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import LABEL_METRICS, FirstRecipe
 
 
 class ClassifySettings(LabelSettings):
@@ -10,4 +9,4 @@ class ClassifySettings(LabelSettings):
     summary = "cross entropy on one label for each text"
     family = "classifier"
     example = "label"
-    first_recipe = FirstRecipe(order=70, evaluation=LABEL_METRICS)
+    first_order = 70

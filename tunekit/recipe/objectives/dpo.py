@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.recipe.bases.pair_settings import PairSettings
-from tunekit.recipe.bases.section import SAMPLED_ANSWERS, FirstRecipe, NotNegative, Number, Positive, Several
+from tunekit.recipe.bases.section import NotNegative, Number, Positive, Several
 
 DpoLossType = Literal[
     "sigmoid",
@@ -47,7 +47,7 @@ class DpoSettings(PairSettings):
 
     summary = "preferred against rejected answers, held to the reference model"
     reference = "policy at step 0"
-    first_recipe = FirstRecipe(order=50, evaluation=SAMPLED_ANSWERS)
+    first_order = 50
 
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference; of ipo the paper's tau")
     loss_type: LossTypes = Field(("sigmoid",), description="one loss, or several that are added up")

@@ -11,7 +11,6 @@ from tunekit.recipe.bases.paths import NewPath
 from tunekit.recipe.bases.section import (
     AutoOrBool,
     Count,
-    FirstRecipe,
     NotNegative,
     Number,
     ObjectiveSettings,
@@ -58,16 +57,8 @@ class DreamboothSettings(ObjectiveSettings):
     measures_training = True
     shows = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
     medium = "image"
-    first_recipe = FirstRecipe(
-        order=40,
-        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        model_comment="the folder of a pipeline, or a hub name",
-        target_modules="[to_q, to_k, to_v, to_out.0]",
-        learning_rate="1e-4",
-        eval_share="0",  # a handful of images, all of them of one thing
-        objective=(("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),),
-        training=(("  scheduler: constant", ""), ("  warmup_steps: 0", ""), ("  max_steps: 500", "")),
-    )
+    first_order = 40
+    first_lines = (("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),)
     sums = ("loss", "units")
     default_learning_rate = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"

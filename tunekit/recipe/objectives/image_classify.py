@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import LABEL_METRICS, Count, CountOrZero, FirstRecipe, Fraction, Number, Several
+from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
 from tunekit.records import Shows
 
 
@@ -23,14 +23,7 @@ class ImageClassifySettings(LabelSettings):
     example = "image_label"
     shows = Shows(unit="label", size_unit="pixel")
     medium = "image"
-    first_recipe = FirstRecipe(
-        order=30,
-        model="google/vit-base-patch16-224-in21k",
-        model_comment="a folder or a hub name, of an image classifier",
-        target_modules="[q_proj, v_proj]",
-        learning_rate="5e-3",
-        evaluation=LABEL_METRICS,
-    )
+    first_order = 30
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
         None, description="pixels of a side; null: what the model's processor says"

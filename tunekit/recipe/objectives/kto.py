@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import SAMPLED_ANSWERS, FirstRecipe, ObjectiveSettings, Positive, PublishedRate
+from tunekit.recipe.bases.section import ObjectiveSettings, Positive, PublishedRate
 from tunekit.records import Shows
 
 LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
@@ -19,7 +19,7 @@ class KtoSettings(ObjectiveSettings):
     shows = Shows(unit="answer")
     reference = "policy at step 0"
     sums = ("loss", "units", *LOGGED)
-    first_recipe = FirstRecipe(order=80, evaluation=SAMPLED_ANSWERS)
+    first_order = 80
     default_learning_rate = PublishedRate(5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml")
 
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")

@@ -1,6 +1,6 @@
 """`objective: sft` supervised fine-tuning: next-token cross entropy on the supervised tokens."""
 
-from tunekit.recipe.bases.section import SAMPLED_ANSWERS, FirstRecipe, ObjectiveSettings
+from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class SftSettings(ObjectiveSettings):
@@ -9,4 +9,4 @@ class SftSettings(ObjectiveSettings):
     summary = "next-token cross entropy on the supervised tokens"
     supervised = True
     one_sequence = True
-    first_recipe = FirstRecipe(order=90, evaluation=SAMPLED_ANSWERS)
+    first_order = 90

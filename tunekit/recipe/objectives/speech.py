@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.section import FirstRecipe, Text
+from tunekit.recipe.bases.section import Text
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 from tunekit.records import Shows
 
@@ -18,14 +18,8 @@ class SpeechSettings(SpecAugmentSettings):
     supervised = True
     shows = Shows(size_unit="frames and token")
     medium = "audio"
-    first_recipe = FirstRecipe(
-        order=10,
-        model="openai/whisper-tiny",
-        model_comment="a folder or a hub name, of Whisper's kind",
-        target_modules="[q_proj, v_proj]",
-        learning_rate="1e-3",
-        objective=(("  language: english", "of all rows; leave it out with a model of English alone (.en)"),),
-    )
+    first_order = 10
+    first_lines = (("  language: english", "of all rows; leave it out with a model of English alone (.en)"),)
 
     language: Text | None = Field(
         None, description="of every row without its own: a name or a code, such as en; needed by multilingual models"

@@ -1,7 +1,6 @@
 """`objective: token_classify` tags over words: a head that is trained with the adapter gives each word a tag."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import LABEL_METRICS, FirstRecipe
 from tunekit.records import Shows
 
 
@@ -13,4 +12,4 @@ class TokenClassifySettings(LabelSettings):
     example = "tags"
     shows = Shows(unit="word")
     sums = (*LabelSettings.sums, "spans")
-    first_recipe = FirstRecipe(order=60, evaluation=LABEL_METRICS)
+    first_order = 60
