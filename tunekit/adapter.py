@@ -7,7 +7,7 @@ from pathlib import Path
 from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from tunekit.arithmetic.adopt import adopt_lora
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
-from tunekit.arithmetic.difference import TensorDifference, compare, extract, plain_lora, read_changes, together
+from tunekit.arithmetic.difference import TensorDifference, compare, extract, read_changes, together
 from tunekit.arithmetic.linear import write_linear
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.losses import losses_on_rows
@@ -217,11 +217,10 @@ def _diff_models(console: Console, names: list[str], rank: int | None, output: P
     _tell_differences(console, "tensors", differences)
     if rank is not None and place is not None:
         one, two = (Rewriter(section, "full") for section in sections)
-        found = extract_models(one, two, rank)
+        lora, losses, left_out = extract_models(one, two, rank)
         facts = BaseFacts(sections[0].name_or_path, fingerprint=one.fingerprint(), task_type=one.family.task_type)
-        lora = plain_lora(found.updates, conv1d=found.conv1d, target_modules=found.target_modules)
-        _list(console, LEFT_OUT, list(found.left_out))
-        _write_extracted(console, place, facts, lora, found.losses, rank)
+        _list(console, LEFT_OUT, left_out)
+        _write_extracted(console, place, facts, lora, losses, rank)
     return differences
 
 

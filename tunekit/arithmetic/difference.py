@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
-from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
-from tunekit.arithmetic.nearest_lora import RankLoss, layer_change, loss_between, loss_of, trained_beside
+from tunekit.arithmetic.low_rank import LowRank, reduce_rank, weighted_sum
+from tunekit.arithmetic.nearest_lora import RankLoss, layer_change, loss_between, nearest_update, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
 from tunekit.targets.target import trained_base
@@ -157,6 +157,4 @@ def _extract_layer(
         update = reduce_rank(exact, min(rank, exact.rank, *exact.shape))
         return update, loss_between(name, exact, update)
     matrices = [(c.dense() if isinstance(c, LowRank) else c) * weight for c, weight in pairs]
-    delta = torch.stack(matrices).sum(0)
-    update = decompose(delta, rank, embedding=embedding)
-    return update, loss_of(name, delta, update)
+    return nearest_update(name, torch.stack(matrices).sum(0), rank, embedding)

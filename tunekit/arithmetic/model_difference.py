@@ -1,7 +1,6 @@
 """How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,9 +8,10 @@ from torch import Tensor
 
 from tunekit.adapters.folder.targets import concrete_targets
 from tunekit.adapters.module_names import base_modules
-from tunekit.arithmetic.difference import TensorDifference, compare
-from tunekit.arithmetic.low_rank import LowRank, decompose
-from tunekit.arithmetic.nearest_lora import RankLoss, loss_of
+from tunekit.arithmetic.difference import TensorDifference, compare, plain_lora
+from tunekit.arithmetic.lora_folder import LoraFolder
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.arithmetic.nearest_lora import RankLoss, nearest_update
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.rewrite import Rewriter
@@ -37,58 +37,40 @@ def _compare_tensors(name: str, left: Tensor | None, right: Tensor | None) -> Te
     return TensorDifference(name, None, None, 0.0 if same else None, None)
 
 
-@dataclass
-class ModelDifference:
-    """B - A as a LoRA of A. `left_out`: tensors that differ and are no matrices of layers, |B - A| (None: shapes)."""
-
-    updates: dict[str, LowRank] = field(default_factory=dict)
-    losses: dict[str, RankLoss] = field(default_factory=dict)
-    left_out: dict[str, float | None] = field(default_factory=dict)
-    target_modules: list[str] | str | None = None
-    conv1d: bool = False
-
-
-def extract_models(left: Rewriter, right: Rewriter, rank: int) -> ModelDifference:
-    """The LoRA of that rank nearest to B - A, for every linear layer, embedding and head that differs.
+def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFolder, dict[str, RankLoss], list[str]]:
+    """The LoRA of that rank nearest to B - A, for every linear layer, embedding and head that differs; what each layer
+    lost; and the tensors that differ but are no matrices of layers.
 
     A tied head that changes with its embedding gets an update of its own, as an adapter of an embedding leaves the
     head alone.
     Raises: AdapterError where the two have other modules, or no matrix differs.
     """
-    found = ModelDifference()
     modules = base_modules(left.net)
-    layers = {name: layer_kind(module) for name, module in modules.items() if layer_kind(module) is not None}
     if modules.keys() != base_modules(right.net).keys():
         raise AdapterError("the two models have other modules, and no LoRA of one is the other")
-    for name, kind in sorted(layers.items()):
-        _extract_module(found, name, str(kind), left, right, rank)
+    kinds = {name: kind for name, module in modules.items() if (kind := layer_kind(module)) is not None}
+    nearest: dict[str, tuple[LowRank, RankLoss]] = {}
+    left_out: list[str] = []
+    for name, kind in sorted(kinds.items()):
+        try:
+            one, two = left.base_weight(name).float(), right.base_weight(name).float()
+        except KeyError:  # one of them stores the layer in another form
+            left_out.append(f"{name}.weight")
+            continue
+        if one.shape != two.shape:
+            left_out.append(f"{name}.weight")
+        elif not torch.equal(one, two):
+            embedding = kind == "embedding"
+            nearest[name] = nearest_update(name, (two - one).t() if embedding else two - one, rank, embedding)
     for name in left.tensors.meta:
-        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
+        if name.removesuffix(".weight") in kinds and name.endswith(".weight"):
             continue
         other = right.tensors.read(name) if name in right.names else None
-        difference = _compare_tensors(name, left.tensors.read(name), other)
-        if not difference.equal:
-            found.left_out[name] = difference.distance
-    if not found.updates:
+        if not _compare_tensors(name, left.tensors.read(name), other).equal:
+            left_out.append(name)
+    if not nearest:
         raise AdapterError("no matrix of the two models differs: there is nothing to extract")
-    found.target_modules = concrete_targets(list(found.updates), list(modules))
-    return found
-
-
-def _extract_module(found: ModelDifference, name: str, kind: str, left: Rewriter, right: Rewriter, rank: int) -> None:
-    """One layer's update, if it differs."""
-    try:
-        one, two = left.base_weight(name).float(), right.base_weight(name).float()
-    except KeyError:  # one of them stores the layer in another form
-        found.left_out[f"{name}.weight"] = None
-        return
-    if one.shape != two.shape:
-        found.left_out[f"{name}.weight"] = None
-        return
-    if torch.equal(one, two):
-        return
-    embedding = kind == "embedding"
-    delta = (two - one).t() if embedding else two - one
-    found.updates[name] = decompose(delta, rank, embedding=embedding)
-    found.losses[name] = loss_of(name, delta, found.updates[name])
-    found.conv1d = found.conv1d or kind == "conv1d"
+    updates = {name: update for name, (update, _) in nearest.items()}
+    conv1d, targets = any(kinds[name] == "conv1d" for name in updates), concrete_targets(list(updates), list(modules))
+    lora = plain_lora(updates, conv1d=conv1d, target_modules=targets)
+    return lora, {name: loss for name, (_, loss) in nearest.items()}, left_out

@@ -72,8 +72,7 @@ def nearest_lora(
         weight, bias = base_layer(name)
         delta, new_bias = layer_change(attached, name, weight, bias)
         embedding = layer.target.kind == "embedding"
-        updates[name] = decompose(delta, rank, embedding=embedding)
-        losses[name] = loss_of(name, delta, updates[name])
+        updates[name], losses[name] = nearest_update(name, delta, rank, embedding)
         if new_bias is not None and bias is not None:
             moved = moved or not bool((new_bias - bias).norm() <= SAME * bias.norm())
         if new_bias is not None and not embedding:
@@ -103,10 +102,13 @@ def lora_settings(settings: object, moves_bias: bool) -> LowRankSettings:
     return plain.model_copy(update=own)
 
 
-def loss_of(name: str, delta: Tensor, update: LowRank) -> RankLoss:
-    """|D| and |D - L| of one layer, measured on the matrices themselves."""
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    return RankLoss(name, norm, float(torch.linalg.vector_norm(delta - update.dense(), dtype=torch.float64)))
+def nearest_update(name: str, delta: Tensor, rank: int, embedding: bool) -> tuple[LowRank, RankLoss]:
+    """The update L of that rank that is nearest to D, and |D| and |D - L|, measured on the matrices themselves."""
+    update = decompose(delta, rank, embedding=embedding)
+    norm, error = (
+        float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (delta, delta - update.dense())
+    )
+    return update, RankLoss(name, norm, error)
 
 
 def loss_between(name: str, update: LowRank, lower: LowRank) -> RankLoss:
