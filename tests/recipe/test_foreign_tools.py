@@ -230,6 +230,10 @@ def test_torchtune_without_a_limit_is_said_to_lose_tokens(
             {"seed: null": f"seed: null\n{TEACHER}"},  # qwen2/1.5_to_0.5B_KD_lora_single_device.yaml
             {"objective.method": "distill", "objective.beta": 0.0, "objective.kd_ratio": 0.3},
         ),
+        (
+            {"seed: null": f"seed: null\n{TEACHER.replace('ForwardKL', 'ReverseKL').replace('kd_ratio: 0.3', '')}"},
+            {"objective.beta": 1.0, "objective.kd_ratio": 0.5},
+        ),
         (DPO, {"objective.method": "dpo", "objective.beta": 0.07, "data.train.0.format": "preference"}),
         (
             {

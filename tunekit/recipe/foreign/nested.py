@@ -31,8 +31,9 @@ class Theirs:
         return default if value is None else value
 
     def write(self, name: str, target: str, value: object) -> None:
-        """Our key, for a key that was taken."""
-        write(self.draft, tuple(target.split(".")), value, self.places[name], name)
+        """Our key, for a key of theirs."""
+        place = self.places.get(name) or self.values.get(name, (None, Place(self.draft.file)))[1]
+        write(self.draft, tuple(target.split(".")), value, place, name)
 
     def record(self, name: str, what: str) -> None:
         """Say what became of a key that was taken."""

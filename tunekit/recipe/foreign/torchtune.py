@@ -4,6 +4,7 @@ Source: torchtune's recipes/configs, and the arguments of the builders that they
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from tunekit.recipe.data import DataSection
@@ -46,8 +47,18 @@ OPTIMIZERS = {
     "bitsandbytes.optim.PagedAdamW": "paged_adamw",
     "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
 }
-DIVERGENCES = {"ForwardKL": 0.0, "ReverseKL": 1.0}  # objective.beta of each, in whole or in chunks
-CROSS_ENTROPY = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss")
+SCHEDULE, SCHEDULES = f"lr_scheduler.{COMPONENT}", {"get_cosine_schedule_with_warmup": "cosine"}
+DIVERGENCES = {  # objective.beta of each, in whole or in chunks
+    f"{name}{chunks}Loss": beta
+    for name, beta in {"ForwardKL": 0.0, "ReverseKL": 1.0}.items()
+    for chunks in ("", "WithChunkedOutput")
+}
+DISTILLATION = f"kd_loss.{COMPONENT}"
+LOSSES = {
+    **dict.fromkeys(("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss"), NOTHING),
+    **dict.fromkeys(("DPOLoss", "RSOLoss"), "dpo"),
+}
+TEACHER = "teacher_checkpointer.checkpoint_dir"
 LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "CometLogger": ["comet_ml"]}
 
 
@@ -56,32 +67,58 @@ def exactly(*known: object, how: str = "") -> Translate:
     return one_of(dict.fromkeys(known, NOTHING), how)
 
 
+def component(known: Mapping[str, object], how: str, what: str = "") -> Translate:
+    """A component by the last part of its name, such as `torchtune.rlhf.loss.DPOLoss`."""
+
+    def translate(value: object) -> object:
+        if (name := _last(value)) in known:
+            return known[name]
+        raise NotExact(f"{what}{show(name)} has no exact translation", how)
+
+    return translate
+
+
+def optimizer(value: object) -> object:
+    """A class by its whole name: those of torch and of bitsandbytes have the same last part."""
+    if isinstance(value, str) and value in OPTIMIZERS:
+        return OPTIMIZERS[value]
+    raise NotExact(f"{show(value)} has no exact translation", f"known: {', '.join(OPTIMIZERS)}")
+
+
+SAME = {  # keys that mean what the same key of flat configurations means; learning_rate: where a file refers to one
+    "": ("seed", "gradient_accumulation_steps", "output_dir", "resume_from_checkpoint", "learning_rate"),
+    "model.": ("lora_rank", "lora_alpha", "lora_dropout"),
+    "optimizer.": ("weight_decay",),
+    "loss.": ("beta", "label_smoothing"),
+}
 TABLE: dict[str, Alias] = {
+    **{f"{section}{name}": TOP_LEVEL[name] for section, names in SAME.items() for name in names},
     **to("model.name_or_path", "checkpointer.checkpoint_dir"),
     **to("model.dtype", "dtype", by=one_of({"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"})),
-    **to("adapter.r", "model.lora_rank"),
-    **to("adapter.alpha", "model.lora_alpha"),
-    **to("adapter.dropout", "model.lora_dropout"),
     **to("data.max_length", "tokenizer.max_seq_len"),
     **to("data.shuffle", "shuffle"),
-    **to("training.seed", "seed"),
     **to("training.epochs", "epochs"),
     **to("training.micro_batch_size", "batch_size"),
-    **to("training.gradient_accumulation_steps", "gradient_accumulation_steps"),
     **to("training.learning_rate", "optimizer.lr"),
-    **to("training.weight_decay", "optimizer.weight_decay"),
+    **to("training.optimizer", f"optimizer.{COMPONENT}", by=optimizer),
+    **to("training.scheduler", SCHEDULE, by=component(SCHEDULES, "write training.scheduler")),
     **to("training.eval_steps", "run_val_every_n_steps"),
     **to("training.save_steps", "save_every_n_steps"),
     **to("training.keep_checkpoints", "checkpointer.keep_last_n_checkpoints"),
     **to("evaluation.batch_size", "batch_size_val"),
     **to("memory.gradient_checkpointing", "enable_activation_checkpointing", by=these(True, False)),
     **nowhere(exactly(False, how="write memory.activation_offload"), "enable_activation_offloading"),
-    **to("output.dir", "output_dir"),
-    **to("objective.beta", "loss.beta"),
-    **to("objective.label_smoothing", "loss.label_smoothing"),
+    **to("output.report_to", f"metric_logger.{COMPONENT}", by=lambda value: LOGGERS.get(_last(value), NOTHING)),
+    f"loss.{COMPONENT}": Alias(
+        ("objective", "method"),
+        component(LOSSES, "write objective", "the loss "),
+        "the mean over supervised tokens is always the loss",
+    ),
+    **to("objective.beta", DISTILLATION, by=component(DIVERGENCES, "write objective.beta", "the loss ")),
+    **to("objective.kd_ratio", "kd_ratio"),
+    **to("objective.teacher", TEACHER, by=lambda value: {"name_or_path": value}),
     **nowhere(exactly(0.5, how="write training.scheduler"), "lr_scheduler.num_cycles"),
     **to("training.warmup_steps", "lr_scheduler.num_warmup_steps"),
-    **nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
     **nowhere(lost("an adapter is continued by adapter.init_from", "write it"), "checkpointer.adapter_checkpoint"),
     **nowhere(lost("the tokenizer's own template is used", "write data.chat_template"), "tokenizer.prompt_template"),
     **nowhere(lost("weights are not trained as if quantized"), "quantizer.*"),
@@ -99,7 +136,6 @@ TABLE: dict[str, Alias] = {
     **dropped("the run folder holds everything", "save_adapter_weights_only"),
     **dropped("report.json says where time and memory went", "profiler.*"),
 }
-TABLE["learning_rate"] = TOP_LEVEL["learning_rate"]  # where a file refers to one
 
 
 def rewrite_torchtune(draft: Draft) -> None:
@@ -108,14 +144,19 @@ def rewrite_torchtune(draft: Draft) -> None:
     for name, (value, place) in theirs.values.items():
         theirs.values[name] = (_referred(theirs, value), place)
     _write_method(theirs)
-    _write_objective(theirs)
-    _write_teacher(theirs)
+    if _last(theirs.get(f"loss.{COMPONENT}")) == "RSOLoss":
+        theirs.write(f"loss.{COMPONENT}", "objective.loss_type", "hinge")
+    if theirs.get(DISTILLATION) is not None:
+        theirs.write(DISTILLATION, "objective.method", "distill")
+        if theirs.get("kd_ratio") is None:
+            theirs.write(DISTILLATION, "objective.kd_ratio", 0.5)  # of torchtune's recipe
     _write_steps(theirs)
     _write_sources(theirs)
-    _write_optimizer(theirs)
-    logger = _last(theirs.take(f"metric_logger.{COMPONENT}", "DiskLogger"))
-    if logger in LOGGERS:
-        theirs.write(f"metric_logger.{COMPONENT}", "output.report_to", LOGGERS[logger])
+    if theirs.get("optimizer.weight_decay") is None:
+        theirs.write(f"optimizer.{COMPONENT}", "training.weight_decay", 0.01)  # torch's own
+    if theirs.get(SCHEDULE) is None:
+        theirs.write(SCHEDULE, "training.scheduler", "constant")
+        theirs.write(SCHEDULE, "training.warmup_ratio", 0.0)
     clip = theirs.take("clip_grad_norm")
     theirs.write("clip_grad_norm", "training.max_grad_norm", None if clip is None else float(clip))
     _write_max_length(theirs)
@@ -170,38 +211,6 @@ def _write_method(theirs: Theirs) -> None:
     modules = [*(ATTENTION[each] for each in attention), *(MLP if mlp is True else ())]
     modules += ["lm_head"] if output is True else []
     theirs.write("model.lora_attn_modules", "adapter.target_modules", modules)
-
-
-def _write_objective(theirs: Theirs) -> None:
-    key = f"loss.{COMPONENT}"
-    loss = _last(theirs.take(key, CROSS_ENTROPY[0]))
-    if loss in CROSS_ENTROPY:
-        theirs.record(key, "nothing (the mean over supervised tokens is always the loss)")
-    elif loss in ("DPOLoss", "RSOLoss"):
-        theirs.write(key, "objective.method", "dpo")
-        if loss == "RSOLoss":
-            theirs.write(key, "objective.loss_type", "hinge")
-    else:
-        theirs.complain(key, f"the loss {show(loss)} has no exact translation", "write objective")
-
-
-def _write_teacher(theirs: Theirs) -> None:
-    """kd_loss, kd_ratio and the teacher's folder -> objective: distill."""
-    key = f"kd_loss.{COMPONENT}"
-    if theirs.get(key) is None:
-        return
-    name = _last(theirs.take(key))
-    beta = DIVERGENCES.get(name.removesuffix("Loss").removesuffix("WithChunkedOutput"))
-    if beta is None:
-        theirs.complain(key, f"the loss {show(name)} has no exact translation", "write objective: {method: distill}")
-        return
-    folder = "teacher_checkpointer.checkpoint_dir"
-    theirs.write(key, "objective.method", "distill")
-    theirs.write(key, "objective.beta", beta)
-    ratio, teacher = theirs.take("kd_ratio", 0.5), theirs.take(folder)
-    theirs.write("kd_ratio", "objective.kd_ratio", ratio)
-    if teacher is not None:
-        theirs.write(folder, "objective.teacher", {"name_or_path": teacher})
 
 
 def _write_steps(theirs: Theirs) -> None:
@@ -292,24 +301,3 @@ def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
         what = f"'{others[0]}' would be lost" if others else "source or conversation_style is missing"
         raise NotExact(what, "write the source under data.train")
     return source, of_all
-
-
-def _write_optimizer(theirs: Theirs) -> None:
-    """The optimizer's class, and the schedule: constant where none is named."""
-    key = f"optimizer.{COMPONENT}"
-    kind = theirs.take(key, "torch.optim.AdamW")
-    if isinstance(kind, str) and kind in OPTIMIZERS:
-        theirs.write(key, "training.optimizer", OPTIMIZERS[kind])
-    else:
-        theirs.complain(key, f"{show(kind)} has no exact translation", f"known: {', '.join(OPTIMIZERS)}")
-    if theirs.get("optimizer.weight_decay") is None:
-        theirs.write(key, "training.weight_decay", 0.01)  # torch's own
-    key = f"lr_scheduler.{COMPONENT}"
-    schedule = theirs.take(key)
-    if schedule is None:
-        theirs.write(key, "training.scheduler", "constant")
-        theirs.write(key, "training.warmup_ratio", 0.0)
-    elif _last(schedule) == "get_cosine_schedule_with_warmup":
-        theirs.write(key, "training.scheduler", "cosine")
-    else:
-        theirs.complain(key, f"{show(schedule)} has no exact translation", "write training.scheduler")

@@ -31,17 +31,19 @@ SECTIONS: dict[str, Alias] = {
     **to("data.max_length", "training.max_seq_length"),
     **to("data.packing", "training.packing", by=these(True, False)),
     **to("data.train_on", "training.train_on_completions", by=one_of({True: "assistant", False: "all"})),
-    **to("adapter.r", "lora.lora_r"),
-    **to("adapter.alpha", "lora.lora_alpha"),
-    **to("adapter.dropout", "lora.lora_dropout"),
+    **{f"lora.{name}": TOP_LEVEL[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora")},
     **to("adapter.target_modules", "lora.target_modules", by=values.lora_targets),
-    **to("adapter.use_rslora", "lora.use_rslora"),
+    **to("adapter.method", "lora.use_dora", by=one_of({True: "dora", False: "lora"})),
+    **to(
+        "adapter.method", "training.training_type", by=one_of({"full": "full", "lora": NOTHING}, "write adapter.method")
+    ),
+    **to("output.report_to", "logging.enable_wandb", by=one_of({True: ["wandb"], False: NOTHING})),
+    **to("output.report_to", "logging.enable_tensorboard", by=one_of({True: ["tensorboard"], False: NOTHING})),
     **to("adapter.start", "lora.use_loftq", by=_LOFTQ),
     **nowhere(one_of({True: NOTHING}, "write adapter.target_modules"), "lora.finetune_attention_modules"),
     **nowhere(one_of({True: NOTHING}, "write adapter.target_modules"), "lora.finetune_mlp_modules"),
     **nowhere(one_of({True: NOTHING}, _IMAGES), "lora.finetune_language_layers"),
     **dropped(_IMAGES, "lora.finetune_vision_layers", "lora.vision_all_linear"),
-    **to("output.dir", "training.output_dir"),
     **to("training.epochs", "training.num_epochs", by=unset_by_zero),
     **to("training.max_steps", "training.max_steps", by=unset_by_zero),
     **to("training.save_steps", "training.save_steps", by=unset_by_zero),
@@ -50,10 +52,11 @@ SECTIONS: dict[str, Alias] = {
     **to("memory.gradient_checkpointing", "training.gradient_checkpointing", by=_RECOMPUTED),
     **{
         f"training.{name}": TOP_LEVEL[name]
-        for name in ("learning_rate", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "weight_decay")
+        for name in (
+            *("learning_rate", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "weight_decay"),
+            *("optim", "lr_scheduler_type", "output_dir"),
+        )
     },
-    "training.optim": TOP_LEVEL["optim"],
-    "training.lr_scheduler_type": TOP_LEVEL["lr_scheduler_type"],
     **dropped("metrics.jsonl holds every number", "logging.*"),
     **dropped("`tunekit chat` and `generate` take their own", "inference.*"),
 }
@@ -63,6 +66,8 @@ OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
     **to("model.dtype", "dtype", by=_dtype),
     **to("adapter.r", "r"),
     **to("adapter.bias", "bias"),
+    **to("adapter.method", "use_dora", by=one_of({True: "dora", False: NOTHING})),
+    **to("data.train", "dataset", by=lambda value: [{"path": value, "format": "alpaca"}]),
     **to("adapter.start", "loftq_config", by=lambda value: NOTHING if value in ("None", "none") else "loftq"),
     **to("memory.gradient_checkpointing", "use_gradient_checkpointing", by=_RECOMPUTED),
     **dropped("training.seed draws the adapter's first weights too", "random_state"),
@@ -77,31 +82,16 @@ def rewrite_sections(draft: Draft) -> None:
     """Replace every key of a configuration with sections, in place."""
     theirs = take_all(draft)
     _write_sources(theirs)
-    kind = theirs.take("training.training_type", "lora")
-    if kind == "full":
-        theirs.write("training.training_type", "adapter.method", "full")
+    if theirs.get("training.training_type") == "full":
         for name in [name for name in theirs.values if name.startswith("lora.")]:
             theirs.take(name)
             theirs.record(name, "nothing (every weight of the base is trained)")
-    elif kind != "lora":
-        theirs.complain("training.training_type", f"{kind!r} has no exact translation", "write adapter.method")
-    else:
-        dora = theirs.take("lora.use_dora", False)
-        theirs.write("lora.use_dora", "adapter.method", "dora" if dora is True else "lora")
-    _write_trackers(theirs)
     theirs.settle(SECTIONS)
 
 
 def rewrite_options(draft: Draft) -> None:
     """Replace every option of the script, in place."""
-    theirs = take_all(draft)
-    if theirs.get("dataset") is not None:
-        dataset = theirs.take("dataset")
-        theirs.write("dataset", "data.train", [{"path": dataset, "format": "alpaca"}])
-    dora = theirs.take("use_dora", False)
-    if dora is True:
-        theirs.write("use_dora", "adapter.method", "dora")
-    theirs.settle(OPTIONS)
+    take_all(draft).settle(OPTIONS)
 
 
 def _write_sources(theirs: Theirs) -> None:
@@ -115,9 +105,3 @@ def _write_sources(theirs: Theirs) -> None:
     paths = [*([hub] if hub else []), *(files if isinstance(files, list) else [files])]
     if paths:
         theirs.write(name, "data.train", [{"path": path, "format": FORMATS[kind]} for path in paths])
-
-
-def _write_trackers(theirs: Theirs) -> None:
-    for tool in ("wandb", "tensorboard"):
-        if theirs.take(f"logging.enable_{tool}", False) is True:
-            theirs.write(f"logging.enable_{tool}", "output.report_to", [tool])
