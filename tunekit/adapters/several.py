@@ -1,8 +1,8 @@
 """Several adapters over one base at once, of any methods and targets: each call names one, or bypasses all.
 
-At every module that some adapter wraps stands a Switch, which asks the Call which adapter is meant and hands the input
-to that one's own wrapper of the plain module, or to the plain module: never do two adapters meet in one forward. Layers
-of LoRA then take their plain paths, so that logits equal those of the adapter alone up to the order of sums.
+A Switch replaces each module that an adapter wraps. It reads the adapter from the Call and passes the input to that
+adapter's wrapper, or to the plain module. One forward never uses two adapters. LoRA layers then use their plain code,
+so logits equal those of the adapter alone, up to the order of sums.
 """
 
 from collections.abc import Callable, Iterator

@@ -41,14 +41,14 @@ def make_example(row: Fields) -> PromptExample:
     """The prompt of a row, its reference answer and its other columns."""
     for name, other in ALIASES.items():
         row = {**row, other: row[name]} if row.get(name) is not None and row.get(other) is None else row
-    asked = read_prompt(row)
-    if asked is None:
+    prompt = read_prompt(row)
+    if prompt is None:
         raise DataError(f"no prompt; this row has {listed(row)}", "add one, or map a column to 'prompt'")
     column = next((name for name in ANSWERS if row.get(name) is not None), None)
     answer = _read_answer(row, column) if column else None
-    if answer is None and not isinstance(asked, str) and asked and asked[-1].role == "assistant":
-        asked, answer = asked[:-1], asked[-1].content
-    (prompt,) = conversation(row, asked)
+    if answer is None and not isinstance(prompt, str) and prompt and prompt[-1].role == "assistant":
+        prompt, answer = prompt[:-1], prompt[-1].content
+    (prompt,) = conversation(row, prompt)
     columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
     return PromptExample(prompt, answer, columns, tools=read_tools(row.get("tools")))
 

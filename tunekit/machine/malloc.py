@@ -1,9 +1,9 @@
-"""glibc's malloc, set through ctypes so that a training step on a CPU wastes little.
+"""Settings of glibc's malloc, through ctypes, that reduce fragmentation in training steps on a CPU.
 
-torch asks posix_memalign for blocks at 64 bytes: of each free chunk a splinter of 32 to 80 bytes is left before the
-block. A small object (the node of a graph, a tensor's head) that moves in there keeps the block, once it is freed, from
-joining its neighbour, and alone it is too small for the next block of its own size, with its splinter. Half of a
-step's memory was lost so. A stock of small free chunks, each between two used ones, takes these objects in instead.
+torch requests blocks aligned to 64 bytes from posix_memalign. That leaves a gap of 32 to 80 bytes before each block. A
+small object (a graph node, a tensor header) in the gap prevents the freed block from merging with its neighbour. The
+block is then too small for the next block of the same size plus gap. Half of a step's memory was lost in this way. A
+stock of small free chunks, each between two used ones, holds these objects instead.
 """
 
 import ctypes

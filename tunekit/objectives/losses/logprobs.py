@@ -1,8 +1,8 @@
 """The only place where logits exist: losses and log-probabilities of chosen positions, projected in chunks.
 
-Full logits (B, T, V) never exist: rows without a label are dropped first, the rest pass the head `chunk_tokens` at a
-time, in float32, and each chunk's gradient is taken on the spot (loss and gradient in one pass over the logits). Only
-where the head itself is trained are log-probabilities computed again in the backward.
+Full logits (B, T, V) never exist. Positions without a label are dropped first. The others pass the head in chunks of
+`chunk_tokens`, in float32, and each chunk's gradient is computed at once: one pass over the logits gives loss and
+gradient. Only if the head itself is trained, the backward computes the log-probabilities again.
 """
 
 import math

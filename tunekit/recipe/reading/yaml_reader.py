@@ -1,8 +1,8 @@
-"""YAML text -> plain values with the line of every key, read the way people mean it.
+"""YAML text -> plain values with the line of each key.
 
 Scalars follow YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, `no`, dates and 12:30 are
-text. Values are built here from the parser's events, so no resolver table of PyYAML is touched or relied upon, and
-anchors, merge keys and tags are refused where they stand instead of being expanded.
+text. This module builds the values from the parser's events. So it does not use or change PyYAML's resolver tables, and
+it refuses anchors, merge keys and tags with their line instead of expanding them.
 """
 
 import re
