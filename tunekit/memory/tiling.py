@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.model.autograd import Context
-from tunekit.model.call import Call, calling, current_call, seed_for
+from tunekit.model.call import Call, calling, current_call, seed_torch
 from tunekit.model.families.structure import training_mode
 
 KEY = "memory.mlp_tile_tokens"
@@ -128,7 +128,7 @@ class Tiles:
 
     def _seed(self, call: Call | None, index: int) -> None:
         if call is not None and self.module.training:
-            torch.manual_seed(seed_for("tile", call.seed, call.step, call.micro_batch, self.number, index))
+            seed_torch("tile", call.seed, call.step, call.micro_batch, self.number, index)
 
 
 class _Tiled(torch.autograd.Function):
