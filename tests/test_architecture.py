@@ -6,6 +6,7 @@ Every import counts, also inside a function, under TYPE_CHECKING, or by importli
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import statistics
 import subprocess
@@ -110,12 +111,24 @@ def source_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees_are_dropped() -> Iterator[None]:
+    yield
+    tree_of.cache_clear()
+
+
 def name_of(file: Path) -> str:
     """tunekit/data/batches.py -> "data/batches"; a package's __init__ is its folder."""
     parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
     return "/".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def is_module(dotted: str) -> bool:
     path = REPOSITORY.joinpath(*dotted.split("."))
     return path.with_suffix(".py").is_file() or path.is_dir()
@@ -123,7 +136,11 @@ def is_module(dotted: str) -> bool:
 
 def read_imports(importer: str, text: str) -> Iterator[Import]:
     """Every import of a source text; a relative one is written as it stands ("..model")."""
-    for node in ast.walk(ast.parse(text)):
+    return imports_of(importer, ast.parse(text))
+
+
+def imports_of(importer: str, tree: ast.Module) -> Iterator[Import]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (Import(importer, alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -191,8 +208,9 @@ def _own_fault(found: Import) -> str | None:
     return f"{found}: level {level_of(importer)} may import only lower levels, and that is level {level_of(imported)}"
 
 
+@functools.cache
 def all_imports() -> list[Import]:
-    return [found for file in source_files() for found in read_imports(name_of(file), file.read_text("utf-8"))]
+    return [found for file in source_files() for found in imports_of(name_of(file), tree_of(file))]
 
 
 def test_rooms_import_only_lower_rooms_and_packages_have_one_door() -> None:
@@ -270,7 +288,7 @@ def test_only_recipe_modules_load_before_torch_is_needed() -> None:
 def top_level_names(file: Path) -> set[str]:
     """Functions, classes and assigned names of a module."""
     names: set[str] = set()
-    for node in ast.parse(file.read_text("utf-8")).body:
+    for node in tree_of(file).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -305,7 +323,7 @@ def test_a_method_is_its_two_files() -> None:
 
 def functions_of(file: Path) -> Iterator[tuple[str, int]]:
     """Each function's name and how many lines it has, its docstring and decorators left out."""
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body
             documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
@@ -346,7 +364,7 @@ CONTRACT_BASES = frozenset(  # depth is counted from these, and from classes of 
 def own_bases() -> dict[str, set[str]]:
     """Each class of the package with the names of its bases; classes of one name count as one."""
     bases: dict[str, set[str]] = {}
-    for node in (node for file in source_files() for node in ast.walk(ast.parse(file.read_text("utf-8")))):
+    for node in (node for file in source_files() for node in ast.walk(tree_of(file))):
         if isinstance(node, ast.ClassDef):
             plain = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
             bases.setdefault(node.name, set()).update(ast.unparse(base).rpartition(".")[2] for base in plain)
@@ -377,28 +395,23 @@ def test_names_say_what_a_file_is() -> None:
     classes = [
         f"{name_of(file)}.{node.name}"
         for file in source_files()
-        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        for node in ast.walk(tree_of(file))
         if isinstance(node, ast.ClassDef) and re.search(r"(Manager|Handler|Factory)$", node.name)
     ]
     assert not classes
 
 
 def test_every_module_says_what_it_is() -> None:
-    silent = [name_of(file) for file in source_files() if file.read_text("utf-8").strip()]
-    assert not [name for name in silent if not ast.get_docstring(ast.parse(_text_of(name)))]
-
-
-def _text_of(name: str) -> str:
-    file = PACKAGE / f"{name}.py"
-    return (file if file.is_file() else PACKAGE / name / "__init__.py").read_text("utf-8")
+    trees = {name_of(file): tree_of(file) for file in source_files()}
+    assert not [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)]
 
 
 MOST_ANY = 60  # parameters, attributes and results in tunekit that say nothing about their value
 
 
-def bare_any(text: str) -> Iterator[int]:
-    """Lines of a source text with a parameter, a result or a variable whose whole type is `Any`."""
-    for node in ast.walk(ast.parse(text)):
+def bare_any(tree: ast.Module) -> Iterator[int]:
+    """Lines with a parameter, a result or a variable whose whole type is `Any`."""
+    for node in ast.walk(tree):
         types: list[ast.expr | None] = []
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = node.args
@@ -410,14 +423,14 @@ def bare_any(text: str) -> Iterator[int]:
 
 
 def test_any_is_rare() -> None:
-    counts = {name_of(file): len(list(bare_any(file.read_text("utf-8")))) for file in source_files()}
+    counts = {name_of(file): len(list(bare_any(tree_of(file)))) for file in source_files()}
     worst = sorted(((count, name) for name, count in counts.items() if count), reverse=True)[:20]
     assert sum(counts.values()) <= MOST_ANY, f"{sum(counts.values())} times; most of them in {worst}"
 
 
 def types_of(file: Path) -> Iterator[str]:
     """Classes, and names of types such as `Pixels = NDArray[np.uint8]`; type variables are no types."""
-    for node in ast.parse(file.read_text("utf-8")).body:
+    for node in tree_of(file).body:
         if isinstance(node, ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
