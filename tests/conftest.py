@@ -5,10 +5,12 @@ Of a matrix that is marked `sampled(N)` the quick tier runs N cells, drawn by a 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,17 @@ def pytest_configure() -> None:
     if SEED not in os.environ:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
         os.environ[SEED] = str(int(commit[:8] or "0", 16))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Modules and test items live until the end: the garbage collector need not read them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -50,6 +63,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def heard_hangups() -> None:
     """What a test starts would ignore a hang-up where these tests run under nohup, as any program then does."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """fsync refuses what is no open file, and returns: no test loses power. Tests of durability count its calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: os.fstat(number) and None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,12 +67,6 @@ def require_state(checkpoint: Checkpoint | None, *allowed: int) -> int:
     return checkpoint.step
 
 
-@pytest.fixture(autouse=True)
-def quick_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of real flushes would take minutes and show nothing more: a killed process loses no written byte."""
-    monkeypatch.setattr(os, "fsync", lambda number: None)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder.open_new(tmp_path / "run")
