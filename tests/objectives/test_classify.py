@@ -134,6 +134,7 @@ def tensors_of(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.sampled(1)
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
     run = train(write_recipe(tmp_path, base, training={"epochs": 30}))
     evaluate_verb(str(run), None, str(tmp_path / "test.jsonl"), "labels", [], str(tmp_path / "after.json"), [])
@@ -231,6 +232,7 @@ def test_a_text_may_fill_the_table_of_positions_and_no_more(kind: str, llama: Pa
     assert refusal.message == f"{what}; set data.max_length to at most {usable}"
 
 
+@pytest.mark.sampled(1)
 def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, base, data={"shuffle": False}, training={"learning_rate": 2e-3, "epochs": None, "max_steps": STEPS}
@@ -307,6 +309,7 @@ def test_peft_reads_the_folder_and_its_own_is_read(base: Path, tmp_path: Path) -
         torch.testing.assert_close(again.model.base.family.logits(again.model.base.net, {"input_ids": ids}), expected)
 
 
+@pytest.mark.sampled(1)
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
     whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
     recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 5})
@@ -319,6 +322,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
     assert tensors_of(run) == tensors_of(whole)
 
 
+@pytest.mark.sampled(1)
 def test_the_batch_size_is_a_memory_knob(base: Path, tmp_path: Path) -> None:
     one = train(write_recipe(tmp_path / "one", base, training={"learning_rate": 2e-3}))
     changed = {"learning_rate": 2e-3, "micro_batch_size": 2, "gradient_accumulation_steps": 3}
@@ -336,6 +340,7 @@ def test_a_decoder_streamed_is_the_resident_run_and_packed_nearly(llama: Path, t
     assert losses(packed)[-1] < losses(packed)[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("quantization", ["nf4", "int8_weight_only"])
 def test_a_quantized_base_keeps_its_head_whole(base: Path, tmp_path: Path, quantization: str) -> None:
     run = train(write_recipe(tmp_path, base, model={"quantization": quantization}, training={"epochs": 8}))

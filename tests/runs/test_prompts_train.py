@@ -97,7 +97,7 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     assert_same_bits(state(resumed), after)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @every
 def test_four_steps_on_a_quantized_base(name: str, storage: str, tiny_llama: Path) -> None:
@@ -232,6 +232,7 @@ def recipe_of(folder: Path, model: Path, name: str, **data: Any) -> Path:
     return path
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_recipe_trains_resumes_evaluates_and_generates(
     name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
