@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from tunekit.machine.devices import kind_of
 from tunekit.planning.simulated.kernels import backward_buffers
-from tunekit.planning.simulated.values import IntegerValues, OperationInputs
+from tunekit.planning.simulated.outputs import OperationInputs
+from tunekit.planning.simulated.values import IntegerValues
 
 CUDA_BLOCK_BYTES = 512  # the caching allocators of CUDA and XPU round every allocation up to this
 

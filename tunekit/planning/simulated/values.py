@@ -13,7 +13,8 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-OperationInputs = tuple[Any, ...]  # of an operation
+from tunekit.planning.simulated.outputs import OperationInputs, meta_output
+
 SIZED_BY_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.unique_consecutive.default)
 LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; beyond it a value is unknown and read as zero
 
@@ -31,7 +32,7 @@ class IntegerValues:
         else:
             if func is torch.ops.aten.index.Tensor:
                 args = (args[0], [place for index in args[1] for place in self._places(index)])
-            output = func(*args, **kwargs)
+            output = meta_output(func, args, kwargs)
         self._follow(func, args, kwargs, output)
         return output
 

@@ -1,0 +1,92 @@
+"""Outputs of operations on meta tensors, worked out once for all inputs of the same shapes, strides and types.
+
+torch works them out in Python, which takes a quarter of a millisecond an operation; layers, steps and the settings that
+a plan compares repeat the same few hundred.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+OperationInputs = tuple[Any, ...]
+CACHED_OUTPUTS = 20_000  # some 10 MB
+CHANGING = {torch.Tag.inplace_view, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_layouts: dict[tuple[object, ...], list[_Layout] | None] = {}  # None: the output is the first input, changed in place
+
+
+def meta_output(func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
+    """The result of `func(*args, **kwargs)`."""
+    kind = _kind(func)
+    key = (func, *_described(args), *_described(tuple(kwargs.items()))) if kind else (None,)
+    if kind is None or None in key:
+        return func(*args, **kwargs)
+    try:
+        known = _layouts.get(key, ())
+    except TypeError:  # not hashable
+        return func(*args, **kwargs)
+    if known is None:
+        return args[0]
+    if known:
+        outputs = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    if len(_layouts) >= CACHED_OUTPUTS:
+        _layouts.clear()
+    output = func(*args, **kwargs)
+    if kind == "in place":
+        if output is args[0]:
+            _layouts[key] = None
+    elif layouts := _layouts_of(output, (args, kwargs)):
+        _layouts[key] = layouts
+    return output
+
+
+@cache
+def _kind(func: OpOverload) -> str | None:
+    """Whether it makes "new" tensors or changes its first input "in place"; None: neither, such as a view."""
+    schema = func._schema
+    shared = [place for place, argument in enumerate(schema.arguments) if argument.alias_info is not None]
+    if CHANGING & set(func.tags) or any(str(value.type) != "Tensor" for value in schema.returns):
+        return None
+    if not shared and all(value.alias_info is None for value in schema.returns):
+        return "new" if schema.returns else None
+    first = schema.arguments[0].alias_info
+    changes = first is not None and first.is_write and len(schema.returns) == 1
+    return "in place" if shared == [0] and changes else None
+
+
+def _described(values: tuple[object, ...] | list[object]) -> list[object]:
+    """For each input, the properties that decide the output; None for a tensor with values or of a subclass."""
+    found: list[object] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            plain = type(value) in (Tensor, nn.Parameter) and value.is_meta and not value.is_complex()
+            found.append((value.shape, value.stride(), value.dtype) if plain else None)
+        elif isinstance(value, tuple | list):
+            inside = _described(value)
+            found.append(None if None in inside else tuple(inside))
+        else:
+            found.append((type(value), value))  # 1 and True and 1.0 are not the same
+    return found
+
+
+def _layouts_of(output: object, inputs: object) -> list[_Layout]:
+    """Layouts of the outputs. Empty if one of them shares a storage, or fills only a part of it."""
+    tensors = output if isinstance(output, tuple) else (output,)
+    storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    layouts: list[_Layout] = []
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not tensor.is_meta or tensor.untyped_storage()._cdata in storages:
+            return []
+        size, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
+        same = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        if tensor.storage_offset() or same.untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
+            return []
+        storages.add(tensor.untyped_storage()._cdata)
+        layouts.append((size, stride, dtype))
+    return layouts
