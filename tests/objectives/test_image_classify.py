@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import peft
@@ -22,10 +27,13 @@ from transformers import (
 from tests.support.image_case import records
 from tests.support.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
+from tunekit.data.encoding import augmentation
+from tunekit.data.encoding.images import read_image
 from tunekit.errors import DataError, InputError
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.call import seed_for
+from tunekit.model.families import image_classifier
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.load import load_model
 from tunekit.planning.plan import make_plan
@@ -237,3 +245,47 @@ def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path,
     listed = write(tmp_path, vit, pictures, objective={"labels": ["red", "green"]})
     with pytest.raises(InputError, match="the label 'blue' is not among the labels"):
         make_plan(load_recipe(str(listed), []))
+
+
+def test_without_a_library_the_extra_is_named(
+    tmp_path: Path, vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, recipe = next(pictures.rglob("*.png")), write(tmp_path, vit, pictures)
+    for module in [name for name in sys.modules if name.partition(".")[0] in ("PIL", "torchvision")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=r"images are read by Pillow, .*; run: pip install 'tunekit\[images\]'"):
+        read_image(str(picture))
+    with pytest.raises(InputError, match=r"changed by torchvision, .*; run: pip install 'tunekit\[images\]'"):
+        make_plan(load_recipe(str(recipe)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "verb"), [("PIL", "plan"), ("PIL", "data check"), ("torchvision", "plan")])
+def test_a_command_without_a_library_ends_in_one_line(
+    library: str, verb: str, tmp_path: Path, vit: Path, pictures: Path
+) -> None:
+    hidden = f"import sys; sys.modules[{library!r}] = None; from tunekit.cli import main; main()"
+    command = [sys.executable, "-c", hidden, *verb.split(), str(write(tmp_path, vit, pictures))]
+    environment = os.environ | {"TUNEKIT_CACHE": str(tmp_path / "cache")}  # whose rows would need no reading
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert re.search(r"\A[^\n]*not installed[^\n]*; run: pip install 'tunekit\[images\]'\n\Z", done.stderr)
+
+
+def test_a_processor_that_needs_a_library_names_the_extra(
+    tmp_path: Path, vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = ImportError("Siglip2ImageProcessor requires the Torchvision library but it was not found")
+    monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", Mock(side_effect=lacking))
+    monkeypatch.setattr(image_classifier, "find_spec", lambda name: None if name == "torchvision" else object())
+    with pytest.raises(InputError, match=r"processors of images need torchvision, .*tunekit\[images\]"):
+        make_plan(load_recipe(str(write(tmp_path, vit, pictures))))
+
+
+def test_images_that_no_step_changes_need_no_torchvision(
+    tmp_path: Path, vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {"random_resized_crop": False, "random_flip": False}
+    recipe = write(tmp_path, vit, pictures, objective=plain, training={"max_steps": 1})
+    monkeypatch.setattr(augmentation, "transforms", Mock(side_effect=AssertionError))
+    trained(recipe, tmp_path / "run")

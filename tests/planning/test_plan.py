@@ -237,6 +237,14 @@ def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPat
         assert not plan.refusals
 
 
+def test_a_metric_without_its_library_is_refused_with_the_extra(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "jiwer" else object())
+    told = "evaluation.metrics: {0} is counted by jiwer, which is not installed; run: pip install 'tunekit[speech]'"
+    for name in ("wer", "cer", "wer_normalized", "cer_normalized"):
+        (problem,) = library_problems(load_recipe(recipe, [f"evaluation.metrics=[{name}]"]).recipe)
+        assert str(problem) == told.format(name)
+
+
 def test_four_bits_do_without_bitsandbytes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None)
     assert not list(library_problems(load_recipe(recipe, ["model.quantization=nf4"]).recipe))

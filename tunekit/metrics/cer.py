@@ -1,5 +1,6 @@
 """Character error rate: characters to be changed, put in or left out, over those of the references."""
 
+from tunekit.metrics.spoken import LIBRARY as LIBRARY
 from tunekit.metrics.spoken import error_rate
 
 DESCRIPTION = "CER: changed, missing and surplus characters over all characters of the references"

@@ -1,5 +1,6 @@
 """Character error rate of texts whose spellings were made alike, by the model's own normaliser."""
 
+from tunekit.metrics.cer import LIBRARY as LIBRARY
 from tunekit.metrics.cer import score as score
 
 DESCRIPTION = "CER after the model's normaliser: case, punctuation and spellings count no more"

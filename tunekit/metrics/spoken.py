@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+from tunekit.errors import InputError
+
+LIBRARY = ("jiwer", "tunekit[speech]")  # the module that counts, and what to install for it
+
 
 def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
     """`score` of a metric that is jiwer's function of this name: the errors of all pairs over the units of all
@@ -9,8 +13,12 @@ def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
     """
 
     def score(predictions: Sequence[str], references: Sequence[str]) -> float:
-        """Raises: ValueError where no pair is left."""
-        import jiwer
+        """Raises: ValueError where no pair is left; InputError without jiwer."""
+        try:
+            import jiwer
+        except ImportError:
+            what = f"{name} is counted by {LIBRARY[0]}, which is not installed"
+            raise InputError(what, f"run: pip install '{LIBRARY[1]}'") from None
 
         kept = [pair for pair in zip(references, predictions, strict=True) if pair[0].strip()]
         if not kept:

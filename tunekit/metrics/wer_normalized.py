@@ -1,5 +1,6 @@
 """Word error rate of texts whose spellings were made alike, by the model's own normaliser."""
 
+from tunekit.metrics.wer import LIBRARY as LIBRARY
 from tunekit.metrics.wer import score as score
 
 DESCRIPTION = "WER after the model's normaliser: case, punctuation and spellings count no more"

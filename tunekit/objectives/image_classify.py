@@ -17,6 +17,6 @@ def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Fact
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)
     labels, fingerprint = given_labels(settings, facts), row_fingerprint(settings, processor)
-    rows = LabelledImages(settings, processor, fingerprint, options, labels)
+    rows = LabelledImages(settings, processor, fingerprint, options, labels, draws=settings.augments)
     resolution = {} if settings.resolution is None else {"resolution": settings.resolution}
     return label_objective(settings, rows, LabelLoss(), processor, **resolution)

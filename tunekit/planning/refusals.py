@@ -17,6 +17,7 @@ from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
+from tunekit.recipe.reading.names import facts_of
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.schedules import rate_multiplier, warmup_steps
@@ -42,6 +43,11 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
         modules = (tracker, "tensorboardX") if tracker == "tensorboard" else (tracker,)
         if not any(map(find_spec, modules)):
             yield Problem(f"{tracker} is not installed", f"run: pip install {tracker}", key="output.report_to")
+    for name in recipe.evaluation.metrics:
+        module, package = getattr(facts_of("metrics", name), "LIBRARY", (None, ""))
+        if module is not None and find_spec(module) is None:
+            what = f"{name} is counted by {module}, which is not installed"
+            yield Problem(what, f"run: pip install '{package}'", key="evaluation.metrics")
 
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:

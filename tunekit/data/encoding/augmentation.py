@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from tunekit.contracts import Pixels
-from tunekit.errors import DataError
+from tunekit.data.encoding.images import HOW_TO_INSTALL
+from tunekit.errors import InputError
 
 
 def transforms() -> Any:
-    """torchvision's transforms. Raises: DataError where it is not installed."""
+    """torchvision's transforms. Raises: InputError where it is not installed."""
     try:
         from torchvision.transforms import v2
     except ImportError:
-        how = "run: pip install 'tunekit[images]'"
-        raise DataError("images are changed by torchvision, which is not installed", how) from None
+        raise InputError("images are changed by torchvision, which is not installed", HOW_TO_INSTALL) from None
     return v2
 
 

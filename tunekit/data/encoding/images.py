@@ -15,8 +15,9 @@ import numpy as np
 
 from tunekit.contracts import Array, Pixels
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.errors import DataError
+from tunekit.errors import DataError, InputError
 
+HOW_TO_INSTALL = "run: pip install 'tunekit[images]'"
 Size = tuple[int, int]  # height and width in pixels
 BILINEAR = 2  # PIL's number of it
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
@@ -34,9 +35,13 @@ BIT_DEPTH_STEP = 257.0  # 65535 / 255
 def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixels:
     """(H, W, 3) upright pixels of a file or of its bytes; what was converted is counted in `notices`.
 
-    Raises: Dropped for an animated picture and a tiny one; DataError for what is no whole picture.
+    Raises: Dropped for an animated picture and a tiny one; DataError for what is no whole picture; InputError without
+        Pillow.
     """
-    from PIL import Image, ImageOps
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise InputError("images are read by Pillow, which is not installed", HOW_TO_INSTALL) from None
 
     told = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None

@@ -20,7 +20,7 @@ SILENCE = 1e-4  # the largest sample of a silent recording: -80 dB
 RATES = (100, 768_000)  # samples a second: no recorder has others, so that a header with another one is damaged
 BLOCK_VALUES = 2**22  # that are read at a time
 STREAMED = 0x7F000000  # from here on a RIFF header's size says that it was not known when it was written
-HOW_TO_INSTALL = "run: pip install tunekit[speech]"
+HOW_TO_INSTALL = "run: pip install 'tunekit[speech]'"
 
 
 @dataclass(frozen=True)

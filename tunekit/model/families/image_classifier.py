@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.contracts import NamedModules, Pixels, Processor, Tensors, Tokenizer
-from tunekit.errors import ModelError
+from tunekit.errors import InputError, ModelError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.family import Family
@@ -33,6 +34,7 @@ SIZES = ("size", "crop_size", "resize_short")  # its keys that say how large pic
 PLAIN_KIND = "ViTImageProcessor"  # of a model without a file
 MOST_SIDE = 4096
 PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that show what a processor does
+LIBRARIES = {"PIL": "Pillow", "torchvision": "torchvision"}  # of the extra `images`, by module
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
 ConfiguredSize = float | Mapping[str, object]
@@ -81,7 +83,7 @@ class PixelProcessor:
 
     @cached_property
     def own(self) -> BaseImageProcessor:
-        """transformers' processor. Raises: ModelError."""
+        """transformers' processor. Raises: ModelError; InputError where a library is not installed."""
         sizes = {key: self.written[key] for key in SIZES if self.written.get(key)}
         try:
             with quiet():
@@ -170,7 +172,11 @@ class PixelProcessor:
         """(3, 3): what gives pixels back."""
         return self.scale[0].double().inverse().float()
 
-    def _unusable(self, error: Exception) -> ModelError:
+    def _unusable(self, error: Exception) -> TunekitError:
+        lacking = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
+        if isinstance(error, ImportError) and lacking:
+            what = f"processors of images need {' and '.join(lacking)}, not installed here"
+            return InputError(what, "run: pip install 'tunekit[images]'")
         first = str(error).strip().partition("\n")[0]
         what = f"is no processor of images that can be used ({first})"
         return ModelError(what, "fetch the model again", file=str(self.folder / CONFIG))

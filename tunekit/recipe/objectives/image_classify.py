@@ -36,3 +36,8 @@ class ImageClassifySettings(LabelSettings):
     randaugment_ops: CountOrZero = Field(0, description="operations of RandAugment for each image; 2 is usual")
     randaugment_magnitude: Annotated[CountOrZero, Field(le=30)] = Field(9, description="their strength")
     random_erasing: Fraction = Field(0.0, description="how often a rectangle of an image is erased")
+
+    @property
+    def augments(self) -> bool:
+        """Whether steps change images, for which torchvision is needed."""
+        return bool(self.random_resized_crop or self.random_flip or self.randaugment_ops or self.random_erasing)
