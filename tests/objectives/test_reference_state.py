@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_dpo import check_it_is_one_run, losses, tensors_of, train, write_recipe
@@ -24,6 +28,7 @@ from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.errors import InputError
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
 FAST = {"learning_rate": 0.02, "epochs": 2}
@@ -52,42 +57,143 @@ def continued(supervised: Path) -> dict[str, Any]:
     return {"r": settings["r"], "alpha": settings["alpha"], "init_from": str(supervised)}
 
 
-def test_losses_equal_trls_with_its_reference_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
-    rows, steps = [{"prompt": f"say {n}:", "chosen": f" so {n}", "rejected": " no" * (n + 1)} for n in range(6)], 5
-    training = {"micro_batch_size": 6, "gradient_accumulation_steps": 1, "epochs": steps, "weight_decay": 0.0}
-    training |= {"scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 0.003, "max_grad_norm": 1.0}
-    ours = train(
-        write_recipe(
-            tmp_path / "ours", base, rows, data={"eval": None}, adapter=continued(supervised), training=training
-        )
-    )
+STEPS = 5
+TRAINING: dict[str, Any] = {
+    "micro_batch_size": 6,
+    "gradient_accumulation_steps": 1,
+    "epochs": STEPS,
+    "weight_decay": 0.0,
+}
+TRAINING |= {"scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 0.003, "max_grad_norm": 1.0}
+
+
+def trl_run(
+    trainer: Any,
+    config: Any,
+    base: Path,
+    supervised: Path,
+    rows: list[dict[str, Any]],
+    values: dict[str, Any],
+    **more: Any,
+) -> Any:
+    """trl's trainer after the same steps, whose reference is the adapter "ref", a copy of the one that it was given."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    trainer = DPOTrainer(
+    settings = config(
+        output_dir=str(base / "trl"),
+        num_train_epochs=STEPS,
+        learning_rate=0.003,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        **values,
+    )
+    trained = trainer(
         model=PeftModel.from_pretrained(model, str(supervised), is_trainable=True),
-        args=DPOConfig(
-            output_dir=str(tmp_path / "trl"),
-            per_device_train_batch_size=6,
-            num_train_epochs=steps,
-            learning_rate=0.003,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-        ),
+        args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
+        **more,
     )
-    trainer.train()
+    assert "ref" in trained.model.peft_config
+    trained.train()
+    return trained
+
+
+def check_it_equals(run: Path, trainer: Any, supervised: Path) -> None:
+    """Losses of all steps, and the adapter after them."""
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(theirs) == steps
-    assert theirs[-1] < theirs[0] - 0.01, "the adapter moves away from its reference"
-    assert losses(ours) == pytest.approx(theirs, rel=1e-5)
+    assert len(theirs) == STEPS
+    assert losses(run) == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    ours, start = (load_file(folder / "adapter_model.safetensors") for folder in (run / "adapter", supervised))
+    state = get_peft_model_state_dict(trainer.model)
+    assert set(ours) == set(state)
+    apart, moved = (
+        torch.cat([(ours[name] - other[name]).flatten() for name in ours]).norm() for other in (state, start)
+    )
+    assert moved > 0.1
+    assert apart < 1e-4 * moved, "as a whole: AdamW makes a full step of a gradient that is only rounding"
+
+
+def test_dpo_equals_trls_with_its_reference_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}:", "chosen": f" so {n}", "rejected": " no" * (n + 1)} for n in range(6)]
+    sections = {"data": {"eval": None}, "adapter": continued(supervised), "training": TRAINING}
+    ours = train(write_recipe(tmp_path / "ours", base, rows, **sections))
+    values = {"per_device_train_batch_size": 6, "max_length": None}
+    theirs = trl_run(DPOTrainer, DPOConfig, base, supervised, rows, values)
+    assert losses(ours)[-1] < losses(ours)[0] - 0.01
+    check_it_equals(ours, theirs, supervised)
+
+
+def test_kto_equals_trls_with_its_reference_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
+    """One micro-batch to a step, of which trl takes the KL: ours is that of the whole step."""
+    rows = [{"prompt": f"say {n}:", "completion": " so" * (n + 1), "label": n % 3 != 2} for n in range(6)]
+    sections = {"data": {"eval": None}, "adapter": continued(supervised), "training": TRAINING}
+    ours = train(write_kto(tmp_path / "ours", base, rows, objective={"beta": 0.5}, **sections))
+    values = {"per_device_train_batch_size": 6, "max_length": None, "beta": 0.5}
+    theirs = trl_run(KTOTrainer, KTOConfig, base, supervised, rows, values)
+    kl = [record["kl"] for record in records(ours) if "kl" in record]
+    assert max(kl) > 0.01
+    assert kl == pytest.approx([entry["kl"] for entry in theirs.state.log_history if "kl" in entry], rel=1e-4, abs=1e-6)
+    check_it_equals(ours, theirs, supervised)
+
+
+REWARD = "def even(completion_ids, **columns):\n    return [sum(ids) % 7 / 7 for ids in completion_ids]\n"
+
+
+def completions_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Others to each place of a prompt's group, the same in every step."""
+    places, completions = Counter[tuple[int, ...]](), []
+    for prompt in map(tuple, prompts):
+        places[prompt] += 1
+        draw = np.random.default_rng([*prompt, places[prompt]])
+        completions.append([*draw.integers(3, 200, int(draw.integers(1, 6))).tolist(), 2])
+    return completions
+
+
+@pytest.mark.parametrize(
+    ("method", "trainer", "config"), [("grpo", GRPOTrainer, GRPOConfig), ("rloo", RLOOTrainer, RLOOConfig)]
+)
+def test_samples_equal_trls_with_its_reference_adapter(
+    method: str,
+    trainer: Any,
+    config: Any,
+    base: Path,
+    supervised: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same completions on both sides, two to each of six prompts of a step."""
+    rows = [{"prompt": f"say {n}:"} for n in range(6)]
+    settings = {"beta": 0.3, "num_generations": 2, "max_completion_length": 8}
+    reward = {"function": "rewards.py:even", "allow_code": True}
+    objective = {"method": method, "reward": [reward], **settings}
+    sections = {"data": {"eval": None}, "adapter": continued(supervised), "training": TRAINING}
+    generate = TunedModel.generate
+
+    def given(self: TunedModel, tokenizer: Any, prompts: Any, **more: Any) -> Any:
+        simulated = self.device.type == "meta"
+        return generate(self, tokenizer, prompts, **more) if simulated else completions_of(prompts)
+
+    def theirs(self: Any, prompts: Any, *more: Any) -> Any:
+        completions = completions_of(prompts)
+        return (completions, None) if method == "grpo" else completions  # grpo's: with the sampler's log-probabilities
+
+    monkeypatch.setattr(TunedModel, "generate", given)
+    monkeypatch.setattr(trainer, "_generate_single_turn", theirs)
+    ours = train(write_prompts(tmp_path / "ours", base, rows, code=REWARD, objective=objective, **sections))
+    exec(REWARD, namespace := dict[str, Any]())
+    values = {"per_device_train_batch_size": 12, **settings}
+    run = trl_run(trainer, config, base, supervised, rows, values, reward_funcs=namespace["even"])
+    kl = [record["kl"] for record in records(ours) if "kl" in record]
+    assert abs(kl[-1]) > 1e-4
+    assert kl == pytest.approx([entry["kl"] for entry in run.state.log_history if "kl" in entry], rel=1e-3, abs=1e-6)
+    check_it_equals(ours, run, supervised)
 
 
 STARTS: dict[str, dict[str, Any]] = {
