@@ -14,7 +14,11 @@ SITE = REPOSITORY / "scripts" / "site"
 SENTENCE_WORDS, PARAGRAPH_CHARACTERS, SHORT_LIFE = 35, 5 * 125, 3
 BANNED = r"\b(told|said|senseless|sensible|comes in|goes out|goes on|gone on|going on|begun|none of what)\b"
 VAGUE = {"found", "told", "said", "given", "kept", "made", "seen", "every", "own", "whole", "rest", "asked"}
-PLAIN = ("formats",)  # folders and files of tunekit/ whose words and names are checked; all of them in the end
+PLAIN = (
+    "formats",
+    "commands",
+    "cli.py",
+)  # folders and files of tunekit/ whose words and names are checked; all of them in the end
 TITLES = (
     "Supervised fine-tuning (SFT)",
     "Text classification",

@@ -1,4 +1,4 @@
-"""The program: its help, its exit codes, and errors in words. The commands are in commands/."""
+"""The program: help, exit codes and error messages. The commands are in commands/."""
 
 import gc
 import os
@@ -38,7 +38,7 @@ app = typer.Typer(
     name="tunekit",
     cls=InOrderOfUse,
     help="Fine-tune language models from a YAML recipe.",
-    epilog="Exit codes: 0 done; 1 a fault of tunekit; 2 the recipe or an input is wrong; 3 the numbers went wrong; "
+    epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite; "
     "4 memory, disk or another resource ran out; 129, 130, 143 hung up, interrupted, terminated.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -57,9 +57,9 @@ def _print_version(wanted: bool) -> None:
 def start(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results, warnings and errors")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print only results, warnings and errors")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="also the seconds of each part, and what the libraries log")
+        bool, typer.Option("--verbose", "-v", help="also print the seconds of each part, and log messages of libraries")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")

@@ -16,7 +16,7 @@ def show(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
     json_file: JsonFile = None,
 ) -> None:
-    """Tell what an adapter folder holds; no base model is needed."""
+    """Show the content of an adapter folder. Needs no base model."""
     from tunekit.adapter import show_verb
 
     show_verb(adapter, json_file)
@@ -26,14 +26,16 @@ def show(
 def convert(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
     output: Output,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="as the nearest LoRA of this rank")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="approximate by a LoRA of this rank")] = None,
     initial: Annotated[
         str | None,
-        typer.Option("--initial", metavar="DIR", help="the adapter before training, of PiSSA, OLoRA, CorDA, LoRA-GA"),
+        typer.Option(
+            "--initial", metavar="DIR", help="for PiSSA, OLoRA, CorDA and LoRA-GA: the adapter before training"
+        ),
     ] = None,
     base: Base = None,
 ) -> None:
-    """Write an adapter as plain LoRA for the untouched base."""
+    """Convert an adapter to plain LoRA for the original base."""
     from tunekit.adapter import convert_verb
 
     convert_verb(adapter, rank, initial, base, output)
@@ -47,7 +49,7 @@ def export_checkpoint(
     output: Output,
     base: Base = None,
 ) -> None:
-    """Write the adapter of a checkpoint, as the run would have after that step."""
+    """Write the adapter of a checkpoint as an adapter folder."""
     from tunekit.adapter import export_checkpoint_verb
 
     export_checkpoint_verb(checkpoint, base, output)
@@ -55,10 +57,11 @@ def export_checkpoint(
 
 @group.command()
 def combine(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="two or more, of one base")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="two or more adapters of the same base")],
     output: Output,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="W,W...", help="such as 0.7,0.3; default: equal, with sum 1")
+        str | None,
+        typer.Option("--weights", metavar="W,W...", help="such as 0.7,0.3; default: equal weights with sum 1"),
     ] = None,
     method: Annotated[
         str,
@@ -68,15 +71,17 @@ def combine(
             help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd",
         ),
     ] = "cat",
-    density: Annotated[float | None, typer.Option(metavar="D", help="share of numbers that pruning keeps")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="rank of the result of an svd")] = None,
+    density: Annotated[float | None, typer.Option(metavar="D", help="the share of values that pruning keeps")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="the rank of the result, for methods with svd")
+    ] = None,
     majority_sign: Annotated[
-        str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties finds the sign of a number")
+        str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties chooses the sign of a value")
     ] = "total",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of dare's random choice")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="the seed of dare's random choice")] = 0,
     base: Base = None,
 ) -> None:
-    """Make one adapter of several."""
+    """Combine several adapters into one."""
     from tunekit.adapter import combine_verb
 
     combine_verb(adapters, weights, method, density, rank, majority_sign, seed, base, output)
@@ -85,12 +90,12 @@ def combine(
 @group.command()
 def diff(
     left: Annotated[str, typer.Argument(metavar="A", help="an adapter folder, a run, or a model folder")],
-    right: Annotated[str, typer.Argument(metavar="B", help="another of its kind")],
+    right: Annotated[str, typer.Argument(metavar="B", help="the same kind as A")],
     rank: Annotated[
         int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="where to write that LoRA")] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="rows on which both losses are measured")] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="the folder of that LoRA")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="rows to measure both losses on")] = None,
     base: Base = None,
     json_file: JsonFile = None,
     device: Device = None,
@@ -107,7 +112,7 @@ def adopt(
     output: Output,
     base: Base = None,
 ) -> None:
-    """Write a pipeline's LoRA, as other programs keep it, as an adapter folder."""
+    """Convert a LoRA file of a diffusion pipeline to an adapter folder."""
     from tunekit.adapter import adopt_verb
 
     adopt_verb(file, base, output)

@@ -1,6 +1,6 @@
-"""Completions of a command's arguments, in the form that typer asks for; where there are none, the shell offers files.
+"""Completions of arguments, for typer. If there are none, the shell offers files.
 
-offers.py, which reads recipes, is imported only when a shell asks.
+offers.py reads recipes, so it is imported only when a shell requests completions.
 """
 
 import os
@@ -15,15 +15,15 @@ ENDINGS = (".yaml", ".yml")
 
 
 def complete_recipe_file(incomplete: str) -> list[str]:
-    """Recipe files and folders; where one folder alone fits, what is in it."""
+    """Recipe files and folders. If only one folder matches, also its content."""
     folder, slash, name = incomplete.rpartition("/")
     try:
-        there = sorted(Path(folder + slash or ".").iterdir())
+        entries = sorted(Path(folder + slash or ".").iterdir())
     except OSError:
         return []
     fitting = [
         f"{folder}{slash}{entry.name}{'/' if entry.is_dir() else ''}"
-        for entry in there
+        for entry in entries
         if entry.name.startswith(name) and (name or not entry.name.startswith("."))
         if entry.is_dir() or entry.suffix in ENDINGS
     ]
@@ -39,12 +39,12 @@ def shipped_name(incomplete: str) -> list[tuple[str, str]]:
 
 
 def among(*names: str) -> Completer:
-    """One of these."""
+    """A completer for a fixed list of names."""
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 def named(key: str) -> Completer:
-    """One of the names that a key of a recipe may have."""
+    """A completer for the values of a recipe's key."""
 
     def complete(incomplete: str) -> list[str]:
         from tunekit.commands.offers import complete_name
@@ -55,26 +55,26 @@ def named(key: str) -> Completer:
 
 
 def override(*sections: str) -> Completer:
-    """KEY=VALUE, of these sections only where some are named.
+    """A completer for KEY=VALUE, in these sections or, if none is given, in all.
 
-    Bash hands `training.seed=1` over as three words, and wants the last one alone.
+    Bash passes `training.seed=1` as three words, and expects a completion of the last word only.
     """
 
     def complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         from tunekit.commands.offers import complete_override
 
         words = [str(word) for word in context.params.get("overrides") or ()]
-        words += ["="] if _current_word_of_bash() == "=" else []  # which click leaves out
+        words += ["="] if _current_word_of_bash() == "=" else []  # click drops it
         split = words[-1:] == ["="]
-        *given, begun = "\n".join([*words, incomplete]).replace("\n=\n", "=").split("\n")
-        found = complete_override(begun, context.params.get("recipe"), given)
-        fitting = [pair for pair in found if not sections or pair[0].removeprefix("~").startswith(sections)]
+        *earlier, prefix = "\n".join([*words, incomplete]).replace("\n=\n", "=").split("\n")
+        completions = complete_override(prefix, context.params.get("recipe"), earlier)
+        fitting = [pair for pair in completions if not sections or pair[0].removeprefix("~").startswith(sections)]
         return [(text.partition("=")[2] if split else text, meaning) for text, meaning in fitting]
 
     return complete
 
 
 def _current_word_of_bash() -> str:
-    """The word under the cursor as bash gave it; nothing in another shell."""
+    """The word at the cursor in bash; empty in other shells."""
     words, number = os.environ.get("COMP_WORDS", "").split("\n"), os.environ.get("COMP_CWORD", "")
     return words[int(number)] if number.isdecimal() and int(number) < len(words) else ""

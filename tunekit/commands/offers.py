@@ -1,6 +1,6 @@
-"""Completions of names of shipped recipes and of KEY=VALUE.
+"""Completions of shipped recipes' names and of KEY=VALUE.
 
-Keys and values are read from the schema file, because pydantic's classes take longer to import than a person waits.
+Keys and values come from the schema file, because importing pydantic's classes takes too long for a completion.
 """
 
 import json
@@ -16,23 +16,23 @@ Completions = list[tuple[str, str]]
 SchemaFields = dict[str, dict[str, Any]]  # dotted key -> its part of the schema
 
 
-def complete_shipped_name(begun: str) -> Completions:
-    """Names of shipped recipes, with what each says of itself."""
-    return [(name, first_comment(file)) for name, file in shipped_recipes().items() if name.startswith(begun)]
+def complete_shipped_name(prefix: str) -> Completions:
+    """Names of shipped recipes with their descriptions."""
+    return [(name, first_comment(file)) for name, file in shipped_recipes().items() if name.startswith(prefix)]
 
 
-def complete_name(key: str, begun: str) -> list[str]:
-    """The names that a key may have as its value, or as an item of it, such as those of `evaluation.metrics`."""
+def complete_name(key: str, prefix: str) -> list[str]:
+    """The possible values of a key, or of the items of its list, such as those of `evaluation.metrics`."""
     field = _fields({}).get(key, {})
-    return [name for name in _values(field.get("items", field)) if name.startswith(begun)]
+    return [name for name in _values(field.get("items", field)) if name.startswith(prefix)]
 
 
-def complete_override(begun: str, recipe: str | None, given: Sequence[str] = ()) -> Completions:
-    """KEY=VALUE and ~KEY; `given`: the overrides before it. A section's keys are offered once it is certain."""
-    written = _written(recipe, given)
+def complete_override(prefix: str, recipe: str | None, earlier: Sequence[str] = ()) -> Completions:
+    """KEY=VALUE and ~KEY. `earlier`: the overrides before this one. Keys are offered once the section is certain."""
+    written = _written(recipe, earlier)
     fields = _fields(written)
-    key, equals, value = begun.removeprefix("~").partition("=")
-    if begun.startswith("~"):
+    key, equals, value = prefix.removeprefix("~").partition("=")
+    if prefix.startswith("~"):
         return [(f"~{name}", _meaning(field)) for name, field in fields.items() if name.startswith(key)]
     if equals:
         field = fields.get(key, {})
@@ -48,11 +48,11 @@ def complete_override(begun: str, recipe: str | None, given: Sequence[str] = ())
 
 
 def _fields(written: dict[str, Any]) -> SchemaFields:
-    """Every key of the sections, those of `adapter` and `objective` for the methods that are written."""
+    """All keys of all sections; in `adapter` and `objective`, the keys of the chosen methods."""
     try:
         schema = json.loads((shipped_folder() / SCHEMA_NAME).read_bytes())
     except (TunekitError, OSError, ValueError):
-        return {}  # a shell that asks is told nothing, rather than what went wrong
+        return {}  # a completion shows no errors
     fields: SchemaFields = {}
     for name, section in schema["properties"].items():
         names, *choices = section.get("anyOf", [{}, section])
@@ -70,8 +70,8 @@ def _fields(written: dict[str, Any]) -> SchemaFields:
     return fields | {f"data.train.0.{key}": field for key, field in source.items()}
 
 
-def _written(recipe: str | None, given: Sequence[str]) -> dict[str, Any]:
-    """Values of a recipe and of overrides by their dotted keys; none of a file that cannot be read."""
+def _written(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of a recipe and of overrides by dotted key. A file that cannot be read has none."""
     written: dict[str, Any] = {}
     try:
         values = read_recipe_file(Path(recipe)).values if recipe else {}
@@ -80,17 +80,17 @@ def _written(recipe: str | None, given: Sequence[str]) -> dict[str, Any]:
     for name, section in values.items():
         inner = section if isinstance(section, dict) else {None: section}
         written |= {f"{name}.{key}" if key else name: value for key, value in inner.items()}
-    for text in given:
+    for text in overrides:
         key, equals, value = text.partition("=")
         if equals:
             written[key] = read_scalar(value)
-            if "." not in key:  # the whole section is another
+            if "." not in key:  # replaces the whole section
                 written = {name: old for name, old in written.items() if not name.startswith(f"{key}.")}
     return written
 
 
 def _values(field: dict[str, Any], written: object = None) -> list[str]:
-    """What a key may have as its value: names where it takes some, else what is written or its default."""
+    """Possible values of a key: its names, or the written value, or the default."""
     names = list(dict.fromkeys(_names(field)))
     known = written if written is not None else field.get("default")
     plain = isinstance(known, str | int | float) and not isinstance(known, bool)
@@ -98,7 +98,7 @@ def _values(field: dict[str, Any], written: object = None) -> list[str]:
 
 
 def _names(field: dict[str, Any]) -> Iterator[str]:
-    """Every plain value that the schema lists."""
+    """All plain values that the schema lists."""
     if field.get("type") == "boolean":
         yield from ("true", "false")
     listed = [*field.get("enum", []), *([field["const"]] if "const" in field else [])]

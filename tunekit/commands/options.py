@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, as typer reads them."""
+"""Arguments and options of several commands, for typer."""
 
 import os
 from typing import Annotated
@@ -12,27 +12,29 @@ RecipeFile = Annotated[str, RECIPE]
 
 
 def keys(help: str, *sections: str) -> object:
-    """KEY=VALUE arguments; of these sections, if some are named."""
+    """KEY=VALUE arguments, in these sections or, if none is given, in all."""
     return typer.Argument(metavar="KEY=VALUE", help=help, autocompletion=override(*sections))
 
 
 Overrides = Annotated[list[str] | None, keys("training.learning_rate=1e-4 changes a key, ~training.epochs removes one")]
 TargetKeys = Annotated[
-    list[str] | None, keys("of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation.")
+    list[str] | None,
+    keys("changes keys of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation."),
 ]
 TARGET = "a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name"
 TargetName = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET)]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
 JsonFile = Annotated[
-    str | None, typer.Option("--json", metavar="FILE|-", help="write the result there as JSON; - is standard output")
+    str | None,
+    typer.Option("--json", metavar="FILE|-", help="write the result to this file as JSON; - is standard output"),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
         metavar="cpu|cuda[:N]|xpu[:N]|mps",
-        callback=lambda name: name and os.environ.update(TUNEKIT_DEVICE=name),  # whatever the verb calls finds it
+        callback=lambda name: name and os.environ.update(TUNEKIT_DEVICE=name),  # read by all code below
         autocompletion=among("cpu", "cuda", "xpu", "mps"),
-        help="where to compute; default: $TUNEKIT_DEVICE, else this machine's accelerator, else its CPU",
+        help="the device; default: $TUNEKIT_DEVICE, else this machine's accelerator, else its CPU",
     ),
 ]

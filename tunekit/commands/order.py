@@ -1,4 +1,4 @@
-"""The order in which `tunekit --help` lists the commands: that in which a person needs them."""
+"""The order of the commands in `tunekit --help`: the order in which a user needs them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ ORDER = (
 
 
 class InOrderOfUse(TyperGroup):
-    """The commands of the program; one that has no place here comes last."""
+    """The commands of the program. A command that is not in ORDER comes last."""
 
     def list_commands(self, context: Any) -> list[str]:
         """The names, in order."""

@@ -14,7 +14,7 @@ app = typer.Typer(rich_markup_mode=None)
 def init(
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="a file of rows, a folder of recordings or images, or a hub name"),
+        typer.Argument(metavar="[DATA]", help="a data file, a folder of recordings or images, or a hub name"),
     ] = None,
     output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new recipe")] = "recipe.yaml",
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="a folder, a .gguf file or a hub name")] = None,
@@ -24,13 +24,15 @@ def init(
     ] = None,
     quantization: Annotated[
         str,
-        typer.Option(metavar="NAME", help="of the base: none, nf4, ...", autocompletion=named("model.quantization")),
+        typer.Option(
+            metavar="NAME", help="quantization of the base: none, nf4, ...", autocompletion=named("model.quantization")
+        ),
     ] = "none",
     evaluation: Annotated[
-        float | None, typer.Option("--eval", metavar="SHARE", help="of the rows to hold back")
+        float | None, typer.Option("--eval", metavar="SHARE", help="the share of rows to evaluate on")
     ] = None,
 ) -> None:
-    """Write a first recipe for your data. Looks at them and at this machine; asks in a terminal."""
+    """Write a first recipe for your data. Reads the data, checks this machine, and asks questions in a terminal."""
     from tunekit.init import init_verb
 
     init_verb(data, output, model, method, quantization, evaluation)
@@ -39,11 +41,11 @@ def init(
 @app.command("import")
 def import_recipe(
     path: Annotated[
-        str, typer.Argument(metavar="FILE", help="of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth or PEFT")
+        str, typer.Argument(metavar="FILE", help="a file of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth or PEFT")
     ],
-    output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="write the recipe there")] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="the new recipe")] = None,
 ) -> None:
-    """Turn another tool's configuration into a recipe. Tells what became of each key."""
+    """Convert a configuration of a different tool to a recipe. Lists the result for each key."""
     from tunekit.foreign import import_verb
 
     import_verb(path, output)
@@ -52,9 +54,11 @@ def import_recipe(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="print this one", autocompletion=shipped_name)
+        str | None, typer.Argument(metavar="[NAME]", help="the recipe to print", autocompletion=shipped_name)
     ] = None,
-    copy_to: Annotated[str | None, typer.Option("--copy", metavar="PATH", help="copy it there, with its data")] = None,
+    copy_to: Annotated[
+        str | None, typer.Option("--copy", metavar="PATH", help="copy the recipe to PATH, with its data")
+    ] = None,
 ) -> None:
     """List, print or copy the recipes that come with tunekit."""
     from tunekit.recipes import recipes_verb
@@ -64,8 +68,8 @@ def recipes(
 
 @app.command()
 def schema(
-    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="write it there")] = None,
-    reference: Annotated[bool, typer.Option("--reference", help="a text for people instead of JSON Schema")] = False,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="write the schema to FILE")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="print readable text instead of JSON Schema")] = False,
 ) -> None:
     """Print the JSON Schema of recipes."""
     from tunekit.schema import schema_verb
@@ -75,7 +79,7 @@ def schema(
 
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Check a recipe and that its files are there. Nothing is loaded."""
+    """Check a recipe, and that its files exist. Loads nothing."""
     from tunekit.validate import validate_verb
 
     validate_verb(recipe, overrides or [], json_file)

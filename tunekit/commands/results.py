@@ -1,4 +1,4 @@
-"""The commands that read what is there: report, runs and watch; doctor, which reads the machine."""
+"""The commands that show existing things: report, runs, watch, and doctor for the machine."""
 
 from typing import Annotated
 
@@ -12,11 +12,13 @@ app = typer.Typer(rich_markup_mode=None)
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs")],
-    html: Annotated[str | None, typer.Option(metavar="FILE", help="a page of them; of one run: its own")] = None,
-    csv: Annotated[str | None, typer.Option(metavar="FILE", help="what came of each, as a table")] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write a page that compares them; for one run, its report page")
+    ] = None,
+    csv: Annotated[str | None, typer.Option(metavar="FILE", help="write the results as a table")] = None,
     json_file: JsonFile = None,
 ) -> int:
-    """Compare runs, or write the page of one anew. What differs, what came of each, their curves."""
+    """Compare runs: different keys, results, curves. For a single run, write its page again."""
     from tunekit.report import report_verb
 
     return report_verb(runs, html, json_file, csv)
@@ -25,10 +27,10 @@ def report(
 @app.command()
 def runs(
     words: Annotated[list[str] | None, typer.Argument(metavar="[clean] [DIR]", help="default: runs")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="of clean: do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="with clean: do not ask for confirmation")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """List runs, or free their disk (clean). It removes checkpoints that are not needed, after showing them."""
+    """List runs, or free disk space (clean). clean lists the checkpoints that are not needed, then removes them."""
     clean = (words or [])[:1] == ["clean"]
     folders = (words or [])[int(clean) :]
     if len(folders) > 1 or (yes and not clean) or (json_file and clean):
@@ -46,10 +48,11 @@ def runs(
 def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
     port: Annotated[
-        int | None, typer.Option("--serve", metavar="PORT", min=0, max=65535, help="its page, on this machine")
+        int | None,
+        typer.Option("--serve", metavar="PORT", min=0, max=65535, help="show a page in a browser on this machine"),
     ] = None,
 ) -> None:
-    """Follow a run of another terminal. Its progress here, or its page in a browser."""
+    """Show the progress of a running training, here or in a browser."""
     from tunekit.watch import watch_verb
 
     watch_verb(run, port)
@@ -57,10 +60,10 @@ def watch(
 
 @app.command()
 def doctor(
-    clear: Annotated[bool, typer.Option("--clear", help="remove tunekit's cache: rows, packed bases")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="remove tunekit's cache: encoded rows, packed bases")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Show versions, machine, caches, and what is missing. What for, and the command that mends it."""
+    """Show versions, machine, caches and missing packages. Prints the commands that install them."""
     from tunekit.doctor import doctor_verb
 
     doctor_verb(clear, json_file)

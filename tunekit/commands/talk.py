@@ -1,4 +1,4 @@
-"""The commands that talk with a result: chat and serve."""
+"""The commands for conversations with a model: chat and serve."""
 
 from typing import Annotated
 
@@ -15,20 +15,25 @@ def chat(
     overrides: TargetKeys = None,
     base: Base = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="FOLDER", help="one more adapter of this base; may be repeated")
+        list[str] | None, typer.Option(metavar="FOLDER", help="an additional adapter of this base; may be repeated")
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
     history: Annotated[
-        str | None, typer.Option(metavar="FILE", help="goes on with the conversation there, and keeps it there")
+        str | None, typer.Option(metavar="FILE", help="load the conversation from FILE and save it there")
     ] = None,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="of the likeliest that sum to P")] = 1.0,
-    top_k: Annotated[int, typer.Option(metavar="K", min=0, help="of the K likeliest; 0: of all")] = 0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="of sampling")] = 0,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the most likely token")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="P", min=0, max=1, help="sample from the most likely tokens with total probability P"),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", min=0, help="sample from the K most likely tokens; 0: from all")
+    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="the seed of sampling")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
     device: Device = None,
 ) -> None:
-    """Talk with a run, an adapter or a model. /base asks the base beside it, /help lists the commands."""
+    """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands."""
     from tunekit.chat import chat_verb
 
     sampling = (temperature, top_p, top_k, seed)
@@ -42,18 +47,22 @@ def serve(
     base: Base = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER", help="one more adapter, or a folder of some: each a model name"),
+        typer.Option(metavar="FOLDER", help="an additional adapter, or a folder of adapters; each is a model name"),
     ] = None,
-    host: Annotated[str, typer.Option(help="where to listen; elsewhere than here a key is needed")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="the address to listen on; all except this machine need a key")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="what clients must give; default: $TUNEKIT_API_KEY")
+        str | None, typer.Option(metavar="KEY", help="the key of clients; default: $TUNEKIT_API_KEY")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="where a client names no number")] = 512,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="answers that are made side by side")] = 8,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="the limit of an answer if the client sets none")
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
     device: Device = None,
 ) -> None:
-    """Serve a run, an adapter or a model to OpenAI's clients. For trying a result; every adapter is a model."""
+    """Serve a run, an adapter or a model to clients of OpenAI's API. For tests; each adapter is a model."""
     from tunekit.serve import serve_verb
 
     serve_verb(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size)

@@ -1,4 +1,4 @@
-"""The commands that use a result and are not a conversation: eval, generate, merge, export."""
+"""The commands that use a result: eval, generate, merge, export."""
 
 from typing import Annotated
 
@@ -16,7 +16,7 @@ def evaluate(
     overrides: Annotated[
         list[str] | None,
         keys(
-            "of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
+            "changes keys of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
             "data.eval.0.columns.question=prompt (the file's column, the format's field)",
             *("model.", "evaluation.", "data."),
         ),
@@ -25,16 +25,20 @@ def evaluate(
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="rows to evaluate on")] = None,
     data_format: Annotated[
         str | None,
-        typer.Option("--format", metavar="NAME", help="what a row is", autocompletion=named("data.train.0.format")),
+        typer.Option(
+            "--format", metavar="NAME", help="the format of its rows", autocompletion=named("data.train.0.format")
+        ),
     ] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option("--metric", metavar="NAME", help="may be repeated", autocompletion=named("evaluation.metrics")),
+        typer.Option(
+            "--metric", metavar="NAME", help="a metric; may be repeated", autocompletion=named("evaluation.metrics")
+        ),
     ] = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
-    """Measure a run, an adapter or a model."""
+    """Evaluate a run, an adapter or a model."""
     from tunekit.evaluate import evaluate_verb
 
     evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [])
@@ -46,18 +50,31 @@ def generate(
     overrides: TargetKeys = None,
     base: Base = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help='one a line (.jsonl: {"prompt": ...})')] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="most tokens of an answer")] = None,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="draw from the top share P")] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
-    score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
-    choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="where images go; default: pictures")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE|-", help='one prompt per line (.jsonl: {"prompt": ...})')
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="the maximum length of an answer")
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the most likely token")] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0, max=1, help="sample from the most likely tokens with total probability P"),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="sample from the K most likely tokens")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, help="the seed of sampling; default: 0")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option("--score", metavar="FILE", help="a file of answers for a reward model")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(metavar="LIST", help="choose the answer from a list, such as '[yes, no]'")
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="the folder for images; default: pictures")] = None,
     device: Device = None,
 ) -> None:
-    """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""
+    """Answer prompts, score answers, or draw images. Prints text for one prompt, JSON lines for --prompts."""
     from tunekit.generate import generate_verb
 
     changes = overrides or []
@@ -70,17 +87,22 @@ def generate(
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
-    overrides: Annotated[list[str] | None, keys("of model.*, such as model.trust_remote_code=true", "model.")] = None,
+    overrides: Annotated[list[str] | None, keys("changes keys of model.*", "model.")] = None,
     base: Base = None,
     onto: Annotated[
-        str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
+        str | None,
+        typer.Option("--onto", metavar="dequantized|full|quantized", help="the base weights to add the adapter to"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="float32|bfloat16|float16", help="of the written weights; default: the base's"),
+        typer.Option(
+            "--dtype",
+            metavar="float32|bfloat16|float16",
+            help="the type of the written weights; default: the base's type",
+        ),
     ] = None,
 ) -> None:
-    """Merge an adapter into its base."""
+    """Write a model folder with the adapter merged into its base."""
     from tunekit.merge import merge_verb
 
     merge_verb(adapter, output, base, onto, overrides or [], dtype)
@@ -88,12 +110,12 @@ def merge(
 
 @app.command()
 def export(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="of a diffusion pipeline, or a run")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter of a diffusion pipeline, or a run")],
     to: Annotated[str, typer.Option("--to", metavar="kohya", help="the format")],
     output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new .safetensors file")],
     base: Base = None,
 ) -> None:
-    """Write an adapter as another program reads it."""
+    """Write an adapter in the format of a different program."""
     from tunekit.export import export_verb
 
     export_verb(adapter, to, output, base)

@@ -1,4 +1,4 @@
-"""The commands that read a recipe's rows or train on them: data check, reward check, preview, plan and train."""
+"""The commands that read the rows of a recipe, or train on them: data check, reward check, preview, plan and train."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from tunekit.recipe.load import LoadedRecipe
 
 app = typer.Typer(rich_markup_mode=None)
-data = typer.Typer(help="Look at a recipe's rows for faults: data check.", no_args_is_help=True, rich_markup_mode=None)
-reward = typer.Typer(help="Try the reward of a recipe: reward check.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(help="Check the rows of a recipe: data check.", no_args_is_help=True, rich_markup_mode=None)
+reward = typer.Typer(help="Test the reward of a recipe: reward check.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
 
 
 def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
-    """The recipe, whose problems are reported before the module of a verb brings torch along."""
+    """The recipe. Its problems are reported before a verb's module imports torch, which takes seconds."""
     from tunekit.validate import validate
 
     return validate(recipe, overrides or [])
@@ -27,7 +27,7 @@ def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, device: Device = None, json_file: JsonFile = None) -> None:
-    """Show what train would do: steps, memory, what is refused."""
+    """Show the steps and the predicted memory of a training run. Refuses a recipe that cannot work."""
     loaded = _checked(recipe, overrides)
     from tunekit.plan import plan_verb
 
@@ -39,9 +39,9 @@ def preview(
     recipe: RecipeFile,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option("-n", metavar="N", min=1, help="how many rows")] = 3,
-    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write a page there")] = None,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write an HTML page to FILE")] = None,
 ) -> None:
-    """Show real training rows: which tokens are trained on."""
+    """Show training rows, and which of their tokens are trained on."""
     loaded = _checked(recipe, overrides)
     from tunekit.preview import preview_verb
 
@@ -52,17 +52,19 @@ def preview(
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="load the model and run the longest batch; write nothing")
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
+        bool, typer.Option("--overwrite", help="start a new run; an existing one is moved to RUN.1, never deleted")
     ] = False,
     accepted: Annotated[
         list[str] | None,
         typer.Option(
             "--accept-changed",
             metavar="KEY",
-            help="with --resume: go on although the files of this key (objective.reward) changed; the report says so",
+            help="with --resume: continue although files of this key (objective.reward) changed; the report states it",
         ),
     ] = None,
     json_file: JsonFile = None,
@@ -84,11 +86,13 @@ def train(
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    fix: Annotated[str | None, typer.Option(metavar="FILE", help="write the training rows without a finding")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace FILE of --fix where it exists")] = False,
+    fix: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write the training rows without findings to FILE")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace FILE of --fix if it exists")] = False,
     json_file: JsonFile = None,
 ) -> int:
-    """Find duplicates, leaks, broken and doubtful rows, secrets and long ones, with their lines."""
+    """Find duplicate, leaked, invalid, suspicious and long rows, and secrets, with their lines."""
     from tunekit.data_check import data_check_verb
     from tunekit.recipe.load import load_recipe
 
@@ -99,11 +103,13 @@ def check(
 def check_reward(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, help="of the model before step 1; 0: load none")] = 32,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=0, help="answers of the model before step 1; 0: do not load the model")
+    ] = 32,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> int:
-    """Try a reward on answers whose worth is known: the rows' own, nothing, one for all, the prompt, long ones."""
+    """Test a reward on good and bad answers: reference answers, empty and constant ones, prompts, long texts."""
     loaded = _checked(recipe, overrides)
     from tunekit.reward_check import reward_check_verb
 
