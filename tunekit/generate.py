@@ -22,6 +22,7 @@ from tunekit.evaluation.choices import choose
 from tunekit.evaluation.evaluator import choices_of
 from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import write_bytes
+from tunekit.formats.label_pairs import names_pair, read_pair
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.families import make_family
 from tunekit.model.text.generation import check_prompts
@@ -29,6 +30,9 @@ from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
+
+TextOrPair = str | tuple[str, str]  # a text, or both of a pair
+PROMPT_LINE = 'write {"prompt": "..."}, or of a pair {"sentence1": "...", "sentence2": "..."}'
 
 
 def generate_verb(
@@ -55,7 +59,7 @@ def generate_verb(
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
-    texts = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
+    given = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
     draws = make_family(family_of(found)).is_pipeline
     sampled = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
@@ -69,6 +73,7 @@ def generate_verb(
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
         loaded = load_target(found, devices.device)
+        texts = _texts_of(given, loaded)
         files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
         if os.path.isdir(prompts or ""):
             console.warn(*filter(None, [passed_over(Path(str(prompts)))]))
@@ -77,7 +82,7 @@ def generate_verb(
         if draws:
             _draw(console, loaded, texts, seed or 0, Path(output or "pictures"))
             return
-        asked = texts
+        asked: Sequence[TextOrPair] = given
         if not loaded.model.base.family.reads_ids and prompts is not None:
             asked = [str(media_folder(prompts) / Path(text)) for text in texts]
         answers = answer(loaded, asked, sampling, devices) if score is None else []
@@ -89,8 +94,17 @@ def generate_verb(
     if prompt is not None:
         console.write(f"{visible(answers[0])}\n")
         return
-    for text, reply in zip(texts, answers, strict=True):
-        console.json({"prompt": text, "answer": reply})
+    for asking, reply in zip(given, answers, strict=True):
+        console.json({"prompt": asking, "answer": reply})
+
+
+def _texts_of(prompts: Sequence[TextOrPair], loaded: LoadedTarget) -> list[str]:
+    """The prompts that are one text. Raises: InputError for pairs of texts where the target reads none."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts) and not loaded.objective.rows.reads_pairs:
+        what = f"some prompts are pairs of texts, and the target was trained for {loaded.objective.name}"
+        raise InputError(what, 'write {"prompt": "..."}')
+    return texts
 
 
 def _check_flags(draws: bool, output: str | None, given: Sequence[str]) -> None:
@@ -121,15 +135,15 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
         console.json({"prompt": prompt, "picture": str(place), "seed": seed + number})
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input. A recording or
-    an image is itself the prompt, and of a folder each one in it.
+def read_prompts(path: Path) -> list[TextOrPair]:
+    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`, or with both texts of a pair as rows
+    have them; `-` is standard input. A recording or an image is itself the prompt, and of a folder each one in it.
 
     Raises: DataError naming the line.
     """
     if path.is_dir():
         if found := [name for name in sorted(os.listdir(path)) if is_media(name)]:
-            return found
+            return list(found)
         how = "its own files are read, not its folders"
         raise DataError("there is no recording and no image in it", how, file=str(path))
     if str(path) != "-" and not path.exists():
@@ -149,16 +163,21 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _prompt_of(line: str, path: Path, number: int) -> str:
+def _prompt_of(line: str, path: Path, number: int) -> TextOrPair:
     if path.suffix != ".jsonl":
         return line
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON ({error})", 'write {"prompt": "..."}', file=str(path), line=number) from error
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise DataError("has no text under 'prompt'", 'write {"prompt": "..."}', file=str(path), line=number)
-    return str(value["prompt"])
+        raise DataError(f"is not JSON ({error})", PROMPT_LINE, file=str(path), line=number) from error
+    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+        return str(value["prompt"])
+    if isinstance(value, dict) and names_pair(value):
+        try:
+            return read_pair(value)
+        except DataError as error:
+            raise DataError(error.problems[0].what, PROMPT_LINE, file=str(path), line=number) from None
+    raise DataError("has no text under 'prompt'", PROMPT_LINE, file=str(path), line=number)
 
 
 @torch.no_grad()
@@ -193,7 +212,7 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
 
 @torch.no_grad()
 def answer(
-    loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY, devices: Devices | None = None
+    loaded: LoadedTarget, texts: Sequence[TextOrPair], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
     """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
     settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
@@ -202,13 +221,15 @@ def answer(
     objective = loaded.objective.with_options(options)
     choices = choices_of(settings, objective, data)
     if choices is not None:
-        return choose(model, objective, choices, texts, settings.batch_size, devices or make_devices())
+        asked = [text for text in texts if isinstance(text, str)]
+        return choose(model, objective, choices, asked, settings.batch_size, devices or make_devices())
     answering = objective.answering
     if answering is None or answering.write is None:
         scores = answering is not None and answering.score is not None
         how = "give answers with --score FILE" if scores else "name a different target"
         raise InputError(f"the target was trained for {objective.name}, which writes no answers", how)
-    prompts = [objective.rows.question(text) for text in texts]
+    rows = objective.rows
+    prompts = [rows.question(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
     if model.base.family.reads_ids and model.base.text is not None:
         largest = max((max(ids, default=0) for ids in prompts), default=0)
         check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, largest)

@@ -70,6 +70,7 @@ class RowKind:
     labels: Labels  # only of rows with labels
     packable: bool = False  # whether several rows may lie end to end in one sequence
     draws: bool = False
+    reads_pairs: bool = False  # whether a question may be two texts
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
     room: str = ""  # " with room for KEY": what a row's length counts besides its own tokens
@@ -122,6 +123,10 @@ class RowKind:
 
     def question(self, text: str) -> Any:
         """The prompt made from a user's text, which names a file if rows are recordings or images."""
+        raise NotImplementedError
+
+    def question_of_pair(self, first: str, second: str) -> list[int]:
+        """Ids of two texts of a user; only if `reads_pairs`."""
         raise NotImplementedError
 
     def shown(self, prompt: Any) -> str:

@@ -30,6 +30,17 @@ def no_progress(what: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """How a tokenizer joins two texts: the ids that it puts `before`, `between` and `after` them, and the `types` of
+    these five parts in order, one for each text; no types where the model is not told them."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    types: tuple[tuple[int, ...], ...] = ()
+
+
 class Tokenizer(Protocol):
     """A tokenizer as data and objectives see it. No method ever adds special tokens of its own accord."""
 
@@ -56,6 +67,10 @@ class Tokenizer(Protocol):
 
     def encode_answer(self, text: str) -> list[int]:
         """Ids of a whole text for a decoder to learn, likewise."""
+
+    @property
+    def pairing(self) -> Pairing:
+        """How it joins two texts."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""

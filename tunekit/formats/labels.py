@@ -17,10 +17,11 @@ EXAMPLE = "label"
 
 @dataclass(frozen=True)
 class LabelExample:
-    """A text and the name of its class."""
+    """A text and the name of its class; `second`: the other text of a pair, which has one class."""
 
     text: str
     label: str
+    second: str | None = None
 
 
 def make_example(row: Fields) -> LabelExample:

@@ -1,6 +1,7 @@
 """`objective: classify`: sequence classification, one label for each text."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
+from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.labelled import LabelledTexts
@@ -10,5 +11,6 @@ from tunekit.recipe.objectives.classify import ClassifySettings
 
 def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Texts with labels, and cross entropy."""
-    labels, fingerprint = given_labels(settings, facts, tokenizer.pad_id), row_fingerprint(settings, tokenizer)
+    labels = given_labels(settings, facts, tokenizer.pad_id)
+    fingerprint = hash_of([row_fingerprint(settings, tokenizer), repr(tokenizer.pairing)])
     return label_objective(settings, LabelledTexts(settings, tokenizer, fingerprint, options, labels), LabelLoss())

@@ -153,7 +153,7 @@ def look_at_rows(
 def _signed(made: object, text: str) -> RowSignature:
     """How a row is compared: by what it says; one that names a file by the file's bytes and what is said of them."""
     if not isinstance(made, FileExample):
-        return signed(made.text if isinstance(made, LabelExample) else text)
+        return signed("\n".join(filter(None, (made.text, made.second))) if isinstance(made, LabelExample) else text)
     media = made.audio if isinstance(made, TranscriptExample | AudioLabelExample) else made.image
     try:
         content = Path(media.path).read_bytes() if media.data is None else media.data

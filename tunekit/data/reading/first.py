@@ -69,8 +69,9 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
     for name in fitting:
         facts = facts_of("formats", name)
         aliases, required = getattr(facts, "ALIASES", {}), facts.REQUIRED
-        if {aliases.get(field, field) for field in values} >= set(required):
-            said = " and ".join(f"'{field}'" for field in required)
+        columns = {aliases.get(field, field): field for field in values} | {field: field for field in values}
+        if columns.keys() >= set(required):
+            said = " and ".join(f"'{columns[field]}'" for field in required)
             return name, f"the first row has {said}" if said else "the objective learns from no other"
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)

@@ -36,12 +36,18 @@ class ClassifierFamily(Family):
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, C). An encoder counts positions itself: some begin at another number than 0.
 
-        Raises: ModelError where a decoder could not tell padding from text.
+        Raises: ModelError where a decoder could not tell padding from text, or where the second text of a pair has a
+        type that the net has no vector for.
         """
         config, rows = config_of(net), next(iter(inputs.values())).shape[0]
         if rows > 1 and scores_tokens(net) and getattr(config, "pad_token_id", None) is None:
             what = f"{config.model_type} reads the last token of each row, and its configuration names no padding token"
             raise ModelError(what, "write pad_token_id into the base's config.json")
+        if "token_type_ids" in inputs and getattr(config, "type_vocab_size", 0) == 1:
+            what = (
+                f"the tokenizer gives the second text of a pair token type 1, and {config.model_type} has type 0 only"
+            )
+            raise ModelError(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
         return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})
 
 

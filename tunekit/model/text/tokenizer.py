@@ -6,10 +6,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from itertools import takewhile
+from functools import cached_property
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit.contracts import Pairing
 from tunekit.errors import DataError, ModelError
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
 from tunekit.model.storage.source import ModelSource, find_source
@@ -89,6 +91,22 @@ class LoadedTokenizer:
     def encode_answer(self, text: str) -> list[int]:
         """Ids of a whole text for a decoder to learn, likewise; some tokenizers mark its language otherwise."""
         return self._encode_whole(text, "text_target")
+
+    @cached_property
+    def pairing(self) -> Pairing:
+        """How transformers joins two texts, and which token types it gives the model.
+
+        Raises: ModelError for a tokenizer that joins them in no usual way.
+        """
+        joined = self.native("a", "a", truncation=False, padding=False, verbose=False)
+        ids, types, owners = joined["input_ids"], joined.get("token_type_ids"), joined.sequence_ids(0)
+        bounds = [0, *(at for text in (0, 1) for at in _range_of(owners, text)), len(ids)]
+        if bounds != sorted(bounds):
+            what = f"{type(self.native).__name__} joins two texts in an order that is not known here"
+            raise ModelError(what, "write both texts into one column", key="model.name_or_path")
+        before, _, between, _, after = (tuple(ids[start:stop]) for start, stop in pairwise(bounds))
+        marks = [tuple(types[start:stop]) for start, stop in pairwise(bounds)] if types is not None else []
+        return Pairing(before, between, after, tuple(each[:1] if at % 2 else each for at, each in enumerate(marks)))
 
     def _encode_whole(self, text: str, name: str) -> list[int]:
         """transformers says what goes around the text; what in it spells a special token stays text."""
@@ -185,6 +203,12 @@ def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
     for token in definition.get("added_tokens") or []:
         token["special"] = token["special"] or _is_marker(token["content"])
     return Tokenizer.from_str(json.dumps(definition))
+
+
+def _range_of(owners: Sequence[int | None], text: int) -> tuple[int, int]:
+    """Where a text begins and ends among the tokens that these texts own; where there is none of it, nowhere."""
+    places = [at for at, owner in enumerate(owners) if owner == text]
+    return (places[0], places[-1] + 1) if places else (len(owners), 0)
 
 
 def _is_marker(content: str) -> bool:

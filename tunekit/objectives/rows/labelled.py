@@ -26,23 +26,32 @@ from tunekit.contracts import (
 from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_TEXT
-from tunekit.errors import InputError
+from tunekit.errors import DataError, InputError
 from tunekit.formats.labels import LabelExample
 from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.rows.labels import label_of, never_split, utf8
+from tunekit.objectives.rows.pairs import PairIds, join_texts, sized_pair, types_of
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
+
+UNLABELLED = "-1"
+JOINED = (
+    "warning: pairs whose second text follows without a mark: this tokenizer puts nothing between two texts; "
+    "let the rows write a mark, such as a line break at the end of the first text"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts(RowKind):
-    """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `label` as UTF-8."""
+    """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `second`, where the second text of a pair
+    begins, (1,), or (0,) for a single text; `label` as UTF-8."""
 
     example = "label"
     allowed_options = never_split("text")  # perhaps in the middle of a span
     packable = True
     places = "last"  # the target with the positions at which labels are predicted
-    layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
+    layout = RowLayout({"ids": "<i4", "second": "<i4", "label": "u1"}, ("ids",), sizes=1)
+    reads_pairs = True
 
     settings: LabelSettings
     tokenizer: Tokenizer
@@ -70,18 +79,36 @@ class LabelledTexts(RowKind):
         if not example.text.strip():
             raise Dropped(EMPTY_TEXT)
         self.labels.check(example.label)
-        return self.make_row(_parts(self.tokenizer.encode_source(example.text), utf8(example.label)), origin)
+        if example.second is not None:
+            self._check_pair(example)
+        return self.make_row(_parts(self._ids_of(example.text, example.second), utf8(example.label)), origin)
+
+    def _check_pair(self, example: LabelExample) -> None:
+        """Raises: DataError for a pair that nobody labelled."""
+        if example.label == UNLABELLED and example.label not in self.labels.names:
+            what = f"the label is {UNLABELLED}, which files of pairs (GLUE, SNLI) write for a pair without a label"
+            raise DataError(what, f"leave the row out, or list '{UNLABELLED}' under objective.labels if it is a class")
+        if not self.tokenizer.pairing.between:
+            self.notices[JOINED] += 1
+
+    def _ids_of(self, text: str, second: str | None) -> list[int]:
+        """Ids of a text, or of two, as the tokenizer lays them out."""
+        return self.tokenizer.encode_source(text) if second is None else join_texts(self.tokenizer, text, second)
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return (len(parts["ids"]),)
 
     def prompt(self, example: Any) -> tuple[list[int], str]:
         """Ids of the text, and its label."""
-        return self.question(example.text), self.labels.named(example.label)
+        return self.cut_ids(self._ids_of(example.text, example.second)), self.labels.named(example.label)
 
     def question(self, text: str) -> list[int]:
         """Ids of a text as the tokenizer lays it out, cut where rows are."""
         return self.cut_ids(self.tokenizer.encode_source(text))
+
+    def question_of_pair(self, first: str, second: str) -> list[int]:
+        """Ids of two texts, likewise."""
+        return self.cut_ids(join_texts(self.tokenizer, first, second))
 
     def shown(self, prompt: Sequence[int]) -> str:
         """The text of ids."""
@@ -98,18 +125,21 @@ class LabelledTexts(RowKind):
         """Parts of a row with these ids, labelled with the first label."""
         return _parts(ids, utf8(self.labels.names[0]))
 
-    def cut_ids(self, ids: Sequence[int]) -> list[int]:
+    def cut_ids(self, ids: list[int]) -> list[int]:
         """Ids of a prompt, cut where rows are."""
         cut = self.options.excess_length == "truncate" and len(ids) > self.options.max_length
-        return self.sized(ids, self.options.max_length).tolist() if cut else list(ids)
+        return self.sized(ids, self.options.max_length) if cut else ids
 
-    def sized(self, ids: Sequence[int] | Array, size: int) -> Array:
+    def sized(self, ids: Sequence[int] | Array, size: int) -> list[int]:
         """(size,) ids of a text, cut or repeated; it keeps the special tokens at its end, because heads look for them.
 
         Shapes: ids (T,).
         """
+        if isinstance(ids, PairIds):
+            return sized_pair(self.tokenizer.pairing, ids, size)
         text, end = np.split(np.asarray(ids, np.int32), [len(ids) - len(self.around[1])])
-        return np.concatenate([np.resize(text, max(size - len(end), 0)), end])[:size]
+        sized: list[int] = np.concatenate([np.resize(text, max(size - len(end), 0)), end])[:size].tolist()
+        return sized
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """One row, its ids repeated."""
@@ -121,19 +151,24 @@ class LabelledTexts(RowKind):
 
     def resized(self, row: Row, size: int) -> Row:
         """The row with this number of ids, and the label of the whole."""
-        parts = _parts(self.sized(row.parts["ids"], size), row.parts["label"])
+        parts = _parts(self.sized(_ids_in(row), size), row.parts["label"])
         return self.make_row(parts, row.origin, row.number)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """The labels of all rows in order, and where each is predicted (`places`) in the flattened positions.
 
-        Shapes: input_ids, position_ids (B, T), and attention_mask if there is padding; labels, last (R,).
+        Shapes: input_ids, position_ids (B, T), attention_mask if there is padding, and token_type_ids of pairs of texts
+        if the tokenizer gives them; labels, last (R,).
         """
         ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.padding)
         sizes = [[row.size for row in rows] for rows in sequences]
         inputs: Tensors = {"input_ids": ids, "position_ids": positions(sizes)}
-        if len(sequences) > 1:
+        if len(sequences) > 1 and all(
+            len(rows) == 1 for rows in sequences
+        ):  # a mask would hide where packed rows begin
             inputs["attention_mask"] = real_positions([sum(each) for each in sizes]).long()
+        if any(_is_pair(row) for rows in sequences for row in rows) and self.tokenizer.pairing.types:
+            inputs["token_type_ids"] = lay_end_to_end([list(map(self.types_in, rows)) for rows in sequences], 0)
         places = []
         for line, rows in enumerate(sequences):
             ends = ids.shape[1] * line + np.cumsum([row.size for row in rows])
@@ -146,11 +181,35 @@ class LabelledTexts(RowKind):
         """Where the labels of a row are predicted: at its last token."""
         return np.array([row.size - 1])
 
+    def types_in(self, row: Row) -> Array:
+        """(T,) the token type of each id; 0 in a single text."""
+        ids = _ids_in(row)
+        return types_of(self.tokenizer.pairing, ids) if isinstance(ids, PairIds) else np.zeros(len(ids), np.int64)
+
     def spans(self, row: Row) -> list[Span]:
-        """The text under its label; no token of it is predicted."""
-        ids = row.parts["ids"]
-        return [Span(ids, np.zeros(len(ids), np.bool_), title=f"label: {label_of(row)}")]
+        """The text, or both of a pair, under the label; no token is predicted."""
+        ids, title = _ids_in(row), f"label: {label_of(row)}"
+        if not isinstance(ids, PairIds):
+            return [Span(row.parts["ids"], np.zeros(len(ids), np.bool_), title=title)]
+        spans, types = [], self.types_in(row)
+        for name, part in (("first", slice(0, ids.second)), ("second", slice(ids.second, len(ids)))):
+            own, kinds = row.parts["ids"][part], " and ".join(map(str, np.unique(types[part])))
+            marks = f", token type {kinds}" if self.tokenizer.pairing.types else ""
+            start = f"{title}; " if name == "first" else ""
+            spans.append(Span(own, np.zeros(len(own), np.bool_), title=f"{start}{name} text{marks}"))
+        return spans
+
+
+def _is_pair(row: Row) -> bool:
+    return len(row.parts.get("second", ())) > 0
+
+
+def _ids_in(row: Row) -> PairIds | list[int]:
+    """The ids of a row, which know whether they are two texts."""
+    ids = row.parts["ids"]
+    return PairIds(ids, int(row.parts["second"][0])) if _is_pair(row) else ids.tolist()
 
 
 def _parts(ids: Sequence[int] | Array, label: Array) -> dict[str, Array]:
-    return {"ids": np.asarray(ids, dtype=np.int32), "label": label}
+    second = [ids.second] if isinstance(ids, PairIds) else []
+    return {"ids": np.asarray(ids, dtype=np.int32), "second": np.array(second, dtype=np.int32), "label": label}

@@ -29,6 +29,7 @@ class TaggedWords(LabelledTexts):
 
     example = "tags"
     places = "firsts"
+    reads_pairs = False
     layout = RowLayout({"ids": "<i4", "firsts": "<i4", "tags": "u1"}, ("ids",), sizes=1)
 
     def labels_of(self, row: Row) -> list[str]:

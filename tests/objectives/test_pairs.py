@@ -1,0 +1,482 @@
+"""Pairs of texts with a label: encoded, trained, merged and answered as transformers and peft do it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AlbertTokenizer,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    DebertaV2Tokenizer,
+    DistilBertTokenizer,
+    MPNetTokenizer,
+    RobertaTokenizer,
+    T5Tokenizer,
+)
+
+from tests.conftest import write_tiny_llama
+from tests.objectives.test_classifier_table import DEBERTA_2, DROPOUT, ROBERTA, SIZES
+from tests.objectives.test_classify import losses, losses_of, start_as_ours, tensors_of, train, write_recipe
+from tests.support.data_case import tokenizer_of
+from tests.test_data_check import check
+from tunekit.contracts import EncodeOptions, Row
+from tunekit.data.reading.first import choose_format
+from tunekit.errors import TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.formats.label_pairs import NAMES, make_example
+from tunekit.formats.labels import LabelExample
+from tunekit.generate import answer, generate_verb, read_prompts
+from tunekit.init import init_verb
+from tunekit.merge import merge_verb
+from tunekit.objectives.base import make_objective
+from tunekit.objectives.rows.pairs import join_texts, sized_pair, types_of
+from tunekit.planning.plan import make_plan
+from tunekit.preview import preview_verb
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.objectives.classify import ClassifySettings
+from tunekit.targets.target import find_target, load_target
+from tunekit.train import train_verb
+
+CPU = torch.device("cpu")
+STEPS, ROWS, LABELS = 10, 6, ["no", "yes"]
+WORDS = ("good", "bad", "odd", "so", "very", "Ünï", "x,y")
+LETTERS = "abcdefghijklmnopqrstuvwxyzü"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A configuration with the tokenizer that its published models have."""
+
+    model_type: str
+    tokenizer: str
+    values: dict[str, Any]
+
+
+BASES = {
+    "bert": Base("bert", "bert", SIZES | DROPOUT),
+    "electra": Base("electra", "bert", SIZES | DROPOUT | {"embedding_size": 16}),
+    "distilbert": Base(
+        "distilbert",
+        "distilbert",
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+        | {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+    ),
+    "roberta": Base("roberta", "roberta", SIZES | DROPOUT | ROBERTA),
+    "mpnet": Base("mpnet", "mpnet", SIZES | DROPOUT),
+    "deberta": Base("deberta-v2", "deberta-v2", SIZES | DROPOUT | DEBERTA_2 | {"type_vocab_size": 2}),
+    "albert": Base("albert", "albert", SIZES | DROPOUT | {"embedding_size": 16, "classifier_dropout_prob": 0.0}),
+    "t5": Base(
+        "t5",
+        "t5",
+        {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+        | {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "classifier_dropout": 0.0},
+    ),
+    "llama": Base("llama", "llama", SIZES | {"num_key_value_heads": 2}),
+}
+
+
+def pieces(*special: str) -> list[str]:
+    """A vocabulary of WordPiece."""
+    return [*special, *LETTERS, *(f"##{letter}" for letter in LETTERS), ",", *WORDS[:5]]
+
+
+def scored(*special: str) -> list[tuple[str, float]]:
+    """A vocabulary of Unigram."""
+    return [(piece, 0.0) for piece in special] + [(piece, -2.0) for piece in ("▁", *LETTERS, "Ü", ",")]
+
+
+def make_tokenizers(folder: Path) -> dict[str, Path]:
+    """Tiny tokenizers of the classes that published models have, each saved in a folder."""
+    bert = {word: number for number, word in enumerate(pieces("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    mpnet = {word: number for number, word in enumerate(pieces("<s>", "<pad>", "</s>", "[UNK]", "<mask>"))}
+    letters = {
+        word: number for number, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", *LETTERS, "Ġ", ",", "Ã", "<mask>"))
+    }
+    made = {
+        "bert": BertTokenizer(vocab=bert),
+        "distilbert": DistilBertTokenizer(vocab=bert),
+        "roberta": RobertaTokenizer(vocab=letters, merges=[]),
+        "mpnet": MPNetTokenizer(vocab=mpnet),
+        "deberta-v2": DebertaV2Tokenizer(vocab=scored("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")),
+        "albert": AlbertTokenizer(vocab=scored("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
+        "t5": T5Tokenizer(vocab=scored("<pad>", "</s>", "<unk>"), extra_ids=0),
+    }
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(folder / name)
+    write_tiny_llama(folder / "llama")
+    return {name: folder / name for name in (*made, "llama")}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture(scope="module")
+def bases(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    for name, base in BASES.items():
+        tokenizer = AutoTokenizer.from_pretrained(tokenizers[base.tokenizer])
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[base.model_type](vocab_size=len(tokenizer) + 5, **base.values)
+        kind = "T5ForConditionalGeneration" if name == "t5" else f"{type(config).__name__.removesuffix('Config')}Model"
+        getattr(transformers, kind)(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in BASES}
+
+
+def pairs(count: int) -> list[tuple[str, str, str]]:
+    """Pairs of different lengths; the first word of the second text decides the label."""
+    draw, found = random.Random(0), []
+    for number in range(count):
+        first, second = draw.choice(WORDS[:3]), WORDS[number % 2]
+        sides = [f"{word}{' so' * draw.randrange(6)}" for word in (first, second)]
+        found.append((sides[0], sides[1], LABELS[number % 2]))
+    return found
+
+
+def write_pairs(folder: Path, base: Path, names: tuple[str, str] = ("sentence1", "sentence2"), **sections: Any) -> Path:
+    recipe = write_recipe(folder, base, **sections)
+    for name, count in (("train", 42), ("test", 12)):
+        rows = ({names[0]: first, names[1]: second, "label": label} for first, second, label in pairs(count))
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return recipe
+
+
+def recipe_of(folder: Path, base: Path, method: str) -> Path:
+    training = {"learning_rate": 2e-3, "epochs": None, "max_steps": STEPS, "eval_steps": 100}
+    path = write_pairs(folder, base, data={"shuffle": False}, training=training)
+    adapter = {"method": method} | ({} if method == "full" else {"r": 4})
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"adapter": adapter}), encoding="utf-8")
+    return path
+
+
+def inputs_of(tokenizer: Any, first: str, second: str) -> dict[str, Tensor]:
+    """What a user of transformers calls a classifier with."""
+    return dict(tokenizer(first, second, return_tensors="pt"))
+
+
+@torch.no_grad()
+def logits_of(net: Any, tokenizer: Any) -> Tensor:
+    return torch.cat([net(**inputs_of(tokenizer, *pair)).logits for *pair, _ in pairs(ROWS)])
+
+
+@torch.no_grad()
+def our_logits(target: Path, base: Path | None) -> Tensor:
+    """Of rows as we encode and collate them, one by one and padded in one batch."""
+    loaded = load_target(find_target(str(target), None if base is None else str(base), ["model.dtype=float32"]), CPU)
+    rows = loaded.objective.with_options(EncodeOptions(max_length=64)).rows
+    encoded = [rows.unlabelled(loaded.model, [rows.question_of_pair(*pair)])[0] for *pair, _ in pairs(ROWS)]
+    family, net = loaded.model.base.family, loaded.model.base.net
+    alone = torch.cat([family.logits(net, rows.collate([[row]]).inputs) for row in encoded])
+    padded = family.logits(net, rows.collate([[row] for row in encoded]).inputs)
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-5)
+    return alone
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "mpnet", "deberta-v2", "albert", "t5", "llama"])
+def test_ids_and_types_of_every_length_are_those_of_transformers(name: str, tokenizers: dict[str, Path]) -> None:
+    theirs, ours, draw = (
+        AutoTokenizer.from_pretrained(tokenizers[name]),
+        tokenizer_of(tokenizers[name]),
+        random.Random(0),
+    )
+    for _ in range(12):
+        first, second = (" ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 6))) for _ in range(2))
+        pair = join_texts(ours, first, second)
+        for size in range(theirs.num_special_tokens_to_add(pair=True), len(pair) + 1):
+            cut = sized_pair(ours.pairing, pair, size)
+            expected = theirs(first, second, truncation="longest_first", max_length=size)
+            assert list(cut) == expected["input_ids"]
+            assert types_of(ours.pairing, cut).tolist() == expected.get("token_type_ids", [0] * size)
+            assert ("token_type_ids" in expected) == bool(ours.pairing.types)
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_ten_steps_and_the_result_are_those_of_transformers_and_peft(
+    method: str, name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, tokenizer = bases[name], AutoTokenizer.from_pretrained(bases[name])
+    recipe = recipe_of(tmp_path, base, method)
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    run = train(recipe)
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=2, dtype=torch.float32, pad_token_id=prepared.processor.tokenizer.pad_id
+    )
+    if method == "lora":
+        theirs = peft.get_peft_model(
+            theirs,
+            peft.LoraConfig(
+                r=4,
+                lora_alpha=32,
+                target_modules="all-linear",
+                task_type="SEQ_CLS",
+                modules_to_save=["pooler"] if name == "deberta" else None,
+            ),
+        )
+        start_as_ours(theirs, recipe, tmp_path)
+    else:
+        start = load_recipe(recipe, [f"output.dir={tmp_path / 'start'}", "training.max_steps=1"])
+        train_verb(start, False, False)
+        theirs = classifier_of(tmp_path / "start" / "model")
+    rows = pairs(42)
+
+    def loss_of(step: int) -> Tensor:
+        batch = rows[step % 7 * ROWS : step % 7 * ROWS + ROWS]
+        found = [theirs(**inputs_of(tokenizer, first, second)).logits for first, second, _ in batch]
+        labels = torch.tensor([LABELS.index(label) for *_, label in batch])
+        return torch.nn.functional.cross_entropy(torch.cat(found), labels)
+
+    assert losses(run) == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, STEPS, loss_of), rel=1e-5)
+    if method == "full":
+        written = run / "model"
+        expected = logits_of(classifier_of(written), tokenizer)
+        torch.testing.assert_close(our_logits(written, None), expected, atol=1e-5, rtol=1e-5)
+        return
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
+    read = peft.PeftModel.from_pretrained(plain, str(run / "adapter")).eval()
+    expected = logits_of(read, tokenizer)
+    torch.testing.assert_close(our_logits(run, None), expected, atol=1e-5, rtol=1e-5)
+    read.save_pretrained(str(tmp_path / "theirs"))
+    torch.testing.assert_close(our_logits(tmp_path / "theirs", base), expected, atol=1e-5, rtol=1e-5)
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    merged = logits_of(classifier_of(tmp_path / "merged"), AutoTokenizer.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+
+
+def classifier_of(folder: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def encoded(tokenizer: Path, *rows: dict[str, Any], **options: Any) -> list[Row]:
+    """Rows of one file, as a run encodes them."""
+    objective = make_objective(ClassifySettings(), tokenizer_of(tokenizer))
+    kind = objective.with_options(EncodeOptions(**{"max_length": 64, "excess_length": "truncate"} | options)).rows
+    return [kind.encode(make_example(row), "train.jsonl:1") for row in rows]
+
+
+@pytest.mark.parametrize("names", [*NAMES, ("sentence1", "sentence2")])
+def test_columns_have_the_usual_names(names: tuple[str, str], tokenizers: dict[str, Path]) -> None:
+    row = {names[1]: "bad", names[0]: "good so", "label": 1, "idx": 7}
+    assert choose_format("auto", row, "label") == (
+        "label_pairs",
+        f"the first row has '{names[0]}' and '{names[1]}' and 'label'",
+    )
+    assert make_example(row) == LabelExample("good so", "1", "bad")
+    (ours,) = encoded(tokenizers["bert"], row)
+    theirs = AutoTokenizer.from_pretrained(tokenizers["bert"])("good so", "bad")
+    assert ours.parts["ids"].tolist() == theirs["input_ids"]
+
+
+def test_a_text_alone_is_no_pair() -> None:
+    assert choose_format("auto", {"text": "good", "label": "yes", "title": "bad"}, "label")[0] == "labels"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"sentence1": "good", "sentence2": " ", "label": "yes"}, "'sentence2' is empty, and a pair needs two texts"),
+        ({"premise": "", "hypothesis": "bad", "label": "yes"}, "'premise' is empty, and a pair needs two texts"),
+        ({"sentence1": "good", "sentence2": None, "label": "yes"}, "'sentence2' must be text, not null"),
+        ({"sentence1": "good", "label": "yes"}, "no field 'sentence2'; this row has 'sentence1', 'label'"),
+        ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "sentence1 may be 'text' or 'premise'"),
+        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which files of pairs (GLUE, SNLI)"),
+    ],
+)
+def test_a_pair_that_is_none_is_refused_with_its_line(
+    row: dict[str, Any], what: str, tokenizers: dict[str, Path], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_pairs(tmp_path, bases["bert"])
+    lines = (tmp_path / "train.jsonl").read_text("utf-8").splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:3], json.dumps(row), *lines[3:]]), encoding="utf-8")
+    with pytest.raises(TunekitError) as refused:
+        make_plan(load_recipe(recipe), device=CPU)
+    (problem,) = refused.value.problems
+    assert what in problem.what
+    assert (problem.file, problem.line) == (str(tmp_path / "train.jsonl"), 4)
+    assert problem.how
+
+
+def test_minus_one_may_be_listed_as_a_class(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_pairs(tmp_path, bases["bert"], objective={"method": "classify", "labels": ["-1", "1"]})
+    for name in ("train", "test"):
+        rows = [
+            {"sentence1": "good", "sentence2": f"bad{' so' * number}", "label": number % 2 * 2 - 1}
+            for number in range(6)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    assert not make_plan(load_recipe(recipe), device=CPU)[0].refusals
+
+
+def test_long_pairs_are_cut_dropped_or_errors(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_pairs(tmp_path, bases["bert"])
+    lengths = [len(AutoTokenizer.from_pretrained(bases["bert"])(*pair)["input_ids"]) for *pair, _ in pairs(42)]
+    longer = sum(length > 9 for length in lengths)
+    assert 0 < longer < 42
+    short = ["data.max_length=9"]
+    rows = make_plan(load_recipe(recipe, [*short, "data.excess_length=truncate"]), device=CPU)[1].rows
+    assert (rows.counts.truncated, rows.counts.dropped) == (longer, 0)
+    theirs = AutoTokenizer.from_pretrained(bases["bert"])
+    for index, (first, second, _) in enumerate(pairs(42)):
+        expected = theirs(first, second, truncation="longest_first", max_length=9)
+        batch = rows.objective.rows.collate([[rows.train[index]]])
+        assert batch.inputs["input_ids"].tolist() == [expected["input_ids"]]
+        assert batch.inputs["token_type_ids"].tolist() == [expected["token_type_ids"]]
+    assert make_plan(load_recipe(recipe, short), device=CPU)[1].rows.counts.dropped == longer
+    with pytest.raises(TunekitError, match=r"tokens, but data\.max_length is 9"):
+        make_plan(load_recipe(recipe, [*short, "data.excess_length=error"]), device=CPU)
+    with pytest.raises(TunekitError, match="a piece of a text need not have the labels of the whole"):
+        make_plan(load_recipe(recipe, [*short, "data.excess_length=split"]), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [(("sentence1", "sentence2"), {}), (("a", "b"), {"a": "sentence1", "b": "sentence2"})]
+)
+def test_every_verb_takes_pairs(
+    names: tuple[str, str],
+    columns: dict[str, str],
+    bases: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def source(name: str) -> dict[str, Any]:
+        return {"path": f"{name}.jsonl", "columns": columns}
+
+    data = {"train": [source("train")], "eval": [source("test")]}
+    training = {"epochs": 15, "learning_rate": 2e-3}
+    recipe = write_pairs(tmp_path, bases["bert"], names, data=data, training=training)
+    preview_verb(load_recipe(recipe), 1, str(tmp_path / "preview.html"))
+    shown = capfd.readouterr().out + (tmp_path / "preview.html").read_text("utf-8")
+    for text in ("; first text, token type 0", "second text, token type 1"):
+        assert shown.count(text) == 2
+    run = train(recipe)
+    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
+    after = json.loads((tmp_path / "after.json").read_text("utf-8"))
+    assert (after["rows"], after["accuracy"]) == (12, 1.0)
+    asked = [{"premise": first, "hypothesis": second} for first, second, _ in pairs(4)]
+    (tmp_path / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in asked), encoding="utf-8")
+    capfd.readouterr()
+    generate_verb(str(run), None, None, str(tmp_path / "asked.jsonl"), [])
+    replies = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert replies == [{"prompt": [first, second], "answer": label} for first, second, label in pairs(4)]
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    loaded = load_target(find_target(str(tmp_path / "merged"), None, []), CPU)
+    assert answer(loaded, [(first, second) for first, second, _ in pairs(4)]) == [label for *_, label in pairs(4)]
+
+
+def test_a_file_of_prompts_with_half_a_pair_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"sentence1": "good", "sentence2": ""}\n', encoding="utf-8")
+    with pytest.raises(TunekitError, match=r"asked\.jsonl:1: 'sentence2' is empty"):
+        read_prompts(tmp_path / "asked.jsonl")
+    (tmp_path / "asked.jsonl").write_text('{"sentence1": "good"}\n', encoding="utf-8")
+    with pytest.raises(TunekitError, match=r"has no text under .prompt.*or of a pair"):
+        read_prompts(tmp_path / "asked.jsonl")
+
+
+def test_other_objectives_take_no_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"sentence1": "good", "sentence2": "bad"}\n', encoding="utf-8")
+    with pytest.raises(TunekitError, match="some prompts are pairs of texts, and the target was trained for sft"):
+        generate_verb(str(write_tiny_llama(tmp_path / "llama")), None, None, str(tmp_path / "asked.jsonl"), [])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = tensors_of(train(write_pairs(tmp_path / "whole", bases["bert"])))
+    recipe = write_pairs(tmp_path / "parts", bases["bert"], training={"save_steps": 5})
+    run = train(recipe)
+    (run / "status.json").unlink()
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    shutil.rmtree(run / "adapter")
+    assert tensors_of(train(recipe, resume=True)) == whole
+
+
+@pytest.mark.parametrize("packing", [False])
+def test_rows_end_to_end_have_the_losses_of_rows_alone(packing: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    """A decoder reads the pairs of a micro-batch end to end, also streamed from the host."""
+    training = {"epochs": None, "max_steps": 4, "learning_rate": 2e-3}
+    recipe = write_pairs(tmp_path, bases["llama"], data={"packing": packing}, training=training)
+    expected = losses(train(recipe))
+    train(recipe, "memory.streaming=host", f"output.dir={tmp_path / 'streamed'}")
+    assert losses(tmp_path / "streamed") == pytest.approx(expected, rel=1e-5)
+    if not packing:
+        alone = ["training.micro_batch_size=1", "training.gradient_accumulation_steps=6"]
+        train(recipe, *alone, f"output.dir={tmp_path / 'alone'}")
+        assert losses(tmp_path / "alone") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tokenizer_that_separates_nothing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    plan, prepared = make_plan(load_recipe(write_pairs(tmp_path, bases["llama"])), device=CPU)
+    notes = [note for note in plan.notes if "puts nothing between two texts" in note]
+    assert [note.partition(" whose")[0] for note in notes] == [
+        "warning: train.jsonl: 42 pairs",
+        "warning: test.jsonl: 12 pairs",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    first, second, _ = pairs(1)[0]
+    assert prepared.rows.train[0].parts["ids"].tolist() == tokenizer(first, second)["input_ids"]
+
+
+def test_a_decoder_s_template_for_pairs_is_followed(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["llama"])
+    bos = tokenizer.bos_token
+    special = [(bos, tokenizer.bos_token_id)]
+    template = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tokenizer_of(tmp_path)
+    assert list(join_texts(ours, "good", "bad so")) == theirs("good", "bad so")["input_ids"]
+    assert ours.pairing.between == (tokenizer.bos_token_id,)
+
+
+def test_a_net_without_a_second_type_is_refused(
+    tokenizers: dict[str, Path], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bases["roberta"], tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text("utf-8"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizers["bert"] / name, tmp_path / "base" / name)
+    torch.manual_seed(0)
+    made = CONFIG_MAPPING["roberta"](**{**config, "vocab_size": 80})
+    transformers.RobertaModel(made).save_pretrained(tmp_path / "base")
+    with pytest.raises(TunekitError, match="gives the second text of a pair token type 1, and roberta has type 0 only"):
+        make_plan(load_recipe(write_pairs(tmp_path, tmp_path / "base")), device=CPU)
+
+
+def test_init_writes_a_recipe_for_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
+    write_pairs(tmp_path, bases["bert"], ("premise", "hypothesis"))
+    init_verb(str(tmp_path / "train.jsonl"), str(tmp_path / "new.yaml"), str(bases["bert"]), None, "none", None)
+    text = (tmp_path / "new.yaml").read_text("utf-8")
+    assert "objective: classify" in text
+    assert "42 rows of format label_pairs (premise, hypothesis, label)" in text
+    assert not make_plan(load_recipe(tmp_path / "new.yaml"), device=CPU)[0].refusals
+
+
+def test_data_check_compares_both_texts(
+    bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_pairs(tmp_path, bases["bert"], data={"max_length": 256})
+    long = "the quick brown fox jumps over the lazy dog by the river"
+    rows = [
+        {"sentence1": long, "sentence2": "good", "label": "yes"},
+        {"sentence1": long, "sentence2": "entirely different words are written here by somebody", "label": "no"},
+        {"sentence1": long, "sentence2": "good", "label": "no"},
+        {"sentence1": "odd", "sentence2": "bad", "label": "yes"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[3]) + "\n", encoding="utf-8")
+    found = check(recipe)[1]["findings"]
+    assert found == {"contrary": [3], "leak": [4]}

@@ -1,0 +1,52 @@
+"""`format: label_pairs`: two texts and the label of the pair, `{"sentence1": ..., "sentence2": ..., "label": ...}`.
+
+The columns may have other usual names, such as premise and hypothesis.
+"""
+
+from tunekit.errors import DataError
+from tunekit.formats import labels
+from tunekit.formats.fields import Fields, read_text
+from tunekit.formats.labels import LabelExample, read_label
+
+NAMES = (
+    *(("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"), ("text1", "text2")),
+    *(("text_a", "text_b"), ("sentence_a", "sentence_b"), ("sentence_A", "sentence_B")),
+)
+TEXTS = ("sentence1", "sentence2")
+ALIASES = labels.ALIASES | {name: field for pair in NAMES for name, field in zip(pair, TEXTS, strict=True)}
+DESCRIPTION = (
+    "sentence1 and sentence2 (or premise and hypothesis, question1 and question2, text and text_pair, text1 and text2, "
+    "text_a and text_b, sentence_a and sentence_b), and label (or labels, category, intent): of both together"
+)
+FIELDS = (*TEXTS, "label")
+REQUIRED = FIELDS
+EXAMPLE = "label"
+
+
+def make_example(row: Fields) -> LabelExample:
+    """Both texts and their label. Raises: DataError for a text that is absent or empty."""
+    first, second = read_pair(row)
+    return LabelExample(first, read_label(row), second)
+
+
+def names_pair(row: Fields) -> bool:
+    """Whether a row has two texts."""
+    return {ALIASES.get(name, name) for name in row} >= set(TEXTS)
+
+
+def read_pair(row: Fields) -> tuple[str, str]:
+    """Both texts of a row. Raises: DataError for one that is absent or empty, or that could be one of two columns."""
+    first, second = (_read_side(row, name) for name in TEXTS)
+    return first, second
+
+
+def _read_side(row: Fields, field: str) -> str:
+    named = [field] if field in row else [name for name in row if ALIASES.get(name) == field]
+    if len(named) > 1:
+        what = f"the text {field} may be '{named[0]}' or '{named[1]}'"
+        raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: {field}}}")
+    name = named[0] if named else field
+    text = read_text(row, name)
+    if not text.strip():
+        raise DataError(f"'{name}' is empty, and a pair needs two texts", "write the text, or leave the row out")
+    return text

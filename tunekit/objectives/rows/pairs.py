@@ -1,0 +1,67 @@
+"""Two texts as one sequence, joined and cut as the tokenizer does it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tunekit.contracts import Array, Pairing, Tokenizer
+from tunekit.data.encoding.outcomes import Dropped
+
+NO_TOKEN = "a text of the pair has no token"
+
+
+class PairIds(list[int]):
+    """Ids of two texts; the second one begins at `second`."""
+
+    def __init__(self, ids: Sequence[int] | Array, second: int) -> None:
+        super().__init__(int(each) for each in ids)
+        self.second = second
+
+
+def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
+    """Ids of both texts with what the tokenizer puts around them. Raises: Dropped for a text without a token."""
+    texts = [tokenizer.encode(text, special_tokens_in_text=False) for text in (first, second)]
+    if not all(texts):
+        raise Dropped(NO_TOKEN)
+    return _joined(tokenizer.pairing, *texts)
+
+
+def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
+    """The pair in so many ids: cut as by transformers' longest_first, or the second text repeated."""
+    first, second = _texts(pairing, pair)
+    room = max(size - len(pairing.before) - len(pairing.between) - len(pairing.after), 0)
+    sizes = cut_sizes(len(first), len(second), room)
+    second = np.resize(second, room - sizes[0]).tolist() if room > sum(sizes) else second[: sizes[1]]
+    return PairIds(_joined(pairing, first[: sizes[0]], second)[:size], min(size, pair.second - len(first) + sizes[0]))
+
+
+def cut_sizes(first: int, second: int, room: int) -> tuple[int, int]:
+    """The sizes of two texts of which `room` tokens are kept: the longer one is cut first; where both are as long, they
+    share the room, and an odd token is the second one's. As in tokenizers' LongestFirst."""
+    if first + second <= room:
+        return first, second
+    short = min(first, second)
+    long = max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    return (short, long) if first <= second else (long, short)
+
+
+def types_of(pairing: Pairing, pair: PairIds) -> Array:
+    """(T,) the token type of each id; 0 where the tokenizer gives none."""
+    if not pairing.types:
+        return np.zeros(len(pair), np.int64)
+    before, first, between, second, after = pairing.types
+    sizes = map(len, _texts(pairing, pair))
+    return np.array([*before, *first * next(sizes), *between, *second * next(sizes), *after])
+
+
+def _joined(pairing: Pairing, first: Sequence[int] | Array, second: Sequence[int] | Array) -> PairIds:
+    start = [*pairing.before, *first, *pairing.between]
+    return PairIds([*start, *second, *pairing.after], len(start))
+
+
+def _texts(pairing: Pairing, pair: PairIds) -> tuple[list[int], list[int]]:
+    """The ids of both texts."""
+    first = pair[len(pairing.before) : pair.second - len(pairing.between)]
+    return first, pair[pair.second : len(pair) - len(pairing.after)]
