@@ -404,7 +404,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(bases: dict[str, Path], tmp_path
     assert tensors_of(train(recipe, resume=True)) == whole
 
 
-@pytest.mark.parametrize("packing", [False])
+@pytest.mark.parametrize("packing", [False, True])
 def test_rows_end_to_end_have_the_losses_of_rows_alone(packing: bool, bases: dict[str, Path], tmp_path: Path) -> None:
     """A decoder reads the pairs of a micro-batch end to end, also streamed from the host."""
     training = {"epochs": None, "max_steps": 4, "learning_rate": 2e-3}
