@@ -288,7 +288,7 @@ class ReportFacts:
     final_loss: float | None
     base_eval_loss: float | None  # before training
     eval_loss: float | None  # of the exported weights
-    verdict: str | None  # that the second is the larger one, or that the training loss rose, in words
+    verdict: str | None  # in words: that the second is larger, or that the training loss rose or ended on a spike
     evaluations: list[dict[str, object]]
     reactions: list[Reaction]
     skipped_steps: int | None = None  # whose gradients overflowed in float16

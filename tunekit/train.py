@@ -31,7 +31,7 @@ from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
-from tunekit.training.finish import report_facts
+from tunekit.training.finish import remedy, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
@@ -189,7 +189,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     ended = "stopped early: no gain" if state.stopped_early else "finished"
     folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
     if facts.verdict is not None:
-        console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
+        console.warn(f"{facts.verdict}; {remedy(saves_best, state.step, folder)}")
     if facts.skipped_steps:
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")

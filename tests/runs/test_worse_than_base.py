@@ -86,3 +86,28 @@ def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None
     assert report["verdict"].capitalize() in page
     assert "It did not fall." in page
     assert f"warning: a learning rate of {rate:g} is very high" in ended.output
+
+
+def test_a_last_step_that_is_far_worse_than_those_before_is_told_with_what_to_do(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = {"train": [{"path": "rows.jsonl"}], "eval": None, "shuffle": False}
+    training = {"epochs": 1.0, "learning_rate": 0.03, "scheduler": "constant", "save_steps": 20, "keep_checkpoints": 2}
+    batches = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    adapter = {"modules_to_save": ["lm_head"], "dropout": 0.0}
+    recipe = write_recipe(tmp_path / "work", tiny_llama, data=data, training=training | batches, adapter=adapter)
+    rows = [{"text": "ab"}] * 29 + [{"text": "The quick brown fox"}]
+    (tmp_path / "work" / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run, ended = trained(recipe, "spike")
+    losses = [record["loss"] for record in records(run)]
+    assert losses[-1] > 100 * max(losses[-4:-1])
+    report = json.loads((run / "report.json").read_text())
+    assert report["verdict"].startswith(f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is ")
+    (reaction,) = report["reactions"]
+    assert reaction["step"] == 30
+    assert "this was the last step, and its weights are exported; evaluation.best: eval.loss" in reaction["action"]
+    assert "rows.jsonl:30" in reaction["action"]
+    (warning,) = [line for line in ended.output.splitlines() if line.startswith(f"warning: {report['verdict']}")]
+    assert "evaluation.best: eval.loss exports the best evaluated step" in warning
+    assert warning.endswith("spike@20")
+    assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")

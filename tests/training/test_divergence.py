@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunekit.training.divergence import PAST, divergence, rise
+from tunekit.training.divergence import PAST, divergence, last_jump, rise
 
 
 def told(losses: Sequence[float]) -> dict[int, str]:
@@ -72,6 +72,31 @@ def test_the_jumps_of_a_run_that_diverged_are_no_noise() -> None:
     assert rise(jumps) == "worse than it began: training loss 6.5 over the last tenth of the steps, 2.99 at step 1"
     assert rise([2.99, 4.0, 6.5]) is not None
     assert rise([2.99, 2.5, 5.9]) is None, "three noisy steps"
+
+
+def test_a_jump_from_near_zero_is_told_whatever_the_loss_was_before_it_fell() -> None:
+    falling = [6.1, 2.7, 1.0, 0.4, 0.15, 0.02, *[0.002, 0.001, 0.0004, 0.0009] * 11]
+    assert told([*falling, 0.3]) == {51: "the loss 0.3 is 333 times that of the steps just before (0.0009)"}
+    assert last_jump([*falling, 0.3]) == (
+        "it ended on a spike: the loss 0.3 of the last step is 333 times that of the steps just before (0.0009)"
+    )
+    for few in ([2.0, 0.5, 0.001, 0.001, 0.3], [2.0, 0.001, 0.3], [0.001, 0.1]):
+        assert list(told(few)) == [len(few)]
+        assert last_jump(few) is not None
+
+
+def test_what_jitters_near_zero_is_no_jump() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        falling = [3 * 0.7**step * draw.lognormvariate(0, 1.0) for step in range(60)]  # to 1e-9, up to tenfold apart
+        assert not told(falling)
+        jitter = [3.0, 1.0, 0.3, *(10 ** draw.uniform(-6, -1.1) for _ in range(50))]
+        assert not told(jitter), "below the floor of 0.1"
+    assert last_jump([2.0, 0.5, 0.4, 0.6]) is last_jump([]) is last_jump([1.0]) is last_jump([1.0, 0.0, 0.0]) is None
+
+
+def test_a_run_whose_rows_differ_so_much_is_told_once() -> None:
+    assert list(told([2.0, 0.5, 0.001, *[0.001, 0.3] * 10])) == [5]
 
 
 def test_a_loss_that_may_be_negative_is_not_compared() -> None:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from statistics import fmean, median, pstdev
+from statistics import fmean, median, median_low, pstdev
 
 from tunekit.records import Reaction
 from tunekit.training.readings import Reading, rows_text
@@ -15,8 +15,12 @@ PAST = 50  # steps before this one that are looked at
 LEAST = 8  # of them, for a spike to be told from noise
 DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above their mean
 LAST = 5  # steps in a row that should be no worse than the first one, whose loss is that before any update
+# A jump is JUMP times the steps just before, of which RECENT are looked at. Losses near zero jitter: it must also reach
+# JUMP_FLOOR, or JUMP_SHARE of a small first loss.
+JUMP, RECENT, JUMP_FLOOR, JUMP_SHARE = 50.0, 3, 0.1, 0.05
 # A whole run ends worse by this many times its noise, and by this share; twice the first loss is never noise.
 NOISES, LEAST_RISE, MOST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 1.0, 0.6
+KEEP_BEST = "evaluation.best: eval.loss exports the best evaluated step (training.eval_steps) instead of the last"
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
@@ -32,7 +36,9 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
     why = divergence(state.first_losses, state.past_losses, loss)
     if why is not None:
         rows = rows_text(reading.window.batches, run.devices)
-        action = f"training goes on; lower training.learning_rate, or look at the rows of this step: {rows}"
+        last = reading.step == run.windows.steps and run.evaluation.best is None
+        goes_on = f"this was the last step, and its weights are exported; {KEEP_BEST}" if last else "training goes on"
+        action = f"{goes_on}; lower training.learning_rate, or look at the rows of this step: {rows}"
         state.reactions.append(asdict(Reaction(why, action, reading.step)))
         run.warn(f"step {reading.step}: {why}; {action}")
     state.first_losses = state.first_losses or [loss]
@@ -59,17 +65,36 @@ def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> st
     `first`: the loss of the first step; `past`: those of the up to PAST steps before this one. A spike is more than
     SHARE times the mean of the past and more than DEVIATIONS of its standard deviations above it. A rise is LAST steps
     in a row of more than SHARE times the first loss, or of more than NOISES times the noise above it; it is told when
-    it begins.
+    it begins. A jump is told where no step of the past rose so, or it is this run's noise.
     """
     if len(past) >= LEAST:
         mean, deviation = fmean(past), pstdev(past)
         if loss > SHARE * mean and loss > mean + DEVIATIONS * deviation:
             return f"the loss {loss:.4g} is far above that of the {len(past)} steps before ({mean:.4g} on average)"
+    if not any(after > JUMP * before for before, after in pairwise(past)):
+        why = jump(first, past, loss)
+        if why is not None:
+            return f"the loss {loss:.4g} is {why}"
     if len(past) >= LAST:
         limit = first[0] * max(SHARE, 1.0 + NOISES * _noise([*past, loss]))
         if past[-LAST] <= limit < min([*past[1 - LAST :], loss]):
             return f"the loss has been above {limit:.4g} for {LAST} steps, and training began at {first[0]:.4g}"
     return None
+
+
+def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
+    """How many times worse this loss is than the steps just before, or None; it needs no long past, and does not count
+    how high the loss was before it fell."""
+    before = median_low(past[-RECENT:]) if past else 0.0
+    if before <= 0 or loss < max(JUMP * before, min(JUMP_FLOOR, JUMP_SHARE * first[0])):
+        return None
+    return f"{loss / before:,.0f} times that of the steps just before ({before:.4g})"
+
+
+def last_jump(losses: Sequence[float]) -> str | None:
+    """That a run ended on a jump, or None: the exported weights are those right after it."""
+    why = jump(losses[:1], losses[:-1], losses[-1]) if losses else None
+    return None if why is None else f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is {why}"
 
 
 def rise(losses: Sequence[float]) -> str | None:

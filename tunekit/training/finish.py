@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.run import RunFolder
 from tunekit.machine.memory import DevicePeaks
 from tunekit.metrics.classes import class_facts
+from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Reaction, ReportFacts
-from tunekit.training.divergence import rise
+from tunekit.training.divergence import KEEP_BEST, last_jump, rise
 from tunekit.training.state import LoopState
 
 
@@ -30,6 +32,16 @@ SHOWN = ("step", "eval", "sources")  # of an evaluation
 def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
     """The means over the first and the last tenth of the steps."""
     return {f"first_{name}": fmean(values[:tenth]), f"final_{name}": fmean(values[-tenth:])} if values else {}
+
+
+def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
+    """What to do about a verdict: how to train otherwise, and how to get at weights before the last step."""
+    how = "lower training.learning_rate, train less, or look at the rows"
+    if saved_best:
+        return how
+    earlier = [step for step, _ in list_checkpoints(run.checkpoints) if step < final_step]
+    kept = f"step {earlier[0]} is kept: {relative_to(run.path)}@{earlier[0]}" if earlier else ""
+    return f"{how}; {KEEP_BEST}; {kept or 'training.save_steps keeps earlier steps'}"
 
 
 def report_facts(
@@ -55,6 +67,8 @@ def report_facts(
     verdict = rise(steps) if (before is None or loss is None) and not headline else None
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
+    if verdict is None and not headline and not saved_best:
+        verdict = last_jump(steps)
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
     device, peaks = measured.device, measured.peaks
     peak = measured.host_growth_bytes if device == "cpu" else peaks.allocated or peaks.reserved
