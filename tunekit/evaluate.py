@@ -13,7 +13,7 @@ from tunekit.data.encoding.sources import read_template
 from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
-from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
+from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
@@ -56,7 +56,7 @@ def evaluate_verb(
         loaded = load_target(found, devices.device)
         load_reference(loaded)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
-        console.info(*rows.notes)
+        console.info(*rows.notes, *calibration_notes(found.evaluation))
         loaded.model.companions = load_companions(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
         of_run, counting = found.data or section, Counting(console)

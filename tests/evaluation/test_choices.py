@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from tests.conftest import write_tiny_llama
 from tests.memory.test_streaming_seq2seq import make_net
 from tests.support.loop_case import CPU
 from tunekit.contracts import EncodeOptions
+from tunekit.data.encoding.answers import prompt_of, with_own_text
 from tunekit.data.rows import Written
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.evaluation import choices as room
 from tunekit.evaluation.choices import Choices, choice_scores, choose, make_questions
-from tunekit.formats.example import CompletionExample
+from tunekit.formats.example import ChatExample, CompletionExample, Message
 from tunekit.generate import answer
 from tunekit.machine.devices import make_devices
 from tunekit.metrics import expected_calibration_error
@@ -60,11 +62,11 @@ def scores(folder: Path, objective: str, batch_size: int = 4) -> torch.Tensor:
     return choice_scores(model, made, chosen, questions, make_devices(), batch_size=batch_size)
 
 
-def plain_scores(folder: Path) -> torch.Tensor:
-    """Of each row and answer: a forward of its own, and the sum over the answer's tokens and the one that ends it."""
+def plain_scores(folder: Path, prompts: Sequence[str] = tuple(prompt for prompt, _ in ROWS)) -> torch.Tensor:
+    """A forward for each prompt and answer: the sum over the answer's tokens and the one that ends it."""
     net, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found = torch.zeros(len(ROWS), len(ANSWERS), dtype=torch.float64)
-    for at, (prompt, _) in enumerate(ROWS):
+    found = torch.zeros(len(prompts), len(ANSWERS), dtype=torch.float64)
+    for at, prompt in enumerate(prompts):
         for number, text in enumerate(ANSWERS):
             start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             end = [*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -115,6 +117,40 @@ def test_scores_are_compared_as_asked_and_answers_encoded_once(tmp_path: Path) -
     for name, sizes in lengths.items():  # a byte is a token here; the blank before an answer and its end are tokens
         found = choice_scores(model, made, Choices(ANSWERS, name), questions, make_devices(), batch_size=4)
         assert torch.allclose(found, plain / torch.tensor(sizes), rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["sum", "mean_per_byte"])
+def test_calibrated_scores_are_those_of_plain_forwards_over_the_mean_of_content_free_prompts(
+    score: str, tmp_path: Path
+) -> None:
+    folder, form = write_tiny_llama(tmp_path), "Is {} good? It is:"
+    rows = tuple((form.format(text), answer) for text, answer in (("it", " good"), ("", " no"), ("{a} b", " bad")))
+    model, made, _, _ = questions_and_model(folder, "sft", rows)
+    chosen = Choices(ANSWERS, score, form)
+    examples = [Written("rows", line, CompletionExample(*row)) for line, row in enumerate(rows, 1)]
+    questions = make_questions(examples, chosen, made.rows)
+    found = choice_scores(model, made, chosen, questions, make_devices(), batch_size=4)
+    bytes_of = torch.tensor([*map(len, ANSWERS)]) if score == "mean_per_byte" else 1
+    free = plain_scores(folder, [f"Is {text} good? It is:" for text in ("N/A", "[MASK]", "")]) / bytes_of
+    prior = (free.exp() / free.exp().sum(dim=1, keepdim=True)).mean(dim=0)  # (choices,)
+    expected = plain_scores(folder, [prompt for prompt, _ in rows]) / bytes_of - prior.log()
+    assert found.shape == (3, len(ANSWERS))
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5)
+    assert room.choice_sums(found, questions)["calibration"][:, 0].sum() == 3
+    chosen_of = [ANSWERS[at] for at in expected.argmax(dim=1).tolist()]
+    blanks = Choices(tuple(f" {answer}" for answer in ANSWERS), score, form)
+    assert choose(model, made, blanks, [prompt for prompt, _ in rows], 4, make_devices()) == chosen_of
+
+
+def test_a_text_stands_in_place_of_the_users_last_turn_and_of_the_prompt_without_a_template() -> None:
+    turns = [Message("system", "Be short."), Message("user", "Old: x"), Message("assistant", "a")]
+    turns += [Message("user", "Say: apple"), Message("assistant", "b")]
+    row = ChatExample(tuple(turns), without_template=CompletionExample("### Say: apple\n###", "b"))
+    assert prompt_of(row) == "Say: apple"
+    free = with_own_text(row, "Say: ", "", "N/A")
+    assert isinstance(free, ChatExample)
+    assert [turn.content for turn in free.messages] == ["Be short.", "Old: x", "a", "Say: N/A", "b"]
+    assert free.without_template == CompletionExample("### Say: N/A\n###", "b")
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -191,6 +227,15 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
         ({"choices": ["stop"]}, r"evaluation\.choices: needs two answers or more"),
         ({"choices": ["stop", "stop "]}, r"evaluation\.choices: names 'stop' twice"),
         ({"choices": "stop"}, r"evaluation\.choices: must be from_data or a list"),
+        (
+            {"content_free_prompt": "Say {} Do:"},
+            r"test\.jsonl:1: the prompt 'red\. Do:' has not the form of 'Say \{\} Do:'",
+        ),
+        ({"content_free_prompt": "Do:"}, r"evaluation\.content_free_prompt: must be a text with \{\} once"),
+        (
+            {"choices": None, "best": None, "content_free_prompt": "{} Do:"},
+            r"evaluation\.content_free_prompt: there are no choices to calibrate",
+        ),
         ({"choices": None}, r"evaluation\.best: accuracy is not among the metrics"),
         (
             {"choices": None, "best": None, "metrics": ["macro_f1"]},
@@ -207,6 +252,37 @@ def test_wrong_choices_are_named(tmp_path: Path, evaluation: dict[str, Any], sai
         with pytest.raises(TunekitError, match=said) as caught:
             verb()
         assert caught.value.exit_code == 2
+
+
+def test_calibrated_choices_steer_a_run_resident_streamed_and_resumed(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    recipe = write_recipe(tmp_path, base, content_free_prompt="{} Do:")
+    found = {}
+    for name, overrides in {"resident": (), "streamed": ("memory.streaming=disk",)}.items():
+        train_verb(
+            load_recipe(recipe, [f"output.dir={tmp_path / name}", "training.save_steps=3", *overrides]), False, False
+        )
+        report = json.loads((tmp_path / name / "report.json").read_text("utf-8"))
+        found[name] = {entry["step"]: entry["eval"] for entry in report["evaluations"]}
+        note = "each evaluation scores 3 prompts more than it has rows"
+        assert any(note in each for each in json.loads((tmp_path / name / "plan.json").read_text("utf-8"))["notes"])
+        assert note in (tmp_path / name / "report.md").read_text("utf-8")
+    assert found["resident"] == {step: pytest.approx(metrics, rel=1e-4) for step, metrics in found["streamed"].items()}
+    after = {}
+    for name, overrides in {"calibrated": [], "plain": ["evaluation.content_free_prompt=null"]}.items():
+        evaluate_verb(str(tmp_path / "resident"), None, None, None, [], str(tmp_path / "after.json"), overrides)
+        after[name] = json.loads((tmp_path / "after.json").read_text("utf-8"))
+    name = "expected_calibration_error"
+    best = json.loads((tmp_path / "resident" / "report.json").read_text("utf-8"))["best_step"]
+    assert after["calibrated"][name] == found["resident"][best][name] != after["plain"][name]
+    again = [f"output.dir={tmp_path / 'resident'}", "training.save_steps=3"]
+    with pytest.raises(TunekitError, match=r"evaluation\.content_free_prompt: changed since the run"):
+        train_verb(load_recipe(recipe, [*again, "evaluation.content_free_prompt=null"]), True, False)
+    shutil.rmtree(tmp_path / "resident" / "checkpoints" / "step-000009")
+    (tmp_path / "resident" / "status.json").unlink()
+    train_verb(load_recipe(recipe, again), True, False)
+    report = json.loads((tmp_path / "resident" / "report.json").read_text("utf-8"))
+    assert {entry["step"]: entry["eval"] for entry in report["evaluations"]} == found["resident"]
 
 
 def test_answers_that_only_generate_chooses_from_need_no_evaluation_rows(tmp_path: Path) -> None:

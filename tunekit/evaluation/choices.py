@@ -1,5 +1,6 @@
 """Answers to choose from: the questions of evaluation rows or prompts, and the scores of their answers."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Objective, Progress, Row, RowKind, Sums, no_progress
-from tunekit.data.encoding.answers import answer_of, with_answer
+from tunekit.data.encoding.answers import answer_of, prompt_of, with_answer, with_own_text
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import Written
-from tunekit.errors import DataError
+from tunekit.errors import DataError, RecipeError
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.machine.devices import Devices
@@ -22,9 +23,11 @@ from tunekit.objectives.rows.choices import Answer, Question, make_question, spl
 from tunekit.tuned.model import TunedModel
 
 Made = TypeVar("Made")
+KEY = "evaluation.content_free_prompt"
 
 CHUNK_QUESTIONS = 512  # whose scores are added up together
 TAIL_TOKENS = 8  # of a prompt, after which an answer's ids are taken to be those of another prompt that ends so
+CONTENT_FREE = ("N/A", "[MASK]", "")  # in place of a row's own text; source: Zhao et al. 2021, section 5
 WIDEST_TOKENS = 2048  # of a prompt with answers side by side, whose mask grows with the square; or twice the prompt
 
 
@@ -34,6 +37,7 @@ class Choices:
 
     texts: tuple[str, ...]
     score: str  # sum, mean_per_token or mean_per_byte
+    content_free_prompt: str | None = None  # scores are calibrated by this prompt, with CONTENT_FREE in place of {}
 
     @property
     def labels(self) -> list[str]:
@@ -49,7 +53,19 @@ class Choices:
             shown = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
             what = f"the answer {own[:60]!r} is not among evaluation.choices ({shown})"
             raise DataError(what, "mend it, or add it there")
+        if self.content_free_prompt is not None:
+            prompt, (start, end) = prompt_of(example), self.around
+            if len(prompt) < len(start + end) or not (prompt.startswith(start) and prompt.endswith(end)):
+                shown = prompt if len(prompt) <= 60 else f"{prompt[:30]} ... {prompt[-30:]}"
+                what = f"the prompt {shown!r} has not the form of {self.content_free_prompt!r}"
+                raise DataError(what, "mend it, or evaluation.content_free_prompt, where {} is a row's own text")
         return labels.index(own)
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What is before and after a row's own text in every prompt."""
+        start, _, end = (self.content_free_prompt or "").partition("{}")
+        return start, end
 
 
 class QuestionMaker:
@@ -78,6 +94,19 @@ class QuestionMaker:
         except Dropped as reason:
             raise DataError(f"{reason}, so that no answer can be chosen", "leave the row out") from None
 
+    def content_free(self, make: Callable[[str], Example], *, keep_blanks: bool = False) -> list[Question]:
+        """The questions that calibrate the others, if any do. `make`: the example with a text in place of its own.
+
+        Raises: RecipeError where one of them has no prompt.
+        """
+        if self.choices.content_free_prompt is None:
+            return []
+        try:
+            return [self.make(make(text), f"the prompt of {text!r}", keep_blanks=keep_blanks) for text in CONTENT_FREE]
+        except DataError as error:
+            what = f"with {', '.join(map(repr, CONTENT_FREE))} in place of {{}}: {error.problems[0].what}"
+            raise RecipeError(what, "write the words around a row's own text", key=KEY) from error
+
     def _encoded(self, example: Example, texts: Sequence[str], origin: str, right: int) -> Question:
         first = self.kind.encode(with_answer(example, texts[0]), origin)
         if "trained" in first.parts:
@@ -99,9 +128,13 @@ class QuestionMaker:
 
 
 def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind) -> list[Question]:
-    """The question of each evaluation row. Raises: DataError naming each row whose answer is no choice."""
-    maker = QuestionMaker(choices, kind)
-    return of_every_row(examples, lambda row: maker.make(row.example, f"{row.file}:{row.line}"))
+    """The question of each evaluation row, then those that calibrate them.
+
+    Raises: DataError naming each row whose answer is no choice.
+    """
+    maker, rows = QuestionMaker(choices, kind), list(examples)
+    found = of_every_row(rows, lambda row: maker.make(row.example, f"{row.file}:{row.line}"))
+    return found + maker.content_free(lambda text: with_own_text(rows[0].example, *choices.around, text))
 
 
 def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
@@ -128,9 +161,10 @@ def choice_scores(
     on_split: Callable[[Batch], None] = lambda batch: None,
     progress: Progress = no_progress,
 ) -> Tensor:
-    """(questions, choices) float64: of each answer the sum of its tokens' log-probabilities, the token that ends it
+    """(rows, choices) float64: of each answer the sum of its tokens' log-probabilities, the token that ends it
     included (lm-eval's acc compares sums, without that token); mean_per_token: over their number; mean_per_byte: over
-    the bytes of its text (lm-eval's acc_norm takes characters).
+    the bytes of its text (lm-eval's acc_norm takes characters). Calibrated: less the logarithm of the mean probability
+    that the answer has, among all answers, after the content-free prompts, which are the last of `questions`.
 
     No forward has more positions than `batch_size` of the longest prompts with one answer.
     Raises: DataError beyond the model's positions; EvaluationStopped where `stop` says so.
@@ -153,15 +187,18 @@ def choice_scores(
         found.append(torch.tensor(sums.values["scores"], dtype=torch.float64))
     scores = torch.cat(found)
     if choices.score == "mean_per_token":
-        return scores / torch.tensor([question.scored for question in questions])
+        scores = scores / torch.tensor([question.scored for question in questions])
     if choices.score == "mean_per_byte":
-        return scores / torch.tensor([len(label.encode()) for label in choices.labels])
-    return scores
+        scores = scores / torch.tensor([len(label.encode()) for label in choices.labels])
+    if choices.content_free_prompt is None:
+        return scores
+    free = scores[-len(CONTENT_FREE) :].log_softmax(dim=1)  # (3, choices)
+    return scores[: -len(CONTENT_FREE)] - (free.logsumexp(dim=0) - math.log(len(CONTENT_FREE)))
 
 
 def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
-    """What the metrics of labels are made of. Shapes: scores (questions, choices)."""
-    sums = label_sums(scores, torch.tensor([question.right for question in questions]))
+    """What the metrics of labels are made of. Shapes: scores (rows, choices)."""
+    sums = label_sums(scores, torch.tensor([question.right for question in questions[: len(scores)]]))
     return {name: sums[name] for name in ("confusion", "calibration")}
 
 
@@ -174,13 +211,16 @@ def choose(
     devices: Devices,
 ) -> list[str]:
     """The likeliest answer to each prompt, which is a user's turn where there is a chat template."""
-    maker = QuestionMaker(choices, objective.rows)
-    questions = []
-    for number, prompt in enumerate(prompts, 1):
-        text = choices.texts[0]
-        turns = (Message("user", prompt), Message("assistant", text))
-        example = ChatExample(turns, without_template=CompletionExample(prompt, text))
-        questions.append(maker.make(example, f"prompt {number}", keep_blanks=True))
+    maker, (start, end) = QuestionMaker(choices, objective.rows), choices.around
+
+    def answered(prompt: str) -> Example:
+        turns = (Message("user", prompt), Message("assistant", choices.texts[0]))
+        return ChatExample(turns, without_template=CompletionExample(prompt, choices.texts[0]))
+
+    questions = [
+        maker.make(answered(prompt), f"prompt {number}", keep_blanks=True) for number, prompt in enumerate(prompts, 1)
+    ]
+    questions += maker.content_free(lambda text: answered(f"{start}{text}{end}"), keep_blanks=True)
     scores = choice_scores(model, objective, choices, questions, devices, batch_size=batch_size)
     return [choices.labels[number] for number in scores.argmax(dim=1).tolist()]
 

@@ -18,7 +18,15 @@ from tunekit.data.encoding.store import by_source
 from tunekit.data.rows import Prompt, RowSet
 from tunekit.errors import DataError, ModelError, RecipeError
 from tunekit.evaluation.answers import answer_questions, text_metrics
-from tunekit.evaluation.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
+from tunekit.evaluation.choices import (
+    CONTENT_FREE,
+    KEY,
+    Choices,
+    choice_scores,
+    choice_sums,
+    make_questions,
+    of_every_row,
+)
 from tunekit.evaluation.scores import EvaluationSums, MeasuringRun, all_together, summed_evaluation, undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import class_table
@@ -178,6 +186,8 @@ def queries_of(
     prompts = rows.evaluation_prompts(needed) if needed != 0 else ()
     choices = choices_of(settings, rows.objective, data)
     if choices is None:
+        if settings.content_free_prompt is not None:
+            raise RecipeError("there are no choices to calibrate", "give evaluation.choices, or leave it out", key=KEY)
         return Queries(prompts)
     return Queries(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective.rows))
 
@@ -201,7 +211,18 @@ def choices_of(settings: EvaluationSection, objective: Objective, data: DataSect
         if data is None:
             raise RecipeError("there is no recipe whose rows have the answers", "list them", key="evaluation.choices")
         texts = answers_of_rows(data, objective.rows.example)
-    return Choices(tuple(texts), settings.choice_score)
+    return Choices(tuple(texts), settings.choice_score, settings.content_free_prompt)
+
+
+def calibration_notes(settings: EvaluationSection) -> list[str]:
+    """What calibrated choices are compared by, and what that costs."""
+    if settings.choices is None or settings.content_free_prompt is None:
+        return []
+    texts = ", ".join(map(repr, CONTENT_FREE))
+    return [
+        f"choices are calibrated by {settings.content_free_prompt!r} with {texts} in place of {{}}: "
+        f"each evaluation scores {len(CONTENT_FREE)} prompts more than it has rows"
+    ]
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:

@@ -17,7 +17,7 @@ from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
-from tunekit.evaluation.evaluator import check_choices
+from tunekit.evaluation.evaluator import calibration_notes, check_choices
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
 from tunekit.model.families import make_family
@@ -350,6 +350,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     net, adapter, choice = inputs.base.net, recipe.adapter, memory.choice
     experts = [] if adapter.trains_base else unreached_experts(net, adapter, inputs.targets)
     notes = [*inputs.base.notes, *inputs.rows.notes, *inputs.rows.objective.notes]
+    notes += [] if inputs.rows.evaluation is None else calibration_notes(recipe.evaluation)
     if experts:
         notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
     if inputs.virtual_tokens:

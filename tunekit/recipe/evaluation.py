@@ -37,6 +37,12 @@ def _choices(value: object) -> object:
     return texts
 
 
+def _content_free(value: object) -> str:
+    if isinstance(value, str) and value.count("{}") == 1:
+        return value
+    raise ValueError("must be a text with {} once, in place of a row's own text, such as 'Review: {} Sentiment:'")
+
+
 ANSWERS = {"type": "array", "minItems": 2, "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
 ChoiceList = Annotated[
     Several[Text] | Literal["from_data"] | None,
@@ -55,6 +61,10 @@ class EvaluationSection(Section):
     )
     choice_score: Literal["sum", "mean_per_token", "mean_per_byte"] = Field(
         "sum", description="what of an answer's log-probability is compared"
+    )
+    content_free_prompt: Annotated[str, BeforeValidator(_content_free)] | None = Field(
+        None,
+        description="calibrate choices (Zhao et al. 2021) by the rows' prompt, with {} for their own text",
     )
     metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
     before_training: bool = Field(True, description="evaluate before the first step too, to compare the result with")

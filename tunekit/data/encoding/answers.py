@@ -1,4 +1,4 @@
-"""The last answer of an example: read, or another text in its place; and all answers of a data section."""
+"""The last answer of an example and its prompt: read, or with another text; and all answers of a data section."""
 
 from dataclasses import replace
 
@@ -32,6 +32,36 @@ def with_answer(example: Example, text: str) -> Example:
     answer = replace(example.messages[index], content=text, weight=1.0)
     other = None if plain is None else replace(plain, completion=text)
     return replace(example, messages=(*example.messages[:index], answer), without_template=other)
+
+
+def prompt_of(example: Example) -> str:
+    """The text that the last answer is given to: of a conversation the user's last turn before it."""
+    if isinstance(example, ChatExample):
+        index = _last_question(example)
+        return "" if index is None else example.messages[index].content
+    return example.prompt if isinstance(example, CompletionExample) else ""
+
+
+def with_own_text(example: Example, start: str, end: str, text: str) -> Example:
+    """The example whose prompt is `start`, `text` and `end`, where its own text was between them."""
+    if isinstance(example, CompletionExample):
+        return replace(example, prompt=f"{start}{text}{end}")
+    assert isinstance(example, ChatExample)
+    index, plain = _last_question(example), example.without_template
+    assert index is not None
+    content = example.messages[index].content
+    own = content[len(start) : len(content) - len(end)]
+    if plain is not None:
+        plain = replace(plain, prompt=plain.prompt.replace(own, text) if own else f"{start}{text}{end}")
+    turn = replace(example.messages[index], content=f"{start}{text}{end}")
+    turns = (*example.messages[:index], turn, *example.messages[index + 1 :])
+    return replace(example, messages=turns, without_template=plain)
+
+
+def _last_question(example: ChatExample) -> int | None:
+    """The user's last turn before the last answer."""
+    turns = enumerate(example.messages[: last_answer(example)])
+    return max((index for index, message in turns if message.role == "user"), default=None)
 
 
 def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:

@@ -169,6 +169,9 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
     if chosen and objective.example != "text":
         what = "answers are chosen of rows with a prompt and an answer, and this objective has others"
         draft.add_problem(("evaluation", "choices"), what, "remove it, or write objective: sft or seq2seq")
+    if evaluation.content_free_prompt is not None and not chosen:
+        what, how = "there are no choices to calibrate", "write evaluation.choices, or remove it"
+        draft.add_problem(("evaluation", "content_free_prompt"), what, how)
     for index, name in enumerate(evaluation.metrics):
         key: KeyPath = ("evaluation", "metrics", index)
         if name not in known:
