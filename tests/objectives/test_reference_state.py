@@ -226,6 +226,33 @@ def test_the_policy_at_step_0_is_its_own_reference(
     assert tensors_of(run) == whole
 
 
+def test_a_resume_needs_no_folder_of_the_continued_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(supervised, tmp_path / "supervised")
+    recipe = write_recipe(tmp_path, base, adapter=continued(copied), training={"save_steps": 2, "epochs": 1})
+    run = train(recipe)
+    whole = tensors_of(run)
+    lose_the_end(run)
+    shutil.rmtree(copied)
+    train(recipe, resume=True)
+    assert tensors_of(run) == whole
+
+
+OTHER = [
+    ({"r": 8}, "has rank 4 and alpha 32.0, in the recipe 8 and 32.0"),
+    ({"target_modules": ["q_proj"]}, "is adapted there and not by the recipe"),
+    ({"modules_to_save": ["lm_head"]}, "lm_head is trained whole by the recipe and not there"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), OTHER)
+def test_plan_refuses_the_folder_of_a_different_adapter(
+    base: Path, supervised: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    recipe = write_recipe(tmp_path, base, adapter={**continued(supervised), **changes})
+    plan, _ = make_plan(load_recipe(recipe), device=CPU)
+    assert any(said in refusal.message for refusal in plan.refusals)
+
+
 def test_unpaired_preferences_and_samples_compare_with_it_too(base: Path, supervised: Path, tmp_path: Path) -> None:
     adapter = continued(supervised)
     kto = train(write_kto(tmp_path / "kto", base, adapter=adapter))

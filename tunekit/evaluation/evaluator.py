@@ -162,7 +162,10 @@ class Evaluator:
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """Finite metrics of each of several sources; of one whose rows cannot be judged there are none."""
+    """Finite metrics of each of several sources; of one whose rows cannot be judged there are none.
+
+    What all rows decide together is that of all of them, so that the sources' losses add up to the whole's, by units.
+    """
     if len(each) < 2:
         return None
     found = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}

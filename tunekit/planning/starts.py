@@ -1,8 +1,11 @@
 """What plan finds out about an adapter's initialisation: problems, the bytes it keeps until step 1, and notes."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from tunekit.adapters.method import needs_reference_state
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder.read import continued_folder
+from tunekit.adapters.method import load_method, needs_reference_state
 from tunekit.adapters.starts.start import LINEAR, start_module
 from tunekit.contracts import Objective
 from tunekit.errors import Problem
@@ -19,6 +22,14 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
     if start is not None and head in [target.name for target in targets]:
         what = f"{start.method} looks at each layer's {start.looks_at}, and '{head}' only runs in chunks with the loss"
         yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
+
+
+def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
+    """Raises: AdapterError where init_from names no folder, or that of a different adapter."""
+    if settings.init_from is not None:
+        adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
+        adapter.head_name = base.family.head_name(base.net)
+        continued_folder(adapter, Path(settings.init_from))
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:

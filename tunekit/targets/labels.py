@@ -21,7 +21,6 @@ def start_facts(recipe: Recipe) -> JsonObject:
     Raises: AdapterError; RecipeError where the recipe lists other labels than the head has, or another order.
     """
     start, settings = recipe.adapter.init_from, recipe.objective
-    config = None if start is None else read_adapter_config(Path(start))
     if not settings.has_head:
         return {}
     head = _head_labels(recipe.model, settings.family)
@@ -29,9 +28,10 @@ def start_facts(recipe: Recipe) -> JsonObject:
         return {"head": head}
     listed = settings.listed_labels
     head = _as_listed(head, listed)
-    if config is None:
+    if start is None:
         _refuse_other_order("the base's head", head if set(head) == set(listed) else (), listed)
         return {"head": head}
+    config = read_adapter_config(Path(start))
     labels = _as_listed(adapter_facts(config, recipe.model).get("labels", ()), listed)
     _refuse_other_order(str(config.folder), labels, listed)
     return {"head": head, "labels": labels}

@@ -69,7 +69,7 @@ def initialise_adapter(
             adapter = attach(targets=targets)
             initialise_all(adapter.layers, seed, evidence.get)
             _as_on_main(adapter, devices)
-    if settings.init_from is not None:
+    if settings.init_from is not None and resumed is None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)
     return adapter, facts
 

@@ -105,19 +105,28 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
 
     Raises: AdapterError as attach_adapter_folder, or naming what differs.
     """
+    _check_fingerprint(read_adapter_config(folder), base_fingerprint)
+    config, targets = continued_folder(attached, folder)
+    tensors = _read_tensors(config, attached.net, targets, attached.head_name, None)
+    if attached.model_adapter is not None:
+        tensors = attached.model_adapter.taken_over(tensors)
+    attached.load_state(tensors, ("trained", "saved"))
+
+
+def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterConfig, list[Target]]:
+    """Configuration and targets of a folder that an adapter, which need not be in place yet, can continue from.
+
+    Raises: AdapterError naming what differs.
+    """
     config = read_adapter_config(folder)
     if attached.method.read_as and load_method(attached.method.read_as) is config.method:
         config = read_adapter_config(folder, attached.method)
-    _check_fingerprint(config, base_fingerprint)
     net, head_name = attached.net, attached.head_name
     config = _as_peft_reads(config, net, head_name)
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     _refuse_difference(attached, config, targets)
-    tensors = _read_tensors(config, net, targets, head_name, None)
-    if attached.model_adapter is not None:
-        tensors = attached.model_adapter.taken_over(tensors)
-    attached.load_state(tensors, ("trained", "saved"))
+    return config, targets
 
 
 def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets: list[Target]) -> None:
@@ -141,6 +150,10 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
         if getattr(attached.settings, key) != value:
             own = shown(getattr(attached.settings, key))
             differences.append(f"{key} is {shown(value)} there, in the recipe {own}")
+    modules, sides = base_modules(attached.net), ((config.settings, targets), (attached.settings, attached.targets))
+    there_copied, here_copied = (set(attached.method.copied_modules(modules, *side)) for side in sides)
+    differences += [f"{name} is trained whole there and not by the recipe" for name in there_copied - here_copied]
+    differences += [f"{name} is trained whole by the recipe and not there" for name in here_copied - there_copied]
     if token_rows(attached.net, config.settings) != token_rows(attached.net, attached.settings):
         differences.append("the trained tokens are others there than in the recipe, or in another order")
     if differences:
