@@ -211,9 +211,9 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     report = json.loads((run / "report.json").read_text("utf-8"))
     assert {"sample", "reward", "train"} <= set(report["seconds"])
     assert report["final_reward"] > 1.4 * report["first_reward"]
-    assert "Completions that the model learnt from" in (run / "report.html").read_text("utf-8")
+    assert "Completions used for training" in (run / "report.html").read_text("utf-8")
     report = (run / "report.md").read_text("utf-8")
-    assert "Mean reward of what the model sampled" in report
+    assert "Mean reward of the model's samples" in report
     assert "Evaluation loss" not in report, "a loss that is 0 in every step is no verdict"
     evaluations = [record["eval"] for record in records(run) if "eval" in record]
     assert evaluations[-1]["reward"] > evaluations[0]["reward"] + 0.1
@@ -410,14 +410,14 @@ def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(base: Path, tmp_pat
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"reward": [{"function": "rewards.py:letters"}]}, r"reward\.0: allow_code is false, and a function is code"),
+    ({"reward": [{"function": "rewards.py:letters"}]}, r"reward\.0: function needs allow_code: true"),
     ({"reward": [{"function": "absent.py:letters", "allow_code": True}]}, r"absent\.py: no such file; check the path"),
     ({"reward": [{"function": "rewards.py", "allow_code": True}]}, r"must be FILE\.py:NAME"),
     ({"reward": [{"regex": "("}]}, "must be a regular expression"),
     ({"reward": [{"regex": "a", "exact_match": "answer"}]}, "has regex and exact_match"),
     ({"reward": [{"weight": 2.0}]}, "has none"),
     ({"reward": []}, "must not be empty"),
-    ({"reward": [{"regex": "a", "weight": 0}]}, "every weight is 0, so that all rewards are equal"),
+    ({"reward": [{"regex": "a", "weight": 0}]}, "all weights are 0, so all rewards are equal"),
     ({"reward": None}, r"objective\.reward: must be a list, not empty"),
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
     ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),

@@ -250,7 +250,7 @@ def test_completions_state_where_their_row_is_from() -> None:
 
 def test_a_limit_is_for_code_alone(tmp_path: Path) -> None:
     assert loaded({"regex": "a"}).limit(0) == TRAINING_SECONDS
-    with pytest.raises(ValueError, match="limit_seconds is not for a reward model"):
+    with pytest.raises(ValueError, match="limit_seconds has no effect on a reward model"):
         rewards_of({"model": str(tmp_path), "limit_seconds": 3})
 
 

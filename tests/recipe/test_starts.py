@@ -47,7 +47,7 @@ def test_a_start_without_settings_is_written_as_its_name() -> None:
         ("{start: {method: eva, rho: 0.5}}", "adapter.start.rho: must be at least 1, not 0.5"),
         ("{start: {method: corda, mode: both}}", "adapter.start.mode: must be ipm or kpm"),
         ("{start: olora, init_from: adapter}", "adapter.start: cannot be olora where init_from names the adapter"),
-        ("{layers_pattern: layers}", "adapter.layers_pattern: says nothing without layers_to_transform"),
+        ("{layers_pattern: layers}", "adapter.layers_pattern: has no effect without layers_to_transform"),
     ],
 )
 def test_what_is_wrong_is_named(adapter: str, expected: str, tmp_path: Path) -> None:

@@ -14,20 +14,26 @@ class Source(Section):
     short = "path"
 
     path: RowsPath = Field(description="a file, or a data set of the hub")
-    format: Text = Field("auto", description="what a row is; auto decides from the columns and prints why")
-    weight: Positive = Field(1.0, description="floor(w) copies an epoch plus a seeded draw of the rest")
-    columns: dict[Text, Text] = Field(default_factory=dict, description="the file's column: the format's field")
+    format: Text = Field("auto", description="the format of a row; auto chooses it by the columns, and prints why")
+    weight: Positive = Field(
+        1.0, description="copies of each row per epoch; the fraction is a random share of the rows"
+    )
+    columns: dict[Text, Text] = Field(
+        default_factory=dict, description="a mapping, COLUMN OF THE FILE: FIELD OF THE FORMAT"
+    )
     split: Text = Field("train", description="split of a hub data set")
     revision: Text = Field("main", description="branch, tag or commit of a hub data set")
-    max_rows: Count | None = Field(None, description="use no more rows than this, drawn from all of them")
+    max_rows: Count | None = Field(None, description="use at most this many rows, drawn at random from all")
     draw_seed: Seed | None = Field(
-        0, description="of max_rows: which rows are drawn, the same whatever training.seed is; null: the first ones"
+        0, description="seed of max_rows' random draw, independent of training.seed; null: use the first rows"
     )
-    streaming: bool = Field(False, description="larger than memory: read on the fly (needs training.max_steps)")
+    streaming: bool = Field(
+        False, description="read the rows during training, for data larger than memory (needs training.max_steps)"
+    )
 
 
 def _eval_rows(value: object) -> object:
-    """Neither true nor a text in quotes is a fraction; a path has become a source before this."""
+    """Refuse true and quoted texts. A path is already a source here."""
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
         raise ValueError("must be a fraction, a file, or a list of sources")
     return value
@@ -54,20 +60,24 @@ class DataSection(Section):
 
     train: Several[Source] = Field(min_length=1, description="a path, a source, or a list of either")
     eval: Annotated[EvalRows | None, AfterValidator(_none_of_zero)] = Field(
-        None, description="a fraction of each training source, or sources like train; 0: none, as null"
+        None, description="a fraction of each training source, or sources as in train; null or 0: no evaluation rows"
     )
-    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which tokens are trained on")
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="the tokens to train on: all assistant turns, the last one, or all tokens"
+    )
     rewritten_answers: Literal["last", "each"] = Field(
         "last",
-        description="where the chat template rewrites earlier answers (drops their thinking, for one): train on the "
-        "last, or on each as it was given, in a row of its own",
+        description="if the chat template changes earlier answers (for example, drops their reasoning): train on the "
+        "last answer only, or on each original answer in a separate row",
     )
-    chat_template: FilePath | None = Field(None, description="a Jinja file; null is the tokenizer's own template")
-    max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="tokens of the longest row")
+    chat_template: FilePath | None = Field(None, description="a Jinja file; null: the tokenizer's template")
+    max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="the maximum number of tokens in a row")
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(
-        "drop", description="what becomes of longer rows; always counted in the report"
+        "drop", description="what to do with longer rows; the report counts them"
     )
     packing: bool = Field(
-        False, description="pack rows to max_length; micro_batch_size then counts packs, so that a step has more rows"
+        False, description="pack rows to max_length; micro_batch_size then counts packed rows, so a step has more rows"
     )
-    shuffle: bool = Field(True, description="order from (seed, epoch); false keeps the file's order")
+    shuffle: bool = Field(
+        True, description="a random order that depends on seed and epoch; false: the order of the file"
+    )

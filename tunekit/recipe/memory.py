@@ -1,4 +1,4 @@
-"""`memory:` what may be traded for memory."""
+"""`memory:` settings that save memory at the price of time, or of the order of sums."""
 
 import re
 from typing import Annotated, Literal
@@ -19,38 +19,42 @@ def _size(value: object) -> str:
 
 
 def size_bytes(text: str) -> int:
-    """8GiB -> 8589934592. `text` is a size that the section took."""
-    found = _SIZE.fullmatch(text)
-    assert found is not None
-    return int(float(found[1]) * _UNITS[found[2]])
+    """8GiB -> 8589934592. `text`: a size that the section has accepted."""
+    size = _SIZE.fullmatch(text)
+    assert size is not None
+    return int(float(size[1]) * _UNITS[size[2]])
 
 
 class MemorySection(Section):
-    """`gradient_checkpointing`: auto (what the step needs, never the last layer), true (every layer), false, or the
-    number of layers (from the first).
+    """`gradient_checkpointing`: auto (as many layers as the step needs, never the last one), true (all layers), false,
+    or the number of layers, counted from the first.
 
-    `activation_offload`: the inputs of recomputed layers wait in the host's memory. auto: on CUDA, inputs of at least
-    2 MiB and 512 tokens; true: every input, on a CPU too, where it only costs. Not a bit changes.
-    `mlp_tile_tokens`: MLPs and norms compute so many tokens at a time. Sums over tokens are then taken in tiles.
-    `budget`: of the device's memory on a GPU; on a CPU, of what the run adds to the process. Within it plan chooses the
-    fastest setting: smaller micro-batches at the same rows a step, recomputed layers, fewer logits at a time.
+    `activation_offload`: stores the inputs of recomputed layers in the host's memory. auto: on CUDA, inputs of at least
+    2 MiB and 512 tokens. true: all inputs, also on a CPU, where it saves nothing. The results are equal bit for bit.
+    `mlp_tile_tokens`: MLPs and norms compute this many tokens at a time. This changes the order of sums over tokens.
+    `budget`: on a GPU, the limit of the device's memory; on a CPU, the limit of the memory that the run adds to the
+    process. plan chooses the fastest setting within it: smaller micro-batches with the same rows per step, recomputed
+    layers, smaller chunks of logits.
     """
 
     gradient_checkpointing: AutoBoolOrCount = Field(
-        "auto", description="recompute activations: auto, true (every layer), false, or a number of layers"
+        "auto", description="recompute activations: auto, true (all layers), false, or a number of layers"
     )
     activation_offload: AutoOrBool = Field(
-        "auto", description="recomputed layers' inputs wait on the host: auto (large ones, on CUDA), true, false"
+        "auto", description="store inputs of recomputed layers on the host: auto (large ones, on CUDA), true, false"
     )
     mlp_tile_tokens: Count | None = Field(
-        None, description="tokens that an MLP computes at a time, for very long rows; sums are taken in tiles"
+        None, description="tokens that an MLP computes at a time, for very long rows; changes the order of sums"
     )
-    streaming: Literal["auto", "off", "host", "disk"] = Field("auto", description="where base weights wait")
+    streaming: Literal["auto", "off", "host", "disk"] = Field(
+        "auto", description="where the base's weights are stored until a layer needs them; off: on the device"
+    )
     streamed_head: bool = Field(
-        False, description="the output projection and the token embedding wait on the host; the former passes in parts"
+        False,
+        description="store output projection and token embedding on the host; the projection is copied in parts",
     )
     budget: Annotated[str, BeforeValidator(_size)] | None = Field(
-        None, description="memory to stay in, such as 8GiB: plan chooses the fastest setting that fits"
+        None, description="a memory limit, such as 8GiB: plan chooses the fastest setting that fits"
     )
 
     @property

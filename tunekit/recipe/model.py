@@ -1,4 +1,4 @@
-"""`model:` which base to load and how."""
+"""`model:` the base model, and how to load it."""
 
 from __future__ import annotations
 
@@ -31,32 +31,30 @@ class ModelSection(Section):
 
     name_or_path: ModelPath = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")
-    family: FamilyName = Field(
-        "auto", description="what the base computes; auto reads it from the model's configuration"
-    )
+    family: FamilyName = Field("auto", description="the kind of model; auto reads it from the model's configuration")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="compute dtype; auto is bfloat16 where the device computes it natively, float16 with a loss scale "
-        "on a CUDA device that does not (T4, RTX 20xx), else float32",
+        description="compute dtype; auto: bfloat16 if the device supports it natively, float16 with a loss scale on "
+        "other CUDA devices (T4, RTX 20xx), else float32",
     )
-    quantization: Quantization = Field("none", description="how the frozen base weights are stored")
-    double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 too")
+    quantization: Quantization = Field("none", description="the storage of the frozen base weights")
+    double_quantization: bool = Field(True, description="also quantize the scales of nf4 and fp4")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="attention implementation"
     )
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; never without reading it")
+    trust_remote_code: bool = Field(False, description="run Python code from the model folder; read it first")
 
     @classmethod
     def of(cls, section: ModelSection, **facts: object) -> Self:
-        """The section with facts of a model that is loaded for one purpose."""
+        """The section with additional facts of a model that is loaded for one purpose."""
         return cls.model_validate({**section.model_dump(), **facts})
 
 
 class HeadedModel(ModelSection):
-    """The section of a base that is loaded with a head of one score a label, whatever it was saved with.
+    """The section of a base that is loaded with a head of one score per label.
 
-    `new_head`: the one in the base's files is for other labels; `head_seed`: of a head that is drawn; `head_pad_id`:
-    where the base's configuration names no padding; `problem_type`: transformers' name of what the scores mean.
+    `new_head`: the head in the base's files has other labels, and is not used; `head_seed`: seed of a new head;
+    `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task.
     """
 
     labels: tuple[str, ...]
@@ -67,8 +65,8 @@ class HeadedModel(ModelSection):
 
 
 class PipelineModel(ModelSection):
-    """The section of a diffusion pipeline: `trained`, the parts that get an adapter; `stays`: whether the others are
-    needed in every step, and lie on the device with them."""
+    """The section of a diffusion pipeline. `trained`: the parts with an adapter; `stays`: whether all steps need the
+    other parts too, so that they stay on the device."""
 
     trained: tuple[str, ...] = ()
     stays: bool = False

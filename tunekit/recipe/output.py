@@ -13,9 +13,9 @@ Tracker = Literal[
 
 
 class OutputSection(Section):
-    """The run folder and the trackers beside metrics.jsonl."""
+    """The run folder, and trackers in addition to metrics.jsonl."""
 
     free_keys = ("dir", "report_to")
 
     dir: NewPath = Field(description="the run folder")
-    report_to: Several[Tracker] = Field((), description="experiment trackers beside metrics.jsonl")
+    report_to: Several[Tracker] = Field((), description="experiment trackers, in addition to metrics.jsonl")

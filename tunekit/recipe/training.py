@@ -1,4 +1,4 @@
-"""`training:` optimizer, schedule, batch and how often to save and evaluate."""
+"""`training:` optimizer, schedule, batch size, and the steps between checkpoints and evaluations."""
 
 from __future__ import annotations
 
@@ -46,30 +46,36 @@ SchedulerName = Annotated[str, BeforeValidator(_scheduler), WithJsonSchema({"enu
 class TrainingSection(Section):
     """`gradient_accumulation_steps` micro-batches make one optimizer step, shared among the ranks.
 
-    Of epochs and max_steps, warmup_ratio and warmup_steps, micro_batch_size and micro_batch_tokens, writing one voids
-    the other's default: it is None here.
+    These pairs exclude each other: epochs and max_steps, warmup_ratio and warmup_steps, micro_batch_size and
+    micro_batch_tokens. If the recipe sets one, the other is None instead of its default.
     """
 
     free_keys = ("save_steps", "keep_checkpoints", "eval_steps")
 
     learning_rate: NotNegative = Field(
-        2e-4, description="the schedule's highest; not written: the adapter's published one, if it has one"
+        2e-4,
+        description="the maximum of the schedule; default: the published rate of the adapter's method, if there is one",
     )
-    scheduler: SchedulerName = Field("cosine", description="shape after the warm-up, by transformers' name and formula")
+    scheduler: SchedulerName = Field(
+        "cosine", description="the schedule after the warm-up; names and formulas of transformers"
+    )
     scheduler_settings: dict[Text, Number | Literal["linear", "cosine", "1-sqrt"]] = Field(
-        default_factory=dict, description="of the schedule, by transformers' names, such as {min_lr_rate: 0.1}"
+        default_factory=dict,
+        description="settings of the schedule with transformers' names, such as {min_lr_rate: 0.1}",
     )
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         0.03, description="warm-up as a share of all steps"
     )
     warmup_steps: CountOrZero | None = Field(None, description="warm-up in steps, instead of warmup_ratio")
     optimizer: OptimizerName = Field("adamw", description="AdamW with 32-bit or 8-bit state, paged or not")
-    weight_decay: NotNegative = Field(0.0, description="never on biases, norms or scaling vectors")
-    max_grad_norm: Positive | None = Field(1.0, description="clip the step's gradient to this norm; null: never")
+    weight_decay: NotNegative = Field(0.0, description="weight decay; not applied to biases, norms and scaling vectors")
+    max_grad_norm: Positive | None = Field(
+        1.0, description="clip the gradient of a step to this norm; null: no clipping"
+    )
     epochs: Positive | None = Field(1.0, description="passes over the training rows")
     max_steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     micro_batch_size: Count | None = Field(
-        2, description="rows (packs, if packed) of one forward; only memory and speed"
+        2, description="rows (or packed rows) of one forward; affects only memory and speed"
     )
     micro_batch_tokens: Count | None = Field(
         None, description="padded tokens of one forward, instead of micro_batch_size"

@@ -1,4 +1,4 @@
-"""Settings that the methods of the LoRA family share; a method's own file in recipe/adapters/ adds what is its own."""
+"""Settings shared by the methods of the LoRA family. A method's file in recipe/adapters/ adds its further settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
 
 
 def _names_or_nothing(value: object) -> str | tuple[str, ...]:
-    """Text or texts, as everywhere; nothing too, where other things are adapted."""
+    """A text or texts, or nothing, because target_parameters may be the only targets."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
@@ -57,17 +57,18 @@ class LowRankSettings(AdapterSettings):
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
     dropout: Fraction = fields.DROPOUT
     target_parameters: Several[Text] = Field(
-        (), description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone"
+        (),
+        description="adapted fused expert weights, such as experts.down_proj; with target_modules: [], only these",
     )
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (rsLoRA)")
+    start: StartChoice = Field(DEFAULT_START, description="the initialisation of A and B in linear layers")
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
+        "none", description="also train biases of the base: all, or those of layers with an adapter"
     )
     trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
-        Field((), description="ids of tokens whose embeddings are trained as well; or a module: ids")
+        Field((), description="also train the embeddings of these token ids; or MODULE: ids")
     )
 
     @model_validator(mode="after")
@@ -75,7 +76,7 @@ class LowRankSettings(AdapterSettings):
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules names no layer, and there are no target_parameters")
         if self.layers_pattern is not None and not self.layers_to_transform:
-            raise ValueError("layers_pattern says nothing without layers_to_transform")
+            raise ValueError("layers_pattern has no effect without layers_to_transform")
         if self.init_from is not None and self.start.method != "default":
             raise ValueError(f"start cannot be {self.start.method} where init_from names the adapter to continue")
         return self

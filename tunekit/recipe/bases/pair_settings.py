@@ -1,4 +1,4 @@
-"""What the objectives over pairs of answers have in common."""
+"""Settings shared by the objectives that train on pairs of answers."""
 
 from typing import ClassVar, Literal
 
@@ -18,7 +18,7 @@ REWARDS = (
 
 
 class PairSettings(ObjectiveSettings):
-    """Each row is a prompt with an answer that was preferred and another one."""
+    """Each row is a prompt with a chosen and a rejected answer."""
 
     example = "preference"
     shows = Shows(unit="pair")
@@ -29,6 +29,6 @@ class PairSettings(ObjectiveSettings):
 
     unusable_pairs: Literal["error", "drop"] = Field(
         "error",
-        description="a pair without a prompt, with an empty answer, two equal ones, or one that does not end in the "
-        "assistant's turn: stop, or leave it out",
+        description="for a pair without a prompt, with an empty answer, with equal answers, or with an answer that "
+        "does not end with the assistant's turn: stop, or leave the pair out",
     )

@@ -1,4 +1,4 @@
-"""What the objectives that learn from the model's own samples have in common: how they are drawn, and their reward."""
+"""Settings shared by the objectives that train on the model's samples: sampling and rewards."""
 
 from __future__ import annotations
 
@@ -26,97 +26,99 @@ from tunekit.recipe.bases.section import (
 from tunekit.records import Headline, Panel, Shows, Stall
 
 KINDS = ("function", "regex", "exact_match", "model")
-REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # what an evaluation sums up
-ANSWERS = (("prompt", "prompt"), ("the row's answer", "answer"), ("completion", "completion"), ("ended", "ended"))
+REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # sums of an evaluation
+ANSWERS = (("prompt", "prompt"), ("reference answer", "answer"), ("completion", "completion"), ("ended", "ended"))
 SCORES = (("reward", "rewards"), ("advantage", "advantage"))
-SILENT_STEPS = 20  # in a row, without a single reward: an error
+SILENT_STEPS = 20  # consecutive steps without any reward are an error
 SHOWS = Shows(
     unit="completion",
-    headline=Headline("reward", "Mean reward of what the model sampled", rises=True),
-    panels=(Panel("Completions that the model learnt from", "samples", (*ANSWERS, *SCORES)),),
+    headline=Headline("reward", "Mean reward of the model's samples", rises=True),
+    panels=(Panel("Completions used for training", "samples", (*ANSWERS, *SCORES)),),
     stalled=(
         Stall(
             "frac_reward_zero_std",
             20,
             "all completions of each prompt had equal rewards or no rewards",
-            "training goes on, but nothing is learnt of them; look at the rewards with `tunekit reward check`, at the "
-            "prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
+            "training continues, but the model learns nothing from them; check the rewards (`tunekit reward check`) "
+            "and the prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
         ),
         Stall(
             "frac_reward_none",
             1,
             "no completion of the step has a reward: the reward returned None or NaN for each",
-            f"nothing is learnt of this step, and {SILENT_STEPS} such steps in a row end the run; mend the reward, or "
-            "leave rows out that it cannot judge",
+            f"the model learns nothing from this step, and {SILENT_STEPS} consecutive such steps end the run; repair "
+            "the reward, or leave out rows that it cannot judge",
         ),
         Stall(
             "completions_clipped_ratio",
             5,
             "every completion reached max_completion_length before it ended",
-            "training goes on; raise objective.max_completion_length, or begin with a model that ends its answers",
+            "training continues; raise objective.max_completion_length, or start from a model that ends its answers",
         ),
     ),
 )
 
 
 class RewardSource(Section):
-    """One of what gives completions their reward; its weight in their sum."""
+    """One reward, with its weight in the sum."""
 
     function: CodePath | None = Field(
         None,
-        description="FILE.py:NAME, called as TRL does: NAME(prompts, completions, completion_ids, **columns) -> "
-        "numbers; each argument only if the function takes it",
+        description="FILE.py:NAME, called as in TRL: NAME(prompts, completions, completion_ids, **columns) -> numbers; "
+        "the function gets only the arguments that it has",
     )
-    allow_code: bool = Field(False, description="of function: run the file; its code can do whatever you can")
-    regex: Expression | None = Field(None, description="1 where the expression is found in the completion, else 0")
+    allow_code: bool = Field(
+        False, description="allow tunekit to run the function's file; its code has all your rights"
+    )
+    regex: Expression | None = Field(None, description="1 if the expression matches in the completion, else 0")
     exact_match: Text | None = Field(
         None,
-        description="1 where the completion is this column's text, blanks at the ends aside; answer: the row's own",
+        description="1 if the completion equals this column (without spaces at the ends); answer: the reference answer",
     )
     extract: Expression | None = Field(
-        None, description="of exact_match: the first group of this expression in the completion is compared"
+        None, description="for exact_match: compare the first group of this expression in the completion"
     )
     model: FolderPath | None = Field(
-        None, description="folder of a reward model: a run of objective: reward, or its adapter"
+        None, description="a reward model: a run of objective: reward, or its adapter folder"
     )
-    weight: Number = Field(1.0, description="of this reward in the sum of all")
+    weight: Number = Field(1.0, description="weight of this reward in the sum")
     limit_seconds: Positive | None = Field(
         None,
-        description="of function, regex and extract: how long one call may take, for all completions of a step; null: "
+        description="for function, regex and extract: the time limit of one call for all completions of a step; null: "
         "120 in training, 20 in `tunekit reward check`",
     )
 
     @property
     def kind(self) -> str:
-        """Which of KINDS it is."""
+        """The kind of the reward, one of KINDS."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
     def code_file(self) -> Path:
-        """The file of a function."""
+        """The file of the function."""
         return Path(str(self.function).rpartition(":")[0])
 
     @property
     def function_name(self) -> str:
-        """The name after the file."""
+        """The name of the function."""
         return str(self.function).rpartition(":")[2]
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardSource:
-        given = [kind for kind in KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            which = " and ".join(given) or "none"
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            which = " and ".join(kinds) or "none"
             raise ValueError(f"must have one of {', '.join(KINDS)}, and has {which}")
         if self.function is not None and not (self.function_name.isidentifier() and self.code_file.suffix == ".py"):
             raise ValueError("function must be FILE.py:NAME, such as rewards.py:score")
         if self.function is not None and not self.allow_code:
-            raise ValueError("allow_code is false, and a function is code; read the file, then write allow_code: true")
+            raise ValueError("function needs allow_code: true, because tunekit runs its file; read the file first")
         if self.extract is not None and self.exact_match is None:
-            raise ValueError("extract is read by exact_match alone; remove it")
+            raise ValueError("extract needs exact_match; remove it")
         if self.limit_seconds is not None and self.model is not None:
-            raise ValueError("limit_seconds is not for a reward model; remove it")
+            raise ValueError("limit_seconds has no effect on a reward model; remove it")
         if self.allow_code and self.function is None:
-            raise ValueError("allow_code is read by function alone; remove it")
+            raise ValueError("allow_code needs function; remove it")
         return self
 
 
@@ -126,7 +128,7 @@ def _listed(value: object) -> object:
 
 def _weighted(rewards: tuple[RewardSource, ...]) -> tuple[RewardSource, ...]:
     if rewards and not any(reward.weight for reward in rewards):
-        raise ValueError("every weight is 0, so that all rewards are equal; give one reward a weight")
+        raise ValueError("all weights are 0, so all rewards are equal; set a weight")
     return rewards
 
 
@@ -134,7 +136,7 @@ RewardList = Annotated[Several[RewardSource], BeforeValidator(_listed), Field(mi
 
 
 def reward_names(rewards: Sequence[RewardSource]) -> list[str]:
-    """What each is called in what is logged: a function by its name, others by their kind; numbered where equal."""
+    """The names of the rewards in logs: the function's name, or the kind. Equal names are numbered."""
     plain = [each.function_name if each.kind == "function" else each.kind for each in rewards]
     return [name if plain.count(name) == 1 else f"{name}_{at + 1}" for at, name in enumerate(plain)]
 
@@ -147,7 +149,7 @@ def several(value: int) -> int:
 
 
 class SampleSettings(ObjectiveSettings):
-    """TRL's names. Each row is a prompt, to which the model writes a group of completions."""
+    """TRL's names. Each row is a prompt. The model writes a group of completions to it."""
 
     example = "prompt"
     shows = SHOWS
@@ -162,30 +164,36 @@ class SampleSettings(ObjectiveSettings):
     )
 
     reward: RewardList = Field(
-        (), description="required: what gives a completion its reward; several are added up by their weights"
+        (), description="required: the reward of a completion; several rewards are added with their weights"
     )
     num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(
-        8, description="completions of one prompt: its group"
+        8, description="the number of completions of one prompt, its group"
     )
-    max_completion_length: Count = Field(256, description="tokens of one completion, at most")
-    temperature: Positive = Field(1.0, description="of sampling; log-probabilities are those at this temperature")
-    top_p: Annotated[Number, Field(gt=0, le=1)] = Field(1.0, description="draw from the likeliest that sum to it")
-    top_k: CountOrZero = Field(0, description="draw from the likeliest so many; 0: of all")
+    max_completion_length: Count = Field(256, description="the maximum number of tokens in a completion")
+    temperature: Positive = Field(1.0, description="the temperature of sampling, also used for log-probabilities")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = Field(
+        1.0, description="sample from the most likely tokens with this total probability"
+    )
+    top_k: CountOrZero = Field(0, description="sample from this many most likely tokens; 0: from all")
     num_iterations: Annotated[Whole, Field(ge=1, le=1000)] = Field(
-        1, description="steps in a row that learn from the same completions; ratios and clipping matter from 2 on"
+        1, description="consecutive steps that use the same completions; ratios and clipping matter from 2 on"
     )
     sampling_batch_size: Count = Field(
-        64, description="completions that are sampled side by side; only memory and speed"
+        64, description="completions that are sampled together; affects only memory and speed"
     )
     epsilon: NotNegative = Field(0.2, description="a ratio below 1 - epsilon is clipped")
-    epsilon_high: NotNegative | None = Field(None, description="a ratio above 1 + epsilon_high is; null: as epsilon")
-    unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="a row without a prompt: stop, or leave it out"
+    epsilon_high: NotNegative | None = Field(
+        None, description="a ratio above 1 + epsilon_high is clipped; null: epsilon"
     )
-    mask_truncated_completions: bool = Field(False, description="leave completions that did not end out of the loss")
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error", description="for a row without a prompt: stop, or leave the row out"
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="exclude completions that reached the length limit from the loss"
+    )
     beta: NotNegative = Field(0.0, description="weight of the KL from the model at step 0; 0 needs no reference")
 
     @property
     def clip_high(self) -> float:
-        """By how much more than 1 a ratio may be."""
+        """The upper limit of a ratio, minus 1."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high

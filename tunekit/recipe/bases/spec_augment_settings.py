@@ -1,4 +1,4 @@
-"""What objectives over recordings share: SpecAugment."""
+"""SpecAugment: settings shared by the objectives that train on recordings."""
 
 from pydantic import Field
 
@@ -6,16 +6,16 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Objective
 
 
 class SpecAugmentSettings(ObjectiveSettings):
-    """The keys bear the names of transformers' configuration, and its defaults."""
+    """Names and defaults are those of transformers' configuration."""
 
     apply_spec_augment: bool = Field(
-        False, description="mask stretches of each recording anew in each step (SpecAugment)"
+        False, description="mask random time spans and frequencies of each recording (SpecAugment)"
     )
     mask_time_prob: Fraction = Field(
-        0.05, description="SpecAugment: share of a recording's frames at which a mask begins"
+        0.05, description="SpecAugment: the share of a recording's frames where a mask starts"
     )
-    mask_time_length: Count = Field(10, description="SpecAugment: frames of a mask")
-    mask_time_min_masks: CountOrZero = Field(2, description="SpecAugment: masks of a recording at least")
-    mask_feature_prob: Fraction = Field(0.0, description="SpecAugment: the same of frequencies")
-    mask_feature_length: Count = Field(10, description="SpecAugment: frequencies of a mask")
-    mask_feature_min_masks: CountOrZero = Field(0, description="SpecAugment: masks of frequencies at least")
+    mask_time_length: Count = Field(10, description="SpecAugment: the length of a mask in frames")
+    mask_time_min_masks: CountOrZero = Field(2, description="SpecAugment: the minimum number of masks in a recording")
+    mask_feature_prob: Fraction = Field(0.0, description="SpecAugment: the share of frequencies where a mask starts")
+    mask_feature_length: Count = Field(10, description="SpecAugment: the number of frequencies in a mask")
+    mask_feature_min_masks: CountOrZero = Field(0, description="SpecAugment: the minimum number of frequency masks")

@@ -1,4 +1,4 @@
-"""Settings that the methods with virtual tokens before each row share; a method's own file adds what is its own."""
+"""Settings shared by the methods with virtual tokens before each row. A method's file adds its further settings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pydantic import Field, model_validator
 
 from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Several, Text
 
-NUM_VIRTUAL_TOKENS = Field(20, description="how many; they come on top of data.max_length")
+NUM_VIRTUAL_TOKENS = Field(20, description="the number of virtual tokens, in addition to data.max_length")
 NUM_TRANSFORMER_SUBMODULES: Literal[1, 2] = Field(
-    1, description="2: an encoder-decoder's file has vectors for both, of which PEFT uses what the method says"
+    1, description="2: the file of an encoder-decoder has vectors for both parts; PEFT chooses by the method"
 )
-MODULES_TO_SAVE = Field((), description="modules trained whole, such as a classifier's head: names or name endings")
+MODULES_TO_SAVE = Field(
+    (), description="modules that are trained completely, such as a classifier's head: names or name endings"
+)
 
 
 class StartedTokenSettings(AdapterSettings):
-    """Trained vectors before each row, which may start as embeddings of real tokens."""
+    """Trained vectors before each row. They may start as embeddings of real tokens."""
 
     num_virtual_tokens: Count = NUM_VIRTUAL_TOKENS
     num_transformer_submodules: Literal[1, 2] = NUM_TRANSFORMER_SUBMODULES
@@ -27,11 +29,11 @@ class StartedTokenSettings(AdapterSettings):
 
     @model_validator(mode="after")
     def _text_or_not(self) -> StartedTokenSettings:
-        given = [name for name in ("init_text", "init_ids") if getattr(self, name) is not None]
-        if self.init == "text" and not given:
+        texts = [name for name in ("init_text", "init_ids") if getattr(self, name) is not None]
+        if self.init == "text" and not texts:
             raise ValueError("init: text needs init_text")
-        if self.init != "text" and given:
-            raise ValueError(f"{given[0]} belongs to init: text")
+        if self.init != "text" and texts:
+            raise ValueError(f"{texts[0]} needs init: text")
         if self.init_ids is not None and not self.init_ids:
-            raise ValueError("init_ids holds no token")
+            raise ValueError("init_ids is empty")
         return self

@@ -1,4 +1,4 @@
-"""`objective: audio_classify` a head that is trained with the adapter gives each recording a label."""
+"""`objective: audio_classify` audio classification: a head, trained with the adapter, predicts a label."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
@@ -6,7 +6,7 @@ from tunekit.records import Shows
 
 
 class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
-    """One label a recording, by Whisper's encoder."""
+    """One label per recording, predicted by Whisper's encoder."""
 
     summary = "cross entropy on a label for each recording"
     family = "audio_classifier"

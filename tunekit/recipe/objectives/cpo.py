@@ -1,4 +1,4 @@
-"""`objective: cpo` contrastive preference optimization: preferred against rejected answers, without a reference."""
+"""`objective: cpo` contrastive preference optimization: chosen and rejected answers, without a reference."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 class CpoSettings(PairSettings):
     """TRL's names and defaults."""
 
-    summary = "preferred against rejected answers, without a reference"
+    summary = "chosen and rejected answers, without a reference"
 
-    beta: Positive = Field(0.1, description="how sharply the two are told apart; of ipo the paper's tau")
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="what is made of the two scores")
+    beta: Positive = Field(
+        0.1, description="scale of the difference of both log-probabilities; for ipo, the paper's tau"
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field(
+        "sigmoid", description="the function of the two log-probabilities"
+    )
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="of sigmoid: share of flipped pairs"
+        0.0, description="for sigmoid: the assumed share of swapped pairs"
     )
     cpo_alpha: NotNegative = Field(1.0, description="weight of the mean loss of the chosen answers' tokens")
 
     @model_validator(mode="after")
     def _smoothing_is_read(self) -> CpoSettings:
         if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError("label_smoothing is read by loss_type sigmoid alone; remove it")
+            raise ValueError("label_smoothing has an effect only with loss_type sigmoid; remove it")
         return self

@@ -1,4 +1,4 @@
-"""`objective: distill` knowledge distillation: the distribution of a teacher over the next token is learned."""
+"""`objective: distill` knowledge distillation: the model learns a teacher's probabilities of the next token."""
 
 from typing import Annotated, Literal
 
@@ -11,22 +11,22 @@ UnitShare = Annotated[Number, Field(ge=0, le=1)]
 
 
 class DistillSettings(ObjectiveSettings):
-    """TRL's names; beta is 0, and not its 1, because the tokens are those of the data and not the student's own."""
+    """TRL's names. beta is 0 instead of TRL's 1, because the tokens come from the data and not from the student."""
 
-    summary = "the next-token distribution of a teacher model"
+    summary = "a teacher model's probabilities of the next token"
     free_keys = ("teacher_streaming",)
     needs_recipe = True
     one_sequence = True
 
-    teacher: ModelSection = Field(description="a model over the same vocabulary: a name, or what a model section has")
+    teacher: ModelSection = Field(description="a model with the same vocabulary: a name, or a mapping as in model")
     teacher_streaming: Literal["off", "host", "disk"] = Field(
-        "off", description="where the teacher's layers wait; each is copied to the device once a step, for all its rows"
+        "off", description="where the teacher's layers are stored; each is copied to the device once per step"
     )
     beta: UnitShare = Field(
         0.0,
-        description="0: forward KL(teacher | student); 1: reverse KL; between: JSD, of both with a mixture",
+        description="0: forward KL(teacher | student); 1: reverse KL; between: generalised Jensen-Shannon divergence",
     )
-    temperature: Positive = Field(1.0, description="that both distributions are taken at")
+    temperature: Positive = Field(1.0, description="the temperature of both distributions")
     kd_ratio: UnitShare = Field(
-        1.0, description="share of the divergence; the rest is cross entropy on the data's tokens"
+        1.0, description="weight of the divergence; the rest is cross entropy on the data's tokens"
     )

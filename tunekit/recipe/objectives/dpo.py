@@ -1,5 +1,5 @@
-"""`objective: dpo` direct preference optimization: the policy learns which of two answers was preferred, held to the
-model as it was before step 1."""
+"""`objective: dpo` direct preference optimization: the model learns to prefer chosen answers over rejected ones, and
+stays close to the model before step 1."""
 
 from __future__ import annotations
 
@@ -45,30 +45,33 @@ LossTypes = Annotated[
 class DpoSettings(PairSettings):
     """TRL's names and defaults."""
 
-    summary = "preferred against rejected answers, held to the reference model"
+    summary = "chosen and rejected answers, close to the reference model"
     reference = "policy at step 0"
     first_order = 50
 
-    beta: Positive = Field(0.1, description="how strongly the policy is held to the reference; of ipo the paper's tau")
-    loss_type: LossTypes = Field(("sigmoid",), description="one loss, or several that are added up")
-    loss_weights: Several[Number] | None = Field(None, description="one for each loss; null: 1 each")
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="robust, aot: share of flipped preferences; exo_pair: its epsilon, which must not be 0"
+    beta: Positive = Field(
+        0.1, description="how strongly the model is kept close to the reference; for ipo, the paper's tau"
     )
-    discopop_tau: Positive = Field(0.05, description="of discopop: how sharply it blends its two losses")
+    loss_type: LossTypes = Field(("sigmoid",), description="one loss, or the sum of several")
+    loss_weights: Several[Number] | None = Field(None, description="one weight for each loss; null: 1")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="robust, aot: the assumed share of swapped pairs; exo_pair: its epsilon, above 0"
+    )
+    discopop_tau: Positive = Field(0.05, description="for discopop: the temperature of its blend of two losses")
     precompute_ref_log_probs: bool = Field(
-        False, description="score each row's reference once, by itself, and keep it for later epochs and evaluations"
+        False, description="compute the reference of each row once, and reuse it in later epochs and evaluations"
     )
     rpo_alpha: NotNegative | None = Field(
-        None, description="weight of the mean loss of the chosen answers' tokens; the same as loss_type sft with it"
+        None,
+        description="weight of the mean loss on the chosen answers' tokens; equal to loss_type sft with this weight",
     )
     ld_alpha: Annotated[Number, Field(ge=0, le=1)] | None = Field(
-        None, description="weight of an answer's tokens beyond the length of the shorter of the two; null: 1"
+        None, description="weight of the longer answer's tokens beyond the length of the shorter one; null: 1"
     )
 
     @property
     def weighted_losses(self) -> list[tuple[str, float]]:
-        """Each loss with its weight."""
+        """All losses with their weights."""
         weights = self.loss_weights or (1.0,) * len(self.loss_type)
         return [*zip(self.loss_type, weights, strict=True), *([("sft", self.rpo_alpha)] if self.rpo_alpha else [])]
 

@@ -1,5 +1,5 @@
-"""`objective: grpo` group relative policy optimization: of several completions of its own to one prompt, the model
-learns those whose reward is above the others'."""
+"""`objective: grpo` group relative policy optimization: the model writes several completions to each prompt, and learns
+from those with a higher reward than the others."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ def _not_by_micro_batch(value: object) -> object:
 
 
 class GrpoSettings(SampleSettings):
-    """TRL's names and defaults; a step's completions are one batch, whatever its micro-batches."""
+    """TRL's names and defaults. All completions of a step are one batch, independent of micro-batches."""
 
-    summary = "samples of the model, each against the others to its prompt"
+    summary = "samples of the model, each compared with the others to its prompt"
 
     loss_type: Annotated[GrpoLossType, BeforeValidator(_not_by_micro_batch)] = Field(
         "dapo",
-        description="grpo: mean of each completion's mean; dapo: by all tokens of the step; dr_grpo: by "
-        "max_completion_length; cispo: the ratio capped at epsilon_high, its gradient left out, by all tokens",
+        description="the normalisation. grpo: mean over completions of their mean over tokens; dapo: mean over all "
+        "tokens of the step; dr_grpo: divided by max_completion_length; cispo: as dapo, with the ratio capped and "
+        "without its gradient",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="sequence: one ratio for each completion (GSPO)"
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="advantages over the standard deviation of the group, of the step, or as they are"
+        "group",
+        description="divide advantages by the standard deviation of the group, of the step (batch), or by nothing",
     )
     use_bias_correction_kl: bool = Field(
-        True, description="of beta: the KL (k3) times the ratio, so that its gradient is unbiased"
+        True, description="for beta: multiply the KL (k3) by the ratio, which makes its gradient unbiased"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> GrpoSettings:
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("epsilon_high is what cispo caps the ratio itself at; write it, 5.0 for one")
+            raise ValueError("cispo needs epsilon_high, the cap of the ratio, such as 5.0")
         return self

@@ -1,4 +1,4 @@
-"""`objective: image_classify` a head that is trained with the adapter gives each picture a label."""
+"""`objective: image_classify` image classification: a head, trained with the adapter, predicts a label."""
 
 from typing import Annotated
 
@@ -16,7 +16,7 @@ def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class ImageClassifySettings(LabelSettings):
-    """One label a picture. Pictures are changed by torchvision's transforms, another way in each step."""
+    """One label per image. In training, torchvision's transforms augment each image differently in each step."""
 
     summary = "cross entropy on a label for each image"
     family = "image_classifier"
@@ -26,18 +26,22 @@ class ImageClassifySettings(LabelSettings):
     first_order = 30
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
-        None, description="pixels of a side; null: what the model's processor says"
+        None, description="pixels of a side; null: the value of the model's processor"
     )
-    random_resized_crop: bool = Field(True, description="a part of each image, made as large as the whole")
+    random_resized_crop: bool = Field(
+        True, description="train on a random part of each image, resized to the full size"
+    )
     crop_scale: Annotated[Several[Number], AfterValidator(_scale)] = Field(
-        (0.5, 1.0), description="the least and the largest share of the image that a crop has"
+        (0.5, 1.0), description="minimum and maximum share of the image in a crop"
     )
-    random_flip: bool = Field(True, description="each image mirrored in half of the steps")
-    randaugment_ops: CountOrZero = Field(0, description="operations of RandAugment for each image; 2 is usual")
-    randaugment_magnitude: Annotated[CountOrZero, Field(le=30)] = Field(9, description="their strength")
-    random_erasing: Fraction = Field(0.0, description="how often a rectangle of an image is erased")
+    random_flip: bool = Field(True, description="mirror each image with probability 1/2")
+    randaugment_ops: CountOrZero = Field(0, description="number of RandAugment operations per image; usually 2")
+    randaugment_magnitude: Annotated[CountOrZero, Field(le=30)] = Field(
+        9, description="strength of the RandAugment operations"
+    )
+    random_erasing: Fraction = Field(0.0, description="the probability that a rectangle of an image is erased")
 
     @property
     def augments(self) -> bool:
-        """Whether steps change images, for which torchvision is needed."""
+        """Whether training augments images, which needs torchvision."""
         return bool(self.random_resized_crop or self.random_flip or self.randaugment_ops or self.random_erasing)

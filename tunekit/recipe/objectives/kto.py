@@ -1,5 +1,5 @@
-"""`objective: kto` Kahneman-Tversky optimization: answers marked as good or bad, without pairs, held to the model as it
-was before step 1."""
+"""`objective: kto` Kahneman-Tversky optimization: learns from answers marked as good or bad, and stays close to the
+model before step 1."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen
 class KtoSettings(ObjectiveSettings):
     """TRL's names and defaults."""
 
-    summary = "answers marked as good or bad, held to the reference model"
+    summary = "answers marked as good or bad, close to the reference model"
     example = "unpaired"
     shows = Shows(unit="answer")
     reference = "policy at step 0"
@@ -22,15 +22,15 @@ class KtoSettings(ObjectiveSettings):
     first_order = 80
     default_learning_rate = PublishedRate(5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml")
 
-    beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")
+    beta: Positive = Field(0.1, description="how strongly the model is kept close to the reference")
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
-        "kto", description="apo_zero_unpaired: without the KL, for answers better than the model's own"
+        "kto", description="apo_zero_unpaired: without the KL, for answers that are better than the model's answers"
     )
     precompute_ref_log_probs: bool = Field(
-        False, description="score each row's reference once, by itself, and keep it for later epochs and evaluations"
+        False, description="compute the reference of each row once, and reuse it in later epochs and evaluations"
     )
-    desirable_weight: Positive = Field(1.0, description="of the loss of good answers")
-    undesirable_weight: Positive = Field(1.0, description="of the loss of bad answers")
+    desirable_weight: Positive = Field(1.0, description="weight of the loss of good answers")
+    undesirable_weight: Positive = Field(1.0, description="weight of the loss of bad answers")
     unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="a row without a prompt or with an empty answer: stop, or leave it out"
+        "error", description="for a row without a prompt or with an empty answer: stop, or leave the row out"
     )

@@ -1,17 +1,17 @@
-"""`objective: reward` reward model: a head of one score is trained with the adapter, higher for preferred answers."""
+"""`objective: reward` reward model: a head with one score, trained with the adapter, scores chosen answers higher."""
 
 from pydantic import Field
 
 from tunekit.recipe.bases.pair_settings import REWARDS, PairSettings
 from tunekit.recipe.bases.section import Positive, PublishedRate
 
-SCORES = REWARDS[:4]  # what is logged of two scores alone
+SCORES = REWARDS[:4]  # metrics that need only the two scores
 
 
 class RewardSettings(PairSettings):
     """TRL's names and defaults."""
 
-    summary = "a score for each answer, higher for preferred ones"
+    summary = "a score for each answer, higher for chosen ones"
     family = "classifier"
     sums = ("loss", "units", *SCORES)
     answers = False
@@ -20,5 +20,5 @@ class RewardSettings(PairSettings):
     default_learning_rate = PublishedRate(1e-4, "huggingface/trl 1.16, the default of its RewardConfig")
 
     center_rewards_coefficient: Positive | None = Field(
-        None, description="weight of the squared sum of both scores, which draws scores to 0; 0.01 is usual"
+        None, description="weight of the squared sum of both scores, which pulls scores to 0; usually 0.01"
     )

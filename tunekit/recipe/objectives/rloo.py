@@ -1,5 +1,4 @@
-"""`objective: rloo` REINFORCE leave-one-out: the reward of a completion less the mean reward of the others to its
-prompt."""
+"""`objective: rloo` REINFORCE leave-one-out: a completion's reward minus the mean reward of the others in its group."""
 
 from typing import Annotated
 
@@ -12,12 +11,14 @@ from tunekit.recipe.bases.section import NotNegative, Whole
 class RlooSettings(SampleSettings):
     """TRL's names and defaults."""
 
-    summary = "samples of the model, each against the mean of the others"
+    summary = "samples of the model, each compared with the mean of the others"
 
     num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(
-        2, description="completions of one prompt: its group"
+        2, description="the number of completions of one prompt, its group"
     )
     beta: NotNegative = Field(
-        0.05, description="weight of the KL from the model at step 0 in the reward; 0 needs no reference"
+        0.05, description="weight of the KL to the model at step 0 in the reward; 0 needs no reference"
     )
-    normalize_advantages: bool = Field(False, description="to mean 0 and standard deviation 1 over the step")
+    normalize_advantages: bool = Field(
+        False, description="normalise advantages to mean 0 and standard deviation 1 over the step"
+    )

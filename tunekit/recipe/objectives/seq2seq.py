@@ -1,10 +1,11 @@
-"""`objective: seq2seq` supervised fine-tuning of encoder-decoders: one reads the prompt, one learns the answer."""
+"""`objective: seq2seq` supervised fine-tuning of encoder-decoders: the encoder reads the prompt, the decoder learns the
+answer."""
 
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class Seq2seqSettings(ObjectiveSettings):
-    """No settings of its own."""
+    """No further settings."""
 
     summary = "cross entropy on the answers of encoder-decoders"
     supervised = True

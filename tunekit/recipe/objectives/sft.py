@@ -4,7 +4,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class SftSettings(ObjectiveSettings):
-    """No settings of its own."""
+    """No further settings."""
 
     summary = "next-token cross entropy on the supervised tokens"
     supervised = True

@@ -10,7 +10,7 @@ from tunekit.records import Shows
 
 
 class SpeechSettings(SpecAugmentSettings):
-    """What is said in a recording, in which language, and whether with times."""
+    """The language and task of the transcripts, and timestamps."""
 
     summary = "cross entropy on the transcripts of recordings"
     family = "speech"
@@ -19,12 +19,13 @@ class SpeechSettings(SpecAugmentSettings):
     shows = Shows(size_unit="frames and token")
     medium = "audio"
     first_order = 10
-    first_lines = (("  language: english", "of all rows; leave it out with a model of English alone (.en)"),)
+    first_lines = (("  language: english", "language of all rows; remove this line for an English model (.en)"),)
 
     language: Text | None = Field(
-        None, description="of every row without its own: a name or a code, such as en; needed by multilingual models"
+        None,
+        description="the language of rows without one: a name or a code, such as en; multilingual models need it",
     )
     task: Literal["transcribe", "translate"] = Field(
-        "transcribe", description="of every row without its own; translate: into English"
+        "transcribe", description="the task of rows without a task; translate: into English"
     )
-    timestamps: bool = Field(False, description="train on and write timestamps; rows then need segments")
+    timestamps: bool = Field(False, description="train on timestamps and generate them; rows then need segments")

@@ -1,11 +1,11 @@
-"""`objective: token_classify` tags over words: a head that is trained with the adapter gives each word a tag."""
+"""`objective: token_classify` token classification: a head, trained with the adapter, predicts a tag for each word."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.records import Shows
 
 
 class TokenClassifySettings(LabelSettings):
-    """One label a word."""
+    """One tag per word."""
 
     summary = "cross entropy on a tag for each word"
     family = "token_classifier"
