@@ -20,7 +20,7 @@ from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summari
 from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, refuse_other_labels, write_lora
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
-from tunekit.errors import AdapterError, InputError
+from tunekit.errors import AdapterError, InputError, listed
 from tunekit.files.durable import json_result
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
@@ -284,5 +284,4 @@ def _show(console: Console, summary: AdapterSummary) -> None:
 
 def _list(console: Console, title: str, names: list[str]) -> None:
     if names:
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        console.info(f"{len(names)} {title}: {', '.join(names[:LISTED])}{more}")
+        console.info(f"{len(names)} {title}: {listed(names, LISTED)}")

@@ -12,7 +12,7 @@ from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.data.reading.replaced import refuse_to_replace
-from tunekit.errors import InputError, TunekitError
+from tunekit.errors import InputError, TunekitError, listed
 from tunekit.files.durable import json_result, write_text
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
@@ -99,8 +99,7 @@ def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
 
 def _rows_text(lines: Sequence[int]) -> str:
     """The first of the lines."""
-    more = f" and {len(lines) - SHOWN_ROWS:,} more" if len(lines) > SHOWN_ROWS else ""
-    return ", ".join(f"{line:,}" for line in sorted(lines)[:SHOWN_ROWS]) + more
+    return listed([f"{line:,}" for line in sorted(lines)], SHOWN_ROWS)
 
 
 def _histogram(found: Found, limit: int) -> Iterator[list[object]]:

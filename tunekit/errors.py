@@ -34,6 +34,12 @@ def first_lines(lines: Sequence[object]) -> list[str]:
     return shown if len(lines) <= MAX_LINES else [*shown, f"... and {len(lines) - MAX_LINES:,} more like these"]
 
 
+def listed(names: Sequence[object], most: int) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(map(str, names[:most]))}{more}"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong, as one line: `file:line: key: what; how to mend`."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.errors import DataError
+from tunekit.errors import DataError, listed
 from tunekit.formats.labels import label_text
 from tunekit.records import JsonObject, Preparation
 
@@ -238,7 +238,7 @@ class Labels:
     @staticmethod
     def text(labels: Sequence[str]) -> str:
         """The first labels, for a message."""
-        return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+        return listed(labels, 8)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from tunekit.errors import ModelError
+from tunekit.errors import ModelError, listed
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.base_spec import BaseSpec, read_base_spec
@@ -251,8 +251,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             net.get_submodule(head).to("meta")  # to be drawn
             missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        what = f"{section.name_or_path} lacks weights that its configuration asks for ({shown})"
+        what = f"{section.name_or_path} lacks weights that its configuration asks for ({listed(missing, 5)})"
         raise ModelError(what, "they would be random; give a complete model", key="model.name_or_path")
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []

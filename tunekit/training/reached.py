@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.errors import AdapterError
+from tunekit.errors import AdapterError, listed
 from tunekit.machine.devices import Devices
 
 SHOWN = 4
@@ -50,8 +50,7 @@ def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
 
 
 def _unreached(names: list[str]) -> AdapterError:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    what = f"no gradient reaches {', '.join(names[:SHOWN])}{more}: the model never calls what is adapted there"
+    what = f"no gradient reaches {listed(names, SHOWN)}: the model never calls what is adapted there"
     how = "leave it out with adapter.exclude_modules, or name other layers"
     return AdapterError(what, how, key="adapter.target_modules")
 

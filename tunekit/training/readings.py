@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Sums, Tensors, Window
-from tunekit.errors import NumericsError
+from tunekit.errors import NumericsError, listed
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.machine.placing import placed
 from tunekit.records import StepRecord
@@ -131,6 +131,4 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:
     """Where the rows of all ranks' batches come from, the first eight of them."""
-    rows = devices.gather([row.origin for batch in batches for row in batch.rows])
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    return f"{', '.join(rows[:8])}{more}"
+    return listed(devices.gather([row.origin for batch in batches for row in batch.rows]), 8)

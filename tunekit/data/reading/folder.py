@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunekit.data.reading.lines import RawRow
-from tunekit.errors import DataError
+from tunekit.errors import DataError, listed
 from tunekit.recipe.data import Source
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv", "metadata.json")
@@ -90,13 +90,12 @@ def passed_over(folder: Path) -> str | None:
     others = [place for place in _files(folder) if not is_media(place.name)]
     if not others:
         return None
-    names = ", ".join(str(place.relative_to(folder)) for place in others[:SHOWN_NAMES])
-    more = f" and {len(others) - SHOWN_NAMES:,} more" if len(others) > SHOWN_NAMES else ""
+    names = listed([place.relative_to(folder) for place in others], SHOWN_NAMES)
     foreign = sorted({place.suffix.lower() for place in others} & set(CONVERTED))
     how = f"; convert {' and '.join(foreign)} to .png or .jpg" if foreign else ""
     count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     start = WARNING if foreign else ""
-    return f"{start}{folder.name}: {count} not read, neither sound nor image by name: {names}{more}{how}"
+    return f"{start}{folder.name}: {count} not read, neither sound nor image by name: {names}{how}"
 
 
 def names_hash(folder: Path) -> str:

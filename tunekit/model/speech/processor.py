@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.errors import DataError, ModelError
+from tunekit.errors import DataError, ModelError, listed
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.speech.features import FeatureExtractor, load_extractor
 from tunekit.model.storage.source import read_json
@@ -81,9 +81,7 @@ class SpeechProcessor(FeatureExtractor):
         """Of a language by its name, code or token. Raises: DataError naming those that the model knows."""
         code, known = _code(language), self._languages
         if code not in known:
-            more = f" and {len(known) - MOST_SHOWN} more" if known[MOST_SHOWN:] else ""
-            how = f"write a name or a code: {', '.join(known[:MOST_SHOWN])}{more}"
-            raise DataError(f"unknown language '{language}'", how)
+            raise DataError(f"unknown language '{language}'", f"write a name or a code: {listed(known, MOST_SHOWN)}")
         return code
 
     @cached_property

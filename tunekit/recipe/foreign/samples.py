@@ -1,7 +1,7 @@
 """The keys of TRL's GRPOConfig and RLOOConfig, and what a micro-batch counts there."""
 
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
-from tunekit.recipe.foreign.values import NOTHING, lost, one_of
+from tunekit.recipe.foreign.values import exactly, lost, one_of
 from tunekit.recipe.reading.draft import Draft, KeyPath
 from tunekit.recipe.reading.names import known_names, settings_class
 
@@ -40,8 +40,8 @@ OF_SAMPLES: dict[str, Alias] = {
         *("steps_per_generation", "generation_batch_size"),
     ),
     **nowhere(lost("an evaluation measures one greedy completion of each prompt"), "num_generations_eval"),
-    **nowhere(one_of({"sum_then_normalize": NOTHING}), "multi_objective_aggregation"),
-    **nowhere(one_of({1.0: NOTHING}), "repetition_penalty", "top_entropy_quantile"),
+    **nowhere(exactly("sum_then_normalize"), "multi_objective_aggregation"),
+    **nowhere(exactly(1.0), "repetition_penalty", "top_entropy_quantile"),
     **nowhere(lost("samples are drawn by temperature, top_p and top_k"), "min_p", "generation_kwargs"),
     **dropped("the report shows completions of every step", "log_completions", "num_completions_to_print"),
     **dropped("it changes no result", "ds3_gather_for_generation", "log_unique_prompts"),

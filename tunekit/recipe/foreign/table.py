@@ -3,7 +3,7 @@
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.samples import OF_SAMPLES
-from tunekit.recipe.foreign.values import NOTHING, NotExact, lost, one_of, same, these
+from tunekit.recipe.foreign.values import NOTHING, NotExact, exactly, lost, one_of, same, switch, these
 from tunekit.recipe.reading.draft import KeyPath
 from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.training import SCHEDULERS
@@ -41,9 +41,9 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("model.trust_remote_code", "trust_remote_code"),
     **to("model.dtype", "torch_dtype", "dtype", by=these("auto", "bfloat16", "float16", "float32")),
     **to("model.attention", "attn_implementation"),
-    **to("model.attention", "flash_attention", by=one_of({True: "flash_attention_2", False: NOTHING})),
-    **to("model.attention", "sdp_attention", by=one_of({True: "sdpa", False: NOTHING})),
-    **to("model.attention", "eager_attention", by=one_of({True: "eager", False: NOTHING})),
+    **to("model.attention", "flash_attention", by=switch("flash_attention_2")),
+    **to("model.attention", "sdp_attention", by=switch("sdpa")),
+    **to("model.attention", "eager_attention", by=switch("eager")),
     **to("model.attention", "flash_attn", by=_ATTENTION),
     **to("model.double_quantization", "double_quantization", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"),
     # The keys of the next three lines are read together (rewrite.py), for other tools spread one decision over several.
@@ -61,20 +61,20 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("data.max_length", "sequence_len", "cutoff_len", "max_seq_length", "max_length"),
     **to("data.packing", "sample_packing", "packing", by=_SWITCH),
     **to("data.train_on", "train_on_inputs", "train_on_prompt", by=one_of({False: "assistant", True: "all"})),
-    **to("data.train_on", "mask_history", by=one_of({True: "last", False: NOTHING})),
+    **to("data.train_on", "mask_history", by=switch("last")),
     **to("data.train_on", "assistant_only_loss", "completion_only_loss", by=one_of({True: "assistant", False: "all"})),
     **to("data.chat_template", "chat_template_path", *TEMPLATE_KEYS),  # the last two: rewrite.py
     **{name: Alias(("data", "train", 0, field), same) for name, field in SOURCE_KEYS.items()},  # rewrite.py
     **to("data.shuffle", "shuffle_merged_datasets"),
     **to("data.shuffle", "disable_shuffling", by=values.negated),
     **to("adapter.method", "finetuning_type"),
-    **nowhere(one_of({True: NOTHING}, "write adapter: {method: ...}"), "use_peft"),
+    **nowhere(exactly(True, how="write adapter: {method: ...}"), "use_peft"),
     **to("adapter.r", "lora_r", "lora_rank"),
     **to("adapter.alpha", "lora_alpha"),
     **to("adapter.dropout", "lora_dropout"),
     **to("adapter.target_modules", "lora_target_modules"),
     **to("adapter.target_modules", "lora_target", by=values.lora_targets),
-    **to("adapter.target_modules", "lora_target_linear", by=one_of({True: "all-linear", False: NOTHING})),
+    **to("adapter.target_modules", "lora_target_linear", by=switch("all-linear")),
     **to("adapter.use_rslora", "use_rslora", "peft_use_rslora"),
     **to("adapter.init_from", "lora_model_dir", "adapter_name_or_path"),
     **to("adapter.modules_to_save", "lora_modules_to_save"),
@@ -92,7 +92,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
     **OF_SAMPLES,
     **to("objective.precompute_ref_log_probs", "precompute_ref_log_probs"),
-    **nowhere(one_of({"reverse_kl": NOTHING}), "f_divergence_type"),
+    **nowhere(exactly("reverse_kl"), "f_divergence_type"),
     **nowhere(lost("pairs are not weighted"), "use_weighting"),
     **nowhere(lost("the reference is the model at step 0"), "sync_ref_model"),
     **to("training.epochs", "num_epochs", "num_train_epochs"),
@@ -110,7 +110,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("training.keep_checkpoints", "save_total_limit"),
     **to("training.eval_steps", "eval_steps"),
     **nowhere(_STRATEGY, "save_strategy", "eval_strategy"),  # epoch: rewrite.py
-    **nowhere(one_of({True: NOTHING}, "run `tunekit train`"), "do_train"),
+    **nowhere(exactly(True, how="run `tunekit train`"), "do_train"),
     **to("evaluation.batch_size", "per_device_eval_batch_size", "eval_batch_size"),
     **to("evaluation.patience", "early_stopping_patience"),
     **to("evaluation.best", "metric_for_best_model", by=values.best_metric),
@@ -118,7 +118,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("evaluation.max_new_tokens", "max_new_tokens"),
     **to("output.dir", "output_dir"),
     **to("output.report_to", "report_to", by=values.trackers),
-    **to("output.report_to", "use_tensorboard", by=one_of({True: ["tensorboard"], False: NOTHING})),
+    **to("output.report_to", "use_tensorboard", by=switch(["tensorboard"])),
     **dropped("every step is logged", "logging_steps", "logging_first_step", "logging_strategy", "log_level"),
     **dropped("every step is logged", "include_num_input_tokens_seen", "plot_loss"),
     **dropped("rows are cached by their content", "dataset_prepared_path", "overwrite_cache", "dataset_num_proc"),
@@ -151,10 +151,10 @@ TOP_LEVEL: dict[str, Alias] = {
     **nowhere(values.tokens_of_padding, "special_tokens"),
     **nowhere(lost(_TOKENS, "remove it if that is the same; else set eos_token in the base's files"), "eos_token"),
     **nowhere(same, "dataset_test_split"),  # rewrite.py
-    **nowhere(one_of({"default": NOTHING}, "write the source under data.train"), "dataset_config"),
-    **nowhere(one_of({"bfd": NOTHING}, "write data.excess_length: split"), "packing_strategy"),
-    **nowhere(one_of({"CAUSAL_LM": NOTHING}, "write objective"), "lora_task_type"),
-    **to("memory.activation_offload", "activation_offloading", by=one_of({True: True, False: NOTHING})),
+    **nowhere(exactly("default", how="write the source under data.train"), "dataset_config"),
+    **nowhere(exactly("bfd", how="write data.excess_length: split"), "packing_strategy"),
+    **nowhere(exactly("CAUSAL_LM", how="write objective"), "lora_task_type"),
+    **to("memory.activation_offload", "activation_offloading", by=switch(True)),
     **to("training.compile", "torch_compile", by=one_of({True: True, False: NOTHING, "auto": "auto"})),
     **to("adapter.target_parameters", "lora_target_parameters"),
     **nowhere(values.plugins, "plugins"),
@@ -163,9 +163,9 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("kernels change no result, and memory.kernels chooses them", "liger_glu_activation", "use_liger_kernel"),
     **dropped("logits are never whole", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy"),
     **dropped("LoRA's products are joined anyway", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
-    **nowhere(one_of({"bnb": NOTHING, "bitsandbytes": NOTHING}), "quantization_method"),
+    **nowhere(exactly("bnb", "bitsandbytes"), "quantization_method"),
     **nowhere(values.model_class, "model_type"),
-    **nowhere(one_of({"concat": NOTHING}, "write weight: under each source"), "mix_strategy"),
+    **nowhere(exactly("concat", how="write weight: under each source"), "mix_strategy"),
     **nowhere(lost("attention is not shifted", "remove it"), "s2_attention"),
     **nowhere(lost("it is another attention"), "xformers_attention"),
     **to("evaluation.max_new_tokens", "eval_max_new_tokens"),
@@ -178,18 +178,18 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped(_UPLOADED, "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
     **dropped("the environment's HF_TOKEN is used", "hub_token"),
     **dropped("the metric itself says so", "greater_is_better"),
-    **to("evaluation.best", "load_best_model_at_end", by=one_of({True: "eval.loss", False: NOTHING})),
-    **nowhere(one_of({True: NOTHING, False: NOTHING}), "do_eval"),
+    **to("evaluation.best", "load_best_model_at_end", by=switch("eval.loss")),
+    **nowhere(exactly(True, False), "do_eval"),
     **nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
 }
 IN_ADAPTER: dict[str, Alias] = {
     **to("adapter.method", "peft_type", by=one_of({"LORA": "lora"})),
     **to("adapter.alpha", "lora_alpha"),
     **to("adapter.dropout", "lora_dropout"),
-    **nowhere(one_of({"CAUSAL_LM": NOTHING}), "task_type"),
-    **nowhere(one_of({True: NOTHING}, "write adapter.start"), "init_lora_weights"),
+    **nowhere(exactly("CAUSAL_LM"), "task_type"),
+    **nowhere(exactly(True, how="write adapter.start"), "init_lora_weights"),
     **dropped("it follows from the layer", "fan_in_fan_out"),
-    **nowhere(one_of({False: NOTHING}), "inference_mode"),
+    **nowhere(exactly(False), "inference_mode"),
     "use_dora": TOP_LEVEL["use_dora"],
 }
 

@@ -11,7 +11,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
-from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, lost, one_of, these
+from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, exactly, lost, one_of, these
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
@@ -60,11 +60,6 @@ LOSSES = {
 }
 TEACHER = "teacher_checkpointer.checkpoint_dir"
 LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "CometLogger": ["comet_ml"]}
-
-
-def exactly(*known: object, how: str = "") -> Translate:
-    """Only these values, which change nothing."""
-    return one_of(dict.fromkeys(known, NOTHING), how)
 
 
 def component(known: Mapping[str, object], how: str, what: str = "") -> Translate:

@@ -7,12 +7,12 @@ from tunekit.recipe.foreign import values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
-from tunekit.recipe.foreign.values import NOTHING, lost, one_of, these
+from tunekit.recipe.foreign.values import NOTHING, exactly, lost, one_of, switch, these
 from tunekit.recipe.reading.draft import Draft
 
 FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
 _RECOMPUTED = one_of({"unsloth": True, "true": True, True: True, "none": False, False: False})
-_LOFTQ = one_of({True: "loftq", False: NOTHING})
+_LOFTQ = switch("loftq")
 _IMAGES = "models that read pictures and write text are not trained"
 
 
@@ -37,12 +37,12 @@ SECTIONS: dict[str, Alias] = {
     **to(
         "adapter.method", "training.training_type", by=one_of({"full": "full", "lora": NOTHING}, "write adapter.method")
     ),
-    **to("output.report_to", "logging.enable_wandb", by=one_of({True: ["wandb"], False: NOTHING})),
-    **to("output.report_to", "logging.enable_tensorboard", by=one_of({True: ["tensorboard"], False: NOTHING})),
+    **to("output.report_to", "logging.enable_wandb", by=switch(["wandb"])),
+    **to("output.report_to", "logging.enable_tensorboard", by=switch(["tensorboard"])),
     **to("adapter.start", "lora.use_loftq", by=_LOFTQ),
-    **nowhere(one_of({True: NOTHING}, "write adapter.target_modules"), "lora.finetune_attention_modules"),
-    **nowhere(one_of({True: NOTHING}, "write adapter.target_modules"), "lora.finetune_mlp_modules"),
-    **nowhere(one_of({True: NOTHING}, _IMAGES), "lora.finetune_language_layers"),
+    **nowhere(exactly(True, how="write adapter.target_modules"), "lora.finetune_attention_modules"),
+    **nowhere(exactly(True, how="write adapter.target_modules"), "lora.finetune_mlp_modules"),
+    **nowhere(exactly(True, how=_IMAGES), "lora.finetune_language_layers"),
     **dropped(_IMAGES, "lora.finetune_vision_layers", "lora.vision_all_linear"),
     **to("training.epochs", "training.num_epochs", by=unset_by_zero),
     **to("training.max_steps", "training.max_steps", by=unset_by_zero),
@@ -62,11 +62,11 @@ SECTIONS: dict[str, Alias] = {
 }
 OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
     **TOP_LEVEL,
-    **to("model.quantization", "load_in_4bit", by=one_of({True: "nf4", False: NOTHING})),
+    **to("model.quantization", "load_in_4bit", by=switch("nf4")),
     **to("model.dtype", "dtype", by=_dtype),
     **to("adapter.r", "r"),
     **to("adapter.bias", "bias"),
-    **to("adapter.method", "use_dora", by=one_of({True: "dora", False: NOTHING})),
+    **to("adapter.method", "use_dora", by=switch("dora")),
     **to("data.train", "dataset", by=lambda value: [{"path": value, "format": "alpaca"}]),
     **to("adapter.start", "loftq_config", by=lambda value: NOTHING if value in ("None", "none") else "loftq"),
     **to("memory.gradient_checkpointing", "use_gradient_checkpointing", by=_RECOMPUTED),

@@ -51,6 +51,16 @@ def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
     return translate
 
 
+def switch(ours: object) -> Translate:
+    """A switch that is one of our values if it is on, and changes nothing if it is off."""
+    return one_of({True: ours, False: NOTHING})
+
+
+def exactly(*known: object, how: str = "") -> Translate:
+    """Only these values, which change nothing."""
+    return one_of(dict.fromkeys(known, NOTHING), how)
+
+
 def these(*choices: str | bool) -> Translate:
     """Only these values, which stay as they are."""
     return one_of({choice: choice for choice in choices})

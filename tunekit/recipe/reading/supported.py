@@ -28,20 +28,19 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
     if not adapter.trains_base:
         return
     what = f"{adapter.method} trains the base's own weights"
-    if quantization != "none":
-        how = "write quantization: none, or train an adapter of it, lora for one"
-        yield Problem(f"{what}, and packed ones ({quantization}) have no gradient", how, key="model.quantization")
-    if recipe.memory.streaming in ("host", "disk"):
-        how = "write off, or train an adapter"
-        yield Problem(f"{what}, which a streamed base only reads", how, key="memory.streaming")
-    if recipe.memory.streamed_head:
-        yield Problem(f"{what}, the output projection's too", "write false", key="memory.streamed_head")
-    if recipe.training.loraplus_ratio is not None:
-        nothing = f"{what}: there is no B that could be faster than A"
-        yield Problem(nothing, "remove it", key="training.loraplus_ratio")
-    if adapter.init_from is not None:
-        how = "name the model in model.name_or_path"
-        yield Problem(f"{what}: there is no adapter to continue", how, key="adapter.init_from")
+    ratio, streams = recipe.training.loraplus_ratio, recipe.memory.streaming in ("host", "disk")
+    dense = "write quantization: none, or train an adapter of it, lora for one"
+    base = "name the model in model.name_or_path"
+    checks = (
+        ("model.quantization", quantization != "none", f", and packed ones ({quantization}) have no gradient", dense),
+        ("memory.streaming", streams, ", which a streamed base only reads", "write off, or train an adapter"),
+        ("memory.streamed_head", recipe.memory.streamed_head, ", the output projection's too", "write false"),
+        ("training.loraplus_ratio", ratio is not None, ": there is no B that could be faster than A", "remove it"),
+        ("adapter.init_from", adapter.init_from is not None, ": there is no adapter to continue", base),
+    )
+    for key, is_wrong, why, how in checks:
+        if is_wrong:
+            yield Problem(f"{what}{why}", how, key=key)
 
 
 def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
