@@ -23,12 +23,14 @@ from tests.support.packed import packed_hash
 from tests.support.train_case import in_child
 from tunekit.errors import ModelError
 from tunekit.files import durable
+from tunekit.model.base_spec import read_base_spec
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized import four_bit
 from tunekit.model.quantized.weights import PackedLinear, packed_layers, weight_of
 from tunekit.model.storage import sidecar
 from tunekit.model.storage.packing import packed_base
-from tunekit.model.storage.reading import open_base, unfilled_net
+from tunekit.model.storage.reading import open_net
+from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 
 CPU = torch.device("cpu")
@@ -295,19 +297,14 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_kept(base: Path,
 
 def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that torch has allocated at most: in memory of its own, and where the sidecar takes the tensors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tunekit.model.families import make_family
-
     monkeypatch.setattr(four_bit, "CHUNK_ELEMENTS", 2**12)
     monkeypatch.setattr("tunekit.model.storage.reading.CHUNK_BYTES", 2**14)
     folder = write_tiny_llama(tmp_path / "base", layers=6, hidden=256)
     section = ModelSection(name_or_path=str(folder), quantization="nf4", dtype="bfloat16")
-    dtype = torch.bfloat16
-    net = unfilled_net(AutoModelForCausalLM, AutoConfig.from_pretrained(folder), dtype, "sdpa")
-    reader = open_base(net, folder, dtype)
-    assert reader is not None
-    packed = packed_base(net, reader, make_family("causal"), section, dtype, CPU)
+    spec = read_base_spec(find_source(section, weights=True), section, CPU, weights=True)
+    opened_net = open_net(spec)
+    assert opened_net is not None
+    packed = packed_base(*opened_net, spec)
     held = sum(place.size_bytes for place in packed.layout)
     matrix, small = 2 * 256 * 512, 8 * 4 * 2**12  # the largest, and what is held beside it; a whole base has 5.0 MB
     assert held + 2 * matrix + small < 6 * (4 * 256 * 256 + 3 * 256 * 512) * 2

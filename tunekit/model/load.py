@@ -167,7 +167,7 @@ def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
 
 def _packed(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
     """Pack the net's layers, where the section asks for it; notes."""
-    return [] if spec.is_dense else quantize_layers(net, spec.family, spec.section, spec.dtype, device, new_modules)
+    return [] if spec.is_dense else quantize_layers(net, spec, device, new_modules)
 
 
 def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
@@ -272,8 +272,8 @@ def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] |
     if spec.is_dense:
         fill_net(net, reader)
         return net, [], None
-    packed = packed_base(net, reader, spec.family, spec.section, spec.dtype, spec.device)
-    sidecar, notes = kept_base(packed, spec.source, str(spec.fingerprint))
+    packed = packed_base(net, reader, spec)
+    sidecar, notes = kept_base(packed)
     return net, [*packed.notes, *notes], sidecar
 
 

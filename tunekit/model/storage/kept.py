@@ -7,11 +7,11 @@ from pathlib import Path
 from tunekit.errors import TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
 from tunekit.machine.malloc import trim_heap
+from tunekit.model.base_spec import BaseSpec
 from tunekit.model.storage import sidecar as files
 from tunekit.model.storage.packing import PackedBase
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.sidecar import Sidecar, open_sidecar, remove_others, write_sidecar
-from tunekit.model.storage.source import ModelSource
 
 # Whatever decides a packed byte or where it lies.
 CODE = ("model/quantized", "model/storage")
@@ -34,19 +34,19 @@ def _folder() -> Path:
     return default_cache_folder() / "bases"
 
 
-def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[Sidecar | None, list[str]]:
+def kept_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
     """Give the net its tensors: from the cache folder, or packed now and kept there if it can be. Returns notes."""
     if sum(each.size_bytes for each in packed.layout) < files.LEAST_BYTES:
         packed.fill()
         return None, []
-    prefix, key = _names(packed, source, fingerprint)
+    prefix, key = _names(packed.spec)
     path = _folder() / f"{prefix}{key[:32]}.safetensors"
     opened, notes = open_sidecar(path, key, packed.layout), []
     if opened is None:
         try:
             opened = write_sidecar(path, key, packed.layout, packed.iterate_tensors())
             remove_others(path, prefix)
-            if _names(packed, source, fingerprint)[1] != key:  # changed while it was read
+            if _names(packed.spec)[1] != key:  # changed while it was read
                 path.unlink()
                 opened = None
         except (OSError, TunekitError) as error:
@@ -60,18 +60,18 @@ def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tupl
     return opened, notes
 
 
-def _names(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[str, str]:
+def _names(spec: BaseSpec) -> tuple[str, str]:
     """The prefix of the names of all files of this base, and the key, which differs wherever a byte could.
 
     The fingerprint samples the files' data; their times and inodes tell a change that it does not see.
     """
-    section = packed.section
+    section, source = spec.section, spec.source
     how: dict[str, object] = {"quantization": [section.quantization, section.double_quantization]}
-    how |= {"dtype": str(packed.dtype), "device": packed.device.type}
+    how |= {"dtype": str(spec.dtype), "device": spec.device.type}
     times = {}
     for name in shard_files(source.folder):
         stat = (source.folder / name).stat()
         times[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-    base = {"fingerprint": fingerprint, "files": times, "code": code_version(CODE, PACKAGES)}
+    base = {"fingerprint": str(spec.fingerprint), "files": times, "code": code_version(CODE, PACKAGES)}
     prefix = hash_of({**how, "folder": str(source.folder.resolve())})[:16]
     return f"{prefix}-", hash_of({**how, **base})

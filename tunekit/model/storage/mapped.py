@@ -2,6 +2,8 @@
 streamed.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -32,12 +34,12 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
     if spec.is_dense and all(map(reader.is_mapped, reader.names)):
         _place_views(net, reader, spec.family)
         return net, [], True
-    device = torch.device("cpu")
+    spec = replace(spec, device=torch.device("cpu"))
     if spec.is_dense:  # in the computation's dtype
-        base = PackedBase(net, reader, spec.section, spec.dtype, device, layout=layout_of(net, spec.family, reader.new))
+        base = PackedBase(net, reader, spec, layout=layout_of(net, spec.family, reader.new))
     else:
-        base = packed_base(net, reader, spec.family, spec.section, spec.dtype, device)
-    sidecar, notes = kept_base(base, spec.source, str(spec.fingerprint))
+        base = packed_base(net, reader, spec)
+    sidecar, notes = kept_base(base)
     if notes:
         what = f"a base that is streamed must lie in a file as it is computed, and {notes[0]}"
         raise ResourceError(what, f"free space in the cache folder (TUNEKIT_CACHE names another), or {HOW}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.machine.malloc import trim_heap
+from tunekit.model.base_spec import BaseSpec
 from tunekit.model.families import Family
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place
@@ -18,18 +19,12 @@ from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import ModelSection
 
 
-def quantize_layers(
-    net: nn.Module,
-    family: Family,
-    section: ModelSection,
-    dtype: torch.dtype,
-    device: torch.device,
-    new_modules: Sequence[str] = (),
-) -> list[str]:
+def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str] = ()) -> list[str]:
     """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
-    for name in packable(net, family, new_modules):
+    section = spec.section
+    for name in packable(net, spec.family, new_modules):
         dense = net.get_submodule(name)
-        packed = pack_linear(dense, section.quantization, section.double_quantization, dtype)
+        packed = pack_linear(dense, section.quantization, section.double_quantization, spec.dtype)
         net.set_submodule(name, packed.to(device))
         del dense
     for parameter in net.parameters():
@@ -70,9 +65,7 @@ class PackedBase:
 
     net: nn.Module
     reader: BaseReader
-    section: ModelSection
-    dtype: torch.dtype
-    device: torch.device
+    spec: BaseSpec
     notes: list[str] = field(default_factory=list)
     layout: list[StoredTensor] = field(default_factory=list)
     transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
@@ -93,10 +86,10 @@ class PackedBase:
 
     def _pack(self, name: str, out_features: int, in_features: int) -> Tensors:
         """The packed tensors of one layer."""
-        matrix = torch.empty(out_features, in_features, dtype=self.dtype)
+        section, matrix = self.spec.section, torch.empty(out_features, in_features, dtype=self.spec.dtype)
         self.reader.read_into(f"{name}.weight", matrix.t() if name in self.transposed else matrix)
-        packed = pack_matrix(matrix, self.section.quantization, self.section.double_quantization)
-        return {own: tensor.to(self.device) for own, tensor in packed.items()}
+        packed = pack_matrix(matrix, section.quantization, section.double_quantization)
+        return {own: tensor.to(self.spec.device) for own, tensor in packed.items()}
 
     def fill(self) -> None:
         """Hold every tensor in memory of its own."""
@@ -117,19 +110,12 @@ class PackedBase:
             place(self.net, self.reader, name, tensor)
 
 
-def packed_base(
-    net: nn.Module,
-    reader: BaseReader,
-    family: Family,
-    section: ModelSection,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PackedBase:
-    """The packed form of a net without values: packed on `device`, from the files of `reader`."""
-    kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, family, reader.new_modules)}
-    notes = quantize_layers(net, family, section, dtype, torch.device("meta"), reader.new_modules)
+def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
+    """The packed form of a net without values: packed on the base's device, from the files of `reader`."""
+    kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, spec.family, reader.new_modules)}
+    notes = quantize_layers(net, spec, torch.device("meta"), reader.new_modules)
     transposed = frozenset(name for name, kind in kinds.items() if kind == "conv1d")
-    return PackedBase(net, reader, section, dtype, device, notes, layout_of(net, family, reader.new), transposed)
+    return PackedBase(net, reader, spec, notes, layout_of(net, spec.family, reader.new), transposed)
 
 
 def layout_of(net: nn.Module, family: Family, new: frozenset[str]) -> list[StoredTensor]:
