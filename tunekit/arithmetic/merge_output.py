@@ -9,6 +9,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.module_names import base_modules
+from tunekit.arithmetic.write import check_new_folder
 from tunekit.errors import AdapterError, InputError, ResourceError
 from tunekit.files.durable import free_bytes, write_json
 from tunekit.model.storage.rewrite import Changes
@@ -55,10 +56,7 @@ def check_output(output: Path, sources: list[Path]) -> None:
         real, place = source.resolve(), output.resolve()
         if place == real or real in place.parents or place in real.parents:
             raise InputError(f"{output} overlaps {source}, from which the merge reads", "choose another --output")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise InputError(f"{output} exists and is not a folder", "choose another --output")
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty", "choose another --output, or empty it yourself")
+    check_new_folder(output)
 
 
 def check_space(output: Path, weight_bytes: int) -> None:
