@@ -183,17 +183,17 @@ def test_nothing_is_computed_below_the_lowest_trained_layer(folder: Path) -> Non
     case = make_case(folder, make_rows(23), training=training(max_steps=1), adapter=settings, streaming=streaming)
     case.run()
     # forward 5 layers; back from layer 4 (still there) to layer 3 (still there); then layer 0 for the next step
-    assert case.parts.engine.slots.traffic.copies == LAYERS + 1  # type: ignore[attr-defined]
+    assert case.parts.engine.slots.copies == LAYERS + 1  # type: ignore[attr-defined]
 
 
 def test_layers_cross_the_bus_twice_a_pass(folder: Path) -> None:
     case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 99, "count": 2})
     case.run()
-    traffic = case.parts.engine.slots.traffic  # type: ignore[attr-defined]
-    assert traffic.copies == 2 * LAYERS - 2  # the last two are still there at the turn
+    slots = case.parts.engine.slots  # type: ignore[attr-defined]
+    assert slots.copies == 2 * LAYERS - 2  # the last two are still there at the turn
     twice = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 2, "count": 2})
     twice.run()
-    assert twice.parts.engine.slots.traffic.copies == 2 * (2 * LAYERS - 2) - 2  # type: ignore[attr-defined]
+    assert twice.parts.engine.slots.copies == 2 * (2 * LAYERS - 2) - 2  # type: ignore[attr-defined]
 
 
 def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:

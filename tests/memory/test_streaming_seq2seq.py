@@ -224,7 +224,7 @@ def test_nothing_is_computed_again_below_the_lowest_trained_layer(folders: dict[
     streamed = run(folders["t5"], settings, {"count": 2})
     assert isinstance(streamed.engine, StreamingEngine)
     # forward 6; back through 5 and 4, which are there; layer 0 for the next step, whose forward brings five more
-    assert streamed.engine.slots.traffic.copies == 2 * (2 * LAYERS + 1) - 1
+    assert streamed.engine.slots.copies == 2 * (2 * LAYERS + 1) - 1
     assert_same(run(folders["t5"], settings, None), streamed)
 
 

@@ -143,7 +143,7 @@ def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teache
     companion: Any = load_companions(prepared.rows.objective, CPU)["objective.teacher"]
     batches = [prepared.rows.objective.rows.collate([[prepared.rows.train[number]]]) for number in range(3)]
     companion.score(batches, lambda output, batch: output.hidden)
-    assert companion.model.slots.traffic.copies == 3, "its layers"
+    assert companion.model.slots.copies == 3, "its layers"
 
 
 def test_a_teacher_that_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:

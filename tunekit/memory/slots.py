@@ -9,7 +9,7 @@ copy has ended, and no copy into a slot begins before what was computed in it ha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,14 +32,6 @@ class DeviceSlot:
 
 
 @dataclass
-class Traffic:
-    """What went over the bus: copies of layers, and bytes."""
-
-    copies: int = 0
-    copied_bytes: int = 0
-
-
-@dataclass
 class LayerSlots:
     """`blobs` pass through `count` slots on `device`. `poison`: overwrite what is evicted with NaN, to prove that
     nothing reads it; costs a pass over memory."""
@@ -49,7 +41,7 @@ class LayerSlots:
     device: torch.device
     count: int = SLOTS
     poison: bool = False
-    traffic: Traffic = field(default_factory=Traffic)
+    copies: int = 0  # of layers into slots, so far
     waiting: Tensor | None = None  # of a simulation: memory that stands for what waits on the host
 
     def __post_init__(self) -> None:
@@ -96,8 +88,7 @@ class LayerSlots:
         blob = self.blobs[layer]
         slot.layer = layer
         slot.copy = self.copier.start(blob.copies(slot.memory), slot.used)
-        self.traffic.copies += 1
-        self.traffic.copied_bytes += blob.size_bytes
+        self.copies += 1
         return slot
 
     def _free_slot(self, layer: int, other: int | None) -> DeviceSlot:

@@ -193,10 +193,8 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
                 if from_diffusers:
                     make, config = kind.from_config, kind.load_config(str(folder), local_files_only=True)
                 else:
-                    make, config = (
-                        kind,
-                        kind.config_class.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
-                    )
+                    make, of = kind, kind.config_class
+                    config = of.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
                 with torch.device("meta"):
                     return make(config).to(dtype)
             given = {"torch_dtype" if from_diffusers else "dtype": dtype}
