@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzü"
 
 @dataclass(frozen=True)
 class Base:
-    """A configuration with the tokenizer that its published models have."""
+    """A configuration with the tokenizer that its published models have; `new`: modules of its head that peft does not
+    train without being told."""
 
     model_type: str
     tokenizer: str
     values: dict[str, Any]
+    new: tuple[str, ...] = ()
 
 
 BASES = {
@@ -77,13 +80,14 @@ BASES = {
     ),
     "roberta": Base("roberta", "roberta", SIZES | DROPOUT | ROBERTA),
     "mpnet": Base("mpnet", "mpnet", SIZES | DROPOUT),
-    "deberta": Base("deberta-v2", "deberta-v2", SIZES | DROPOUT | DEBERTA_2 | {"type_vocab_size": 2}),
+    "deberta": Base("deberta-v2", "deberta-v2", SIZES | DROPOUT | DEBERTA_2 | {"type_vocab_size": 2}, ("pooler",)),
     "albert": Base("albert", "albert", SIZES | DROPOUT | {"embedding_size": 16, "classifier_dropout_prob": 0.0}),
     "t5": Base(
         "t5",
         "t5",
         {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
         | {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "classifier_dropout": 0.0},
+        ("classification_head",),
     ),
     "llama": Base("llama", "llama", SIZES | {"num_key_value_heads": 2}),
 }
@@ -149,11 +153,15 @@ def pairs(count: int) -> list[tuple[str, str, str]]:
     return found
 
 
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
 def write_pairs(folder: Path, base: Path, names: tuple[str, str] = ("sentence1", "sentence2"), **sections: Any) -> Path:
     recipe = write_recipe(folder, base, **sections)
     for name, count in (("train", 42), ("test", 12)):
         rows = ({names[0]: first, names[1]: second, "label": label} for first, second, label in pairs(count))
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", rows)
     return recipe
 
 
@@ -206,6 +214,7 @@ def test_ids_and_types_of_every_length_are_those_of_transformers(name: str, toke
             assert ("token_type_ids" in expected) == bool(ours.pairing.types)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_ten_steps_and_the_result_are_those_of_transformers_and_peft(
@@ -224,9 +233,9 @@ def test_ten_steps_and_the_result_are_those_of_transformers_and_peft(
             peft.LoraConfig(
                 r=4,
                 lora_alpha=32,
-                target_modules="all-linear",
+                target_modules=[target.name for target in plan.targets],
                 task_type="SEQ_CLS",
-                modules_to_save=["pooler"] if name == "deberta" else None,
+                modules_to_save=list(BASES[name].new) or None,
             ),
         )
         start_as_ours(theirs, recipe, tmp_path)
@@ -242,7 +251,7 @@ def test_ten_steps_and_the_result_are_those_of_transformers_and_peft(
         labels = torch.tensor([LABELS.index(label) for *_, label in batch])
         return torch.nn.functional.cross_entropy(torch.cat(found), labels)
 
-    assert losses(run) == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, STEPS, loss_of), rel=1e-5)
+    assert losses(run) == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, STEPS, loss_of), abs=2e-5)
     if method == "full":
         written = run / "model"
         expected = logits_of(classifier_of(written), tokenizer)
@@ -319,7 +328,7 @@ def test_minus_one_may_be_listed_as_a_class(bases: dict[str, Path], tmp_path: Pa
             {"sentence1": "good", "sentence2": f"bad{' so' * number}", "label": number % 2 * 2 - 1}
             for number in range(6)
         ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     assert not make_plan(load_recipe(recipe), device=CPU)[0].refusals
 
 
@@ -369,7 +378,7 @@ def test_every_verb_takes_pairs(
     after = json.loads((tmp_path / "after.json").read_text("utf-8"))
     assert (after["rows"], after["accuracy"]) == (12, 1.0)
     asked = [{"premise": first, "hypothesis": second} for first, second, _ in pairs(4)]
-    (tmp_path / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in asked), encoding="utf-8")
+    write_rows(tmp_path / "asked.jsonl", asked)
     capfd.readouterr()
     generate_verb(str(run), None, None, str(tmp_path / "asked.jsonl"), [])
     replies = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -468,15 +477,23 @@ def test_init_writes_a_recipe_for_pairs(bases: dict[str, Path], tmp_path: Path) 
 def test_data_check_compares_both_texts(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_pairs(tmp_path, bases["bert"], data={"max_length": 256})
-    long = "the quick brown fox jumps over the lazy dog by the river"
+    recipe = write_pairs(tmp_path, bases["bert"], data={"max_length": 1024})
+    premise = "the quick brown fox jumps over the lazy dog by the river " * 4
+    first = "a fox that is both quick and brown jumps over some lazy dog near the old river bank in summer"
     rows = [
-        {"sentence1": long, "sentence2": "good", "label": "yes"},
-        {"sentence1": long, "sentence2": "entirely different words are written here by somebody", "label": "no"},
-        {"sentence1": long, "sentence2": "good", "label": "no"},
+        {"sentence1": premise, "sentence2": "good", "label": "yes"},
+        {
+            "sentence1": premise,
+            "sentence2": "the river is far away and no dog is there to be jumped over",
+            "label": "no",
+        },
+        {"sentence1": premise, "sentence2": "good", "label": "no"},
         {"sentence1": "odd", "sentence2": "bad", "label": "yes"},
+        {"sentence1": premise, "sentence2": first, "label": "yes"},
+        {"sentence1": premise, "sentence2": f"{first} today", "label": "yes"},
+        {"sentence1": first, "sentence2": premise, "label": "no"},
     ]
-    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    (tmp_path / "test.jsonl").write_text(json.dumps(rows[3]) + "\n", encoding="utf-8")
-    found = check(recipe)[1]["findings"]
-    assert found == {"contrary": [3], "leak": [4]}
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", rows[3:4])
+    findings = check(recipe)[1]["findings"]
+    assert findings == {"contrary": [3], "leak": [4], "near": [6, 7]}, "a shared premise alone is no finding"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit.data.looking.guess import guessed_tokens
-from tunekit.data.looking.similar import RowSignature, SimilarityIndex, signed
+from tunekit.data.looking.similar import RowSignature, SimilarityIndex, signed, signed_pair
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.sound import SILENCE, opened
@@ -153,7 +153,9 @@ def look_at_rows(
 def _signed(made: object, text: str) -> RowSignature:
     """How a row is compared: by what it says; one that names a file by the file's bytes and what is said of them."""
     if not isinstance(made, FileExample):
-        return signed("\n".join(filter(None, (made.text, made.second))) if isinstance(made, LabelExample) else text)
+        if isinstance(made, LabelExample):
+            return signed(made.text) if made.second is None else signed_pair(made.text, made.second)
+        return signed(text)
     media = made.audio if isinstance(made, TranscriptExample | AudioLabelExample) else made.image
     try:
         content = Path(media.path).read_bytes() if media.data is None else media.data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -68,16 +68,28 @@ class RowSignature:
     bands: Sequence[int] = ()
 
 
-def signed(text: str) -> RowSignature:
-    """Of a short text only what repeats it counts: all but case, spaces and the marks of sentences."""
+def signed(text: str, beside: str = "") -> RowSignature:
+    """Of a short text only what repeats it counts: all but case, spaces and the marks of sentences. `beside`: what a
+    row that is nearly equal must have too."""
     from rensa import RMinHash
 
-    lower = text.lower()
+    lower, key = text.lower(), hash(_plain(text))
     words = (PLAIN_WORD if lower.isascii() else WORD).findall(lower)
-    key = hash(" ".join(lower.translate(UNSPOKEN).split()) or text.strip())
     if len(words) < FEWEST_WORDS:
         return RowSignature(key)
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
-    signature.update([f"{a} {b}" for a, b in pairwise(words)])
+    signature.update([f"{beside}{a} {b}" for a, b in pairwise(words)])
     digest, width = tuple(signature.digest()), PERMUTATIONS // BANDS
     return RowSignature(key, signature, [hash(digest[at : at + width]) for at in range(0, PERMUTATIONS, width)])
+
+
+def signed_pair(first: str, second: str) -> RowSignature:
+    """Two texts: a pair repeats one with equal texts, in their order. It is near one with an equal longer text and a
+    nearly equal shorter one, in any order: many pairs share one long text, such as the premise."""
+    shorter, longer = sorted((first, second), key=len)
+    return replace(signed(shorter, f"{_plain(longer)}\n"), key=hash((_plain(first), _plain(second))))
+
+
+def _plain(text: str) -> str:
+    """A text without case, marks of sentences and double spaces."""
+    return " ".join(text.lower().translate(UNSPOKEN).split()) or text.strip()
