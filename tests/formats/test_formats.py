@@ -294,3 +294,42 @@ def test_pairs_are_told_from_other_rows() -> None:
     assert choose_format("auto", row, "preference")[0] == "preference"
     with pytest.raises(DataError, match="preference pairs; choose an objective that learns from them"):
         choose_format("auto", row, "text")
+
+
+SEGMENTS = [{"start": 0, "end": 1, "text": " one"}, {"start": 1, "end": 2, "text": "two"}]
+
+
+@pytest.mark.parametrize("more", [{}, {"text": None}, {"text": " "}])
+def test_a_transcript_with_segments_needs_no_text(more: dict[str, Any]) -> None:
+    row = {"audio": "a.wav", "segments": SEGMENTS, **more}
+    assert choose_format("auto", row, "transcript")[0] == "transcript"
+    assert make("transcript", row).text == "one two"
+
+
+def test_a_transcript_without_segments_has_a_text() -> None:
+    assert choose_format("auto", {"audio": "a.wav", "segments": []}, "transcript")[1].endswith("'audio' and 'segments'")
+    assert make("transcript", {"audio": "a.wav", "segments": [], "text": "one"}).text == "one"
+    with pytest.raises(DataError, match="no field 'text'"):
+        make("transcript", {"audio": "a.wav", "segments": []})
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            r"content\[0\]' is a 'image' part; only",
+        ),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": ["q"]}]},
+            r"a 'str' part; .*\{\"type\": \"text\", \"text\": ",
+        ),
+        ("labels", {"text": [{"type": "text", "text": "x"}], "label": "a"}, "'text' must be text, not list"),
+        ("sharegpt", {"conversations": []}, "must be a list of turns, not an empty one"),
+    ],
+)
+def test_parts_without_text_are_named(name: str, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        make(name, row)

@@ -75,7 +75,8 @@ def _read_content(value: Fields, label: str, calls_tools: bool) -> str:
 def _read_part(part: object, label: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise DataError(f"'{label}' is a {kind!r} part", "only text parts can be trained on here")
+        how = 'only text parts can be trained on here: {"type": "text", "text": ...}'
+        raise DataError(f"'{label}' is a {kind!r} part", how)
     return check_text(part.get("text"), f"{label}.text")
 
 

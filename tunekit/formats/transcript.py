@@ -7,9 +7,10 @@ from tunekit.errors import DataError
 from tunekit.formats.fields import Fields, read_optional_text, read_text
 from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
-DESCRIPTION = "audio: a file's path or {bytes, path}; text: the transcript; optional: language, task and segments"
+DESCRIPTION = "audio: a file's path or {bytes, path}; text: the transcript, or segments; optional: language and task"
 FIELDS = ("audio", "text", "language", "task", "segments")
-REQUIRED = ("audio", "text")
+REQUIRED = ("audio", "text")  # or segments, whose texts are joined
+STANDS_FOR = {"text": "segments"}
 ALIASES = {**AUDIO_ALIASES, **dict.fromkeys(("sentence", "transcription", "transcript"), "text")}
 MEDIA = AUDIO_FIELDS
 EXAMPLE = "transcript"
@@ -41,7 +42,9 @@ def make_example(row: Fields) -> TranscriptExample:
     row = renamed(row, ALIASES)
     segments = _segments(row.get("segments"))
     audio = read_media(row, "audio")
-    text = "".join(each.text for each in segments) if segments and row.get("text") is None else read_text(row, "text")
+    text = read_optional_text(row, "text") if segments else read_text(row, "text")
+    if not text.strip():
+        text = " ".join(each.text.strip() for each in segments)
     task = read_optional_text(row, "task") or None
     if task is not None and task not in TASKS:
         raise DataError(f"unknown 'task' {task!r}", f"write {' or '.join(TASKS)}")
@@ -50,9 +53,9 @@ def make_example(row: Fields) -> TranscriptExample:
 
 def _segments(value: object) -> tuple[Segment, ...]:
     """Segments in order of time, without overlap."""
-    if value is None:
+    if value is None or value == []:
         return ()
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise DataError("'segments' must be a list of {start, end, text}", "leave it out if there are none")
     segments: list[Segment] = []
     for number, each in enumerate(value):

@@ -70,8 +70,10 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
         facts = facts_of("formats", name)
         aliases, required = getattr(facts, "ALIASES", {}), facts.REQUIRED
         columns = {aliases.get(field, field): field for field in values} | {field: field for field in values}
-        if columns.keys() >= set(required):
-            said = " and ".join(f"'{columns[field]}'" for field in required)
+        stands_for = getattr(facts, "STANDS_FOR", {})
+        present = [field if field in columns else stands_for.get(field) for field in required]
+        if columns.keys() >= set(present):
+            said = " and ".join(f"'{columns[field]}'" for field in present)
             return name, f"the first row has {said}" if said else "the objective learns from no other"
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)

@@ -195,9 +195,14 @@ class Renderer:
             return ids, np.ones(len(ids), dtype=np.float32)
         spans = [self._turns.close(span, text, ids, offsets) for span in conversation.spans]
         weights = np.zeros(len(ids), dtype=np.float32)  # (T,)
-        for span, weight in zip(spans, conversation.weights, strict=True):
-            weights[mark_spans(offsets, [span])] = weight
         eos = self.tokenizer.eos_id
+        ends = {*self._control.ids, eos}
+        for span, weight in zip(spans, conversation.weights, strict=True):
+            marks = mark_spans(offsets, [span])
+            if any(ids[place] not in ends for place in np.flatnonzero(marks)):  # else no character is read
+                weights[marks] = weight
+        if not weights.any():
+            raise Dropped(EMPTY_ANSWER)
         if eos is not None and conversation.ends_open(spans, ids[-1], self._control, eos):
             self.notices[EOS_ADDED] += 1
             ids, weights = [*ids, eos], np.append(weights, weights.dtype.type(conversation.weights[-1]))
@@ -222,6 +227,8 @@ class Renderer:
             trained = mark_spans(filled, [TurnSpan(start, len(text))])
             if any(first < start < end for first, end in filled):
                 self.notices[MERGED_BOUNDARY] += 1
+        if text[start:] and not trained.any():  # the tokenizer leaves nothing of it
+            raise Dropped(empty)
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return [*begin, *ids, *end], np.concatenate([[0] * len(begin), trained, [1] * len(end)]).astype(np.float32)
 

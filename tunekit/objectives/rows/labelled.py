@@ -74,14 +74,15 @@ class LabelledTexts(RowKind):
         return next(each for each in ids if each not in ends)
 
     def encode(self, example: Any, origin: str) -> Row:
-        """The row. Raises: Dropped for an empty text; DataError for a label that is not listed."""
+        """The row. Raises: Dropped for a text without a token of its own; DataError for a label that is not listed."""
         assert isinstance(example, LabelExample)
-        if not example.text.strip():
+        ids = self._ids_of(example.text, example.second)
+        if not example.text.strip() or len(ids) == sum(map(len, self.around)):
             raise Dropped(EMPTY_TEXT)
         self.labels.check(example.label)
         if example.second is not None:
             self._check_pair(example)
-        return self.make_row(_parts(self._ids_of(example.text, example.second), utf8(example.label)), origin)
+        return self.make_row(_parts(ids, utf8(example.label)), origin)
 
     def _check_pair(self, example: LabelExample) -> None:
         """Raises: DataError for a pair that nobody labelled."""

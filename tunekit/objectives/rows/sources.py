@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ class SourceRows(TextRows):
         source, answer = prompt[0], self.tokenizer.encode_answer(prompt[1])
         if not source:
             raise Dropped(EMPTY_SOURCE)
+        if len(answer) == self._around_answers:
+            raise Dropped(EMPTY_ANSWER)
         eos = self.tokenizer.eos_id
         answer = answer if eos is None or answer[-1:] == [eos] else [*answer, eos]
         weight = answer_weight(example)
@@ -66,6 +69,11 @@ class SourceRows(TextRows):
             raise Dropped(NO_WEIGHT)
         ids = (np.asarray(source, np.int32), np.asarray([start, *answer], np.int32))
         return self.make_row(source_parts(*ids, weight), origin)
+
+    @cached_property
+    def _around_answers(self) -> int:
+        """Special tokens that the tokenizer puts around an answer."""
+        return len(self.tokenizer.encode_answer(""))
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return len(parts["source"]), self.units_in(parts)

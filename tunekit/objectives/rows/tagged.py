@@ -37,9 +37,9 @@ class TaggedWords(LabelledTexts):
         return row.parts["tags"].tobytes().decode().split(SEPARATOR)
 
     def encode(self, example: TagsExample, origin: str) -> Row:
-        """The row. Raises: Dropped if there is no word; DataError for a tag that is not listed, or a word without a
-        token."""
-        if not example.words:
+        """The row. Raises: Dropped if no word has a token; DataError for a tag that is not listed, or a word without a
+        token beside others."""
+        if not self.tokenizer.encode(" ".join(example.words), special_tokens_in_text=False):
             raise Dropped(EMPTY_TEXT)
         tags = self._names(example.tags)
         for tag in tags:
