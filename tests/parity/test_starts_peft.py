@@ -70,8 +70,8 @@ def without_dropout(net: nn.Module) -> nn.Module:
     return net
 
 
-def loaded(family: str, folder: Path, **section: Any) -> LoadedModel:
-    net: Any = BASES[family].make()
+def loaded(family: str, folder: Path, net: Any = None, **section: Any) -> LoadedModel:
+    net = net or BASES[family].make()
     net.save_pretrained(folder)
     model = load_model(ModelSection(name_or_path=str(folder), dtype="float32", **section), device=torch.device("cpu"))
     without_dropout(model.net)
@@ -82,9 +82,11 @@ def targets_of(family: str) -> tuple[str, ...]:
     return (*BASES[family].attention, *BASES[family].feedforward)
 
 
-def ours(family: str, folder: Path, start: Any, windows: TrainingWindows | None = None, **own: Any) -> AttachedAdapter:
+def ours(
+    family: str, folder: Path, start: Any, windows: TrainingWindows | None = None, net: Any = None, **own: Any
+) -> AttachedAdapter:
     section = {name: own.pop(name) for name in ("quantization",) if name in own}
-    base = loaded(family, folder, **section)
+    base = loaded(family, folder, net, **section)
     settings = LoraSettings(r=RANK, alpha=float(ALPHA), target_modules=targets_of(family), start=start, **own)
     return initialise_adapter(
         base,
@@ -142,13 +144,28 @@ def compare(adapter: AttachedAdapter, theirs: nn.Module, *, signs: bool, atol: f
         assert (b @ a).abs().max() > 1e-2 or signs
 
 
+def with_decay(family: str) -> nn.Module:
+    """The base with singular values 1, 0.7, 0.49 ... in its adapted matrices.
+
+    How far rounding turns the R-th vector is the rounding over the gap to the next singular value. In random matrices
+    some gap is so small that the kernels of two processors disagree by more than the tolerance.
+    """
+    net = BASES[family].make()
+    with torch.no_grad():
+        for name, module in net.named_modules():
+            if name.endswith(targets_of(family)):
+                weight: Any = module.weight
+                u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+                weight.copy_(u * 0.7 ** torch.arange(len(s)) @ vh)
+    return net
+
+
 @every_family
-@pytest.mark.parametrize("start", ["pissa", {"method": "pissa", "iterations": 64}])
+@pytest.mark.parametrize("start", ["pissa", {"method": "pissa", "iterations": 4}])
 def test_pissa(family: str, start: Any, tmp_path: Path) -> None:
-    """The fast decomposition comes to the exact one, also on random matrices, whose singular values lie close: how
-    close rounding lets it come depends on the processor (1.06e-5 on one, after 64 and after 96 iterations)."""
-    theirs = peft.get_peft_model(BASES[family].make(), peft_config(family, "pissa"))
-    compare(ours(family, tmp_path, start), theirs, signs=False, atol=TOLERANCE if start == "pissa" else 2 * TOLERANCE)
+    """The fast decomposition comes to the exact one."""
+    theirs = peft.get_peft_model(with_decay(family), peft_config(family, "pissa"))
+    compare(ours(family, tmp_path, start, net=with_decay(family)), theirs, signs=False)
 
 
 def test_olora(tmp_path: Path) -> None:

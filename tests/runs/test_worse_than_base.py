@@ -4,11 +4,17 @@ bit."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from tests.support.train_case import Ended, records, result_bytes, train_in_child, write_recipe
+
+# At this rate the squares in a norm overflow after two steps, so that its output is 0 and every token equally likely,
+# whatever the kernels of the processor round. At 1.0 the loss rises to 14 and falls again: where it is after the last
+# step depends on the rounding.
+RATE, UNIFORM = 100.0, math.log(512)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +58,14 @@ def test_the_evaluation_before_training_changes_no_bit_and_can_be_switched_off(r
 
 
 def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Path) -> None:
-    training = {"epochs": 4.0, "learning_rate": 1.0, "scheduler": "constant"}
+    training = {"epochs": 4.0, "learning_rate": RATE, "scheduler": "constant"}
     recipe = write_recipe(tmp_path / "work", stories, data={"train": [{"path": "rows.jsonl"}]}, training=training)
     rows = [{"text": f"Once upon a time there was a little dog. It had {number} red balls."} for number in range(20)]
     (tmp_path / "work" / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     run, ended = trained(recipe, "diverged")
     report = json.loads((run / "report.json").read_text())
-    assert report["eval_loss"] > report["base_eval_loss"]
+    assert report["eval_loss"] == pytest.approx(UNIFORM)
+    assert report["eval_loss"] > 1.5 * report["base_eval_loss"]
     assert report["verdict"].startswith("worse than the base: eval loss ")
     assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
@@ -69,10 +76,9 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
 
 
 def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None:
-    rate = 100.0  # at which nothing is left of the model: at 1.0 it depends on the processor what comes of it
     data = {"train": [{"path": "rows.jsonl"}], "eval": None}
     recipe = write_recipe(
-        tmp_path / "work", stories, data=data, training={"max_steps": 8, "epochs": None, "learning_rate": rate}
+        tmp_path / "work", stories, data=data, training={"max_steps": 8, "epochs": None, "learning_rate": RATE}
     )
     rows = [{"text": f"Once upon a time there was a little dog. It had {number} red balls."} for number in range(20)]
     (tmp_path / "work" / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -85,7 +91,7 @@ def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None
     page = (run / "report.md").read_text().replace("\\", "")
     assert report["verdict"].capitalize() in page
     assert "It did not fall." in page
-    assert f"warning: a learning rate of {rate:g} is very high" in ended.output
+    assert f"warning: a learning rate of {RATE:g} is very high" in ended.output
 
 
 def test_a_last_step_that_is_far_worse_than_those_before_is_told_with_what_to_do(
