@@ -462,7 +462,25 @@ def test_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "learning_rate" in capsys.readouterr().out
 
 
-def test_shipped_recipes_are_listed_and_copied_with_their_data(
+@pytest.mark.sampled(10)
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_shown_and_copied_with_its_data(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = shipped_recipes()[name]
+    assert run(monkeypatch, "recipes", name) == 0
+    assert capsys.readouterr().out == shipped.read_text(encoding="utf-8")
+    assert run(monkeypatch, "recipes", name, "--copy", str(tmp_path / "mine.yaml")) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'mine.yaml'}\n")
+    copied = load_recipe(tmp_path / "mine.yaml").recipe
+    for source in load_recipe(shipped).recipe.data.train:
+        if Path(source.path).is_file():
+            copy = tmp_path / Path(source.path).relative_to(shipped.parent)
+            assert str(copy) in [each.path for each in copied.data.train]
+            assert copy.read_bytes() == Path(source.path).read_bytes()
+
+
+def test_shipped_recipes_are_listed_and_a_copy_overwrites_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shipped = shipped_recipes()
@@ -474,19 +492,9 @@ def test_shipped_recipes_are_listed_and_copied_with_their_data(
         "objective: audio_classify",
         "objective: classify",
     ]
-    for name in names:
-        assert run(monkeypatch, "recipes", name) == 0
-        assert capsys.readouterr().out == shipped[name].read_text(encoding="utf-8")
-        assert run(monkeypatch, "recipes", name, "--copy", str(tmp_path / name / "mine.yaml")) == 0
-        assert capsys.readouterr().out.startswith(f"wrote {tmp_path / name / 'mine.yaml'}\n")
-        copied = load_recipe(tmp_path / name / "mine.yaml").recipe
-        for source in load_recipe(shipped[name]).recipe.data.train:
-            if Path(source.path).is_file():
-                copy = tmp_path / name / Path(source.path).relative_to(shipped[name].parent)
-                assert str(copy) in [each.path for each in copied.data.train]
-                assert copy.read_bytes() == Path(source.path).read_bytes()
     first = tmp_path / names[0] / "mine.yaml"
-    assert run(monkeypatch, "recipes", names[0], "--copy", str(first)) == 0, "copying the same again changes nothing"
+    for _ in range(2):
+        assert run(monkeypatch, "recipes", names[0], "--copy", str(first)) == 0, "the same again changes nothing"
     first.write_text("mine\n", encoding="utf-8")
     assert run(monkeypatch, "recipes", names[0], "--copy", str(first)) == 2
     assert first.read_text(encoding="utf-8") == "mine\n"

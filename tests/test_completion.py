@@ -33,6 +33,7 @@ def completed(*words: str, shell: str = "bash", folder: Path | None = None) -> l
     return [line for line in done.stdout.splitlines() if line]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -52,7 +52,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "metric" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind == "format" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
 def test_what_is_written_passes_the_tests_of_its_kind(kind: str, copy: Path) -> None:
     tests, least = KINDS[kind]

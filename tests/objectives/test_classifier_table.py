@@ -163,7 +163,7 @@ def theirs_of(net: nn.Module, recipe: Path, rows: list[Tensor]) -> list[float]:
     return losses_of(net, recipe, plan.warmup_steps, STEPS, loss_of)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_trains_as_transformers_and_peft_do_and_each_reads_the_other(

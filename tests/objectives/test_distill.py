@@ -121,6 +121,7 @@ def _parameters(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).parameters()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
     """Bit by bit, whatever the teacher's layers wait in; each is copied once for all micro-batches of a step."""

@@ -191,6 +191,7 @@ def measured(target: Path, *overrides: str) -> dict[str, float]:
     return json.loads((target.parent / "eval.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -95,6 +95,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["cpo", "simpo", "orpo"])
 def test_a_run_learns_whatever_its_micro_batches_and_engine(base: Path, tmp_path: Path, name: str) -> None:
     values = {"cpo": {}, "simpo": {"beta": 2.0, "cpo_alpha": 0.5}, "orpo": {}}[name]

@@ -272,6 +272,7 @@ def test_plan_counts_the_frozen_copy(base: Path, supervised: Path, tmp_path: Pat
     assert any("reference model is the base with the adapter as it is at step 0" in note for note in plan.notes)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_curve_of_one(base: Path, supervised: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "one", base, data={"eval": None}, adapter=continued(supervised))
     one = losses(train(recipe))

@@ -253,6 +253,7 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
     assert run.evaluation(batch).total < totals[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("micro_batches", [2, 5, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_micro_batch_of_a_streamed_pass_counts(wide_llama: Path, device: str, micro_batches: int) -> None:

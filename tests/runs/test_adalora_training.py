@@ -56,6 +56,7 @@ def test_it_learns_and_ends_at_the_target(tiny_llama: Path) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_a_resume_changes_no_bit(tiny_llama: Path, stop: int) -> None:
     whole, first, second = (start(tiny_llama) for _ in range(3))

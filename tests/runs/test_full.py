@@ -113,6 +113,7 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_twenty_steps_of_a_causal_model(tied: bool, tiny_llama: Path, tied_llama: Path) -> None:
     folder = tied_llama if tied else tiny_llama
@@ -127,6 +128,7 @@ def test_twenty_steps_of_a_causal_model(tied: bool, tiny_llama: Path, tied_llama
     assert_as_by_hand(trained(case), plain(model), start)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_twenty_steps_of_an_encoder_decoder(kind: str, tmp_path: Path) -> None:
     quiet = {"dropout_rate": 0.0} if kind == "t5" else {"dropout": 0.0}
@@ -148,6 +150,7 @@ def test_twenty_steps_of_an_encoder_decoder(kind: str, tmp_path: Path) -> None:
     assert_as_by_hand(trained(case), plain(model), start)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("base", ["bert", "llama"])
 def test_twenty_steps_of_a_classifier(base: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The head is drawn by the run; one step, whose rate is 0, shows what it was. The folder then is a classifier."""

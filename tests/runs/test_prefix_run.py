@@ -51,6 +51,7 @@ def recipe_of(folder: Path, model: Path, name: str, **sections: Any) -> Path:
     return path
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_recipe_from_train_to_an_answer(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_llama, name, memory={"gradient_checkpointing": True})

@@ -76,6 +76,7 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     assert_same_bits(state(resumed), after)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["text", "llama_adapter"])
 def test_four_steps_on_a_quantized_base(name: str, storage: str, tiny_llama: Path) -> None:

@@ -37,6 +37,7 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "what", ["tensors.safetensors", "state.json", "manifest.json", "metrics.jsonl", "adapter_model"]
 )
@@ -53,6 +54,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_from_the_old_checkpoint(
     assert_resumes_to(recipe, tmp_path / "run", whole)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("damage", ["missing", "flipped", "short"])
 def test_a_damaged_newest_checkpoint_falls_back(recipe: Path, whole: Path, tmp_path: Path, damage: str) -> None:
     run = tmp_path / "run"

@@ -205,6 +205,7 @@ def test_of_a_stream_no_batch_is_larger_than_the_filled_one() -> None:
 # Training.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_twenty_steps_equal_transformers_and_peft(kind: str, tmp_path: Path) -> None:
     """Each row by itself through their own loss of `labels`, which knows where an answer begins; no dropout."""

@@ -120,6 +120,7 @@ def test_training_and_resume(case: str, tiny_llama: Path, tmp_path: Path) -> Non
     assert plans[0]["targets"] == plans[1]["targets"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["pissa", "lora_ga", "eva"])
 def test_checkpointed_layers_change_nothing(case: str, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_llama, case, max_steps=2)
@@ -160,6 +161,7 @@ def test_two_processes_start_as_one(case: str, tiny_llama: Path, tmp_path: Path)
     assert plans[0]["targets"] == plans[1]["targets"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "case",
     ["eva-ranks", "loftq-nf4", *(pytest.param(case, marks=pytest.mark.slow) for case in ("pissa", "lora_ga"))],

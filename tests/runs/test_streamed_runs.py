@@ -162,10 +162,10 @@ def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
 
 def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path / "recipe", model)
-    accumulation = "training.gradient_accumulation_steps=8"
+    accumulation = "training.gradient_accumulation_steps=4"
     plans = [plan_of(recipe, "memory.streaming=disk", accumulation)]
-    assert plans[0].choice.pass_micro_batches == 8
-    for expected in (4, 2, 1):
+    assert plans[0].choice.pass_micro_batches == 4
+    for expected in (2, 1):
         limit = plans[-1].peak_bytes.total - 1
         monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, limit=limit: limit)
         plans.append(plan_of(recipe, "memory.streaming=disk", accumulation))

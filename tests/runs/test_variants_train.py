@@ -58,7 +58,7 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_four_steps(name: str, tiny_llama: Path) -> None:
     rate = RATES.get(name, 2e-2)
