@@ -17,7 +17,7 @@ from typing import Any
 
 from tunekit.metrics.span_f1 import find_spans
 
-PAIR_TOKENS, PAIR_FOLDS = 256, 5
+PAIR_TOKENS, PAIR_FOLDS, PAIR_ROWS = 256, 5, 64
 Row = dict[str, Any]
 
 
@@ -162,18 +162,19 @@ def span_f1(tags: list[list[str]], guessed: list[list[str]]) -> float:
     return 2 * len(true & said) / max(len(true) + len(said), 1)
 
 
-def pairs(name: str) -> Callable[[Path, int, int], Iterator[Split]]:
-    """Folds of the pairs whose prompt leaves room for an answer; 64 of the other folds' to train on."""
+def pairs(name: str, words: int = 120, rows: int = PAIR_ROWS) -> Callable[[Path, int, int], Iterator[Split]]:
+    """Folds of the pairs whose prompt leaves room for an answer; so many of the other folds' rows to train on."""
 
     def splits(data: Path, seed: int, folds: int) -> Iterator[Split]:
-        rows = [row for row in lines_of(data / "preference_dpo" / "dpo_280.jsonl") if _words(row["prompt"]) < 120]
+        file = data / "preference_dpo" / "dpo_280.jsonl"
+        found = [row for row in lines_of(file) if _words(row["prompt"]) < words]
         draw = random.Random(seed)
-        draw.shuffle(rows)
+        draw.shuffle(found)
         for fold in range(folds):
-            held = rows[fold::PAIR_FOLDS]
-            rest = [row for number, row in enumerate(rows) if number % PAIR_FOLDS != fold]
+            held = found[fold::PAIR_FOLDS]
+            rest = [row for number, row in enumerate(found) if number % PAIR_FOLDS != fold]
             longer = sum(_words(row["chosen"]) > _words(row["rejected"]) for row in held) / len(held)
-            train = draw.sample(rest, min(PAIR_ROWS, len(rest)))
+            train = draw.sample(rest, min(rows, len(rest)))
             yield Split(f"{name}-{seed}-{fold}", seed, train, held, {"longer answer": longer})
 
     return splits
@@ -214,7 +215,6 @@ PAIR_TRAINING = {
     "learning_rate": 5e-4,
     "scheduler": "linear",
 }
-PAIR_ROWS = 64
 
 
 def pair_task(told: str, objective: Row, **evaluation: Any) -> Task:
