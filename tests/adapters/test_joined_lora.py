@@ -351,3 +351,21 @@ def test_a_saved_tensor_brings_none_of_the_flat_buffer_along(tiny_llama: Path, t
     assert file.stat().st_size < sum(value.nbytes for value in trained.values()) + 200 * len(trained)
     for name, value in trained.items():
         assert torch.equal(saved[f"base_model.model.{name}"], value), name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_view_of_an_output_may_be_changed_in_place(bias: bool) -> None:
+    """As DeBERTa divides its positions' queries."""
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 6, bias=bias)))
+    attached = attach_adapter(net, LoraSettings(r=2, target_modules=("0.0",)), seed=0, head_name=None)
+    x, gradients = torch.randn(2, 3, 4), []
+    for joined in (True, False):
+        for layer in attached.layers.values():
+            assert layer.joined is not None or not joined
+            layer.joined = layer.joined if joined else None
+        rows = net(x).permute(0, 2, 1)
+        rows /= 2
+        net.zero_grad()
+        rows.square().sum().backward()
+        gradients.append([value.grad.clone() for value in attached.trained().values()])  # type: ignore[union-attr]
+    assert all(torch.allclose(ours, plain, atol=1e-6) for ours, plain in zip(*gradients, strict=True))

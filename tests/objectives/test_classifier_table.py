@@ -70,6 +70,7 @@ ENCODERS = {
         {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
         | {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
     ),
+    "deberta": Encoder("deberta", "DebertaForMaskedLM", SIZES | DROPOUT | DEBERTA, ("pooler",)),
     "deberta_v2": Encoder(
         "deberta-v2",
         "DebertaV2ForMaskedLM",

@@ -126,6 +126,12 @@ class Products:
         return None if of_x is None else of_x.view(x.shape), of_factors
 
 
+def _no_view(output: Tensor) -> Tensor:
+    """The output as a tensor of its own: torch lets nobody change a view in place that an autograd function returns, as
+    DeBERTa does, and a linear layer with a bias gives a view of its product."""
+    return torch.ops.aten._unsafe_view(output, output.shape)
+
+
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -135,7 +141,7 @@ class _Products(torch.autograd.Function):
         ctx.beside = group, masks.scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors, *masks.each)
-        return tuple(group.forward(x, factors, masks))
+        return tuple(map(_no_view, group.forward(x, factors, masks)))
 
     @staticmethod
     def backward(ctx: Context[tuple[Products, float]], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -189,7 +195,7 @@ class _Gated(torch.autograd.Function):
         down = draw_masks(hidden, dropout, 1)
         ctx.beside = gated, inner.scale
         ctx.save_for_backward(x, gate, up, *factors, *inner.each, *down.each)
-        return gated.down.forward(hidden, factors[4:], down)[0]
+        return _no_view(gated.down.forward(hidden, factors[4:], down)[0])
 
     @staticmethod
     def backward(ctx: Context[tuple[Gated, float]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
