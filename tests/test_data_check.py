@@ -144,6 +144,35 @@ def test_json_replaces_no_file_of_the_recipe(tmp_path: Path, monkeypatch: pytest
             assert (rows, text) == ((tmp_path / "rows.jsonl").read_bytes(), recipe.read_bytes()), words
 
 
+def test_no_output_replaces_a_file_that_is_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    recipe, rows, wrong = write(tmp_path), tmp_path / "rows.jsonl", tmp_path / "wrong.yaml"
+    wrong.write_text(recipe.read_text("utf-8") + "\nunknown: 1\n", encoding="utf-8")
+    before = {file: file.read_bytes() for file in (recipe, rows, wrong)}
+    for words in (
+        ["validate", str(wrong), "--json", str(rows)],
+        ["validate", str(wrong), "--json", str(wrong)],
+        ["preview", str(recipe), "--html", str(rows)],
+        ["preview", str(recipe), "--html", str(recipe)],
+        ["schema", "--output", str(recipe)],
+        ["schema", "--reference", "--output", str(rows)],
+    ):
+        monkeypatch.setattr(sys, "argv", ["tunekit", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2, words
+        assert "; name a new file" in capsys.readouterr().err, words
+        assert {file: file.read_bytes() for file in before} == before, words
+    for words in (["validate", str(wrong), "--json", str(tmp_path / "result.json")], ["schema", "--output", "s.json"]):
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):  # its own earlier output is replaced
+            monkeypatch.setattr(sys, "argv", ["tunekit", *words])
+            with pytest.raises(SystemExit):
+                main()
+            assert "name a new file" not in capsys.readouterr().err, words
+
+
 def test_fix_replaces_another_file_only_where_told(tmp_path: Path) -> None:
     (tmp_path / "good.jsonl").write_text("mine", encoding="utf-8")
     recipe = write(tmp_path, count=5)

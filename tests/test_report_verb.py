@@ -52,6 +52,22 @@ def test_runs_are_written_as_json_and_csv(tmp_path: Path, capsys: pytest.Capture
         report_verb([folders[0], folders[0]], None, None, None)
 
 
+@pytest.mark.parametrize("output", ["html", "json", "csv"])
+def test_no_output_replaces_the_rows_or_the_recipe_of_a_run(output: str, tmp_path: Path) -> None:
+    folder, rows = write_run(tmp_path / "run"), tmp_path / "rows.jsonl"
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    plan["recipe"] |= {"data": {"train": [{"path": str(rows)}]}}
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    (folder / "recipe.yaml").touch()
+    rows.write_text("mine", encoding="utf-8")
+    for file in (rows, folder / "recipe.yaml"):
+        files = {"html": None, "json": None, "csv": None} | {output: str(file)}
+        before = file.read_bytes()
+        with pytest.raises(InputError, match=rf"--{output} .* of the recipe|is the recipe"):
+            report_verb([str(folder)], *files.values())
+        assert file.read_bytes() == before
+
+
 def test_runs_are_listed_with_what_became_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "a" / "good")
     killed = write_run(tmp_path / "b", steps=7, finished=False)

@@ -11,6 +11,7 @@ from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
 from tunekit.contracts import Objective, Row, Span, Tokenizer
 from tunekit.data.batching.order import epoch_rows
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.evaluation.row_losses import segments
 from tunekit.files.durable import write_text
@@ -40,6 +41,7 @@ class Token:
 
 def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
     """Show `rows` training rows in training order. Raises: TunekitError, whose exit code the command line returns."""
+    refuse_to_replace("--html", html, written)
     recipe = written.recipe
     processor = make_family(recipe.objective.family).processor(recipe.model)
     objective, tokenizer = make_objective(recipe.objective, processor), processor.tokenizer

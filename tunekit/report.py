@@ -12,6 +12,7 @@ from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.console import Console
+from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.errors import InputError, RunFolderError
 from tunekit.files.durable import json_result, write_text
 
@@ -28,6 +29,9 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
         raise InputError("a run is named twice", "name each run once")
     write_result, console = json_result(json_file), Console(json_file=json_file)
     runs = _readable(paths, console)
+    for option, name in (("--html", html), ("--json", json_file), ("--csv", csv_file)):
+        for run in runs:
+            refuse_to_replace_named(option, name, run.recipe, run.path / "recipe.yaml")
     outcome, keys, repeats = outcome_table(runs), differing_keys(runs), same_but_seed(runs)
     texts = zip(runs, outcome.texts(), strict=True)
     head, *lines = [["run", "state", *outcome.labels], *([name, run.state, *cells] for run, (name, *cells) in texts)]

@@ -4,16 +4,22 @@ A file whose name ends in .txt or .md gets the text.
 
 from pathlib import Path
 
+from tunekit.errors import InputError
 from tunekit.files.durable import write_text
 from tunekit.recipe.reading.schema import make_reference, schema_text
 
 
 def schema_verb(output: str | None, reference: bool) -> None:
-    """Write the schema, or the reference text."""
+    """Write the schema, or the reference text. Raises: InputError where another file is in the way."""
     as_text = reference or (output is not None and output.endswith((".txt", ".md")))
     text = make_reference() if as_text else schema_text()
     if output is None:
         print(text, end="")
         return
-    write_text(Path(output), text)
+    path, start = Path(output), text[:12].encode()
+    if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(start):
+        raise InputError(
+            f"--output {output} exists and holds no {'reference' if as_text else 'schema'}", "name a new file"
+        )
+    write_text(path, text)
     print(f"wrote {output}")

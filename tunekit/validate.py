@@ -1,6 +1,7 @@
 """`tunekit validate`: a recipe and the files it names: every problem at once, or the rewrites and a word of assent. It
 imports no torch, and takes less than half a second."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import is_folder, is_saved, with_table
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.replaced import refuse_to_replace
+from tunekit.data.reading.replaced import refuse_to_replace, refuse_to_replace_named
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
@@ -42,11 +43,17 @@ ABSENCE: dict[str, tuple[Callable[[Path], bool], str, str]] = {  # what a path i
 
 
 def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
-    """Check a recipe and say so. Raises RecipeError with every problem."""
+    """Check a recipe and say so. Raises: RecipeError with every problem; InputError where --json names the recipe."""
+    refuse_to_replace_named("--json", json_file, {}, Path(recipe_path))
     write_result = json_result(json_file)
     try:
         loaded = validate(recipe_path, overrides)
     except RecipeError as error:
+        if json_file is not None and not _may_be_replaced(
+            json_file
+        ):  # perhaps rows: the recipe cannot say which it reads
+            what = f"--json {json_file} exists, and is no result of validate"
+            raise RecipeError.of([*error.problems, Problem(what, "name a new file")], error.notes) from None
         problems = [asdict(problem) for problem in error.problems]
         write_result({"valid": False, "problems": problems, "notes": list(error.notes)})
         raise
@@ -55,6 +62,17 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     write_result({"valid": True, "problems": [], "notes": notes})
     if json_file != "-":
         print("\n".join([*notes, f"{recipe_path}: valid", CHECKED]))
+
+
+def _may_be_replaced(name: str) -> bool:
+    """Whether there is no file of this name, or one with an earlier result."""
+    if name == "-" or not Path(name).is_file():
+        return True
+    try:
+        earlier = json.loads(Path(name).read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(earlier, dict) and "valid" in earlier
 
 
 def check_new_run(loaded: LoadedRecipe) -> None:
