@@ -20,10 +20,13 @@ from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, Aut
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import losses, losses_of, start_as_ours, texts, train, write_recipe
+from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.errors import ModelError
 from tunekit.merge import merge_verb
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.targets.labels import head_facts
 from tunekit.targets.target import find_target, load_target
 
 CPU = torch.device("cpu")
@@ -229,3 +232,20 @@ def test_a_projection_as_wide_as_the_labels_is_not_taken_for_the_head(bases: dic
     plan, prepared = make_plan(load_recipe(recipe), device=CPU)
     assert not plan.refusals
     assert set(prepared.adapter.modules_to_save) == {"pre_classifier", "classifier"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("roberta", []), ("distilbert", ["pre_classifier", "classifier"]), ("deberta_v3", ["pooler", "classifier"])],
+)
+@pytest.mark.parametrize("count", [3, SIZES["hidden_size"], 40])
+def test_a_foreign_head_has_as_many_labels_as_its_last_matrix_has_rows(
+    name: str, saved: list[str], count: int, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    net = AutoModelForSequenceClassification.from_pretrained(bases[name], num_labels=count, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=2, target_modules=".*(query|q_lin|query_proj)", task_type="SEQ_CLS", modules_to_save=saved or None
+    )
+    peft.get_peft_model(net, config).save_pretrained(str(tmp_path))
+    facts = head_facts(read_adapter_config(tmp_path), ModelSection(name_or_path=str(bases[name])))
+    assert len(facts["labels"]) == count

@@ -1,5 +1,6 @@
 """Which label each row of a trained head stands for: of the base's own head, and of an adapter's."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,11 +50,13 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
     header, family = adapter_header(tensors_path(config.folder)), adapter_family(config, base)
     named = set(family.head_parts[-1:]) or _modules_to_save(config)
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
-    rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
-    if not rows:
+    shapes = [shape for name, shape in matrices.items() if named & set(name.split("."))]
+    if not shapes:
         return {}
+    widths = Counter(inputs for _, inputs in shapes)  # a pooler's outputs are what the next matrix takes
+    last = [rows for rows, inputs in shapes if widths[rows] == (rows == inputs)] or [rows for rows, _ in shapes]
     own = _head_labels(base, family.name) if family.labelled else ()
-    return {"labels": own if len(own) == min(rows) else default_labels(min(rows))}
+    return {"labels": own if len(own) == min(last) else default_labels(min(last))}
 
 
 def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
