@@ -123,8 +123,7 @@ def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[Lor
 
     Raises: AdapterError where a layer has several shapes, or nothing differs.
     """
-    updates: dict[str, LowRank] = {}
-    losses: dict[str, RankLoss] = {}
+    nearest: dict[str, tuple[LowRank, RankLoss]] = {}
     for name in sorted(left.names | right.names):
         one, two = left.of(name), right.of(name)
         if one is not None and two is not None and one.shape != two.shape:
@@ -132,19 +131,21 @@ def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[Lor
             raise AdapterError(what, "only adapters of one base go together", file=str(right.config.folder))
         if not compare(name, one, two).equal:
             embedding = name in left.embeddings | right.embeddings
-            updates[name], losses[name] = _extract_layer(name, one, two, rank, embedding)
-    if not updates:
+            nearest[name] = _extract_layer(name, one, two, rank, embedding)
+    if not nearest:
         raise AdapterError(f"{left.config.folder} and {right.config.folder} do the same: there is nothing to extract")
-    return plain_lora(updates, conv1d=left.conv1d or right.conv1d), losses
+    return plain_lora(nearest, conv1d=left.conv1d or right.conv1d)
 
 
 def plain_lora(
-    updates: dict[str, LowRank], *, conv1d: bool, target_modules: Sequence[str] | str | None = None
-) -> LoraFolder:
-    """A LoRA of these updates and nothing else; without `target_modules` its layers are named in full."""
+    nearest: Mapping[str, tuple[LowRank, RankLoss]], *, conv1d: bool, target_modules: Sequence[str] | str | None = None
+) -> tuple[LoraFolder, dict[str, RankLoss]]:
+    """A LoRA of these updates and nothing else, and what each lost; without `target_modules` its layers are named in
+    full."""
     method = plain_lora_method()
     config = AdapterConfig(Path(), method, method.peft.settings(), None, None, None)
-    return LoraFolder(config, updates, {}, target_modules, conv1d)
+    updates = {name: update for name, (update, _) in nearest.items()}
+    return LoraFolder(config, updates, {}, target_modules, conv1d), {name: loss for name, (_, loss) in nearest.items()}
 
 
 def _extract_layer(

@@ -70,7 +70,5 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFold
             left_out.append(name)
     if not nearest:
         raise AdapterError("no matrix of the two models differs: there is nothing to extract")
-    updates = {name: update for name, (update, _) in nearest.items()}
-    conv1d, targets = any(kinds[name] == "conv1d" for name in updates), concrete_targets(list(updates), list(modules))
-    lora = plain_lora(updates, conv1d=conv1d, target_modules=targets)
-    return lora, {name: loss for name, (_, loss) in nearest.items()}, left_out
+    conv1d, targets = any(kinds[name] == "conv1d" for name in nearest), concrete_targets(list(nearest), list(modules))
+    return *plain_lora(nearest, conv1d=conv1d, target_modules=targets), left_out
