@@ -191,6 +191,13 @@ def test_generated_pages_show_code_as_code(pages: Path) -> None:
     assert "write at least model, data and output; <code>tunekit init</code> writes" in texts["errors.md"]
 
 
+def test_generated_pages_speak_in_whole_sentences(pages: Path) -> None:
+    recipe, said = ((pages / "reference" / f"{name}.md").read_text(encoding="utf-8") for name in ("recipe", "errors"))
+    openings = [section.split("\n\n")[1] for section in recipe.split("\n## ")[1:]]
+    assert [each for each in openings if not each.endswith(".")] == []
+    assert "going_on" not in said
+
+
 def test_every_number_of_a_report_is_explained() -> None:
     page = (SITE / "pages" / "report.md").read_text(encoding="utf-8")
     names = {field.name for facts in (ReportFacts, StepRecord) for field in fields(facts)} - {"metrics", "headline"}

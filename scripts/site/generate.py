@@ -262,7 +262,8 @@ def errors_page() -> str:
         rows = [[escaped(what), escaped(how)] for kind, what, how in found if kind == name]
         owner = getattr(errors, name)
         code = "128 + the signal's number" if name == "Stopped" else str(owner.exit_code)
-        summary = (owner.__doc__ or "").partition("\n")[0] if name != "TunekitError" else "What is none of those below."
+        summary = (owner.__doc__ or "").partition("`")[0].strip()  # without fields, which only code reads
+        summary = summary if name != "TunekitError" else "What is none of those below."
         if rows:
             parts.append(f"\n## {name}\n\n{escaped(summary)} Exit code {code}.\n")
             parts.append(table(["what is said", "how it is mended"], rows))

@@ -166,8 +166,8 @@ def reference_keys(owner: type[Section]) -> list[Key]:
 
 
 def first_line(owner: type[Section]) -> str:
-    """What a section or a method's settings say of themselves."""
-    return str(owner.model_json_schema().get("description", "")).partition("\n")[0]
+    """What a section or a method's settings say of themselves: the first paragraph."""
+    return " ".join(str(owner.model_json_schema().get("description", "")).partition("\n\n")[0].split())
 
 
 def _type_words(field: JsonSchema) -> str:
