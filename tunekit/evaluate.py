@@ -16,7 +16,7 @@ from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
-from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
+from tunekit.metrics.classes import class_facts, columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
@@ -75,8 +75,8 @@ def evaluate_verb(
             console.table(*sources_table(evaluation.sources))
         if evaluation.classes is not None:
             result["classes"] = class_facts(evaluation.classes)
-            lines = result["classes"]["per_class"]
-            console.table(COLUMNS, [[line[name] for name in COLUMNS] for line in lines])
+            lines, columns = result["classes"]["per_class"], columns_of(result["classes"])
+            console.table(columns, [[line[name] for name in columns] for line in lines])
             if (confusion := confusion_table(result["classes"])) is not None:
                 console.table(*confusion)
         write_result(result)
@@ -116,7 +116,7 @@ def evaluate_rows(
     assert evaluation is not None  # _data_section saw to it
     kind = objective_class(rows.objective.name)
     for name in metrics:
-        wrong = unmeasurable(name, kind, chosen=settings.choices is not None)
+        wrong = unmeasurable(name, kind, rows.objective.facts, chosen=settings.choices is not None)
         if wrong is not None:
             raise RecipeError(*wrong, key="--metric")
     problems = row_problems(model.base, loaded.processor, rows.objective.rows, [evaluation], model.virtual_tokens)

@@ -3,7 +3,7 @@ validates, and its plan fits where the model can be read here. Nothing is overwr
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.bases.section import AdapterSettings, Line, ObjectiveSettings
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class
+from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class, unmeasurable
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME, shipped_recipes
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
@@ -45,6 +45,7 @@ SAMPLED_ANSWERS: Sequence[Line] = (
     ("  max_new_tokens: 64", "of each"),
 )
 LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
+NUMBER_METRICS: Sequence[Line] = (("  metrics: [loss, pearson, spearman]", ""),)
 LENGTH_COMMENT = {False: "tokens; longer rows are dropped, and told", True: "tokens of each piece of a text"}
 
 
@@ -209,7 +210,9 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
     method, name = [*adapter.first_lines], objective.model_fields["method"].default
     if method and example:
         method.append((f"  target_modules: [{', '.join(example.adapter.model_dump()['target_modules'])}]", ""))
+    needed = objective.for_rows(look.sample) if look else {}
     chosen = [("objective:", ""), (f"  method: {name}", ""), *objective.first_lines]
+    chosen += [(f"  {key}: {value}", "of such labels") for key, value in needed.items()]
     length_of_run = [(f"  epochs: {3 if few else 1}", "")]
     if example and example.training.max_steps:
         keys = ("scheduler", "warmup_steps", "max_steps")
@@ -230,7 +233,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         ("adapter:", ""),
         (f"  method: {first.method}", "every weight of the base is trained" if adapter.trains_base else ""),
         *method,
-        *(chosen if example else [(f"objective: {name}", "")]),
+        *(chosen if example or needed else [(f"objective: {name}", "")]),
         ("training:", ""),
         (f"  learning_rate: {_rate_text(first_rate(first))}", RATE_COMMENT),
         *length_of_run,
@@ -238,7 +241,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
         *([(f"  eval_steps: {interval}", "")] if first.evaluation else []),
         (f"  save_steps: {interval}", "tunekit train --resume goes on from there"),
-        *(_evaluation_lines(objective) if first.evaluation else []),
+        *(_evaluation_lines(objective, needed) if first.evaluation else []),
         ("output:", ""),
         (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
     ]
@@ -262,10 +265,11 @@ def _interval(first: FirstRecipe, epochs: int, accumulation: int) -> int:
     return min(max(round(total / EVALUATIONS), 1), MOST_STEPS)
 
 
-def _evaluation_lines(objective: type[ObjectiveSettings]) -> list[Line]:
+def _evaluation_lines(objective: type[ObjectiveSettings], needed: Mapping[str, str]) -> list[Line]:
     best = ("  best: eval.loss", "the checkpoint that is kept as the result; the last one may be overfitted")
     answers = SAMPLED_ANSWERS if objective.medium is None else ()
-    return [("evaluation:", ""), best, *(LABEL_METRICS if objective.names_labels else answers)]
+    named = NUMBER_METRICS if unmeasurable("accuracy", objective, needed, chosen=False) else LABEL_METRICS
+    return [("evaluation:", ""), best, *(named if objective.names_labels else answers)]
 
 
 def first_rate(first: FirstRecipe) -> float:

@@ -171,17 +171,18 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     """Export the best or the last state, report, and say that it is finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
+    measured = state.measured_facts
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
-        restore(best.tensors, best.facts, run.optimizer, run.adapter)
+        measured = restore(best.tensors, best.facts, run.optimizer, run.adapter).measured_facts
     base, template = run.model.base, prepared.rows.template
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
-        answering = run.objective.answering
-        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.processor, template, answering)
+        answering, section = run.objective.answering, prepared.model.model_copy(update=measured)
+        size_bytes = export_model(place, section, base, run.adapter, prepared.processor, template, answering)
     else:
-        size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
+        size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint, measured)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     begun_from = "the base" if is_base else "before training"
     facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, begun_from)

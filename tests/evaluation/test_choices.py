@@ -28,7 +28,7 @@ from tunekit.formats.example import ChatExample, CompletionExample, Message
 from tunekit.generate import answer
 from tunekit.machine.devices import make_devices
 from tunekit.metrics import expected_calibration_error
-from tunekit.metrics.classes import class_facts, counts_of
+from tunekit.metrics.classes import class_facts
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
@@ -314,7 +314,7 @@ def test_sums_of_scores_give_calibration() -> None:
     assert (sums["correct"], sums["units"]) == (3, 4)
     expected = (abs(0.9 - 1) + abs(0.7 - 0) + abs(0.8 - 1) + abs(0.95 - 1)) / 4  # each in a bin of its own
     assert expected_calibration_error.from_sums(sums) == pytest.approx(expected)
-    facts = class_facts({"labels": ["a", "b"], "counts": counts_of(sums["confusion"])})
+    facts = class_facts({"labels": ["a", "b"], "counts": sums["label_counts"]})
     assert facts["per_class"][0] == {"label": "a", "precision": 2 / 3, "recall": 1.0, "f1": 0.8, "rows": 2}
     with pytest.raises(ValueError, match="no labelled rows"):
         expected_calibration_error.from_sums({"calibration": [[0, 0, 0]]})

@@ -449,7 +449,10 @@ def test_bad_recordings_are_named(processor: AudioProcessor, recordings: Path, t
             encoded(processor, {"audio": str(tmp_path / name), "label": "one"})
     for row, said in (
         ({"audio": str(tmp_path / "x.wav")}, "no field 'label'"),
-        ({"audio": str(tmp_path / "x.wav"), "label": None}, "'label' must be a text or a whole number, not null"),
+        (
+            {"audio": str(tmp_path / "x.wav"), "label": None},
+            "'label' must be a text or a number, or a list of them, not null",
+        ),
         ({"label": "one"}, "no field 'audio'"),
     ):
         with pytest.raises(DataError, match=said):

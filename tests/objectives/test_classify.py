@@ -37,7 +37,7 @@ from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
-from tunekit.metrics import accuracy, macro_f1
+from tunekit.metrics import accuracy, macro_f1, micro_f1
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.planning.findings import raise_refusals
@@ -408,13 +408,14 @@ def test_virtual_tokens_before_padded_rows_of_a_decoder(llama: Path, tmp_path: P
 
 
 def test_metrics_are_scikit_learns() -> None:
-    confusion = [[5.0, 1.0, 0.0], [2.0, 3.0, 0.0], [0.0, 0.0, 0.0]]
-    assert accuracy.from_sums({"confusion": confusion}) == pytest.approx(8 / 11)
+    counts = [[5.0, 7.0, 6.0], [3.0, 4.0, 5.0], [0.0, 0.0, 0.0]]  # right, predicted, there
+    assert accuracy.from_sums({"labelled": [8.0, 11.0]}) == pytest.approx(8 / 11)
     first, second = 2 * 5 / (6 + 7), 2 * 3 / (5 + 4)
-    assert macro_f1.from_sums({"confusion": confusion}) == pytest.approx((first + second) / 2)
-    for metric in (accuracy, macro_f1):
-        with pytest.raises(ValueError, match="no labelled rows"):
-            metric.from_sums({"confusion": [[0.0]]})
+    assert macro_f1.from_sums({"label_counts": counts}) == pytest.approx((first + second) / 2)
+    assert micro_f1.from_sums({"label_counts": counts}) == pytest.approx(8 / 11), "of one label a row, the accuracy"
+    assert macro_f1.from_sums({"label_counts": [[0.0, 0.0, 0.0]]}) == 0.0
+    with pytest.raises(ValueError, match="no labelled rows"):
+        accuracy.from_sums({"labelled": [0.0, 0.0]})
 
 
 @pytest.mark.parametrize(

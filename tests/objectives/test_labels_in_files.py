@@ -80,7 +80,9 @@ def test_names_of_classes_are_read_from_parquet_and_data_sets(bert: Path, tmp_pa
         assert [row["label"] for row in rows] == ["yes", "no", None]
         assert [row["tags"] for row in rows] == [["yes", "no"], [], ["no"]]
     recipe = write_recipe(tmp_path, bert, **ONCE)
-    with pytest.raises(TunekitError, match=r"train\.parquet.*:3.*'label' must be a text or a whole number, not null"):
+    with pytest.raises(
+        TunekitError, match=r"train\.parquet.*:3.*'label' must be a text or a number, or a list of them, not null"
+    ):
         plan_of(recipe, f"data.train={tmp_path / 'train.parquet'}", "data.eval=null")
     whole.select([0, 1]).to_parquet(tmp_path / "train.parquet")
     _, prepared = plan_of(recipe, f"data.train={tmp_path / 'train.parquet'}", "data.eval=null")

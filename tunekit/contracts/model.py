@@ -13,7 +13,7 @@ from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tensors, 
 Modules = Mapping[str, torch.nn.Module]  # by name
 NamedModules = list[tuple[str, torch.nn.Module]]
 Sums = Tensors  # float64, of any shape; added up over batches and ranks
-ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead: (rows,) the loss of each row
+ROW_LOSSES = "row losses"  # an entry of Sums that is concatenated instead: (rows,) the loss of each row
 
 
 @dataclass

@@ -98,7 +98,7 @@ class RowKind:
 
     def labels_of(self, row: Row) -> list[str]:
         """The labels of a row; only of rows with labels."""
-        return [row.parts["label"].tobytes().decode()]
+        return self.labels.listed_in(row.parts["label"].tobytes().decode())
 
     def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
         """Rows of prompts whose labels are not known: they have the first one. Only of rows with labels."""
@@ -117,8 +117,7 @@ class RowKind:
         return 1
 
     def prompt(self, example: Any) -> tuple[Any, str] | None:
-        """The prompt of an example (for text: ids up to where the answer begins), and the text of its answer; None if
-        it has none."""
+        """The prompt of an example (of text: ids up to where the answer begins), and its answer; None without one."""
         return None
 
     def question(self, text: str) -> Any:
@@ -202,14 +201,18 @@ class LossKind:
 
     `metrics`: measured in every evaluation; `logged`: of each step, as its Loss sums them up;
     `reference`: whether the loss compares with the policy at step 0;
-    `updates_per_sampling`: how many consecutive steps reuse the same samples. A run can resume only where new ones are
-    drawn.
+    `updates_per_sampling`: consecutive steps that reuse the same samples; a run resumes only where new ones are drawn.
     """
 
     metrics: Sequence[str] = ("loss",)
     logged: Sequence[str] = ()
     reference: bool = False
     updates_per_sampling: int = 1
+
+    @property
+    def measured_facts(self) -> Mapping[str, Any]:
+        """What an evaluation decided, or a trained adapter states: plain values that the adapter's folder keeps."""
+        return {}
 
     def prepare(self, run: RunView, window: Window) -> Window:
         """The window with everything that depends on the step; without gradient. It has this rank's whole share."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.errors import DataError, listed
-from tunekit.formats.labels import label_text
+from tunekit.formats.labels import MULTI_LABEL, REGRESSION, LabelValue, label_text
 from tunekit.records import JsonObject, Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
@@ -234,6 +234,35 @@ class Labels:
     def numbers(self, labels: Iterable[str]) -> Tensor:
         """(N,) the number of each label."""
         return torch.tensor([self.places[label] for label in labels])
+
+    def read(self, value: LabelValue) -> str:
+        """The text that a row keeps of its label. Raises: DataError for one of another kind, or that is not listed."""
+        if isinstance(value, str):
+            self.check(value)
+            return value
+        several = isinstance(value, tuple)
+        texts = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+        what = f"the label {self.text([*map(str, value)]) if isinstance(value, tuple) else value} is "
+        what += "a list, and a row has one label here" if several else "a fractional number, and no name of a class"
+        wanted = MULTI_LABEL if texts else REGRESSION
+        raise DataError(what, f"to learn such labels, write objective.problem_type: {wanted}")
+
+    def listed_in(self, text: str) -> list[str]:
+        """The labels that such a text has."""
+        return [text]
+
+    def written(self, text: str) -> str:
+        """Such a text as the model answers it."""
+        return self.named(text)
+
+    def targets(self, texts: Iterable[str]) -> Tensor:
+        """What the loss compares scores with: (N,) numbers of labels."""
+        return self.numbers(texts)
+
+    @property
+    def placeholder(self) -> str:
+        """The text of a row whose label is not known."""
+        return self.names[0]
 
     @staticmethod
     def text(labels: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from tunekit.machine.devices import Devices
 from tunekit.model.attention.documents import keeps_documents_apart, within_windows
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.rows.choices import Answer, Question, make_question, split_question
+from tunekit.recipe.evaluation import CHOICE_SUMS
 from tunekit.tuned.model import TunedModel
 
 Made = TypeVar("Made")
@@ -199,7 +200,7 @@ def choice_scores(
 def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
     """What the metrics of labels are made of. Shapes: scores (rows, choices)."""
     sums = label_sums(scores, torch.tensor([question.right for question in questions[: len(scores)]]))
-    return {name: sums[name] for name in ("confusion", "calibration")}
+    return {name: value for name, value in sums.items() if name in CHOICE_SUMS}
 
 
 def choose(

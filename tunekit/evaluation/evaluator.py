@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -54,7 +54,8 @@ class Queries:
 class Evaluation:
     """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
     their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated;
-    `sources`: of several each one's metrics, and its `rows`; `pictures`: drawn for the report."""
+    `sources`: of several each one's metrics, and its `rows`; `pictures`: drawn for the report; `facts`: what all rows
+    decided together that the adapter's folder keeps."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
@@ -62,6 +63,7 @@ class Evaluation:
     samples: list[dict[str, str]] | None = None
     sources: dict[str, dict[str, float]] | None = None
     pictures: Sequence[NDArray[np.uint8]] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ class Evaluator:
         ordered = {name: computed.pop(name) for name in wanted} | computed  # the rest: what metrics left out
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
         sources, pictures = _sources(each, of_rows), self._pictures()
-        classes = self.objective.loss.class_counts(sums.values)
+        classes = objective.loss.class_counts(sums.values)
         if choices is not None:
-            classes = class_table(choices.labels, sums.values["confusion"])
-        return Evaluation(sums, ordered, classes, samples, sources, pictures)
+            classes = class_table(choices.labels, sums.values["label_counts"], sums.values.get("confusion"))
+        return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
         """The pictures that the main rank draws for the report."""

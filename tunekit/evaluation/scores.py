@@ -15,12 +15,13 @@ from tunekit.data.batching.split import split_batch
 from tunekit.errors import RewardError, is_out_of_memory
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line
+from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import ModelRun, TunedModel
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
 NUMBERS = "row numbers"  # of those that ROW_LOSSES are of
-LAID_END_TO_END = (ROW_LOSSES, NUMBERS)
+LAID_END_TO_END = (ROW_LOSSES, ROW_VALUES, NUMBERS)
 
 
 class EvaluationStopped(Exception):

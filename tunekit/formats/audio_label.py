@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from tunekit.formats.fields import Fields
 from tunekit.formats.labels import ALIASES as LABEL_ALIASES
-from tunekit.formats.labels import read_label
+from tunekit.formats.labels import LabelValue, read_label
 from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
-DESCRIPTION = "audio: a recording's path or {bytes, path}; label: the name of its class, or a whole number"
+DESCRIPTION = (
+    "audio: a recording's path or {bytes, path}; label: a name or number, or a list of them (objective.problem_type)"
+)
 FIELDS = ("audio", "label")
 REQUIRED = ("audio", "label")
 ALIASES = AUDIO_ALIASES | LABEL_ALIASES
@@ -23,7 +25,7 @@ class AudioLabelExample:
     """A recording and the name of its class."""
 
     audio: Media
-    label: str
+    label: LabelValue
 
 
 def make_example(row: Fields) -> AudioLabelExample:

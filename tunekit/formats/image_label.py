@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from tunekit.formats.fields import Fields
 from tunekit.formats.labels import ALIASES as LABEL_ALIASES
-from tunekit.formats.labels import read_label
+from tunekit.formats.labels import LabelValue, read_label
 from tunekit.formats.media import Media, read_media
 
-DESCRIPTION = "image: an image file; label: the name of its class, or a whole number"
+DESCRIPTION = "image: an image file; label: a name or number, or a list of them (objective.problem_type)"
 FIELDS = ("image", "label")
 REQUIRED = ("image", "label")
 ALIASES = LABEL_ALIASES
@@ -23,7 +23,7 @@ class ImageLabelExample:
     """An image and the name of its class."""
 
     image: Media
-    label: str
+    label: LabelValue
 
 
 def make_example(row: Fields) -> ImageLabelExample:

@@ -1,26 +1,35 @@
 """`format: labels`: a text and its label, `{"text": ..., "label": ...}`.
 
-A label is text; a whole number or a truth value is read as its text. Its column may have another usual name.
+A label is text; a whole number or a truth value is read as its text. A list of labels is one value of several, and a
+fractional number one of regression. The column may have another usual name.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunekit.errors import DataError
 from tunekit.formats.fields import Fields, read_text, read_value
 
 ALIASES = dict.fromkeys(("labels", "category", "intent"), "label")
-DESCRIPTION = "text, and label (or labels, category, intent): the name of its class, or a whole number"
+DESCRIPTION = (
+    "text, and label (or labels, category, intent): a name or number, or a list of them (objective.problem_type)"
+)
 FIELDS = ("text", "label")
 REQUIRED = ("text", "label")
 EXAMPLE = "label"
 
+# transformers' names of what the scores of a head mean
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+LabelValue = str | float | tuple[str | float, ...]  # a name; a fractional number; several of them
+
 
 @dataclass(frozen=True)
 class LabelExample:
-    """A text and the name of its class; `second`: the other text of a pair, which has one class."""
+    """A text and its label; `second`: the other text of a pair, which has one label."""
 
     text: str
-    label: str
+    label: LabelValue
     second: str | None = None
 
 
@@ -44,16 +53,28 @@ def label_field(row: Fields) -> str:
     return named[0] if named else "label"
 
 
-def read_label(row: Fields) -> str:
-    """The label of a row, as text."""
+def read_label(row: Fields) -> LabelValue:
+    """The label of a row; names as text."""
     field = label_field(row)
-    label = read_value(row, field)
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    if not isinstance(label, str | int):
+    return label_value(read_value(row, field), field)
+
+
+def label_value(value: object, field: str) -> LabelValue:
+    """A label as a file has it, or a list of labels. Raises: DataError for other values."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return tuple(_one_label(each, field) for each in value)
+    return _one_label(value, field)
+
+
+def _one_label(label: object, field: str) -> str | float:
+    if isinstance(label, float) and not label.is_integer():
+        return label
+    if not isinstance(label, str | int | float):
         found = "null" if label is None else type(label).__name__
-        raise DataError(f"'{field}' must be a text or a whole number, not {found}", "write one label a row")
-    name = label_text(label)
+        raise DataError(
+            f"'{field}' must be a text or a number, or a list of them, not {found}", "write the row's label"
+        )
+    name = label_text(int(label) if isinstance(label, float) else label)
     if not name:
         raise DataError(f"'{field}' is empty", "name a class, or leave the row out")
     return name

@@ -1,17 +1,16 @@
-"""The share of rows whose predicted label is the right one."""
+"""The share of rows whose predicted label is the right one; where rows have several, all of whose labels are."""
 
 from collections.abc import Mapping
 from typing import Any
 
-DESCRIPTION = "share of rows whose predicted label is right"
-NEEDS = ("confusion",)
+DESCRIPTION = "share of rows whose predicted label is right; of several labels, all of them"
+NEEDS = ("labelled",)
 HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """The confusion matrix's diagonal over its sum. Raises ValueError without rows."""
-    confusion = sums["confusion"]
-    total = sum(map(sum, confusion))
-    if total <= 0:
+    """Right rows over rows. Raises ValueError without rows."""
+    right, rows = sums["labelled"]
+    if rows <= 0:
         raise ValueError("no labelled rows")
-    return float(sum(row[number] for number, row in enumerate(confusion)) / total)
+    return float(right / rows)

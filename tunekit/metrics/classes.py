@@ -5,42 +5,47 @@ from typing import Any
 
 from tunekit.records import JsonObject
 
-COLUMNS = ("label", "precision", "recall", "f1", "rows")
+COLUMNS = ("label", "precision", "recall", "f1", "threshold", "mse", "pearson", "spearman", "rows")
 MOST_SHOWN = 12
 
 
 def class_facts(classes: Mapping[str, Any]) -> JsonObject:
     """`per_class`, a line for each of `labels` from `counts` of each (predicted right, predicted, there at all), beside
-    what else is known.
+    what else is known; as it is where it has these lines.
 
     A share of nothing is 0, as in scikit-learn's classification_report.
     """
+    if "per_class" in classes:
+        return dict(classes)
     lines = []
     for label, (right, predicted, there) in zip(classes["labels"], classes["counts"], strict=True):
-        values = (label, _share(right, predicted), _share(right, there), f1(right, predicted, there), there)
-        lines.append(dict(zip(COLUMNS, values, strict=True)))
+        shares = {"precision": _share(right, predicted), "recall": _share(right, there)}
+        lines.append({"label": label, **shares, "f1": f1(right, predicted, there), "rows": there})
+    for line, threshold in zip(lines, classes.get("thresholds", ()), strict=False):
+        line["threshold"] = threshold
     return {"per_class": lines, **{name: value for name, value in classes.items() if name != "counts"}}
 
 
 def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
     """Head and lines of the confusion matrix; None where there is none, or too large a one to be read."""
-    labels = facts["labels"]
-    if "confusion" not in facts or len(labels) > MOST_SHOWN:
+    if "confusion" not in facts or len(labels := facts["labels"]) > MOST_SHOWN:
         return None
     rows = zip(labels, facts["confusion"], strict=True)
     return ["true, then predicted as", *labels], [[label, *row] for label, row in rows]
 
 
-def class_table(labels: Sequence[str], confusion: Sequence[Sequence[float]]) -> JsonObject:
-    """Labels, their counts (correct, predicted, true) and their confusion matrix."""
-    whole = [[int(count) for count in row] for row in confusion]
-    return {"labels": list(labels), "counts": counts_of(whole), "confusion": whole}
+def class_table(
+    labels: Sequence[str], counts: Sequence[Sequence[float]], confusion: Sequence[Sequence[float]] | None = None
+) -> JsonObject:
+    """Labels, their counts (correct, predicted, true) and their confusion matrix if there is one."""
+    whole = [[int(count) for count in row] for row in counts]
+    matrix = {} if confusion is None else {"confusion": [[int(count) for count in row] for row in confusion]}
+    return {"labels": list(labels), "counts": whole, **matrix}
 
 
-def counts_of(confusion: Sequence[Sequence[float]]) -> list[tuple[int, int, int]]:
-    """Of each label (right, predicted, there), from a confusion matrix whose rows are true labels."""
-    predicted = [int(sum(column)) for column in zip(*confusion, strict=True)]
-    return [(int(row[at]), predicted[at], int(sum(row))) for at, row in enumerate(confusion)]
+def columns_of(facts: Mapping[str, Any]) -> list[str]:
+    """The columns of the lines of `per_class`, in order."""
+    return [name for name in COLUMNS if any(name in line for line in facts["per_class"][:1])]
 
 
 def f1(right: float, predicted: float, there: float) -> float:

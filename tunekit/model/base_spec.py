@@ -80,6 +80,8 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         config.label2id = {label: number for number, label in enumerate(section.labels)}
         if section.problem_type is not None:
             config.problem_type = section.problem_type
+        if section.thresholds:
+            config.thresholds = list(section.thresholds)
         pad_id = getattr(config, "pad_token_id", None)
         config.pad_token_id = section.head_pad_id if pad_id is None else pad_id
     _check_known(config, family, section)

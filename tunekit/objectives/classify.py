@@ -1,16 +1,18 @@
-"""`objective: classify`: sequence classification, one label for each text."""
+"""`objective: classify`: sequence classification and regression, one label for each text, or several, or numbers."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
 from tunekit.objectives.base import row_fingerprint
-from tunekit.objectives.losses.labels import LabelLoss
+from tunekit.objectives.losses.problem_types import label_loss
 from tunekit.objectives.rows.labelled import LabelledTexts
-from tunekit.objectives.rows.labels import given_labels, label_objective
+from tunekit.objectives.rows.labels import given_labels, label_objective, settings_of_head
 from tunekit.recipe.objectives.classify import ClassifySettings
 
 
 def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Texts with labels, and cross entropy."""
-    labels = given_labels(settings, facts, tokenizer.pad_id)
+    """Texts with labels, and the loss of the problem type."""
+    settings = settings_of_head(settings, facts)
+    labels = given_labels(settings, facts, tokenizer.pad_id, settings.problem_type)
     fingerprint = hash_of([row_fingerprint(settings, tokenizer), repr(tokenizer.pairing)])
-    return label_objective(settings, LabelledTexts(settings, tokenizer, fingerprint, options, labels), LabelLoss())
+    rows = LabelledTexts(settings, tokenizer, fingerprint, options, labels)
+    return label_objective(settings, rows, label_loss(settings, facts))

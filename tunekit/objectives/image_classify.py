@@ -5,18 +5,20 @@ from dataclasses import replace
 from tunekit.contracts import EncodeOptions, Facts, Objective
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.objectives.base import row_fingerprint
-from tunekit.objectives.losses.labels import LabelLoss
+from tunekit.objectives.losses.problem_types import label_loss
 from tunekit.objectives.rows.images import LabelledImages
-from tunekit.objectives.rows.labels import given_labels, label_objective
+from tunekit.objectives.rows.labels import given_labels, label_objective, settings_of_head
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 
 def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """Images with labels, and cross entropy. `facts`: also the resolution of a trained adapter."""
+    """Images with labels, and the loss of the problem type. `facts`: also the resolution of a trained adapter."""
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)
-    labels, fingerprint = given_labels(settings, facts), row_fingerprint(settings, processor)
+    settings = settings_of_head(settings, facts)
+    fingerprint = row_fingerprint(settings, processor)
+    labels = given_labels(settings, facts, problem_type=settings.problem_type)
     rows = LabelledImages(settings, processor, fingerprint, options, labels, draws=settings.augments)
     resolution = {} if settings.resolution is None else {"resolution": settings.resolution}
-    return label_objective(settings, rows, LabelLoss(), processor, **resolution)
+    return label_objective(settings, rows, label_loss(settings, facts), processor, **resolution)

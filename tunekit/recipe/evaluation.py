@@ -8,7 +8,9 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from tunekit.recipe.bases.section import Count, CountOrZero, Section, Several, Text
 
 FROM_DATA = "from_data"
-CHOICE_SUMS = frozenset({"confusion", "calibration"})  # what choosing adds to what an objective sums up
+CHOICE_SUMS = frozenset(
+    {"labelled", "label_counts", "confusion", "calibration"}
+)  # what choosing adds to what an objective sums up
 CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # always measured where answers are chosen
 
 _BEST = re.compile(r"eval\.[a-z0-9_]+")

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.bases.label_settings import PROBLEM_TYPES
 from tunekit.recipe.bases.section import Section
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.command_line import ENDING, read_command_line
@@ -139,11 +140,12 @@ class TargetOverrides:
     evaluation: JsonObject
     rewrites: list[str]
     labels: tuple[str, ...] = ()
+    problem_type: str | None = None  # and what their scores mean
 
 
 def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
-    """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, and objective.labels,
-    checked.
+    """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, and objective.labels
+    and objective.problem_type, checked.
 
     A key of another section is refused. Paths are relative to the working folder: no recipe file is involved.
     """
@@ -151,10 +153,10 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     apply_overrides(draft, overrides)
     checks.settle_generation(draft)
     resolve_paths(draft, Path.cwd())
-    labels = _take_labels(draft)
+    labels, problem_type = _take_head(draft)
     model, evaluation = draft.values.get("model", {}), draft.values.get("evaluation", {})
     for name in [name for name in draft.values if name not in ("model", "evaluation")]:
-        how = "only model.*, evaluation.* and objective.labels can; in eval also data.*"
+        how = "only model.*, evaluation.*, objective.labels and objective.problem_type can; in eval also data.*"
         draft.add_problem((name,), "cannot be overridden here", how)
     if isinstance(model, dict):
         draft.values["model"] = {"name_or_path": "any", **model}  # required, and not what an override is about
@@ -167,19 +169,24 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
         evaluation={name: getattr(sections["evaluation"], name) for name in evaluation},
         rewrites=draft.rewrites,
         labels=labels,
+        problem_type=problem_type,
     )
 
 
-def _take_labels(draft: Draft) -> tuple[str, ...]:
-    """objective.labels, out of the draft."""
+def _take_head(draft: Draft) -> tuple[tuple[str, ...], str | None]:
+    """objective.labels and objective.problem_type, out of the draft."""
     objective = draft.values.get("objective")
-    if not isinstance(objective, dict) or set(objective) != {"labels"}:
-        return ()
-    labels = draft.values.pop("objective")["labels"]
+    if not isinstance(objective, dict) or not set(objective) <= {"labels", "problem_type"}:
+        return (), None
+    del draft.values["objective"]
+    labels, problem_type, known = objective.get("labels"), objective.get("problem_type"), list(PROBLEM_TYPES)
     texts = [str(label) for label in labels if type(label) in (str, int)] if isinstance(labels, list) else []
-    if not texts or len(set(texts)) < len(labels):
+    if labels is not None and (not texts or len(set(texts)) < len(labels)):
         draft.add_problem(("objective", "labels"), "must be a list of names, each once", "write [no, yes]")
-    return tuple(texts)
+    if problem_type not in (None, *known):
+        how = did_you_mean(str(problem_type), known, "known problem types")
+        draft.add_problem(("objective", "problem_type"), f"unknown problem type {show(problem_type)}", how)
+    return tuple(texts), problem_type
 
 
 def override_data(data: DataSection | None, overrides: Sequence[str], objective: str | None) -> DataSection:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from tunekit.recipe.bases.paths import ModelPath
-from tunekit.recipe.bases.section import Section, Text
+from tunekit.recipe.bases.section import Section, Several, Text
 from tunekit.recipe.reading.names import known_names
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
@@ -54,7 +54,8 @@ class HeadedModel(ModelSection):
     """The section of a base that is loaded with a head of one score per label.
 
     `new_head`: the head in the base's files has other labels, and is not used; `head_seed`: seed of a new head;
-    `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task.
+    `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task;
+    `thresholds`: the probability from which on each label is answered, if rows have several and it is not 0.5.
     """
 
     labels: tuple[str, ...]
@@ -62,6 +63,7 @@ class HeadedModel(ModelSection):
     head_seed: int = 0
     head_pad_id: int | None = None
     problem_type: str | None = None
+    thresholds: Several[float] = ()
 
 
 class PipelineModel(ModelSection):

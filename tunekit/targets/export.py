@@ -24,7 +24,7 @@ from tunekit.model.storage.rewrite import Rewriter
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.records import Target
+from tunekit.records import JsonObject, Target
 
 BUFFER_PREFIX = "adapter."  # of a checkpoint's tensors: adapter state that is not trained: seeds, indices, importances
 
@@ -39,8 +39,10 @@ def export_adapter(
     objective: Objective,
     chat_template: str | None,
     fingerprint: str | None,
+    measured: JsonObject | None = None,
 ) -> int:
-    """Write the adapter's folder whole or not at all; returns its bytes. `chat_template`: the recipe's, as text."""
+    """Write the adapter's folder whole or not at all; returns its bytes. `chat_template`: the recipe's, as text;
+    `measured`: what an evaluation decided."""
     return save_adapter_folder(
         adapter,
         folder,
@@ -52,7 +54,7 @@ def export_adapter(
         double_quantization=base.facts.double_quantization,
         task_type=base.family.task_type,
         chat_template=chat_template,
-        objective=_objective_facts(objective, adapter),
+        objective=_objective_facts(objective, adapter, measured),
         of_pipeline=base.family.is_pipeline,
     )
 
@@ -75,17 +77,17 @@ def export_model(
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _objective_facts(objective: Objective, adapter: AttachedAdapter) -> dict[str, Any]:
+def _objective_facts(objective: Objective, adapter: AttachedAdapter, measured: JsonObject | None) -> dict[str, Any]:
     step_0 = STEP_0 if needs_reference_state(objective, adapter.settings, exported=True) else {}
-    return {"method": objective.name, **objective.facts, **step_0}
+    return {"method": objective.name, **objective.facts, **(measured or {}), **step_0}
 
 
-def facts_for_export(adapter: AttachedAdapter, objective: Objective) -> dict[str, Any]:
+def facts_for_export(adapter: AttachedAdapter, objective: Objective, measured: JsonObject) -> dict[str, Any]:
     """What a checkpoint says of its adapter beside the tensors: settings, targets and objective, as they became."""
     return {
         "settings": adapter.settings.model_dump(mode="json", exclude={"init_from"}),
         "targets": [asdict(target) for target in adapter.targets],
-        "objective": _objective_facts(objective, adapter),
+        "objective": _objective_facts(objective, adapter, measured),
     }
 
 

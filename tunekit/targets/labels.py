@@ -7,10 +7,11 @@ from pathlib import Path
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.contracts import default_labels
 from tunekit.errors import RecipeError
-from tunekit.formats.labels import label_text
+from tunekit.formats.labels import SINGLE_LABEL, label_text
 from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.inspection import family_of_base, head_labels
 from tunekit.model.storage.source import find_source
+from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import JsonObject
@@ -33,7 +34,9 @@ def start_facts(recipe: Recipe) -> JsonObject:
         _refuse_other_order("the base's head", head if set(head) == set(listed) else (), listed)
         return {"head": head}
     config = read_adapter_config(Path(start))
-    labels = _as_listed(adapter_facts(config, recipe.model).get("labels", ()), listed)
+    trained = adapter_facts(config, recipe.model)
+    _refuse_other_problem_type(config, trained, settings)
+    labels = _as_listed(trained.get("labels", ()), listed)
     _refuse_other_order(str(config.folder), labels, listed)
     return {"head": head, "labels": labels}
 
@@ -97,6 +100,14 @@ def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...
     own = tuple(map(str, labels))
     same = own == default_labels(len(own)) or tuple(map(label_text, own)) == listed
     return listed if len(own) == len(listed) and same else own
+
+
+def _refuse_other_problem_type(config: AdapterConfig, trained: JsonObject, settings: ObjectiveSettings) -> None:
+    """Raises: RecipeError where the folder states what its scores mean, and the recipe has them mean something else."""
+    here, there = getattr(settings, "problem_type", SINGLE_LABEL), trained.get("problem_type", SINGLE_LABEL)
+    if config.objective is not None and here != there:
+        what = f"is {here}, and {config.folder} was trained for {there}"
+        raise RecipeError(what, f"write {there}, or train from the base", key="objective.problem_type")
 
 
 def _refuse_other_order(whose: str, labels: tuple[str, ...], listed: tuple[str, ...]) -> None:

@@ -51,6 +51,7 @@ class TargetSpec:
     run: Path | None = None  # the folder of the run that it is from
     rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
     labels: tuple[str, ...] = ()  # the user's names for the rows of a head that another tool trained
+    problem_type: str | None = None  # what its scores mean, where its files do not say
     holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
 
     @property
@@ -140,6 +141,11 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
             f"objective.labels names the rows of a head whose adapter states none, and {target} is not such an adapter"
         )
         raise InputError(what, "leave it out")
+    if given.problem_type != found.problem_type:
+        what = (
+            f"objective.problem_type says what the scores of a head mean whose files do not, and those of {target} do"
+        )
+        raise InputError(what, "leave it out")
     return replace(found, rewrites=tuple(rewrites))
 
 
@@ -150,12 +156,22 @@ def named_base(base: str | None) -> dict[str, str]:
     return {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
 
 
-def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
-    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
-    facts = base.family.facts(base.net)
-    settings = supervised_objective(base.family.name, len(facts.get("labels", ()))) or make_objective_settings({})
+def measuring_objective(base: LoadedModel, processor: Processor, problem_type: str | None = None) -> Objective:
+    """What measures the loss of answers where no recipe names an objective. `problem_type`: of a head whose files do
+    not say. Raises: ModelError where nothing does."""
+    facts = {**base.family.facts(base.net), **_stated(problem_type)}
+    settings = supervised_objective(base.family.name, _scores(facts)) or make_objective_settings({})
     check_family(base, settings.family)
     return make_objective(settings, processor, facts)
+
+
+def _stated(problem_type: str | None) -> dict[str, str]:
+    return {} if problem_type is None else {"problem_type": problem_type}
+
+
+def _scores(facts: Mapping[str, Any]) -> int:
+    """Rows of a head that does not say what its scores mean; 0 of others."""
+    return 0 if "problem_type" in facts else len(facts.get("labels", ()))
 
 
 def _require_model(target: str, section: ModelSection) -> None:
@@ -216,8 +232,15 @@ def _from_adapter(folder: Path, given: TargetOverrides) -> TargetSpec:
         return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given), run=run)
     config = read_adapter_config(folder)
     model = base_section(config, given.model, NAME_BASE)
-    labels = given.labels if config.objective is None else ()
-    return TargetSpec("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder, labels=labels)
+    nameless = config.objective is None
+    return TargetSpec(
+        "adapter",
+        model,
+        EvaluationSection().model_copy(update=given.evaluation),
+        folder,
+        labels=given.labels if nameless else (),
+        problem_type=given.problem_type if nameless else None,
+    )
 
 
 def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
@@ -241,7 +264,8 @@ def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) 
 
 def _bare_model(name: str, given: TargetOverrides) -> TargetSpec:
     model = ModelSection.model_validate({"name_or_path": name} | given.model)
-    return TargetSpec("model", model, EvaluationSection().model_copy(update=given.evaluation))
+    evaluation = EvaluationSection().model_copy(update=given.evaluation)
+    return TargetSpec("model", model, evaluation, problem_type=given.problem_type)
 
 
 def processor_of(target: TargetSpec) -> Processor:
@@ -278,8 +302,8 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     if config is None:
         return None
     family = family_of(target)
-    facts = named_labels(head_facts(config, target.model), target.labels)
-    settings = supervised_objective(family, len(facts.get("labels", ())))
+    facts = {**named_labels(head_facts(config, target.model), target.labels), **_stated(target.problem_type)}
+    settings = supervised_objective(family, _scores(facts))
     return None if settings is None else make_objective(settings, processor, facts)
 
 
@@ -311,7 +335,7 @@ def load_base(
         target, objective = as_trained(target, processor)
         streamed = choice.streaming != "off"
         base = load_model(target.model, device=device, streamed=streamed, streamed_head=choice.streamed_head)
-    return target, base, processor, objective or measuring_objective(base, processor)
+    return target, base, processor, objective or measuring_objective(base, processor, target.problem_type)
 
 
 def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:

@@ -150,7 +150,7 @@ def _evaluate_if_due(run: Run) -> bool:
             found = run.evaluate()
     except EvaluationStopped:
         return False
-    state.evaluated_step = state.step
+    state.evaluated_step, state.measured_facts = state.step, dict(found.facts)
     run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
     run.keep_pictures(state.step, found)
     better = state.judge(settings, found.metrics)

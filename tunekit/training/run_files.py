@@ -243,7 +243,7 @@ def save_run(session: Session, run: Run, fingerprint: JsonObject) -> None:
                 state.step,
                 checkpoint_tensors(run.optimizer, run.adapter, run.model.reference_state),
                 checkpoint_facts(run.optimizer, state, fingerprint)
-                | {"export": facts_for_export(run.adapter, run.objective)},
+                | {"export": facts_for_export(run.adapter, run.objective, state.measured_facts)},
                 keep=recipe.training.keep_checkpoints,
                 protect=_protected(session, state.best_step),
             )

@@ -43,6 +43,7 @@ class LoopState:
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: JsonObject | None = None  # the pass over the data before step 1
     reactions: list[JsonObject] = field(default_factory=list)  # records.Reaction as plain values
+    measured_facts: JsonObject = field(default_factory=dict)  # what the last evaluation decided, for the folder
     split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
 
     def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:

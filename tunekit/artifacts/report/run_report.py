@@ -10,7 +10,7 @@ from tunekit.artifacts.report.run_costs import memory, overview, rows, size, spe
 from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.artifacts.run import PICTURES
-from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.classes import columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import known_names, settings_class
@@ -104,12 +104,13 @@ def _labels(run: RunValues) -> Iterator[ReportSection]:
     facts = run.report.part("classes")
     if not facts:
         return
-    lines = [[line.get(name) for name in COLUMNS] for line in facts.parts("per_class")]
-    tables = [ReportTable(COLUMNS, lines, "Each label, of the exported weights")]
-    if len(lines) > MOST_LABELS:
+    columns = columns_of(facts)
+    lines = [[line.get(name) for name in columns] for line in facts.parts("per_class")]
+    tables = [ReportTable(columns, lines, "Each label, of the exported weights")]
+    if len(lines) > MOST_LABELS and "f1" in columns:
         worst = sorted(facts.parts("per_class"), key=lambda line: line.number("f1") or 0.0)[:MOST_LABELS]
-        shown = [[line.get(name) for name in COLUMNS] for line in worst]
-        tables.insert(0, ReportTable(COLUMNS, shown, f"The {len(shown)} labels of lowest F1"))
+        shown = [[line.get(name) for name in columns] for line in worst]
+        tables.insert(0, ReportTable(columns, shown, f"The {len(shown)} labels of lowest F1"))
     confusion = confusion_table(facts)
     if confusion is not None:
         tables.append(ReportTable(*confusion, "Confusion"))

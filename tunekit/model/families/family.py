@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tunekit.contracts import ModelOutput, NamedModules, Processor, Stages, Tensors
 from tunekit.errors import ModelError
+from tunekit.formats.labels import SINGLE_LABEL
 from tunekit.model.families.heads import (
     TextHead,
     draw_module,
@@ -23,6 +24,7 @@ from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
 from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_config
 from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.records import JsonObject
 
 UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses
 
@@ -150,11 +152,18 @@ class Family:
         """Modules that are no part of the net and are needed now and then: their place is the host."""
         return []
 
-    def facts(self, net: nn.Module) -> dict[str, list[str]]:
-        """What an objective of this family must know of the net: the labels of its head."""
+    def facts(self, net: nn.Module) -> JsonObject:
+        """What an objective of this family must know of the net: the labels of its head, what its scores mean if that
+        is stated and they are not those of one label, and from where on they name a label."""
         if not self.labelled:
             return {}
-        return {"labels": [str(label) for _, label in sorted(config_of(net).id2label.items())]}
+        config = config_of(net)
+        stated = getattr(config, "problem_type", None)
+        thresholds = getattr(config, "thresholds", None)
+        meaning: JsonObject = {} if stated in (None, SINGLE_LABEL) else {"problem_type": str(stated)}
+        if isinstance(thresholds, list) and len(thresholds) == len(config.id2label):
+            meaning["thresholds"] = thresholds
+        return {"labels": [str(label) for _, label in sorted(config.id2label.items())], **meaning}
 
     def hidden_size(self, net: nn.Module) -> int:
         """Width of the hidden states."""

@@ -7,10 +7,14 @@ from tunekit.contracts import Sums
 from tunekit.machine.devices import wide
 from tunekit.metrics.expected_calibration_error import BINS
 
+MOST_CONFUSED = 1000  # labels of a confusion matrix, which grows with their square
+
 
 def label_sums(scores: Tensor, labels: Tensor) -> Sums:
-    """correct, units; confusion (C, C): rows are true labels, columns predicted ones; calibration (bins, 3): of each
-    bin of the largest probability its rows, the sum of those probabilities, and how many rows are right.
+    """correct, units; labelled (2,): right rows, and rows; label_counts (C, 3): rows of each label predicted right,
+    predicted, and labelled; confusion (C, C), where labels are not too many: rows are true labels, columns predicted
+    ones; calibration (bins, 3): of each bin of the largest probability its rows, the sum of those probabilities, and
+    how many rows are right.
 
     Shapes: scores (R, C), whose softmax is each label's probability; labels (R,).
     """
@@ -21,4 +25,7 @@ def label_sums(scores: Tensor, labels: Tensor) -> Sums:
     counted = torch.stack([torch.ones_like(right), confidence, right], dim=1)  # (R, 3)
     bins = wide(torch.nn.functional.one_hot(places, BINS)).T @ counted  # (bins, 3)
     units = torch.tensor(float(len(labels)), dtype=torch.float64)
-    return {"correct": right.sum(), "units": units, "confusion": true.T @ predicted, "calibration": bins}
+    counts = torch.stack([true * predicted, predicted, true]).sum(dim=1).T  # (C, 3)
+    sums = {"correct": right.sum(), "units": units, "label_counts": counts, "calibration": bins}
+    confusion = {"confusion": true.T @ predicted} if scores.shape[1] <= MOST_CONFUSED else {}
+    return {**sums, "labelled": torch.stack([right.sum(), units.to(right)]), **confusion}

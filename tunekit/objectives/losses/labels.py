@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Sums
 from tunekit.machine.placing import placed
-from tunekit.metrics.classes import counts_of
+from tunekit.metrics.classes import class_table
 from tunekit.metrics.span_f1 import find_spans, kinds_of
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.losses.logprobs import logits_at, loss_sums
@@ -59,6 +59,11 @@ class LabelLoss(LossKind):
     weights: tuple[float, ...] = ()
     smoothing: float = 0.0
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of its metrics must know."""
+        return ()
+
     def evaluation_copy(self) -> Self:
         """Plain cross entropy."""
         return replace(self, weights=(), smoothing=0.0)
@@ -85,8 +90,11 @@ class LabelLoss(LossKind):
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """Of each label."""
-        confusion = [[int(count) for count in row] for row in sums["confusion"]]
-        return {"labels": list(self.labels), "counts": counts_of(confusion), "confusion": confusion}
+        return class_table(self.labels, sums["label_counts"], sums.get("confusion"))
+
+    def answers(self, scores: Tensor) -> list[str]:
+        """What is answered for each row of scores (N, C): the likeliest label."""
+        return [self.labels[number] for number in scores.argmax(dim=-1).tolist()]
 
 
 @dataclass(frozen=True)

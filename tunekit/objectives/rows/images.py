@@ -81,9 +81,9 @@ class LabelledImages(RowKind):
     def encode(self, example: ImageLabelExample, origin: str) -> Row:
         """The row. Raises: Dropped for an animated or tiny image; DataError for one that cannot be read, and for a
         label that is not listed."""
-        self.labels.check(example.label)
+        label = self.labels.read(example.label)
         pixels = read_pixels(example.image, self.notices)
-        return self.make_row(_parts(self._prompt(pixels), example.label, self.uncropped(pixels)), origin)
+        return self.make_row(_parts(self._prompt(pixels), label, self.uncropped(pixels)), origin)
 
     def uncropped(self, pixels: Pixels) -> Pixels:
         """What a row keeps of an image for its crops; nothing if steps see the whole."""
@@ -98,7 +98,8 @@ class LabelledImages(RowKind):
 
     def prompt(self, example: ImageLabelExample) -> tuple[ImagePrompt, str]:
         """The image, and its label."""
-        return self._prompt(read_pixels(example.image, self.notices)), self.labels.named(example.label)
+        prompt = self._prompt(read_pixels(example.image, self.notices))
+        return prompt, self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> ImagePrompt:
         """The image at this path."""
@@ -110,7 +111,7 @@ class LabelledImages(RowKind):
 
     def unlabelled(self, model: Model, prompts: Sequence[ImagePrompt]) -> list[Row]:
         """Rows of images."""
-        return [self.make_row(_parts(prompt, self.labels.names[0]), "") for prompt in prompts]
+        return [self.make_row(_parts(prompt, self.labels.placeholder), "") for prompt in prompts]
 
     def _prompt(self, pixels: Pixels) -> ImagePrompt:
         return ImagePrompt(self.processor.seen(pixels), (pixels.shape[0], pixels.shape[1]))
@@ -126,14 +127,14 @@ class LabelledImages(RowKind):
         return replace(self, draws=False)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: pixel_values (R, 3, side, side) float32; labels (R,). Rows that no step drew are as the model's own
-        processor sees them."""
+        """Shapes: pixel_values (R, 3, side, side) float32; labels (R, ...). Rows that no step drew are as the model's
+        own processor sees them."""
         rows = [row for sequence in sequences for row in sequence]
         views = np.stack([row.parts["view"] if "view" in row.parts else self._seen(row) for row in rows])
         scale, offset = self.processor.scale
         values = torch.from_numpy(views).float() @ scale.T + offset  # (R, side, side, C)
         inputs = {"pixel_values": values.permute(0, 3, 1, 2).contiguous()}
-        targets = {"labels": self.labels.numbers(map(label_of, rows))}
+        targets = {"labels": self.labels.targets(map(label_of, rows))}
         return Batch(inputs, targets, tuple(map(tuple, sequences)), self.processor.resolution**2)
 
     def _seen(self, row: Row) -> Pixels:

@@ -79,14 +79,14 @@ class LabelledTexts(RowKind):
         ids = self._ids_of(example.text, example.second)
         if not example.text.strip() or len(ids) == sum(map(len, self.around)):
             raise Dropped(EMPTY_TEXT)
-        self.labels.check(example.label)
+        label = self.labels.read(example.label)
         if example.second is not None:
-            self._check_pair(example)
-        return self.make_row(_parts(ids, utf8(example.label)), origin)
+            self._check_pair(label)
+        return self.make_row(_parts(ids, utf8(label)), origin)
 
-    def _check_pair(self, example: LabelExample) -> None:
+    def _check_pair(self, label: str) -> None:
         """Raises: DataError for a pair that nobody labelled."""
-        if example.label == UNLABELLED and example.label not in self.labels.names:
+        if UNLABELLED in self.labels.listed_in(label) and UNLABELLED not in self.labels.names:
             what = f"the label is {UNLABELLED}, which files of pairs (GLUE, SNLI) write for a pair without a label"
             raise DataError(what, f"leave the row out, or list '{UNLABELLED}' under objective.labels if it is a class")
         if not self.tokenizer.pairing.between:
@@ -101,7 +101,8 @@ class LabelledTexts(RowKind):
 
     def prompt(self, example: Any) -> tuple[list[int], str]:
         """Ids of the text, and its label."""
-        return self.cut_ids(self._ids_of(example.text, example.second)), self.labels.named(example.label)
+        ids = self._ids_of(example.text, example.second)
+        return self.cut_ids(ids), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> list[int]:
         """Ids of a text as the tokenizer lays it out, cut where rows are."""
@@ -123,8 +124,8 @@ class LabelledTexts(RowKind):
         return [self.make_row(self.first_label(ids), "") for ids in prompts]
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """Parts of a row with these ids, labelled with the first label."""
-        return _parts(ids, utf8(self.labels.names[0]))
+        """Parts of a row with these ids, whose label is not known."""
+        return _parts(ids, utf8(self.labels.placeholder))
 
     def cut_ids(self, ids: list[int]) -> list[int]:
         """Ids of a prompt, cut where rows are."""
@@ -174,9 +175,13 @@ class LabelledTexts(RowKind):
         for line, rows in enumerate(sequences):
             ends = ids.shape[1] * line + np.cumsum([row.size for row in rows])
             places += [end - row.size + self.places_of(row) for row, end in zip(rows, ends, strict=True)]
-        labels = self.labels.numbers(label for rows in sequences for row in rows for label in self.labels_of(row))
+        labels = self.labels.targets(label for rows in sequences for row in rows for label in self.label_texts(row))
         targets = {"labels": labels, self.places: torch.from_numpy(np.concatenate(places)).long()}
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def label_texts(self, row: Row) -> list[str]:
+        """The label of each place of a row."""
+        return [label_of(row)]
 
     def places_of(self, row: Row) -> Array:
         """Where the labels of a row are predicted: at its last token."""

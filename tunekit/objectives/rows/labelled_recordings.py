@@ -11,6 +11,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.sound import Sound, opened
 from tunekit.errors import DataError
 from tunekit.formats.audio_label import AudioLabelExample
+from tunekit.formats.labels import LabelValue
 from tunekit.formats.media import Media
 from tunekit.model.speech.features import AudioProcessor
 from tunekit.objectives.rows.labels import label_of, never_split, utf8
@@ -30,7 +31,7 @@ class LabelledClip:
     """A recording as far as the model hears it, or (`beyond`) its part after that."""
 
     clip: Clip
-    label: str
+    label: LabelValue
     frames: int
     beyond: bool = False
 
@@ -81,9 +82,9 @@ class LabelledRecordings(RecordingRows):
     def encode(self, example: LabelledClip, origin: str) -> Row:
         """The row. Raises: Dropped for silence; DataError for a recording that cannot be read, and for a label that is
         not listed."""
-        self.labels.check(example.label)
+        label = self.labels.read(example.label)
         parts = UNHEARD if example.beyond else self.sound_parts(example.clip)
-        return self.make_row({**parts, "label": utf8(example.label)}, origin, sizes=(example.frames,))
+        return self.make_row({**parts, "label": utf8(label)}, origin, sizes=(example.frames,))
 
     def units_in(self, parts: RowParts) -> int:
         """Nothing is learned from a part that is not heard."""
@@ -91,7 +92,7 @@ class LabelledRecordings(RecordingRows):
 
     def prompt(self, example: AudioLabelExample) -> tuple[Clip, str]:
         """The recording, and its label."""
-        return self._prompt(example.audio), self.labels.named(example.label)
+        return self._prompt(example.audio), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> Clip:
         """The recording in a file. Raises: DataError for one that is longer than the model hears and may not be cut."""
@@ -112,7 +113,7 @@ class LabelledRecordings(RecordingRows):
         return [self._unlabelled(clip) for clip in prompts]
 
     def _unlabelled(self, clip: Clip) -> Row:
-        parts = {**UNHEARD, "place": clip.place, "label": utf8(self.labels.names[0])}
+        parts = {**UNHEARD, "place": clip.place, "label": utf8(self.labels.placeholder)}
         if clip.media.data is not None:
             parts |= {"place": utf8(""), "features": clip.features(self.processor).reshape(-1)}
         return self.make_row(parts, "", sizes=(self.processor.frames,))
@@ -121,7 +122,7 @@ class LabelledRecordings(RecordingRows):
         """Shapes: input_features (B, M, F); labels (B,)."""
         rows = [row for (row,) in sequences]
         inputs = {"input_features": self.features_of(rows)}
-        targets = {"labels": self.labels.numbers(map(label_of, rows))}
+        targets = {"labels": self.labels.targets(map(label_of, rows))}
         return Batch(inputs, targets, tuple(map(tuple, sequences)), line_size=self.processor.frames)
 
     def spans(self, row: Row) -> list[Span]:

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,17 +25,31 @@ from tunekit.contracts import (
 )
 from tunekit.errors import DataError, InputError, RecipeError
 from tunekit.files.cache_folder import hash_of
+from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from tunekit.metrics.classes import f1
 from tunekit.objectives.losses.labels import LabelLoss
+from tunekit.objectives.rows.label_kinds import LABEL_KINDS, Quantities
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
+MOST_NOTES, MOST_ALONE = 8, 100  # labels with one row: told one by one; all of them alone, and still labels
 NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is one
 
 
-def given_labels(settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None) -> Labels:
+Settings = TypeVar("Settings", bound=LabelSettings)
+
+
+def settings_of_head(settings: Settings, facts: Mapping[str, Any]) -> Settings:
+    """The settings with what the facts of a trained head say of it."""
+    return settings.model_copy(update={key: facts[key] for key in ("problem_type",) if key in facts})
+
+
+def given_labels(
+    settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None, problem_type: str = SINGLE_LABEL
+) -> Labels:
     """Labels that the facts of a trained head name, or the recipe."""
     names = facts.get("labels") or settings.labels
-    return Labels(tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
+    return LABEL_KINDS[problem_type](tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
 def never_split(whole: str) -> tuple[tuple[str, str, str]]:
@@ -57,7 +72,9 @@ def label_of(row: Row) -> str:
 def label_objective(
     settings: LabelSettings, rows: RowKind, loss: LabelLoss, processor: Processor | None = None, **facts: object
 ) -> Objective:
-    """The objective of rows with labels. `facts`: those besides the labels."""
+    """The objective of rows with labels. `facts`: those besides the labels and the problem type."""
+    if loss.problem_type not in (None, SINGLE_LABEL):
+        facts = {"problem_type": loss.problem_type, **loss.measured_facts, **facts}
     answering = Answering("label", processor=processor)
     counted = "objective.class_weights" if settings.class_weights == BALANCED else None
     objective = Objective(
@@ -83,7 +100,7 @@ def _with_labels(
         rows=rows,
         loss=loss,
         answering=replace(objective.answering, write=partial(_write, rows, loss), labels=names),  # type: ignore[type-var]
-        section=partial(headed_section, objective.family, labels, loss.problem_type),
+        section=partial(headed_section, objective.family, labels, loss),
         complete=bool(names),
         facts={**objective.facts, "labels": list(names)},
         notes=tuple(notes),
@@ -93,12 +110,13 @@ def _with_labels(
 
 
 def headed_section(
-    family: str, labels: Labels, problem_type: str | None, model: ModelSection, seed: int = 0
+    family: str, labels: Labels, loss: LabelLoss | None, model: ModelSection, seed: int = 0
 ) -> ModelSection:
     """The base with a head of one score for each label: its own if that is for these labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
-    return HeadedModel.of(model, family=family, problem_type=problem_type, **head)
+    meaning = {} if loss is None else {"problem_type": loss.problem_type, **loss.measured_facts}
+    return HeadedModel.of(model, family=family, **meaning, **head)
 
 
 def _learn(
@@ -110,12 +128,16 @@ def _learn(
     nothing else names.
     """
     kind = objective.rows
+    if isinstance(kind.labels, Quantities):
+        return _learn_outputs(objective, loss, kind.labels, unlabelled, rows)
     listed, head = kind.labels.names, kind.labels.head
     train, held = ([some[index] for index in range(len(some))] for some in (rows[0], rows[1] if rows[1:] else ()))
     taught = Counter(label for row in train for label in set(kind.labels_of(row)))
     unseen = {label: row for row in reversed(held) for label in kind.labels_of(row) if label not in taught}
     present = {*taught, *unseen}
     _refuse_two_spellings(present, kind, [*train, *held])
+    if not listed:
+        _refuse_no_classes(taught, kind, train)
     known = replace(kind.labels, names=listed or head)
     same = head if set(head) == set(map(known.named, present)) else ()
     if unseen and not listed and not same:
@@ -124,15 +146,19 @@ def _learn(
         how = f"add rows of it there, take this one out, or list '{label}' under objective.labels"
         raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
     names = listed or same or tuple(sorted(present, key=_by_number))
-    if len(names) < 2:
+    if not names:
+        raise DataError("no row of data.train has a label", "add rows that have some")
+    if len(names) < 2 and loss.problem_type != MULTI_LABEL:
         what = f"all rows of data.train have the label '{names[0]}'"
         raise DataError(what, "classification needs two labels or more")
     known = replace(kind.labels, names=names)
     counts, other = Counter[str](), set(map(known.named, unseen))
     for label, count in taught.items():
         counts[known.named(label)] += count
-    notes = [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
-    notes += [f"the label '{label}' has one row to train on" for label in names if counts[label] == 1]
+    notes = _notes_of_sets(kind, taught, held) if loss.problem_type == MULTI_LABEL else []
+    notes += loss.notes
+    notes += [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
+    notes += _note_rare([label for label in names if counts[label] == 1])
     if present and not present & set(names) and names == default_labels(len(names)):
         notes.append(f"the head's rows have no names of their own: the label n is its row n ({Labels.text(names)})")
     if head and head == names:
@@ -148,6 +174,64 @@ def _learn(
         shown = [f"{name} {weight:.4g}" for name, weight in zip(names, loss.weights, strict=True)]
         notes.append(f"weights of the labels in the training loss: {Labels.text(shown)}")
     return _with_labels(objective, loss, names, unlabelled, weights, notes)
+
+
+def _learn_outputs(
+    objective: Objective, loss: LabelLoss, labels: Quantities, unlabelled: str, rows: Sequence[Rows]
+) -> Objective:
+    """With a name for each number of the rows, transformers' where none are listed, and what always answering the mean
+    would give. Raises: DataError for a row with another count."""
+    train, *held = ([(label_of(row), row.origin) for row in map(some.__getitem__, range(len(some)))] for some in rows)
+    count = labels.refuse_other_counts([*train, *chain(*held)])
+    names = labels.names or default_labels(count)
+    notes = [f"the head of the base is kept: {Labels.text(names)}"] if labels.head == names else []
+    if labels.head and labels.head != names:
+        notes.append(f"the base's own head ({Labels.text(labels.head)}) is not used, and a new one trained")
+    if held:
+        mean = labels.targets(text for text, _ in train).double().mean(dim=0)  # (C,)
+        squares = (labels.targets(text for text, _ in held[0]).double() - mean).square().mean()
+        notes.append(f"always answering the mean of the training rows has an eval.mse of {float(squares):.4g}")
+    return _with_labels(objective, loss, names, unlabelled, None, notes)
+
+
+def _notes_of_sets(kind: RowKind, taught: Counter[str], held: Sequence[Row]) -> list[str]:
+    """What always answering the most frequent label would give."""
+    if not (taught and held):
+        return []
+    label, there = taught.most_common(1)[0][0], [kind.labels_of(row) for row in held]
+    right, labels = sum(label in each for each in there), sum(map(len, there))
+    score = f1(right, len(held), labels)
+    return [f"always answering '{label}', the most frequent label, has an eval.micro_f1 of {score:.4g}"]
+
+
+def _note_rare(labels: Sequence[str]) -> list[str]:
+    """A note on each label with one row; one on all of them if they are many."""
+    if len(labels) <= MOST_NOTES:
+        return [f"the label '{label}' has one row to train on" for label in labels]
+    return [f"{len(labels):,} labels have one row each to train on ({Labels.text(labels)})"]
+
+
+def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[Row]) -> None:
+    """Raises: DataError where labels are numbers with a fraction, or where none of many is there twice: such columns
+    are texts or quantities."""
+    numbers = [label for label in counts if re.fullmatch(NUMBER, label) and not float(label).is_integer()]
+    if numbers:
+        what = f"the label {numbers[0]} is a number with a fraction"
+        how = (
+            f"to learn numbers, write objective.problem_type: {REGRESSION}; if it names a class, list objective.labels"
+        )
+        label = numbers[0]
+    elif len(counts) > MOST_ALONE and max(counts.values()) == 1:
+        label = next(iter(counts))
+        what = f"each of the {len(counts):,} labels is in one row only, such as '{label[:60]}'"
+        how = (
+            f"map the column of labels under data.train[].columns; numbers are for objective.problem_type: {REGRESSION}"
+        )
+    else:
+        return
+    row = next(row for row in rows if label in kind.labels_of(row))
+    file, _, line = row.origin.rpartition(":")
+    raise DataError(what, how, file=file, line=int(line))
 
 
 def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) -> tuple[float, ...]:
@@ -196,8 +280,8 @@ def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any],
     for start in range(0, len(unlabelled), limits.batch_size):
         some = unlabelled[start : start + limits.batch_size]
         batch = rows.collate([[row] for row in some])
-        numbers = iter(loss.scores(model.output(batch.inputs), batch)[0].argmax(dim=-1).tolist())
-        answers += [" ".join(loss.labels[next(numbers)] for _ in range(row.supervised)) for row in some]
+        texts = iter(loss.answers(loss.scores(model.output(batch.inputs), batch)[0]))
+        answers += [" ".join(next(texts) for _ in range(row.supervised)) for row in some]
     return answers
 
 

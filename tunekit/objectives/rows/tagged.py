@@ -36,6 +36,9 @@ class TaggedWords(LabelledTexts):
         """The tag of each word."""
         return row.parts["tags"].tobytes().decode().split(SEPARATOR)
 
+    def label_texts(self, row: Row) -> list[str]:
+        return self.labels_of(row)
+
     def encode(self, example: TagsExample, origin: str) -> Row:
         """The row. Raises: Dropped if no word has a token; DataError for a tag that is not listed, or a word without a
         token beside others."""

@@ -1,11 +1,12 @@
 """What objectives whose head has one score a label share: the labels."""
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunekit.formats.labels import label_text
+from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, label_field, label_text
+from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, Several, Text
 from tunekit.records import Shows
 
@@ -56,7 +57,9 @@ class LabelSettings(ObjectiveSettings):
     """Labels are those of the data unless they are listed."""
 
     shows = Shows(unit="label")
-    sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
+    sums: ClassVar[tuple[str, ...]] = (
+        *("loss", "correct", "units", "labelled", "label_counts", "confusion", "calibration"),
+    )
     supervised = True
     has_head = True
     names_labels = True
@@ -77,3 +80,57 @@ class LabelSettings(ObjectiveSettings):
     def listed_labels(self) -> tuple[str, ...]:
         """The labels that the recipe lists."""
         return self.labels
+
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
+
+
+class HeadSettings(ObjectiveSettings):
+    """What objectives share that read one vector of scores for each row: what these scores mean."""
+
+    problem_type: ProblemType = Field(
+        "single_label_classification",
+        description="what a row's label is: one name; a list of names, also an empty one; or a number or a list of "
+        "numbers. Names as in transformers",
+    )
+
+    fit_thresholds: bool = Field(
+        False,
+        description="with several labels a row: each evaluation chooses from which probability on a label is answered, "
+        "for the best F1 of the label on its rows; saved with the result. false: 0.5",
+    )
+
+    @classmethod
+    def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
+        labels = [row.get(label_field(row)) for row in rows]
+        several = [label for label in labels if isinstance(label, list)]
+        numbers = [each for label in labels for each in (label if isinstance(label, list) else [label])]
+        if any(isinstance(each, float) and not each.is_integer() for each in numbers):
+            return {"problem_type": REGRESSION}
+        return {"problem_type": MULTI_LABEL} if several else {}
+
+    @property
+    def needs_evaluation(self) -> tuple[str, ...]:
+        return ("fit_thresholds",) if self.fit_thresholds else ()
+
+    @classmethod
+    def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return SUMS.get(facts.get("problem_type", SINGLE_LABEL), cls.sums)
+
+    @model_validator(mode="after")
+    def _check_problem_type(self) -> Self:
+        if self.fit_thresholds and self.problem_type != MULTI_LABEL:
+            raise ValueError(f"fit_thresholds is for {MULTI_LABEL}, and problem_type is {self.problem_type}; remove it")
+        if self.problem_type == SINGLE_LABEL:
+            return self
+        for name in ("class_weights", "label_smoothing"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for {SINGLE_LABEL}, and problem_type is {self.problem_type}; remove it")
+        return self
+
+
+SUMS: Mapping[str, tuple[str, ...]] = {  # what the evaluation of each problem type adds up, if not LabelSettings.sums
+    MULTI_LABEL: ("loss", "units", "labelled", "label_counts"),
+    REGRESSION: ("loss", "units", ROW_VALUES),
+}

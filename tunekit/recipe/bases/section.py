@@ -142,6 +142,21 @@ class ObjectiveSettings(MethodSettings):
     names_labels: ClassVar[bool] = False
     single_score: ClassVar[bool] = False
 
+    @classmethod
+    def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
+        """Settings without which it does not learn from such rows, for a first recipe."""
+        return {}
+
+    @property
+    def needs_evaluation(self) -> tuple[str, ...]:
+        """Keys of settings that act on evaluation rows."""
+        return ()
+
+    @classmethod
+    def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """The sums with such settings, or of a trained adapter with such facts."""
+        return cls.sums
+
     @property
     def listed_labels(self) -> tuple[str, ...]:
         """The labels that the recipe lists."""

@@ -1,11 +1,11 @@
 """`objective: audio_classify` audio classification: a head, trained with the adapter, predicts a label."""
 
-from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 from tunekit.records import Shows
 
 
-class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
+class AudioClassifySettings(SpecAugmentSettings, HeadSettings, LabelSettings):
     """One label per recording, predicted by Whisper's encoder."""
 
     summary = "cross entropy on a label for each recording"

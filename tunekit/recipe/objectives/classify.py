@@ -1,12 +1,13 @@
-"""`objective: classify` sequence classification: a head that is trained with the adapter gives each text a label."""
+"""`objective: classify` sequence classification: a head that is trained with the adapter gives each text a label,
+several labels, or numbers."""
 
-from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 
 
-class ClassifySettings(LabelSettings):
-    """One label a text."""
+class ClassifySettings(HeadSettings, LabelSettings):
+    """One label a text, or as `problem_type` says."""
 
-    summary = "cross entropy on one label for each text"
+    summary = "one label for each text, several labels, or numbers"
     family = "classifier"
     example = "label"
     first_order = 70

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
 from tunekit.records import Shows
 
@@ -15,7 +15,7 @@ def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
-class ImageClassifySettings(LabelSettings):
+class ImageClassifySettings(HeadSettings, LabelSettings):
     """One label per image. In training, torchvision's transforms augment each image differently in each step."""
 
     summary = "cross entropy on a label for each image"

@@ -89,8 +89,10 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         if not draft.has(("data", "eval")) and draft.get(("training", "eval_steps")) is not None:
             what = "warning: training.eval_steps has no effect, for there are no evaluation rows"
             draft.defaults.append(f"{what}; write data.eval: a fraction or a file")
+        for name in written.needs_evaluation if data.eval is None and isinstance(written, ObjectiveSettings) else ():
+            draft.add_problem(("objective", name), "needs evaluation rows", "set data.eval")
     if isinstance(evaluation, EvaluationSection):
-        _check_metrics(draft, evaluation, objective)
+        _check_metrics(draft, evaluation, objective, {} if written is None else written.model_dump())
         for name in ("best", "patience"):
             if isinstance(data, DataSection) and data.eval is None and getattr(evaluation, name) is not None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
@@ -164,7 +166,9 @@ def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[
         taken.add(field)
 
 
-def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings]) -> None:
+def _check_metrics(
+    draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings], settings: Mapping[str, object]
+) -> None:
     known, chosen = known_names("metrics"), evaluation.choices is not None
     if chosen and objective.example != "text":
         what = "answers are chosen of rows with a prompt and an answer, and this objective has others"
@@ -181,7 +185,7 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
         elif needs_generation(name) and not objective.answers:
             what = f"the metric {name} needs answers, and this objective's model gives none"
             draft.add_problem(key, what, "remove it")
-        elif wrong := unmeasurable(name, objective, chosen=chosen):
+        elif wrong := unmeasurable(name, objective, settings, chosen=chosen):
             draft.add_problem(key, *wrong)
     if evaluation.samples and not objective.answers:
         draft.add_problem(("evaluation", "samples"), "this objective's model gives no answers", "remove it")

@@ -2,12 +2,12 @@
 settings. A new file is a new name; there is no other list."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from tunekit.recipe.bases.section import AdapterSettings, MethodSettings, ObjectiveSettings
 from tunekit.recipe.evaluation import CHOICE_SUMS
@@ -59,10 +59,12 @@ def formats_of(example: str) -> list[str]:
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
 
 
-def unmeasurable(metric: str, objective: type[ObjectiveSettings], *, chosen: bool) -> tuple[str, str] | None:
+def unmeasurable(
+    metric: str, objective: type[ObjectiveSettings], facts: Mapping[str, Any], *, chosen: bool
+) -> tuple[str, str] | None:
     """What is wrong with a known metric of an objective, with choices or without, and how to mend it; None where it is
-    measured."""
-    given = {*objective.sums, *(CHOICE_SUMS if chosen else ())}
+    measured. `facts`: the settings of the objective, or the facts of a trained one."""
+    given = {*objective.sums_of(facts), *(CHOICE_SUMS if chosen else ())}
     if _follows(metric, given):
         return None
     method = objective.model_fields["method"].default

@@ -1,0 +1,19 @@
+"""F1 over all labels of all rows together: frequent labels count more than rare ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.metrics.classes import f1
+
+DESCRIPTION = "F1 over all labels of all rows together"
+NEEDS = ("label_counts",)
+HIGHER_IS_BETTER = True
+
+
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """2 TP / (2 TP + FP + FN), as scikit-learn's f1_score(average="micro"); 0 without any label.
+
+    `label_counts`: rows of each label predicted right, predicted, and labelled.
+    """
+    right, predicted, there = map(sum, zip(*sums["label_counts"], strict=True))
+    return f1(right, predicted, there)

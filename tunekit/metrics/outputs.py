@@ -1,0 +1,78 @@
+"""Scores and numbers of rows go in; mean squared error and correlations of each number come out.
+
+Sums are exactly rounded (math.fsum), so that they do not depend on the order of the rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from math import fsum, isfinite, nan, sqrt
+from typing import Any
+
+from tunekit.records import JsonObject
+
+ROW_VALUES = "row values"  # of sums: (rows, 2 C) the scores of each row, then its numbers
+
+Column = Sequence[float]
+Measure = Callable[[Column, Column], float]
+
+
+def mean_of_outputs(measure: Measure, sums: Mapping[str, Any]) -> float:
+    """The mean over the numbers of a row. Raises ValueError without rows."""
+    columns = _columns(sums[ROW_VALUES])
+    if not columns:
+        raise ValueError("no rows with numbers")
+    return fsum(measure(scores, values) for scores, values in columns) / len(columns)
+
+
+def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonObject]:
+    """A line for each number of a row; a correlation with a constant is None."""
+    lines = []
+    for label, (scores, numbers) in zip(labels, _columns(values), strict=True):
+        found = {"mse": squared_error(scores, numbers), "pearson": pearson(scores, numbers)}
+        found["spearman"] = spearman(scores, numbers)
+        finite = {name: value if isfinite(value) else None for name, value in found.items()}
+        lines.append({"label": label, **finite, "rows": len(numbers)})
+    return lines
+
+
+def _columns(rows: Sequence[Column]) -> list[tuple[Column, Column]]:
+    """Of each number its scores and its values."""
+    columns = list(zip(*rows, strict=True))
+    half = len(columns) // 2
+    return list(zip(columns[:half], columns[half:], strict=True))
+
+
+def squared_error(scores: Column, values: Column) -> float:
+    """Mean of (score - value)^2."""
+    return fsum((score - value) ** 2 for score, value in zip(scores, values, strict=True)) / len(values)
+
+
+def pearson(scores: Column, values: Column) -> float:
+    """Pearson's correlation, as scipy.stats.pearsonr; nan where one of both is constant."""
+    if min(scores) == max(scores) or min(values) == max(values):
+        return nan
+    first, second = (_less_mean(each) for each in (scores, values))
+    both = fsum(one * other for one, other in zip(first, second, strict=True))
+    lengths = (sqrt(fsum(each**2 for each in some)) for some in (first, second))
+    return max(-1.0, min(1.0, both / (next(lengths) * next(lengths))))
+
+
+def spearman(scores: Column, values: Column) -> float:
+    """Pearson's correlation of the ranks, as scipy.stats.spearmanr; nan where one of both is constant."""
+    return pearson(_ranks(scores), _ranks(values))
+
+
+def _less_mean(values: Column) -> list[float]:
+    mean = fsum(values) / len(values)
+    return [value - mean for value in values]
+
+
+def _ranks(values: Column) -> list[float]:
+    """The rank of each value from 1; equal ones have the mean of theirs."""
+    order, ranks, before = sorted(range(len(values)), key=values.__getitem__), [0.0] * len(values), 0
+    for _, group in groupby(order, key=values.__getitem__):
+        places = list(group)
+        for place in places:
+            ranks[place] = before + (len(places) + 1) / 2
+        before += len(places)
+    return ranks

@@ -1,0 +1,15 @@
+"""Pearson's correlation of scores with the rows' numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.metrics.outputs import ROW_VALUES, mean_of_outputs, pearson
+
+DESCRIPTION = "Pearson correlation of scores and numbers; of several numbers a row, the mean over them"
+NEEDS = (ROW_VALUES,)
+HIGHER_IS_BETTER = True
+
+
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """The mean over the numbers of a row; nan where one of them is constant. Raises ValueError without rows."""
+    return mean_of_outputs(pearson, sums)

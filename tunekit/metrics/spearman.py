@@ -1,0 +1,15 @@
+"""Spearman's correlation: of the ranks of scores and of the rows' numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.metrics.outputs import ROW_VALUES, mean_of_outputs, spearman
+
+DESCRIPTION = "Spearman rank correlation, ties averaged; of several numbers a row, the mean over them"
+NEEDS = (ROW_VALUES,)
+HIGHER_IS_BETTER = True
+
+
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """The mean over the numbers of a row; nan where one of them is constant. Raises ValueError without rows."""
+    return mean_of_outputs(spearman, sums)

@@ -1,0 +1,112 @@
+"""Binary cross entropy of each label: rows have any number of labels."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Loss, ModelOutput, Rows, RunView, Sums
+from tunekit.formats.labels import MULTI_LABEL
+from tunekit.machine.devices import wide
+from tunekit.metrics.classes import class_table
+from tunekit.objectives.losses.labels import LabelLoss
+from tunekit.objectives.losses.logprobs import loss_sums
+
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class MultiLabelLoss(LabelLoss):
+    """Loss of a row: the mean over the labels of -y log p - (1 - y) log(1 - p), p = sigmoid(score). Its units are rows,
+    so that a step's loss is transformers' mean over labels and rows.
+
+    A label is predicted where its probability is at least its threshold: `thresholds` (C,), or 0.5. `fits`: evaluations
+    choose them first, on all of their rows."""
+
+    metrics: Sequence[str] = ("loss", "micro_f1", "macro_f1")
+    problem_type: str | None = MULTI_LABEL
+    thresholds: tuple[float, ...] = ()
+    fits: bool = False
+
+    @property
+    def measured_facts(self) -> Mapping[str, Any]:
+        """The thresholds, if they are not 0.5."""
+        return {"thresholds": list(self.thresholds)} if self.thresholds else {}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That F1 on the rows which chose the thresholds is too high."""
+        chosen = "thresholds of labels are chosen on these evaluation rows, so that F1 on other rows is lower"
+        return (chosen,) if self.fits else ()
+
+    def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> Self:
+        """With the thresholds of best F1 on all evaluation rows, if they are to be chosen."""
+        if not self.fits:
+            return self
+
+        def read(output: ModelOutput, batch: Batch) -> Tensor:
+            scores, labels = self.scores(output, batch)
+            return torch.cat([scores, labels], dim=-1).T.flatten()  # (2 C R,)
+
+        mine = list[list[float]]()
+        for batch in batches:
+            mine += run.score([batch], read)[0].view(2 * len(self.labels), -1).T.tolist()
+        scores, true = torch.tensor(run.gather(mine), dtype=torch.float64).chunk(2, dim=-1)  # (R, C) each
+        pairs = zip(torch.sigmoid(scores).T, true.T, strict=True)
+        return replace(self, thresholds=tuple(best_threshold(*pair) for pair in pairs))
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """total (1,)."""
+        return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, units; label_counts (C, 3): rows of each label predicted right, predicted, and labelled; labelled (2,):
+        rows all of whose labels are right, and rows."""
+        scores, labels = self.scores(output, batch)
+        predicted, true = wide(self.predicted(scores)), wide(labels)  # (R, C) each
+        counts = torch.stack([predicted * true, predicted, true]).sum(dim=1).T  # (C, 3)
+        exact = wide((predicted == true).all(dim=-1)).sum()
+        units = torch.tensor(float(len(labels)), dtype=torch.float64)
+        labelled = torch.stack([exact, units.to(exact)])
+        losses = _row_losses(scores, labels)
+        return {**loss_sums(losses, batch), "units": units, "label_counts": counts, "labelled": labelled}
+
+    def predicted(self, scores: Tensor) -> Tensor:
+        """Shapes: scores (R, C) -> (R, C) whether each label is predicted."""
+        thresholds = torch.tensor(self.thresholds or THRESHOLD, device=scores.device)  # (C,) or ()
+        return torch.sigmoid(scores) >= thresholds
+
+    def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each label."""
+        return {**class_table(self.labels, sums["label_counts"]), **self.measured_facts}
+
+    def answers(self, scores: Tensor) -> list[str]:
+        """The predicted labels of each row, as a JSON list."""
+        rows = self.predicted(scores).tolist()
+        named = ([name for name, there in zip(self.labels, row, strict=True) if there] for row in rows)
+        return [json.dumps(names, ensure_ascii=False) for names in named]
+
+
+def best_threshold(probabilities: Tensor, true: Tensor) -> float:
+    """The threshold of best F1, between two of the probabilities; 0.5 where none is better, or where no row has the
+    label.
+
+    Shapes: (R,) each.
+    """
+    order = probabilities.argsort(descending=True)
+    ranked = probabilities[order]
+    right = true[order].cumsum(dim=0)  # (R,) rows with the label among the first
+    scores = 2 * right / (torch.arange(1, len(ranked) + 1) + true.sum())  # F1 with the first rows predicted
+    below = torch.cat([ranked[1:], torch.zeros(1, dtype=ranked.dtype)])  # (R,)
+    scores = torch.where(ranked > below, scores, 0.0)  # equal probabilities are predicted together
+    usual = 2 * true[probabilities >= THRESHOLD].sum() / ((probabilities >= THRESHOLD).sum() + true.sum()).clamp(min=1)
+    best = int(scores.argmax())
+    return THRESHOLD if scores[best] <= usual else float((ranked[best] + below[best]) / 2)
+
+
+def _row_losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Shapes: (R, C) each -> (R,)."""
+    return torch.nn.functional.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(dim=-1)

@@ -1,0 +1,20 @@
+"""The loss of each problem type of a head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.formats.labels import MULTI_LABEL, REGRESSION
+from tunekit.objectives.losses.labels import LabelLoss, ReadScores, row_scores
+from tunekit.objectives.losses.multi_label import MultiLabelLoss
+from tunekit.objectives.losses.regression import RegressionLoss
+from tunekit.recipe.bases.label_settings import HeadSettings
+
+
+def label_loss(settings: HeadSettings, facts: Mapping[str, Any], scores: ReadScores = row_scores) -> LabelLoss:
+    """The loss of the settings' problem type. `facts`: of a trained head; `scores`: as LabelLoss."""
+    if settings.problem_type == REGRESSION:
+        return RegressionLoss(scores)
+    if settings.problem_type != MULTI_LABEL:
+        return LabelLoss(scores)
+    thresholds = tuple(map(float, facts.get("thresholds", ())))
+    return MultiLabelLoss(scores, thresholds=thresholds, fits=settings.fit_thresholds and not thresholds)

@@ -1,0 +1,49 @@
+"""Squared error: rows have one number or several."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Loss, ModelOutput, Sums
+from tunekit.formats.labels import REGRESSION
+from tunekit.machine.devices import wide
+from tunekit.metrics.outputs import ROW_VALUES, output_table
+from tunekit.objectives.losses.labels import LabelLoss
+from tunekit.objectives.losses.logprobs import loss_sums
+from tunekit.objectives.rows.label_kinds import numbers_text
+
+
+@dataclass(frozen=True)
+class RegressionLoss(LabelLoss):
+    """Loss of a row: the mean over its numbers of (score - number)^2. Its units are rows, so that a step's loss is
+    transformers' mean over numbers and rows."""
+
+    metrics: Sequence[str] = ("loss", "pearson", "spearman")
+    problem_type: str | None = REGRESSION
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """total (1,)."""
+        return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, units; and the scores and the numbers of each row (R, 2 C), of which correlations need all."""
+        scores, values = self.scores(output, batch)
+        units = torch.tensor(float(len(values)), dtype=torch.float64)
+        both = torch.cat([wide(scores), wide(values)], dim=-1)  # (R, 2 C)
+        return {**loss_sums(_row_losses(scores, values), batch), "units": units, ROW_VALUES: both}
+
+    def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each number."""
+        return {"per_class": output_table(self.labels, sums[ROW_VALUES])}
+
+    def answers(self, scores: Tensor) -> list[str]:
+        """The numbers of each row."""
+        return [numbers_text(row) for row in scores.tolist()]
+
+
+def _row_losses(scores: Tensor, values: Tensor) -> Tensor:
+    """Shapes: (R, C) each -> (R,)."""
+    return torch.nn.functional.mse_loss(scores, values, reduction="none").mean(dim=-1)

@@ -1,0 +1,137 @@
+"""Labels of rows that have several of them, and rows whose label is a number or several (regression)."""
+
+import json
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Labels
+from tunekit.errors import DataError
+from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LabelValue, label_value
+
+LARGEST = 1e30  # of a number to learn: its square must be a float32
+
+
+class LabelSets(Labels):
+    """Each row has any number of the labels, also none: a JSON list of names in the row's text."""
+
+    def read(self, value: LabelValue) -> str:
+        """The list. Raises: DataError for one label alone, numbers with a fraction, or a label that is there twice."""
+        value = _listed(value)
+        if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+            how = 'write a list of names, such as ["first", "second"], [] for no label; in a CSV file as JSON'
+            raise DataError(f"the label {_shown(value)} is not a list of names", how)
+        names = list[str]()
+        for label in map(str, value):
+            self.check(label)
+            if label in names:
+                how = "name each label once; 0 and 1 for every label (multi-hot rows) are not read, write the names"
+                raise DataError(f"the label '{label}' is twice in one row", how)
+            names.append(label)
+        return json.dumps(names, ensure_ascii=False)
+
+    def listed_in(self, text: str) -> list[str]:
+        return [str(label) for label in json.loads(text)]
+
+    def written(self, text: str) -> str:
+        """In the order of the head's rows."""
+        named = set(map(self.named, self.listed_in(text)))
+        return json.dumps([name for name in self.names if name in named], ensure_ascii=False)
+
+    def targets(self, texts: Iterable[str]) -> Tensor:
+        """(R, C) float32: 1 where a row has the label."""
+        numbers = [[self.places[label] for label in self.listed_in(text)] for text in texts]
+        values = torch.zeros(len(numbers), len(self.names))  # (R, C)
+        for row, places in enumerate(numbers):
+            values[row, places] = 1.0
+        return values
+
+    @property
+    def placeholder(self) -> str:
+        return "[]"
+
+
+class Quantities(Labels):
+    """Each row has one number for each row of the head: a JSON list of numbers in the row's text."""
+
+    def read(self, value: LabelValue) -> str:
+        """The list. Raises: DataError for text, a number that is not finite, or more or fewer than are named."""
+        value = _listed(value)
+        numbers = [_number(each) for each in (value if isinstance(value, tuple) else (value,))]
+        if not numbers:
+            raise DataError("the label is an empty list", "write the row's numbers")
+        if self.names and len(numbers) != len(self.names):
+            what = f"the row has {_counted(len(numbers))}, and the head has {len(self.names)} ({self.text(self.names)})"
+            raise DataError(what, "write one number for each")
+        return json.dumps(numbers)
+
+    def listed_in(self, text: str) -> list[str]:
+        return []
+
+    def written(self, text: str) -> str:
+        return numbers_text(self.values_in(text))
+
+    def targets(self, texts: Iterable[str]) -> Tensor:
+        """(R, C) float32."""
+        return torch.tensor([self.values_in(text) for text in texts], dtype=torch.float32)
+
+    @property
+    def placeholder(self) -> str:
+        return json.dumps([0.0] * len(self.names))
+
+    @staticmethod
+    def values_in(text: str) -> list[float]:
+        """The numbers that such a text has."""
+        return [float(value) for value in json.loads(text)]
+
+    def refuse_other_counts(self, texts: Iterable[tuple[str, str]]) -> int:
+        """How many numbers each row has. `texts`: each row's, and its origin. Raises: DataError for one that has more
+        or fewer than the first."""
+        count, first = 0, ""
+        for text, origin in texts:
+            found, first = len(self.values_in(text)), first or origin
+            if found != (count := count or found):
+                file, _, line = origin.rpartition(":")
+                what = f"the row has {_counted(found)}, and the first row ({first}) has {count}"
+                raise DataError(what, "write as many in all rows", file=file, line=int(line))
+        return count
+
+
+LABEL_KINDS: dict[str, type[Labels]] = {SINGLE_LABEL: Labels, MULTI_LABEL: LabelSets, REGRESSION: Quantities}
+
+
+def numbers_text(values: Iterable[float]) -> str:
+    """Six digits of each number; of several a list."""
+    texts = [f"{value:.6g}" for value in values]
+    return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+
+
+def _listed(value: LabelValue) -> LabelValue:
+    """The value; of a text that is a JSON list, as a cell of a CSV file may have, that list."""
+    if not (isinstance(value, str) and value.startswith("[")):
+        return value
+    try:
+        return label_value(json.loads(value), "label")
+    except (ValueError, RecursionError):
+        raise DataError(f"the label {_shown(value)} begins as a list and is not one", "write it as JSON") from None
+
+
+def _number(value: str | float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise DataError(f"the label {_shown(value)} is not a number", "write a number, or leave the row out") from None
+    if not math.isfinite(number) or abs(number) > LARGEST:
+        raise DataError(f"the label {number:g} is not a finite number that can be learned", "leave the row out")
+    return number
+
+
+def _shown(value: LabelValue) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def _counted(count: int) -> str:
+    return "1 number" if count == 1 else f"{count} numbers"
