@@ -252,9 +252,9 @@ def test_overrides_are_no_options(
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 4, "/x/y: no space left"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied"),
         (BrokenPipeError(), 141, ""),
-        (KeyError("x\ny"), 1, "this is a fault of tunekit: KeyError: 'x\\ny'; run `tunekit --debug ...`"),
-        (RecursionError(), 1, "this is a fault of tunekit: RecursionError; run"),
-        (ValueError("token hf_abcdefghijkl"), 1, "this is a fault of tunekit: ValueError: token [secret]; run"),
+        (KeyError("x\ny"), 1, "this is a bug in tunekit: KeyError: 'x\\ny'; run `tunekit --debug ...`"),
+        (RecursionError(), 1, "this is a bug in tunekit: RecursionError; run"),
+        (ValueError("token hf_abcdefghijkl"), 1, "this is a bug in tunekit: ValueError: token [secret]; run"),
     ],
 )
 def test_whatever_happens_becomes_words_and_a_code(
@@ -301,7 +301,7 @@ def test_an_old_run_is_in_the_way_before_anything_heavy_is_imported(recipe: Path
     (run_folder / "plan.json").write_text("{}", encoding="utf-8")
     code, complaint, modules = imported_by("train", str(recipe))
     assert code == 2
-    assert f"{run_folder} already holds a run (plan.json); go on with --resume" in complaint
+    assert f"{run_folder} already holds a run (plan.json); continue it with --resume" in complaint
     assert "--overwrite" in complaint
     assert [name for name in modules if name.startswith(HEAVY)] == []
 

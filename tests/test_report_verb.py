@@ -76,7 +76,7 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path, capsys: pytest
     runs_verb(str(tmp_path), "-")
     good, dead, live = json.loads(capsys.readouterr().out)
     assert [Path(line["path"]).name for line in (good, dead, live)] == ["good", "b", "c"]
-    assert [line["state"] for line in (good, dead, live)] == ["finished", "killed; go on with --resume", "running"]
+    assert [line["state"] for line in (good, dead, live)] == ["finished", "killed; continue with --resume", "running"]
     assert dead["steps"] == 7
     assert good["eval_loss"] < 2.6
     lock.release()

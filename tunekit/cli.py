@@ -16,7 +16,7 @@ from tunekit.commands import adapters, recipes, results, talk, targets, training
 from tunekit.commands.order import InOrderOfUse
 from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.console.text import visible
-from tunekit.errors import EXIT_FAULT, ResourceError, redact, told
+from tunekit.errors import EXIT_FAULT, ResourceError, exit_message, redact
 from tunekit.machine.malloc import KEPT_KERNELS
 
 EXIT_BROKEN_PIPE = 141
@@ -113,7 +113,7 @@ class Verb(TyperCommand):
 
 def _say(error: BaseException) -> int:
     """Print what went wrong; the other ranks (of torchrun) print what the main one does not print for all."""
-    (text, code), rank = told(error), os.environ.get("RANK", "0")
+    (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
     alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
     if rank == "0" or alone:
         print(visible(redact(text if rank == "0" else f"rank {rank}: {text}")), file=sys.stderr)

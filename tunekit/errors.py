@@ -84,15 +84,15 @@ class TunekitError(Exception):
         return error
 
     def __reduce__(self) -> tuple[object, ...]:
-        """As another process is handed it."""
+        """The form in which the error is sent to a different process."""
         return type(self).of, (self.problems,)
 
 
 class InputError(TunekitError):
-    """The recipe or another input is wrong. `going_on`: what is said of a run that it ended after a checkpoint."""
+    """The recipe or another input is wrong. `resume_advice`: printed if a run with a checkpoint ended because of it."""
 
     exit_code = 2
-    going_on = "mend it, and go on with --resume"
+    resume_advice = "repair it, and continue with --resume"
 
 
 class RecipeError(InputError):
@@ -114,7 +114,7 @@ class AdapterError(InputError):
 class RewardError(InputError):
     """A reward: its file, or what it gave back."""
 
-    going_on = "go on with --resume; if you mended the reward's file, with --resume --accept-changed objective.reward"
+    resume_advice = "continue with --resume; if you repaired the reward's file, add --accept-changed objective.reward"
 
 
 class RunFolderError(InputError):
@@ -157,8 +157,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES)
 
 
-def told(error: BaseException) -> tuple[str, int]:
-    """What is said of the error that ends a command, a line for each problem, and the exit code."""
+def exit_message(error: BaseException) -> tuple[str, int]:
+    """The message of an error that ends a command, one line for each problem, and the exit code."""
     if isinstance(error, TunekitError):
         return "\n".join([*error.notes, *first_lines(error.problems)]), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -173,4 +173,4 @@ def told(error: BaseException) -> tuple[str, int]:
             return f"{named}{error.strerror}; check the path and its permissions", InputError.exit_code
     words = " ".join(str(error).split())[:300]
     what = f"{type(error).__name__}: {words}" if words else type(error).__name__
-    return f"this is a fault of tunekit: {what}; run `tunekit --debug ...` for the traceback", EXIT_FAULT
+    return f"this is a bug in tunekit: {what}; run `tunekit --debug ...` for the traceback", EXIT_FAULT

@@ -144,8 +144,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What a model that reads or writes text takes: ids, and positions, of which None is said where the model declares
-    none."""
+    """Limits of a model that reads or writes text. The number of positions is None if the model declares none."""
 
     vocabulary_size: int
     positions: int | None
@@ -216,7 +215,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What preparing a step told: numbers to be logged with it, of all ranks; seconds by part; samples of the model."""
+    """Results of preparing a step: numbers to log, over all ranks; seconds by part; samples of the model."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -250,13 +250,12 @@ def commands_of(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 
 
 def errors_page() -> str:
-    """Every error that a user can meet, from where it is raised: what is said, and how it is mended."""
+    """The page of all errors, read from the code that raises them: problem and repair."""
     found = sorted(set(said_errors()), key=lambda each: (CLASSES.index(each[0]), each[1].lower()))
     parts = [
-        "# Errors and how to mend them\n\nAn error is one line: `file:line: key: what is wrong; how to mend it`. All "
-        "that is wrong with a recipe is said at once. Where the line below has words in braces, the message has a "
-        "name or a number from your files. `tunekit --debug ...` adds the traceback, which is of use for a report "
-        "of a fault of tunekit.\n"
+        "# Errors and how to repair them\n\nAn error is one line: `file:line: key: problem; repair`. All problems of a "
+        "recipe are printed together. In the lines below, words in braces stand for names or numbers from your "
+        "files. `tunekit --debug ...` adds the traceback, which helps in a report of a bug in tunekit.\n"
     ]
     for name in CLASSES:
         rows = [[escaped(what), escaped(how)] for kind, what, how in found if kind == name]

@@ -134,7 +134,7 @@ def test_bad_file(
     assert stopped.value.code == 2, printed.err
     assert f"{path}:{line}: " in printed.err if line else f"{path}:" in printed.err, printed.err
     assert words in printed.err
-    assert "fault of tunekit" not in printed.err
+    assert "bug in tunekit" not in printed.err
     assert name == "all_rows_dropped" or not list((tmp_path / "cache").rglob("*.bin"))
 
 

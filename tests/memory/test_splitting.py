@@ -18,7 +18,7 @@ from tests.support.train_case import records, train_in_child, write_recipe
 from tunekit.contracts import IGNORED, Batch, ModelOutput, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import collate
-from tunekit.errors import ResourceError, is_out_of_memory, told
+from tunekit.errors import ResourceError, exit_message, is_out_of_memory
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.splitting import Splitting
 from tunekit.recipe.training import TrainingSection
@@ -94,7 +94,7 @@ def test_the_allocators_own_errors_are_known() -> None:
 )
 def test_errors_of_drivers_and_libraries_say_that_memory_ran_out(message: str) -> None:
     assert is_out_of_memory(RuntimeError(message))
-    assert told(RuntimeError(message))[1] == ResourceError.exit_code
+    assert exit_message(RuntimeError(message))[1] == ResourceError.exit_code
 
 
 def make_model(tiny_llama: Path, **changes: Any) -> Case:

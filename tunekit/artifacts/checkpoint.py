@@ -167,16 +167,16 @@ def find_checkpoint(name: str) -> Path | None:
     run = Path(start).expanduser()
     if not sign or not run.is_dir():
         return None
-    found = dict(list_checkpoints(run.resolve() / "checkpoints"))  # newest first
-    step = int(which) if which.isdecimal() else next(iter(found), -1)
-    if which == "best" and found:
-        step = load_checkpoint(found[step]).facts["loop"]["best_step"]
-    if step in found and (which.isdecimal() or which in ("best", "last")):
-        return found[step]
-    if not found:
+    steps = dict(list_checkpoints(run.resolve() / "checkpoints"))  # newest first
+    step = int(which) if which.isdecimal() else next(iter(steps), -1)
+    if which == "best" and steps:
+        step = load_checkpoint(steps[step]).facts["loop"]["best_step"]
+    if step in steps and (which.isdecimal() or which in ("best", "last")):
+        return steps[step]
+    if not steps:
         raise RunFolderError(f"{start} has no checkpoint yet", "")
-    why = "evaluation.best of the recipe asks for one" if which == "best" else "older ones are removed as a run goes on"
-    there = f"it has {', '.join(map(str, sorted(found)))} ({why}); write {start}@STEP or {start}@last"
+    why = "evaluation.best of the recipe asks for one" if which == "best" else "older ones are removed during a run"
+    there = f"it has {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
 
 
@@ -221,7 +221,7 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
             damaged.append(f"{folder.name}: {error}")
             continue
         for reason in damaged:
-            run.warn(f"checkpoint {reason}; going on from {folder.name}")
+            run.warn(f"checkpoint {reason}; the run continues from {folder.name}")
         return checkpoint
     if damaged:
         what = f"no checkpoint in {run.checkpoints} is whole ({'; '.join(damaged)})"
@@ -230,8 +230,8 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
 
 
 def removable(checkpoints: Path, finished: bool) -> list[Path]:
-    """What a run has no more need of, newest first: all once it is finished, else what is older than the newest whole
-    one. Never what we did not write."""
+    """Checkpoints that a run no longer needs, newest first: all if it is finished, else those older than the newest
+    complete one. Never folders that tunekit did not write."""
     ours = [folder for _, folder in list_checkpoints(checkpoints) if is_ours(folder)]
     return ours if finished else ours[next((at for at, each in enumerate(ours, 1) if _is_whole(each)), len(ours)) :]
 
@@ -248,9 +248,11 @@ def _is_whole(folder: Path) -> bool:
 
 
 def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -> None:
-    """Delete checkpoints older than the `keep` newest up to `step`, but the protected; never what we did not write.
+    """Delete checkpoints up to `step`, except the `keep` newest and the protected ones. Never delete folders that
+    tunekit did not write.
 
-    Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.
+    Checkpoints after `step` stay. They were damaged when this run resumed before them, and the run will reach their
+    steps again.
     """
     ours = {number: at for number, at in list_checkpoints(run.checkpoints) if number <= step and is_ours(at)}
     newest = [number for number, folder in ours.items() if has_sizes(folder)][: max(keep, 1)]
@@ -260,13 +262,13 @@ def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) ->
 
 
 def remove_checkpoints(run: RunFolder, folders: Collection[Path]) -> None:
-    """Delete these, but never what we did not write."""
+    """Delete these folders, except those that tunekit did not write."""
     for folder in filter(is_ours, folders):
         _delete(run, folder, folder.name)
 
 
 def _delete(run: RunFolder, folder: Path, name: str) -> None:
-    """Rename first, so that a half-deleted folder never looks like a checkpoint. A failure is told, not raised:
+    """Rename first, so that a half-deleted folder never looks like a checkpoint. A failure is a warning, not an error:
     the new checkpoint is already durable."""
     deleting = _free_name(run.checkpoints / f".deleting-{name}-{os.getpid()}")
     try:

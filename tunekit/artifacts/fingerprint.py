@@ -75,22 +75,22 @@ def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iter
 
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
-    """(what, how it differs) for everything that forbids a resume; empty where it may go on."""
+    """(what, how it differs) for all differences that forbid a resume; empty if a resume is allowed."""
     now = _part(new, "recipe")
-    found = [
+    differences = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
         for key, was, is_ in _changes(old, new, "recipe")
         if not _is_moved_file(key, was, is_, now)
     ]
     if old.get("data") != new.get("data"):
-        found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
+        differences.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
-        found.append(("model", "the base model's files differ"))
-    found += [(key, "it has other content") for key in changed_files(old, new)]
-    found += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
+        differences.append(("model", "the base model's files differ"))
+    differences += [(key, "it has other content") for key in changed_files(old, new)]
+    differences += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
-        found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
-    return found
+        differences.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
+    return differences
 
 
 def changed_files(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
@@ -127,7 +127,7 @@ def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[s
     if old.get("accelerator") == new.get("accelerator"):
         return []
     what = f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}"
-    return [f"{what}: the run goes on, but not bit by bit as it would have there"]
+    return [f"{what}: the run continues, but its results may differ in the last digits"]
 
 
 def require_same(

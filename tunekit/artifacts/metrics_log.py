@@ -91,11 +91,11 @@ def truncate_metrics(path: Path, step: int) -> int:
     """Cut the file at its first record after `step` (and a torn last line); returns the number of records kept."""
     if not path.exists():
         return 0
-    end, kept = 0, 0
+    end, remaining = 0, 0
     for offset, record in records_from(path):
         if record["step"] > step:
             break
-        end, kept = offset, kept + 1
+        end, remaining = offset, remaining + 1
     if end < path.stat().st_size:
         durable.truncate(path, end)
-    return kept
+    return remaining

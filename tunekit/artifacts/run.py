@@ -120,7 +120,7 @@ class RunFolder:
             durable.sync(self.metrics_path)
 
     def status(self, exit_code: int | None, reason: str) -> None:
-        """Write status.json; None while the run goes on, 0 once all results are durable."""
+        """Write status.json. `exit_code`: None during the run, 0 once all results are durable."""
         self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason)})
 
     def close(self) -> None:
@@ -175,19 +175,19 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
     """Check the folder, make and lock it, check it again, try to write, remove leftovers; the lock comes before any
     file."""
     path = Path(os.path.abspath(path))
-    made: list[Path] = []
+    new_folders: list[Path] = []
     lock = None
     try:
         refuse_old_run(path, resume=resume)
-        _make_folders(path, made)
+        _make_folders(path, new_folders)
         lock = FolderLock(path)
         refuse_old_run(path, resume=resume, ours=True)
         _probe(path)
         _tidy(path)
     except BaseException as error:
         if lock is not None:
-            lock.remove() if made else lock.release()
-        for folder in reversed(made):
+            lock.remove() if new_folders else lock.release()
+        for folder in reversed(new_folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
@@ -209,9 +209,9 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
         return
     for name in RUN_SIGNS:
         if os.path.lexists(path / name) and not resume:
-            how = "go on with --resume, move the old run aside with --overwrite, or choose another output.dir"
+            how = "continue it with --resume, move it aside with --overwrite, or choose a different output.dir"
             if (path / LOCK_NAME).exists():
-                FolderLock(path).release()  # a run that is going on is the better message
+                FolderLock(path).release()  # the message about a running run is better
             raise RunFolderError(f"{path} already holds a run ({name})", how)
     if ours:
         return
@@ -221,7 +221,7 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
         raise RunFolderError(what, "choose another output.dir")
 
 
-def _make_folders(path: Path, made: list[Path]) -> None:
+def _make_folders(path: Path, new_folders: list[Path]) -> None:
     """Make the folder and its missing parents; adds those it made to `made`, outermost first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
@@ -231,7 +231,7 @@ def _make_folders(path: Path, made: list[Path]) -> None:
             continue
         except OSError as error:
             raise durable.explain(error, "make", folder) from error
-        made.append(folder)
+        new_folders.append(folder)
         durable.sync(folder.parent)
 
 

@@ -28,7 +28,7 @@ PROJECT = "tunekit"  # where the tracker's own environment variable names no oth
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What the trackers are told of a run."""
+    """The facts of a run that trackers receive."""
 
     name: str
     folder: Path  # for what a tracker keeps on this disk
@@ -116,16 +116,16 @@ class Trackers:
 
 @contextlib.contextmanager
 def _beside_results() -> Iterator[None]:
-    """What a tracker prints goes to standard error: standard output may hold JSON and nothing else."""
+    """Redirect the output of trackers to standard error, because standard output may be JSON."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, object]:
-    """What accelerate's class of this name is made with; `identity`: of the run that goes on."""
+    """Arguments of accelerate's class of this name. `identity`: id of a resumed run."""
     folder, values = str(run.folder), dict(run.values)
     named = {"name": run.name, "config": values | {"recipe_hash": run.recipe_hash}}
-    goes_on = {"id": identity, "resume": "allow"} if identity else {}
+    resumed = {"id": identity, "resume": "allow"} if identity else {}
     project = {"run_name": os.environ.get(f"{name.upper()}_PROJECT", PROJECT)}
     match name:
         case "tensorboard":  # events after the checkpoint are hidden by those that come anew
@@ -134,7 +134,7 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, obje
             from wandb import Settings
 
             quiet = Settings(console="off")  # else it wraps the standard streams to keep a copy of the progress line
-            return {**project, **named, **goes_on, "tags": [run.tag], "dir": folder, "settings": quiet}
+            return {**project, **named, **resumed, "tags": [run.tag], "dir": folder, "settings": quiet}
         case "trackio":  # found by its name
             return {**project, **named, "name": identity or run.name, "resume": "allow" if identity else "never"}
         case "mlflow":
@@ -145,18 +145,23 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, obje
             from comet_ml import ExperimentConfig
 
             kept_out = {"log_code": False, "log_git_patch": False, "auto_output_logging": False}
-            own = ExperimentConfig(name=run.name, tags=[run.tag], **kept_out)
+            options = ExperimentConfig(name=run.name, tags=[run.tag], **kept_out)
             project = {"run_name": os.environ.get("COMET_PROJECT_NAME", PROJECT)}
-            return {**project, "experiment_key": identity, "experiment_config": own}
+            return {**project, "experiment_key": identity, "experiment_config": options}
         case "clearml":
-            own = {"project_name": PROJECT, "task_name": run.name, "tags": [run.tag], "auto_connect_frameworks": False}
-            return own | ({"continue_last_task": identity} if identity else {"reuse_last_task_id": False})
+            options = {
+                "project_name": PROJECT,
+                "task_name": run.name,
+                "tags": [run.tag],
+                "auto_connect_frameworks": False,
+            }
+            return options | ({"continue_last_task": identity} if identity else {"reuse_last_task_id": False})
         case "dvclive":
-            own = {"dir": f"{folder}/{name}", "dvcyaml": f"{folder}/{name}/dvc.yaml"}
-            return {**own, "resume": run.first_step > 0, "save_dvc_exp": False}
+            options = {"dir": f"{folder}/{name}", "dvcyaml": f"{folder}/{name}/dvc.yaml"}
+            return {**options, "resume": run.first_step > 0, "save_dvc_exp": False}
         case _:  # swanlab
-            own = {"experiment_name": run.name, "tags": [run.tag], "logdir": f"{folder}/{name}"}
-            return {**project, **own, **goes_on, "config": values | {"recipe_hash": run.recipe_hash}}
+            options = {"experiment_name": run.name, "tags": [run.tag], "logdir": f"{folder}/{name}"}
+            return {**project, **options, **resumed, "config": values | {"recipe_hash": run.recipe_hash}}
 
 
 def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None:

@@ -104,8 +104,8 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         return _load_streamed(data, objective, seed, cache_dir)
     sources = load_sources(data.train, objective.rows, cache_dir)
     train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
-    own = load_sources(data.eval, objective.rows, cache_dir) if isinstance(data.eval, tuple) else []
-    eval_sources, evaluation = (own, [_whole(source) for source in own]) if own else (sources, held)
+    listed = load_sources(data.eval, objective.rows, cache_dir) if isinstance(data.eval, tuple) else []
+    eval_sources, evaluation = (listed, [_whole(source) for source in listed]) if listed else (sources, held)
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
         what = "there is only one row (or only equal ones), so that no fraction can be held out"
@@ -121,10 +121,10 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         train=train_rows,
         evaluation=eval_rows,
         counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
-        eval_counts=None if eval_rows is None else _count(own, eval_rows),
-        fingerprint=_fingerprint(data, sources, own, seed),
+        eval_counts=None if eval_rows is None else _count(listed, eval_rows),
+        fingerprint=_fingerprint(data, sources, listed, seed),
         draws=draws,
-        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(own, evaluation=True), *leaks])),
+        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(listed, evaluation=True), *leaks])),
         evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
     )
 
@@ -171,12 +171,12 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
     counts = _count(samples, rows)
     trained = sum(sample.counts.kept for sample in samples)
     scale = trained / counts.trained
-    own = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
-    fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
+    evaluation = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
+    fingerprint = [_fingerprint(data, samples, (), seed), evaluation.fingerprint if evaluation else None, "streamed"]
     return RowSet(
         objective=objective.learn([rows]),
         train=rows,
-        evaluation=own.evaluation if own else None,
+        evaluation=evaluation.evaluation if evaluation else None,
         counts=replace(
             counts,
             read=trained + counts.dropped,
@@ -185,12 +185,12 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
             supervised_tokens=round(counts.supervised_tokens * scale),
             estimated=True,
         ),
-        eval_counts=own.eval_counts if own else None,
+        eval_counts=evaluation.eval_counts if evaluation else None,
         fingerprint=hash_of(fingerprint),
         draws=draws,
         streams=streams,
-        notes=tuple(dict.fromkeys([*_notes(samples), *(own.notes if own else ())])),
-        evaluation_examples=own.evaluation_examples if own else lambda: iter(()),
+        notes=tuple(dict.fromkeys([*_notes(samples), *(evaluation.notes if evaluation else ())])),
+        evaluation_examples=evaluation.evaluation_examples if evaluation else lambda: iter(()),
     )
 
 

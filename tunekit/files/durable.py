@@ -42,7 +42,7 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
         wanted = f"{bytes_text(size_bytes)} ({size_bytes} bytes) for " if size_bytes else ""
         return ResourceError(
             f"no room for {wanted}{path}: {reason}{_free_text(path)}",
-            "free some space or raise the limit; a run then goes on with --resume",
+            "free some space or raise the limit; a run can then continue with --resume",
         )
     if error.errno in FORBIDDEN:
         return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")

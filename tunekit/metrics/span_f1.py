@@ -30,14 +30,14 @@ def kinds_of(tags: Sequence[str]) -> list[str]:
 def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
     """(kind, first word, last word), as seqeval's get_entities finds them in its default mode.
 
-    A span ends before O, B-, S- and another kind, and after E- and S-; I- or E- where none goes on begins one.
+    A span ends before O, B-, S- and another kind, and after E- and S-; I- or E- without a span before it starts one.
     """
-    begun, before = 0, OUTSIDE
+    first, before = 0, OUTSIDE
     for place, (letter, kind) in enumerate([*map(_parts, tags), OUTSIDE]):
-        goes_on = before[0] in "BI" and letter in "IE" and kind == before[1]
-        if before != OUTSIDE and not goes_on:
-            yield before[1], begun, place - 1
-        begun, before = begun if goes_on else place, (letter, kind)
+        continues = before[0] in "BI" and letter in "IE" and kind == before[1]
+        if before != OUTSIDE and not continues:
+            yield before[1], first, place - 1
+        first, before = first if continues else place, (letter, kind)
 
 
 def _parts(tag: str) -> tuple[str, str]:

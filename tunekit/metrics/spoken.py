@@ -9,7 +9,7 @@ LIBRARY = ("jiwer", "tunekit[speech]")  # the module that counts, and what to in
 
 def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
     """`score` of a metric that is jiwer's function of this name: the errors of all pairs over the units of all
-    references. Pairs whose reference has no word are left out, since no share of errors can be told of them.
+    references. Pairs whose reference has no word are left out, because they have no error rate.
     """
 
     def score(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -20,9 +20,9 @@ def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
             what = f"{name} is counted by {LIBRARY[0]}, which is not installed"
             raise InputError(what, f"run: pip install '{LIBRARY[1]}'") from None
 
-        kept = [pair for pair in zip(references, predictions, strict=True) if pair[0].strip()]
-        if not kept:
+        pairs = [pair for pair in zip(references, predictions, strict=True) if pair[0].strip()]
+        if not pairs:
             raise ValueError("no reference has a word")
-        return float(getattr(jiwer, name)(*map(list, zip(*kept, strict=True))))
+        return float(getattr(jiwer, name)(*map(list, zip(*pairs, strict=True))))
 
     return score

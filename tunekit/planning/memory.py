@@ -91,14 +91,14 @@ def plan_memory(
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
     space, workload = search_space(forecast, tiers, resumed), make_workload(forecast)
     limit = usable_bytes(run.device, budget, available)
-    found = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
+    fitting = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
     smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
-    choice = found or min(smallest, key=peaks.total)
+    choice = fitting or min(smallest, key=peaks.total)
     needed = peaks.total(choice)
     if budget is None:
-        reasons = [f"recomputed in the backward pass: {_recomputed(choice, space, found is not None, available)}"]
+        reasons = [f"recomputed in the backward pass: {_recomputed(choice, space, fitting is not None, available)}"]
     elif needed <= budget:
-        reasons = list(_budget_reasons(choice, forecast, space, workload, found is not None))
+        reasons = list(_budget_reasons(choice, forecast, space, workload, fitting is not None))
     else:
         reasons = []
         what = f"the smallest setting of this run needs {bytes_text(needed)}, and the budget is {bytes_text(budget)}"

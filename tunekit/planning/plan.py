@@ -181,22 +181,24 @@ def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> Planned:
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
     """The adapter with these modules trained whole beside it. Raises: RecipeError where its method trains none."""
-    own = getattr(adapter, "modules_to_save", None)
-    if own is None and names:
+    saved = getattr(adapter, "modules_to_save", None)
+    if saved is None and names:
         what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[-1]}'"
         raise RecipeError(what, "choose another method, lora for one", key="adapter.method")
-    missing = [name for name in names if name not in (own or ())]
-    return adapter.model_copy(update={"modules_to_save": (*own, *missing)}) if own is not None and missing else adapter
+    missing = [name for name in names if name not in (saved or ())]
+    return (
+        adapter.model_copy(update={"modules_to_save": (*saved, *missing)}) if saved is not None and missing else adapter
+    )
 
 
 def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
     """Whether an adapter of the whole model can enter this one."""
-    whole = load_method(adapter.method).model
-    if whole is not None and not adapter.trains_base and not base.family.reads_ids:
+    model_method = load_method(adapter.method).model
+    if model_method is not None and not adapter.trains_base and not base.family.reads_ids:
         what = f"{adapter.method} puts vectors among those of token ids, and {base.family.text} reads none"
         findings.add([Problem(what, "choose an adapter of layers, lora for one", key="adapter.method")])
         return False
-    return whole is None or findings.attempt(lambda: whole.slots(adapter, base.net)) is not None
+    return model_method is None or findings.attempt(lambda: model_method.slots(adapter, base.net)) is not None
 
 
 def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:

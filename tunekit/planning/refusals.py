@@ -74,7 +74,7 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     for name in ("plan.json", "checkpoints"):
         if (path / name).exists():
-            how = "`tunekit train RECIPE` goes on with --resume, and moves it aside with --overwrite"
+            how = "`tunekit train RECIPE` continues it with --resume, and moves it aside with --overwrite"
             yield Problem(f"{path} already holds a run ({name})", how, key=key)
             return
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

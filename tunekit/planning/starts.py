@@ -53,10 +53,10 @@ def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequen
         yield "the reference model is the base with the adapter as it is at step 0; a frozen copy of that is kept"
     start = settings.calibration
     if start is not None:
-        kept = bytes_text(_statistics_bytes(start, [target for target in targets if target.kind in LINEAR]))
+        statistics = bytes_text(_statistics_bytes(start, [target for target in targets if target.kind in LINEAR]))
         yield (
             f"start: {start.method} looks at the {start.looks_at} of the first {start.batches:,} micro-batches before "
-            f"step 1, and keeps {kept} of them until then"
+            f"step 1, and keeps {statistics} of them until then"
         )
         if getattr(start, "rho", 1.0) > 1:
             yield f"start: {start.method} decides the ranks; parameters and memory here are those of the recipe's"

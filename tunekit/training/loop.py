@@ -34,7 +34,7 @@ def run_loop(run: Run) -> None:
         _settle(run, waiting)
         if state.step > state.saved_step:
             _save(run)
-        saved = Problem(f"the checkpoint of step {state.step} is written", error.going_on)
+        saved = Problem(f"the checkpoint of step {state.step} is written", error.resume_advice)
         raise InputError.of([*error.problems, saved]) from error
 
 
@@ -176,4 +176,4 @@ def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     name = Signals(number).name
     if not step:
         raise Stopped(f"stopped by {name} before the first step; nothing was trained yet", number)
-    raise Stopped(f"stopped by {name} after step {step}; the checkpoint is written, go on with --resume", number)
+    raise Stopped(f"stopped by {name} after step {step}; the checkpoint is written, continue with --resume", number)

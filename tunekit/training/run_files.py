@@ -53,7 +53,7 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
         if lost:
             what = f"rank {', '.join(map(str, lost))} of {session.devices.world} is lost: its process has ended"
             _leave_status(session.folder, TunekitError.exit_code, what)
-            raise TunekitError(what, "see what it said last; go on with --resume") from error
+            raise TunekitError(what, "see what it said last; continue with --resume") from error
         _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         raise
     finally:

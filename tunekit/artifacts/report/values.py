@@ -170,4 +170,4 @@ def state_of(values: RunValues) -> str:
     """Running, or why it ended; a run that was killed could not say so itself."""
     if values.status.get("exit_code") is not None:
         return values.state
-    return "running" if is_held(values.path) else "killed; go on with --resume"
+    return "running" if is_held(values.path) else "killed; continue with --resume"

@@ -38,11 +38,11 @@ def epoch_rows(shares: tuple[Share, ...], *, seed: int, epoch: int, shuffle: boo
     parts: list[Indices] = []
     for number, share in enumerate(shares):
         rows = np.arange(share.start, share.stop, dtype=np.int64)  # (rows of the source,)
-        whole = int(share.weight)
-        rest = int((share.weight - whole) * len(rows) + 0.5)
-        parts += [rows] * whole
-        if rest:
-            chosen = permutation(len(rows), "draw", seed, epoch, number)[:rest]  # (rest,)
+        copies = int(share.weight)
+        drawn = int((share.weight - copies) * len(rows) + 0.5)
+        parts += [rows] * copies
+        if drawn:
+            chosen = permutation(len(rows), "draw", seed, epoch, number)[:drawn]  # (rest,)
             parts.append(rows[np.sort(chosen)])
     joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)  # (rows of the epoch,)
     return joined[permutation(len(joined), "order", seed, epoch)] if shuffle else joined

@@ -21,11 +21,11 @@ def split_batch(batch: Batch, kind: RowKind) -> tuple[Batch, Batch] | None:
 
 def cut_batch(batch: Batch, kind: RowKind, *, sequences: int | None = None, size: int | None = None) -> Batch:
     """The first sequences, and of each what lies within a size."""
-    kept: list[list[Row]] = []
+    shortened: list[list[Row]] = []
     for rows in batch.sequences[:sequences]:
         left, cut = batch.tokens if size is None else size, []
         for row in rows:
             cut += [kind.cut(row, 0, min(row.size, left))] if left else []
             left -= min(row.size, left)
-        kept.append(cut)
-    return kind.collate(kept)
+        shortened.append(cut)
+    return kind.collate(shortened)

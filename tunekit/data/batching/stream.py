@@ -53,15 +53,15 @@ class StreamedSource:
     def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
         """Rows without end. Raises: DataError with the wrong rows of a buffer, or where nothing can be trained on."""
         for epoch in count():
-            found = False
+            has_rows = False
             for number, (buffer, done) in enumerate(self._buffers(seed, epoch, shuffle)):
                 order = range(len(buffer))
                 if shuffle:
                     order = permutation(len(buffer), "buffer", seed, self.number, epoch, number).tolist()
                 for index in order:
-                    found = True
+                    has_rows = True
                     yield buffer[index], epoch + done
-            if not found:
+            if not has_rows:
                 raise DataError("no row of it can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:

@@ -62,12 +62,12 @@ def cut_micro_batches(
     current: list[Cut] = []
     widest: Sizes = ()
     for group in groups:
-        own = () if budget is None else sizes_of(group)
-        wider = tuple(map(max, widest, own)) if current else own
+        sizes = () if budget is None else sizes_of(group)
+        wider = tuple(map(max, widest, sizes)) if current else sizes
         full = len(current) == settings.micro_batch_size if budget is None else sum(wider) * (len(current) + 1) > budget
         if current and full:
             yield tuple(current)
-            current, wider = [], own
+            current, wider = [], sizes
         current.append(group)
         widest = wider
     if current:
@@ -180,10 +180,10 @@ class TrainingWindows:
 
     def _count_steps(self, epochs: float) -> int:
         """Whole epochs, and of the last one the part asked for, rounded up."""
-        whole = int(epochs)
-        steps = sum(self._epoch_steps(epoch) for epoch in range(whole))
-        part = epochs - whole
-        return steps + (math.ceil(part * self._epoch_steps(whole) - STEP_ROUNDING) if part else 0)
+        complete = int(epochs)
+        steps = sum(self._epoch_steps(epoch) for epoch in range(complete))
+        part = epochs - complete
+        return steps + (math.ceil(part * self._epoch_steps(complete) - STEP_ROUNDING) if part else 0)
 
 
 def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:

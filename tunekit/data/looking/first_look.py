@@ -121,12 +121,12 @@ def _names(kind: str, value: object) -> bool:
 def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
     """The columns beside the text that have few values, each of them in many rows, with the number of values; those
     that are called as labels are come first."""
-    found = {}
+    counts = {}
     for name in (name for name in rows[0] if name != "text"):
         short = all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
         if short and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL:
-            found[name] = count
-    return dict(sorted(found.items(), key=lambda each: each[0].lower() not in LABEL_NAMES))
+            counts[name] = count
+    return dict(sorted(counts.items(), key=lambda each: each[0].lower() not in LABEL_NAMES))
 
 
 def _folder_notes(data: str) -> list[str]:

@@ -61,15 +61,15 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
     Raises: DataError where there is none, or where recordings and images are mixed.
     """
     kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
-    found = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
-    if not found:
+    files = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
+    if not files:
         what = "this is a folder without a table, and without recordings or images"
         others = passed_over(folder)
         what += "" if others is None else f" ({others.removeprefix(WARNING)})"
         raise DataError(what, HOW, file=str(folder))
-    if len({kind for kind, _ in found}) > 1:
+    if len({kind for kind, _ in files}) > 1:
         raise DataError("the folder holds recordings and images", "keep one kind in it", file=str(folder))
-    for number, (kind, place) in enumerate(found, 1):
+    for number, (kind, place) in enumerate(files, 1):
         inner = place.relative_to(folder)
         yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
 

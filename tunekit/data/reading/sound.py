@@ -55,15 +55,15 @@ class Sound:
         try:
             if seek:
                 self.stream.seek(start)
-            found: NDArray[np.float32] = self.stream.read(count, dtype="float32", always_2d=True)
+            samples: NDArray[np.float32] = self.stream.read(count, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
             raise DataError(f"{self.name} cannot be read on: {_said(error)}", "it may be damaged") from None
-        if len(found) < count:
-            what = f"{self.name} ends after {(start + len(found)) / self.rate:.1f} s of {self.seconds:.1f} s"
+        if len(samples) < count:
+            what = f"{self.name} ends after {(start + len(samples)) / self.rate:.1f} s of {self.seconds:.1f} s"
             raise DataError(what, "it was cut short: fetch it again, or leave the row out")
-        if not np.isfinite(found).all():
+        if not np.isfinite(samples).all():
             raise DataError(f"{self.name} holds samples that are no numbers", "write the file anew")
-        return found
+        return samples
 
 
 @contextmanager

@@ -90,10 +90,10 @@ class Renderer:
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
         """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
-        found = self.source(example)
-        if found is None:
+        source = self.source(example)
+        if source is None:
             return None
-        text, ids, answer = found
+        text, ids, answer = source
         return (self._plain(text) if ids is None else ids), answer
 
     def source(self, example: Example) -> tuple[str, list[int] | None, str] | None:
@@ -127,7 +127,7 @@ class Renderer:
         return replace(example.without_template, weight=example.weight)
 
     def _plain(self, text: str) -> list[int]:
-        """Ids of text that no template wrote and that goes on."""
+        """Ids of text without a template, and without an end token."""
         begin, text = self._begun(text)
         return begin + self.tokenizer.encode(text, special_tokens_in_text=False)
 

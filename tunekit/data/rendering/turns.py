@@ -108,16 +108,16 @@ class TurnFinder:
             text = self.render(messages, tools)
             spans, wanted = [self._turn(messages, last, tools, text)], [last]
             self._notices[ONLY_LAST] += 1
-        found = tuple(span for span in spans if span is not None)
-        if len(found) < len(spans):
+        placed = tuple(span for span in spans if span is not None)
+        if len(placed) < len(spans):
             what = "the chat template writes an answer differently once more turns follow, so that its place is unknown"
             raise DataError(what, "give a template with {% generation %} markers", key="data.chat_template")
-        self._check(messages, wanted, found, text, tools)
+        self._check(messages, wanted, placed, text, tools)
         neutral = text
         if self._control.spelled_in([message.as_dict() for message in messages]) or self._control.spelled_in(tools):
             neutral = self.render_neutral(messages, tools)
         empty = sum(message.role == "assistant" and message.empty for message in messages)
-        return Conversation(text, neutral, found, tuple(messages[index].weight for index in wanted), empty)
+        return Conversation(text, neutral, placed, tuple(messages[index].weight for index in wanted), empty)
 
     def rewrites(self, example: ChatExample, wanted: Sequence[int]) -> bool:
         """Whether an answer cannot be found as it was given once the later turns are written."""

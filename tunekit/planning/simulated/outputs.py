@@ -62,17 +62,17 @@ def _kind(func: OpOverload) -> str | None:
 
 def _described(values: tuple[object, ...] | list[object]) -> list[object]:
     """For each input, the properties that decide the output; None for a tensor with values or of a subclass."""
-    found: list[object] = []
+    descriptions: list[object] = []
     for value in values:
         if isinstance(value, Tensor):
             plain = type(value) in (Tensor, nn.Parameter) and value.is_meta and not value.is_complex()
-            found.append((value.shape, value.stride(), value.dtype) if plain else None)
+            descriptions.append((value.shape, value.stride(), value.dtype) if plain else None)
         elif isinstance(value, tuple | list):
             inside = _described(value)
-            found.append(None if None in inside else tuple(inside))
+            descriptions.append(None if None in inside else tuple(inside))
         else:
-            found.append((type(value), value))  # 1 and True and 1.0 are not the same
-    return found
+            descriptions.append((type(value), value))  # 1 and True and 1.0 are not the same
+    return descriptions
 
 
 def _layouts_of(output: object, inputs: object) -> list[_Layout]:

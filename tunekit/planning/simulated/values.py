@@ -43,14 +43,16 @@ class IntegerValues:
 
     def _follow(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any], output: object) -> None:
         """Compute the twin of `output`, where it is an integer and every input has a twin or a value."""
-        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if not made or not all(self._wanted(tensor) for tensor in made):
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not outputs or not all(self._wanted(tensor) for tensor in outputs):
             return
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not all(tensor in self._twins or not tensor.is_meta for tensor in inputs):
             return
         twin = func(*tree_map(self._real, args), **tree_map(self._real, kwargs))
-        for tensor, value in zip(made, (leaf for leaf in tree_leaves(twin) if isinstance(leaf, Tensor)), strict=True):
+        for tensor, value in zip(
+            outputs, (leaf for leaf in tree_leaves(twin) if isinstance(leaf, Tensor)), strict=True
+        ):
             self._twins[tensor] = value
 
     def scalar(self, tensor: Tensor) -> float:

@@ -64,15 +64,15 @@ def unmeasurable(
 ) -> tuple[str, str] | None:
     """What is wrong with a known metric of an objective, with choices or without, and how to mend it; None where it is
     measured. `facts`: the settings of the objective, or the facts of a trained one."""
-    given = {*objective.sums_of(facts), *(CHOICE_SUMS if chosen else ())}
-    if _follows(metric, given):
+    sums = {*objective.sums_of(facts), *(CHOICE_SUMS if chosen else ())}
+    if _follows(metric, sums):
         return None
     method = objective.model_fields["method"].default
     known = known_names("metrics")
-    own = [name for name in known if _follows(name, given) and (objective.answers or not needs_generation(name))]
-    with_choices = objective.example == "text" and _follows(metric, {*given, *CHOICE_SUMS})
+    measurable = [name for name in known if _follows(name, sums) and (objective.answers or not needs_generation(name))]
+    with_choices = objective.example == "text" and _follows(metric, {*sums, *CHOICE_SUMS})
     how = f"; where answers are chosen from a list (evaluation.choices), also {metric}" if with_choices else ""
-    return f"objective {method} has no metric {metric}", f"its metrics are {', '.join(own)}{how}"
+    return f"objective {method} has no metric {metric}", f"its metrics are {', '.join(measurable)}{how}"
 
 
 def _follows(metric: str, sums: Iterable[str]) -> bool:

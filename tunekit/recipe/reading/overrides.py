@@ -20,25 +20,25 @@ HERE = Place(COMMAND_LINE)
 
 def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
     """Apply each override in order; a later one may change what an earlier one wrote, but not repeat its key."""
-    given: set[KeyPath] = set()
+    changed: set[KeyPath] = set()
     foreign = Draft(COMMAND_LINE)
     for text in overrides:
         if text.startswith("~"):
-            _remove(draft, text[1:], given)
+            _remove(draft, text[1:], changed)
         else:
-            _assign(draft, foreign, text, given)
+            _assign(draft, foreign, text, changed)
         expand_shorthands(draft)
     expand_shorthands(foreign)
     rewrite_aliases(foreign)
     draft.problems.extend(foreign.problems)
     draft.rewrites.extend(foreign.rewrites)
     for key, place in foreign.places.items():  # every alias writes a key of a section: two parts
-        if len(key) == 2 and _is_new(draft, key, given):
+        if len(key) == 2 and _is_new(draft, key, changed):
             _set(draft, key, foreign.get(key), place)
     expand_shorthands(draft)
 
 
-def _assign(draft: Draft, foreign: Draft, text: str, given: set[KeyPath]) -> None:
+def _assign(draft: Draft, foreign: Draft, text: str, changed: set[KeyPath]) -> None:
     name, equals, value_text = text.partition("=")
     if not equals:
         _complain(draft, show(text), "is neither KEY=VALUE nor ~KEY", "write, for example, training.epochs=2")
@@ -55,9 +55,9 @@ def _assign(draft: Draft, foreign: Draft, text: str, given: set[KeyPath]) -> Non
     if key is None:
         _complain(draft, show(name), "is no dotted key", "write, for example, training.epochs=2")
     elif is_alias(key) or (key == ("adapter",) and value_draft.values == "qlora"):
-        if _is_new(draft, key, given):
+        if _is_new(draft, key, changed):
             foreign.set(key, value_draft.values, HERE)
-    elif _is_new(draft, key, given):
+    elif _is_new(draft, key, changed):
         _set(draft, key, value_draft.values, HERE)
 
 
@@ -79,13 +79,13 @@ def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
     draft.set(key, value, place)
 
 
-def _remove(draft: Draft, name: str, given: set[KeyPath]) -> None:
+def _remove(draft: Draft, name: str, changed: set[KeyPath]) -> None:
     key = parse_key(name, draft)
     if key is None:
         _complain(draft, show(name), "is no dotted key", "write, for example, ~training.epochs")
         return
     key = (alias_target(str(key[-1])) or key) if is_alias(key) else key
-    if not _is_new(draft, key, given):
+    if not _is_new(draft, key, changed):
         return
     if draft.has(key):
         draft.remove(key)
@@ -116,12 +116,12 @@ def parse_key(name: str, draft: Draft) -> KeyPath | None:
     return tuple(key)
 
 
-def _is_new(draft: Draft, key: KeyPath, given: set[KeyPath]) -> bool:
+def _is_new(draft: Draft, key: KeyPath, changed: set[KeyPath]) -> bool:
     """Whether the command line names this key for the first time; a second time is a problem."""
-    if key in given:
+    if key in changed:
         _complain(draft, dotted(key), "is given twice", "keep one")
         return False
-    given.add(key)
+    changed.add(key)
     return True
 
 

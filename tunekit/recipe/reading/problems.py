@@ -60,10 +60,10 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     here = list(fields_at(key[:-1], draft))
     target = alias_target(name)
     elsewhere = _leaf_elsewhere(name, of_item=any(isinstance(part, int) for part in key))
-    section, dot, rest = name.partition(".")
+    section, dot, inner_name = name.partition(".")
     meant = meaning(name, draft.get(key))
     if dot and section in Recipe.model_fields:
-        how = f"write {section}: {{{rest}: ...}}"
+        how = f"write {section}: {{{inner_name}: ...}}"
     elif meant and not isinstance(meant[1], dict | list):
         how = f"write {dotted(meant[0])}: {show(meant[1])}"
     elif _MEANT_KEYS.get(name) in here:
