@@ -138,6 +138,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["[a]", "[a, 'a ']", "5", "text", "[]", "[a, true]", "[a, 1.5]", "[a, '']"],
     ),
     "evaluation.choice_score": (["sum", "mean_per_token", "mean_per_byte"], ["mean", "null", "[sum]"]),
+    "evaluation.content_free_prompt": (["null"], ["text", "3", "['{}']", "'{} {}'"]),
     "evaluation.metrics": (
         ["[loss]", "[loss, perplexity]", "[token_accuracy]", "[loss, exact_match]", "[rouge_l, token_f1, contains]"],
         ["loss", "[los]", "[5]", "{a: b}", "null", "[loss, loss]"],
