@@ -47,6 +47,7 @@ def mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny("mamba", tmp_path_factory.mktemp("mamba"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("targets", ["[in_proj, dt_proj]", "[dt_proj]"])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_tensor_that_no_gradient_reaches_is_named(tmp_path: Path, mamba: Path, targets: str, dry_run: bool) -> None:

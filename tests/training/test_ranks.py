@@ -59,16 +59,19 @@ def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize(
-    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_processes_give_the_curve_of_one(recipe: Path, tmp_path: Path, launcher: list[str]) -> None:
     one = train_in_child(recipe, tmp_path / "one")
     assert one.code == 0, one.output
     two = run_two(launcher, recipe, tmp_path / "two")
     assert two.returncode == 0, two.stdout + two.stderr
     assert two.stdout.count("report:") == 1  # only the main rank prints
-    single, double = records(tmp_path / "one"), records(tmp_path / "two")
+    require_same_curve(tmp_path / "one", tmp_path / "two")
+
+
+def require_same_curve(one: Path, two: Path) -> None:
+    single, double = ([record for record in records(run) if "loss" in record] for run in (one, two))
     assert len(single) == len(double) == 6
     for left, right in zip(single, double, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
@@ -103,12 +106,12 @@ finally:
 """
 
 
-def test_ranks_make_equally_many_forwards(recipe: Path, tmp_path: Path) -> None:
+def test_ranks_make_equally_many_forwards_and_the_curve_of_one(recipe: Path, tmp_path: Path) -> None:
     """Steps, evaluations and answers: a rank that has none left goes along, and changes nothing."""
     (tmp_path / "counting.py").write_text(COUNTING)
     metrics = ["data.eval=0.2", "training.eval_steps=2", "evaluation.batch_size=2", "evaluation.metrics=[exact_match]"]
-    settings = [f"output.dir={tmp_path / 'run'}", *metrics, "evaluation.max_new_tokens=2"]
-    words = [str(tmp_path / "counting.py"), "train", str(recipe), *settings]
+    metrics += ["evaluation.max_new_tokens=2", "training.gradient_accumulation_steps=8"]  # 9 micro-batches an epoch
+    words = [str(tmp_path / "counting.py"), "train", str(recipe), f"output.dir={tmp_path / 'two'}", *metrics]
     places = {"COUNTS": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu"} | places
     command = [sys.executable, *TORCHRUN, *words]
@@ -117,6 +120,10 @@ def test_ranks_make_equally_many_forwards(recipe: Path, tmp_path: Path) -> None:
     counts = [(tmp_path / rank).read_text() for rank in ("0", "1")]
     assert counts[0] == counts[1]
     assert "'answers': 0" not in counts[0]
+    assert done.stdout.count("report:") == 1, "only the main rank prints"
+    one = train_in_child(recipe, tmp_path / "one", *metrics)
+    assert one.code == 0, one.output
+    require_same_curve(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
