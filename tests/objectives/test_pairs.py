@@ -497,3 +497,39 @@ def test_data_check_compares_both_texts(
     write_rows(tmp_path / "test.jsonl", rows[3:4])
     findings = check(recipe)[1]["findings"]
     assert findings == {"contrary": [3], "leak": [4], "near": [6, 7]}, "a shared premise alone is no finding"
+
+
+def test_pairs_may_have_a_number(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Semantic similarity (STS): ten steps of MSE as transformers computes it; -1 is a number like any other."""
+    base, tokenizer = bases["bert"], AutoTokenizer.from_pretrained(bases["bert"])
+    recipe = recipe_of(tmp_path, base, "lora")
+    values = json.loads(recipe.read_text("utf-8")) | {"objective": {"method": "classify", "problem_type": "regression"}}
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    numbers = [-1 if at == 0 else at % 11 / 2 for at in range(42)]
+    for name, count in (("train", 42), ("test", 12)):
+        rows = (
+            {"sentence1": first, "sentence2": second, "label": number}
+            for (first, second, _), number in zip(pairs(count), numbers[:count], strict=True)
+        )
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    plan, _ = make_plan(load_recipe(recipe), device=CPU)
+    run = train(recipe)
+    net = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, problem_type="regression", dtype=torch.float32
+    )
+    targets = [target.name for target in plan.targets]
+    config = peft.LoraConfig(r=4, lora_alpha=32, target_modules=targets, task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(net, config)
+    start_as_ours(theirs, recipe, tmp_path)
+
+    def loss_of(step: int) -> Tensor:
+        places = [step % 7 * ROWS + at for at in range(ROWS)]
+        found = [
+            theirs(**inputs_of(tokenizer, *pairs(42)[at][:2]), labels=torch.tensor([numbers[at]])).loss for at in places
+        ]
+        return torch.stack(found).mean()
+
+    assert losses(run) == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, STEPS, loss_of), rel=1e-5)
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    merged = logits_of(classifier_of(tmp_path / "merged"), AutoTokenizer.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, our_logits(run, None), atol=1e-5, rtol=1e-5)
