@@ -47,6 +47,7 @@ def test_the_last_partial_window_is_stepped() -> None:
     assert [len(rows_of(window)) for window in found] == [10, 10, 3]
     assert sorted(row for window in found for row in rows_of(window)) == list(range(23))
     assert [window.epoch for window in found] == [1 / 3, 2 / 3, 1.0]
+    assert [len(step) for step in windows.steps_of(0)] == [5, 5, 2], "the forecast looks at the last one too"
 
 
 def test_without_shuffling_the_order_is_the_file_s() -> None:
