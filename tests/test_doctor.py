@@ -45,13 +45,13 @@ def test_clear_takes_nothing_that_was_not_kept_there(monkeypatch: pytest.MonkeyP
 
 
 def test_what_tunekit_keeps_is_known_as_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tunekit.files.durable import whole_folder
+    from tunekit.files.durable import atomic_folder
     from tunekit.model.storage import builtin
 
     monkeypatch.setattr(builtin, "write_tiny_llama", lambda folder: (folder / "config.json").write_text("{}"))
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
     folder = builtin.tiny_model_folder("builtin:tiny-llama")
-    with whole_folder(tmp_path / "cache" / "tokens" / ("0" * 64)) as work:
+    with atomic_folder(tmp_path / "cache" / "tokens" / ("0" * 64)) as work:
         assert doctor.cache_entries() == [work, folder]
     doctor.clear_cache()
     assert not (tmp_path / "cache").exists()

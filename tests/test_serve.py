@@ -23,7 +23,7 @@ from tests.talking.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import (
-    Talk,
+    Completion,
     bind,
     make_app,
     make_server,
@@ -218,13 +218,13 @@ def test_clients_that_leave_while_they_wait_are_let_go() -> None:
     async def leave() -> None:
         speaker: Any = Slow()
         desk = Desk(speaker, 1)
-        kept = Talk(desk, body_of())
-        left = [Talk(desk, body_of(stream=True)), Talk(desk, body_of())]
-        waits = [asyncio.ensure_future(left[0].begun(Gone())), asyncio.ensure_future(left[1].whole(Gone()))]
+        kept = Completion(desk, body_of())
+        left = [Completion(desk, body_of(stream=True)), Completion(desk, body_of())]
+        waits = [asyncio.ensure_future(left[0].wait_for_text(Gone())), asyncio.ensure_future(left[1].result(Gone()))]
         while not all(talk.job.cancelled.is_set() for talk in left):
             await asyncio.sleep(0.01)
         speaker.free.set()
-        await kept.begun(Gone())
+        await kept.wait_for_text(Gone())
         kept.job.cancelled.set()
         assert all(isinstance(end, ProtocolError) for end in await asyncio.gather(*waits, return_exceptions=True))
         assert len(speaker.batches) == 1
@@ -302,7 +302,7 @@ def test_elsewhere_than_here_a_key_is_needed(tiny_llama: Path, monkeypatch: pyte
 
 def test_a_folder_without_adapters_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     speaker = make_speaker(load_target(find_target(str(tiny_llama), None, []), CPU))
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="contains no adapter"):
         add_folders(speaker, [str(tmp_path)])
 
 
@@ -337,6 +337,6 @@ def test_a_signal_ends_the_answers_that_are_being_made() -> None:
         reply.readline()
         server.handle_exit(2, None)
         lines = [line for line in reply.read().decode().split("\n\n") if line]
-    assert "the server is going down" in lines[-2]
+    assert "the server is shutting down" in lines[-2]
     assert lines[-1] == "data: [DONE]"
     desk.close()

@@ -178,11 +178,11 @@ def test_a_prompt_that_is_read_holds_up_no_answer() -> None:
 
 
 def test_one_request_too_many_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk_module, "MOST_JOBS", 2)
+    monkeypatch.setattr(desk_module, "MAX_JOBS", 2)
     speaker: Any = Patient(free=False)
     desk = Desk(speaker, 8)
     waiting = [ended(desk) for _ in range(3)]
-    assert "2 requests wait already" in str(waiting[2].get(timeout=10))
+    assert "2 requests are waiting already" in str(waiting[2].get(timeout=10))
     speaker.free.set()
     assert [each.get(timeout=10).reason for each in waiting[:2]] == ["stop", "stop"]
     assert ended(desk).get(timeout=10).reason == "stop"

@@ -27,7 +27,7 @@ from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.targets.export import export_checkpoint
-from tunekit.targets.target import named_base, trained_base
+from tunekit.targets.target import base_override, trained_base
 
 LEFT_OUT = "tensors differ that a LoRA cannot hold, and are left out"
 
@@ -102,7 +102,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
         return
     lora = read_lora_folder(folder, {START: True} if start else None)
     first = None if initial is None else adapter_folder(initial)
-    updates, note = untouched_updates(lora, start, first, named_base(base))
+    updates, note = untouched_updates(lora, start, first, base_override(base))
     console.info(*filter(None, [note]))
     if rank is not None:
         reduced = {name: reduce_rank(update, min(rank, update.rank)) for name, update in updates.items()}
@@ -140,7 +140,7 @@ def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> No
         raise InputError(f"{checkpoint} names no checkpoint", how)
     place = check_new_folder(Path(output), [folder])
     place.parent.mkdir(parents=True, exist_ok=True)
-    size_bytes = export_checkpoint(folder, place, named_base(base))
+    size_bytes = export_checkpoint(folder, place, base_override(base))
     Console().info(f"the adapter of {folder.name} ({bytes_text(size_bytes)}) is written to {place}")
 
 
@@ -153,7 +153,7 @@ def adopt_verb(file: str, base: str | None, output: str) -> None:
         what = "the file does not say of which pipeline it is"
         raise InputError(what, "name that with --base PIPELINE", key="--base")
     place = check_new_folder(Path(output), [path])
-    layers, size_bytes = adopt_lora(path, named_base(base), place)
+    layers, size_bytes = adopt_lora(path, base_override(base), place)
     Console().info(f"{layers} layers, written to {place} ({bytes_text(size_bytes)})")
 
 
@@ -207,7 +207,7 @@ def _diff_adapters(
 
 
 def _diff_models(console: Console, names: list[str], rank: int | None, output: Path | None) -> list[TensorDifference]:
-    sections = [ModelSection.model_validate(named_base(name)) for name in names]
+    sections = [ModelSection.model_validate(base_override(name)) for name in names]
     sources = [find_source(section, weights=True) for section in sections]
     packed = next((source.gguf_file for source in sources if source.gguf_file), None)
     if packed:

@@ -1,4 +1,4 @@
-"""`tunekit chat` is a conversation in the terminal: lines that begin with / are commands, all others are questions."""
+"""`tunekit chat`: a conversation in the terminal. Lines that begin with / are commands, all others are messages."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "ma
 
 @dataclass
 class Chat:
-    """A conversation and how its answers are made."""
+    """A conversation, and the settings of its answers."""
 
     speaker: Speaker
     console: Console
-    name: str  # who answers
+    name: str  # the model that answers
     sampling: Sampling
     max_new_tokens: int
     history: Path | None = None
@@ -36,29 +36,29 @@ class Chat:
     ended: bool = False
 
     def line(self, text: str) -> None:
-        """One line of the user. Raises: TunekitError, after which the conversation is as it was."""
+        """Handle one line of the user. Raises: TunekitError, without changing the conversation."""
         if not text.startswith("/"):
-            self.ask(text)
+            self.send(text)
             return
-        word, _, rest = text[1:].partition(" ")
+        word, _, argument = text[1:].partition(" ")
         if word not in COMMANDS:
             raise InputError(f"there is no command /{word}", f"there are: {', '.join('/' + name for name in COMMANDS)}")
-        getattr(self, word)(rest.strip())
+        getattr(self, word)(argument.strip())
 
-    def ask(self, text: str) -> None:
-        """The user's turn, and the answer to it."""
+    def send(self, text: str) -> None:
+        """Add the user's turn, and the answer to it."""
         self.messages.append(Message("user", text))
         try:
             reply = self._answer(self.messages, self.name)
         except BaseException:
-            self.messages.pop()  # asked again, it is no second turn
+            self.messages.pop()  # sent again, it must not become a second turn
             raise
         self.messages.append(Message("assistant", reply.text))
         self._save()
 
     def _answer(self, messages: Sequence[Message], name: str) -> Reply:
-        """The answer, written as it is made; Ctrl-C keeps what there is of it."""
-        began, written = time.perf_counter(), ""
+        """The answer, written as it is generated; Ctrl-C ends it early."""
+        started, written = time.perf_counter(), ""
         flow = Flow(self.console.columns if self.console.is_terminal else None)
 
         def show(row: int, text: str) -> bool:
@@ -72,7 +72,7 @@ class Chat:
             (reply,) = self.speaker.answer([request], name, show)
         except KeyboardInterrupt:
             reply = Reply(written, 0, 0, "interrupted")
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         self.console.write(flow.end() + "\n")
         if reply.reason == "length":
             self.console.info(f"[ended at {self.max_new_tokens} tokens; /set max_new_tokens N]")
@@ -88,70 +88,70 @@ class Chat:
             write_text(self.history, json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
 
     # The commands.
-    def help(self, rest: str) -> None:
-        """what can be written here"""
+    def help(self, argument: str) -> None:
+        """list the commands"""
         for name, arguments in COMMANDS.items():
             self.console.info(f"/{f'{name} {arguments}'.strip():<28} {getattr(Chat, name).__doc__}")
 
-    def base(self, rest: str) -> None:
-        """the last question once more, answered by the base without an adapter; not kept"""
-        asked = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
-        if not asked or asked[-1].role != "user":
-            raise InputError("nothing was asked yet", "ask something first")
-        self._answer(asked, BASE)
+    def base(self, argument: str) -> None:
+        """let the base without an adapter answer the last question again; its answer is not saved"""
+        question = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
+        if not question or question[-1].role != "user":
+            raise InputError("there is no question yet", "write a question first")
+        self._answer(question, BASE)
 
-    def adapter(self, rest: str) -> None:
-        """who answers from now on; a folder is loaded as one more adapter; alone: who there is"""
-        if rest and rest not in self.speaker.names:
-            folder = Path(rest).expanduser()
+    def adapter(self, argument: str) -> None:
+        """choose who answers; a folder is loaded as another adapter; without an argument: list them"""
+        if argument and argument not in self.speaker.names:
+            folder = Path(argument).expanduser()
             if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
                 folder /= "adapter"
-            rest = folder.parent.name if folder.name == "adapter" else folder.name
-            self.speaker.add(rest, folder.absolute())
-        self.name = rest or self.name
+            argument = folder.parent.name if folder.name == "adapter" else folder.name
+            self.speaker.add(argument, folder.absolute())
+        self.name = argument or self.name
         names = [f"{name} (answers)" if name == self.name else name for name in self.speaker.names]
         self.console.info(", ".join(names))
 
-    def system(self, rest: str) -> None:
-        """the system prompt from now on; alone: none"""
+    def system(self, argument: str) -> None:
+        """set the system prompt from now on; without an argument: remove it"""
         others = [message for message in self.messages if message.role != "system"]
-        self.messages[:] = [*([Message("system", rest)] if rest else []), *others]
+        self.messages[:] = [*([Message("system", argument)] if argument else []), *others]
 
-    def set(self, rest: str) -> None:
-        """a setting: temperature, top_p, top_k, seed, max_new_tokens; alone: all of them"""
+    def set(self, argument: str) -> None:
+        """change a setting: temperature, top_p, top_k, seed, max_new_tokens; without an argument: show all"""
         now = {**asdict(self.sampling), "max_new_tokens": self.max_new_tokens}
-        if rest:
-            name, _, value = rest.replace("=", " ").partition(" ")
+        if argument:
+            name, _, value = argument.replace("=", " ").partition(" ")
             now[name] = _setting(name, value.strip())
             self.max_new_tokens = now.pop("max_new_tokens")
             self.sampling = Sampling(**now)
             return
         self.console.info(", ".join(f"{name} {value}" for name, value in now.items()))
 
-    def undo(self, rest: str) -> None:
-        """takes the last question and its answer back"""
+    def undo(self, argument: str) -> None:
+        """remove the last question and its answer"""
         while self.messages and self.messages.pop().role != "user":
             pass
         self._save()
 
-    def reset(self, rest: str) -> None:
-        """begins a new conversation; the system prompt stays"""
+    def reset(self, argument: str) -> None:
+        """start a new conversation; the system prompt stays"""
         self.messages[:] = [message for message in self.messages if message.role == "system"]
         self._save()
 
-    def save(self, rest: str) -> None:
-        """writes the conversation there, now and after every turn, as a row of format chat"""
-        if not rest:
-            raise InputError("no file is named", "write /save FILE")
-        self.history = Path(rest).expanduser()
+    def save(self, argument: str) -> None:
+        """save the conversation to FILE now and after every turn, as a row of the format chat"""
+        if not argument:
+            raise InputError("no file name was given", "write /save FILE")
+        self.history = Path(argument).expanduser()
         self._save()
 
-    def quit(self, rest: str) -> None:
-        """ends the program, as Ctrl-D does"""
+    def quit(self, argument: str) -> None:
+        """end the program, like Ctrl-D"""
         self.ended = True
 
 
-COMMANDS = {  # methods of Chat, and what may follow their names
+COMMANDS = {  # methods of Chat, and the arguments after their names
     "help": "",
     "base": "",
     "adapter": "[NAME | FOLDER]",
@@ -171,17 +171,17 @@ def _setting(name: str, value: str) -> float:
     try:
         number: float = kind(value)
     except ValueError:
-        raise InputError(f"'{value}' is no number for {name}", f"write /set {name} 1") from None
+        raise InputError(f"'{value}' is not a number, which {name} needs", f"write /set {name} 1") from None
     allowed = {"top_p": 0 < number <= 1, "max_new_tokens": number >= 1}.get(name, number >= 0)
     if not allowed:
-        raise InputError(f"{name} {value} is out of its range", "/set alone shows what is set")
+        raise InputError(f"{name} {value} is out of range", "/set without an argument shows the settings")
     return number
 
 
 def read_history(path: Path) -> list[Message]:
-    """The conversation in a file that an earlier chat wrote; none where there is no file yet.
+    """The conversation in a file written by an earlier chat; empty if the file does not exist.
 
-    Raises: DataError where the file holds something else.
+    Raises: DataError if the file contains something else.
     """
     if not path.exists():
         return []
@@ -189,7 +189,7 @@ def read_history(path: Path) -> list[Message]:
         turns = json.loads(path.read_text("utf-8"))["messages"]
         return [Message(str(turn["role"]), str(turn["content"])) for turn in turns]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"holds no conversation ({error})", "name another file", file=str(path)) from error
+        raise DataError(f"contains no conversation ({error})", "name another file", file=str(path)) from error
 
 
 def chat_verb(
@@ -208,12 +208,12 @@ def chat_verb(
     """
     console = Console()
     earlier = [] if history is None else read_history(Path(history))
-    found = find_target(target, base, overrides)
-    console.warn(*found.rewrites)
-    console.info(f"loading {found.model.name_or_path} ...")
+    spec = find_target(target, base, overrides)
+    console.warn(*spec.rewrites)
+    console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:
-        speaker = make_speaker(load_target(found, devices.device))
+        speaker = make_speaker(load_target(spec, devices.device))
         chat = Chat(speaker, console, speaker.default, Sampling(*sampling), max_new_tokens or DEFAULT_NEW_TOKENS)
         chat.history, chat.messages = None if history is None else Path(history), earlier
         for folder in adapters:
@@ -221,8 +221,14 @@ def chat_verb(
         chat.name = speaker.default
         if system is not None:
             chat.system(system)
-        who = "the base" if chat.name == BASE else "the tuned model; /base asks the base"
-        console.info(f"You talk to {who}. /help lists the commands; Ctrl-C ends an answer, Ctrl-D the program.")
+        model_name = (
+            "the base"
+            if chat.name == BASE
+            else "base asks the base/the tuned model; /base lets the base answer/base asks the base"
+        )
+        console.info(
+            f"You are chatting with {model_name}. /help lists the commands; Ctrl-C ends an answer, Ctrl-D the program."
+        )
         for message in chat.messages:
             console.info(f"{message.role}: {message.content}")
         _talk(chat, console)
@@ -231,14 +237,14 @@ def chat_verb(
 
 
 def _talk(chat: Chat, console: Console) -> None:
-    """Line by line, until the input ends."""
-    asks = sys.stdin.isatty()
-    if asks:
+    """Read lines until the input ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives the line its keys and its memory)
     while not chat.ended:
         try:
-            text = input("> " if asks else "")
+            text = input("> " if interactive else "")
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -249,5 +255,5 @@ def _talk(chat: Chat, console: Console) -> None:
                 chat.line(text.strip())
         except TunekitError as error:
             console.warn(str(error))
-    if asks:
+    if interactive:
         console.info("")

@@ -17,13 +17,13 @@ from tunekit.commands.order import InOrderOfUse
 from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.console.text import visible
 from tunekit.errors import EXIT_FAULT, ResourceError, exit_message, redact
-from tunekit.machine.malloc import KEPT_KERNELS
+from tunekit.machine.malloc import CACHED_KERNELS
 
 EXIT_BROKEN_PIPE = 141
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),  # the older name
-    **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(KEPT_KERNELS)),
+    **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(CACHED_KERNELS)),
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # looking for some takes longer than reading a recipe

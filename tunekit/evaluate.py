@@ -7,7 +7,7 @@ from typing import Any
 
 from tunekit.companions.base import load_companions
 from tunekit.console import Console
-from tunekit.console.progress import Counting
+from tunekit.console.progress import CountProgress
 from tunekit.contracts import Progress
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.reading.replaced import refuse_to_replace_named
@@ -59,7 +59,7 @@ def evaluate_verb(
         console.info(*rows.notes, *calibration_notes(found.evaluation))
         loaded.model.companions = load_companions(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
-        of_run, counting = found.data or section, Counting(console)
+        of_run, counting = found.data or section, CountProgress(console)
         evaluation = evaluate_rows(loaded, rows, metrics, devices, of_run, template, counting)
     finally:
         devices.close()

@@ -14,7 +14,7 @@ from tunekit.files.tensors import read_tensor, write_tensors
 from tunekit.model.families import make_family
 from tunekit.model.load import make_meta_model
 from tunekit.records import bytes_text
-from tunekit.targets.target import as_trained, family_of, find_target, processor_of
+from tunekit.targets.target import family_of, find_target, processor_of, with_objective
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def export_verb(adapter: str, to: str, output: str, base: str | None) -> None:
     if place.suffix != ".safetensors" or place.exists():
         why = "exists" if place.exists() else "does not end in .safetensors"
         raise InputError(f"{output} {why}", "choose another --output", key="--output")
-    section = as_trained(target, processor_of(target))[0].model
+    section = with_objective(target, processor_of(target))[0].model
     net = make_meta_model(section, device=CPU).net
     attached = attach_adapter_folder(net, target.adapter, head_name=None, device=CPU)
     if not attached.method.in_diffusers_file:

@@ -1,4 +1,4 @@
-"""`tunekit generate`: answers to one prompt or to each line of a file, the scores of a reward model, or pictures."""
+"""`tunekit generate`: answers to one prompt or to each line of a file, the scores of a reward model, or images."""
 
 import json
 import os
@@ -53,39 +53,39 @@ def generate_verb(
     """Generate, score, or draw. Raises: TunekitError, whose exit code the command line returns."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
-    if sum(given is not None for given in (prompt, prompts, score)) != 1:
-        how = "give one of --prompt TEXT, --prompts FILE and --score FILE, or prompts on standard input, one a line"
+    if sum(option is not None for option in (prompt, prompts, score)) != 1:
+        how = "use one of --prompt TEXT, --prompts FILE and --score FILE, or standard input with one prompt per line"
         raise InputError(how)
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
-    given = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
-    found = find_target(target, base, overrides)
-    draws = make_family(family_of(found)).is_pipeline
-    sampled = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
-    flags = {**sampled, "--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
+    items = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
+    spec = find_target(target, base, overrides)
+    draws = make_family(family_of(spec)).is_pipeline
+    sampling_flags = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
+    flags = {**sampling_flags, "--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
     _check_flags(draws, output, [flag for flag, value in flags.items() if value is not None])
-    if found.evaluation.choices is not None and (temperature or max_new_tokens is not None):
-        what = "the likeliest of evaluation.choices is the answer; nothing is sampled or written token by token"
-        raise InputError(what, "leave --temperature and --max-new-tokens out, or add evaluation.choices=null")
+    if spec.evaluation.choices is not None and (temperature or max_new_tokens is not None):
+        what = "the answer is the most likely one of evaluation.choices, so no tokens are sampled"
+        raise InputError(what, "remove --temperature and --max-new-tokens, or add evaluation.choices=null")
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    console.warn(*found.rewrites)  # standard output holds the answers alone
+    console.warn(*spec.rewrites)  # standard output contains only the answers
     try:
-        loaded = load_target(found, devices.device)
-        texts = _texts_of(given, loaded)
+        loaded = load_target(spec, devices.device)
+        texts = _texts_of(items, loaded)
         files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
         if os.path.isdir(prompts or ""):
             console.warn(*filter(None, [passed_over(Path(str(prompts)))]))
         if files and (draws or loaded.model.base.family.reads_ids):
-            raise InputError(f"{prompts}: the model reads texts, no files", "give a file with one prompt a line")
+            raise InputError(f"{prompts}: the model reads texts, not files", "name a file with one prompt per line")
         if draws:
             _draw(console, loaded, texts, seed or 0, Path(output or "pictures"))
             return
-        asked: Sequence[TextOrPair] = given
+        questions: Sequence[TextOrPair] = items
         if not loaded.model.base.family.reads_ids and prompts is not None:
-            asked = [str(media_folder(prompts) / Path(text)) for text in texts]
-        answers = answer(loaded, asked, sampling, devices) if score is None else []
+            questions = [str(media_folder(prompts) / Path(text)) for text in texts]
+        answers = answer(loaded, questions, sampling, devices) if score is None else []
         scores = [] if score is None else score_file(loaded, Path(score).absolute())
     finally:
         devices.close()
@@ -94,34 +94,34 @@ def generate_verb(
     if prompt is not None:
         console.write(f"{visible(answers[0])}\n")
         return
-    for asking, reply in zip(given, answers, strict=True):
-        console.json({"prompt": asking, "answer": reply})
+    for item, reply in zip(items, answers, strict=True):
+        console.json({"prompt": item, "answer": reply})
 
 
 def _texts_of(prompts: Sequence[TextOrPair], loaded: LoadedTarget) -> list[str]:
-    """The prompts that are one text. Raises: InputError for pairs of texts where the target reads none."""
+    """The prompts that are single texts. Raises: InputError for pairs of texts if the target does not read pairs."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if len(texts) < len(prompts) and not loaded.objective.rows.reads_pairs:
-        what = f"some prompts are pairs of texts, and the target was trained for {loaded.objective.name}"
+        what = f"some prompts are pairs of texts, but the target was trained with {loaded.objective.name}"
         raise InputError(what, 'write {"prompt": "..."}')
     return texts
 
 
-def _check_flags(draws: bool, output: str | None, given: Sequence[str]) -> None:
-    """Raises: InputError for --output, or another flag that is given, which has no effect."""
+def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
+    """Raises: InputError for --output, or another of these flags, if it would have no effect."""
     if not draws and output is not None:
-        raise InputError("the target writes no images", "leave --output out")
-    useless = " and ".join(flag for flag in given if flag != "--seed")
+        raise InputError("the target writes no images", "remove --output")
+    useless = " and ".join(flag for flag in flags if flag != "--seed")
     if draws and useless:
-        raise InputError(f"a pipeline draws images, of which {useless} says nothing", "leave it out")
-    useless = " and ".join(flag for flag in given if flag in ("--top-p", "--top-k", "--seed"))
-    if not draws and useless and "--temperature" not in given:
-        what = f"without --temperature nothing is sampled, so {useless} would say nothing"
+        raise InputError(f"the target is a pipeline, which draws images; {useless} has no effect", "remove it")
+    useless = " and ".join(flag for flag in flags if flag in ("--top-p", "--top-k", "--seed"))
+    if not draws and useless and "--temperature" not in flags:
+        what = f"without --temperature nothing is sampled, so {useless} has no effect"
         raise InputError(what, "add --temperature 1")
 
 
 def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
-    """An image of each prompt, the first one with this seed, under names that are free in the folder."""
+    """Draw an image for each prompt, the first one with this seed, under unused names in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     answering = loaded.objective.answering
     draw = None if answering is None else answering.draw
@@ -130,36 +130,36 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
         with undisturbed(loaded.model):
             pixels = draw(loaded.model, [prompt], [seed + number], no_progress)[0]
         names = (folder / f"{seed + number:05d}{f'-{again}' if again else ''}.png" for again in count())
-        place = next(each for each in names if not each.exists())
+        place = next(path for path in names if not path.exists())
         write_bytes(place, png_bytes(pixels))
         console.json({"prompt": prompt, "picture": str(place), "seed": seed + number})
 
 
 def read_prompts(path: Path) -> list[TextOrPair]:
-    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`, or with both texts of a pair as rows
-    have them; `-` is standard input. A recording or an image is itself the prompt, and of a folder each one in it.
+    """One prompt per line: plain text, or in a .jsonl file an object with `prompt`, or with both texts of a pair in the
+    format of rows; `-` is standard input. A recording or an image is itself the prompt; for a folder, each one in it.
 
-    Raises: DataError naming the line.
+    Raises: DataError with the line.
     """
     if path.is_dir():
-        if found := [name for name in sorted(os.listdir(path)) if is_media(name)]:
-            return list(found)
-        how = "its own files are read, not its folders"
-        raise DataError("there is no recording and no image in it", how, file=str(path))
+        if media := [name for name in sorted(os.listdir(path)) if is_media(name)]:
+            return list(media)
+        how = "only files directly in it are read, not its folders"
+        raise DataError("it contains no recording and no image", how, file=str(path))
     if str(path) != "-" and not path.exists():
-        raise DataError("there is no such file or folder", "check the path given to --prompts", file=str(path))
+        raise DataError("there is no such file or folder", "check the path of --prompts", file=str(path))
     if is_media(path.name):
         return [path.name]
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", "give a UTF-8 text file", file=str(path)) from error
+        raise DataError(f"cannot be read: {error}", "use a UTF-8 text file", file=str(path)) from error
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     prompts = [_prompt_of(line, path, number) for number, line in numbered]
     if not prompts:
         file = "standard input" if str(path) == "-" else str(path)
-        raise DataError("there is no prompt in it", "write one prompt a line, or give --prompt TEXT", file=file)
+        raise DataError("it contains no prompt", "write one prompt per line, or use --prompt TEXT", file=file)
     return prompts
 
 
@@ -182,15 +182,17 @@ def _prompt_of(line: str, path: Path, number: int) -> TextOrPair:
 
 @torch.no_grad()
 def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], float]]:
-    """Each row of the file, a prompt with its answer or a conversation, and its score.
+    """Each row of the file (a prompt with its answer, or a conversation), and its score.
 
-    Raises: InputError where the target is no reward model; DataError naming every wrong row.
+    Raises: InputError if the target is not a reward model; DataError with every wrong row.
     """
     objective, model = loaded.objective, loaded.model
     kind = objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template))
     answering = objective.answering
     if answering is None or answering.score is None or not isinstance(kind, TextRows):
-        raise InputError(f"it was made for {objective.name} and gives no scores", "name a model of objective: reward")
+        raise InputError(
+            f"it was trained with {objective.name} and gives no scores", "name a model of objective: reward"
+        )
     assert model.base.text is not None  # it reads text
     problems, sequences, values = Problems(), list[list[int]](), list[dict[str, Any]]()
     rows, _, format_name, _ = open_rows(Source(path=str(path)), "text", problems)
@@ -200,7 +202,7 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
             sequences.append(kind.renderer.sequence(make_example(raw.values))[0])
             values.append(raw.values)
         except Dropped as reason:
-            problems.add(str(path), raw.line, str(reason), "write an answer, or leave the row out")
+            problems.add(str(path), raw.line, str(reason), "write an answer, or remove the row")
         except DataError as error:
             problems.add_error(str(path), raw.line, error)
     problems.raise_if_any()
@@ -214,7 +216,7 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
 def answer(
     loaded: LoadedTarget, texts: Sequence[TextOrPair], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
-    """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
+    """The model's answer to each text, formatted like the training rows; for evaluation.choices the most likely one."""
     settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
@@ -226,8 +228,8 @@ def answer(
     answering = objective.answering
     if answering is None or answering.write is None:
         scores = answering is not None and answering.score is not None
-        how = "give answers with --score FILE" if scores else "name a different target"
-        raise InputError(f"the target was trained for {objective.name}, which writes no answers", how)
+        how = "score answers with --score FILE" if scores else "name a different target"
+        raise InputError(f"the target was trained with {objective.name}, which does not generate answers", how)
     rows = objective.rows
     prompts = [rows.question(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
     if model.base.family.reads_ids and model.base.text is not None:

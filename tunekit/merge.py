@@ -1,4 +1,4 @@
-"""`tunekit merge` writes an adapter and its base as a model folder that needs neither tunekit nor peft."""
+"""`tunekit merge`: write an adapter and its base as a model folder that needs neither tunekit nor peft."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def merge_verb(
     adapter: str, output: str, base: str | None, onto: str | None, overrides: Sequence[str], dtype: str | None = None
 ) -> None:
-    """Merge and say how far the result is from the running adapter.
+    """Merge, and print how much the result differs from the running adapter.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
@@ -26,7 +26,7 @@ def merge_verb(
     console = Console()
     target = find_target(adapter, base, overrides)
     console.info(*target.rewrites)
-    with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
+    with StopSignals(announce=False) as signals, signals.at_once("in the merge; its partial output was removed"):
         result = merge(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference
     tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # images have none
@@ -39,14 +39,14 @@ def merge_verb(
             f"{difference.written:.3g} at most{rounding} {measured}"
         )
     if difference.written is None or result.computed_in != "float32":
-        adds = "" if difference.written is None else "; what is more than above is the rounding of that computation"
+        adds = "" if difference.written is None else "; the excess over the line above is rounding in that computation"
         console.info(
             f"computed in {result.computed_in}, as the adapter runs here: logits differ by {difference.largest:.3g} at "
             f"most and {difference.mean:.3g} on average {measured}{adds}"
         )
     if difference.running_loss is not None:
         console.info(
-            f"mean loss over every one of these tokens, trained on or not, in {result.computed_in}: "
+            f"mean loss over all of these tokens, also those not trained on, in {result.computed_in}: "
             f"{difference.running_loss:.5f} with the adapter, {difference.merged_loss:.5f} merged"
         )
     if result.note:

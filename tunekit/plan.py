@@ -1,4 +1,4 @@
-"""`tunekit plan` prints what `train` would do, and writes it as JSON."""
+"""`tunekit plan`: print what `train` would do, and write it as JSON."""
 
 from dataclasses import asdict
 
@@ -16,7 +16,7 @@ from tunekit.recipe.load import LoadedRecipe
 def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
     """Print what train would do.
 
-    Raises: TunekitError with every refusal.
+    Raises: TunekitError with all refusals.
     """
     refuse_to_replace("--json", json_file, loaded)
     write_result = json_result(json_file)

@@ -210,7 +210,7 @@ def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion
             errors.append("; ".join(filter(None, (error.problems[0].what, error.problems[0].how))))
         seconds.append(time.monotonic() - start)
     scores = np.stack(columns, axis=1)
-    return Trial(name, completions, scores, rewards.summed(scores), seconds, errors)
+    return Trial(name, completions, scores, rewards.weighted(scores), seconds, errors)
 
 
 def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tuple[list[str], list[str]]:

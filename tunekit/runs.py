@@ -1,4 +1,4 @@
-"""`tunekit runs`: a line for each run below a folder; `clean` removes their checkpoints."""
+"""`tunekit runs`: list the runs below a folder; `clean` removes their checkpoints."""
 
 import contextlib
 import os
@@ -15,95 +15,98 @@ from tunekit.files.durable import json_result
 from tunekit.files.lock import is_held
 from tunekit.records import bytes_text
 
-DEPTH = 4  # how far below the folder runs are looked for
+DEPTH = 4  # maximum depth of runs below the folder
 
 
 @dataclass(frozen=True)
 class RunLine:
-    """What is told of one run."""
+    """The listed values of one run."""
 
     path: str
     state: str
     steps: int
     planned_steps: int | None
     loss: float | None  # of the last step
-    eval_loss: float | None  # of the exported weights; of the last evaluation while the run continues
+    eval_loss: float | None  # of the exported weights; while the run continues, of the last evaluation
     bytes: int
     checkpoint_bytes: int
     age_seconds: float  # since its last record
 
 
 def runs_verb(folder: str, json_file: str | None) -> None:
-    """Raises: InputError where there is no such folder."""
+    """List runs. Raises: InputError if there is no such folder."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
-    found = []
+    lines = []
     for path in (paths := find_runs(Path(folder))):
         try:
             with damage_named(path):
-                found.append(run_line(path))
-        except TunekitError as error:  # the others can be told of
+                lines.append(run_line(path))
+        except TunekitError as error:  # the other runs can still be listed
             console.warn(str(error))
     if not paths:
-        console.info(f"no runs in {folder}; output.dir of a recipe says where its run goes")
-    elif found:
-        rows = [_cells(line) for line in found]
+        console.info(f"no runs in {folder}; a recipe's output.dir is its run folder")
+    elif lines:
+        rows = [_cells(line) for line in lines]
         console.table(["run", "state", "steps", "loss", "eval\nloss", "size", "check-\npoints", "age"], rows)
-    write_result([asdict(line) for line in found])
+    write_result([asdict(line) for line in lines])
 
 
 def clean_verb(folder: str, yes: bool) -> None:
-    """Remove the checkpoints of finished runs, and all but the newest of others, after showing what goes.
+    """Remove the checkpoints of finished runs, and all but the newest of other runs, after confirmation.
 
-    Raises: InputError where nobody can be asked and --yes is not given.
+    Raises: InputError if there is nobody to ask and no --yes.
     """
     from tunekit.artifacts.checkpoint import removable, remove_checkpoints
 
     console = Console()
-    going: list[tuple[Path, list[Path], int]] = []  # run, its checkpoints, their bytes
+    removals: list[tuple[Path, list[Path], int]] = []  # run, its checkpoints, their bytes
     for path in find_runs(Path(folder)):
         if is_held(path):
-            console.info(f"{path}: a process is working there; left as it is")
+            console.info(f"{path}: a process is using it; left unchanged")
             continue
         try:
-            out = removable(path / "checkpoints", is_finished(path))
+            checkpoints = removable(path / "checkpoints", is_finished(path))
         except TunekitError as error:
-            console.warn(f"{error}; {path} is left as it is")
+            console.warn(f"{error}; {path} is left unchanged")
             continue
-        if out:
-            going.append((path, out, sum(map(size_bytes, out))))
-    if not going:
+        if checkpoints:
+            removals.append((path, checkpoints, sum(map(size_bytes, checkpoints))))
+    if not removals:
         console.info("nothing to remove")
         return
-    total = bytes_text(sum(size for _, _, size in going))
-    rows = [[path, ", ".join(checkpoint.name for checkpoint in out), bytes_text(size)] for path, out, size in going]
-    console.table(["run", "checkpoints that go", "size"], rows)
-    console.info("RUN@STEP of these will not be there any more; adapter/ and the reports stay.")
+    total = bytes_text(sum(size for _, _, size in removals))
+    rows = [
+        [path, ", ".join(checkpoint.name for checkpoint in checkpoints), bytes_text(size)]
+        for path, checkpoints, size in removals
+    ]
+    console.table(["run", "removed checkpoints", "size"], rows)
+    console.info("RUN@STEP of these will no longer exist; adapter/ and the reports stay.")
     if not yes and not console.confirm(f"remove {total}?"):
-        raise InputError("nothing was removed", "answer yes, or give --yes where nobody can be asked")
-    for path, out, _ in going:
+        raise InputError("nothing was removed", "answer yes, or use --yes if nobody can answer")
+    for path, checkpoints, _ in removals:
         with RunFolder.open_resume(path) as run:
-            remove_checkpoints(run, out)
+            remove_checkpoints(run, checkpoints)
     console.info(f"removed {total}")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Every run folder at or below this one, by name. Raises: InputError where it is no folder."""
+    """Every run folder at or below this one, by name. Raises: InputError if it is not a folder."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", "name the folder that your runs are in")
-    found = []
+    runs = []
     for place, names, files in os.walk(folder):
         path = Path(place)
         if "plan.json" in files and "recipe.yaml" in files:
-            found.append(path)
+            runs.append(path)
             names.clear()
         elif len(path.relative_to(folder).parts) >= DEPTH:
             names.clear()
         names[:] = sorted(name for name in names if not name.startswith("."))
-    return found
+    return runs
 
 
 def run_line(path: Path) -> RunLine:
-    """What the files of one run say."""
+    """The line of one run, from its files."""
     values = run_values(path)
     metrics = path / "metrics.jsonl"
     newest = metrics if metrics.exists() else path / "plan.json"
@@ -121,7 +124,7 @@ def run_line(path: Path) -> RunLine:
 
 
 def size_bytes(path: Path) -> int:
-    """Of all files below; one that a run removes meanwhile counts nothing."""
+    """Bytes of all files below; files that a run removes meanwhile count nothing."""
     size = 0
     for place, _, names in os.walk(path):
         for name in names:

@@ -1,6 +1,6 @@
-"""`tunekit serve` answers OpenAI's clients until it is stopped; every adapter is a model name over the one base.
+"""`tunekit serve`: answers OpenAI clients until it is stopped; every adapter is a model name over the same base.
 
-GET /v1/models; POST /v1/chat/completions, streamed or whole.
+GET /v1/models; POST /v1/chat/completions, streamed or complete.
 """
 
 from __future__ import annotations
@@ -35,72 +35,74 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 AsgiApp = Callable[..., Awaitable[None]]  # (scope, receive, send) -> nothing
-LARGEST_BODY_BYTES = 4_000_000
+MAX_BODY_BYTES = 4_000_000
 QUEUED_CONNECTIONS = 1024
-HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # within which a client sends them
+HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send them
 
 
-async def whole_body(request: Request) -> bytes:
-    """Raises: ProtocolError where it is too large, or said to be no JSON.
+async def read_request(request: Request) -> bytes:
+    """The body of a request. Raises: ProtocolError if it is too large, or not declared as JSON.
 
-    A page from elsewhere can make the browser send a body here unasked, but none of this type.
+    A foreign web page can make the browser send a body here, but not with this content type.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ProtocolError(415, "the body must be JSON: send it with Content-Type: application/json")
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > LARGEST_BODY_BYTES:
-            raise ProtocolError(413, f"the body is larger than {LARGEST_BODY_BYTES:,} bytes")
+        if len(body) > MAX_BODY_BYTES:
+            raise ProtocolError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
     return bytes(body)
 
 
-def make_app(desk: Desk, key: str | None, most_tokens: int, only_local: bool = True) -> Starlette:
-    """The endpoint as an ASGI application. `key`: what clients must give; None: nothing. `only_local`: whether it is
-    this machine's alone."""
+def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
+    """The endpoint as an ASGI application. `key`: the API key that clients must send; None: no key. `only_local`:
+    whether only this machine can reach it."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    names, began = desk.speaker.names, int(time.time())
+    names, started = desk.speaker.names, int(time.time())
 
-    def refused(request: Request, error: Exception) -> Response:
+    def error_response(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
-            error = ProtocolError(400, "the client left before its request was whole")
+            error = ProtocolError(400, "the client left before its request was complete")
         elif isinstance(error, HTTPException):
             error = ProtocolError(error.status_code, str(error.detail))
-        assert isinstance(error, ProtocolError)  # its text may quote half a surrogate pair, which json escapes
+        assert isinstance(error, ProtocolError)  # its text may contain an unpaired surrogate, which json escapes
         return Response(json.dumps(error.body), error.status, media_type="application/json")
 
     def check(request: Request) -> None:
-        """Who asks, and whom."""
+        """Check the Host header and the API key."""
         host = request.headers.get("host", "")
         if only_local and not names_this_machine(host):
-            raise ProtocolError(403, f"{host!r} is not this machine: ask {' or '.join(LOCAL_HOSTS)}")
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        bears = scheme.lower() == "bearer"
-        if key is not None and not (hmac.compare_digest(given.strip().encode(), key.encode()) and bears):
-            raise ProtocolError(401, "the key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
+            raise ProtocolError(403, f"{host!r} is not this machine: use {' or '.join(LOCAL_HOSTS)}")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        is_bearer = scheme.lower() == "bearer"
+        if key is not None and not (hmac.compare_digest(token.strip().encode(), key.encode()) and is_bearer):
+            raise ProtocolError(
+                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
+            )
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def models(request: Request) -> Response:
         check(request)
-        each = [{"id": name, "object": "model", "created": began, "owned_by": "tunekit"} for name in names]
-        return JSONResponse({"object": "list", "data": each})
+        entries = [{"id": name, "object": "model", "created": started, "owned_by": "tunekit"} for name in names]
+        return JSONResponse({"object": "list", "data": entries})
 
     async def completions(request: Request) -> Response | AsgiApp:
         check(request)
-        asked = read_body(await whole_body(request), names, most_tokens)
-        talk = Talk(desk, asked)
-        if not asked.stream:
-            return JSONResponse(await talk.whole(request))
-        await talk.begun(request)
-        events = StreamingResponse(talk.pieces(), media_type="text/event-stream")
-        return partial(talk.send, events)
+        chat_request = read_body(await read_request(request), names, max_tokens)
+        completion = Generation(desk, chat_request)
+        if not chat_request.stream:
+            return JSONResponse(await completion.result(request))
+        await completion.wait_for_text(request)
+        events = StreamingResponse(completion.events(), media_type="text/event-stream")
+        return partial(completion.send, events)
 
     return Starlette(
         routes=[
@@ -108,52 +110,52 @@ def make_app(desk: Desk, key: str | None, most_tokens: int, only_local: bool = T
             Route("/v1/models", models),
             Route("/v1/chat/completions", completions, methods=["POST"]),
         ],
-        exception_handlers=dict.fromkeys((ProtocolError, HTTPException, ClientDisconnect), refused),
+        exception_handlers=dict.fromkeys((ProtocolError, HTTPException, ClientDisconnect), error_response),
     )
 
 
-class Talk:
+class Generation:
     """One completion on its way from the desk's thread to its client."""
 
-    def __init__(self, desk: Desk, asked: ChatRequest) -> None:
-        self.asked = asked
+    def __init__(self, desk: Desk, chat_request: ChatRequest) -> None:
+        self.chat_request = chat_request
         self.arrived: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(what: str | Reply | Exception) -> None:
-            loop.call_soon_threadsafe(self.arrived.put_nowait, what)
+        def deliver(item: str | Reply | Exception) -> None:
+            loop.call_soon_threadsafe(self.arrived.put_nowait, item)
 
-        self.job = Job(asked.request, asked.name, tell, tell, asked.seeded)
-        self.facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.name}
+        self.job = Job(chat_request.request, chat_request.name, deliver, deliver, chat_request.seeded)
+        self.facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat_request.name}
         self._first: str | Reply | None = None
         desk.put(self.job)
 
     async def _next(self) -> str | Reply:
-        """The next piece, or the reply at the end. Raises: ProtocolError."""
-        found = await self.arrived.get()
-        if isinstance(found, DataError):
-            code = "context_length_exceeded" if "tokens" in str(found) else None
-            raise ProtocolError(400, str(found), "messages", code)
-        if isinstance(found, TunekitError):
-            raise ProtocolError(400, str(found))
-        if isinstance(found, Exception):
-            raise ProtocolError(503 if isinstance(found, ConnectionError) else 500, str(found))
-        return found
+        """The next piece of text, or the reply at the end. Raises: ProtocolError."""
+        item = await self.arrived.get()
+        if isinstance(item, DataError):
+            code = "context_length_exceeded" if "tokens" in str(item) else None
+            raise ProtocolError(400, str(item), "messages", code)
+        if isinstance(item, TunekitError):
+            raise ProtocolError(400, str(item))
+        if isinstance(item, Exception):
+            raise ProtocolError(503 if isinstance(item, ConnectionError) else 500, str(item))
+        return item
 
-    async def whole(self, request: Request) -> dict[str, Any]:
-        """The answer in one."""
-        while not isinstance(found := await self._wanted(request), Reply):
+    async def result(self, request: Request) -> dict[str, Any]:
+        """The complete answer."""
+        while not isinstance(reply := await self._next_for(request), Reply):
             pass
-        message = {"role": "assistant", "content": found.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": found.reason}
-        return {**self.facts, "object": "chat.completion", "choices": [choice], "usage": usage(found)}
+        message = {"role": "assistant", "content": reply.text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.reason}
+        return {**self.facts, "object": "chat.completion", "choices": [choice], "usage": usage(reply)}
 
-    async def begun(self, request: Request) -> None:
-        """Wait for the first piece, so that what is wrong with the request has its own status."""
-        self._first = await self._wanted(request)
+    async def wait_for_text(self, request: Request) -> None:
+        """Wait for the first piece, so that an error of the request gets its own status."""
+        self._first = await self._next_for(request)
 
-    async def _wanted(self, request: Request) -> str | Reply:
-        """The next piece; the job is given up where the client is gone."""
+    async def _next_for(self, request: Request) -> str | Reply:
+        """The next piece; if the client is gone, the job is cancelled."""
         waiting = asyncio.ensure_future(self._next())
         while not (await asyncio.wait([waiting], timeout=1.0))[0]:
             if await request.is_disconnected():
@@ -161,24 +163,24 @@ class Talk:
         return waiting.result()
 
     async def send(self, events: StreamingResponse, *of_asgi: object) -> None:
-        """Send them; the job ends with its client, also with one that left before the first event."""
+        """Send the events; the job ends when its client leaves, even before the first event."""
         try:
             await events(*of_asgi)
         finally:
             self.job.cancelled.set()
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Events of the protocol."""
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as events of the protocol."""
         try:
             yield self._event({"role": "assistant", "content": ""}, None)
-            found = self._first
-            while isinstance(found, str):
-                yield self._event({"content": found}, None)
-                found = await self._next()
-            assert isinstance(found, Reply)
-            yield self._event({}, found.reason)
-            if self.asked.with_usage:
-                yield self._data({"choices": [], "usage": usage(found)})
+            item = self._first
+            while isinstance(item, str):
+                yield self._event({"content": item}, None)
+                item = await self._next()
+            assert isinstance(item, Reply)
+            yield self._event({}, item.reason)
+            if self.chat_request.with_usage:
+                yield self._data({"choices": [], "usage": usage(item)})
         except ProtocolError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
         yield "data: [DONE]\n\n"
@@ -198,7 +200,7 @@ def serve_verb(
     host: str,
     port: int,
     key: str | None,
-    most_tokens: int,
+    max_tokens: int,
     batch_size: int,
 ) -> None:
     """Serve until a signal. Raises: TunekitError, whose exit code the command line returns."""
@@ -208,18 +210,18 @@ def serve_verb(
         raise InputError(f"serving needs {error.name}", "pip install 'tunekit[serve]'") from error
     key = key or os.environ.get("TUNEKIT_API_KEY")
     if host not in LOCAL_HOSTS and not key:
-        how = "give --api-key or TUNEKIT_API_KEY, or leave --host out"
-        raise InputError(f"on {host} others could use it without a key", how)
-    console, found = Console(), find_target(target, base, overrides)
+        how = "set --api-key or TUNEKIT_API_KEY, or remove --host"
+        raise InputError(f"on {host} other machines could use the server without a key", how)
+    console, spec = Console(), find_target(target, base, overrides)
     listening = bind(host, port)
-    console.warn(*found.rewrites)
-    console.info(f"loading {found.model.name_or_path} ...")
+    console.warn(*spec.rewrites)
+    console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:
-        speaker = make_speaker(load_target(found, devices.device), name_of(target))
+        speaker = make_speaker(load_target(spec, devices.device), name_of(target))
         add_folders(speaker, adapters)
         desk = Desk(speaker, batch_size)
-        app = make_app(desk, key, most_tokens, only_local=host in LOCAL_HOSTS)
+        app = make_app(desk, key, max_tokens, only_local=host in LOCAL_HOSTS)
         server = make_server(desk, app)
         threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
         server.run(sockets=[listening])
@@ -230,7 +232,7 @@ def serve_verb(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The socket to serve on, taken before a model is loaded. Raises: InputError where another program has it."""
+    """The socket to serve on, bound before a model is loaded. Raises: InputError if another program uses the port."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -238,16 +240,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def make_server(desk: Desk, app: Starlette) -> Server:
-    """A server that a signal ends at once: the answers that are being made are given up with it.
+    """A server that ends at once on a signal and aborts running answers.
 
-    It accepts few connections at a time, so that the request of each is read before many others come after it; these
-    wait in the system's queue. Its log has no line for a bad request, of which anybody can send any number.
+    It accepts few connections at a time, so that each request is read before many others arrive; these wait in the
+    system's queue. Bad requests, of which anybody can send any number, are not logged.
     """
     import uvicorn
 
-    most = connection_limit()
-    settings = {"http": make_connection_class(most), "ws": "none", "lifespan": "off", "loop": "asyncio"}
-    server = uvicorn.Server(uvicorn.Config(app, **settings, backlog=most // 8, log_level="error"))
+    limit = connection_limit()
+    settings = {"http": make_connection_class(limit), "ws": "none", "lifespan": "off", "loop": "asyncio"}
+    server = uvicorn.Server(uvicorn.Config(app, **settings, backlog=limit // 8, log_level="error"))
     end, start = server.handle_exit, server.startup
 
     def end_with_answers(signal: int, frame: FrameType | None) -> None:
@@ -257,18 +259,18 @@ def make_server(desk: Desk, app: Starlette) -> Server:
     async def start_with_a_queue(sockets: Sequence[socket.socket]) -> None:
         await start(sockets)
         for listening in sockets:
-            listening.listen(QUEUED_CONNECTIONS)  # the backlog above is both, the queue and how many are accepted
+            listening.listen(QUEUED_CONNECTIONS)  # the backlog above limits both the queue and accepted connections
 
     server.handle_exit, server.startup = end_with_answers, start_with_a_queue
     return server
 
 
-def make_connection_class(most: int) -> type[asyncio.Protocol]:
-    """uvicorn's connection with deadlines for header and body, and a limit: of more than `most`, the one that has kept
-    the server waiting for the longest time is closed. uvicorn itself waits for ever."""
+def make_connection_class(limit: int) -> type[asyncio.Protocol]:
+    """uvicorn's connection class with deadlines for header and body, and with a limit: beyond `limit` connections, the
+    one that has kept the server waiting longest is closed. uvicorn itself waits forever."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of those without a whole request, the oldest first
+    deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of connections without a complete request, the oldest first
 
     class Connection(H11Protocol):  # type: ignore[misc]
         awaited_seconds: float | None = None
@@ -276,7 +278,7 @@ def make_connection_class(most: int) -> type[asyncio.Protocol]:
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self.await_request()
-            if len(self.connections) > most:
+            if len(self.connections) > limit:
                 next(iter(deadlines)).give_up()
 
         def data_received(self, data: bytes) -> None:
@@ -298,7 +300,7 @@ def make_connection_class(most: int) -> type[asyncio.Protocol]:
                 super().shutdown()
 
         def await_request(self) -> None:
-            """Begin a deadline where what the client has to send next has changed; there is none while it waits."""
+            """Start a deadline if the server now waits for other data of the client; there is none while it answers."""
             idle = self.cycle is None or self.cycle.response_complete
             seconds = HEADER_SECONDS if idle else BODY_SECONDS if self.cycle.more_body else None
             if seconds != self.awaited_seconds:
@@ -319,7 +321,7 @@ def make_connection_class(most: int) -> type[asyncio.Protocol]:
 
 
 def _announce(server: Server, console: Console, speaker: Speaker, host: str, port: int) -> None:
-    """Say where it listens, once it does."""
+    """Print the address, once the server listens."""
     while not server.started:
         time.sleep(0.05)
     console.info(f"models: {', '.join(speaker.names)}", f"serving at http://{host}:{port}/v1 - Ctrl-C ends it")

@@ -1,6 +1,6 @@
-"""`tunekit train`: a recipe goes in, a run folder comes out: plan, assemble, try, loop, export, report.
+"""`tunekit train`: runs a recipe and writes a run folder: plan, assemble, try, loop, export, report.
 
-Every decision was plan's; this file only obeys.
+Plan makes every decision; this file only obeys.
 """
 
 import gc
@@ -35,7 +35,7 @@ from tunekit.training.finish import remedy, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
-from tunekit.training.state import Prepared, Run
+from tunekit.training.state import Run, RunInputs
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
@@ -48,14 +48,16 @@ def train_verb(
     json_file: str | None = None,
     accepted: Sequence[str] = (),
 ) -> None:
-    """Run the recipe. `accepted`: keys whose files may have changed since the run that is resumed.
+    """Run the recipe. `accepted`: keys whose files may have changed since the resumed run.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
     if overwrite and (resume or dry_run):
-        raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
+        raise InputError(
+            f"--overwrite starts a new run, but {'--resume' if resume else '--dry-run'} does not", "use one of them"
+        )
     if accepted and not resume:
-        raise InputError("--accept-changed says what --resume accepts", "add --resume, or leave it out")
+        raise InputError("--accept-changed only has an effect with --resume", "add --resume, or remove it")
     refuse_to_replace("--json", json_file, loaded)
     write_result = json_result(json_file)
     devices = make_devices()
@@ -71,8 +73,8 @@ def train_verb(
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):
                     result = _try_out(session)
-            elif devices.from_main(devices.is_main and resume and run_files.finished(session)):
-                console.info(f"{path} holds a finished run; nothing to do")
+            elif devices.from_main(devices.is_main and resume and run_files.is_run_finished(session)):
+                console.info(f"{path} contains a finished run; nothing to do")
             else:
                 with run_files.locked_folder(session, path, resume, overwrite):
                     _train(session, resume)
@@ -91,21 +93,21 @@ def _train(session: Session, resume: bool) -> None:
         plan, prepared = _plan(session, run_files.previous_choice(session) if resume else None)
         run_files.announce_run(session, plan, prepared)
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
-    gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
+    gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had delayed garbage collection
     trackers = run_files.make_trackers(session, run.state.step)
     progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
     with trackers, progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
-    found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
-    run.state.reactions = [reaction for place, reaction in enumerate(found) if reaction not in found[:place]]
+    reactions = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
+    run.state.reactions = [reaction for place, reaction in enumerate(reactions) if reaction not in reactions[:place]]
     if session.folder is not None:
         _finish(session, session.folder, plan, prepared, run)
     session.devices.wait()
 
 
 def _try_out(session: Session) -> dict[str, Any]:
-    """--dry-run: load, attach, probe, the longest batch forward and backward; no update, nothing written."""
+    """--dry-run: load, attach, probe, and run the longest batch forward and backward; no update, nothing written."""
     plan, prepared = _plan(session)
     try:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared))
@@ -135,12 +137,12 @@ def _try_out(session: Session) -> dict[str, Any]:
     }
 
 
-def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepared]:
-    """Decide everything; the main rank first, so that rows are encoded once."""
+def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, RunInputs]:
+    """Make all decisions; on the main rank first, so that rows are encoded once."""
     devices, console = session.devices, session.console
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, previous=previous))
-    session.baseline_bytes = resident_bytes()  # planning has imported what the run needs
+    session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
     raise_refusals(plan)
     facts, rows = plan.model, plan.rows.training
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
@@ -156,8 +158,8 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
     return plan, prepared
 
 
-def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
-    """The base, within the budget's memory."""
+def _load(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
+    """The base, within the memory budget."""
     device = session.devices.device
     if plan.budget_bytes is not None:
         limit_bytes(device, plan.budget_bytes)
@@ -167,8 +169,8 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         return load_model(prepared.model, device=device, streamed=waits, streamed_head=head_waits)
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared, run: Run) -> None:
-    """Export the best or the last state, report, and say that it is finished, in this order."""
+def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs, run: Run) -> None:
+    """Export the best or the last state, write the report, and then mark the run as finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     measured = state.measured_facts
@@ -176,7 +178,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         measured = restore(best.tensors, best.facts, run.optimizer, run.adapter).measured_facts
     base, template = run.model.base, prepared.rows.template
-    run.optimizer.native.state.clear()  # what is written may need as much room as its moments
+    run.optimizer.native.state.clear()  # writing the result may need as much memory as the optimizer's moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
         answering, section = run.objective.answering, prepared.model.model_copy(update=measured)
@@ -184,8 +186,8 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     else:
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint, measured)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
-    begun_from = "the base" if is_base else "before training"
-    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, begun_from)
+    start = "the base" if is_base else "before training"
+    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, start)
     write_report(folder, facts, plan)
     ended = "stopped early: no gain" if state.stopped_early else "finished"
     folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")

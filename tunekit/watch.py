@@ -1,5 +1,5 @@
-"""`tunekit watch`: follow a run of another process, line by line or on a page. Only files are read, so that the run is
-not slowed down."""
+"""`tunekit watch`: follows a run of another process, line by line or on a page. It only reads files, so it does not
+slow down the run."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ from tunekit.machine.network import names_this_machine
 from tunekit.records import EvaluationRecord, StepRecord
 
 LOOK_SECONDS = 0.5  # between two looks at the files
-REFRESH = '<meta http-equiv="refresh" content="5">'  # the page loads itself again every 5 seconds
+REFRESH = '<meta http-equiv="refresh" content="5">'  # the page reloads every 5 seconds
 PLAIN = tuple(field.name for field in fields(StepRecord) if field.default is field.default_factory is MISSING)
 
 
 def watch_verb(folder: str, port: int | None) -> None:
-    """Follow a run until it ends, or serve its page until a signal. Raises: InputError where there is no run."""
+    """Follow a run until it ends, or serve its page until a signal. Raises: InputError if there is no run."""
     path, console = Path(folder), Console()
     read_run(path)
     if port is not None:
@@ -49,40 +49,41 @@ def _follow(path: Path, console: Console) -> None:
 
 
 def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[StepRecord | EvaluationRecord]:
-    """The records that the run has written so far, and then each new one, until it ends: the last ones come after
-    `at_end`. A resume that goes back begins again."""
-    told: list[LoggedLine] = []
-    seen: tuple[int, int] | None = None
+    """The records that the run has written so far, then each new one until the run ends; `at_end` is called before the
+    last ones. If a resume goes back, its records are repeated."""
+    reported: list[LoggedLine] = []
+    last_state: tuple[int, int] | None = None
     while True:
-        if ended := not _goes_on(path):
+        if ended := not _is_running(path):
             at_end()
         metrics = path / METRICS_NAME
         facts = metrics.stat() if metrics.exists() else None
         now = (0, 0) if facts is None else (facts.st_size, facts.st_mtime_ns)
-        if now != seen:
-            same, new = _since(metrics, told)
+        if now != last_state:
+            same, new = _since(metrics, reported)
             yield from (_record(line) for _, line in new)
-            told, seen = [*told[:same], *new], now
+            reported, last_state = [*reported[:same], *new], now
         if ended:
             return
         time.sleep(LOOK_SECONDS)
 
 
-def _since(metrics: Path, told: list[LoggedLine]) -> tuple[int, list[LoggedLine]]:
-    """How many of the lines told are still so, and those after them; of a log that only grew its new end is read."""
+def _since(metrics: Path, reported: list[LoggedLine]) -> tuple[int, list[LoggedLine]]:
+    """How many of the reported lines are unchanged, and the lines after them; of a log that only grew, only the new
+    end is read."""
     try:
-        grown = list(records_from(metrics, told[-2][0])) if len(told) > 1 else []
-    except RunFolderError:  # it begins within another line
+        grown = list(records_from(metrics, reported[-2][0])) if len(reported) > 1 else []
+    except RunFolderError:  # the position is inside another line
         grown = []
-    if grown and grown[0] == told[-1]:
-        return len(told), grown[1:]
+    if grown and grown[0] == reported[-1]:
+        return len(reported), grown[1:]
     lines = list(records_from(metrics))
-    same = next((at for at, (old, new) in enumerate(zip(told, lines, strict=False)) if old != new), len(told))
+    same = next((at for at, (old, new) in enumerate(zip(reported, lines, strict=False)) if old != new), len(reported))
     return same, lines[same:]
 
 
-def _goes_on(path: Path) -> bool:
-    """Whether it is running; its status and its lock say so."""
+def _is_running(path: Path) -> bool:
+    """Whether it is running, from its status and its lock."""
     status = read_json(path / "status.json")
     return (not isinstance(status, dict) or status.get("exit_code") is None) and is_held(path)
 
@@ -97,14 +98,14 @@ def _record(line: Record) -> StepRecord | EvaluationRecord:
 
 
 class _Page(BaseHTTPRequestHandler):
-    """The page of the run as it is now."""
+    """The page with the run's present state."""
 
     path_of_run: Path
     timeout = 10  # seconds to wait for more of a request
 
     def do_GET(self) -> None:
         if not names_this_machine(self.headers.get("Host", "")):
-            self.send_error(403, "ask 127.0.0.1 or localhost")
+            self.send_error(403, "use 127.0.0.1 or localhost")
             return
         if self.path not in ("/", "/index.html"):
             self.send_error(404)
@@ -124,7 +125,7 @@ class _Page(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *values: object) -> None:
-        """A look at the page is no news."""
+        """Requests for the page are not logged."""
 
 
 def _serve(path: Path, port: int, console: Console) -> None:

@@ -59,7 +59,7 @@ def chat(model: Path, rounds: int = 4, tokens: int = 48) -> dict[str, Any]:
         return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
     def of_ours() -> str:
-        speaker._kept.clear()  # a first question, not the same one again
+        speaker._caches.clear()  # a first question, not the same one again
         (reply,) = speaker.answer([request], speaker.names[0])
         assert reply.new_tokens == tokens
         return reply.text

@@ -163,7 +163,7 @@ def test_a_file_without_what_diffusers_asks_of_it_is_refused(tmp_path: Path) -> 
     tensors = adapter_tensors(folder)
     (folder / "tunekit.json").unlink()
     save_file({key.removeprefix("base_model.model."): value for key, value in tensors.items()}, folder / DIFFUSERS_NAME)
-    with pytest.raises(AdapterError, match=r"has no lora_adapter_metadata; bring it in with: tunekit adapter adopt"):
+    with pytest.raises(AdapterError, match=r"has no lora_adapter_metadata; convert it with: tunekit adapter adopt"):
         attach_adapter_folder(adapter.net, folder, head_name=None)
 
 
@@ -188,7 +188,7 @@ def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     adapter, processor = attached(tmp_path, "sd")
     file = saved(adapter, tmp_path / "adapter", processor) / DIFFUSERS_NAME
     modules = [target.name for target in adapter.targets if "up_blocks" not in target.name]
-    with pytest.raises(AdapterError, match="is no LoRA of a layer of this pipeline"):
+    with pytest.raises(AdapterError, match="is not the LoRA of a layer of this pipeline"):
         read_foreign(file, modules)
     with safe_open(file, "pt") as opened:
         fields = json.loads(opened.metadata()["lora_adapter_metadata"])

@@ -168,8 +168,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     (LoraSettings, {"target_parameters": ("up",)}, "target_parameters", "did you mean 'down_proj' or 'gate_up_proj'"),
     (LoraSettings, {"target_modules": ("w1",)}, "target_modules", r"write target_parameters: \[experts.gate_up_proj\]"),
     (LoraSettings, {"dropout": 0.1}, "dropout", "write dropout: 0"),
-    (LoraSettings, {"start": "orthogonal", "r": 2}, "start", "cannot fill fused parameters"),
-    (LoraSettings, {"modules_to_save": ("mlp",)}, "target_parameters", "which is trained whole"),
+    (LoraSettings, {"start": "orthogonal", "r": 2}, "start", "cannot initialise fused parameters"),
+    (LoraSettings, {"modules_to_save": ("mlp",)}, "target_parameters", "which is fully trained"),
     (LoraSettings, {"r": 65}, "r", "rank 65 is too large"),
     (DoraSettings, {}, "target_parameters", "use the method lora"),
 ]
@@ -220,7 +220,7 @@ def test_training_goes_on_from_a_folder(mixture: Path, tmp_path: Path) -> None:
     load_into(second, tmp_path / "a")
     assert all(torch.equal(second.state()[name], tensor) for name, tensor in first.state().items())
     other = attach(load(mixture), LoraSettings(**{**FIELDS, "target_parameters": BOTH[:1]}))
-    with pytest.raises(AdapterError, match="down_proj is adapted there and not by the recipe"):
+    with pytest.raises(AdapterError, match="down_proj is adapted there but not by the recipe"):
         load_into(other, tmp_path / "a")
 
 

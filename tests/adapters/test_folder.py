@@ -146,7 +146,7 @@ def test_an_adapter_folder_is_replaced_whole_and_others_never(tmp_path: Path) ->
     save(make_adapter(), folder)
     assert sorted(os.listdir(tmp_path)) == [".adapter.part-3", "adapter"]
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(AdapterError, match=r"holds files of others \(notes\.txt\)"):
+    with pytest.raises(AdapterError, match=r"contains other files \(notes\.txt\)"):
         save(make_adapter(), folder)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(AdapterError, match="in the way"):
@@ -223,8 +223,8 @@ def test_init_from_continues_only_the_same_adapter(good: Path) -> None:
         ({"r": 2}, "has rank 4 and alpha 6.0, in the recipe 2 and 6.0"),
         ({"alpha": 7}, "in the recipe 4 and 7.0"),
         ({"use_rslora": True}, "use_rslora is False there"),
-        ({"target_modules": ("q_proj",)}, "v_proj is adapted there and not by the recipe"),
-        ({"target_modules": ("q_proj", "v_proj", "k_proj")}, "k_proj is adapted by the recipe and not there"),
+        ({"target_modules": ("q_proj",)}, "v_proj is adapted there but not by the recipe"),
+        ({"target_modules": ("q_proj", "v_proj", "k_proj")}, "k_proj is adapted by the recipe but not there"),
     ):
         with pytest.raises(AdapterError, match=words):
             load_into(make_adapter(**values), good)
@@ -281,12 +281,12 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
     "config is a folder": (lambda f: instead(f, CONFIG, os.mkdir), "not a regular file"),
     "config is not utf-8": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "not valid JSON"),
     "config is empty": (lambda f: (f / CONFIG).write_bytes(b""), "not valid JSON"),
-    "config is a list": (lambda f: (f / CONFIG).write_text("[]"), "does not hold a JSON object"),
+    "config is a list": (lambda f: (f / CONFIG).write_text("[]"), "does not contain a JSON object"),
     "deep nesting": (lambda f: (f / CONFIG).write_text('{"r":' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too"),
     "NaN literal": (lambda f: edit_text(f, '"lora_dropout": 0', '"lora_dropout": NaN'), "literal NaN"),
     "infinite number": (lambda f: edit_text(f, '"lora_alpha": 6', '"lora_alpha": 1e999'), "infinite"),
     "5000 digits": (lambda f: edit_text(f, '"r": 4', '"r": ' + "9" * 5000), "number of 5000 digits"),
-    "duplicate key": (lambda f: edit_text(f, '"r": 4', '"r": 4, "r": 8'), "the key 'r' stands twice"),
+    "duplicate key": (lambda f: edit_text(f, '"r": 4', '"r": 4, "r": 8'), "the key 'r' appears twice"),
     "huge config": (lambda f: (f / CONFIG).write_bytes(b" " * (17 * 2**20)), "at most"),
     "no type": (lambda f: change_config(f, peft_type=None), "adapters of type None"),
     "another type": (lambda f: change_config(f, peft_type="POLY"), "peft_type: adapters of type POLY"),
@@ -298,7 +298,7 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
     "alpha is negative": (lambda f: change_config(f, lora_alpha=-1), "lora_alpha: malformed"),
     "no targets": (lambda f: change_config(f, target_modules=None), "target_modules: malformed"),
     "targets are numbers": (lambda f: change_config(f, target_modules=[1]), "target_modules: malformed"),
-    "targets match nothing": (lambda f: change_config(f, target_modules=["xyz"]), "no layer of the base is left"),
+    "targets match nothing": (lambda f: change_config(f, target_modules=["xyz"]), "the base has no layer"),
     "hostile target": (lambda f: change_config(f, target_modules="((((a|a)*)*)*)*" * 9 + "!"), "target_modules"),
     "hostile rank": (lambda f: change_config(f, rank_pattern={"(.*.*)*" * 9 + "!": 2}), "rank_pattern.*too many"),
     "list for a mapping": (lambda f: change_config(f, rank_pattern=[]), "rank_pattern.*malformed.*dictionary"),
@@ -313,7 +313,7 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
     ),
     "bias": (lambda f: change_config(f, bias="some"), "bias"),
     "lora_bias": (lambda f: change_config(f, lora_bias=True), r"lora_B\.bias' is missing"),
-    "layers": (lambda f: change_config(f, layers_to_transform=[0]), r"layers\.1\..*is no tensor of this adapter"),
+    "layers": (lambda f: change_config(f, layers_to_transform=[0]), r"layers\.1\..*is not a tensor of this adapter"),
     "parameters": (lambda f: change_config(f, target_parameters=["experts.down_proj"]), "target_parameters"),
     "tokens": (lambda f: change_config(f, trainable_token_indices=[1]), "trainable_tokens_delta. is missing"),
     "PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), "init_lora_weights: .*pissa"),
@@ -327,7 +327,7 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda f: (os.remove(f / TENSORS), (f / PICKLE).write_bytes(pickle.dumps(Bomb()))),
         "adapter_model.bin: is a pickle",
     ),
-    "no tensors": (lambda f: (f / TENSORS).unlink(), "holds no adapter_model.safetensors"),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), "contains no adapter_model.safetensors"),
 }
 HEADER_DAMAGE: dict[str, tuple[Damage, str]] = {
     "tensors are a link": (lambda f: link(f, TENSORS), "is a link"),
@@ -338,9 +338,9 @@ HEADER_DAMAGE: dict[str, tuple[Damage, str]] = {
     "lfs pointer": (lambda f: (f / TENSORS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
     "web page": (lambda f: (f / TENSORS).write_bytes(b"<!DOCTYPE html><html></html>"), "web page"),
     "pickle in disguise": (lambda f: (f / TENSORS).write_bytes(pickle.dumps(Bomb()) + b" " * 40), "is a pickle"),
-    "header of 2^63": (lambda f: (f / TENSORS).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "truncated, or no"),
+    "header of 2^63": (lambda f: (f / TENSORS).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "truncated or not"),
     "header is no JSON": (lambda f: write_header(f, b"{{{{"), "not valid JSON"),
-    "header twice the key": (lambda f: write_header(f, b'{"a": 1, "a": 1}'), "stands twice"),
+    "header twice the key": (lambda f: write_header(f, b'{"a": 1, "a": 1}'), "appears twice"),
     "entry malformed": (lambda f: write_header(f, {"a": {"dtype": "F32"}}), "entry 'a' is malformed"),
     "negative size": (
         lambda f: write_header(f, {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}),
@@ -358,13 +358,16 @@ HEADER_DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda f: change_tensors(f, lambda t: [t.pop(name) for name in list(t) if "layers.1" in name]),
         "layers.1.* is missing",
     ),
-    "extra tensor": (lambda f: change_tensors(f, lambda t: t.update({Q0[:-7]: t[Q0].clone()})), "is no tensor of this"),
+    "extra tensor": (
+        lambda f: change_tensors(f, lambda t: t.update({Q0[:-7]: t[Q0].clone()})),
+        "is not a tensor of this",
+    ),
     "other shape": (lambda f: change_tensors(f, lambda t: t.update({Q0: torch.zeros(3, 32)})), r"shape \[3, 32\], exp"),
     "transposed": (lambda f: change_tensors(f, lambda t: t.update({Q0: t[Q0].T.contiguous()})), r"shape \[32, 4\]"),
     "integers": (lambda f: change_tensors(f, lambda t: t.update({Q0: t[Q0].to(torch.int8)})), "has type I8"),
     "base weight": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: torch.zeros(32)})),
-        "norm.weight' is no tensor of this adapter .it would overwrite a weight of the base",
+        "norm.weight' is not a tensor of this adapter .it would overwrite a weight of the base",
     ),
     "base layer": (
         lambda f: change_tensors(f, lambda t: t.update({Q0.replace("lora_A", "base_layer"): torch.zeros(32, 32)})),
@@ -420,7 +423,7 @@ def test_a_malformed_folder_is_refused_unread(
 def test_non_finite_tensors_are_refused(value: float, good: Path, tmp_path: Path) -> None:
     folder = copy_as_peft(good, tmp_path / "a")
     change_tensors(folder, lambda tensors: tensors[Q0].__setitem__((1, 2), value))
-    refuse(folder, "q_proj.lora_A.weight holds NaN or infinity")
+    refuse(folder, "q_proj.lora_A.weight contains NaN or infinity")
 
 
 def test_a_changed_file_and_another_base_are_refused(good: Path, tmp_path: Path) -> None:
@@ -459,7 +462,7 @@ def test_copies_of_embeddings_must_equal_the_bases_own(tmp_path: Path) -> None:
     change_tensors(folder, lambda tensors: tensors[key].add_(1))
     refuse(folder, "carries a changed copy of the base's own weight of 'model.embed_tokens'")
     change_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(100, 32)}))
-    refuse(folder, "holds 3 new rows of 'model.embed_tokens' and none of the head")
+    refuse(folder, "contains 3 new rows of 'model.embed_tokens' but none of the head")
 
 
 def test_a_folder_that_is_none(tmp_path: Path, good: Path) -> None:

@@ -119,7 +119,7 @@ def test_checkpointing_and_kept_casts_change_no_bit() -> None:
     net, attached = adapted("llama", dtype=torch.bfloat16)
     hidden, plain = gradients(net, attached)
     net, attached = adapted("llama", dtype=torch.bfloat16)
-    with attached.casts.kept():
+    with attached.casts.caching():
         again, recomputed = gradients(net, attached, checkpointed=3)
     assert torch.equal(hidden, again)
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
@@ -303,7 +303,7 @@ def test_casts_are_kept_only_while_weights_stand_still() -> None:
     for _ in range(2):
         casts.get("a", lambda: made.append(1) or torch.ones(1))  # type: ignore[func-returns-value]
     assert len(made) == 2
-    with casts.kept():
+    with casts.caching():
         for _ in range(3):
             casts.get("a", lambda: made.append(1) or torch.ones(1))  # type: ignore[func-returns-value]
     assert len(made) == 3
@@ -333,7 +333,7 @@ def test_factors_are_cast_once_a_step(tiny_llama: Path, monkeypatch: pytest.Monk
     kept = run()
     assert made
     assert {made.count(key) for key in made} == {steps}
-    monkeypatch.setattr(Casts, "kept", lambda self: nullcontext())
+    monkeypatch.setattr(Casts, "caching", lambda self: nullcontext())
     fresh = run()
     assert len(made) > 10 * steps
     assert all(torch.equal(kept[name], fresh[name]) for name in kept)

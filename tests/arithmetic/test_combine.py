@@ -342,15 +342,15 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(32)}, "is no tensor of this adapter"),
+        (lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(32)}, "is not a tensor of this adapter"),
         (
             lambda t: {key: value for key, value in t.items() if "layers.0.self_attn.q_proj.lora_B" not in key},
             "not a pair",
         ),
         (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "is not rank 4"),
         (lambda t: {key: value.to(torch.int8) for key, value in t.items()}, "have type I8"),
-        (lambda t: {key: value * float("nan") for key, value in t.items()}, "holds NaN or infinity"),
-        (lambda t: {key.replace("base_model.model.", ""): value for key, value in t.items()}, "is no tensor"),
+        (lambda t: {key: value * float("nan") for key, value in t.items()}, "contains NaN or infinity"),
+        (lambda t: {key.replace("base_model.model.", ""): value for key, value in t.items()}, "is not a tensor"),
     ],
 )
 def test_a_malformed_folder_is_refused(change: Any, words: str, tmp_path: Path) -> None:
@@ -428,5 +428,5 @@ def test_layers_that_peft_reads_as_parameters_are_combined_and_converted(tmp_pat
 
 def test_a_start_that_moved_weights_is_converted_first(tmp_path: Path) -> None:
     folders = [write(tmp_path / "a", 1), edit(write(tmp_path / "b", 2), init_lora_weights="pissa")]
-    with pytest.raises(TunekitError, match=r"init_lora_weights: .* tunekit adapter convert writes plain LoRA"):
+    with pytest.raises(TunekitError, match=r"init_lora_weights: .* write plain LoRA with: tunekit adapter convert"):
         call(tmp_path / "new", folders, "cat")

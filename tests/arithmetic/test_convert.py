@@ -270,7 +270,7 @@ def test_what_no_lora_can_do_is_refused(bases: Callable[[str], Path], tmp_path: 
     with pytest.raises(TunekitError, match="rank must be at least 1"):
         convert(loha, tmp_path / "new", 0)
     edit(loha, base_model_name_or_path="../gone")
-    with pytest.raises(TunekitError, match=r"belongs to ../gone, which is not there; name it with --base"):
+    with pytest.raises(TunekitError, match=r"belongs to ../gone, which was not found; name it with --base"):
         convert(loha, tmp_path / "new", 4)
     biases = trained(tmp_path / "b", "gpt2", BitfitSettings(), str(bases("gpt2")))
     with pytest.raises(TunekitError, match="copies of whole modules, and no layer"):

@@ -385,7 +385,7 @@ def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     )
     ended = in_child(lambda: merge_verb(str(adapter), str(tmp_path / "merged"), None, None, []), tmp_path / "merge.log")
     assert ended.code == 143, ended.output
-    assert "stopped by SIGTERM in the merge; what it had written is removed" in ended.output
+    assert "stopped by SIGTERM in the merge; its partial output was removed" in ended.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merge.log"]
 
 

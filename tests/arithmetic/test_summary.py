@@ -133,7 +133,7 @@ def test_dead_and_not_finite_tensors_are_told(
     out, err = capsys.readouterr()
     assert f"1 all-zero tensors (as they started, or dead): {dead}" in out
     assert f"1 tensors with NaN or infinity: {Q0}" in out
-    assert f"would not be loaded: {Q0} holds NaN or infinity" in err
+    assert f"would not be loaded: {Q0} contains NaN or infinity" in err
 
 
 def test_a_run_stands_for_its_result(
@@ -179,10 +179,10 @@ def test_a_changed_file_is_a_fault(good: Path, tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), "is missing"),
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"holds no {TENSORS}"),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"contains no {TENSORS}"),
     "pickle": (lambda folder: (folder / TENSORS).rename(folder / PICKLE), "is a pickle"),
     "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
-    "a list": (lambda folder: (folder / CONFIG).write_text("[]"), "does not hold a JSON object"),
+    "a list": (lambda folder: (folder / CONFIG).write_text("[]"), "does not contain a JSON object"),
     "deep": (lambda folder: (folder / CONFIG).write_text('{"a":' * 100_000), "nested too deeply"),
     "truncated": (lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-5]), "truncated"),
     "empty": (lambda folder: (folder / TENSORS).write_bytes(b""), "truncated"),
@@ -209,7 +209,7 @@ def test_no_folder_is_one_line(
 ) -> None:
     assert run(monkeypatch, "adapter", "show", str(tmp_path / "none")) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path / 'none'}: is not an adapter folder; name a folder that holds adapter_config.json"
+        f"{tmp_path / 'none'}: is not an adapter folder; name a folder that contains adapter_config.json"
     ]
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 
 from tunekit.console import Console, visible
-from tunekit.console.progress import Counting, StepProgress
+from tunekit.console.progress import CountProgress, StepProgress
 from tunekit.console.text import Flow, cell_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord
 
@@ -268,7 +268,7 @@ def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_count_is_told_now_and_then() -> None:
     clock, (console, output, _) = Clock(), both(False)
-    counting = Counting(console, clock)
+    counting = CountProgress(console, clock)
     for done in range(0, 1001, 100):
         clock.now += 3.0
         counting("rows measured", done, 1000)
@@ -277,7 +277,7 @@ def test_a_count_is_told_now_and_then() -> None:
 
 def test_a_short_count_says_nothing() -> None:
     clock, (console, output, _) = Clock(), both(False)
-    counting = Counting(console, clock)
+    counting = CountProgress(console, clock)
     for done in (1, 2):
         counting("rows measured", done, 2)
     assert output.getvalue() == ""
@@ -334,7 +334,7 @@ def test_closed_streams_are_no_error() -> None:
 
 PIPED = """
 from tunekit.console import Console
-from tunekit.console.progress import Counting, StepProgress
+from tunekit.console.progress import StepProgress
 from tunekit.records import StepRecord
 console = Console()
 for step in range(20000):

@@ -71,7 +71,7 @@ def test_contract(method: str, storage: str, tmp_path: Path) -> None:
     save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     other = make_base(storage)
     read = attach_adapter_folder(other, tmp_path / "a", head_name="lm_head")
-    exported = attached.exported()
+    exported = attached.file_tensors()
     assert {name: tensor.tolist() for name, tensor in read.state().items()} == {
         name: tensor.tolist() for name, tensor in exported.items()
     }
@@ -128,7 +128,7 @@ def test_a_settings_contradiction_is_told() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             PrefixSettings(**fields)
-    with pytest.raises(AdapterError, match="has not been made into tokens"):
+    with pytest.raises(AdapterError, match="has not been tokenized"):
         attach_adapter(BASE.make(), PrefixSettings(), seed=0, head_name=None)
 
 
@@ -157,9 +157,9 @@ PREFIX: dict[str, tuple[Callable[[Path], None], str]] = {
     "huge": (lambda f: change(f, num_virtual_tokens=10**9), r"expected \[1000000000, 64\]"),
     "beyond": (lambda f: change(f, num_virtual_tokens=10**12), "num_virtual_tokens: malformed"),
     "no length": (lambda f: change(f, num_virtual_tokens="absent"), "num_virtual_tokens: malformed"),
-    "layers": (lambda f: change(f, num_layers=3), "num_layers: is 3, and this base needs 2"),
-    "heads": (lambda f: change(f, num_attention_heads=4), "num_attention_heads: is 4, and this base needs 2"),
-    "width": (lambda f: change(f, token_dim=32), "token_dim: is 32, and this base needs 16"),
+    "layers": (lambda f: change(f, num_layers=3), "num_layers: is 3, but this base needs 2"),
+    "heads": (lambda f: change(f, num_attention_heads=4), "num_attention_heads: is 4, but this base needs 2"),
+    "width": (lambda f: change(f, token_dim=32), "token_dim: is 32, but this base needs 16"),
     "half a model": (lambda f: change(f, num_transformer_submodules=2), "num_transformer_submodules: is 2"),
     "text for a number": (lambda f: change(f, num_layers="2"), "num_layers: must be a whole number"),
     "start": (lambda f: change(f, init_weights="ones"), "init_weights: the field has the value ones"),
@@ -167,27 +167,30 @@ PREFIX: dict[str, tuple[Callable[[Path], None], str]] = {
     "copies": (lambda f: change(f, modules_to_save=["lm_head"]), "modules_to_save: the field has the value"),
     "unknown": (lambda f: change(f, prefix_dropout=0.5), "prefix_dropout: the field has the value 0.5"),
     "targets": (lambda f: change(f, target_modules=["q_proj"]), "target_modules: the field has the value"),
-    "encoder": (lambda f: rewrite(f, lambda t: {**t, "embedding.weight": torch.ones(4, 16)}), "is no tensor of this"),
+    "encoder": (
+        lambda f: rewrite(f, lambda t: {**t, "embedding.weight": torch.ones(4, 16)}),
+        "is not a tensor of this",
+    ),
     "empty": (lambda f: rewrite(f, lambda t: {}), "'prompt_embeddings' is missing"),
-    "not finite": (lambda f: rewrite(f, lambda t: {n: x * torch.nan for n, x in t.items()}), "holds NaN"),
+    "not finite": (lambda f: rewrite(f, lambda t: {n: x * torch.nan for n, x in t.items()}), "contains NaN"),
 }
 GATE = "base_model.model.model.layers.1.self_attn.adaption_gate"
 LLAMA: dict[str, tuple[Callable[[Path], None], str]] = {
     "more layers": (lambda f: change(f, adapter_layers=2), r"layers\.0\.self_attn\.adaption_prompt' is missing"),
-    "too many": (lambda f: change(f, adapter_layers=3), "adapter_layers: 3 layers are asked for, and the base has 2"),
+    "too many": (lambda f: change(f, adapter_layers=3), "adapter_layers: 3 layers are requested, but the base has 2"),
     "no layers": (lambda f: change(f, adapter_layers="absent"), "adapter_layers: is missing"),
     "no length": (lambda f: change(f, adapter_len="absent"), "adapter_len: is missing"),
     "huge": (lambda f: change(f, adapter_len=10**9), r"expected \[1, 1000000000, 32\]"),
     "gpt2's": (lambda f: change(f, target_modules="attn"), "target_modules: names modules that are not llama's"),
-    "others": (lambda f: change(f, target_modules="mlp"), "target_modules: names no attention modules"),
-    "a list": (lambda f: change(f, target_modules=["self_attn"]), "target_modules: names no attention modules"),
+    "others": (lambda f: change(f, target_modules="mlp"), "target_modules: is not a name of attention modules"),
+    "a list": (lambda f: change(f, target_modules=["self_attn"]), "target_modules: is not a name of attention modules"),
     "gates": (
         lambda f: rewrite(f, lambda t: {**t, GATE: torch.ones(4)}),
         r"adaption_gate.*shape \[4\], expected \[1\]",
     ),
     "base": (
         lambda f: rewrite(f, lambda t: {**t, "model.norm.weight": torch.ones(32)}),
-        "is no tensor of this adapter",
+        "is not a tensor of this adapter",
     ),
 }
 BROKEN = {f"prefix {n}": ("random", *c) for n, c in PREFIX.items()}

@@ -84,7 +84,7 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
 
     folder = saved(attached, tmp_path / "a")
     read = attach_adapter_folder(base.make(), folder, head_name=base.head_name)
-    assert all(torch.equal(read.exported()[key], tensor) for key, tensor in attached.exported().items())
+    assert all(torch.equal(read.file_tensors()[key], tensor) for key, tensor in attached.file_tensors().items())
     assert torch.equal(logits(read, base.inputs), changed)
     again = saved(read, tmp_path / "b")
     assert (again / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
@@ -110,12 +110,12 @@ def test_where_vectors_start() -> None:
     sampled = attach(BASES["llama"], "vocabulary").state()["prompt_embeddings"]
     assert all(any(torch.equal(row, known) for known in table) for row in sampled)
     context = attach(BASES["llama"], "cpt")
-    assert torch.equal(context.exported()["prompt_embeddings"], table[[5, 6, 7, 8]])
+    assert torch.equal(context.file_tensors()["prompt_embeddings"], table[[5, 6, 7, 8]])
 
 
 def test_a_token_of_another_vocabulary_is_refused() -> None:
     settings = PromptSettings(num_virtual_tokens=2, init="text", init_ids=(3, 97))
-    with pytest.raises(AdapterError, match="token 97 is none of this base's 97"):
+    with pytest.raises(AdapterError, match="token 97 is not among this base's 97 tokens"):
         attach_adapter(BASES["llama"].make(), settings, seed=1, head_name="lm_head")
 
 
@@ -135,10 +135,10 @@ def test_padding_on_the_left_changes_nothing(name: str, family: str) -> None:
 
 def test_cpt_keeps_outputs_and_bounds_the_rest() -> None:
     attached = attach(BASES["llama"], "cpt")
-    start = attached.exported()["prompt_embeddings"]
+    start = attached.file_tensors()["prompt_embeddings"]
     move_from_start(list(attached.trained().values()), 5.0)
     far = attached.trained()["delta_embedding.weight"].detach().clone()
-    moved = attached.exported()["prompt_embeddings"] - start
+    moved = attached.file_tensors()["prompt_embeddings"] - start
     bound = 0.1 * (32 / 2048) ** 0.5
     assert moved[:3].norm(dim=1) == pytest.approx([bound] * 3, rel=1e-4)
     assert moved[3].abs().max() < 1e-6
@@ -154,7 +154,7 @@ def test_a_folder_is_continued_where_it_holds_what_was_trained(name: str, tmp_pa
     move_from_start(list(first.trained().values()), 0.2)
     folder = saved(first, tmp_path / "a")
     if name in COMPUTED:
-        with pytest.raises(AdapterError, match="holds what was made of it"):
+        with pytest.raises(AdapterError, match="contains values computed from the trained ones"):
             load_into(second, folder)
     else:
         load_into(second, folder)
@@ -171,7 +171,7 @@ def test_a_folder_is_continued_where_it_holds_what_was_trained(name: str, tmp_pa
         ("multitask", "num_tasks", 10**9, "prefix_task_cols"),
         ("multitask", "num_ranks", 0, "num_ranks"),
         ("cpt", "cpt_token_ids", [5], "token_ids and token_types"),
-        ("cpt", "num_virtual_tokens", 3, "is 3, and cpt_token_ids are 4"),
+        ("cpt", "num_virtual_tokens", 3, "is 3, but there are 4 cpt_token_ids"),
         ("mlp", "peft_type", "PROMPT_TUNING", "encoder_"),
         ("mlp", "num_virtual_tokens", "4", "num_virtual_tokens"),
     ],
@@ -199,7 +199,7 @@ def test_the_encoder_of_a_file_is_never_built(tmp_path: Path) -> None:
 
 def test_a_classifier_that_looks_at_ids_is_refused_or_called_with_padding_on_the_left() -> None:
     config = BartConfig(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32)
-    with pytest.raises(AdapterError, match="looks in the ids"):
+    with pytest.raises(AdapterError, match="by the ids"):
         attach_adapter(BartForSequenceClassification(config), PROMPTS["random"], seed=1, head_name=None)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -219,4 +219,4 @@ def test_lstm_dropout_is_off_outside_training() -> None:
     assert torch.equal(logits(attached, inputs), logits(attached, inputs))
     attached.net.train()
     assert not torch.equal(logits(attached, inputs), logits(attached, inputs))
-    torch.testing.assert_close(attached.exported(), attached.exported(), rtol=0, atol=0)
+    torch.testing.assert_close(attached.file_tensors(), attached.file_tensors(), rtol=0, atol=0)

@@ -11,15 +11,15 @@ from tunekit.errors import RecipeError
 from tunekit.machine import devices
 from tunekit.machine.devices import (
     capability,
-    check_found,
+    check_device,
     computes_bfloat16,
     deterministic_kernels,
+    for_sums,
     make_devices,
     summing_dtype,
-    wide,
 )
 from tunekit.machine.memory import available_bytes
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps:1", "cuda:-1"])
@@ -49,9 +49,9 @@ def test_a_device_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("found", "wanted"), [("cuda:0", "cuda:1"), ("cuda:0", "xpu"), ("hpu", None), ("xla", None)])
 def test_a_rank_takes_what_was_wanted_or_says_so(found: str, wanted: str | None) -> None:
     with pytest.raises(RecipeError):
-        check_found(torch.device(found), None if wanted is None else torch.device(wanted))
+        check_device(torch.device(found), None if wanted is None else torch.device(wanted))
     for same in ("cuda", "cuda:1", None):
-        check_found(torch.device("cuda:1"), None if same is None else torch.device(same))
+        check_device(torch.device("cuda:1"), None if same is None else torch.device(same))
 
 
 def test_what_is_planned_for_and_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,9 @@ def test_what_the_environment_asks_for_in_vain_is_refused(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(RecipeError, match=f"the environment has {name}={value}, which tunekit does not follow; "):
+    with pytest.raises(
+        RecipeError, match=f"the environment variable {name}={value} requests a feature that tunekit does not support; "
+    ):
         make_devices()
 
 
@@ -103,8 +105,8 @@ def test_sums_are_taken_in_what_the_device_has() -> None:
     assert [summing_dtype(torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [
         *(torch.float64, torch.float64, torch.float32)
     ]
-    assert wide(torch.ones(2)).dtype == torch.float64
-    assert placed(torch.ones(2, dtype=torch.float64), torch.device("cpu")).dtype == torch.float64
+    assert for_sums(torch.ones(2)).dtype == torch.float64
+    assert to_device(torch.ones(2, dtype=torch.float64), torch.device("cpu")).dtype == torch.float64
 
 
 def settings_of_torch() -> tuple[bool, bool]:

@@ -74,7 +74,7 @@ class PoisonedStore(BoundaryStore):
 
 
 def store_with(copier: Copier) -> BoundaryStore:
-    return PoisonedStore(copier, least_bytes=0, least_tokens=0)
+    return PoisonedStore(copier, min_bytes=0, min_tokens=0)
 
 
 def values(number: int, size: int = 6) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_missing_wait_is_found() -> None:
 
 def test_slots_are_used_again_and_small_tensors_stay() -> None:
     copies = TriedCopies(late=False)
-    store = BoundaryStore(copies, least_bytes=40, least_tokens=2)
+    store = BoundaryStore(copies, min_bytes=40, min_tokens=2)
     for _ in range(3):
         for number in range(4):
             store.put(number, values(number, 10))
@@ -163,7 +163,7 @@ def test_auto_leaves_a_cpu_alone() -> None:
     on_cpu, on_gpu = make_store(True, CPU), make_store("auto", torch.device("cuda"), simulated=True)
     assert on_cpu.offloads
     assert on_gpu.offloads
-    assert (on_cpu.least_bytes, on_gpu.least_bytes, on_gpu.least_tokens) == (0, 2 * 2**20, 512)
+    assert (on_cpu.min_bytes, on_gpu.min_bytes, on_gpu.min_tokens) == (0, 2 * 2**20, 512)
 
 
 @pytest.fixture(scope="module")

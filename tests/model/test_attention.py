@@ -88,10 +88,10 @@ ALONE = [(0, [*range(6), *range(9, 14)], 6), (0, [0, 1, *range(14, 19)], 2), (1,
 def test_a_document_that_begins_at_a_position_shares_what_is_before_it() -> None:
     found = find_segments(SHARED)
     assert found == Segments(((9, 5, 5, 3), (5, 7, 10)), ((0, 6, 2, 0), (0, 2, 0)))
-    assert found.seen(0) == (9, 11, 7, 3)
+    assert found.key_lengths(0) == (9, 11, 7, 3)
     assert found.longest == 11
     assert found.key_boundaries() == [0, 9, 20, 27, 30, 35, 44, 54]
-    assert found.places(1).tolist() == [*range(5), 0, 1, *range(5, 22)]
+    assert found.key_indices(1).tolist() == [*range(5), 0, 1, *range(5, 22)]
     assert find_segments(torch.arange(3, 7)[None]) == Segments(((4,),)), "there is nothing before it"
 
 
@@ -129,7 +129,7 @@ def test_long_documents_of_a_row_go_to_torchs_kernel_and_the_others_do_not(monke
         return attend_causally(query, key, value, lengths, scale)
 
     monkeypatch.setattr("tunekit.model.attention.documents.attend_causally", attend)
-    monkeypatch.setattr("tunekit.model.attention.documents.LONGEST_TOKENS", 8)
+    monkeypatch.setattr("tunekit.model.attention.documents.MAX_TOKENS", 8)
     found = hidden(net, IDS, POSITIONS, find_segments(POSITIONS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert set(seen) == {(1,), (5,), (3,)}, "not those of 9 and of 12 tokens"
@@ -168,7 +168,7 @@ def test_a_net_whose_layers_take_the_mask_apart_keeps_the_dense_one(monkeypatch:
     from tunekit.model.attention import documents as attention
 
     monkeypatch.setattr(attention, "PROVEN", frozenset())
-    monkeypatch.setattr(attention, "_tried", {})
+    monkeypatch.setattr(attention, "_accepts_documents", {})
     net = make_net("llama")
     attend_per_document(net, CPU, torch.float32)
     assert net.config._attn_implementation == PRODUCTS, "tried without values, and found to work"
@@ -179,7 +179,7 @@ def test_a_net_whose_layers_take_the_mask_apart_keeps_the_dense_one(monkeypatch:
     kind: Any = type(net.model.layers[0])
     plain = kind.forward
     monkeypatch.setattr(kind, "forward", forward)
-    monkeypatch.setattr(attention, "_tried", {})
+    monkeypatch.setattr(attention, "_accepts_documents", {})
     net = make_net("llama")
     attend_per_document(net, CPU, torch.float32)
     assert net.config._attn_implementation == "sdpa"

@@ -43,7 +43,7 @@ def test_the_product_is_that_of_the_rounded_numbers_and_its_gradient_that_of_the
     assert isinstance(layer, PackedLinear)
     assert not multiplies_exactly(layer)
     x = torch.randn(2, 5, 32, generator=GENERATOR, requires_grad=True)
-    values, absmax = fp8.rounded(x.detach().reshape(-1, 32))
+    values, absmax = fp8.round_rows(x.detach().reshape(-1, 32))
     near = values.float() * (absmax / 448)[:, None]
     expected = near @ layer.dequantize(torch.float32).t() + linear.bias
     y = layer(x)

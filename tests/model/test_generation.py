@@ -75,7 +75,7 @@ def test_learned_positions_are_padded_right_and_end(tmp_path: Path, tiny_llama: 
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert len(result) == 5  # 12 positions less the longest prompt of the batch
         assert result == greedy(model, prompt, 5, set())
-    with pytest.raises(DataError, match="positions end at 12"):
+    with pytest.raises(DataError, match="too many for the model's 12 positions"):
         generate_texts(model, tokenizer, [[3] * 12], max_new_tokens=1, batch_size=1)
 
 

@@ -13,7 +13,7 @@ import pytest
 import tqdm
 
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.transformers_guard import ASKING, _module, no_fetched_code, quiet
+from tunekit.model.transformers_guard import KERNEL_USERS, _module, no_fetched_code, quiet
 
 
 def state() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def state() -> dict[str, Any]:
         "reader": gguf.GGUFReader,
         "names": gguf.get_tensor_name_map,
         "kernels": sys.modules.get("kernels", "absent"),
-        "answers": [module.is_kernels_available for module in filter(None, map(_module, ASKING))],
+        "answers": [module.is_kernels_available for module in filter(None, map(_module, KERNEL_USERS))],
         "bars": vars(tqdm.tqdm)["__init__"],
     }
 

@@ -41,7 +41,7 @@ QUANTIZATIONS = ("nf4", "fp4", "int8", "int8_weight_only")
 def bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of sidecars, in which a base of any size is kept."""
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sidecar, "LEAST_BYTES", 0)
+    monkeypatch.setattr(sidecar, "MIN_BYTES", 0)
     return tmp_path / "cache" / "bases"
 
 
@@ -90,7 +90,7 @@ def test_a_base_packed_while_it_is_read_equals_one_packed_afterwards(
         mapped = load(folder, quantization, dtype=dtype)
         assert mapped.sidecar is not None
         with monkeypatch.context() as patch:
-            patch.setattr(sidecar, "LEAST_BYTES", 2**40)
+            patch.setattr(sidecar, "MIN_BYTES", 2**40)
             in_memory = load(folder, quantization, dtype=dtype)
             patch.setattr("tunekit.model.load.open_net", lambda *_: None)
             afterwards = load(folder, quantization, dtype=dtype)
@@ -158,7 +158,7 @@ def test_a_base_that_changes_while_it_is_read_is_not_kept(
         change_one_number(base)
         return opened
 
-    monkeypatch.setattr("tunekit.model.storage.kept.write_sidecar", changed_meanwhile)
+    monkeypatch.setattr("tunekit.model.storage.packed_cache.write_sidecar", changed_meanwhile)
     loaded = load(base)
     assert loaded.sidecar is None
     assert list(bases.iterdir()) == []
@@ -233,7 +233,7 @@ def test_where_nothing_can_be_kept_the_base_is_held_in_memory(
     obstacle(bases, monkeypatch)
     loaded = load(base)
     assert loaded.sidecar is None
-    assert any(note.startswith("the packed base is not kept for the next run (") for note in loaded.notes)
+    assert any(note.startswith("the packed base is not cached for the next run (") for note in loaded.notes)
     assert not bases.is_dir() or list(bases.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setattr("tunekit.model.load.open_net", lambda *_: None)
@@ -290,7 +290,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_kept(base: Path,
         stored["model.layers.1.self_attn.v_proj.weight"][1, 1] = value
         save_file(stored, path, metadata={"format": "pt"})
         for quantization in ("nf4", "int8_weight_only"):
-            with pytest.raises(ModelError, match="holds NaN or infinity"):
+            with pytest.raises(ModelError, match="contains NaN or infinity"):
                 load(base, quantization)
     assert list(bases.iterdir()) == []
 

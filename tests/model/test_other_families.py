@@ -243,7 +243,7 @@ def test_the_answer_of_an_adapter_s_folder_equals_peft_s(encoder_decoder: Path, 
 def test_a_classifier_gives_no_text_and_pads_only_with_a_padding_token(folders: Path) -> None:
     model, inputs = load(folders / "llama-classifier"), inputs_of("llama-classifier")
     tokenizer: Any = None
-    with pytest.raises(ModelError, match="gives no text"):
+    with pytest.raises(ModelError, match="does not generate text"):
         generate_texts(model, tokenizer, [[3]], max_new_tokens=1, batch_size=1)
     assert model.family.head(model.net).name == "score", "of a decoder; it is called on the last token of a row"
     model.net.config.pad_token_id = None  # type: ignore[union-attr]

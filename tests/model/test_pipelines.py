@@ -116,7 +116,7 @@ def test_pictures_are_those_of_the_pipeline_and_depend_on_their_own_seed(tmp_pat
 def test_only_trained_parts_are_modules_of_the_net(tmp_path: Path) -> None:
     net, _ = loaded(tmp_path, "sdxl", "text_encoder")
     assert [name for name, _ in net.named_children()] == ["unet", "text_encoder"]
-    assert sorted(net.beside) == ["text_encoder_2", "vae"]
+    assert sorted(net.frozen_parts) == ["text_encoder_2", "vae"]
     assert net.trains_text
     assert list(net.text_encoders) == ["text_encoder", "text_encoder_2"]
 
@@ -127,7 +127,7 @@ def test_a_net_without_weights_has_the_same_modules(tmp_path: Path) -> None:
         shapes = [{name: tuple(value.shape) for name, value in net.named_parameters()} for net in (real, meta)]
         assert shapes[0] == shapes[1]
         assert all(value.is_meta for value in meta.parameters())
-        assert all(part.dtype == torch.float32 for part in meta.beside.values())
+        assert all(part.dtype == torch.float32 for part in meta.frozen_parts.values())
 
 
 def test_the_schedule_is_that_of_the_folder(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_damaged_or_incomplete_part_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"unet.*cannot be loaded"):
         load_net(folder, ["unet"], torch.float32)
-    with pytest.raises(ModelError, match=r"holds no model_index.json"):
+    with pytest.raises(ModelError, match=r"contains no model_index.json"):
         load_processor(ModelSection(name_or_path=str(tmp_path)))
 
 
@@ -192,7 +192,7 @@ def test_a_pipeline_predicts_what_the_recipe_says_in_its_files_place(tmp_path: P
         (
             "scheduler/scheduler_config.json",
             {"_class_name": "EDMEulerScheduler"},
-            "names EDMEulerScheduler, whose noise",
+            "names EDMEulerScheduler, whose scaling of noise",
         ),
         ("vae/config.json", {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, "scales latents by latents_mean"),
     ],

@@ -79,7 +79,7 @@ def test_what_is_seen_is_what_the_models_own_processor_sees(tmp_path: Path, case
     expected = own(images=pixels, return_tensors="pt")["pixel_values"][0].float()
     processor = PixelProcessor(tmp_path)
     scale, offset = processor.scale
-    seen = processor.seen(pixels)
+    seen = processor.visible_pixels(pixels)
     assert seen.shape == (processor.resolution, processor.resolution, 3)
     found = (torch.from_numpy(seen).float() @ scale.T + offset).permute(2, 0, 1)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -91,7 +91,7 @@ def test_a_model_without_a_processors_file_has_a_vision_transformers(tmp_path: P
     expected = ViTImageProcessor(size=SQUARE)(images=pixels, return_tensors="pt")["pixel_values"][0]
     processor = PixelProcessor(tmp_path)
     scale, offset = processor.scale
-    found = (torch.from_numpy(processor.seen(pixels)).float() @ scale.T + offset).permute(2, 0, 1)
+    found = (torch.from_numpy(processor.visible_pixels(pixels)).float() @ scale.T + offset).permute(2, 0, 1)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     (tmp_path / "merged").mkdir()
     processor.save(tmp_path / "merged")
@@ -109,7 +109,7 @@ def test_another_size_has_the_same_geometry_when_it_is_saved(tmp_path: Path, cas
     expected = AutoImageProcessor.from_pretrained(tmp_path / "merged")(images=pixels, return_tensors="pt")
     scale, offset = processor.scale
     assert processor.resolution == 48
-    found = (torch.from_numpy(processor.seen(pixels)).float() @ scale.T + offset).permute(2, 0, 1)
+    found = (torch.from_numpy(processor.visible_pixels(pixels)).float() @ scale.T + offset).permute(2, 0, 1)
     assert torch.allclose(found, expected["pixel_values"][0], rtol=1e-5, atol=1e-5)
 
 
@@ -123,13 +123,15 @@ def test_another_size_has_the_same_geometry_when_it_is_saved(tmp_path: Path, cas
 )
 def test_a_processor_without_one_square_an_image_is_refused_by_name(tmp_path: Path, own: Any) -> None:
     own.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=rf"{type(own).__name__} makes no tensor \(3, H, W\) of one size"):
+    with pytest.raises(
+        ModelError, match=rf"{type(own).__name__} does not make every image a tensor \(3, H, W\) of one size"
+    ):
         _ = PixelProcessor(tmp_path).resolution
 
 
 def test_a_size_that_no_image_has_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     ViTImageProcessor(size={"height": 10**9, "width": 10**9}).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="has a size beyond 1 to 4096 pixels"):
+    with pytest.raises(ModelError, match="has a size outside 1 to 4096 pixels"):
         _ = PixelProcessor(tmp_path).resolution
 
 
@@ -144,5 +146,5 @@ def test_another_size_is_written_beside_the_result(tmp_path: Path) -> None:
 
 def test_a_size_that_is_no_square_is_refused(tmp_path: Path) -> None:
     ViTImageProcessor(size={"height": 24, "width": 32}).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="32 x 24 pixels, and only squares"):
+    with pytest.raises(ModelError, match="32 x 24 pixels, but only squares"):
         _ = PixelProcessor(tmp_path).resolution

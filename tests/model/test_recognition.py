@@ -74,9 +74,9 @@ def test_the_configuration_tells_the_family(architecture: str, more: dict[str, A
         ({"architectures": ["BertForMaskedLM"]}, "auto", "fills gaps"),
         ({"architectures": ["BertModel"]}, "auto", "has the architecture BertModel"),
         ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "auto", "vision-language"),
-        ({"architectures": ["Wav2Vec2ForAudioClassification"]}, "auto", "is no Whisper"),
-        ({"architectures": ["LlamaForCausalLM"]}, "diffusion", "holds no model_index.json"),
-        ({"architectures": ["LlamaForCausalLM"]}, "seq2seq", "is of the family causal"),
+        ({"architectures": ["Wav2Vec2ForAudioClassification"]}, "auto", "is not a Whisper model"),
+        ({"architectures": ["LlamaForCausalLM"]}, "diffusion", "contains no model_index.json"),
+        ({"architectures": ["LlamaForCausalLM"]}, "seq2seq", "belongs to the family causal"),
     ],
 )
 def test_what_is_of_no_family_is_refused_with_its_reason(config: dict[str, Any], family: Any, reason: str) -> None:

@@ -45,7 +45,7 @@ def pipeline_tokenizer(folder: Path) -> Path:
 def image_processor(folder: Path) -> Path:
     write_tiny_vit(folder)
     plant(folder, "preprocessor_config.json", "AutoImageProcessor", image_processor_type="Evil")
-    _ = PixelProcessor(folder).own
+    _ = PixelProcessor(folder).processor
     return folder
 
 
@@ -75,7 +75,7 @@ def test_code_of_a_folder_is_refused_by_name_without_a_question(
         return "y"
 
     monkeypatch.setattr("builtins.input", ask)
-    with pytest.raises(ModelError, match="runs code of its own") as caught:
+    with pytest.raises(ModelError, match=r"(runs|a class with) remote code") as caught:
         load(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert not questions

@@ -164,11 +164,11 @@ def test_an_adapter_of_peft_is_measured_by_the_labels_that_are_named(
     assert found["rows"] == len(labels)
     with pytest.raises(TunekitError, match=r"objective\.labels"):
         evaluate_verb(*verb, [])
-    with pytest.raises(TunekitError, match="names 2 labels, and the adapter's head has 3 rows"):
+    with pytest.raises(TunekitError, match="names 2 labels, but the adapter's head has 3 rows"):
         evaluate_verb(*verb, ["objective.labels=[five, nine]"])
     with pytest.raises(TunekitError, match="must be a list of names, each once"):
         evaluate_verb(*verb, ["objective.labels=[five, five, one]"])
-    with pytest.raises(InputError, match="is not such an adapter"):
+    with pytest.raises(InputError, match="is only for an adapter"):
         evaluate_verb(str(whisper), *verb[1:], ["objective.labels=[five, nine, one]"])
 
 
@@ -267,7 +267,7 @@ def test_other_encoders_are_refused(whisper: Path, recordings: Path, tmp_path: P
     extractor = (whisper / "preprocessor_config.json").read_text("utf-8")
     waves = {"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForSequenceClassification"]}
     cases = (
-        (waves, r"\(wav2vec2\) is no Whisper: .* raw waveforms"),
+        (waves, r"\(wav2vec2\) is not a Whisper model: .* raw waveforms"),
         (config | {"use_weighted_layer_sum": True}, r"\(whisper\) mixes its layers .* \(use_weighted_layer_sum\)"),
     )
     for number, (written, said) in enumerate(cases):

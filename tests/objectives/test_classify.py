@@ -228,7 +228,7 @@ def test_a_text_may_fill_the_table_of_positions_and_no_more(kind: str, llama: Pa
         rows.write(json.dumps({"text": "s" * (usable + 1), "label": "yes"}) + "\n")
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
     (refusal,) = plan.refusals
-    what = f"the longest row has {usable + 1} tokens, and the model's positions end at {usable}"
+    what = f"the longest row has {usable + 1} tokens, too many for the model's {usable} positions"
     assert refusal.message == f"{what}; set data.max_length to at most {usable}"
 
 
@@ -376,7 +376,7 @@ def test_texts_to_answer_are_cut_as_rows_are_or_refused(bert: Path, tmp_path: Pa
     loaded = load_target(find_target(str(train(recipe)), None, []), CPU)
     assert answer(loaded, ["so " * 300]) == answer(loaded, [("so " * 300)[:64]])
     loaded = load_target(find_target(str(write_recipe(tmp_path, bert)), None, []), CPU)
-    with pytest.raises(DataError, match="prompt 1 has 900 tokens, and the model's positions end at 512"):
+    with pytest.raises(DataError, match="prompt 1 has 900 tokens, too many for the model's 512 positions"):
         answer(loaded, ["so " * 300])
 
 

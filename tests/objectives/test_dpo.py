@@ -351,7 +351,7 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     micro-batches and however often the run is begun anew."""
     plain = train(write_recipe(tmp_path / "plain", base))
     asked: list[int] = []
-    scored = TunedModel.scored
+    scored = TunedModel.score_batches
 
     def counted(self: Any, batches: Any, score: Any, *, reference: bool = False) -> Any:
         if reference and self.device.type == "cpu" and step_is_real(self):
@@ -361,7 +361,7 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     def step_is_real(model: Any) -> bool:
         return not next(model.base.net.parameters()).is_meta
 
-    monkeypatch.setattr(TunedModel, "scored", counted)
+    monkeypatch.setattr(TunedModel, "score_batches", counted)
     kept = {"objective": {"precompute_ref_log_probs": True}}
     run = train(write_recipe(tmp_path / "kept", base, **kept))
     assert asked == [1] * 24

@@ -246,7 +246,7 @@ def test_a_result_is_drawn_with_and_merged(
     generator = torch.Generator("cpu").manual_seed(7)
     picture = theirs("a sks dog", num_inference_steps=25, generator=generator, output_type="np").images[0]
     assert np.abs(np.round(picture * 255) - merged).max() <= 1
-    with pytest.raises(InputError, match="the model reads texts, no files"):
+    with pytest.raises(InputError, match="the model reads texts, not files"):
         generate_verb(str(run), None, None, str(photos), [], output=str(tmp_path / "drawn"))
     plan = make_plan(load_recipe(str(recipe), []))[0]
     assert {"to_out.0", "to_q"} <= {row[0] for row in target_rows(plan)}
@@ -317,7 +317,7 @@ def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, 
 def test_a_text_encoder_that_no_target_lies_in_is_refused(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"train_text_encoder": True})
     plan = make_plan(load_recipe(str(recipe), []))[0]
-    assert [(each.key, "no layer of the text_encoder is named" in each.message) for each in plan.refusals] == [
+    assert [(each.key, "the text_encoder should be trained, but none" in each.message) for each in plan.refusals] == [
         ("adapter.target_modules", True)
     ]
 

@@ -288,15 +288,15 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
     with pytest.raises(RunFolderError, match=said + r"t it loads\), accept it with --accept-changed objective\.reward"):
         train(recipe, resume=True)
     loaded = load_recipe(recipe)
-    with pytest.raises(RunFolderError, match=r"--accept-changed objective\.rewrad: no file of this run belongs to tha"):
+    with pytest.raises(RunFolderError, match=r"--accept-changed objective\.rewrad: that key has no file"):
         train_verb(loaded, True, False, accepted=["objective.rewrad"])
-    with pytest.raises(InputError, match="--accept-changed says what --resume accepts"):
+    with pytest.raises(InputError, match="--accept-changed only has an effect with --resume"):
         train_verb(loaded, False, False, accepted=["objective.reward"])
     train_verb(loaded, True, False, accepted=["objective.reward"])
     report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
     accepted = {"probe": "objective.reward.0.function: its files changed since the run", "step": 2}
     assert accepted.items() <= report["reactions"][0].items()
-    assert "resumed with them, by --accept-changed" in capsys.readouterr().err
+    assert "resumed with the changed files, as --accept-changed allows" in capsys.readouterr().err
     assert len([record for record in records(tmp_path / "run") if "loss" in record]) == 4
 
 
@@ -306,11 +306,11 @@ WRONG = [
     ("    return [None for _ in completions]", "letters returned None or NaN for each of"),
     ("    return [float('nan')] * len(completions)", "letters returned None or NaN for each of"),
     ("    return [1.0]", "letters returned 1 rewards for "),
-    ("    return 1.0", "letters returned float '1.0', which is no list"),
+    ("    return 1.0", "letters returned float '1.0', which is not a list"),
     ("    return ['1'] * len(completions)", "letters returned str '1' for a completion; return a finite number"),
     ("    return [float('inf')] * len(completions)", "letters returned float 'inf' for a completion"),
     ("    yield 1 / 0", r"letters raised ZeroDivisionError: division by zero \(line 3\)"),
-    ("    return {text: 1.0 for text in completions}", "letters returned dict .*, which is no list"),
+    ("    return {text: 1.0 for text in completions}", "letters returned dict .*, which is not a list"),
     ("    return [10**400 for _ in completions]", "letters returned int '1000"),
     ("    raise SystemExit(3)", "letters raised SystemExit: 3"),
 ]
@@ -530,7 +530,7 @@ def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None
     plain = write_prompts(tmp_path / "plain", base, training={"epochs": 1})
     more = [make_plan(load_recipe(path), device=CPU)[0].peak_bytes for path in (recipe, plain)]
     assert more[0].weights > more[1].weights, "the reward model's weights are planned"
-    with pytest.raises(RecipeError, match=r"objective\.reward\.0\.model: it was made for grpo and gives no scores"):
+    with pytest.raises(RecipeError, match=r"objective\.reward\.0\.model: it was trained with grpo and gives no scores"):
         train(write_prompts(tmp_path / "other", base, objective={"reward": [{"model": str(run)}]}))
 
 

@@ -187,7 +187,7 @@ def test_colours_are_learnt_answered_and_merged(
     generate_verb(str(run), None, None, str(pictures / "red"), [])
     answers = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
     assert answers == ["red"] * 6
-    with pytest.raises(DataError, match="there is no recording and no image in it"):
+    with pytest.raises(DataError, match="it contains no recording and no image"):
         generate_verb(str(run), None, None, str(pictures), [])  # its folders hold them
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     assert "tokens" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ from tunekit.errors import DataError, RecipeError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
-from tunekit.model.speech.processor import LEAST_SAMPLES
+from tunekit.model.speech.processor import MIN_SAMPLES
 from tunekit.model.storage.builtin import tiny_model_folder
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -164,11 +164,11 @@ def test_streamed_layers_compute_the_same(streaming: str, moonshine: Path, sound
 
 def test_a_recording_too_short_for_a_frame_is_named(moonshine: Path, tmp_path: Path) -> None:
     sounds = write_sounds(tmp_path / "keys", texts(2))
-    soundfile.write(sounds / "1.wav", heard(sounds, 1)[:LEAST_SAMPLES].numpy(), 16000)
+    soundfile.write(sounds / "1.wav", heard(sounds, 1)[:MIN_SAMPLES].numpy(), 16000)
     recipe = write_recipe(tmp_path, moonshine, sounds, objective=NO_LANGUAGE)
     assert make_plan(load_recipe(recipe), device=CPU)[0].rows.training.trained == 2
-    soundfile.write(sounds / "1.wav", heard(sounds, 1)[: LEAST_SAMPLES - 1].numpy(), 16000)
-    with pytest.raises(DataError, match=r"lasts 0.056 s, and the model hears 0.056 s at least"):
+    soundfile.write(sounds / "1.wav", heard(sounds, 1)[: MIN_SAMPLES - 1].numpy(), 16000)
+    with pytest.raises(DataError, match=r"lasts 0.056 s, but the model needs at least 0.056 s"):
         make_plan(load_recipe(recipe), device=CPU)
 
 

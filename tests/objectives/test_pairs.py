@@ -399,7 +399,7 @@ def test_a_file_of_prompts_with_half_a_pair_is_refused(tmp_path: Path) -> None:
 
 def test_other_objectives_take_no_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"sentence1": "good", "sentence2": "bad"}\n', encoding="utf-8")
-    with pytest.raises(TunekitError, match="some prompts are pairs of texts, and the target was trained for sft"):
+    with pytest.raises(TunekitError, match="some prompts are pairs of texts, but the target was trained with sft"):
         generate_verb(str(write_tiny_llama(tmp_path / "llama")), None, None, str(tmp_path / "asked.jsonl"), [])
 
 

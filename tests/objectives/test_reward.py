@@ -163,12 +163,12 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     loaded: Any = load_target(find_target(str(tmp_path / "theirs"), str(base), ["model.dtype=float32"]), CPU)
     assert [value for _, value in score_file(loaded, file)] == pytest.approx([row["score"] for row in found], abs=1e-4)
     loaded = load_target(find_target(str(run / "adapter"), None, []), CPU)
-    with pytest.raises(InputError, match="trained for reward, which writes no answers"):
+    with pytest.raises(InputError, match="trained with reward, which does not generate answers"):
         answer(loaded, ["say 3"])
     file.write_text('{"prompt": "p", "completion": ""}\n', encoding="utf-8")
     with pytest.raises(TunekitError, match=r"answers\.jsonl:1: empty answer"):
         score_file(loaded, file)
-    with pytest.raises(InputError, match="it was made for sft and gives no scores"):
+    with pytest.raises(InputError, match="it was trained with sft and gives no scores"):
         score_file(replace(loaded, objective=objective_of()), file)
 
 

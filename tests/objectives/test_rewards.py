@@ -46,8 +46,8 @@ def test_expressions_and_columns() -> None:
     assert found.names == ["regex", "exact_match_2", "exact_match_3"]
     scores = found.score(SAID)
     np.testing.assert_array_equal(scores, [[1, 0, 1], [0, 1, 0], [0, np.nan, np.nan]])
-    np.testing.assert_array_equal(found.summed(scores), [1.5, 1.0, 0.0])
-    np.testing.assert_array_equal(found.summed(np.full((1, 3), np.nan)), [np.nan])
+    np.testing.assert_array_equal(found.weighted(scores), [1.5, 1.0, 0.0])
+    np.testing.assert_array_equal(found.weighted(np.full((1, 3), np.nan)), [np.nan])
     with pytest.raises(
         RewardError, match="no row has the column 'right' of the reward exact_match: right; the columns"
     ):
@@ -208,7 +208,7 @@ def test_expressions_keep_the_meaning_that_python_gives_them() -> None:
     for pattern in (r"(?s)<think>.*?</think>", "(?i)yes", r"(\w+) \1", "a{e<=1}", "[x[:alpha:]]", "^.{20,2000}$", "{"):
         scores = loaded({"regex": pattern}).score([Completion("p", {}, text) for text in texts])
         assert scores[:, 0].tolist() == [float(re.search(pattern, text) is not None) for text in texts], pattern
-    with pytest.raises(RewardError, match="more than 100,000 parts with its counted repeats written out"):
+    with pytest.raises(RewardError, match="more than 100,000 parts after expansion of its counted repeats"):
         loaded({"regex": "((a{1000}){1000}){1000}"})
 
 

@@ -142,7 +142,7 @@ def test_a_file_that_peft_cut_down_is_read(tmp_path: Path) -> None:
     theirs.save_pretrained(str(tmp_path))
     read = attach_adapter_folder(LLAMA.make(), tmp_path, head_name="lm_head")
     close(logits_of(read.net, LLAMA), expected)
-    assert read.exported().keys() == {plain_name(key) for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert read.file_tensors().keys() == {plain_name(key) for key in load_file(tmp_path / "adapter_model.safetensors")}
 
 
 def test_a_triplet_at_work_between_two_changes_is_in_the_file(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_peft_makes_of_all_linear_is_read(model_type: str, tmp_path: Path) 
 def test_a_method_that_peft_has_for_layers_only_is_refused() -> None:
     net = make_tiny("glm4_moe")
     with pytest.raises(
-        RecipeError, match=r"gate_proj' and 1 more for fused experts, which dora does not .* method: lora"
+        RecipeError, match=r"gate_proj' and 1 more as fused experts, which dora does not .* method: lora"
     ):
         find_targets(net, DoraSettings(r=4, target_modules=["q_proj", "gate_proj"]), head_name="lm_head")
     assert find_targets(net, DoraSettings(r=4, target_modules=["q_proj"]), head_name="lm_head")

@@ -111,5 +111,5 @@ def test_no_changed_matrix_is_made(monkeypatch: pytest.MonkeyPatch, make: Any, i
     def refuse(self: object) -> None:
         raise AssertionError("the whole changed matrix was made")
 
-    monkeypatch.setattr("tunekit.adapters.expert_parameters.ChangedParameter.whole", refuse)
+    monkeypatch.setattr("tunekit.adapters.expert_parameters.ChangedParameter.materialise", refuse)
     close(logits_of(ours.net, base), expected)

@@ -95,7 +95,7 @@ def test_prefix_with_a_projection(row: str, family: str, tmp_path: Path) -> None
         ours.load_state({name.replace(".default", ""): tensor for name, tensor in encoder.items()})
         assert (expected - plain).abs().max() > 1e-3
         close(logits_of(ours.net, base), expected)
-        torch.testing.assert_close(ours.exported()[IN_FILES], tensors[IN_FILES], rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.file_tensors()[IN_FILES], tensors[IN_FILES], rtol=0, atol=1e-6)
 
     def same_gradients() -> None:
         left, right = gradients_of(ours.net, ours.trained(), base), gradients_of(theirs, encoder, base)

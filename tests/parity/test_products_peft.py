@@ -150,5 +150,5 @@ def test_places_outside_of_the_matrix_are_refused(place: int) -> None:
     attached = attach_adapter(BASES["llama"].make(), settings, seed=0, head_name="lm_head")
     state = {name: tensor.clone() for name, tensor in attached.state().items()}
     next(tensor for name, tensor in state.items() if name.endswith("shira_indices"))[1, 5] = place
-    with pytest.raises(AdapterError, match="places outside of the matrix"):
+    with pytest.raises(AdapterError, match="positions outside of the matrix"):
         attached.load_state(state)

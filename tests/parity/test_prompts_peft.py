@@ -192,7 +192,7 @@ def tunekit_reads(pair: Pair, folder: Path, expected: Tensor) -> None:
     """A file of peft's is read tensor for tensor, and computes the same."""
     read = attach_adapter_folder(pair.base.make(), folder, head_name=pair.base.head_name)
     tensors = load_file(folder / "adapter_model.safetensors")
-    held = {part.file_key(name): tensor for part in read.parts() for name, tensor in part.exported().items()}
+    held = {part.file_key(name): tensor for part in read.parts() for name, tensor in part.file_tensors().items()}
     assert held.keys() == tensors.keys()
     assert all(torch.equal(held[key], tensor) for key, tensor in tensors.items())
     close(pair.our_logits(read), expected)
@@ -270,7 +270,7 @@ def test_a_task_that_a_folder_lacks_is_refused(tmp_path: Path) -> None:
     pair = Pair("multitask_prompt", "llama")
     save_adapter_folder(pair.ours(), tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     fields: dict[str, Any] = {"num_virtual_tokens": LENGTH, "num_ranks": 2, "init_from": "a"}
-    for chosen, message in ((3, "none is number 3"), ("all", "num_tasks is 3 there")):
+    for chosen, message in ((3, "so there is no task 3"), ("all", "num_tasks is 3 there")):
         settings = MultitaskPromptSettings(**fields, init_from_tasks=chosen)
         with pytest.raises(AdapterError, match=message):
             load_into(attach_adapter(pair.base.make(), settings, seed=1, head_name="lm_head"), tmp_path / "a")
@@ -278,5 +278,5 @@ def test_a_task_that_a_folder_lacks_is_refused(tmp_path: Path) -> None:
 
 def test_a_row_of_a_task_that_is_not_there_is_refused() -> None:
     pair = Pair("multitask_prompt", "llama")
-    with pytest.raises(AdapterError, match="3 tasks have a matrix"):
+    with pytest.raises(AdapterError, match="there are 3 tasks"):
         pair.ours().inputs({"input_ids": IDS, "task_ids": torch.tensor([0, 3])})

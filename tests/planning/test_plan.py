@@ -22,7 +22,7 @@ from tunekit.planning.refusals import library_problems
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan
-from tunekit.training.state import Prepared
+from tunekit.training.state import RunInputs
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -49,7 +49,7 @@ PLANNABLE: dict[str, list[str]] = {
 }
 
 
-def plan_of(path: Path, *overrides: str) -> tuple[Plan, Prepared]:
+def plan_of(path: Path, *overrides: str) -> tuple[Plan, RunInputs]:
     return make_plan(load_recipe(path, overrides), device=CPU)
 
 
@@ -146,7 +146,7 @@ def test_rows_beyond_a_table_of_positions_are_refused(tmp_path: Path, tiny_llama
     gpt2 = write_other(tmp_path / "gpt2", tiny_llama, "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=40)
     plan, _ = plan_of(write_recipe(tmp_path / "other", gpt2))
     assert [refusal.key for refusal in plan.refusals] == ["data.max_length"]
-    assert "end at 40" in plan.refusals[0].message
+    assert "40 positions" in plan.refusals[0].message
     config = json.loads((tiny_llama / "config.json").read_text())
     llama = tmp_path / "short"
     shutil.copytree(tiny_llama, llama)

@@ -401,9 +401,9 @@ def test_the_run_is_a_target_of_every_verb(
     assert answers[0] == answers[1] != ""
     with pytest.raises(InputError, match="nothing to merge: the run trained its base, and the result is"):
         merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
-    with pytest.raises(InputError, match="no other can stand for it; leave --base out"):
+    with pytest.raises(InputError, match="which no other base can replace; leave --base out"):
         find_target(str(run), str(tied_llama), [])
-    with pytest.raises(RunFolderError, match="holds no adapter: the run trains its base"):
+    with pytest.raises(RunFolderError, match="contains no adapter: the run trains its base"):
         find_target(f"{run}@last", None, [])
     page = (run / "report.md").read_text("utf-8")
     assert "merge" not in page

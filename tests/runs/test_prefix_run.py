@@ -84,7 +84,7 @@ def answers(adapter: Path, base: Path) -> None:
         max_new_tokens=6,
         batch_size=2,
         stop_ids=(),
-        adapt=loaded.model.adapted,
+        adapt=loaded.model.adapt_inputs,
         virtual_tokens=loaded.model.adapter.virtual_tokens,
     )
     for prompt, new in zip(prompts, produced, strict=True):
@@ -123,7 +123,7 @@ def test_bases_that_keys_cannot_be_put_into_are_refused_at_their_line(tiny_llama
     assert "adapter.method: bloom gets its positions as a bias of fixed size" in problems_of(recipe)
     recipe = recipe_of(tmp_path / "llama_adapter", tmp_path / "b", "llama_adapter")
     assert "bloom has no LLaMA-Adapter: PEFT defines it for llama, mistral, gpt2" in problems_of(recipe)
-    assert "5 layers are asked for, and the base has 2" in problems_of(
+    assert "5 layers are requested, but the base has 2" in problems_of(
         recipe, f"model.name_or_path={tiny_llama}", "adapter.adapter_layers=5"
     )
 
@@ -133,8 +133,8 @@ def test_the_prefix_counts_among_learned_positions(tiny_llama: Path, tmp_path: P
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "gpt2")
     recipe = recipe_of(tmp_path, tmp_path / "gpt2", "prefix")
-    assert "positions end at" not in problems_of(recipe, "adapter.num_virtual_tokens=2", "data.max_length=60")
-    assert "positions end at" in problems_of(recipe, "adapter.num_virtual_tokens=40", "data.max_length=60")
+    assert "too many for the model" not in problems_of(recipe, "adapter.num_virtual_tokens=2", "data.max_length=60")
+    assert "too many for the model" in problems_of(recipe, "adapter.num_virtual_tokens=40", "data.max_length=60")
 
 
 def test_a_prefix_continues_from_a_folder(tiny_llama: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_with_a_cache_as_without_one_token_for_token(name: str, tiny_llama: Path
             max_new_tokens=12,
             batch_size=3,
             stop_ids=[],
-            adapt=model.adapted,
+            adapt=model.adapt_inputs,
             virtual_tokens=model.virtual_tokens,
         )
     assert found == expected
@@ -195,7 +195,7 @@ def test_an_encoder_decoder_answers_behind_a_prompt(family: str, tiny_llama: Pat
         tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
         found = generate_texts(
             base, tokenizer, prompts, max_new_tokens=6, batch_size=2, stop_ids=[],
-            adapt=model.adapted, virtual_tokens=model.virtual_tokens,
+            adapt=model.adapt_inputs, virtual_tokens=model.virtual_tokens,
         )  # fmt: skip
     assert found == expected
 
@@ -345,7 +345,7 @@ def test_texts_become_ids_before_anything_is_planned(tiny_llama: Path, tmp_path:
         (["adapter.method=p_tuning", "adapter.init_from=x"], "not the network that made them"),
         (["adapter.method=p_tuning", "adapter.encoder_dropout=0.1"], "LSTM"),
         (["adapter.method=multitask_prompt", "adapter.task=1"], "counted from 0"),
-        (["adapter.method=cpt", "~adapter.num_virtual_tokens"], "none are written"),
+        (["adapter.method=cpt", "~adapter.num_virtual_tokens"], "but there are none"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(

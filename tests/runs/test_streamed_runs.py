@@ -13,7 +13,7 @@ from tests.conftest import write_tiny_llama
 from tests.support.train_case import write_recipe
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.memory.bandwidths import BANDWIDTHS, layer_bytes, most_tokens_per_second
+from tunekit.memory.bandwidths import BANDWIDTHS, layer_bytes, max_tokens_per_second
 from tunekit.memory.streaming import gather_on_host
 from tunekit.model.load import load_model, make_meta_model
 from tunekit.planning.plan import make_plan
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache folder in which bases of any size are kept."""
-    monkeypatch.setattr("tunekit.model.storage.sidecar.LEAST_BYTES", 0)
+    monkeypatch.setattr("tunekit.model.storage.sidecar.MIN_BYTES", 0)
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bases"
 
@@ -156,7 +156,7 @@ def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
     notes = list(streaming_notes(base, CPU, Choice(1, 4, 64, streaming="disk", pass_micro_batches=4), tokens=50))
     rate = BANDWIDTHS["disk"]["NVMe of PCIe 3"] * 200 / (2 * layer_bytes(base))  # BW T / (2 b): there and back
     assert f"{rate:,.0f} over NVMe of PCIe 3" in notes[1]
-    assert most_tokens_per_second(1000, 10**9, 25e9) == 12_500
+    assert max_tokens_per_second(1000, 10**9, 25e9) == 12_500
     assert not list(streaming_notes(base, CPU, Choice(1, 4, 64), tokens=50))
 
 

@@ -48,12 +48,12 @@ def log_probabilities_of(of_batch: Callable[[str, Batch], Tensor]) -> Iterator[N
 def run_of(rows: RowKind, gather: Gather = list, positions: int | None = None) -> ModelRun:
     """A run whose model gives Outputs. `positions`: those that the model has learned."""
 
-    def scored(batches: Sequence[Batch], read: Any, *, reference: bool = False) -> list[Tensor]:
+    def score_batches(batches: Sequence[Batch], read: Any, *, reference: bool = False) -> list[Tensor]:
         return [read(Output("reference" if reference else "policy", batch), batch).detach() for batch in batches]
 
     base = SimpleNamespace(net=None, family=SimpleNamespace(learned_positions=lambda net: positions))
     more = {"base": base, "virtual_tokens": 0, "reference_scores": {}, "companions": {}}
-    model: Any = SimpleNamespace(scored=scored, device=torch.device("cpu"), **more)
+    model: Any = SimpleNamespace(score_batches=score_batches, device=torch.device("cpu"), **more)
     return ModelRun(model, rows, gather)
 
 

@@ -316,7 +316,7 @@ def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:
             for place in (name, *ours.tied_tokens.get(name, ())):
                 net.get_submodule(place).weight = weight
         for name, copy in ours.copies.items():
-            for own, tensor in copy.copied().items():
+            for own, tensor in copy.cast_copies().items():
                 owner, _, last = f"{name}.{own}".rpartition(".")
                 setattr(net.get_submodule(owner), last, nn.Parameter(tensor.clone()))  # a tied partner keeps its own
     return net

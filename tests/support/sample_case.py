@@ -153,7 +153,7 @@ class Case:
             assert named["seeds"] == expected, "what is drawn follows from seed, step, row and completion"
             return [known[tuple(prompt)][at % count] for at, prompt in enumerate(prompts)]
 
-        def scored(batches: Sequence[Batch], score: Any, *, reference: bool = False) -> list[Tensor]:
+        def score_batches(batches: Sequence[Batch], score: Any, *, reference: bool = False) -> list[Tensor]:
             table = self.reference if reference else self.old
             return [score(Output(table, batch), batch).detach() for batch in batches]
 
@@ -161,7 +161,7 @@ class Case:
             device=torch.device("cpu"),
             base=SimpleNamespace(generation_config=None),
             generate=generate,
-            scored=scored,
+            score_batches=score_batches,
             companions=load_companions(self.objective(), torch.device("cpu")),
         )
         return ModelRun(model, rows, gather)

@@ -68,10 +68,10 @@ def test_what_is_kept_from_the_turn_before_changes_no_answer(speaker: Speaker) -
     messages = list(QUESTION)
     for turn in range(3):
         kept = ask(speaker, "one", messages)
-        lengths = {len(ids) for ids, _ in speaker._kept.values()}
-        speaker._kept.clear()
+        lengths = {len(ids) for ids, _ in speaker._caches.values()}
+        speaker._caches.clear()
         assert ask(speaker, "one", messages) == kept
-        assert lengths == {len(ids) for ids, _ in speaker._kept.values()}
+        assert lengths == {len(ids) for ids, _ in speaker._caches.values()}
         messages += [Message("assistant", kept), Message("user", f"And {turn}?")]
     ask(speaker, "one", [Message("user", "Say another thing.")])  # shares its beginning only
     assert ask(speaker, "one", messages[:-2]) == messages[-2].content
@@ -186,11 +186,11 @@ def test_a_conversation_in_the_terminal(speaker: Speaker, tmp_path: Path, capsys
     assert [message.role for message in read_history(history)] == ["system"]
     chat.line("/set temperature 0.5")
     assert chat.sampling.temperature == 0.5
-    for line, said in (("/sett", "no command"), ("/set heat 1", "no setting"), ("/set top_p 2", "out of its range")):
+    for line, said in (("/sett", "no command"), ("/set heat 1", "no setting"), ("/set top_p 2", "out of range")):
         with pytest.raises(InputError, match=said):
             chat.line(line)
     history.write_text("[]", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no conversation"):
+    with pytest.raises(DataError, match="contains no conversation"):
         read_history(history)
 
 

@@ -63,7 +63,7 @@ def test_a_moved_run_uses_the_base_that_has_its_fingerprint(
     shutil.rmtree(there / "runs" / "base")
     assert base_of(there / "runs" / "run") == str(here / "models" / "base")  # loading says that it is another one
     shutil.rmtree(here / "models")
-    with pytest.raises(ModelError, match=r"belongs to .*models/base, which is not there; give the base with --base"):
+    with pytest.raises(ModelError, match=r"belongs to .*models/base, which was not found; name the base with --base"):
         base_of(there / "runs" / "run")
 
 

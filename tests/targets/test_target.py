@@ -104,7 +104,7 @@ def test_prompts_from_standard_input_and_sampling(
     assert ask(None, None, max_new_tokens=5, temperature=2.0, top_k=1) == piped
     drawn = ask(None, None, max_new_tokens=5, temperature=2.0, seed=1)
     assert drawn == ask(None, None, max_new_tokens=5, temperature=2.0, seed=1) != piped
-    with pytest.raises(InputError, match="without --temperature nothing is sampled, so --top-p would say nothing"):
+    with pytest.raises(InputError, match="without --temperature nothing is sampled, so --top-p has no effect"):
         ask("one", None, top_p=0.5)
 
 
@@ -167,5 +167,5 @@ def test_the_real_gguf_file_is_parsed_once_for_tokenizer_and_base(
 
 def test_standard_input_without_a_prompt_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    with pytest.raises(DataError, match=r"^standard input: there is no prompt in it; .* --prompt TEXT"):
+    with pytest.raises(DataError, match=r"^standard input: it contains no prompt; .* --prompt TEXT"):
         read_prompts(Path("-"))

@@ -19,7 +19,7 @@ from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.tuned.network import MOST_VARIANTS, compilable, compile_layers
+from tunekit.tuned.network import MAX_VARIANTS, compile_layers, wrap_forwards
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)")
@@ -74,7 +74,7 @@ def compiled_case(folder: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch,
     prepare = loop_case.prepare_layers
 
     def prepared(layers: Any, count: int, store: Any = None) -> None:
-        forwards.extend(compilable(layers) if compiled else [])
+        forwards.extend(wrap_forwards(layers) if compiled else [])
         prepare(layers, count, store)
 
     with monkeypatch.context() as patch:
@@ -116,7 +116,7 @@ def test_compiled_layers_give_the_same_curve(
         torch.compiler.disable(lambda *_: limits.append(torch._dynamo.config.recompile_limit))  # type: ignore[no-untyped-call]
     )
     case.run()
-    assert set(limits) == {MOST_VARIANTS}
+    assert set(limits) == {MAX_VARIANTS}
     assert torch._dynamo.config.recompile_limit == limit, "left as it was found"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert 0 < graphs <= 60, "compiled once, for all layers"

@@ -15,7 +15,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 from tunekit.training.reached import _kind
 
-LEAKY = "rows that lie end to end see each other in llama"
+LEAKY = "packed rows attend to each other in llama"
 
 
 def train(recipe: Path, run: Path, *overrides: str, dry_run: bool = False) -> None:

@@ -31,7 +31,7 @@ def small(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_ids_beyond_the_embedding(small: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "the words"}) + "\n", encoding="utf-8")
-    with pytest.raises(ModelError, match=r"rows\.jsonl:1 holds the token .* embedding ends at 99"):
+    with pytest.raises(ModelError, match=r"rows\.jsonl:1 contains the token .* embedding ends at 99"):
         evaluate_verb(str(small), None, str(rows), None, [], None, [])
     with pytest.raises(ModelError, match=r"without a row in the model's embedding of 100"):
         generate_verb(str(small), None, "the words", None, [])
@@ -48,7 +48,7 @@ def test_rows_longer_than_a_table_of_positions(tiny_llama: Path, tmp_path: Path)
     GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(folder)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "x" * 40}) + "\n", encoding="utf-8")
-    with pytest.raises(ModelError, match="the model's positions end at 32"):
+    with pytest.raises(ModelError, match="too many for the model's 32 positions"):
         evaluate_verb(str(folder), None, str(rows), None, [], None, [])
 
 

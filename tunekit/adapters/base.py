@@ -1,7 +1,4 @@
-"""What every adapter is made of: declared state, a layer's adapter, a module trained once for all layers, a prompt.
-
-A module of the base, the method's settings and a Target go in; modules that can be put in place come out.
-"""
+"""Base classes of all adapters: declared state, layer adapters, parts shared by layers, and whole-model adapters."""
 
 from __future__ import annotations
 
@@ -24,20 +21,20 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
 Settings = TypeVar("Settings", bound=AdapterSettings)
-KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
+KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; only in checkpoints
 
 
 class NotMergeable(InputError):
-    """This adapter is no change of the layer's weight and bias; the message says why."""
+    """This adapter cannot be written into the layer's weight and bias; the message says why."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of an adapter's state, declared before anything is allocated.
+    """One tensor of an adapter's state, declared before it is allocated.
 
-    `suffix` is its name in PEFT's files, after the module's; `rate` is "b" where LoRA+ speeds it up, "embedding" for
-    the factors of an embedding; `decays` says whether weight decay may touch it. `first`: its value before any step;
-    None: drawn as torch draws a linear layer's matrix.
+    `suffix`: its name in PEFT's files, after the module's name. `rate`: "b" if LoRA+ multiplies its rate, "embedding"
+    for the factors of an embedding. `decays`: whether weight decay applies. `first`: its initial value; None: drawn
+    like a linear layer's matrix in torch.
     """
 
     suffix: str
@@ -50,20 +47,21 @@ class Slot:
 
 
 PeftConfig = dict[str, Any]  # fields of adapter_config.json
-Slots = dict[str, Slot]  # by the attribute that holds the tensor
+Slots = dict[str, Slot]  # by the attribute for the tensor
 
 
 class AdapterPart(nn.Module):
-    """Anything with adapter state. A subclass declares `slots`; the tensors then are attributes of those names."""
+    """Anything with adapter state. A subclass declares `slots`; the tensors are attributes with these names."""
 
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
     file_prefix: ClassVar[str] = "base_model.model."
 
-    module_name: str  # in the base; "" for what belongs to no module
+    module_name: str  # in the base; "" for a part that belongs to no module
     declared: Slots  # attribute -> slot
 
     def declare(self, module_name: str, slots: Mapping[str, Slot], *, meta: bool) -> None:
-        """Register the declared tensors, unset: on the CPU (or the meta device), whatever device the base is on."""
+        """Register the declared tensors without values: on the CPU (or the meta device), on whatever device the base
+        is."""
         self.module_name, self.declared = module_name, dict(slots)
         for attribute, slot in slots.items():
             tensor = torch.empty(slot.shape, dtype=slot.dtype, device="meta" if meta else "cpu")
@@ -73,7 +71,7 @@ class AdapterPart(nn.Module):
                 self.register_buffer(attribute, tensor, persistent=False)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill every declared tensor; all randomness comes from `generator`, on the CPU, seeded by the module."""
+        """Initialise every declared tensor; all randomness comes from `generator`, on the CPU, seeded by the module."""
         for attribute, slot in self.declared.items():
             tensor = getattr(self, attribute).data
             if slot.first is None:
@@ -86,31 +84,31 @@ class AdapterPart(nn.Module):
         return full_name(self.module_name, slot.suffix)
 
     def move(self, device: torch.device) -> None:
-        """Bring the declared tensors, and nothing of the base, to `device`."""
+        """Move the declared tensors, and nothing of the base, to `device`."""
         for attribute in self.declared:
             tensor = getattr(self, attribute)
             tensor.data = tensor.data.to(device)
 
     def state(self, kinds: Sequence[str] = KINDS) -> Tensors:
-        """Held tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
+        """Tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
         return {
             self.name_of(slot): getattr(self, attribute)
             for attribute, slot in self.declared.items()
             if slot.kind in kinds
         }
 
-    def exported(self) -> Tensors:
-        """What the adapter's file holds, by full name."""
+    def file_tensors(self) -> Tensors:
+        """The tensors of the adapter's file, by full name."""
         return {name: tensor.detach() for name, tensor in self.state(("trained", "saved")).items()}
 
     def file_fields(self) -> PeftConfig:
-        """Fields of PEFT's configuration that the state decides."""
+        """Fields of PEFT's configuration that depend on the state."""
         return {}
 
     def check_state(self) -> None:
-        """Called whenever the state was filled from outside.
+        """Called after the state was loaded.
 
-        Raises: AdapterError where values that are not trained, such as places, cannot be right.
+        Raises: AdapterError if untrained values, such as indices, are impossible.
         """
 
     @classmethod
@@ -135,7 +133,7 @@ def full_name(module_name: str, suffix: str) -> str:
 
 
 class SharedPart(AdapterPart, Generic[Settings]):
-    """A module made once and given to every layer of the adapter, saved once."""
+    """A module that is made once, given to every layer of the adapter, and saved once."""
 
     file_prefix = "base_model."
 
@@ -150,11 +148,11 @@ class SharedPart(AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
-        """Called once, when every layer is made: a part that decides over all of them keeps them."""
+        """Called once after all layers are made; a part that decides over all of them stores them."""
 
 
 class Wrapper(nn.Module):
-    """Sits in the base's place of one module; whatever it does not know itself, it asks that module."""
+    """Replaces one module of the base; unknown attributes are looked up in that module."""
 
     base_layer: Any
 
@@ -173,9 +171,9 @@ class Wrapper(nn.Module):
 
 
 class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
-    """One adapted layer: y = adapted(x), or base_layer(x) where the call bypasses adapters.
+    """One adapted layer: y = adapted(x), or base_layer(x) if the call bypasses adapters.
 
-    A subclass gives `slots`; an additive one `update` and `delta`, any other `adapted` and `changed`.
+    A subclass defines `slots`; an additive one also `update` and `delta`, any other `adapted` and `merged_weight`.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
@@ -196,11 +194,13 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, target: Target) -> Slots:
-        """The state of one layer, from settings and shapes alone: an adapter file is checked against it unread."""
+        """The state of one layer, from settings and shapes alone: an adapter file is checked against it before it is
+        read."""
         raise NotImplementedError
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
-        """Fill it anew from what the recipe's initialisation has gathered of this layer, where a method has such."""
+        """Initialise from the evidence that the recipe's start has collected about this layer, if a method supports
+        it."""
         raise NotImplementedError
 
     def base_weight(self) -> Weight:
@@ -210,15 +210,15 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return weight
 
     def base_output(self, x: Tensor) -> Tensor:
-        """What the base gives, (..., O)."""
+        """The base's output, (..., O)."""
         return self.base_layer(x)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """x with the settings' dropout, while training."""
+    def apply_dropout(self, x: Tensor) -> Tensor:
+        """x with the settings' dropout, in training mode."""
         return F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
 
     def update(self, x: Tensor) -> Tensor:
-        """What an additive method adds to the base's output: x (..., I) -> (..., O)."""
+        """The term that an additive method adds to the base's output: x (..., I) -> (..., O)."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -229,12 +229,12 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
     def delta(self) -> Tensor:
         """`update` as a change of the matrix, (O, I) float32.
 
-        Raises: NotMergeable where there is no such matrix.
+        Raises: NotMergeable if there is no such matrix.
         """
         raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
 
-    def changed(self, weight: Tensor) -> Tensor:
-        """The matrix (O, I), float32, of the plain layer that computes the same, where the base's `weight` lies.
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The matrix (O, I), float32, of the equivalent plain layer, on the device of the base's `weight`.
 
         Raises: NotMergeable.
         """
@@ -242,66 +242,67 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight (O, I) and bias (O,), float32, of the plain layer that computes the same.
+        """Weight (O, I) and bias (O,), float32, of the equivalent plain layer.
 
         Raises: NotMergeable.
         """
-        return self.changed(weight), bias
+        return self.merged_weight(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) if current_call().bypassed else self.adapted(x)
 
 
 class ModelAdapter(AdapterPart, Generic[Settings]):
-    """An adapter of the whole network, such as a prompt: it changes what goes in and what comes out.
+    """An adapter of the whole network, such as a prompt: it changes the network's inputs and outputs.
 
-    A subclass gives `slots` and `initialise`, and any of the other methods. Where the call bypasses adapters, none of
-    `inputs` and `outputs` is used. `finished`: made from a folder, with nothing but what folders hold.
+    A subclass defines `slots` and `initialise`, and any of the other methods. If the call bypasses adapters, `inputs`
+    and `outputs` are not used. `from_folder`: made from a folder, with only the state that folders contain.
     """
 
     file_prefix = ""
 
-    hooks: Sequence[RemovableHandle] = ()  # those that `attach` has put into the network
+    hooks: Sequence[RemovableHandle] = ()  # installed by `attach`
 
-    def __init__(self, net: nn.Module, settings: Settings, *, meta: bool = False, finished: bool = False) -> None:
+    def __init__(self, net: nn.Module, settings: Settings, *, meta: bool = False, from_folder: bool = False) -> None:
         super().__init__()
-        self.settings, self.finished = settings, finished
-        self.declare("", (self.file_slots if finished else self.slots)(settings, net), meta=meta)
+        self.settings, self.from_folder = settings, from_folder
+        self.declare("", (self.file_slots if from_folder else self.slots)(settings, net), meta=meta)
 
     @classmethod
     def slots(cls, settings: Settings, net: nn.Module) -> Slots:
-        """The state while training, from settings and the network's shapes."""
+        """The state during training, from settings and the network's shapes."""
         raise NotImplementedError
 
     @classmethod
     def file_slots(cls, settings: Settings, net: nn.Module) -> Slots:
-        """What the adapter's folder holds, where that is not the state itself but computed from it (by `exported`)."""
+        """The content of the adapter's folder, if that is not the state itself but computed from it (by
+        `file_tensors`)."""
         return {attribute: slot for attribute, slot in cls.slots(settings, net).items() if slot.kind != "resume"}
 
     @classmethod
     def virtual_tokens(cls, settings: Settings) -> int:
-        """Positions that stand before each row, of those that the network has."""
+        """Positions before each row that count towards the network's limit."""
         return 0
 
-    def taken_over(self, tensors: Tensors) -> Tensors:
-        """The state to continue with, by name, made of that of the folder that init_from names."""
+    def continued_state(self, tensors: Tensors) -> Tensors:
+        """The state to continue from, by name, made from the state in init_from's folder."""
         return tensors
 
     @classmethod
     def may_differ(cls, settings: Settings) -> frozenset[str]:
-        """Settings in which that folder may differ, since `taken_over` deals with them."""
+        """Settings that may differ from that folder's, because `continued_state` handles them."""
         return frozenset()
 
     def attach(self, net: nn.Module) -> None:
-        """Put in place whatever is needed inside the network; called before `initialise`."""
+        """Install everything needed inside the network; called before `initialise`."""
 
     def detach(self, net: nn.Module) -> None:
-        """Take it out again."""
+        """Remove it again."""
         for hook in self.hooks:
             hook.remove()
 
     def inputs(self, net: nn.Module, inputs: Tensors) -> Tensors:
-        """What the network is called with (embeddings, mask, positions); in generation, for the first step only."""
+        """The network's inputs (embeddings, mask, positions); in generation, for the first step only."""
         return inputs
 
     def outputs(self, hidden: Tensor) -> Tensor:
@@ -310,27 +311,27 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
 
 
 class Casts:
-    """Factors in the compute dtype, made once for as long as no weight changes, else for every use."""
+    """A cache of factors cast to the compute dtype, valid while no weight changes."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Tensor] | None = None
+        self._cache: dict[Hashable, Tensor] | None = None
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Inside the block the trained weights do not change: what was cast is used again."""
-        self._kept = {}
+    def caching(self) -> Iterator[None]:
+        """In this block the trained weights do not change, so casts are cached."""
+        self._cache = {}
         try:
             yield
         finally:
-            self._kept = None
+            self._cache = None
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, or gave before under this key."""
-        if self._kept is None:
+        """The cached value under this key, or the result of `make`."""
+        if self._cache is None:
             return make()
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
 
 def slot_count(slots: Iterable[Slot]) -> int:

@@ -1,7 +1,6 @@
-"""A module whose parameters are trained as they are: heads, embeddings, norms, biases.
+"""Modules whose parameters are trained directly: heads, embeddings, norms, biases.
 
-A module of the base and the names of the parameters to train go in; a wrapper that uses float32 copies, and keeps the
-original for bypass, comes out.
+A wrapper computes with float32 copies of the parameters and keeps the originals for bypass.
 """
 
 import difflib
@@ -21,9 +20,9 @@ from tunekit.model.quantized.weights import weight_of
 class TrainedCopy(Wrapper, AdapterPart):
     """The module with float32 copies of its parameters (all, or those in `only`) in place of them.
 
-    Shapes: as the module's.    Starts as the identity: copies equal the originals.    The copies are cast to the
-    originals' dtype for each forward.    Weight decay spares vectors and embeddings.
-    Raises: AdapterError where a matrix to train is packed.
+    Shapes: as the module's. Starts as the identity: copies equal the originals. The copies are cast to the originals'
+    dtype for each forward. Weight decay does not apply to vectors and embeddings.
+    Raises: AdapterError if a matrix to train is packed.
     """
 
     def __init__(self, base: nn.Module, name: str, only: Sequence[str] | None = None, *, meta: bool = False) -> None:
@@ -32,8 +31,10 @@ class TrainedCopy(Wrapper, AdapterPart):
 
     @classmethod
     def slots(cls, base: nn.Module, name: str, only: Sequence[str] | None = None) -> Slots:
-        """One slot per parameter; attributes are numbered, since a parameter's own name may hold dots."""
-        names = [own for own, _ in base.named_parameters() if only is None or own in only]
+        """One slot per parameter; attributes are numbered, because a parameter's own name may contain dots."""
+        names = [
+            parameter_name for parameter_name, _ in base.named_parameters() if only is None or parameter_name in only
+        ]
         weight = weight_of(base)
         packed = weight is not None and weight.kind != "dense"
         if not names or (packed and only is None):
@@ -43,18 +44,20 @@ class TrainedCopy(Wrapper, AdapterPart):
             )
         embedding = isinstance(base, nn.Embedding)
         return {
-            f"copy_{number}": Slot(own, tuple(tensor.shape), decays=tensor.dim() > 1 and not embedding)
-            for number, own in enumerate(names)
-            for tensor in [base.get_parameter(own)]
+            f"copy_{number}": Slot(parameter_name, tuple(tensor.shape), decays=tensor.dim() > 1 and not embedding)
+            for number, parameter_name in enumerate(names)
+            for tensor in [base.get_parameter(parameter_name)]
         }
 
     def initialise(self, generator: Generator) -> None:
         for attribute, slot in self.declared.items():
             original = self.base_layer.get_parameter(slot.suffix).detach()
-            own = getattr(self, attribute).data
-            own.zero_() if original.is_meta else own.copy_(original)  # on a meta base the values are loaded afterwards
+            copy = getattr(self, attribute).data
+            copy.zero_() if original.is_meta else copy.copy_(
+                original
+            )  # on a meta base the values are loaded afterwards
 
-    def copied(self) -> Tensors:
+    def cast_copies(self) -> Tensors:
         """The copies by the module's own parameter names, in the originals' dtype."""
         return {
             slot.suffix: getattr(self, attribute).to(self.base_layer.get_parameter(slot.suffix).dtype)
@@ -64,19 +67,22 @@ class TrainedCopy(Wrapper, AdapterPart):
     def forward(self, *inputs: object, **named: object) -> object:
         if current_call().bypassed:
             return self.base_layer(*inputs, **named)
-        return functional_call(self.base_layer, self.copied(), inputs, named)
+        return functional_call(self.base_layer, self.cast_copies(), inputs, named)
 
 
 def wrong_entries(modules: Modules, entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
-    """What is wrong, and how to mend it. PEFT's own files name heads on suspicion: there an entry may match nothing."""
+    """Faults of the entries, each with a remedy. PEFT's own files list possible heads, so there an entry may match
+    nothing."""
     wrong = []
     for entry in entries:
         if not named_copies(modules, [entry]) and not in_file:
-            last = sorted({name.rpartition(".")[2] for name in modules})
-            near = difflib.get_close_matches(entry.rpartition(".")[2], last, n=3, cutoff=0.5)
-            how = f"did you mean {' or '.join(map(repr, near))}?" if near else "name a module of the base"
+            last_names = sorted({name.rpartition(".")[2] for name in modules})
+            similar = difflib.get_close_matches(entry.rpartition(".")[2], last_names, n=3, cutoff=0.5)
+            how = f"did you mean {' or '.join(map(repr, similar))}?" if similar else "name a module of the base"
             wrong.append((f"'{entry}' matches no module of the base", how))
     copies = named_copies(modules, entries)
     if copies and plain_entries(copies, modules) is None:
-        wrong.append((f"{', '.join(entries)} cannot be told from other modules in PEFT's format", "leave them out"))
+        wrong.append(
+            (f"{', '.join(entries)} cannot be distinguished from other modules in PEFT's format", "remove them")
+        )
     return wrong

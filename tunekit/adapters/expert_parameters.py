@@ -1,6 +1,6 @@
 """Adapters of a bare parameter: the fused weights of all experts (E, O, I) of a mixture, or a router's matrix (O, I).
 
-The module that owns the parameter goes in; a wrapper under which it reads W + delta wherever it reads W comes out.
+A wrapper of the owning module makes it read W + delta wherever it reads W.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunekit.records import Target
 EVERYTHING = slice(None)
 Index = int | slice | Tensor  # of experts
 Factors = tuple[Tensor, Tensor]
-FROM_THE_LEFT = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul)  # f(x, W): x is multiplied by W as it is
+FROM_THE_LEFT = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul)  # f(x, W): x is multiplied by W untransposed
 FACTS = (
     "data_ptr",
     "dim",
@@ -31,18 +31,18 @@ FACTS = (
     "size",
     "stride",
 )
-ALIGNED_RANK = 8  # the grouped product wants strides of 16 bytes
+ALIGNED_RANK = 8  # the grouped product needs strides of 16 bytes
 
 
 class ParameterAdapter(AdapterPart, Generic[Settings]):
-    """The change of one parameter. A subclass gives `slots`, `initialise`, and `factors` or `delta`."""
+    """The change of one parameter. A subclass defines `slots`, `initialise`, and `factors` or `delta`."""
 
     parameter: nn.Parameter
 
     def __init__(self, parameter: nn.Parameter, settings: Settings, target: Target, *, meta: bool = False) -> None:
         super().__init__()
         self.settings, self.target = settings, target
-        self.__dict__["parameter"] = parameter  # the base's own, not ours to train or to save
+        self.__dict__["parameter"] = parameter  # the base's own, which we neither train nor save
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
@@ -51,22 +51,23 @@ class ParameterAdapter(AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def factors(self, index: Index) -> Factors | None:
-        """L (..., P, R) and R (..., R, Q), whose product is the change of parameter[index], float32; None: `delta`."""
+        """L (..., P, R) and R (..., R, Q) with the change of parameter[index] as their product, float32; None: use
+        `delta`."""
         return None
 
     def delta(self, index: Index) -> Tensor:
         """The change of parameter[index], in the adapter's float32."""
         factors = self.factors(index)
-        assert factors is not None, "a subclass gives factors or delta"
+        assert factors is not None, "a subclass defines factors or delta"
         return factors[0] @ factors[1]
 
     def merged(self, parameter: Tensor) -> Tensor:
-        """The whole changed parameter (E, O, I) from the float32 `parameter`."""
+        """The complete changed parameter (E, O, I) from the float32 `parameter`."""
         return parameter + self.delta(EVERYTHING).detach().to(parameter.device)
 
 
 class ParameterHost(Wrapper):
-    """Wraps the owning module; during its forward the named parameters read as changed."""
+    """Wraps the owning module; during its forward, reading the named parameters gives changed ones."""
 
     def __init__(self, base: nn.Module, adapters: dict[str, ParameterAdapter[Any]]) -> None:
         super().__init__(base)
@@ -75,18 +76,18 @@ class ParameterHost(Wrapper):
     def forward(self, *inputs: object, **named: object) -> object:
         if current_call().bypassed:
             return self.base_layer(*inputs, **named)
-        own = self.base_layer.__dict__  # what is in there is found before a registered parameter
-        own.update({name: ChangedParameter(adapter) for name, adapter in self.adapters.items()})  # type: ignore[arg-type]
+        attributes = self.base_layer.__dict__  # instance attributes take precedence over registered parameters
+        attributes.update({name: ChangedParameter(adapter) for name, adapter in self.adapters.items()})  # type: ignore[arg-type]
         try:
             return self.base_layer(*inputs, **named)
         finally:
             for name in self.adapters:
-                del own[name]
+                del attributes[name]
 
 
 def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int | None, int, int]:
-    """(E, O, I) of a fused parameter; some blocks store (E, I, O) and say so with `is_transposed`. (None, O, I) of a
-    matrix."""
+    """(E, O, I) of a fused parameter; some modules store (E, I, O) and declare it with `is_transposed`. (None, O, I)
+    of a matrix."""
     if parameter.dim() == 2:
         return None, *parameter.shape
     experts, rows, columns = parameter.shape
@@ -106,52 +107,52 @@ def own_parameter(net: nn.Module, name: str) -> tuple[nn.Module, str, nn.Paramet
 
 
 class ChangedParameter:
-    """Stands where a module reads its parameter W; what it indexes or transposes is a stand-in too.
+    """Replaces a module's parameter W when it is read, indexed or transposed.
 
-    Multiplied with an input, W and the factors of its change are multiplied one after the other: W x + L (R x). Any
-    other use makes the changed matrix.
+    In a product with an input, W and the factors of its change are multiplied one after the other: W x + L (R x). Any
+    other use computes the changed matrix.
     """
 
-    def __init__(self, adapter: ParameterAdapter[Any], index: Index = EVERYTHING, flipped: bool = False) -> None:
-        self.adapter, self.index, self.flipped = adapter, index, flipped
+    def __init__(self, adapter: ParameterAdapter[Any], index: Index = EVERYTHING, is_transposed: bool = False) -> None:
+        self.adapter, self.index, self.is_transposed = adapter, index, is_transposed
 
     @property
-    def plain(self) -> Tensor:
-        """W[index], (..., P, Q), of flipped (..., Q, P)."""
+    def original(self) -> Tensor:
+        """W[index], (..., P, Q), or (..., Q, P) if transposed."""
         parameter: Tensor = self.adapter.parameter
         weight = parameter if self.index is EVERYTHING else parameter[self.index]
-        return weight.transpose(-2, -1) if self.flipped else weight
+        return weight.transpose(-2, -1) if self.is_transposed else weight
 
     def factors(self, dtype: torch.dtype) -> Factors | None:
-        """L and R in `dtype`, whose product is the change of `plain`."""
-        found = self.adapter.factors(self.index)
-        if found is None:
+        """L and R in `dtype`, with the change of `original` as their product."""
+        factors = self.adapter.factors(self.index)
+        if factors is None:
             return None
-        left, right = (factor.to(dtype) for factor in found)
-        return (right.transpose(-2, -1), left.transpose(-2, -1)) if self.flipped else (left, right)
+        left, right = (factor.to(dtype) for factor in factors)
+        return (right.transpose(-2, -1), left.transpose(-2, -1)) if self.is_transposed else (left, right)
 
-    def whole(self) -> Tensor:
-        """The changed matrix, shaped as `plain`."""
+    def materialise(self) -> Tensor:
+        """The changed matrix, in the shape of `original`."""
         delta = self.adapter.delta(self.index).to(self.adapter.parameter.dtype)
-        return self.plain + (delta.transpose(-2, -1) if self.flipped else delta)
+        return self.original + (delta.transpose(-2, -1) if self.is_transposed else delta)
 
     def __getitem__(self, index: Index) -> Tensor | ChangedParameter:
-        whole = self.index is EVERYTHING and not self.flipped and self.adapter.parameter.dim() == 3
-        if whole and isinstance(index, int | Tensor):
+        is_unindexed = self.index is EVERYTHING and not self.is_transposed and self.adapter.parameter.dim() == 3
+        if is_unindexed and isinstance(index, int | Tensor):
             return ChangedParameter(self.adapter, index)
-        return self.whole()[index]
+        return self.materialise()[index]
 
     def transpose(self, first: int, second: int) -> Tensor | ChangedParameter:
-        """With the last two dimensions exchanged it stays a stand-in."""
+        """Exchanging the last two dimensions keeps the change factored."""
         if {first, second} == {-2, -1}:
-            return ChangedParameter(self.adapter, self.index, not self.flipped)
-        return self.whole().transpose(first, second)
+            return ChangedParameter(self.adapter, self.index, not self.is_transposed)
+        return self.materialise().transpose(first, second)
 
     def __getattr__(self, name: str) -> object:
         if name in ("dtype", "device"):
             return getattr(self.adapter.parameter, name)
-        used = callable(getattr(Tensor, name, None)) and name not in FACTS
-        return getattr(self.whole() if used else self.plain, name)
+        uses_values = callable(getattr(Tensor, name, None)) and name not in FACTS
+        return getattr(self.materialise() if uses_values else self.original, name)
 
     @classmethod
     def __torch_function__(
@@ -165,14 +166,16 @@ class ChangedParameter:
         if product is not None:
             return product
 
-        def whole(value: object) -> object:
-            return value.whole() if isinstance(value, ChangedParameter) else value
+        def materialised(value: object) -> object:
+            return value.materialise() if isinstance(value, ChangedParameter) else value
 
-        return function(*map(whole, inputs), **{key: whole(value) for key, value in (named or {}).items()})
+        return function(
+            *map(materialised, inputs), **{key: materialised(value) for key, value in (named or {}).items()}
+        )
 
 
 def _product(function: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
-    """The product of an input and a changed parameter, or None where the call is none."""
+    """The product of an input and a changed parameter, or None if the call is something else."""
     if len(inputs) < 2 or isinstance(inputs[0], ChangedParameter) == isinstance(inputs[1], ChangedParameter):
         return None
     second = isinstance(inputs[1], ChangedParameter)
@@ -183,20 +186,21 @@ def _product(function: Callable[..., Any], inputs: Sequence[Any], named: Mapping
     left, right = factors
     y: Tensor | None = None
     if function in FROM_THE_LEFT and second:
-        y = function(x, changed.plain) + function(function(x, left), right)
+        y = function(x, changed.original) + function(function(x, left), right)
     elif function in FROM_THE_LEFT:
-        y = function(changed.plain, x) + function(left, function(right, x))
+        y = function(changed.original, x) + function(left, function(right, x))
     elif function is F.linear and second:
-        y = function(x, changed.plain, *inputs[2:], **named) + function(function(x, right), left)
+        y = function(x, changed.original, *inputs[2:], **named) + function(function(x, right), left)
     elif function is torch._grouped_mm and second:
-        left, right = _aligned(left, right)
+        left, right = _align(left, right)
         offsets = named["offs"]
-        y = function(x, changed.plain, **named) + function(function(x, left, offs=offsets), right, offs=offsets)
+        y = function(x, changed.original, **named) + function(function(x, left, offs=offsets), right, offs=offsets)
     return y
 
 
-def _aligned(left: Tensor, right: Tensor) -> Factors:
-    """The same factors (E, P, R) and (E, R, Q), R filled up with zeros, in memory as the grouped product wants them."""
-    more = -left.shape[-1] % ALIGNED_RANK
-    left = F.pad(left, (0, more)).contiguous()
-    return left, F.pad(right.transpose(-2, -1), (0, more)).contiguous().transpose(-2, -1)
+def _align(left: Tensor, right: Tensor) -> Factors:
+    """The same factors (E, P, R) and (E, R, Q), with R padded with zeros, in the memory layout of the grouped
+    product."""
+    missing = -left.shape[-1] % ALIGNED_RANK
+    left = F.pad(left, (0, missing)).contiguous()
+    return left, F.pad(right.transpose(-2, -1), (0, missing)).contiguous().transpose(-2, -1)

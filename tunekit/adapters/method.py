@@ -1,4 +1,4 @@
-"""What a method is: its METHOD, the facts that other rooms ask of it, and how one is found by name."""
+"""The class Method with the facts that other folders read about a method, and functions that find methods by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
 
-WrittenForm = tuple[AdapterSettings, list[Target], dict[str, LayerAdapter[Any]]]  # layers as the folder holds them
-Copies = dict[str, tuple[str, ...] | None]  # module name -> its parameters that are copied; None: all of them
+WrittenForm = tuple[AdapterSettings, list[Target], dict[str, LayerAdapter[Any]]]  # layers as in the folder
+Copies = dict[str, tuple[str, ...] | None]  # module name -> its copied parameters; None: all of them
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """A setting that does not fit the layers: the recipe key, what is wrong, how to mend it."""
+    """A setting that does not fit the layers: the recipe key, the fault, and the remedy."""
 
     key: str
     what: str
@@ -32,14 +32,17 @@ class Conflict:
 
 
 def saved_modules(settings: AdapterSettings) -> Sequence[str]:
-    """Names of the modules that are trained whole."""
+    """Names of the modules that are fully trained."""
     names: Sequence[str] = getattr(settings, "modules_to_save", ())
     return () if getattr(settings, "trains_base", False) else names
 
 
 def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
-    """Whether the loss compares with a policy at step 0 that is not the base with the adapter bypassed; `exported`:
-    with its exported folder bypassed, where the base has the weights that an initialisation took from it."""
+    """Whether the loss compares with a policy at step 0 that differs from the base with the adapter bypassed.
+
+    `exported`: whether it differs from the base with the exported folder bypassed; there the base again has the
+    weights that an initialisation took from it.
+    """
     method, start = load_method(settings.method), settings.initialisation
     part = method.layer or method.model or LayerAdapter
     changed = start is not None and (start.looks_at == "original" or (start.moves_weights and not exported))
@@ -47,26 +50,26 @@ def needs_reference_state(objective: Objective, settings: AdapterSettings, *, ex
     return objective.loss.reference and not starts_as_base
 
 
-def always(settings: AdapterSettings) -> bool:
+def always_linear(settings: AdapterSettings) -> bool:
     """Method.is_linear of a method whose update is always linear in its tensors."""
     return True
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a method's file declares as METHOD: the classes it is made of, and what other rooms ask of it.
+    """The METHOD of a method's file: its classes, and facts for other folders.
 
     `layer`, `parameter`, `model`: its classes for layers, for fused 3-D parameters, for the whole network.
-    `only_copies`: of a method that is nothing but copies: the base's modules, settings -> what is copied.
-    `copy`: the class of these copies, and of modules trained whole beside other methods.
-    `tensors`: names of its tensors in PEFT's files after the module's name, as far as other rooms must know them.
+    `only_copies`: for a method that only copies modules: the base's modules, settings -> the copied parameters.
+    `copy`: the class of these copies, and of modules that are fully trained next to other methods.
+    `tensors`: names of its tensors in PEFT's files after the module's name, as far as other folders need them.
     `is_linear`: settings -> whether its update is linear in its tensors, so that sums of adapters are adapters;
     `neutral`: the value of a trained tensor that changes nothing.
-    `unbinding`: settings of its own that a folder may have otherwise and compute the same.
+    `unbinding`: its settings that may differ in a folder without changing the computation.
     `conflicts`: settings, targets, whether the settings are a file's; `run_conflicts`: settings, optimizer steps.
-    `with_tokenizer`: gives the settings with their texts as token ids.
-    `read_as`: the method as which its folder is read, where the two differ only in training.
-    `in_diffusers_file`: whether the folder of a pipeline's adapter holds diffusers' file in place of PEFT's.
+    `with_tokenizer`: returns the settings with their texts as token ids.
+    `read_as`: the method that reads its folder, if the two differ only in training.
+    `in_diffusers_file`: whether a pipeline's adapter is saved in diffusers' file instead of PEFT's.
     """
 
     peft: PeftSide[Any]
@@ -90,31 +93,32 @@ class Method:
     in_diffusers_file: bool = False
 
     def groups(self, net: nn.Module, settings: AdapterSettings, targets: Sequence[Target]) -> list[LayerGroup]:
-        """The groups of layers that attaching to this base will compute together; none without a kernel."""
+        """The groups of layers that will be computed together on this base; empty without a kernel."""
         modules = dict(net.named_modules(remove_duplicate=False))
         return [] if self.kernel is None else self.kernel.groups(net, modules, settings, targets)
 
     def copied_modules(self, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]) -> Copies:
-        """Every module to copy. With bias: all these are also all owners of a bias that is not an adapted layer's."""
-        whole = named_copies(modules, saved_modules(settings))
-        copied: Copies = dict.fromkeys(whole)
+        """All modules to copy. With bias: all, these include every owner of a bias that is not an adapted layer."""
+        fully_trained = named_copies(modules, saved_modules(settings))
+        copied: Copies = dict.fromkeys(fully_trained)
         if getattr(settings, "bias", "none") == "all":
             adapted = {target.name for target in targets}
             for name, module in modules.items():
-                owns = any(own == "bias" for own, _ in module.named_parameters(recurse=False))
-                if owns and name not in adapted and not is_within(name, whole):
+                has_bias = any(parameter_name == "bias" for parameter_name, _ in module.named_parameters(recurse=False))
+                if has_bias and name not in adapted and not is_within(name, fully_trained):
                     copied[name] = ("bias",)
         copied |= self.only_copies(modules, settings) if self.only_copies else {}
         return dict(sorted(copied.items()))
 
     def copy_class(self, settings: AdapterSettings, name: str) -> type[TrainedCopy]:
-        """The class of this module's copy: `copy`, but for what is trained whole beside a method of copies."""
-        whole = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
-        return TrainedCopy if whole else self.copy
+        """The class of this module's copy: `copy`, except for modules that are fully trained next to a method of
+        copies."""
+        fully_trained = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
+        return TrainedCopy if fully_trained else self.copy
 
 
 def load_method(name: str) -> Method:
-    """METHOD of adapters/methods/NAME.py; the recipe has checked that the name is one of ours."""
+    """METHOD of adapters/methods/NAME.py; the recipe's reader has checked the name."""
     return import_module(f"tunekit.adapters.methods.{name}").METHOD
 
 

@@ -1,4 +1,4 @@
-"""The base's own modules and fused parameters by name, also with adapters in place, and how an entry names one."""
+"""Names of the base's own modules and fused parameters, also with adapters attached, and how entries match them."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -10,66 +10,67 @@ from tunekit.adapters.base import Wrapper, full_name
 from tunekit.contracts import Modules
 from tunekit.recipe.bases.section import AdapterSettings
 
-OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
+OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's names before fusion
 
 
 def base_modules(net: nn.Module) -> dict[str, nn.Module]:
-    """The base's own modules by name, whatever wraps them and without what adapters add; shared ones once."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
+    """The base's own modules by name, without wrappers and additions of adapters; shared modules once."""
+    modules: dict[str, nn.Module] = {}
+    visited: set[int] = set()
 
     def visit(name: str, module: nn.Module) -> None:
         while isinstance(module, Wrapper):
             module = module.base_layer
-        if id(module) in seen:
+        if id(module) in visited:
             return
-        seen.add(id(module))
-        found[name] = module
-        for own, child in module.named_children():
-            visit(f"{name}.{own}" if name else own, child)
+        visited.add(id(module))
+        modules[name] = module
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child)
 
     visit("", net)
-    return found
+    return modules
 
 
 def parameter_names(net: nn.Module) -> list[str]:
     """Names of the base's own parameters."""
     modules = base_modules(net)
     return [
-        full_name(name, own) for name, module in modules.items() for own, _ in module.named_parameters(recurse=False)
+        full_name(name, parameter)
+        for name, module in modules.items()
+        for parameter, _ in module.named_parameters(recurse=False)
     ]
 
 
 def fused_parameters(net: nn.Module, dimensions: tuple[int, ...] = (3,)) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own, as the
-    kernels of a convolution are one.
+    """3-D parameters by name with their owners: the experts of a mixture. The kernels of convolutions are excluded.
 
-    `dimensions`: 2 for matrices as well, such as those of layers and routers.
+    `dimensions`: 2 includes matrices, such as those of layers and routers.
     """
     return {
-        f"{name}.{own}": (module, parameter)
+        f"{name}.{parameter_name}": (module, parameter)
         for name, module in base_modules(net).items()
-        for own, parameter in module.named_parameters(recurse=False)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() in dimensions and not isinstance(module, _ConvNd)
     }
 
 
 def endings(name: str) -> list[str]:
-    """The name and what follows each of its dots: a.b.c, b.c, c."""
+    """The name and its suffixes after each dot: a.b.c, b.c, c."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def is_fused_in(entry: str, parameter_name: str) -> bool:
-    """gate_proj is in gate_up_proj: every piece of the entry's last name is a piece of the parameter's."""
-    own = parameter_name.rpartition(".")[2]
-    last = entry.rpartition(".")[2]
-    last = OLD_EXPERT_NAMES.get(last, last)
-    return bool(last) and set(last.split("_")) <= set(own.split("_"))
+    """Whether the entry's last name is part of the parameter's: gate_proj is in gate_up_proj."""
+    parameter_parts = parameter_name.rpartition(".")[2]
+    entry_parts = entry.rpartition(".")[2]
+    entry_parts = OLD_EXPERT_NAMES.get(entry_parts, entry_parts)
+    return bool(entry_parts) and set(entry_parts.split("_")) <= set(parameter_parts.split("_"))
 
 
 def named_copies(modules: Iterable[str], entries: Sequence[str]) -> list[str]:
-    """Names of the modules that the entries (whole names or endings) ask to train as copies."""
+    """Names of the modules to train as copies, by entries that are full names or endings."""
     return sorted({name for name in modules for entry in entries if name and f".{name}".endswith(f".{entry}")})
 
 
@@ -79,7 +80,7 @@ def is_within(name: str, outer: Sequence[str]) -> bool:
 
 
 def plain_entries(names: Sequence[str], modules: Modules) -> list[str] | None:
-    """The shortest list that PEFT reads as exactly `names` in modules_to_save, where it compares plain endings."""
+    """The shortest list that PEFT, which compares plain endings, reads as exactly `names` in modules_to_save."""
     for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
         if {name for name in modules if name and name.endswith(tuple(entries))} == set(names):
             return sorted(entries)
@@ -87,7 +88,7 @@ def plain_entries(names: Sequence[str], modules: Modules) -> list[str] | None:
 
 
 def layer_number(name: str, patterns: tuple[str, ...]) -> int | None:
-    """The number of the layer that the module is in: the first in its name, or the one after one of `patterns`.
+    """The number of the module's layer: the first one in its name, or the one after one of `patterns`.
 
     model.layers.3.mlp.experts.0.w1 is in layer 3.
     """
@@ -99,26 +100,26 @@ def layer_number(name: str, patterns: tuple[str, ...]) -> int | None:
 
 
 def chosen_layers(settings: AdapterSettings) -> tuple[int, ...] | None:
-    """The numbers, or None for all layers."""
+    """The chosen layer numbers, or None for all layers."""
     wanted = getattr(settings, "layers_to_transform", None)
     return (wanted,) if isinstance(wanted, int) else wanted or None
 
 
 def layer_patterns(settings: AdapterSettings) -> tuple[str, ...]:
-    """Names of the lists that hold the layers; none stands for the first number in a name."""
+    """Names of the lists of layers; none: the first number in a name counts."""
     patterns = getattr(settings, "layers_pattern", None)
     return (patterns,) if isinstance(patterns, str) else patterns or ()
 
 
 def in_chosen_layers(names: Iterable[str], settings: AdapterSettings) -> set[str]:
-    """The names whose layer is chosen; one that is in no layer is not."""
+    """The names whose layer is chosen; names outside of layers are not."""
     wanted, patterns = chosen_layers(settings), layer_patterns(settings)
     return {name for name in names if wanted is None or layer_number(name, patterns) in wanted}
 
 
-def outside(names: Iterable[str], settings: AdapterSettings) -> tuple[list[int], list[int]]:
-    """The chosen numbers that the base has no layer of, and those that it has."""
-    there = {
+def check_layer_numbers(names: Iterable[str], settings: AdapterSettings) -> tuple[list[int], list[int]]:
+    """The chosen numbers without a layer in the base, and all numbers that have one."""
+    existing = {
         number for name in names for number in [layer_number(name, layer_patterns(settings))] if number is not None
     }
-    return sorted(set(chosen_layers(settings) or ()) - there), sorted(there)
+    return sorted(set(chosen_layers(settings) or ()) - existing), sorted(existing)

@@ -1,9 +1,9 @@
-"""Which layers of the base an adapter sits on, decided by structure and by whole names, with rank and alpha of each.
+"""The layers of the base that an adapter adapts, with the rank and alpha of each.
 
-The base (also on the meta device, also with adapters in place) and settings go in; Targets sorted by name come out, or
-every entry that matches nothing, with the nearest names. `all-linear` is every linear layer but the output head,
-gates of one row, and layers on which no adapter would act; a list holds whole names or endings after a dot; any other
-text is one regular expression for the whole name.
+They are found by structure and by full names, also on the meta device and with adapters attached. Entries without a
+match are reported with the nearest names. `all-linear` is every linear layer except the output head, gates of one row,
+and layers on which no adapter would act. A list contains full names or endings after a dot; any other text is one
+regular expression for the full name.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ from torch import nn
 from tunekit.adapters.base import slot_count
 from tunekit.adapters.copies import TrainedCopy, wrong_entries
 from tunekit.adapters.expert_parameters import fused_shape, stored_transposed
-from tunekit.adapters.folder.peft_models import refused_by_peft, taken_for_experts
+from tunekit.adapters.folder.peft_models import read_as_experts, refused_by_peft
 from tunekit.adapters.method import Method, load_method, saved_modules
 from tunekit.adapters.module_names import (
     base_modules,
+    check_layer_numbers,
     endings,
     fused_parameters,
     in_chosen_layers,
     is_fused_in,
     is_within,
     named_copies,
-    outside,
 )
 from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.tokens import token_slots, wrong_tokens
@@ -48,11 +48,11 @@ def find_targets(
     method: Method | None = None,
     file: str | None = None,
 ) -> list[Target]:
-    """Every layer (and fused parameter) that the adapter will sit on, sorted by name.
+    """Every layer (and fused parameter) that the adapter will adapt, sorted by name.
 
-    `file`: the settings come from this adapter configuration. There an entry without a match is harmless, since its
-    tensors are compared both ways, but two patterns for one module are not, since nobody knows which one was meant.
-    Raises: RecipeError (AdapterError with `file`) with every problem found.
+    `file`: the settings come from this adapter configuration. There an entry without a match is harmless, because its
+    tensors are compared in both directions; but two patterns for one module are refused as ambiguous.
+    Raises: RecipeError (AdapterError with `file`) with all problems.
     """
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
     targets = search.layers() + search.parameters()
@@ -63,10 +63,8 @@ def find_targets(
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         head = [*search.copies, *([head_name] if head_name else [])]
         others = [name for name in search._adaptable_names() if not is_within(name, head)]
-        how = (
-            "name other layers" if others else "its layers are no linear ones, such as convolutions: write method: full"
-        )
-        search.report("target_modules", "no layer of the base is left to adapt", how)
+        how = "name other layers" if others else "none of its layers are linear; write method: full"
+        search.report("target_modules", "the base has no layer to adapt", how)
     if not search.problems:
         for conflict in search.method.conflicts(settings, targets, file is not None):
             search.report(conflict.key, conflict.what, conflict.how)
@@ -76,7 +74,7 @@ def find_targets(
 
 
 def unreached_experts(net: nn.Module, settings: AdapterSettings, targets: Sequence[Target]) -> list[str]:
-    """Names of fused expert parameters that stay as they are although layers of such a name are asked for."""
+    """Names of fused expert parameters that are not adapted although target_modules contains such a name."""
     entries = getattr(settings, "target_modules", ())
     entries = None if isinstance(entries, str) else entries
     adapted = {target.name for target in targets}
@@ -88,21 +86,21 @@ def unreached_experts(net: nn.Module, settings: AdapterSettings, targets: Sequen
 
 
 def trained_count(method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Trained numbers of an adapter: its layers' and those that the layers share."""
+    """Trained numbers of an adapter: those of its layers and those that layers share."""
     shared = slot_count(method.shared.slots(settings, targets).values()) if method.shared else 0
     return shared + sum(target.trainable_parameters for target in targets)
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Trained numbers in copies and in rows of tokens, beside those of the targets; allocates nothing."""
+    """Trained numbers in copies and in rows of tokens, in addition to those of the targets; allocates nothing."""
     modules = base_modules(net)
-    copied = method.copied_modules(modules, settings, targets)
-    slots = [TrainedCopy.slots(modules[name], name, only) for name, only in copied.items()]
-    return sum(slot_count(each.values()) for each in (*slots, *token_slots(net, settings).values()))
+    copies = method.copied_modules(modules, settings, targets)
+    slots = [TrainedCopy.slots(modules[name], name, only) for name, only in copies.items()]
+    return sum(slot_count(module_slots.values()) for module_slots in (*slots, *token_slots(net, settings).values()))
 
 
 class Search:
-    """One pass over one base; `problems` grows as entries fail."""
+    """One search over one base; `problems` collects entries that fail."""
 
     def __init__(
         self, net: nn.Module, settings: AdapterSettings, method: Method, head_name: str | None, file: str | None
@@ -110,7 +108,7 @@ class Search:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
         self.net, self.modules = net, base_modules(net)
         self.fused, self.matrices = fused_parameters(net), fused_parameters(net, (2, 3))
-        self.copies = named_copies(self.modules, saved_modules(settings))  # no targets, nor is anything inside them
+        self.copies = named_copies(self.modules, saved_modules(settings))  # no targets, and nothing inside them is one
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.patterns = Patterns(error=AdapterError if file else RecipeError, file=file)
         self.problems: list[Problem] = []
@@ -121,14 +119,14 @@ class Search:
                 self.by_ending.setdefault(ending, []).append(name)
 
     def report(self, key: str, what: str, how: str) -> None:
-        """Note one problem of one settings key."""
+        """Add a problem of one settings key."""
         self.problems.append(Problem(what, how, self.file, None, self._full_key(key)))
 
     def _full_key(self, key: str) -> str:
         return key if self.file else f"adapter.{key}"
 
     def _patterns_of(self, key: str) -> Patterns:
-        """The matcher of patterns, whose messages name this key from now on."""
+        """The pattern matcher; its messages name this key from now on."""
         self.patterns.key = self._full_key(key)
         return self.patterns
 
@@ -136,9 +134,9 @@ class Search:
         """Targets of the method's layer class."""
         if self.method.layer is None:
             return []
-        excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
-        names = self._matched("target_modules", getattr(self.settings, "target_modules", ())) - excluded
-        if not self.file:  # files of other programs may hold what is never read
+        excluded = self._match("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
+        names = self._match("target_modules", getattr(self.settings, "target_modules", ())) - excluded
+        if not self.file:  # files of other programs may contain unused layers
             names = {name for name in names if not is_within(name, getattr(self.net, "unread", ()))}
         for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
             self.report("modules_to_save", what, how)
@@ -147,42 +145,46 @@ class Search:
         return [self._layer_target(name, name) for name in sorted(names)]
 
     def _refuse_experts(self, names: Collection[str]) -> None:
-        """Layers that peft reads as parameters only, of a method that it has for layers only."""
-        lost = sorted(taken_for_experts(self.net, names)) if self.method.peft.takes_experts else []
-        if lost and self.method.parameter is None and not self.file:
-            what = f"peft takes '{lost[0]}'{_more(lost)} for fused experts, which {self.settings.method} does not adapt"
-            self.report("target_modules", what, "leave such layers out, or write method: lora")
+        """Report layers that peft only reads as parameters, for methods that it only has for layers."""
+        unreadable = sorted(read_as_experts(self.net, names)) if self.method.peft.takes_experts else []
+        if unreadable and self.method.parameter is None and not self.file:
+            which = f"'{unreadable[0]}'{_more(unreadable)}"
+            what = f"peft reads {which} as fused experts, which {self.settings.method} does not adapt"
+            self.report("target_modules", what, "exclude such layers, or write method: lora")
 
     def parameters(self) -> list[Target]:
-        """Targets of the method's class for parameters; the weight of a layer is one of the layer's."""
+        """Targets of the method's class for parameters; the weight of a layer becomes a layer target."""
         names = {
             name
             for entry in (getattr(self.settings, "target_parameters", ()) if self.method.parameter else ())
-            for name in [n for n in self.matrices if entry in endings(n)] or self._miss("target_parameters", entry)
+            for name in [n for n in self.matrices if entry in endings(n)]
+            or self._report_miss("target_parameters", entry)
         }
         chosen = names if self.file else self._in_layers(names)
         return [
             self._layer_target(layer, name)
-            if own == "weight" and layer_kind(self.modules[layer]) in self.kinds
+            if attribute == "weight" and layer_kind(self.modules[layer]) in self.kinds
             else self._parameter_target(name, chosen)
             for name in sorted(chosen)
-            for layer, _, own in [name.rpartition(".")]
+            for layer, _, attribute in [name.rpartition(".")]
         ]
 
     def _in_layers(self, names: set[str]) -> set[str]:
-        """Those in the chosen layers; a number without a layer is a problem."""
-        missing, there = outside(self.modules, self.settings)
+        """The names in the chosen layers; a number without a layer is a problem."""
+        missing, existing = check_layer_numbers(self.modules, self.settings)
         if missing and not self.file:
             text = f"the base has no layer {', '.join(map(str, missing))}"
-            self.report("layers_to_transform", text, f"its layers are {there[0]} to {there[-1]}" if there else "")
+            self.report(
+                "layers_to_transform", text, f"its layers are {existing[0]} to {existing[-1]}" if existing else ""
+            )
         return in_chosen_layers(names, self.settings)
 
-    def _matched(self, key: str, entries: str | Sequence[str]) -> set[str]:
+    def _match(self, key: str, entries: str | Sequence[str]) -> set[str]:
         """Names of adaptable layers (for exclude_modules: of any modules) that the entries match."""
         targets = key == "target_modules"
         if targets and entries == ALL_LINEAR:
             return self._all_linear()
-        found: set[str] = set()
+        matches: set[str] = set()
         regex, patterns = isinstance(entries, str), self._patterns_of(key)
         for entry in [entries] if isinstance(entries, str) else entries:
             if regex:
@@ -190,9 +192,9 @@ class Search:
             else:
                 names = self.by_ending.get(entry, [])
             if not names and not self.file:
-                self._miss(key, entry)
-            found.update(self._adaptable(entry, names, regex) if targets else names)
-        return found
+                self._report_miss(key, entry)
+            matches.update(self._adaptable(entry, names, regex) if targets else names)
+        return matches
 
     def _all_linear(self) -> set[str]:
         """The layers of `all-linear`: without gates of one row, and without those on which no adapter would act."""
@@ -208,22 +210,22 @@ class Search:
         }
 
     def _adaptable(self, entry: str, names: Sequence[str], regex: bool) -> list[str]:
-        """The names whose layers the method adapts; another layer in the way is a problem.
+        """The names whose layers the method can adapt; another matched layer is a problem.
 
-        A regular expression may run over containers and layers without parameters; a list may not.
+        A regular expression may also match containers and layers without parameters; a list may not.
         """
         good = [name for name in names if layer_kind(self.modules[name]) in self.kinds]
         for name in names:
             module = self.modules[name]
             empty = next(module.parameters(), None) is None
-            passed_over = regex and good and (empty or next(module.children(), None) is not None)
-            if layer_kind(module) in self.kinds or passed_over:
+            is_ignorable = regex and good and (empty or next(module.children(), None) is not None)
+            if layer_kind(module) in self.kinds or is_ignorable:
                 continue
             inside = sorted({n.rpartition(".")[2] for n in self._adaptable_names() if n.startswith(name + ".")})
             self.report(
                 "target_modules",
                 f"'{entry}' matches '{name}' ({type(module).__name__}), which {self.settings.method} cannot adapt",
-                f"name the layers inside it: {', '.join(inside[:8])}" if inside else "leave it out",
+                f"name the layers inside it: {', '.join(inside[:8])}" if inside else "remove it",
             )
             break
         return good
@@ -231,15 +233,15 @@ class Search:
     def _adaptable_names(self) -> list[str]:
         return [name for name, module in self.modules.items() if layer_kind(module) in self.kinds]
 
-    def _miss(self, key: str, entry: str) -> list[str]:
+    def _report_miss(self, key: str, entry: str) -> list[str]:
         """Report an entry without a match; returns no names."""
         fused = [name for name in self.fused if is_fused_in(entry, name)]
         if key == "target_parameters":
             what = f"'{entry}' matches no fused parameter of the base"
-            self.report(key, what, self._nearest_of(entry, self.fused) or "it has none: every weight is a layer's own")
+            self.report(key, what, self._nearest_of(entry, self.fused) or "it has no fused parameters")
         elif fused:
             what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{_more(fused)}"
-            how = "leave the entry out"
+            how = "remove the entry"
             if self.method.parameter is not None:
                 how = f"write target_parameters: [{'.'.join(fused[0].split('.')[-2:])}]"
             self.report(key, what, f"{self.settings.method} adapts layers; {how}")
@@ -257,38 +259,41 @@ class Search:
         return self._nearest_of(entry, names) or f"its layers are {', '.join(last[:12])}"
 
     def _nearest_of(self, entry: str, names: Iterable[str]) -> str:
-        """A question after the names most like the entry; of few names all of them are; empty where there are none."""
+        """A question with the names most similar to the entry, or with all names if there are few; empty if there are
+        none."""
         known = sorted({ending for name in names for ending in endings(name) if ending.count(".") <= entry.count(".")})
-        near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) if len(entry) <= 200 else []
-        near = near or (known if len(known) <= 3 else [])
-        return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+        similar = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) if len(entry) <= 200 else []
+        similar = similar or (known if len(known) <= 3 else [])
+        return f"did you mean {' or '.join(repr(name) for name in similar)}?" if similar else ""
 
-    def _layer_target(self, name: str, written: str) -> Target:
-        """`written`: the name that patterns are compared with."""
+    def _layer_target(self, name: str, pattern_name: str) -> Target:
+        """`pattern_name`: the name that patterns are matched with."""
         module = self.modules[name]
         weight, kind = weight_of(module), layer_kind(module)
         assert weight is not None
         assert kind is not None
         outputs, inputs = weight.shape if kind != "embedding" else weight.shape[::-1]
         bias = weight.bias is not None
-        return self._sized(Target(name, kind, inputs, outputs, 0, *self._rank_and_alpha(written), has_bias=bias))
+        return self._with_size(
+            Target(name, kind, inputs, outputs, 0, *self._rank_and_alpha(pattern_name), has_bias=bias)
+        )
 
     def _parameter_target(self, name: str, chosen: Collection[str]) -> Target:
         owner, parameter = self.matrices[name]
         experts, outputs, inputs = fused_shape(owner, parameter)
-        own_names = [own for own, _ in owner.named_parameters(recurse=False)]
-        owner_name, _, own = name.rpartition(".")
-        later = own_names[own_names.index(own) + 1 :]
+        own_names = [attribute for attribute, _ in owner.named_parameters(recurse=False)]
+        owner_name, _, attribute = name.rpartition(".")
+        later = own_names[own_names.index(attribute) + 1 :]
         target = Target(
             *(name, "parameter", inputs, outputs, 0, *self._rank_and_alpha(name)),
             experts=experts,
             transposed=experts is not None and stored_transposed(owner),
             wrapped=sum(f"{owner_name}.{other}" in chosen for other in later),
         )
-        return self._sized(target)
+        return self._with_size(target)
 
-    def _sized(self, target: Target) -> Target:
-        """The target with its number of trained parameters; a rank beyond the matrix is a problem."""
+    def _with_size(self, target: Target) -> Target:
+        """The target with its number of trained parameters; a rank larger than the matrix is a problem."""
         kind = self.method.parameter if target.kind == "parameter" else self.method.layer
         assert kind is not None
         smallest, largest = sorted((target.in_features, target.out_features))
@@ -298,14 +303,15 @@ class Search:
         return dataclasses.replace(target, trainable_parameters=slot_count(kind.slots(self.settings, target).values()))
 
     def report_large_ranks(self) -> None:
-        """One problem for all ranks beyond their matrix: the smallest matrix, and how many more there are."""
+        """Report all ranks that are larger than their matrix as one problem, with the smallest matrix and a count."""
         if not self.too_large:
             return
         first = min(self.too_large, key=lambda target: (min(target.in_features, target.out_features), target.name))
         shape = f"({first.out_features} x {first.in_features})"
         what = f"rank {first.r} is too large for '{first.name}' {shape}{_more(self.too_large)}"
-        own = first.name.rpartition(".")[2]
-        how = f"use at most {min(first.in_features, first.out_features)}, or leave it out with exclude_modules: [{own}]"
+        last_name = first.name.rpartition(".")[2]
+        smallest = min(first.in_features, first.out_features)
+        how = f"use at most {smallest}, or exclude it with exclude_modules: [{last_name}]"
         self.report("r", what, how)
 
     def _rank_and_alpha(self, name: str) -> tuple[int | None, float | None]:
@@ -313,9 +319,9 @@ class Search:
         return self._by_pattern("rank_pattern", name, r), self._by_pattern("alpha_pattern", name, alpha)
 
     def _by_pattern(self, key: str, name: str, default: Value | None) -> Value | None:
-        """The value of the longest pattern that matches, as PEFT matches them; PEFT takes the first in file order.
+        """The value of the longest pattern that matches, with PEFT's matching; PEFT takes the first one in file order.
 
-        Two that differ are a problem in an adapter file, and in a recipe where they are equally long.
+        Two different values are a problem in an adapter file, and in a recipe if the patterns are equally long.
         """
         patterns: dict[str, Value] = getattr(self.settings, key, {})
         matching = sorted((p for p in patterns if self._patterns_of(key).matches_ending(p, name)), key=len)
@@ -331,7 +337,7 @@ class Search:
         return longest
 
     def check_patterns(self, names: Sequence[str]) -> None:
-        """Report patterns of ranks and alphas that match nothing adapted."""
+        """Report patterns of ranks and alphas that match no adapted layer."""
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self.settings, key, {}) if not self.file else ():
                 patterns = self._patterns_of(key)
@@ -339,6 +345,6 @@ class Search:
                     self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))
 
 
-def _more(found: Sequence[object]) -> str:
-    """How many there are beside the one that a message names."""
-    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+def _more(items: Sequence[object]) -> str:
+    """The number of further items after the one that a message names."""
+    return f" and {len(items) - 1} more" if len(items) > 1 else ""

@@ -1,6 +1,6 @@
-"""Rows of an embedding, or of a head, trained one by one: new tokens learn, and the rest of the matrix stays.
+"""Trains single rows of an embedding or a head: new tokens learn, and the rest of the matrix stays frozen.
 
-A module of the base and token ids go in; a wrapper with one trained row per id comes out.
+A wrapper of the module has one trained row per token id.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.recipe.bases.section import AdapterSettings
 
 KEY = "trainable_token_indices"
-Wrong = tuple[str, str]  # what, and how to mend it
+Fault = tuple[str, str]  # the fault, and the remedy
 
 
 class TrainedTokens(Wrapper, AdapterPart):
     """The module with its rows `ids` replaced by trained ones: W'[ids[n]] = rows[n].
 
-    Shapes: rows (N, D) float32, cast to the output's dtype; of an embedding ids (...) -> (..., D), of a head (..., D)
-    -> (..., V).    Starts as the identity: rows = W[ids].    Weight decay spares them.    No other row gets a gradient,
-    and no second matrix is made.    Given `owner`, a module tied to this one, its rows are used and none are held.
+    Shapes: rows (N, D) float32, cast to the output's dtype; for an embedding ids (...) -> (..., D), for a head (...,
+    D) -> (..., V). Starts as the identity: rows = W[ids]. Weight decay does not apply. No other row gets a gradient,
+    and no second matrix is allocated. With `owner`, a module tied to this one, its rows are used and no others are
+    stored.
     """
 
     rows: nn.Parameter
     ids: Tensor  # (N,), ascending
-    order: Tensor  # (N,): where their rows are
+    order: Tensor  # (N,): the positions of their rows
 
     def __init__(
         self,
@@ -80,25 +81,25 @@ class TrainedTokens(Wrapper, AdapterPart):
         y: Tensor = self.base_layer(x, *inputs, **named)
         if current_call().bypassed:
             return y
-        return self._looked_up(x, y) if self.embedding else self._projected(x, y)
+        return self._embed(x, y) if self.embedding else self._project(x, y)
 
-    def _looked_up(self, x: Tensor, y: Tensor) -> Tensor:
+    def _embed(self, x: Tensor, y: Tensor) -> Tensor:
         """y (..., D) with the rows of trained ids in place."""
-        near = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
-        own = F.embedding(self.order[near], self.rows.to(y.dtype), self.padding)  # (..., D)
-        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies what it looks up
-        own = own if scale is None else own * torch.as_tensor(scale).to(own)
-        return torch.where((self.ids[near] == x)[..., None], own, y)
+        nearest = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
+        trained = F.embedding(self.order[nearest], self.rows.to(y.dtype), self.padding)  # (..., D)
+        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings
+        trained = trained if scale is None else trained * torch.as_tensor(scale).to(trained)
+        return torch.where((self.ids[nearest] == x)[..., None], trained, y)
 
-    def _projected(self, x: Tensor, y: Tensor) -> Tensor:
+    def _project(self, x: Tensor, y: Tensor) -> Tensor:
         """y (..., V) with the logits of trained ids in place."""
         bias = getattr(self.base_layer, "bias", None)
         rows = self.rows[self.order].to(x.dtype)  # (N, D), in the order of ids
-        own = F.linear(x, rows, None if bias is None else bias[self.ids].to(x.dtype))  # (..., N)
-        return y.index_copy(-1, self.ids, own.to(y.dtype))
+        trained = F.linear(x, rows, None if bias is None else bias[self.ids].to(x.dtype))  # (..., N)
+        return y.index_copy(-1, self.ids, trained.to(y.dtype))
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The whole matrix (V, D) from the base's."""
+        """The complete matrix (V, D) from the base's."""
         rows = self.rows.detach()[self.order].to(weight)
         return weight.index_copy(0, self.ids.to(weight.device), rows)
 
@@ -112,31 +113,35 @@ def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, Slots]:
 def written_indices(
     settings: AdapterSettings, tokens: Mapping[str, TrainedTokens]
 ) -> list[int] | dict[str, list[int]] | None:
-    """PEFT's field: ids in the order of their rows, by whole module names where the settings name modules."""
-    asked = getattr(settings, KEY)
-    if not asked:
+    """PEFT's field: ids in the order of their rows, by full module names if the settings name modules."""
+    indices = getattr(settings, KEY)
+    if not indices:
         return None
-    if not isinstance(asked, Mapping):
-        return list(asked)
+    if not isinstance(indices, Mapping):
+        return list(indices)
     return {name: list(part.chosen.ids) for name, part in tokens.items()}
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows `ids` of one module's matrix; `owner` is the module whose trained rows these are, where it is another."""
+    """Rows `ids` of one module's matrix; `owner`: the other module whose trained rows are shared, if any."""
 
     ids: tuple[int, ...]
     owner: str | None = None
 
 
 def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows]:
-    """Every module of which rows are trained, sorted by name.
+    """Every module with trained rows, sorted by name.
 
-    What shares the input embedding's matrix, such as a tied head, shares its trained rows too, unless the settings
-    give it others: as PEFT has it.
+    Modules that share the input embedding's matrix, such as a tied head, also share its trained rows, unless the
+    settings list others for them, as in PEFT.
     """
-    modules, asked = base_modules(net), getattr(settings, KEY, ())
-    named = asked if isinstance(asked, Mapping) else {name: asked for name in [embedding_name(net, modules)] if asked}
+    modules, indices = base_modules(net), getattr(settings, KEY, ())
+    named = (
+        indices
+        if isinstance(indices, Mapping)
+        else {name: indices for name in [embedding_name(net, modules)] if indices}
+    )
     rows = {name: TokenRows(tuple(ids)) for entry, ids in named.items() for name in named_copies(modules, [entry])}
     embedding = embedding_name(net, modules) if rows else ""
     if embedding in rows:
@@ -147,56 +152,58 @@ def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows
 
 
 def embedding_name(net: nn.Module, modules: Modules) -> str:
-    """Name of the module that token ids are looked up in."""
-    wanted = input_embedding(net)
-    while isinstance(wanted, Wrapper):
-        wanted = wanted.base_layer
-    return next((name for name, module in modules.items() if module is wanted), "")
+    """Name of the module that looks up token ids."""
+    embedding = input_embedding(net)
+    while isinstance(embedding, Wrapper):
+        embedding = embedding.base_layer
+    return next((name for name, module in modules.items() if module is embedding), "")
 
 
 def tied_with(modules: Modules, name: str) -> list[str]:
-    """Modules whose matrix is the one of `name`, itself among them."""
+    """Modules that share the matrix of `name`, including itself."""
     weight = modules[name].weight
     return [other for other, module in modules.items() if getattr(module, "weight", None) is weight]
 
 
 def wrong_tokens(
     net: nn.Module, settings: AdapterSettings, targets: Sequence[str], copies: Sequence[str]
-) -> list[Wrong]:
-    """Entries that match nothing, matrices that cannot be trained by rows, ids beyond them, and double use."""
-    modules, asked = base_modules(net), getattr(settings, KEY, ())
-    wrong: list[Wrong] = []
-    for entry in asked if isinstance(asked, Mapping) else ():
+) -> list[Fault]:
+    """Faults: entries that match nothing, matrices without rows per token, ids beyond them, and double use."""
+    modules, indices = base_modules(net), getattr(settings, KEY, ())
+    faults: list[Fault] = []
+    for entry in indices if isinstance(indices, Mapping) else ():
         if not named_copies(modules, [entry]):
             last = sorted({name.rpartition(".")[2] for name, module in modules.items() if _by_rows(module)})
-            near = difflib.get_close_matches(entry.rpartition(".")[2], last, n=3, cutoff=0.5) or last[:8]
-            wrong.append((f"'{entry}' matches no module of the base", f"did you mean {' or '.join(map(repr, near))}?"))
+            similar = difflib.get_close_matches(entry.rpartition(".")[2], last, n=3, cutoff=0.5) or last[:8]
+            faults.append(
+                (f"'{entry}' matches no module of the base", f"did you mean {' or '.join(map(repr, similar))}?")
+            )
     rows = token_rows(net, settings)
-    if asked and not isinstance(asked, Mapping) and not rows:
-        wrong.append(("the base has no token embedding of its own", "name the module: {MODULE: [ids]}"))
+    if indices and not isinstance(indices, Mapping) and not rows:
+        faults.append(("the base has no token embedding of its own", "name the module: {MODULE: [ids]}"))
     for name, places in rows.items():
-        wrong += _wrong_module(name, modules, places.ids)
+        faults += _wrong_module(name, modules, places.ids)
         for used, how in ((targets, "target_modules"), (copies, "modules_to_save")):
             shared = {other for other in tied_with(modules, name) if other in used} if _by_rows(modules[name]) else ()
             for other in sorted(shared):
-                what = f"'{other}' shares them" if other != name else "all of it"
+                what = f"'{other}' shares them" if other != name else "so is all of it"
                 what = f"rows of '{name}' are trained and {what}"
-                wrong.append((f"{what}, which {how} trains too", f"leave it out of {how}, or write no {KEY}"))
-    return wrong
+                faults.append((f"{what}, which {how} also trains", f"remove it from {how}, or remove {KEY}"))
+    return faults
 
 
 def _by_rows(module: nn.Module) -> bool:
-    """Whether a row of the module's matrix belongs to one token."""
+    """Whether each row of the module's matrix belongs to one token."""
     weight = weight_of(module)
     return layer_kind(module) in ("embedding", "linear") and weight is not None and weight.kind == "dense"
 
 
-def _wrong_module(name: str, modules: Modules, ids: Sequence[int]) -> list[Wrong]:
+def _wrong_module(name: str, modules: Modules, ids: Sequence[int]) -> list[Fault]:
     if not _by_rows(modules[name]):
-        what = f"'{name}' ({type(modules[name]).__name__}) is no embedding or linear layer in full precision"
+        what = f"'{name}' ({type(modules[name]).__name__}) is not an embedding or a linear layer in full precision"
         return [(what, "name an embedding, or a head")]
     if plain_entries([name], modules) is None:
-        return [(f"'{name}' cannot be told from other modules in PEFT's format", "leave it out")]
+        return [(f"'{name}' cannot be distinguished from other modules in PEFT's format", "remove it")]
     last = modules[name].get_parameter("weight").shape[0] - 1
     beyond = [number for number in ids if number > last]
     return [(f"'{name}' has no row {beyond[0]}", f"its rows are 0 to {last}")] if beyond else []

@@ -37,8 +37,8 @@ def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, i
     trained = tuple(name for name in parts if any(module.startswith(f"{name}.") for module in found.alphas))
     net = make_meta_model(PipelineModel.of(bare, family=FAMILY.name, trained=trained), device=CPU).net
     settings = _settings(found)
-    attached = attach_adapter(net, settings, seed=0, head_name=None, device=CPU, filled=True)
-    names = {part.file_key(name): name for part in attached.parts() for name in part.exported()}
+    attached = attach_adapter(net, settings, seed=0, head_name=None, device=CPU, loads_state=True)
+    names = {part.file_key(name): name for part in attached.parts() for name in part.file_tensors()}
     attached.load_state({names[key]: value for key, value in found.tensors.items()}, ("trained", "saved"))
     trains_text = any(name.startswith("text_encoder") for name in trained)
     size_bytes = save_adapter_folder(

@@ -13,7 +13,7 @@ from tunekit.arithmetic.lora_folder import PREFIX, read_tensors
 from tunekit.arithmetic.write import BaseFacts, write_without_base
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import same, shown
+from tunekit.files.untrusted import printable, same_value
 
 NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what a finished adapter computes
 
@@ -35,7 +35,7 @@ def read_linear(folder: Path) -> LinearFolder:
     endings = tuple(f".{name}" for name in config.method.tensors)
     foreign = [key for key in header if not key.startswith(PREFIX) or not key.endswith(endings)]
     if foreign or not header:
-        what = f"'{shown(foreign[0], 200)}' is no tensor of this adapter" if foreign else "holds no tensors"
+        what = f"'{printable(foreign[0], 200)}' is no tensor of this adapter" if foreign else "holds no tensors"
         raise AdapterError(what, file=str(path))
     return config, read_tensors(config, header)
 
@@ -83,8 +83,8 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     file, name = other_config.file, config.folder
     here, there = (each.settings.model_dump(exclude=NOT_COMPARED) for each in (config, other_config))
     for key, value in here.items():
-        if not same(_plain(value), _plain(there.get(key))):
-            what = f"{key} is {shown(there.get(key))}, and {shown(value)} in {name}"
+        if not same_value(_plain(value), _plain(there.get(key))):
+            what = f"{key} is {printable(there.get(key))}, and {printable(value)} in {name}"
             raise AdapterError(what, "only adapters of the same settings can be added", file=file)
     for key in sorted(tensors.keys() | other_tensors.keys()):
         left, right = tensors.get(key), other_tensors.get(key)

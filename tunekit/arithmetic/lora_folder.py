@@ -13,7 +13,7 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 
 PREFIX = AdapterPart.file_prefix
 FACTORS = {  # suffix -> which factor, and whether of an embedding
@@ -101,10 +101,12 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
             factors.setdefault(module, {})[FACTORS[suffix][0]] = key
         else:
             others.append(key)
-    wrong = [f"'{shown(key, 200)}' is no tensor of this adapter" for key in others if not _may_be(key, config, factors)]
+    wrong = [
+        f"'{printable(key, 200)}' is no tensor of this adapter" for key in others if not _may_be(key, config, factors)
+    ]
     for module, pair in sorted(factors.items()):
         if len(pair) != 2 or _is_embedding(pair["A"]) != _is_embedding(pair["B"]):
-            wrong.append(f"the factors of '{shown(module, 200)}' are not a pair")
+            wrong.append(f"the factors of '{printable(module, 200)}' are not a pair")
     if not factors:
         wrong.append("holds no update of any layer")
     _raise(wrong, str(tensors_path(config.folder)))

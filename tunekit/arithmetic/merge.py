@@ -17,11 +17,11 @@ from tunekit.errors import InputError
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
-from tunekit.model.storage.model_folder import copy_other_files, whole_model_folder
+from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
-from tunekit.targets.target import LoadedTarget, TargetSpec, as_trained, family_of, load_target, processor_of
+from tunekit.targets.target import LoadedTarget, TargetSpec, family_of, load_target, processor_of, with_objective
 from tunekit.tuned.network import prepare_network
 
 SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
@@ -62,19 +62,19 @@ def _merge_model(
         raise InputError("packed weights have no other dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
     processor = processor_of(target)
-    target, objective = as_trained(target, processor)
+    target, objective = with_objective(target, processor)
     output = output.expanduser().absolute()
     merge_output.check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
     attached = attach_without_weights(adapter, target.model, rewriter)
     changes = merge_output.collect_changes(attached)
     merge_output.check_space(output, rewriter.output_bytes(changes))
-    with whole_model_folder(output) as staging:
+    with atomic_model_folder(output) as staging:
         rewriter.write(staging, changes)
         answering = None if objective is None else objective.answering
         copy_other_files(target.model, source.folder, processor, target.chat_template, staging, answering)
         difference = measure_difference(target, staging, rewriter, changes)
-        written = rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
+        written = rewriter.dtype_of_output(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
         note = make_family(family_of(target)).use_note(attached.net, staging)
         names = str(written)[6:], str(rewriter.compute_dtype)[6:]
         result = MergeResult(output, chosen, reason, names[0], names[1], difference, note)

@@ -14,7 +14,7 @@ from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PipelineNet, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor
-from tunekit.model.storage.model_folder import whole_model_folder
+from tunekit.model.storage.model_folder import atomic_model_folder
 from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.rewrite import Changes
 from tunekit.model.storage.source import find_source
@@ -33,7 +33,7 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
     merge_output.check_output(output, [base, adapter])
     merge_output.check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
     exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
-    with whole_model_folder(output) as staging:
+    with atomic_model_folder(output) as staging:
         result = replace(write_merged(load_target(exact, torch.device("cpu")), staging, dtype), folder=output)
         merge_output.write_report(staging, result)
     return result

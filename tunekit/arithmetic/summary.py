@@ -27,7 +27,7 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 from tunekit.records import JsonObject, bytes_text
 
 LISTED = 12  # entries that a line prints of a list; a JSON file has them all
@@ -132,8 +132,8 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
     settings = config.settings.model_dump(mode="json", exclude={"init_from"}) if config else {}
     return AdapterSummary(
         folder=str(folder),
-        method=settings.get("method", shown(str(fields.get("peft_type", "unknown")).lower())),
-        peft_type=shown(str(fields.get("peft_type"))),
+        method=settings.get("method", printable(str(fields.get("peft_type", "unknown")).lower())),
+        peft_type=printable(str(fields.get("peft_type"))),
         base=config.base_name_or_path if config else _text(fields.get("base_model_name_or_path")),
         revision=config.revision if config else _text(fields.get("revision")),
         fingerprint=config.base_fingerprint if config else None,
@@ -237,4 +237,4 @@ def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int
 
 
 def _text(value: object) -> str | None:
-    return shown(value, 200) if isinstance(value, str) else None
+    return printable(value, 200) if isinstance(value, str) else None

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from tunekit.adapters.base import PeftConfig
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
-from tunekit.adapters.folder.fields import plain
+from tunekit.adapters.folder.fields import json_value
 from tunekit.adapters.folder.write import base_names, write_adapter_folder
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import read_small, shown
-from tunekit.targets.target import named_base
+from tunekit.files.untrusted import printable, read_small
+from tunekit.targets.target import base_override
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
 
@@ -78,7 +78,7 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
     if len(set(templates)) > 1:
         notes.append(f"they were trained with different chat templates; that of {first.folder} is kept")
     return BaseFacts(
-        name=named_base(named).get("name_or_path") or _located(first),
+        name=base_override(named).get("name_or_path") or _located(first),
         revision=None if named else next((config.revision for config in configs if config.revision), None),
         fingerprint=next((config.base_fingerprint for config in configs if config.base_fingerprint), None),
         **known,
@@ -96,7 +96,7 @@ def refuse_other_labels(configs: Sequence[AdapterConfig]) -> None:
     ]
     for config, labels in named[1:]:
         if labels != named[0][1]:
-            what = f"has the labels {shown(labels)}, and {named[0][0].folder} has {shown(named[0][1])}"
+            what = f"has the labels {printable(labels)}, and {named[0][0].folder} has {printable(named[0][1])}"
             raise AdapterError(what, "only adapters of the same labels go together", file=str(config.folder))
 
 
@@ -161,7 +161,7 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
         changed |= {"exclude_modules": None, "layers_to_transform": (), "layers_pattern": None}
     changed["target_modules"] = target_modules if isinstance(target_modules, str) else tuple(sorted(target_modules))
     config = replace(like.config, settings=like.config.settings.model_copy(update=changed))
-    fields = {"target_modules": plain(changed["target_modules"]), "fan_in_fan_out": like.fan_in_fan_out}
+    fields = {"target_modules": json_value(changed["target_modules"]), "fan_in_fan_out": like.fan_in_fan_out}
     tensors = {key: value for name, update in scaled.items() for key, value in _keys(name, update).items()}
     return write_without_base(output, base, config, {**tensors, **like.rest}, fields)
 

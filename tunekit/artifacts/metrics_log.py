@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunekit.errors import RunFolderError
 from tunekit.files import durable
-from tunekit.files.untrusted import RUN_RECORD, opened
+from tunekit.files.untrusted import RUN_RECORD, open_regular
 from tunekit.records import EvaluationRecord, JsonObject, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
@@ -58,7 +58,7 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
     """
     data, all_lines = b"", offset == 0
     if path.exists():
-        with opened(path, RUN_RECORD) as (number, _), open(number, "rb", closefd=False) as file:
+        with open_regular(path, RUN_RECORD) as (number, _), open(number, "rb", closefd=False) as file:
             file.seek(offset)
             data = file.read()
     start = offset

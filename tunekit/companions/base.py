@@ -1,4 +1,4 @@
-"""How companions are found: the spec of kind `teacher` is made by teacher.py; and what plan tells them."""
+"""Makes companions (companions/KIND.py makes the kind KIND), and defines the facts that plan passes to them."""
 
 import importlib
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from tunekit.records import Target
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What is known before a weight is loaded. `base`: on the meta device; `rows`: training rows, then evaluation rows;
-    `streams`: whether the rows are only the first ones of a stream."""
+class PlanContext:
+    """Everything that is known before weights are loaded. `base`: on the meta device; `rows`: training rows, then
+    evaluation rows; `streams`: whether the rows are only the first ones of a stream."""
 
     device: torch.device
     base: LoadedModel
@@ -38,7 +38,7 @@ def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
 
 
 def load_companions(objective: Objective, device: torch.device) -> dict[str, Companion]:
-    """The companions of an objective by key, in memory."""
+    """The companions of an objective by key, loaded."""
     companions = make_companions(objective.companions)
     for companion in companions.values():
         companion.load(device)

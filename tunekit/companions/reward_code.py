@@ -1,4 +1,4 @@
-"""A reward function of the user's file: loaded, called as TRL calls it, and which files decide its results."""
+"""A user's reward function: loading it, calling it as TRL does, and hashing the files that affect its results."""
 
 import ast
 import importlib.util
@@ -14,11 +14,11 @@ from tunekit.errors import RewardError
 from tunekit.objectives.rows.prompts import Completion
 from tunekit.recipe.bases.sample_settings import RewardSource
 
-KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
+RESERVED = ("prompt", "completion", "completion_ids")  # columns that are not passed under these names
 
 
 class UserFunction:
-    """A function of a file, called with the arguments that its signature names; `taken`: their names.
+    """A function from a file, called with the arguments that its signature names; `parameters`: their names.
 
     While the file is loaded and during calls, modules of its folder can be imported.
     """
@@ -26,69 +26,70 @@ class UserFunction:
     def __init__(self, source: RewardSource) -> None:
         self.folder, self._named = source.code_file.parent, imported_files(source.code_file)
         before = set(sys.modules)
-        self._function = _loaded(source)
+        self._function = _load(source)
         self._modules = sorted(set(sys.modules) - before)
         parameters = inspect.signature(self._function).parameters.values()
         self.takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        self.taken = {parameter.name for parameter in parameters}
+        self.parameters = {parameter.name for parameter in parameters}
 
     def __call__(self, completions: Sequence[Completion]) -> Sequence[Any]:
-        """The function's result, whatever it is; a generator runs here."""
-        columns = {name: None for each in completions for name in each.columns if name not in KEPT_BACK}
+        """The function's unchecked result; a generator is exhausted here."""
+        columns = {name: None for completion in completions for name in completion.columns if name not in RESERVED}
         values: dict[str, Any] = {
-            **{name: [each.columns.get(name) for each in completions] for name in columns},
-            "prompts": [each.prompt for each in completions],
-            "completions": [each.formatted for each in completions],
+            **{name: [completion.columns.get(name) for completion in completions] for name in columns},
+            "prompts": [completion.prompt for completion in completions],
+            "completions": [completion.formatted for completion in completions],
         }
-        if all(each.ids is not None for each in completions):
-            values["completion_ids"] = [list(each.ids or ()) for each in completions]
-        arguments = {name: value for name, value in values.items() if self.takes_all or name in self.taken}
+        if all(completion.ids is not None for completion in completions):
+            values["completion_ids"] = [list(completion.ids or ()) for completion in completions]
+        arguments = {name: value for name, value in values.items() if self.takes_all or name in self.parameters}
         with _importing_from(self.folder):
             rewards: Sequence[Any] = self._function(**arguments)
             return list(rewards) if isinstance(rewards, Iterator) else rewards
 
     def unnamed_modules(self) -> bytes:
-        """The content of modules that the file loaded from its folder, but not by an import statement."""
+        """The content of modules that the file loaded from its folder without an import statement."""
         files = [path for name in self._modules for path in _places(self.folder, name) if path.is_file()]
         return _content({path: _read(path) for path in files if path not in self._named}, self.folder)
 
 
 def code_content(source: RewardSource) -> bytes:
-    """The file of a function, with every module of its folder that it imports. Nothing is run. Raises: RewardError."""
+    """The content of a function's file and of every module that it imports from its folder. Runs no code. Raises:
+    RewardError."""
     files = imported_files(source.code_file)
     return files.pop(source.code_file) + _content(files, source.code_file.parent)
 
 
 def imported_files(file: Path) -> dict[Path, bytes]:
-    """The file and the modules of its folder that its import statements name, directly or not: their contents."""
-    found, waiting = dict[Path, bytes](), [file]
-    while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found[path] = _read(path)
-            names = _imports(found[path], path.relative_to(file.parent).parent.parts)
-            waiting += [place for name in names for place in _places(file.parent, name) if place.is_file()]
-    return found
+    """The file and the modules of its folder that it imports, directly or not, with their contents."""
+    contents, pending = dict[Path, bytes](), [file]
+    while pending:
+        path = pending.pop()
+        if path not in contents:
+            contents[path] = _read(path)
+            names = _imports(contents[path], path.relative_to(file.parent).parent.parts)
+            pending += [place for name in names for place in _places(file.parent, name) if place.is_file()]
+    return contents
 
 
 def _imports(code: bytes, package: Sequence[str]) -> set[str]:
-    """Dotted names of modules that the code of a package may import, also inside functions, and of their parents."""
+    """Dotted names of modules (and their parents) that the code of a package may import, also inside functions."""
     try:
         statements = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError):  # told when the file is run
+    except (SyntaxError, ValueError, RecursionError):  # reported when the file is run
         return set()
-    names = {alias.name for each in statements if isinstance(each, ast.Import) for alias in each.names}
-    for each in statements:
-        if isinstance(each, ast.ImportFrom):
-            above = package[: len(package) + 1 - each.level] if each.level else ()
-            module = [*above, *(each.module or "").split(".")]
-            names |= {".".join(filter(None, [*module, alias.name])) for alias in each.names}
+    names = {alias.name for statement in statements if isinstance(statement, ast.Import) for alias in statement.names}
+    for statement in statements:
+        if isinstance(statement, ast.ImportFrom):
+            above = package[: len(package) + 1 - statement.level] if statement.level else ()
+            module = [*above, *(statement.module or "").split(".")]
+            names |= {".".join(filter(None, [*module, alias.name])) for alias in statement.names}
     parts = [name.split(".") for name in names]
     return {".".join(some[:count]) for some in parts for count in range(1, len(some) + 1)}
 
 
 def _places(folder: Path, module: str) -> tuple[Path, Path]:
-    """Where a module of the folder would be."""
+    """The possible files of a module of the folder."""
     path = folder.joinpath(*module.split("."))
     return path.parent / f"{path.name}.py", path / "__init__.py"
 
@@ -116,21 +117,21 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _loaded(source: RewardSource) -> Callable[..., Any]:
-    """The function, its file run as a module."""
+def _load(source: RewardSource) -> Callable[..., Any]:
+    """The function, after running its file as a module."""
     code, file, name = _read(source.code_file), source.code_file, source.function_name
     module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None
-    assert spec.loader is not None  # it ends in .py
+    assert spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where classes of the file look for their own module
+    sys.modules[module_name] = module  # classes of the file look up their module here
     try:
         with _importing_from(file.parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise RewardError(f"cannot be run: {error_line(error, file)}", "mend it", file=str(file)) from error
+        raise RewardError(f"cannot be run: {error_line(error, file)}", "correct the file", file=str(file)) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
@@ -141,7 +142,7 @@ def _loaded(source: RewardSource) -> Callable[..., Any]:
 
 
 def error_line(error: BaseException, code_file: Path) -> str:
-    """An error in a line, with where in the user's file it came from."""
+    """An error in one line, with its line in the user's file."""
     words = " ".join(str(error).split())[:200]
     trace, place = error.__traceback__, ""
     while trace is not None:

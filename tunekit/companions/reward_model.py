@@ -1,4 +1,4 @@
-"""One reward model of a recipe: its folder -> a function that scores completions."""
+"""Loads a reward model of a recipe, as a function that scores completions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +22,12 @@ from tunekit.objectives.rows.prompts import Completion
 from tunekit.objectives.rows.text import TextRows
 from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target, processor_of
 
-BATCH_SIZE = 16  # completions that are scored side by side
+BATCH_SIZE = 16  # completions per forward
 Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
 def find_reward_model(folder: str) -> TargetSpec:
-    """The target that a recipe names."""
+    """The target of a reward model's folder."""
     return find_target(folder, None, [])
 
 
@@ -37,7 +37,7 @@ def weight_bytes(target: TargetSpec, device: torch.device) -> int:
 
 
 def reward_model_content(folder: str) -> bytes:
-    """What decides its scores: weights, adapter, configuration, tokenizer and template."""
+    """Everything that affects its scores: weights, adapter, configuration, tokenizer and template."""
     target = find_reward_model(folder)
     places = [Path(folder) / name for name in ("", "adapter", "model")]
     weights = [file for place in places for file in sorted(place.glob("*.safetensors"))]
@@ -57,7 +57,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
     objective, model, tokenizer = loaded.objective, loaded.model, loaded.tokenizer
     scores = None if objective.answering is None else objective.answering.score
     if scores is None:
-        what = f"it was made for {objective.name} and gives no scores"
+        what = f"it was trained with {objective.name} and gives no scores"
         raise RecipeError(what, "name a run of objective: reward, or its adapter", key=key)
     text = model.base.text
     assert text is not None  # a reward model reads text
@@ -66,7 +66,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
 
     @torch.no_grad()
     def score(completions: Sequence[Completion]) -> list[float]:
-        sequences = [_ids(each, renderer, tokenizer.eos_id) for each in completions]
+        sequences = [_ids(completion, renderer, tokenizer.eos_id) for completion in completions]
         check_vocabulary(tokenizer, text.vocabulary_size, max(map(max, sequences)))
         check_prompts(sequences, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
@@ -79,7 +79,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
 
 
 def _ids(completion: Completion, renderer: Renderer, eos_id: int | None) -> list[int]:
-    """Ids of the prompt with the completion; of an empty completion the prompt and the end."""
+    """Ids of the prompt with the completion; for an empty completion, the prompt and the end token."""
     prompt = completion.prompt
     example = PromptedExample(prompt if isinstance(prompt, str) else tuple(map(_message, prompt)))
     if completion.text.strip():

@@ -1,6 +1,6 @@
-"""The rewards of a recipe: functions, expressions, columns and reward models that give each completion a number.
+"""The rewards of a recipe: functions, expressions, columns and reward models that score completions.
 
-A function of the user's is called as TRL calls it; its result is checked before anything is made of it. NaN: no reward.
+A user's function is called as in TRL, and its result is checked. NaN means no reward.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunekit.companions.base import Planned
+from tunekit.companions.base import PlanContext
 from tunekit.companions.reward_code import UserFunction, code_content, error_line
 from tunekit.companions.reward_model import find_reward_model, load_scorer, reward_model_content, weight_bytes
 from tunekit.console import visible
@@ -26,8 +26,8 @@ from tunekit.objectives.losses.advantages import Rewards, weighted_sum
 from tunekit.objectives.rows.prompts import Completion, read_context
 from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
-TRAINING_SECONDS = 120.0  # that one call may take, if the recipe states nothing
-SHORTEST = 1e-3  # seconds that are left for the last search
+TRAINING_SECONDS = 120.0  # limit of one call, if the recipe sets none
+SHORTEST = 1e-3  # seconds left for the last search
 RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
 MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
 
@@ -40,18 +40,19 @@ class RewardFunctions(Companion):
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
         self.sources: Sequence[RewardSource] = spec.settings
-        self.names = reward_names(self.sources)  # of each in what is logged
-        self.limit_seconds = TRAINING_SECONDS  # of a reward for which the recipe states none
+        self.names = reward_names(self.sources)  # names in logs
+        self.limit_seconds = TRAINING_SECONDS  # of rewards for which the recipe sets no limit
         self._functions: list[RewardFunction] = []
 
-    def facts(self, planned: Planned) -> CompanionFacts:
-        """Bytes of the reward models, and columns that no row has."""
+    def facts(self, planned: PlanContext) -> CompanionFacts:
+        """Bytes of the reward models, and problems for columns that no row has."""
         models = [find_reward_model(source.model) for source in self.sources if source.model is not None]
         size = sum(weight_bytes(model, planned.device) for model in models)
         return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
 
-    def _absent_columns(self, planned: Planned) -> Iterator[Problem]:
-        """Columns that completions are compared with and that no row has; of a stream only some rows are known."""
+    def _absent_columns(self, planned: PlanContext) -> Iterator[Problem]:
+        """Problems for columns that completions are compared with but that no row has; a stream cannot be checked
+        completely."""
         for number, source in enumerate(self.sources):
             column = source.exact_match
             if column is None or planned.streams or any(_have(rows, column) for rows in planned.rows):
@@ -62,7 +63,7 @@ class RewardFunctions(Companion):
             yield Problem(f"no row has the column '{column}'", f"the first row has: {names or 'none'}", key=key)
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the code that each function runs, and of each model's files. Raises: RewardError."""
+        """sha256 of the code of each function, and of each model's files. Raises: RewardError."""
         return {
             f"{self.key}.{number}.{source.kind}": sha256(content).hexdigest()
             for number, source in enumerate(self.sources)
@@ -75,16 +76,20 @@ class RewardFunctions(Companion):
         self._functions = [self._function(number, device) for number in range(len(self.sources))]
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """sha256 of the modules that a function's file loaded from its folder and that its text does not name."""
-        functions = {f"{self.key}.{number}.function": each for number, each in enumerate(self._functions)}
-        user = {key: each for key, each in functions.items() if isinstance(each, UserFunction)}
-        return {key: sha256(content).hexdigest() for key, each in user.items() if (content := each.unnamed_modules())}
+        """sha256 of the modules that a function's file loaded from its folder without an import statement."""
+        functions = {f"{self.key}.{number}.function": function for number, function in enumerate(self._functions)}
+        user = {key: function for key, function in functions.items() if isinstance(function, UserFunction)}
+        return {
+            key: sha256(content).hexdigest()
+            for key, function in user.items()
+            if (content := function.unnamed_modules())
+        }
 
     @property
     def reads_ids(self) -> bool:
         """Whether a loaded function takes completion_ids."""
-        functions = [each for each in self._functions if isinstance(each, UserFunction)]
-        return any(each.takes_all or "completion_ids" in each.taken for each in functions)
+        functions = [function for function in self._functions if isinstance(function, UserFunction)]
+        return any(function.takes_all or "completion_ids" in function.parameters for function in functions)
 
     def _function(self, number: int, device: torch.device) -> RewardFunction:
         source = self.sources[number]
@@ -99,9 +104,9 @@ class RewardFunctions(Companion):
         return partial(_exact_match, source.exact_match, extracted)
 
     def _search(self, number: int, name: str, text: str) -> MatchSearch:
-        """The first match of an expression in each completion, in no more processor time than the reward may take.
+        """A search for the first match of an expression in each completion, limited by the reward's processor time.
 
-        Raises: RewardError for an expression that is too large, and one that is too slow, with the row.
+        Raises: RewardError for an expression that is too large, or too slow (with the row).
         """
         try:
             pattern = compile_expression(text)
@@ -122,8 +127,8 @@ class RewardFunctions(Companion):
         """Seconds that one call of a reward may take."""
         return self.sources[number].limit_seconds or self.limit_seconds
 
-    def _called(self, number: int, completions: Sequence[Completion]) -> Any:
-        """What the reward returned. Raises: RewardError, with the row, for a function that takes too long."""
+    def _call(self, number: int, completions: Sequence[Completion]) -> Any:
+        """The reward's result. Raises: RewardError, with the row, for a function that takes too long."""
         if self.sources[number].kind != "function":
             return self._functions[number](completions)
         try:
@@ -133,7 +138,7 @@ class RewardFunctions(Companion):
             raise self._late(number, self._hanging(number, completions)) from None
 
     def _hanging(self, number: int, completions: Sequence[Completion]) -> Sequence[Completion]:
-        """The completion for which the function takes long even alone; all of them if none is found in the limit."""
+        """The completion for which the function is slow even alone; all of them if none is found within the limit."""
         limit, start = self.limit(number), time.monotonic()
         for completion in completions:
             try:
@@ -153,38 +158,40 @@ class RewardFunctions(Companion):
         return RewardError(what, f"make it faster, or raise {self.key}.{number}.limit_seconds")
 
     def score(self, completions: Sequence[Completion]) -> Rewards:
-        """(N, F) of each completion by each function. Raises: RewardError for a wrong result."""
+        """(N, F): each completion's rewards. Raises: RewardError for a wrong result."""
         columns = [self.scored_by(number, completions, may_be_silent=True) for number in range(len(self.sources))]
         return np.stack(columns, axis=1) if completions else np.empty((0, len(self.sources)), np.float64)
 
     def scored_by(self, number: int, completions: Sequence[Completion], *, may_be_silent: bool = False) -> Rewards:
-        """(N,) of each completion by one function.
+        """(N,): one reward of each completion.
 
-        Raises: RewardError for a wrong result, and if no completion is judged unless it `may_be_silent`: it may be for
-            different rows.
+        Raises: RewardError for a wrong result, or if every completion has None or NaN, unless it `may_be_silent`: a
+        reward may be meant for other rows.
         """
         name = name_of(self.sources[number])
         try:
-            result = self._called(number, completions)
+            result = self._call(number, completions)
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
             what = f"{name} raised {error_line(error, self.sources[number].code_file)}"
-            raise RewardError(what, "mend it; `tunekit reward check` tries it") from error
-        rewards = _checked(result, len(completions), name)
+            raise RewardError(what, "correct it; test it with `tunekit reward check`") from error
+        rewards = _check_rewards(result, len(completions), name)
         if completions and not may_be_silent and np.isnan(rewards).all():
             raise self.no_rewards(number, completions)
         return rewards
 
-    def summed(self, scores: Rewards) -> Rewards:
+    def weighted(self, scores: Rewards) -> Rewards:
         """Weighted sums. Shapes: (..., F) -> (...)."""
         return weighted_sum(scores, [source.weight for source in self.sources])
 
     def no_rewards(self, number: int, completions: Sequence[Completion]) -> RewardError:
-        """The error of a function that judges none of the completions."""
+        """The error for a function that scores none of the completions."""
         name, column = name_of(self.sources[number]), self.sources[number].exact_match
-        if column is not None and all(each.columns.get(column) is None for each in completions):
-            names = ", ".join(dict.fromkeys(name for each in completions for name in each.columns)) or "none"
+        if column is not None and all(completion.columns.get(column) is None for completion in completions):
+            names = (
+                ", ".join(dict.fromkeys(name for completion in completions for name in completion.columns)) or "none"
+            )
             return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {names}")
         steps = f" in each of the last {self.silent_steps} steps" if self.silent_steps > 1 else ""
         return RewardError(
@@ -198,14 +205,14 @@ def _have(rows: Rows, column: str) -> bool:
 
 
 def name_of(source: RewardSource) -> str:
-    """A reward as errors name it."""
+    """The reward's name in errors."""
     if source.kind == "function":
         return f"{source.code_file}: {source.function_name}"
     return f"the reward {source.kind}: {getattr(source, source.kind)}"
 
 
-def _checked(result: Any, count: int, name: str) -> Rewards:
-    """(N,) numbers. Raises: RewardError if the result is not a list of so many numbers."""
+def _check_rewards(result: Any, count: int, name: str) -> Rewards:
+    """(N,) numbers. Raises: RewardError if the result is not a list with one number per completion."""
     how = "return a list with a number, or None, for each completion"
     if result is None:
         raise RewardError(f"{name} returned None", how)
@@ -214,7 +221,7 @@ def _checked(result: Any, count: int, name: str) -> Rewards:
     except TypeError:
         values = None
     if values is None:
-        raise RewardError(f"{name} returned {_shown(result)}, which is no list", how)
+        raise RewardError(f"{name} returned {_printable(result)}, which is not a list", how)
     if len(values) != count:
         raise RewardError(f"{name} returned {len(values):,} rewards for {count:,} completions", how)
     return np.array([_number(value, name) for value in values], np.float64)
@@ -225,34 +232,39 @@ def _number(value: Any, name: str) -> float:
         return math.nan
     try:
         number = float(value) if not isinstance(value, str) else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor with several numbers
         number = None
     if number is None or math.isinf(number):
-        raise RewardError(f"{name} returned {_shown(value)} for a completion", "return a finite number, or None")
+        raise RewardError(f"{name} returned {_printable(value)} for a completion", "return a finite number, or None")
     return number
 
 
-def _shown(value: object) -> str:
+def _printable(value: object) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _content_of(source: RewardSource) -> bytes | None:
-    """What decides its rewards, besides the recipe: the code that a function runs, or a model's files."""
+    """Everything that affects its rewards, besides the recipe: a function's code, or a model's files."""
     if source.kind == "function":
         return code_content(source)
     return None if source.model is None else reward_model_content(source.model)
 
 
 def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequence[Completion]) -> list[float | None]:
-    """Compared with a column; None if the row has nothing in it."""
-    judged = [each for each in completions if each.columns.get(column) is not None]
-    texts = [each.text for each in judged]
+    """Whether the text equals a column; None if the row has no value there."""
+    comparable = [completion for completion in completions if completion.columns.get(column) is not None]
+    texts = [completion.text for completion in comparable]
     if extracted is not None:
         texts = [
-            "" if match is None else str(match.group(min(match.re.groups, 1)) or "") for match in extracted(judged)
+            "" if match is None else str(match.group(min(match.re.groups, 1)) or "") for match in extracted(comparable)
         ]
-    equal = iter([text.strip() == str(each.columns[column]).strip() for text, each in zip(texts, judged, strict=True)])
-    return [None if each.columns.get(column) is None else float(next(equal)) for each in completions]
+    equal = iter(
+        [
+            text.strip() == str(completion.columns[column]).strip()
+            for text, completion in zip(texts, comparable, strict=True)
+        ]
+    )
+    return [None if completion.columns.get(column) is None else float(next(equal)) for completion in completions]
 
 
 make = RewardFunctions  # companions.base calls it with a CompanionSpec

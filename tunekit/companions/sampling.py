@@ -1,11 +1,11 @@
-"""Sampling of completions during training: the memory that it takes, and the step that later steps reuse."""
+"""Sampling of completions during training: its memory, and the window whose samples later steps reuse."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tunekit.companions.base import Planned
+from tunekit.companions.base import PlanContext
 from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView, Window
 from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import heads_and_width
@@ -16,8 +16,8 @@ from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """`window`: the last one with new completions.  A rehearsal has `count` completions side by side, each of
-    `prompt_tokens` and `new_tokens`: the longest ones of the run."""
+    """`window`: the last one with new samples. A rehearsal generates `count` completions in parallel, each with
+    `prompt_tokens` and `new_tokens`: the maximum of the run."""
 
     rehearses = True
     window: Window | None = None
@@ -28,8 +28,8 @@ class Sampler(Companion):
         self.count, self.prompt_tokens = self.settings.sampling_batch_size, 0
         self.new_tokens = self.settings.max_completion_length
 
-    def facts(self, planned: Planned) -> CompanionFacts:
-        """A sampled token can be any token, and needs all layers."""
+    def facts(self, planned: PlanContext) -> CompanionFacts:
+        """Sampling may produce any token, and cannot stream layers."""
         training, longest = planned.training, max(map(longest_tokens, planned.rows))
         self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
         if training.micro_batch_size is not None:
@@ -38,22 +38,22 @@ class Sampler(Companion):
         obstacle = f"{self.settings.method} samples token by token, and each token would copy every layer"
         return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
 
-    def _problems(self, planned: Planned) -> Iterator[Problem]:
-        """Checkpoints between steps with the same completions, which no checkpoint keeps."""
+    def _problems(self, planned: PlanContext) -> Iterator[Problem]:
+        """Problems for checkpoints between steps that reuse samples, which checkpoints do not contain."""
         training, updates = planned.training, self.settings.num_iterations
         places = {"save_steps": training.save_steps}
         places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
         for name, steps in places.items():
             if steps % updates:
                 what = (
-                    f"{steps} is not a multiple of objective.num_iterations, {updates}: so many steps share the same "
-                    "completions, which no checkpoint between them keeps"
+                    f"{steps} is not a multiple of objective.num_iterations, {updates}: that many steps reuse the same "
+                    "completions, which checkpoints do not contain"
                 )
                 how = f"write a multiple of {updates}, or change objective.num_iterations"
                 yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """The forward of the prompts, then the last token's logits and the draw, with the keys and values of all
+        """Simulate the forward of the prompts, then the last token's logits and draw, with the keys and values of all
         layers."""
         base = run.model.base
         heads, width = heads_and_width(text_config(base.net))
@@ -62,16 +62,16 @@ class Sampler(Companion):
             shape = (2 * base.facts.layers, self.count, heads, tokens, width)
             return torch.empty(shape, dtype=base.dtype, device="meta")
 
-        kept = cache(self.prompt_tokens)
+        keys_values = cache(self.prompt_tokens)
         ids = torch.zeros(self.count, self.prompt_tokens, dtype=torch.int64)
         places = torch.arange(self.prompt_tokens).expand(self.count, -1)
         hidden = run.model.output({"input_ids": ids, "position_ids": places}).hidden
         assert hidden is not None
         hidden = hidden[:, -1].clone()
-        kept = cache(self.prompt_tokens + self.new_tokens)
+        keys_values = cache(self.prompt_tokens + self.new_tokens)
         with counting_as("logits"):
             draw(base.family.head(base.net).logits(hidden), torch.zeros(self.count, device="meta"))
-        del kept
+        del keys_values
 
 
 make = Sampler  # companions.base calls it with a CompanionSpec

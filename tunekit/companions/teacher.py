@@ -1,4 +1,4 @@
-"""A teacher: a frozen model next to the trained one, whose hidden states and head a loss reads."""
+"""The teacher of a knowledge distillation: a frozen model whose hidden states and head the loss reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tunekit.companions.base import Planned
+from tunekit.companions.base import PlanContext
 from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, Head, Read
 from tunekit.errors import Problem, TunekitError
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
@@ -26,7 +26,7 @@ from tunekit.tuned.model import TunedModel
 
 
 class Teacher(Companion):
-    """`tier`: where the layers of the teacher are kept; off: on the device."""
+    """`tier`: where the teacher's layers are; off: on the device."""
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
@@ -43,27 +43,27 @@ class Teacher(Companion):
 
     @property
     def head(self) -> Head:  # type: ignore[override]
-        """Its output projection."""
+        """The teacher's output projection."""
         return self.model.base.family.head(self.model.base.net)
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """What `read` takes from the teacher's forward of each batch."""
-        return self.model.scored(batches, read)
+        """The values that `read` takes from the teacher's forward of each batch."""
+        return self.model.score_batches(batches, read)
 
-    def facts(self, planned: Planned) -> CompanionFacts:
-        """Why the model cannot teach this student. Raises: ModelError, about its section."""
+    def facts(self, planned: PlanContext) -> CompanionFacts:
+        """Problems of this teacher for this student. Raises: ModelError, with keys of the teacher."""
         with self._about_teacher(), parsed_once(self.section.name_or_path):
             self._meta = make_meta_model(self.section, device=planned.device)
             tokenizer = load_tokenizer(self.section)
         problems = list(self._problems(self._meta, tokenizer, planned))
         return CompanionFacts(problems=problems, usable=not problems)
 
-    def _problems(self, teacher: LoadedModel, tokenizer: LoadedTokenizer, planned: Planned) -> Iterator[Problem]:
+    def _problems(self, teacher: LoadedModel, tokenizer: LoadedTokenizer, planned: PlanContext) -> Iterator[Problem]:
         if planned.memory.streamed_head:
-            what = "a divergence reads the whole of the student's head at a time"
+            what = "a divergence needs the student's whole head at once"
             yield Problem(what, "write false", key="memory.streamed_head")
         if type(teacher.family) is not type(planned.base.family):
-            yield Problem("the teacher is no causal language model", "name one", key=self.key)
+            yield Problem("the teacher is not a causal language model", "name a causal language model", key=self.key)
             return
         obstacle = None if self.tier == "off" else base_obstacle(teacher, self.section)
         obstacle = obstacle or (host_obstacle(planned.device) if self.tier == "host" else None)
@@ -72,47 +72,51 @@ class Teacher(Companion):
             yield Problem(what, "write off", key=f"{self.key}_streaming")
         student = planned.processor.tokenizer
         assert isinstance(student, LoadedTokenizer)  # the student is a causal language model
-        wanted, there = student.native.get_vocab(), tokenizer.native.get_vocab()
-        different = sorted((text for text in wanted if there.get(text) != wanted[text]), key=lambda text: wanted[text])
+        student_ids, teacher_ids = student.native.get_vocab(), tokenizer.native.get_vocab()
+        different = sorted(
+            (text for text in student_ids if teacher_ids.get(text) != student_ids[text]),
+            key=lambda text: student_ids[text],
+        )
         if different:
-            what = f"{len(different):,} of the student's {len(wanted):,} tokens have another id or none in the teacher"
-            first = different[0]
-            how = f"the first is {first!r}, id {wanted[first]}; name a teacher with the student's tokenizer"
+            first, share = different[0], f"{len(different):,} of the student's {len(student_ids):,} tokens"
+            what = f"{share} have a different id or none in the teacher"
+            how = f"the first is {first!r}, id {student_ids[first]}; name a teacher with the student's tokenizer"
             yield Problem(what, how, key=self.key)
 
-    def notes(self, planned: Planned, step_tokens: int) -> list[str]:
-        """How a streamed teacher is queried, and how fast it can be."""
+    def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
+        """Notes about a streamed teacher: how it is run, and its maximum speed."""
         if self.tier == "off" or self._meta is None:
             return []
         size = layer_bytes(self._meta)
         notes = [
             f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[self.tier]}, and are copied once for "
-            f"all rows of a step, and once for each evaluation batch; {step_tokens:,} tokens a step are at most so "
-            f"many a second: {rates_text(self.tier, step_tokens, size, copies=1)} (published bandwidths)"
+            f"all rows of a step, and once for each evaluation batch; with {step_tokens:,} tokens per step, the "
+            f"maximum of tokens per second is {rates_text(self.tier, step_tokens, size, copies=1)} "
+            "(published bandwidths)"
         ]
         if self.tier == "host" and planned.device.type == "cpu":
-            notes.append(f"{self.key}_streaming: host saves nothing on a CPU, where the host's memory is the device's")
+            notes.append(f"{self.key}_streaming: host saves nothing on a CPU, which has no other memory")
         return notes
 
     def fingerprint(self) -> Mapping[str, str]:
-        """That of the teacher's files. Raises: ModelError, about its section."""
+        """The fingerprint of the teacher's files. Raises: ModelError, with keys of the teacher."""
         with self._about_teacher():
             return {f"{self.key}.name_or_path": base_fingerprint(self.section)}
 
     def load(self, device: torch.device) -> None:
-        """Load it, frozen. Raises: ModelError, about its section."""
+        """Load the teacher, frozen. Raises: ModelError, with keys of the teacher."""
         with self._about_teacher():
-            self._model = self._frozen(load_model(self.section, device=device, streamed=self.tier != "off"))
+            self._model = self._freeze(load_model(self.section, device=device, streamed=self.tier != "off"))
 
     def simulated(self) -> Teacher:
-        """A copy of the teacher on the meta device: a simulated step may put its layers' memory into slots."""
-        assert self._meta is not None  # after `facts`
+        """A copy on the meta device: a simulated step may put its layers' memory into slots."""
+        assert self._meta is not None  # set by `facts`
         simulated = copy(self)
-        simulated._model = self._frozen(replace(self._meta, net=deepcopy(self._meta.net)))
+        simulated._model = self._freeze(replace(self._meta, net=deepcopy(self._meta.net)))
         return simulated
 
     def resident(self, device: torch.device) -> list[Tensor]:
-        """All of its weights on the device. If its layers are streamed to a GPU, the host keeps the embedding too."""
+        """All weights on the device. If layers are streamed to a GPU, the embedding stays on the host."""
         net, slots = self.model.base.net, self.model.slots
         embedding = host_embedding(self.model.base) if slots is not None and device.type != "cpu" else None
         elsewhere = set() if embedding is None else {id(tensor) for tensor in embedding.parameters()}
@@ -122,13 +126,13 @@ class Teacher(Companion):
         slots.waiting = waiting_tensor(slots, self.tier, device)
         return [*weights, *(slot.memory for slot in slots.slots)]
 
-    def _frozen(self, base: LoadedModel) -> TunedModel:
+    def _freeze(self, base: LoadedModel) -> TunedModel:
         base.net.requires_grad_(False)
         return TunedModel(base, None, slots=stream_base(base, layer_weights(base), self.tier))
 
     @contextmanager
     def _about_teacher(self) -> Iterator[None]:
-        """Problems of a model section become problems of the teacher's."""
+        """A block whose errors about keys of a model section name the teacher's keys instead."""
         try:
             yield
         except TunekitError as error:

@@ -1,6 +1,6 @@
-"""All that a person sees: lines, tables, panels, coloured tokens, and one live line while training.
+"""All output for a person: lines, tables, panels, coloured tokens, and one live line during training.
 
-No text is ever read as markup or as a terminal command. rich is imported only where a table or colours need it.
+Text is never interpreted as markup or as a terminal command. rich is imported only when a table or colours need it.
 """
 
 import io
@@ -19,13 +19,13 @@ from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
 
-SHORT_CELL = 12  # characters of a column that is not folded while there is room
-PIPE_COLUMNS = 120  # where output is not a terminal and COLUMNS is not set
+SHORT_CELL = 12  # characters of a column that is not folded if there is room
+PIPE_COLUMNS = 120  # if output is not a terminal and COLUMNS is not set
 
 
 class Console:
-    """Where a verb prints. With enabled=False (every rank but the first) it prints nothing at all; with `json_file` -
-    everything goes to standard error, since standard output then holds JSON and nothing else."""
+    """The output of a verb. With enabled=False (every rank but the first) it prints nothing. With `json_file` -
+    everything goes to standard error, because standard output then carries only JSON."""
 
     def __init__(
         self,
@@ -36,21 +36,21 @@ class Console:
         errors: TextIO | None = None,
     ) -> None:
         self.enabled = enabled
-        self._beside_json = json_file == "-"
+        self._json_on_output = json_file == "-"
         self._output = output
         self._errors = errors
-        self._drawn = False  # whether a live line stands at the bottom of the terminal
-        self._gone: set[int] = set()  # file descriptors that nobody reads any more
+        self._drawn = False  # whether the terminal's last line is a live line
+        self._closed: set[int] = set()  # ids of streams that nobody reads any more
 
-    # Streams are looked up at each use, so that a test or a caller may replace them.
+    # Streams are looked up at each use, so that tests and callers may replace them.
     @property
     def output(self) -> TextIO:
-        """Standard output, or what was given instead."""
-        return self.errors if self._beside_json else self._output or sys.stdout or io.StringIO()
+        """Standard output, or its replacement."""
+        return self.errors if self._json_on_output else self._output or sys.stdout or io.StringIO()
 
     @property
     def errors(self) -> TextIO:
-        """Standard error, or what was given instead."""
+        """Standard error, or its replacement."""
         return self._errors or sys.stderr or io.StringIO()
 
     @property
@@ -60,39 +60,39 @@ class Console:
 
     @property
     def has_colours(self) -> bool:
-        """Whether standard output shows colours: a terminal, unless NO_COLOR is set to anything."""
+        """Whether standard output shows colours: it is a terminal and NO_COLOR is not set."""
         return self.is_terminal and not os.environ.get("NO_COLOR")
 
     @property
     def columns(self) -> int:
-        """Width to lay out for: COLUMNS, the terminal's, or 120 in a pipe."""
+        """The width for layouts: the terminal's; in a pipe COLUMNS, else 120."""
         if self.is_terminal:
             return max(shutil.get_terminal_size().columns, 10)
-        written = os.environ.get("COLUMNS", "")
-        return max(int(written), 10) if written.isdecimal() else PIPE_COLUMNS
+        setting = os.environ.get("COLUMNS", "")
+        return max(int(setting), 10) if setting.isdecimal() else PIPE_COLUMNS
 
     def info(self, *lines: str) -> None:
-        """Notes; on a terminal that is narrower, broken between words."""
+        """Print notes; on a terminal, wrapped between words."""
         if not is_quiet():
-            self.write("".join(f"{self._wrapped(visible(line))}\n" for line in lines))
+            self.write("".join(f"{self._wrap(visible(line))}\n" for line in lines))
 
     def detail(self, *lines: str) -> None:
-        """Notes for who asks for more."""
+        """Notes that are printed only with --verbose."""
         if is_verbose():
             self.info(*lines)
 
     def json(self, value: object) -> None:
-        """A value as one line of JSON, also where the stream cannot hold its characters."""
+        """A value as one line of JSON; escaped if the stream cannot encode its characters."""
         text = json_line(value)
         self.write(f"{text if can_encode(self.output, text) else json.dumps(value)}\n")
 
     def warn(self, *lines: str) -> None:
-        """Lines on standard error that begin with `warning: `."""
+        """Lines on standard error, prefixed with `warning: `."""
         colours = can_draw(self.errors) and not os.environ.get("NO_COLOR")
         label = "\x1b[33mwarning:\x1b[0m" if colours else "warning:"
-        self.write("".join(f"{self._wrapped(f'{label} {visible(redact(line))}')}\n" for line in lines), self.errors)
+        self.write("".join(f"{self._wrap(f'{label} {visible(redact(line))}')}\n" for line in lines), self.errors)
 
-    def _wrapped(self, text: str) -> str:
+    def _wrap(self, text: str) -> str:
         if not self.is_terminal:
             return text
         wrap = textwrap.TextWrapper(
@@ -101,7 +101,7 @@ class Console:
         return "\n".join(wrap.fill(line) if len(line) > self.columns else line for line in text.split("\n"))
 
     def confirm(self, question: str) -> bool:
-        """Whether the user answers yes; no where nobody can be asked."""
+        """Whether the user answers yes; False if there is nobody to ask."""
         if sys.stdin is None or not sys.stdin.isatty():
             return False
         self.output.write(f"{visible(question)} [y/N] ")
@@ -109,7 +109,7 @@ class Console:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-        """A table; numbers are set to the right, None is left empty. A column's name may have several lines."""
+        """A table; numbers are right-aligned, None is left empty. A column's name may have several lines."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -119,9 +119,9 @@ class Console:
         heads = ["\n".join(map(visible, column.split("\n"))) for column in columns]
         cells = list(zip(*texts, strict=True)) if texts else [() for _ in heads]
         sizes = [max(map(len, [*head.split("\n"), *column])) for head, column in zip(heads, cells, strict=True)]
-        tight = sum(sizes) + 3 * (len(sizes) - 1) > self.columns  # 3 between two columns, or 2
-        least = [min(size, SHORT_CELL) for size in sizes]
-        room = sum(least) + 2 * (len(sizes) - 1) <= self.columns  # for all short columns as they are: long ones fold
+        tight = sum(sizes) + 3 * (len(sizes) - 1) > self.columns
+        minimum = [min(size, SHORT_CELL) for size in sizes]
+        room = sum(minimum) + 2 * (len(sizes) - 1) <= self.columns  # short columns fit; long ones fold
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=tight)
         for index, (head, size) in enumerate(zip(heads, sizes, strict=True)):
             values = [row[index] for row in rows if row[index] is not None]
@@ -149,7 +149,7 @@ class Console:
         self._print_rich(Panel(grid, title=Text(visible(title)), title_align="left", expand=False))
 
     def print_segments(self, segments: Iterable[tuple[str, bool]]) -> None:
-        """Text in pieces, those trained on in green; without colours, between ⟦ and ⟧ (or [[ and ]])."""
+        """Text in pieces, the trained ones in green; without colours, between ⟦ and ⟧ (or [[ and ]])."""
         from rich.text import Text
 
         text, colours = Text(), self.has_colours
@@ -162,8 +162,8 @@ class Console:
         self._print_rich(text)
 
     def draw(self, text: str, *, stays: bool = False) -> None:
-        """One live line at the bottom of a terminal, cut to its width, over the one before; later output covers it,
-        unless it stays. Elsewhere a plain line."""
+        """Draw a live line at the bottom of a terminal, cut to its width, over the one before. Later output replaces
+        it unless it `stays`. In a pipe, print a plain line."""
         if not self.is_terminal:
             self.info(text)
         elif not is_quiet():
@@ -172,7 +172,7 @@ class Console:
             self._drawn = not stays
 
     def _print_rich(self, thing: object) -> None:
-        """Lay out with rich into text, then write it as all else is written."""
+        """Render with rich into text, and write that like all other text."""
         if not self.enabled:
             return
         from rich.console import Console as RichConsole
@@ -190,9 +190,9 @@ class Console:
         self.write("\n".join(line.rstrip(" ") for line in paper.read().split("\n")))
 
     def write(self, text: str, stream: TextIO | None = None) -> None:
-        """Write text as it is. A reader that has gone (a closed pipe, a hung-up terminal) never stops a run."""
+        """Write text unchanged. A reader that has disappeared (a closed pipe, a hung-up terminal) never stops a run."""
         stream = stream or self.output
-        if not self.enabled or not text or id(stream) in self._gone:
+        if not self.enabled or not text or id(stream) in self._closed:
             return
         try:
             if self._drawn:
@@ -201,5 +201,5 @@ class Console:
             stream.write(encodable(stream, text))
             stream.flush()
         except (OSError, ValueError):
-            self._gone.add(id(stream))
+            self._closed.add(id(stream))
             redirect_to_nothing(stream)

@@ -1,4 +1,4 @@
-"""How much is said: notes and progress, as usual; nothing but results, warnings and errors; or more."""
+"""Verbosity of the output: quiet, normal or verbose."""
 
 import os
 
@@ -6,10 +6,10 @@ LOUDNESS = "TUNEKIT_OUTPUT"  # quiet, verbose, or anything else
 
 
 def is_quiet() -> bool:
-    """Only results, warnings and errors."""
+    """Whether only results, warnings and errors are printed."""
     return os.environ.get(LOUDNESS) == "quiet"
 
 
 def is_verbose() -> bool:
-    """Also the seconds of each part, and what the libraries log."""
+    """Whether the seconds of each part and the libraries' logs are printed too."""
     return os.environ.get(LOUDNESS) == "verbose"

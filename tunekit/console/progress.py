@@ -1,4 +1,4 @@
-"""Progress of a run and of an evaluation: one live line on a terminal, else a plain line now and then."""
+"""Progress of training and evaluation: one live line on a terminal, otherwise plain lines at intervals."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from tunekit.console.streams import can_encode
 from tunekit.console.text import BARS, curve_text, time_text
 from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord, bytes_text
 
-LIVE_SECONDS = 0.1  # between two drawings of the live line
-PLAIN_SECONDS = 10.0  # between two plain lines, at least
-PLAIN_SHARE = 0.02  # and at least this share of the time passed, so that a long run stays readable
-RATE_STEPS = 30  # steps whose pace gives the time left
+LIVE_SECONDS = 0.1  # minimum between two updates of the live line
+PLAIN_SECONDS = 10.0  # minimum between two plain lines
+PLAIN_SHARE = 0.02  # and at least this share of the elapsed time, so that the log of a long run stays readable
+RATE_STEPS = 30  # steps whose mean duration gives the time left
 CURVE_STEPS, CURVE_COLUMNS = 500, 12
 BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 
 
 class StepProgress:
-    """Reports steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
+    """Reports steps and evaluations: a live line on a terminal, otherwise plain lines. The first and the last step are
+    always reported."""
 
     def __init__(
         self,
@@ -36,9 +37,9 @@ class StepProgress:
         self._curve: deque[float] = deque(maxlen=CURVE_STEPS)
         self._clock = clock
         self._began = clock()
-        self._told = float("-inf")
+        self._reported_at = float("-inf")
         self._last: StepRecord | None = None
-        self._told_record: StepRecord | None = None
+        self._reported: StepRecord | None = None
         self._pace: deque[float] = deque(maxlen=RATE_STEPS)  # seconds of the last steps
         self._stopped = False
         self._is_live = console.is_terminal
@@ -47,47 +48,47 @@ class StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._last is not None and (self._is_live or self._last is not self._told_record):
+        if self._last is not None and (self._is_live or self._last is not self._reported):
             self._console.draw(self.line(self._last), stays=True)
 
     def update(self, record: StepRecord) -> None:
-        """One optimizer step is done."""
+        """Report a finished optimizer step."""
         now = self._clock()
         self._last = record
-        self._curve.append(self._shown(record)[1])
+        self._curve.append(self._headline_value(record)[1])
         self._pace.append(record.seconds)
         last = record.step >= self._total
         wait = LIVE_SECONDS if self._is_live else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
-        if not last and now - self._told < wait:
+        if not last and now - self._reported_at < wait:
             return
-        self._told, self._told_record = now, record
+        self._reported_at, self._reported = now, record
         self._console.draw(self.line(record))
 
     def stop(self) -> None:
-        """The run has ended: a line that comes now has no time left."""
+        """The run has ended: later lines show no time left."""
         self._stopped = True
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation is done; it stays on the screen."""
+        """Report an evaluation; its line stays on the screen."""
         values = "  ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items()))
         self._console.info(f"step {record.step}  eval  {values}")
 
-    def _shown(self, record: StepRecord) -> tuple[str, float]:
-        """Name and value of the objective's headline; the loss of a step that did not log it."""
+    def _headline_value(self, record: StepRecord) -> tuple[str, float]:
+        """Name and value of the objective's headline metric; the loss if the step did not log it."""
         name = self._headline if self._headline in record.metrics else "loss"
         return name, record.metrics.get(name, record.loss)
 
     def line(self, record: StepRecord) -> str:
         """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
 
-        The objective's headline instead of the loss, if it is another number.
-        On a terminal with a bar of the steps and a curve of the last losses. On a narrow one the curve and the bar go
-        first, then the rate, memory, speed and loss; step and time left stay.
+        Shows the objective's headline metric instead of the loss if it has one.
+        On a terminal also a bar of the steps and a curve of recent losses. A narrow terminal drops, in this order, the
+        curve, the bar, the learning rate, memory, speed and loss; the step and the time left stay.
         """
         left, draws = self.seconds_left(), self._is_live and can_encode(self._console.output, BARS + FULL + EMPTY)
         done = round(BAR_COLUMNS * min(record.step / max(self._total, 1), 1.0))
         budget = "" if self._budget_bytes is None else f" of {bytes_text(self._budget_bytes)}"
-        name, value = self._shown(record)
+        name, value = self._headline_value(record)
         parts = {
             "step": f"step {record.step}/{self._total}",
             "bar": FULL * done + EMPTY * (BAR_COLUMNS - done) if draws else "",
@@ -106,31 +107,31 @@ class StepProgress:
         return text
 
     def seconds_left(self) -> float | None:
-        """None before the first step, after the last, and in a run that has ended."""
+        """None before the first step, after the last one, and after the run has ended."""
         return None if self._last is None or self._stopped else seconds_left(self._pace, self._total - self._last.step)
 
 
 def seconds_left(seconds: Iterable[float], steps: int) -> float | None:
-    """How long so many more steps take at the pace of the last ones, by the seconds in their records; None if unknown.
+    """Time for `steps` more steps, from the recorded seconds of the last ones; None if unknown.
 
-    The clock of whoever watches says nothing about the run: it may show in a second what took the run an hour.
+    The records are used, not the watcher's clock: a watcher may read an hour of training within a second.
     """
     pace = list(seconds)[-RATE_STEPS:]
     return steps * sum(pace) / len(pace) if pace and steps > 0 else None
 
 
-class Counting:
-    """Reports how many of many are done: a live line on a terminal, else a plain line now and then."""
+class CountProgress:
+    """Reports that N of M items are done: a live line on a terminal, otherwise a plain line at intervals."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
         self._wait = LIVE_SECONDS if console.is_terminal else PLAIN_SECONDS
-        self._told, self._drawn = clock(), False
+        self._reported_at, self._drawn = clock(), False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """So many are done, such as ("rows measured", 120, 427). Where a part was reported, so is the whole."""
+        """Report progress, such as ("rows measured", 120, 427). If a part was reported, the end is reported too."""
         now, ends = self._clock(), self._drawn and done == total
-        if now - self._told < self._wait and not ends:
+        if now - self._reported_at < self._wait and not ends:
             return
-        self._told, self._drawn = now, done < total
+        self._reported_at, self._drawn = now, done < total
         self._console.draw(f"{what}: {done:,} of {total:,}")

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, no terminal, or unable to encode a text."""
+"""Standard streams that may be closed, redirected, or unable to encode a text."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ from typing import TextIO
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can move back in its line; a closed one is not."""
+    """Whether a stream is a terminal that can redraw its line; a closed one is not."""
     try:
         return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     except (OSError, ValueError):
@@ -14,7 +14,7 @@ def can_draw(stream: TextIO) -> bool:
 
 
 def can_encode(stream: TextIO, text: str) -> bool:
-    """Whether a stream's encoding has all letters of `text`."""
+    """Whether a stream can encode all characters of `text`."""
     try:
         text.encode(stream.encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
@@ -23,13 +23,13 @@ def can_encode(stream: TextIO, text: str) -> bool:
 
 
 def encodable(stream: TextIO, text: str) -> str:
-    """`text` with letters that the stream's encoding lacks spelled out."""
+    """`text` with characters that the stream cannot encode written as escapes."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def redirect_to_nothing(stream: TextIO) -> None:
-    """Point a dead stream's file descriptor at nothing, so that Python's last flush does not fail on it."""
+    """Redirect a dead stream's file descriptor to the null device, so that Python's last flush does not fail."""
     with contextlib.suppress(OSError, ValueError):
         number = os.open(os.devnull, os.O_WRONLY)
         os.dup2(number, stream.fileno())

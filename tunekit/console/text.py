@@ -1,4 +1,4 @@
-"""Text for a terminal: safe to show, and values and durations in words."""
+"""Makes text safe for a terminal, and formats values and durations."""
 
 import json
 import re
@@ -13,18 +13,18 @@ JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDER
 
 
 def visible(text: str) -> str:
-    """`text` with control characters spelled out, so that data can neither command the terminal nor change the order in
-    which it shows letters."""
+    """`text` with control characters written as escapes, so that data can neither command the terminal nor change the
+    order of its letters."""
     return text.translate(CONTROL)
 
 
 def json_line(value: object) -> str:
-    """A value as JSON without a character that commands a terminal or ends a line; other writing stays readable."""
+    """A value as JSON, without characters that command a terminal or end a line; other characters stay readable."""
     return json.dumps(value, ensure_ascii=False).translate(JSON_ESCAPES)
 
 
 def cell_text(value: object) -> str:
-    """A value in a table: whole numbers grouped by thousands, fractions to four digits."""
+    """A value in a table: integers with thousands separators, fractions with four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -35,32 +35,32 @@ def cell_text(value: object) -> str:
 
 
 class Flow:
-    """Text that comes in pieces, broken between words at `columns`; None: nowhere. A last word waits for its end."""
+    """Wraps text that arrives in pieces at `columns` (None: never). The last word is held back until it is complete."""
 
     def __init__(self, columns: int | None) -> None:
         self.columns, self.at, self.word = columns, 0, ""
 
     def add(self, text: str) -> str:
-        """What can be written now."""
+        """The text that can be written now."""
         if self.columns is None:
             return text
-        *whole, self.word = re.split(r"(?<=\s)", self.word + text)
-        return "".join(map(self._placed, whole))
+        *words, self.word = re.split(r"(?<=\s)", self.word + text)
+        return "".join(map(self._place_word, words))
 
     def end(self) -> str:
         """The last word."""
         word, self.word = self.word, ""
-        return self._placed(word)
+        return self._place_word(word)
 
-    def _placed(self, word: str) -> str:
-        """A word with the white space after it, on a new line where it does not fit into this one."""
+    def _place_word(self, word: str) -> str:
+        """A word with the white space after it, on a new line if it does not fit."""
         broken = self.columns is not None and self.at > 0 and self.at + len(word.rstrip()) > self.columns
         self.at = 0 if word.endswith("\n") else len(word) + (0 if broken else self.at)
         return f"\n{word}" if broken else word
 
 
 def curve_text(values: Sequence[float], columns: int) -> str:
-    """Values as bars, each the mean of its share of them."""
+    """Values as bars, each the mean of an equal share."""
     means = means_of(values, columns)
     low, span = min(means, default=0.0), (max(means, default=0.0) - min(means, default=0.0)) or 1.0
     return "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)
@@ -74,9 +74,9 @@ def means_of(values: Sequence[float], count: int) -> list[float]:
 
 
 def time_text(seconds: float) -> str:
-    """A duration as a person reads it: 75 -> "1m15s"."""
-    whole = max(round(seconds), 0)
-    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    """A duration for a person: 75 -> "1m15s"."""
+    total = max(round(seconds), 0)
+    hours, minutes, remainder = total // 3600, total % 3600 // 60, total % 60
     if hours:
         return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes}m{remainder:02d}s" if minutes else f"{remainder}s"

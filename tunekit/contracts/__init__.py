@@ -1,4 +1,4 @@
-"""The interfaces between folders: typing, numpy and torch only.
+"""The interfaces between folders; they import only typing, numpy and torch.
 
 Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """

@@ -1,4 +1,4 @@
-"""What a model gives and how it is called; a model cut into stages for layer-by-layer execution."""
+"""The interface of a model: its outputs, how it is called, and its stages for layer-by-layer execution."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tensors, 
 Modules = Mapping[str, torch.nn.Module]  # by name
 NamedModules = list[tuple[str, torch.nn.Module]]
 Sums = Tensors  # float64, of any shape; added up over batches and ranks
-ROW_LOSSES = "row losses"  # an entry of Sums that is concatenated instead: (rows,) the loss of each row
+ROW_LOSSES = "row losses"  # the only entry of Sums that is concatenated: (rows,) the loss of each row
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Loss:
 
     total: Tensor
     per_step: Tensor | None = None
-    metrics: Sums = field(default_factory=dict)  # sums over the units of what is logged, without gradient
+    metrics: Sums = field(default_factory=dict)  # sums of logged values over the units, without gradient
 
 
 class Head(Protocol):
@@ -34,22 +34,23 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward gives: hidden states with the head that reads them, or the logits of a head that reads rows."""
+    """The output of a forward: hidden states with the head that reads them, or the logits of a head that reads rows."""
 
     hidden: Tensor | None = None  # (B, T, D)
     head: Head | None = None
     head_parameters: Sequence[Tensor] = ()  # trained ones inside the head
-    chunk_tokens: int = 1  # positions that pass the head at a time
+    chunk_tokens: int = 1  # positions per call of the head
     logits: Tensor | None = None  # (B, C)
     companion_heads: Mapping[str, Head] = field(default_factory=dict)  # heads of the companions that have one, by key
 
 
-Read = Callable[[ModelOutput, Batch], Tensor]  # what is taken from a forward
+Read = Callable[[ModelOutput, Batch], Tensor]  # the values to keep from a forward
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen: the likeliest at temperature 0, else drawn. `top_k` 0: of all tokens."""
+    """How the tokens of an answer are chosen: the most likely one at temperature 0, otherwise sampled. `top_k` 0: no
+    limit."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -75,7 +76,7 @@ class Model(Protocol):
 
     base: Any  # model.load.LoadedModel
     companions: Mapping[str, Any]  # Companion, by key
-    reference_scores: dict[bytes, Tensor]  # of rows whose reference scores a loss keeps
+    reference_scores: dict[bytes, Tensor]  # cached by the loss, by row
 
     @property
     def device(self) -> torch.device: ...
@@ -87,9 +88,9 @@ class Model(Protocol):
     def output(self, inputs: Tensors) -> ModelOutput:
         """One forward."""
 
-    def scored(self, batches: Sequence[Batch], read: Read, *, reference: bool = False) -> list[Tensor]:
-        """What `read` takes from the forward of each batch, on the host, without gradient or dropout; `reference`:
-        from that of the policy at step 0. A streamed base copies its layers once for all batches."""
+    def score_batches(self, batches: Sequence[Batch], read: Read, *, reference: bool = False) -> list[Tensor]:
+        """The values that `read` takes from the forward of each batch, on the host, without gradient or dropout;
+        `reference`: from the policy at step 0. A streamed base copies its layers once for all batches."""
 
     def generate(
         self,
@@ -102,10 +103,10 @@ class Model(Protocol):
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The ids that follow each prompt, up to and with a stop id. `seeds`: one for each prompt."""
+        """The ids that follow each prompt, up to and including a stop id. `seeds`: one per prompt."""
 
-    def adapted(self, inputs: Tensors) -> Tensors:
-        """Inputs with what a whole-model adapter adds to them; in generation, of the first step."""
+    def adapt_inputs(self, inputs: Tensors) -> Tensors:
+        """Inputs with the additions of a whole-model adapter; in generation, for the first step."""
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block."""
@@ -115,10 +116,10 @@ class Model(Protocol):
 class Answering:
     """How a model of this objective answers.
 
-    `kind`: text, label, score or picture.  `write`: answers to prompts.  `score`: of each sequence of ids.
-    `draw`: pictures (H, W, 3) of prompts, each with its seed.  `report_pictures`: those that a report shows.
-    `generation`: the generation settings of a merged model; None removes one.  `normalize`: a text as metrics compare
-    it that do not count spellings.  `processor`: with the recipe's changes, as a merged model needs it.
+    `kind`: text, label, score or picture. `write`: answers to prompts. `score`: the score of each sequence of ids.
+    `draw`: images (H, W, 3) for prompts with seeds. `report_pictures`: images for a report. `generation`: the
+    generation settings of a merged model; None removes one. `normalize`: normalises a text for metrics that ignore
+    spelling. `processor`: with the recipe's changes, for a merged model.
     """
 
     kind: str
@@ -134,17 +135,19 @@ class Answering:
 
 @dataclass(eq=False)
 class SideInput:
-    """A tensor that layers read beside their hidden states, for one micro-batch: an encoder's output, or what an
-    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it."""
+    """A tensor besides the hidden states that layers read, for one micro-batch: an encoder's output, or the output of
+    an earlier layer (T5's position biases). The engine sets `value`, a leaf for the layers that read it."""
 
     value: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer is called with after its hidden states, for one micro-batch.
-    `arguments` and `keywords` hold a SideInput in place of each tensor that is one.  `side_outputs`: what the layer
-    gives after its hidden states, in order; None where no layer reads it."""
+    """The arguments of one layer after its hidden states, for one micro-batch.
+
+    `arguments` and `keywords` contain a SideInput in place of its tensor. `side_outputs`: the layer's outputs after
+    its hidden states, in order; None for one that no layer reads.
+    """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -152,17 +155,19 @@ class LayerCall:
 
     @property
     def side_inputs(self) -> list[SideInput]:
-        """What the layer reads of others, each once."""
+        """The side inputs that the layer reads, each once."""
         values = (*self.arguments, *self.keywords.values())
         return list({id(value): value for value in values if isinstance(value, SideInput)}.values())
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last one's includes the
-    stack's final norm.
-    `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
-    before, None for the first."""
+    """Consecutive layers, each `layer(hidden, call)` -> hidden (B, T, D); the last one includes the stack's final
+    norm.
+
+    `embed(inputs, source)` returns the first hidden state and each layer's call; `source` is the output of the
+    previous stack, None for the first one.
+    """
 
     embed: Callable[[Tensors, SideInput | None], tuple[Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]

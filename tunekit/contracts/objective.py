@@ -31,7 +31,7 @@ from tunekit.records import JsonObject
 
 
 class RunView(Protocol):
-    """What an objective and its companions see of a run: its model, its rows, its ranks."""
+    """The view of a run for an objective and its companions: its model, its rows, its ranks."""
 
     model: Model
     rows: RowKind
@@ -44,13 +44,13 @@ class RunView(Protocol):
 
     @property
     def is_simulated(self) -> bool:
-        """Whether the model is on the meta device, without values."""
+        """Whether the model is on the meta device."""
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """What `read` takes from the model's forward of each batch, on the host, without gradient or dropout."""
+        """The values that `read` takes from each batch's forward, on the host, without gradient or dropout."""
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The same of the policy at step 0."""
+        """The same for the policy at step 0."""
 
     def companion(self, key: str) -> Any:
         """The loaded companion with this key."""
@@ -59,21 +59,21 @@ class RunView(Protocol):
 class RowKind:
     """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
 
-    `draws`: whether `draw` changes rows; `notices`: what the user should know, with counts; `allowed_options`: names of
-    options, the values that mean something for these rows, and why others mean nothing.
+    `draws`: whether `draw` changes rows; `notices`: messages for the user, with counts; `allowed_options`: names of
+    options, their valid values for these rows, and why others are invalid.
     """
 
     example: str  # the kind of example that formats give
-    fingerprint: str  # sha256 of everything, besides `options`, that decides a row
+    fingerprint: str  # sha256 of everything besides `options` that affects a row
     options: EncodeOptions
     notices: Counter[str]
     labels: Labels  # only of rows with labels
-    packable: bool = False  # whether several rows may lie end to end in one sequence
+    packable: bool = False  # whether one sequence may contain several rows
     draws: bool = False
     reads_pairs: bool = False  # whether a question may be two texts
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
-    room: str = ""  # " with room for KEY": what a row's length counts besides its own tokens
+    room: str = ""  # " with room for KEY": what a row's length includes beyond its own tokens
 
     @property
     def layout(self) -> RowLayout:
@@ -81,7 +81,7 @@ class RowKind:
         raise NotImplementedError
 
     def problems(self) -> list[Problem]:
-        """Options that mean nothing for these rows."""
+        """Problems for options that are invalid for these rows."""
         return [
             Problem(why, f"write {allowed}", key=f"data.{name}")
             for name, allowed, why in self.allowed_options
@@ -97,11 +97,11 @@ class RowKind:
         raise NotImplementedError
 
     def labels_of(self, row: Row) -> list[str]:
-        """The labels of a row; only of rows with labels."""
+        """The labels of a row; only for kinds with labels."""
         return self.labels.listed_in(row.parts["label"].tobytes().decode())
 
     def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
-        """Rows of prompts whose labels are not known: they have the first one. Only of rows with labels."""
+        """Rows for prompts without labels: they get the first label. Only for kinds with labels."""
         raise NotImplementedError
 
     def make_row(self, parts: RowParts, origin: str, number: int = 0, sizes: tuple[int, ...] | None = None) -> Row:
@@ -117,7 +117,7 @@ class RowKind:
         return 1
 
     def prompt(self, example: Any) -> tuple[Any, str] | None:
-        """The prompt of an example (of text: ids up to where the answer begins), and its answer; None without one."""
+        """The prompt of an example (for text: ids up to the answer) and the text of its answer; None without prompt."""
         return None
 
     def question(self, text: str) -> Any:
@@ -128,13 +128,13 @@ class RowKind:
         """Ids of two texts of a user; only if `reads_pairs`."""
         raise NotImplementedError
 
-    def shown(self, prompt: Any) -> str:
-        """A prompt as a person reads it."""
+    def readable(self, prompt: Any) -> str:
+        """A prompt as readable text."""
         return str(prompt)
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Self:
         """The rows for a model that keeps the documents of one sequence apart, or for one that does not.
-        `shares_prefixes`: a document may begin with tokens of a different document, which are computed there."""
+        `shares_prefixes`: a document may share a prefix that is computed in another document."""
         return self
 
     def shared(self, row: Row) -> int:
@@ -151,12 +151,12 @@ class RowKind:
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch whose sequence b holds the rows sequences[b]; parts that `prepare` added go into the targets."""
+        """The batch whose sequence b contains the rows sequences[b]; parts that `prepare` added go into the targets."""
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row with what is drawn at random for it in a step (crops, masks). `key`: seed, step, row, and the how
-        many-th time the row is in the step."""
+        """The row with its random draws for a step (crops, masks). `key`: seed, step, row, and its earlier
+        appearances in the step."""
         return row
 
     def spans(self, row: Row) -> list[Span]:
@@ -164,7 +164,7 @@ class RowKind:
         raise NotImplementedError
 
     def evaluation_copy(self) -> Self:
-        """The rows as they are measured: no augmentation, no dropout of prompts."""
+        """The rows for evaluation: no augmentation, no dropout of prompts."""
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
@@ -172,34 +172,34 @@ class RowKind:
         raise NotImplementedError
 
     def counting(self) -> Self:
-        """A copy with notices of its own."""
+        """A copy with its own notices."""
         return self.with_options(self.options)
 
     def with_options(self, options: EncodeOptions) -> Self:
         """The same rows, encoded with different options."""
         return replace(self, options=options, notices=Counter())  # type: ignore[type-var]
 
-    def remade(self, batch: Batch, rows: Iterable[Row]) -> Batch:
-        """The batch with these rows in the places of its own."""
+    def with_rows(self, batch: Batch, rows: Iterable[Row]) -> Batch:
+        """The batch with these rows in place of its own."""
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
     def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
-        """The window whose rows have further parts, given for each batch: one value for each row."""
+        """The window whose rows have further parts, passed per batch with one value per row."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
                 row.with_parts({name: values[number] for name, values in named.items()})
                 for number, row in enumerate(batch.rows)
             )
-            batches.append(self.remade(batch, rows) if named else batch)
+            batches.append(self.with_rows(batch, rows) if named else batch)
         return replace(window, batches=tuple(batches))
 
 
 class LossKind:
-    """What is minimised and measured over batches of one row kind. Subclasses are in objectives/losses.
+    """The loss and metrics over batches of one row kind. Subclasses are in objectives/losses.
 
-    `metrics`: measured in every evaluation; `logged`: of each step, as its Loss sums them up;
+    `metrics`: measured in every evaluation; `logged`: logged in each step, as its Loss sums them;
     `reference`: whether the loss compares with the policy at step 0;
     `updates_per_sampling`: consecutive steps that reuse the same samples; a run resumes only where new ones are drawn.
     """
@@ -211,11 +211,11 @@ class LossKind:
 
     @property
     def measured_facts(self) -> Mapping[str, Any]:
-        """What an evaluation decided, or a trained adapter states: plain values that the adapter's folder keeps."""
+        """Plain values that an evaluation decided, or a trained adapter states; stored in the adapter's folder."""
         return {}
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with everything that depends on the step; without gradient. It has this rank's whole share."""
+        """The window of this rank with everything that depends on the step; without gradient."""
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
@@ -223,7 +223,7 @@ class LossKind:
         return self
 
     def evaluation_copy(self) -> LossKind:
-        """The loss of rows that are only measured."""
+        """The loss for rows that are only measured."""
         return self
 
     def units(self, batch: Batch) -> Tensor:
@@ -243,7 +243,7 @@ class LossKind:
         return None
 
 
-Facts = Mapping[str, Any]  # plain values of an objective that its adapter's folder keeps
+Facts = Mapping[str, Any]  # plain values of an objective that are saved in its adapter's folder
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,11 @@ class CompanionSpec:
 
 @dataclass(frozen=True)
 class CompanionFacts:
-    """What plan knows of a companion before anything is loaded.
+    """Facts about a companion that plan knows before anything is loaded.
 
-    `weight_bytes`: weights that are in memory during the whole run, if no simulation counts them.
+    `weight_bytes`: weights in memory during the whole run, if no simulation counts them.
     `any_token`: whether the model may read any token of its vocabulary, not only those of the rows.
-    `streaming_obstacle`: why the base cannot be streamed beside it.
+    `streaming_obstacle`: why the base cannot be streamed next to it.
     `usable`: False if no run can be simulated with it.
     """
 
@@ -272,7 +272,7 @@ class CompanionFacts:
     usable: bool = True
 
 
-CountingAs = Callable[[str], AbstractContextManager[None]]  # part of the memory ("logits") -> a block counted as it
+CountingAs = Callable[[str], AbstractContextManager[None]]  # memory part ("logits") -> a block counted as that part
 
 
 class Companion:
@@ -281,30 +281,30 @@ class Companion:
     companions/KIND.py makes it from a CompanionSpec. `rehearses`: whether `rehearse` simulates anything.
     """
 
-    head: Head | None = None  # of a companion whose output projection a loss reads
+    head: Head | None = None  # if the loss reads the companion's output projection
     rehearses: bool = False
 
     def __init__(self, spec: CompanionSpec) -> None:
         self.spec, self.key = spec, spec.key
 
     def facts(self, planned: Any) -> CompanionFacts:
-        """What plan states; `planned`: companions.base.Planned, everything that is known without a weight."""
+        """The companion's facts for the plan; `planned`: companions.base.PlanContext."""
         return CompanionFacts()
 
     def notes(self, planned: Any, step_tokens: int) -> Sequence[str]:
-        """Notes of the plan. `step_tokens`: of the largest step, padding included."""
+        """Notes of the plan. `step_tokens`: of the largest step, including padding."""
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the files that decide its results, by key of the recipe: a resume compares them before it loads."""
+        """sha256 of the files that affect its results, by key of the recipe: a resume compares them before loading."""
         return {}
 
     def load(self, device: torch.device) -> None:
-        """Bring it into memory."""
+        """Load the companion."""
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """Make what all steps need (class images, latents): before the first step, and again after a resume, which is
-        refused if the sha256 of the files it reads changed."""
+        """Prepare what all steps need (class images, latents), before the first step and again after a resume. The
+        resume is refused if the returned sha256 of its files changed."""
         return {}
 
     def simulated(self) -> Companion:
@@ -320,7 +320,7 @@ class Companion:
         return ()
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """In the simulated run: compute what needs most memory, for the largest batch."""
+        """In the simulated run: compute the part that needs most memory, for the largest batch."""
 
 
 def _unchanged(section: object, seed: int) -> object:
@@ -329,12 +329,12 @@ def _unchanged(section: object, seed: int) -> object:
 
 @dataclass(frozen=True)
 class Objective:
-    """Rows and a loss, with companions: objectives/NAME.py composes one.
+    """Rows and a loss, with companions; objectives/NAME.py composes one.
 
-    `section(model, seed)`: the recipe's model section as the base must be loaded (heads, trained parts).
-    `learn(rows)`: the objective with the labels and notes that only all rows together decide; None: it learns nothing.
-    `complete`: whether it knows all labels.  `counts_rows`: key of a setting for which it counts all training rows.
-    `facts`: plain values that its adapter's folder keeps.
+    `section(model, seed)`: the model section with which the base must be loaded (heads, trained parts).
+    `learning(rows)`: the objective with labels and notes that depend on all rows; None: there are none.
+    `complete`: whether it knows all labels. `counts_rows`: key of a setting that depends on the row count.
+    `facts`: plain values that are saved in its adapter's folder.
     """
 
     name: str
@@ -360,7 +360,7 @@ class Objective:
         return replace(self, rows=self.rows.evaluation_copy(), loss=self.loss.evaluation_copy())
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
-        """The objective whose rows are laid out so."""
+        """The objective with rows in this layout."""
         return replace(self, rows=self.rows.laid_out(end_to_end, shares_prefixes))
 
     def with_options(self, options: EncodeOptions) -> Objective:
@@ -368,24 +368,24 @@ class Objective:
         return replace(self, rows=self.rows.with_options(options))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window as the engine runs it: random draws of its rows, then what the loss adds."""
-        return self.loss.prepare(run, drawn_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
+        """The window that the engine runs: random draws of its rows, then the loss's additions."""
+        return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 
-def drawn_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
-    """The window with what `draw` draws at random for each of its rows in this step, as RowKind.draw."""
-    seen, batches = Counter[int](), []  # a row may be in a step more than once
+def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
+    """The window with the random draws of `draw` for each of its rows in this step, as in RowKind.draw."""
+    repeats, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []
         for row in batch.rows:
-            changed.append(draw(row, (window.seed, window.step, row.number, seen[row.number])))
-            seen[row.number] += 1
-        batches.append(rows.remade(batch, changed))
+            changed.append(draw(row, (window.seed, window.step, row.number, repeats[row.number])))
+            repeats[row.number] += 1
+        batches.append(rows.with_rows(batch, changed))
     return replace(window, batches=tuple(batches))
 
 
 class Engine(Protocol):
-    """Runs forward and backward of one window and leaves the summed gradient, divided by `units`, in place."""
+    """Runs forward and backward of one window and adds its gradient, divided by `units`, to the parameters' grad."""
 
     loss_scale: float
     losses: list[Tensor]  # the sum of each micro-batch of the last window
@@ -393,8 +393,8 @@ class Engine(Protocol):
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
-        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of logged values;
+        `micro_batches`: the step's number of micro-batches over all ranks, over which per-step terms are averaged."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Forward and backward of a batch, so many times, with a weight of zero: no gradient changes."""
+        """Forward and backward of a batch, `forwards` times, with a weight of zero: no gradient changes."""

@@ -1,4 +1,4 @@
-"""What data gives and losses read: tokenizer, processor, rows, batches, windows."""
+"""Types shared by data and losses: tokenizer, processor, rows, batches, windows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tunekit.records import JsonObject, Preparation
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 Tensors = dict[str, Tensor]  # by name
 Array = NDArray[Any]
-RowParts = Mapping[str, Array]  # what a row is made of, by name
+RowParts = Mapping[str, Array]  # the parts of a row, by name
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of all ranks
-Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # what is counted, number done, total
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -33,7 +33,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 @dataclass(frozen=True)
 class Pairing:
     """How a tokenizer joins two texts: the ids that it puts `before`, `between` and `after` them, and the `types` of
-    these five parts in order, one for each text; no types where the model is not told them."""
+    these five parts in order, one for each text; empty if the model takes no types."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -42,20 +42,20 @@ class Pairing:
 
 
 class Tokenizer(Protocol):
-    """A tokenizer as data and objectives see it. No method ever adds special tokens of its own accord."""
+    """A tokenizer as data and objectives use it. Methods never add special tokens by themselves."""
 
     bos_id: int | None
     eos_id: int | None
     pad_id: int  # any existing id: padding is always masked by length, never by id
-    adds_bos: bool  # whether the tokenizer by itself puts bos_id before a text; encode never does
+    adds_bos: bool  # whether the tokenizer by default puts bos_id before a text; encode never does
     special_ids: frozenset[int]  # control tokens
     vocabulary_size: int
     fingerprint: str  # sha256 of everything that changes ids or templates
     chat_template: str | None
-    answer_start_id: int | None  # with which the decoder of an encoder-decoder begins; None: one sequence holds all
+    answer_start_id: int | None  # the decoder of an encoder-decoder starts with it; None: a single sequence
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """Ids of `text`; with special_tokens_in_text=False, text that spells a special token is encoded as text."""
+        """Ids of `text`; with special_tokens_in_text=False, names of special tokens are encoded as plain text."""
 
     def encode_with_offsets(
         self, text: str, *, special_tokens_in_text: bool = True
@@ -63,10 +63,10 @@ class Tokenizer(Protocol):
         """Ids and their [start, end) character offsets in `text`."""
 
     def encode_source(self, text: str) -> list[int]:
-        """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+        """Ids of a complete text for an encoder, with the tokenizer's special tokens around it."""
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of a whole text for a decoder to learn, likewise."""
+        """The same for a decoder's answer."""
 
     @property
     def pairing(self) -> Pairing:
@@ -83,23 +83,22 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:
-        """Messages through the chat template (or `template`), as text. Raises DataError where the template refuses."""
+        """Messages through the chat template (or `template`), as text. Raises DataError if the template refuses."""
 
     def token_text(self, token_id: int) -> str:
-        """One token as a person reads it."""
+        """One token as readable text."""
 
 
 class Processor(Protocol):
-    """What turns an example into a row: a tokenizer, or what reads recordings or images, with a tokenizer beside it or
-    without one."""
+    """Turns an example into a row: a tokenizer, or a processor of recordings or images with or without a tokenizer."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides a row."""
+        """sha256 of everything that affects a row."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Of its texts; a tokenizer's own self."""
+        """The tokenizer of its texts; a tokenizer returns itself."""
 
     def save(self, folder: Path) -> None:
         """Write its files into a model folder."""
@@ -118,13 +117,14 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The parts of a row and their dtypes, which of them hold token ids, and how many sizes a row has.
+    """The parts of a row and their dtypes, which parts contain token ids, and how many sizes a row has.
 
     `paired`: every size is one line of the same tensor, so that each is padded to the widest.
     `token_sizes`: which of the sizes count tokens; None: all. The others count frames or pixels.
-    `minimum`: each size is padded at least to this.
-    `identity`: the parts beyond the ids that tell rows apart.
-    `batch_key`: rows can share a micro-batch only if this part is equal (images of one size, recordings of one length).
+    `minimum`: each size is padded to at least this.
+    `identity`: the parts besides the ids that identify a row.
+    `batch_key`: rows can share a micro-batch only if this part is equal (images of one size, recordings of one
+    length).
     """
 
     parts: Mapping[str, str]
@@ -151,13 +151,14 @@ class RowLayout:
         return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
 
     def key_of(self, row: Row) -> bytes:
-        """Equal for rows that may share a micro-batch."""
+        """The value of `batch_key`; rows that may share a micro-batch have an equal one."""
         return b"" if self.batch_key is None else row.parts[self.batch_key].tobytes()
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One encoded row. `sizes`: of each part that is padded by itself; `supervised`: how many units its loss sums."""
+    """One encoded row. `sizes`: of each separately padded part; `supervised`: the number of units that its loss
+    sums."""
 
     parts: RowParts
     sizes: tuple[int, ...]
@@ -176,7 +177,7 @@ class Row:
 
 
 class Rows(Protocol):
-    """Random access to encoded rows; small enough an interface for a memory map."""
+    """Random access to encoded rows; a memory map can implement it."""
 
     def __len__(self) -> int: ...
 
@@ -196,7 +197,7 @@ class Rows(Protocol):
 
 
 def default_labels(count: int) -> tuple[str, ...]:
-    """The names that transformers gives to the rows of a head whose labels nobody named."""
+    """transformers' default names for the rows of a head without named labels."""
     return tuple(f"LABEL_{number}" for number in range(count))
 
 
@@ -213,15 +214,15 @@ class Labels:
 
     @cached_property
     def places(self) -> dict[str, int]:
-        """The row of the head of each label: by its name, by the name as label_text writes it, and by the number of the
-        row where the rows have transformers' default names."""
+        """The head's row of each label: by its name, by the name in label_text's form, and, for transformers' default
+        names, by the row's number."""
         numbers = range(len(self.names))
         spellings = ((label_text(name), number) for number, name in enumerate(self.names))
         by_number = {str(number): number for number in numbers} if self.names == default_labels(len(self.names)) else {}
         return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
 
     def named(self, label: str) -> str:
-        """The name of a row's label in the head; the label itself where the head has none for it."""
+        """The name of a row's label in the head; the label itself if the head has none for it."""
         place = self.places.get(label)
         return label if place is None else self.names[place]
 
@@ -229,7 +230,7 @@ class Labels:
         """Raises: DataError for a label that is not listed."""
         if self.names and label not in self.places:
             what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
-            raise DataError(what, "mend it, or list it under objective.labels")
+            raise DataError(what, "correct it, or list it under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
         """(N,) the number of each label."""
@@ -272,7 +273,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a row as preview shows it: token ids and which of them are trained on, or an image, under a title."""
+    """A part of a row for preview: token ids and which of them are trained, or an image, under a title."""
 
     ids: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # (T,)
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # (T,)
@@ -283,12 +284,14 @@ class Span:
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch of whole rows: the network's inputs, the loss's targets, and the rows themselves.
-    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
+
+    `sequences[b]`: the packed rows of line b of the tensors; a single row if rows are padded separately.
+    """
 
     inputs: Tensors  # each (B, ...)
     targets: Tensors
     sequences: tuple[tuple[Row, ...], ...]
-    line_size: int | None = None  # size of one sequence with its padding, if it is not a number of ids
+    line_size: int | None = None  # padded size of one sequence, if it is not a number of ids
 
     @property
     def rows(self) -> list[Row]:
@@ -312,12 +315,12 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """Size of one sequence with its padding, all parts together."""
+        """Padded size of one sequence, all parts together."""
         return self.padded // len(self.sequences)
 
     @property
     def padded(self) -> int:
-        """Positions of all sequences with their padding."""
+        """Positions of all sequences, including padding."""
         if self.line_size is not None:
             return self.line_size * len(self.sequences)
         return sum(tensor.numel() for name, tensor in self.inputs.items() if name.endswith("input_ids"))
@@ -331,7 +334,7 @@ class Window:
     epoch: float  # epochs finished after this step
     indices: tuple[int, ...]
     batches: tuple[Batch, ...]
-    seed: int = 0  # for everything that is drawn at random in this step
+    seed: int = 0  # for all random draws of this step
     preparation: Preparation = field(default_factory=Preparation)
 
     @property

@@ -83,7 +83,7 @@ class RowSet:
             except TunekitError as error:
                 raise DataError(error.problems[0].what, file=file, line=line) from None
             if prompt is not None:
-                prompts.append(Prompt(*prompt, kind.shown(prompt[0])))
+                prompts.append(Prompt(*prompt, kind.readable(prompt[0])))
             if len(prompts) == count:
                 break
         return prompts

@@ -166,7 +166,7 @@ class MeasuringRun(ModelRun):
     def _in_halves(self, batch: Batch, read: Read, *, reference: bool) -> Tensor:
         """Shapes: -> (S P,), P rows of S sides."""
         try:
-            return self.model.scored([batch], read, reference=reference)[0]
+            return self.model.score_batches([batch], read, reference=reference)[0]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

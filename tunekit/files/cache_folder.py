@@ -1,7 +1,4 @@
-"""Where what can be made again is kept between runs: encoded rows, packed bases.
-
-Comes in: the environment.  Goes out: a folder, and the version of the code that fills it.
-"""
+"""The cache folder, which keeps results that can be recomputed: encoded rows, packed bases."""
 
 import contextlib
 import hashlib
@@ -15,7 +12,7 @@ from pathlib import Path
 
 from tunekit.files.durable import is_real_folder, remove_tree, unlink
 
-OURS = {  # folder of the cache -> the names that its entries have, also while they are written
+ENTRY_NAMES = {  # folder of the cache -> names of its entries, also while they are being written
     "tokens": re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-\w+"),
     "bases": re.compile(r"\.?[0-9a-f]{16}-[0-9a-f]{32}\.safetensors(\.part-\d+)?"),
     "models": re.compile(r"\.?tiny-llama-v\d+(-\w+)?"),
@@ -32,41 +29,43 @@ def default_cache_folder() -> Path:
 
 
 def cache_entries() -> list[Path]:
-    """What was kept: the files and folders under names that are given here. A folder that is a link is not looked
-    into, and nothing else that lies in the cache folder is ours."""
-    folders = [folder for name in OURS if is_real_folder(folder := default_cache_folder() / name)]
+    """The cached files and folders. Linked folders are not entered, and files with other names are left alone."""
+    folders = [folder for name in ENTRY_NAMES if is_real_folder(folder := default_cache_folder() / name)]
     return [
-        entry for folder in folders for entry in sorted(folder.iterdir()) if OURS[folder.name].fullmatch(entry.name)
+        entry
+        for folder in folders
+        for entry in sorted(folder.iterdir())
+        if ENTRY_NAMES[folder.name].fullmatch(entry.name)
     ]
 
 
 def clear_cache() -> None:
-    """Remove what was kept, and the folders that are empty then. Raises: RunFolderError where it cannot be."""
+    """Remove all cache entries, and the folders that become empty. Raises: RunFolderError if one cannot be removed."""
     for entry in cache_entries():
         (remove_tree if is_real_folder(entry) else unlink)(entry)
     folder = default_cache_folder()
-    for each in (*(folder / name for name in OURS), folder):
+    for path in (*(folder / name for name in ENTRY_NAMES), folder):
         with contextlib.suppress(OSError):  # a link, or not empty
-            each.rmdir()
+            path.rmdir()
 
 
 def hash_of(value: object) -> str:
-    """sha256 of plain values."""
+    """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def code_version(places: Sequence[str], packages: Sequence[str]) -> str:
-    """sha256 of every line of code in `places` (files or folders of this package) and of the versions of `packages`.
+    """sha256 of the code in `places` (files or folders of this package) and of the versions of `packages`.
 
-    Raises: FileNotFoundError for a place that does not exist, so that none is left out after it has moved.
+    Raises: FileNotFoundError for a place that does not exist, so that moved code cannot be missed.
     """
     digest = hashlib.sha256()
     for place in places:
-        found = [PACKAGE / place] if place.endswith(".py") else sorted((PACKAGE / place).rglob("*.py"))
-        if not found:
+        paths = [PACKAGE / place] if place.endswith(".py") else sorted((PACKAGE / place).rglob("*.py"))
+        if not paths:
             raise FileNotFoundError(f"no code in {place}")
-        for path in found:
+        for path in paths:
             digest.update(path.read_bytes())
     for package in packages:
         try:

@@ -1,7 +1,7 @@
-"""Every change tunekit makes to a run folder: after a kill or a power cut a file is there whole or not at all.
+"""Atomic, durable changes to run folders: after a kill or a power cut a file is either complete or absent.
 
-Comes in: paths and bytes.  Goes out: durable files; the operating system's refusals as errors a user can act on.  What
-touches a run folder passes through `perform`, so that a test can count these effects, make one fail, or die at one.
+All changes to a run folder pass through `perform`, so that tests can count them, make one fail, or end the process at
+one. The operating system's errors become errors that a user can act on.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from tunekit.records import bytes_text
 T = TypeVar("T")
 WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-IS_POSIX = hasattr(os, "O_DIRECTORY")  # else Windows: it opens no folder, and moves and removes nothing that is open
+IS_POSIX = hasattr(os, "O_DIRECTORY")  # else Windows: it cannot open a folder, and cannot move or remove an open file
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 BROKEN = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 
 def perform(kind: str, path: Path, action: Callable[[], T]) -> T:
-    """Do one thing to the disk. `kind`: create, write, fsync, rename, mkdir, unlink, rmdir, truncate."""
+    """Make one change to the disk. `kind`: create, write, fsync, rename, mkdir, unlink, rmdir, truncate."""
     return action()
 
 
 def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> TunekitError:
-    """The error a user meets for an operating system's refusal: exit code 4 for a resource, 2 for a wrong folder."""
+    """The user's error for an OSError: exit code 4 if a resource is missing, 2 for a wrong folder."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL:
         wanted = f"{bytes_text(size_bytes)} ({size_bytes} bytes) for " if size_bytes else ""
         return ResourceError(
             f"no room for {wanted}{path}: {reason}{_free_text(path)}",
-            "free some space or raise the limit; a run can then continue with --resume",
+            "free some space or raise the limit; then continue the run with --resume",
         )
     if error.errno in FORBIDDEN:
         return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")
@@ -52,7 +52,7 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
 
 
 def _free_text(path: Path) -> str:
-    """How much is free where `path` lies, if that can be asked."""
+    """The free space at `path`, in words, if the system reports it."""
     try:
         return f" ({bytes_text(free_bytes(path))} free there)"
     except OSError:
@@ -60,14 +60,14 @@ def _free_text(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes a user without privileges may still write where `path` lies (its nearest existing parent)."""
+    """Bytes that a user without privileges may still write at `path` (or its nearest existing parent)."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) -> T:
-    """`perform`, with an OSError turned into the error a user meets."""
+    """`perform`, with an OSError turned into the user's error."""
     try:
         return perform(kind, path, action)
     except OSError as error:
@@ -75,7 +75,8 @@ def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) 
 
 
 def open_file(path: Path, flags: int, *, follows_links: bool = False) -> int:
-    """The number of a file that is opened for bytes. Where the system cannot refuse a link (Windows), it is looked for.
+    """The descriptor of a file opened in binary mode. If the system cannot refuse links (Windows), the path is checked
+    first.
 
     Raises: OSError, also for a link unless `follows_links`.
     """
@@ -87,7 +88,7 @@ def open_file(path: Path, flags: int, *, follows_links: bool = False) -> int:
 
 
 class DurableFile:
-    """A new file, written piece by piece inside a `with` block that makes it durable. Knows its size and sha256."""
+    """A new file, written piece by piece in a `with` block and made durable at its end. Knows its size and sha256."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,11 +98,11 @@ class DurableFile:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of everything written."""
+        """Hex digest of everything written so far."""
         return self._hash.hexdigest()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write all of `data`, however many calls the system needs."""
+        """Write all of `data`, in as many system calls as needed."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")  # an empty one cannot be cast
         self._hash.update(view)
         done = 0
@@ -114,7 +115,7 @@ class DurableFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close, after a flush to the disk itself unless the block failed; errors of either are errors of the write."""
+        """Flush to the disk unless the block failed, and close; errors of either count as write errors."""
         try:
             if kind is None:
                 effect("fsync", self.path, lambda: os.fsync(self._file.fileno()), self.size_bytes)
@@ -123,7 +124,7 @@ class DurableFile:
 
 
 def sync(path: Path) -> None:
-    """Make durable the names in a folder (Windows: NTFS's own journal), or the present bytes of a file."""
+    """Make a folder's names durable (not needed on Windows: NTFS has a journal), or a file's present bytes."""
     if not IS_POSIX and path.is_dir():
         return
 
@@ -141,7 +142,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A new folder; its name is durable only after sync(parent)."""
+    """Make a new folder; its name is durable only after sync(parent)."""
     effect("mkdir", folder, lambda: os.mkdir(folder))
 
 
@@ -152,18 +153,18 @@ def rename(old: Path, new: Path) -> None:
 
 
 def unlink(path: Path) -> None:
-    """Remove one file or one symbolic link (never what it points to)."""
+    """Remove one file or one symbolic link (never its target)."""
     effect("unlink", path, lambda: os.unlink(path))
 
 
 def truncate(path: Path, size_bytes: int) -> None:
-    """Cut a file and make the cut durable."""
+    """Truncate a file and make that durable."""
     effect("truncate", path, lambda: os.truncate(path, size_bytes))
     sync(path)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder of ours with all it holds; symbolic links in it are removed, never followed."""
+    """Remove a folder of ours with its contents; symbolic links in it are removed, never followed."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
@@ -174,22 +175,22 @@ def remove_tree(folder: Path) -> None:
 
 
 def is_real_folder(path: Path) -> bool:
-    """A folder and not a symbolic link to one."""
+    """Whether the path is a folder and not a symbolic link to one."""
     return os.path.isdir(path) and not os.path.islink(path)
 
 
 def is_real_file(path: Path) -> bool:
-    """A regular file and not a symbolic link to one."""
+    """Whether the path is a regular file and not a symbolic link to one."""
     return os.path.isfile(path) and not os.path.islink(path)
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `path` is written before it is renamed into place: beside it, so never on another file system."""
+    """The temporary file for `path`: in the same folder, so that the rename stays within one file system."""
     return path.with_name(f".{path.name}.part-{os.getpid()}")
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename into place; what stood there goes only after the new folder stands."""
+    """Rename into place; an old folder there is removed only after the new one is in place."""
     old = temporary.with_name(temporary.name + ".old")
     if is_real_folder(folder):
         rename(folder, old)
@@ -200,10 +201,10 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[DurableFile]:
-    """A file written whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
+def atomic_file(path: Path) -> Iterator[DurableFile]:
+    """A file that is written completely or not at all: temporary file, fsync, rename, fsync of the folder."""
     temporary = temporary_name(path)
-    if is_real_file(temporary):  # of a killed process that had our id
+    if is_real_file(temporary):  # left by a killed process with the same id
         unlink(temporary)
     try:
         with DurableFile(temporary) as file:
@@ -216,10 +217,10 @@ def whole_file(path: Path) -> Iterator[DurableFile]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that can be made again: filled beside its place and renamed into it; one that is there already stays.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that can be recreated: filled under a temporary name and renamed. If it exists already, it stays.
 
-    Raises: OSError; nothing is left behind then.
+    Raises: OSError, after removing the temporary folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -234,16 +235,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """`whole_file` of these bytes."""
-    with whole_file(path) as file:
+    """`atomic_file` with these bytes."""
+    with atomic_file(path) as file:
         file.write(data)
 
 
 def json_result(name: str | None) -> Callable[[object], None]:
-    """What writes a verb's result, as JSON, to the file that is named, if one is; - is standard output. Asked for
-    before the work.
+    """A function that writes a verb's JSON result to the named file (- is standard output), or does nothing for None.
+    Call it before the work, so that an unwritable file is reported early.
 
-    Raises: RunFolderError where it could not be written.
+    Raises: RunFolderError if the file cannot be written.
     """
     if name is None:
         return lambda value: None
@@ -251,7 +252,7 @@ def json_result(name: str | None) -> Callable[[object], None]:
         return lambda value: print(json_bytes(value).decode("ascii"), end="")
     path = Path(name)
     if path.is_dir():
-        raise RunFolderError(f"{path} is a folder", "name a file")
+        raise RunFolderError(f"{path} is a folder", "name a file in it")
     if not path.parent.is_dir():
         raise RunFolderError(f"there is no folder {path.parent} for {path.name}", "make it, or name another file")
     temporary = temporary_name(path)
@@ -261,19 +262,19 @@ def json_result(name: str | None) -> Callable[[object], None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` in UTF-8; half a surrogate pair, which UTF-8 cannot hold, is spelled out."""
+    """`write_bytes` in UTF-8; an unpaired surrogate, which UTF-8 cannot encode, is escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_new_text(path: Path, text: str) -> bool:
-    """`write_text` where no file stands yet; whether the text stands there now."""
+    """`write_text` if the path does not exist; whether the file now contains the text."""
     if not os.path.lexists(path):
         write_text(path, text)
     return is_real_file(path) and path.read_bytes() == text.encode()
 
 
 def json_bytes(value: object) -> bytes:
-    """One JSON document: sorted keys, other letters escaped (also half a surrogate pair), never NaN or Infinity."""
+    """One JSON document: sorted keys, ASCII only (escapes, also for unpaired surrogates), never NaN or Infinity."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 

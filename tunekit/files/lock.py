@@ -1,7 +1,4 @@
-"""One process per folder: a file lock, which the system itself drops when the process dies, however it ends.
-
-Comes in: the folder.  Goes out: a held lock, or RunFolderError.
-"""
+"""A lock that allows one process per folder; the system drops it when the process ends, however it ends."""
 
 import contextlib
 import errno
@@ -18,18 +15,18 @@ LOCK_NAME = ".tunekit.lock"
 
 
 def is_held(folder: Path) -> bool:
-    """Whether the process that last locked the folder is still there; the lock itself is not touched."""
+    """Whether the process that last locked the folder is still running; does not touch the lock itself."""
     path = folder / LOCK_NAME
     try:
         return bool(psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime)
-    except PermissionError:  # Windows lets no other process read a file that is locked
+    except PermissionError:  # Windows lets no other process read a locked file
         return not IS_POSIX
     except (OSError, ValueError, psutil.Error):
         return False
 
 
 class FolderLock:
-    """Held from construction until `release` or the end of the process; a forked child does not hold it."""
+    """Held from construction until `release` or the end of the process; not inherited by forked children."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
@@ -42,27 +39,27 @@ class FolderLock:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 what = f"{folder} is on a file system without locks"
-                raise RunFolderError(what, "choose an output.dir on another one") from error
+                raise RunFolderError(what, "choose an output.dir on another file system") from error
             raise explain(error, "lock", self.path) from error
-        with contextlib.suppress(OSError):  # only for the message of another process
+        with contextlib.suppress(OSError):  # only used in another process's message
             self.path.write_text(f"{os.getpid()}\n")
 
     def _holder(self) -> str:
-        """ " (its id is 123)", if the lock file says so."""
+        """ " (its id is 123)", if the lock file contains an id."""
         with contextlib.suppress(OSError, ValueError):
             return f" (its id is {int(self.path.read_text())})"
         return ""
 
     def release(self) -> None:
-        """Let another process in; the file stays, since removing it could split the lock in two."""
+        """Release the lock; the file stays, since removing it could allow two locks."""
         if self._lock.is_locked:
             with contextlib.suppress(OSError):
                 self.path.write_text("")  # for `is_held`
         self._lock.release()
 
     def remove(self) -> None:
-        """Remove the file while it is still held, if the system can, then let go: after a failed start the folder is
-        left as it was."""
+        """Remove the file while the lock is held, if the system can, and then release: a failed start leaves the
+        folder unchanged."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         self._lock.release()

@@ -1,7 +1,6 @@
-"""Safetensors files: a strict reader of their header, and tensors read and written one at a time.
+"""Safetensors files: a strict reader of headers, and functions that read and write one tensor at a time.
 
-Comes in: paths that may be hostile, named tensors on any device.  Goes out: where each tensor lies, tensors, a durable
-file with its size and sha256.  Layout: 8 bytes header length, JSON header, then the tensors' bytes without a gap.
+Files may be hostile. Layout: 8 bytes header length, a JSON header, then the tensors' bytes without gaps.
 """
 
 import json
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunekit.files.durable import DurableFile
-from tunekit.files.untrusted import ADAPTER_FILE, FileKind, opened, parse_json, read_exactly, shown
+from tunekit.files.untrusted import ADAPTER_FILE, FileKind, open_regular, parse_json, printable, read_exactly
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,9 +36,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
-READ_BYTES = 2**30  # largest single read: the system takes no more than 2 GiB
-AGAIN = "fetch it again"
-WRONG_STARTS = {  # what a file that is not safetensors often begins with
+READ_BYTES = 2**30  # maximum size of one read: the system reads at most 2 GiB
+DAMAGED_HOW = "fetch it again"
+WRONG_STARTS = {  # how files that are not safetensors often begin
     b"version https://git-lfs": ("is a git-lfs pointer, not the file itself", "fetch it with git lfs pull"),
     b"<": ("is a web page, not the file itself", "download the file again"),
     b"PK\x03\x04": ("is a pickle archive under another name", "convert it to safetensors where its code cannot harm"),
@@ -49,7 +48,7 @@ WRONG_STARTS = {  # what a file that is not safetensors often begins with
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as a header describes it; `offset_bytes` counts from the start of the file named `file`."""
+    """One tensor as the header describes it; `offset_bytes` counts from the start of the file named `file`."""
 
     file: str
     dtype: torch.dtype
@@ -62,19 +61,19 @@ class TensorEntry:
 
 
 def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int, dict[str, Any]]:
-    """Where the data starts and ends, and the header as it stands, in strict JSON.
+    """The start and end of the data, and the header as strict JSON.
 
     Raises: the kind's error.
     """
     file = str(path)
-    with opened(path, kind) as (number, size_bytes):
+    with open_regular(path, kind) as (number, size_bytes):
         start = read_exactly(number, min(size_bytes, 32), path, kind)
         for wrong, (what, how) in WRONG_STARTS.items():
             if start.startswith(wrong) and not start[8:9] == b"{":
                 raise kind.error(what, how, file=file)
         length = int.from_bytes(start[:8], "little")
         if size_bytes < 8 or length > size_bytes - 8:
-            raise kind.error(f"is truncated, or no safetensors file ({size_bytes} bytes)", AGAIN, file=file)
+            raise kind.error(f"is truncated or not a safetensors file ({size_bytes} bytes)", DAMAGED_HOW, file=file)
         if length > kind.json_bytes:
             raise kind.error(f"has a header of {length} bytes; at most {kind.json_bytes} are read", file=file)
         os.lseek(number, 8, os.SEEK_SET)
@@ -82,7 +81,7 @@ def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int
 
 
 def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, TensorEntry]:
-    """Every tensor in the order of the file, without a byte of its data.
+    """The entries of all tensors in the order of the file, without reading their data.
 
     Checked: header length, strict JSON, types, shapes against byte ranges, ranges against each other and the file.
     Raises: the kind's error.
@@ -95,18 +94,18 @@ def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, T
     end = start
     for name, entry in ordered.items():
         if entry.offset_bytes != end:
-            raise kind.error(f"the bytes of '{shown(name)}' overlap others or leave a gap", AGAIN, file=file)
+            raise kind.error(f"the bytes of '{printable(name)}' overlap others or leave a gap", DAMAGED_HOW, file=file)
         end += entry.size_bytes
     if end != size_bytes:
         claimed, real = end - start, size_bytes - start
         what = f"is truncated or has extra bytes: {claimed} bytes of tensors, {real} in the file"
-        raise kind.error(what, AGAIN, file=file)
+        raise kind.error(what, DAMAGED_HOW, file=file)
     return ordered
 
 
 def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> TensorEntry:
-    """One tensor's entry, every number checked."""
-    fault = kind.error(f"the header's entry '{shown(name)}' is malformed", AGAIN, file=str(path))
+    """One tensor's entry, with every number checked."""
+    fault = kind.error(f"the header's entry '{printable(name)}' is malformed", DAMAGED_HOW, file=str(path))
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise fault
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -114,7 +113,7 @@ def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> 
     if not lists or not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
         raise fault
     if dtype not in DTYPES:
-        raise kind.error(f"'{shown(name)}' has the unknown type {shown(dtype)}", file=str(path))
+        raise kind.error(f"'{printable(name)}' has the unknown type {printable(dtype)}", file=str(path))
     entry = TensorEntry(path.name, DTYPES[dtype], tuple(shape), start + offsets[0])
     if entry.size_bytes != offsets[1] - offsets[0]:
         raise fault
@@ -122,22 +121,22 @@ def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> 
 
 
 def read_tensor(path: Path, entry: TensorEntry, kind: FileKind = ADAPTER_FILE) -> Tensor:
-    """One tensor, a copy of its own.
+    """One tensor in new memory.
 
-    Raises: the kind's error where the file has become shorter.
+    Raises: the kind's error if the file has become shorter.
     """
-    with opened(path, kind) as (number, _):
+    with open_regular(path, kind) as (number, _):
         return _read(number, entry, path, kind)
 
 
 def iterate_tensors(
     path: Path, header: Mapping[str, TensorEntry], kind: FileKind = ADAPTER_FILE
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a header that read_tensor_header gave, in the order of the file.
+    """All tensors of a header from read_tensor_header, in the order of the file.
 
-    Raises: the kind's error where the file has changed since.
+    Raises: the kind's error if the file has changed since.
     """
-    with opened(path, kind) as (number, size_bytes):
+    with open_regular(path, kind) as (number, size_bytes):
         if header and size_bytes != max(entry.offset_bytes + entry.size_bytes for entry in header.values()):
             raise kind.error("changed while it was being read", "try again", file=str(path))
         for name, entry in header.items():
@@ -151,9 +150,9 @@ def _read(number: int, entry: TensorEntry, path: Path, kind: FileKind) -> Tensor
 
 
 def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: FileKind) -> None:
-    """Read an open file from `offset` on into all of `target`, which is contiguous on the CPU.
+    """Read an open file from `offset` into all of `target`, which is contiguous on the CPU.
 
-    Raises: the kind's error where the file ends before.
+    Raises: the kind's error if the file is too short.
     """
     done, memory = 0, tensor_bytes(target)
     with open(number, "rb", buffering=0, closefd=False) as file:
@@ -161,12 +160,12 @@ def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: F
         while done < len(memory):
             count = file.readinto(memory[done : done + READ_BYTES])
             if not count:
-                raise kind.error("ends before its tensors do", AGAIN, file=str(path))
+                raise kind.error("ends before its tensors do", DAMAGED_HOW, file=str(path))
             done += count
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of one tensor in row order; its own memory where it is contiguous on the CPU."""
+    """The bytes of one tensor in row order; no copy if it is contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # (elements,)
     return flat.view(torch.uint8).numpy().data
 
@@ -176,12 +175,12 @@ def make_header(
     metadata: Mapping[str, str] | None = None,
     alignment_bytes: int = 8,
 ) -> bytes:
-    """Length and header of tensors that follow each other in this order; the data after it starts aligned."""
+    """Header length and header of tensors in this order; the data after it starts aligned."""
     header: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name, dtype, shape in entries:
         if dtype not in NAMES:
-            raise TypeError(f"{name}: {dtype} has no place in a safetensors file")
+            raise TypeError(f"{name}: safetensors files cannot hold {dtype}")
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -193,7 +192,7 @@ def make_header(
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Write a new durable file, the widest type first, so that each tensor lies aligned; its size and sha256."""
+    """Write a new durable file, the widest type first so that each tensor is aligned; returns its size and sha256."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     with DurableFile(path) as file:
         file.write(make_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered], metadata))

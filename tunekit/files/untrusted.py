@@ -1,7 +1,7 @@
-"""Reads files that may be hostile: regular files of sane size, strict JSON; and compiles patterns that may be.
+"""Reads files that may be hostile (regular files of valid size, strict JSON) and compiles patterns that may be
+hostile.
 
-Comes in: a path.  Goes out: bytes or a JSON object, or an error that names the file and the fault.  Nothing here
-allocates by what a file claims, only by what it is.
+Memory is allocated by a file's real size, never by numbers in it.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from tunekit.files.durable import open_file
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_NUMBER_CHARACTERS = 40
 MAX_PATTERN_CHARACTERS = 100_000
-MAX_GROUPS = 100  # inside each other
-MAX_COPIES = 1000  # of a part that counted repeats write out
-MAX_WRITTEN_OUT = 100_000  # parts of an expression with its counted repeats written out, as the matcher holds it
-MAX_OPEN_REPEATS, MAX_OPEN_DEPTH = 16, 2  # in a pattern, and inside each other
+MAX_GROUPS = 100  # nested
+MAX_COPIES = 1000  # of a part under counted repeats, after expansion
+MAX_WRITTEN_OUT = 100_000  # parts of an expression after expansion of its counted repeats, as the matcher stores it
+MAX_OPEN_REPEATS, MAX_OPEN_DEPTH = 16, 2  # in a pattern, and nested
 PATTERN_PIECE = re.compile(
     r"(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<group>\((?:\?(?:P<\w+>|<[=!]|[:=!]))?)|(?P<close>\))"
     r"|(?P<repeat>(?:[*+?]|\{(?:\d+(?:,\d*)?|,\d+)\})[?+]?)|(?P<between>\|)|(?P<one>\\.|.)",
@@ -42,7 +42,7 @@ Match = regex.Match[str]
 
 @dataclass(frozen=True)
 class FileKind:
-    """How files of one kind are read: the error for their faults, whether they may be links, their largest JSON."""
+    """How files of one kind are read: the error for faults, whether links are allowed, the maximum size of JSON."""
 
     error: type[InputError]
     follows_links: bool = False
@@ -50,14 +50,14 @@ class FileKind:
 
 
 ADAPTER_FILE = FileKind(AdapterError)
-MODEL_FILE = FileKind(ModelError, follows_links=True, json_bytes=100_000_000)  # the hub's cache is made of links
+MODEL_FILE = FileKind(ModelError, follows_links=True, json_bytes=100_000_000)  # the hub's cache consists of links
 RUN_FILE = FileKind(RunFolderError, json_bytes=100_000_000)
-RUN_RECORD = FileKind(RunFolderError, follows_links=True, json_bytes=100_000_000)  # which nothing is loaded from
+RUN_RECORD = FileKind(RunFolderError, follows_links=True, json_bytes=100_000_000)  # nothing is loaded from it
 
 
 @contextmanager
-def opened(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int]]:
-    """File number and size of a regular file; never waits for a pipe.
+def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int]]:
+    """Descriptor and size of a regular file; never waits for a pipe.
 
     Raises: the kind's error.
     """
@@ -81,11 +81,11 @@ def opened(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int
 
 
 def read_small(path: Path, kind: FileKind = ADAPTER_FILE) -> bytes:
-    """The whole file, if it is no larger than a configuration may be.
+    """The file's bytes, if it is not larger than a configuration may be.
 
     Raises: the kind's error.
     """
-    with opened(path, kind) as (number, size_bytes):
+    with open_regular(path, kind) as (number, size_bytes):
         if size_bytes > kind.json_bytes:
             raise kind.error(f"has {size_bytes} bytes; at most {kind.json_bytes} are read", file=str(path))
         return read_exactly(number, size_bytes, path, kind)
@@ -96,14 +96,14 @@ def sha256_of(path: Path, kind: FileKind = ADAPTER_FILE) -> str:
 
     Raises: the kind's error.
     """
-    with opened(path, kind) as (number, _), open(number, "rb", closefd=False) as file:
+    with open_regular(path, kind) as (number, _), open(number, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_exactly(number: int, size_bytes: int, path: Path, kind: FileKind) -> bytes:
     """The next bytes of an open file.
 
-    Raises: the kind's error where it ends before.
+    Raises: the kind's error if it ends too early.
     """
     pieces, left = [], size_bytes
     while left and (piece := os.read(number, left)):
@@ -115,7 +115,7 @@ def read_exactly(number: int, size_bytes: int, path: Path, kind: FileKind) -> by
 
 
 def parse_json(data: bytes, file: str, error: type[InputError] = AdapterError) -> dict[str, Any]:
-    """One JSON object: UTF-8, no duplicate keys, no NaN or infinity, no numbers of absurd length, no deep nesting.
+    """One JSON object in UTF-8: no duplicate keys, no NaN or infinity, no extremely long numbers, no deep nesting.
 
     Raises: `error`.
     """
@@ -130,19 +130,19 @@ def parse_json(data: bytes, file: str, error: type[InputError] = AdapterError) -
     except RecursionError as fault:
         raise error("is nested too deeply", file=file) from fault
     except ValueError as fault:  # also JSONDecodeError and UnicodeDecodeError
-        raise error(f"is not valid JSON: {shown(str(fault), 200)}", file=file) from fault
+        raise error(f"is not valid JSON: {printable(str(fault), 200)}", file=file) from fault
     if not isinstance(value, dict):
-        raise error("does not hold a JSON object", file=file)
+        raise error("does not contain a JSON object", file=file)
     return value
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook. Raises: ValueError for a key that stands twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """For json's object_pairs_hook. Raises: ValueError for a duplicate key."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key '{shown(next(key for key in keys if keys.count(key) > 1))}' stands twice")
-    return found
+        raise ValueError(f"the key '{printable(next(key for key in keys if keys.count(key) > 1))}' appears twice")
+    return unique
 
 
 def _whole(text: str) -> int:
@@ -154,22 +154,22 @@ def _whole(text: str) -> int:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"the number {shown(text)} is infinite")
+        raise ValueError(f"the number {printable(text)} is infinite")
     return number
 
 
 def refuse_constant(text: str) -> None:
-    """For json's parse_constant: NaN and the infinities. Raises: ValueError."""
+    """For json's parse_constant: refuses NaN and the infinities. Raises: ValueError."""
     raise ValueError(f"the literal {text} is not JSON")
 
 
-def same(left: object, right: object) -> bool:
+def same_value(left: object, right: object) -> bool:
     """Equal in type and value: 0 is not False."""
     return type(left) is type(right) and bool(left == right)
 
 
-def shown(value: object, characters: int = 80) -> str:
-    """A foreign value, short and printable."""
+def printable(value: object, characters: int = 80) -> str:
+    """A foreign value, shortened and printable."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
     return text if len(text) <= characters else text[: characters - 3] + "..."
@@ -177,22 +177,23 @@ def shown(value: object, characters: int = 80) -> str:
 
 @lru_cache(maxsize=1024)
 def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
-    """A regular expression of Python's syntax and meaning, put into `template`, for the matcher of the package `regex`.
+    """A regular expression with Python's syntax and meaning, inserted into `template`, compiled by the package
+    `regex`.
 
-    What explodes is refused by its structure alone: open repeats (*, + and {n,}) more than two deep or more than 16 in
-    all, counted repeats that write a part out more than 1000 times, groups more than 100 deep. So are back references,
-    flags, conditions and atomic groups, and what `regex` reads in another way: fuzzy counts such as {e<=1}, and POSIX
-    classes. The matcher remembers where a repeat has failed, so that hardly anything of what is left is slow; whoever
-    calls it gives it a timeout, which `regex` takes in seconds of the process's own processor time: how busy the
-    machine is changes nothing.
-    Raises: ValueError that says why a pattern is refused.
+    Patterns that could take exponential time are refused by their structure alone: open repeats (*, + and {n,}) nested
+    more than two deep or more than 16 in total, counted repeats that expand a part more than 1000 times, groups nested
+    more than 100 deep. Also refused are back references, flags, conditions, atomic groups, and syntax that only
+    `regex` knows: fuzzy counts such as {e<=1}, and POSIX classes. The matcher remembers where a repeat has failed, so
+    almost nothing that remains is slow. Callers also set a timeout, which `regex` counts in processor seconds of this
+    process, independent of the machine's load.
+    Raises: ValueError with the reason for a refusal.
     """
     if len(text) > MAX_PATTERN_CHARACTERS:
         raise ValueError(f"is longer than {MAX_PATTERN_CHARACTERS} characters")
     _refuse_costly(text)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # FutureWarning about nested sets; the meaning is today's
+            warnings.simplefilter("ignore")  # FutureWarning about nested sets; the present meaning is wanted
             re.compile(text)
         return regex.compile(template.format(text), regex.VERSION0, cache_pattern=False)
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
@@ -201,7 +202,7 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
 
 @dataclass
 class _Repeats:
-    """Of a part of a pattern: open repeats in all and inside each other, and copies that counted repeats make."""
+    """Counts for a part of a pattern: open repeats, their nesting, and copies made by counted repeats."""
 
     count: int = 0
     depth: int = 0
@@ -218,11 +219,11 @@ class _Repeats:
 
 
 def _refuse_costly(text: str) -> None:
-    """Refuse by structure.
+    """Refuse by structure alone.
 
-    Raises: ValueError. What is no expression at all is left to the compiler.
+    Raises: ValueError. A text that is not an expression at all is left to the compiler.
     """
-    parts = [[_Repeats()]]  # of each group that is open: its parts so far, the last of which a quantifier repeats
+    parts = [[_Repeats()]]  # for each open group: its parts so far; a quantifier repeats the last one
     for piece in PATTERN_PIECE.finditer(text):
         kind, token = piece.lastgroup, piece.group()
         if kind == "group":
@@ -248,9 +249,9 @@ def _refuse_costly(text: str) -> None:
 
 
 def compile_expression(text: str) -> regex.Pattern[str]:
-    """An expression of Python's syntax and meaning for texts that a model wrote, whose search takes a timeout.
+    """An expression with Python's syntax and meaning, for searching a model's output with a timeout.
 
-    Everything that `re` compiles is allowed, as the timeout ends what is slow; only its size is bounded.
+    Everything that `re` compiles is allowed, since the timeout ends slow searches; only the size is limited.
     Raises: ValueError.
     """
     try:
@@ -263,11 +264,11 @@ def compile_expression(text: str) -> regex.Pattern[str]:
 
 
 def _without_extensions(text: str) -> str:
-    """The same expression with a backslash before what `regex` alone reads: fuzzy counts and POSIX classes.
+    """The same expression with a backslash before syntax that only `regex` knows: fuzzy counts and POSIX classes.
 
-    Raises: ValueError if its counted repeats write out too much.
+    Raises: ValueError if its counted repeats expand to too many parts.
     """
-    pieces, sizes = list[str](), [[0]]  # of each open group the size of its parts
+    pieces, sizes = list[str](), [[0]]  # for each open group, the sizes of its parts
     for piece in PATTERN_PIECE.finditer(text):
         kind, token = piece.lastgroup, piece.group()
         if kind == "group":
@@ -287,5 +288,5 @@ def _without_extensions(text: str) -> str:
             )
         pieces.append(token)
     if sum(map(sum, sizes)) > MAX_WRITTEN_OUT:
-        raise ValueError(f"has more than {MAX_WRITTEN_OUT:,} parts with its counted repeats written out")
+        raise ValueError(f"has more than {MAX_WRITTEN_OUT:,} parts after expansion of its counted repeats")
     return "".join(pieces)

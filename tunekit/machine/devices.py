@@ -1,7 +1,5 @@
-"""The device layer: which device and rank this is, what its kind has, and sums over ranks, through accelerate.
-
-Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices, and the facts of a kind.
-"""
+"""The device layer, built on accelerate: this process's device and rank, properties of device kinds, and sums over
+ranks."""
 
 import os
 import socket
@@ -21,19 +19,19 @@ from tunekit.errors import Problem, RecipeError, TunekitError
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")
-ENDING_SECONDS = 5.0  # a connection closes before the process that had it has ended
-FAILED = "tunekit: the main rank has failed"  # a key that ranks share
+ENDING_SECONDS = 5.0  # connections of a process close before the process has ended
+FAILED = "tunekit: the main rank has failed"  # a key in the store that ranks share
 
-# What accelerate's launcher hands on that tunekit does not do: values that ask for nothing, and what to write instead.
+# Settings of accelerate's launcher that tunekit does not follow: the harmless values, and what to write instead.
 NOTHING = ("", "no", "none", "false", "0")
-SAVING = "write memory.streaming or model.quantization to save memory, and take it out of accelerate's configuration"
+SAVING = "write memory.streaming or model.quantization to save memory, and remove it from accelerate's configuration"
 REQUESTS = {
     "ACCELERATE_USE_FSDP": (NOTHING, SAVING),
     "ACCELERATE_USE_DEEPSPEED": (NOTHING, SAVING),
     "ACCELERATE_USE_MEGATRON_LM": (NOTHING, SAVING),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (NOTHING, "take it out of accelerate's configuration"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (NOTHING, "remove it from accelerate's configuration"),
     "ACCELERATE_MIXED_PRECISION": (NOTHING, "write model.dtype in the recipe, and mixed_precision: 'no' there"),
-    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "write training.compile in the recipe, and take it out there"),
+    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "write training.compile in the recipe, and remove it there"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         (*NOTHING, "1"), "write training.gradient_accumulation_steps in the recipe, and 1 there",
     ),
@@ -42,16 +40,17 @@ REQUESTS = {
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """What every device of a kind has, asked for whether there is one here or a run is only planned for it."""
+    """Properties of all devices of a kind, whether such a device is here or a run is only planned for it."""
 
-    own_memory: bool = True  # apart from the host's; streams of copies from pinned memory; its allocator keeps peaks
+    # separate from the host's; with copy streams from pinned memory, and an allocator that records peaks
+    own_memory: bool = True
     float64: bool = True
-    gates: bool = True  # torch's fused AdamW keeps a non-finite update off on the device itself
-    bitsandbytes: bool = True  # its kernels
+    gates: bool = True  # torch's fused AdamW can skip a non-finite update on the device itself
+    bitsandbytes: bool = True  # has bitsandbytes' kernels
     numbered: bool = True  # there may be several
 
 
-# ROCm's devices are of the kind cuda, as torch has them. A CPU computes when it is told, and gates nothing late.
+# ROCm devices are of the kind cuda, as in torch. A CPU computes synchronously, so it needs no late gate.
 KINDS = {
     "cpu": DeviceKind(own_memory=False, numbered=False),
     "cuda": DeviceKind(),
@@ -60,32 +59,35 @@ KINDS = {
 }
 NAMES = "cpu, cuda, cuda:N, xpu, xpu:N or mps"
 TPU = (
-    "a TPU is no device of tunekit: XLA compiles a whole step for its shapes, and a run has steps of many shapes, "
-    "layers that are copied beside the computation, and numbers that the host reads",
+    "tunekit does not support TPUs: XLA compiles a whole step for its shapes, and a run has steps of many shapes, "
+    "layers that are copied during the computation, and numbers that the host reads",
     f"choose {NAMES}",
 )
 
 
 def kind_of(device: torch.device) -> DeviceKind:
-    """What devices of this kind have; tensors without values (meta) count as a CPU's."""
+    """Properties of this kind of device; the meta device counts as a CPU."""
     return KINDS.get(device.type, KINDS["cpu"])
 
 
 def is_here(device: torch.device) -> bool:
-    """Whether this process has a device of this kind, or only plans for it."""
+    """Whether this process has a device of this kind; otherwise the run is only planned for it."""
     return device.type == "cpu" or bool(torch.get_device_module(device).is_available())
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of an NVIDIA GPU, its compute capability; one that is planned for and is not here has every kernel. Of any other
-    device (0, 0): ROCm counts otherwise, and has the kernels of CUDA that this is asked for in other forms."""
+    """The compute capability of an NVIDIA GPU. A GPU that is planned for but not here counts as having every kernel.
+
+    (0, 0) for other devices: ROCm numbers its devices differently and has other forms of the kernels that this is used
+    for.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (99, 0)
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether an accelerator has products in bfloat16; one that is planned for and is not here is taken to."""
+    """Whether an accelerator has bfloat16 products; assumed if it is planned for but not here."""
     if not is_here(device):
         return True
     if device.type == "mps":
@@ -94,31 +96,31 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
-    """In which sums over many rows are taken."""
+    """The dtype for sums over many rows."""
     return torch.float64 if kind_of(device).float64 else torch.float32
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """As sums over many rows are taken, where it is."""
+def for_sums(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype for sums over many rows, on its device."""
     return tensor.to(summing_dtype(tensor.device))
 
 
-def doubled(tensor: Tensor) -> Tensor:
-    """In float64, to be decomposed: on the host where the device has none."""
+def as_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64 for decompositions, on the host if the device has no float64."""
     return (tensor if kind_of(tensor.device).float64 else tensor.cpu()).double()
 
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """A block in which, where `wanted`, a GPU adds up in a fixed order: attention's backward pass does not of itself.
+    """A block in which, if `wanted`, a GPU sums in a fixed order; attention's backward pass does not by default.
 
-    Raises: RecipeError where torch has no such kernel for something that is computed.
+    Raises: RecipeError if torch has no deterministic kernel for an operation.
     """
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if wanted:
         torch.use_deterministic_algorithms(True)
-        settings.fill_uninitialized_memory = False  # a pass over memory, for what nobody reads
+        settings.fill_uninitialized_memory = False  # saves a pass over memory that nobody reads
     try:
         yield
     except RuntimeError as error:
@@ -132,7 +134,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 
 
 def forked_random(device: torch.device) -> AbstractContextManager[None]:
-    """A block after which the random states of the host and of the device are as before."""
+    """A block that restores the random states of the host and the device at its end."""
     places = [] if device.type in ("cpu", "meta") else [device.index or 0]
     return torch.random.fork_rng(places, device_type=device.type if places else "cpu")
 
@@ -143,18 +145,18 @@ class Devices:
     def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
 
-        # without `cpu`, ranks on a machine that has no accelerator stay strangers
+        # without `cpu`, ranks on a machine without an accelerator would not form a group
         self.state = PartialState(cpu=wanted is not None and wanted.type == "cpu")
         self.world: int = self.state.num_processes
-        found: torch.device = self.state.device if wanted is None or self.world > 1 else wanted
-        check_found(found, wanted)
-        # with an index, which torch's limits and streams ask for
-        self.device = found if found.type == "cpu" else torch.device(found.type, found.index or 0)
+        device: torch.device = self.state.device if wanted is None or self.world > 1 else wanted
+        check_device(device, wanted)
+        # with an index, since torch's limits and streams need one
+        self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
         if self.device.index:
             torch.accelerator.set_device_index(self.device.index)
         self.rank: int = self.state.process_index
         several = self.world > 1 and self.device.type != "cpu"
-        # numbers of the host are summed there: over the device's own backend they would wait for its computation
+        # numbers of the host are summed over gloo: the device's backend would wait for the device's computation
         self.host: Any = torch.distributed.new_group(backend="gloo") if several else None
         self.processes: list[tuple[int, str, int]] = self.gather([(self.rank, socket.gethostname(), os.getpid())])
 
@@ -164,7 +166,7 @@ class Devices:
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum of `value` over ranks, in its own dtype, where it is."""
+        """Sum of `value` over ranks, in its dtype and on its device."""
         if self.world > 1:
             torch.distributed.all_reduce(value, group=self.host if value.is_cpu else None)
         return value
@@ -176,7 +178,7 @@ class Devices:
                 torch.distributed.all_reduce(tensor)
 
     def any(self, flag: int) -> int:
-        """The largest of a small non-negative number over ranks: a signal or an error on one rank concerns all."""
+        """The maximum of a small non-negative number over ranks: a signal or an error on one rank concerns all."""
         if self.world == 1:
             return flag
         value = torch.tensor([flag], dtype=torch.int64)
@@ -184,19 +186,21 @@ class Devices:
         return int(value.item())
 
     def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-        """This rank's item of each round of `world` items, and whether it counts.
+        """This rank's item in each round of `world` items, and whether it counts.
 
-        If the last round has too few items, the other ranks take its first one again, which does not count: ranks that
-        share a base must make equally many forwards.
+        If the last round has too few items, the remaining ranks repeat its first one, which does not count there:
+        ranks that share a base must make the same number of forwards.
         """
         batches = iter(items)
         while some := list(islice(batches, self.world)):
             counts = self.rank < len(some)
             yield some[self.rank if counts else 0], counts
 
-    def missing(self, items: int, own: int) -> int:
-        """How many forwards this rank makes fewer than the first one, if ranks take turns at so many items."""
-        return -(-items // self.world) - own
+    def missing(self, items: int, local: int) -> int:
+        """How many fewer forwards this rank makes than the first one, if ranks take turns at `items` and this rank has
+        `local`.
+        """
+        return -(-items // self.world) - local
 
     def from_main(self, value: Value) -> Value:
         """The main rank's plain value (JSON-like), on every rank."""
@@ -215,7 +219,8 @@ class Devices:
         return [value for of_rank in holder for value in of_rank]
 
     def on_main(self, work: Callable[[], Value]) -> Value | None:
-        """Do `work` on the main rank alone; an error of it is raised on every rank. None on the others."""
+        """Do `work` on the main rank only, where its result is returned; the others return None. An error is raised on
+        all."""
         value, error = None, None
         if self.is_main:
             try:
@@ -228,12 +233,13 @@ class Devices:
         return value
 
     def main_first(self, work: Callable[[], Value]) -> Value:
-        """Do `work` on the main rank, then on the others: what it leaves in a cache is made once."""
+        """Do `work` on the main rank first, then on the others, so that cached results are made once."""
         value = self.on_main(work)
         return work() if value is None else value
 
     def fails_alone(self) -> bool:
-        """Whether this rank failed and the main rank, which prints for all, did not; waits a moment for it to fail."""
+        """Whether this rank failed but the main rank, which prints errors, did not; waits briefly for the main rank to
+        fail."""
         if self.world == 1:
             return False
         store = torch.distributed.distributed_c10d._get_default_store()
@@ -242,12 +248,12 @@ class Devices:
                 store.set(FAILED, "")
             else:
                 store.wait([FAILED], timedelta(seconds=ENDING_SECONDS))
-        except RuntimeError:  # it took too long, or the store ended with the rank that had it
+        except RuntimeError:  # a timeout, or the store ended with the rank that hosts it
             return not self.is_main
         return False
 
     def lost_ranks(self) -> list[int]:
-        """Ranks on this machine whose process has ended; waits a moment for one to end that is about to."""
+        """Ranks on this machine whose process has ended; waits briefly for a process that is about to end."""
         here, deadline = socket.gethostname(), time.monotonic() + ENDING_SECONDS
         while True:
             lost = [rank for rank, host, process in self.processes if host == here and has_ended(process)]
@@ -256,7 +262,7 @@ class Devices:
             time.sleep(0.05)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         self.state.wait_for_everyone()
 
     def close(self) -> None:
@@ -266,41 +272,41 @@ class Devices:
 
 
 def has_ended(process: int) -> bool:
-    """Whether no process of this id runs, if only its parent has not yet asked how it ended."""
+    """Whether no process with this id is running; a zombie counts as ended."""
     try:
         return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 
 
-def check_found(found: torch.device, wanted: torch.device | None) -> None:
-    """Raises: RecipeError for a device that tunekit does not know, and for ranks that got another than was wanted."""
-    if found.type == "xla":
+def check_device(device: torch.device, wanted: torch.device | None) -> None:
+    """Raises: RecipeError for an unknown kind of device, and for ranks that got another device than --device names."""
+    if device.type == "xla":
         raise RecipeError(*TPU)
-    if found.type not in KINDS:
-        raise RecipeError(f"tunekit does not know {found.type} devices", "choose --device cpu")
-    if wanted is not None and (found.type != wanted.type or (wanted.index or found.index) != found.index):
+    if device.type not in KINDS:
+        raise RecipeError(f"tunekit does not know {device.type} devices", "choose --device cpu")
+    if wanted is not None and (device.type != wanted.type or (wanted.index or device.index) != device.index):
         how = "leave --device out, or choose which ranks see with CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK"
-        raise RecipeError(f"--device {wanted} is not the device of this rank, {found}", how)
+        raise RecipeError(f"--device {wanted} is not the device of this rank, {device}", how)
 
 
 def check_requests() -> None:
-    """Raises: RecipeError where the environment asks for what tunekit does not do, and would be ignored."""
-    asked = [(name, os.environ.get(name, ""), *request) for name, request in REQUESTS.items()]
+    """Raises: RecipeError if the environment requests a feature that tunekit lacks and would otherwise ignore."""
+    requests = [(name, os.environ.get(name, ""), *request) for name, request in REQUESTS.items()]
     wrong = [
-        (f"the environment has {name}={value}, which tunekit does not follow", how)
-        for name, value, nothing, how in asked
-        if value.strip().lower() not in nothing
+        (f"the environment variable {name}={value} requests a feature that tunekit does not support", how)
+        for name, value, harmless, how in requests
+        if value.strip().lower() not in harmless
     ]
     if wrong:
-        raise RecipeError.of([Problem(*each) for each in wrong])
+        raise RecipeError.of([Problem(*what_and_how) for what_and_how in wrong])
 
 
 def make_devices() -> Devices:
-    """The devices of this process: what --device names, else the accelerator of this machine, else the CPU.
+    """The devices of this process: --device if it was passed, else the machine's accelerator, else the CPU.
 
-    The option comes in TUNEKIT_DEVICE.
-    Raises: RecipeError where it names no device, or one that torch does not see, or check_requests finds something.
+    The option is passed on in TUNEKIT_DEVICE.
+    Raises: RecipeError if the name is no device or torch does not see it, or if check_requests finds a problem.
     """
     check_requests()
     name = os.environ.get("TUNEKIT_DEVICE", "")

@@ -1,7 +1,4 @@
-"""What the run ran on: versions, machine, threads; nothing that says who runs it.
-
-Comes in: nothing.  Goes out: environment.json's value.
-"""
+"""The environment of a run for environment.json: versions, machine, threads; nothing that identifies the user."""
 
 import platform
 from collections.abc import Mapping
@@ -29,7 +26,7 @@ LIBRARIES = (
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of tunekit and of what it stands on, read without importing any of it; absent ones are left out."""
+    """Versions of tunekit and its dependencies, read without importing them; missing packages are left out."""
     versions = {"tunekit": tunekit.__version__}
     for name in LIBRARIES:
         try:
@@ -41,7 +38,8 @@ def library_versions() -> dict[str, str]:
 
 @cache
 def cpu_facts() -> dict[str, str]:
-    """What the kernel says of the first processor, such as `model name` and `flags`; nothing where it is not Linux."""
+    """The kernel's facts about the first processor, such as `model name` and `flags`; empty on systems other than
+    Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -51,23 +49,23 @@ def cpu_facts() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The CPU's own name, or its architecture where the system does not tell."""
+    """The CPU's model name, or its architecture if the system does not report a name."""
     return cpu_facts().get("model name") or platform.processor() or platform.machine()
 
 
 def accelerator_names() -> list[str]:
-    """Names of the accelerators that this process sees; Apple's has none of its own."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    """Names of the accelerators that this process sees; for Apple's, which has no name, its kind."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return []
-    module = torch.get_device_module(found)
+    module = torch.get_device_module(accelerator)
     if not hasattr(module, "get_device_name"):
-        return [found.type]
+        return [accelerator.type]
     return [module.get_device_name(index) for index in range(module.device_count())]
 
 
 def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """environment.json: versions, platform, processors, threads and the settings that results depend on."""
+    """environment.json: versions, platform, processors, threads, and the settings that affect results."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

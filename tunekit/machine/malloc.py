@@ -10,19 +10,22 @@ import ctypes
 import platform
 from functools import cache
 
-MMAP_THRESHOLD_BYTES = 32 * 2**20  # the largest that malloc allows; blocks from here on are mapped and given back
-TRIM_THRESHOLD_BYTES = 2**31 - 1  # the heap's top stays, instead of being given back and touched anew in every step
+MMAP_THRESHOLD_BYTES = 32 * 2**20  # malloc's maximum; larger blocks are mapped, and unmapped when freed
+TRIM_THRESHOLD_BYTES = 2**31 - 1  # keep the heap's top instead of releasing it and touching it anew in every step
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-STOCK = [(size, 2000) for size in range(32, 129, 16)] + [(16_000, 400)]  # (bytes of a chunk, how many): 7 MB
+STOCK = [(size, 2000) for size in range(32, 129, 16)] + [(16_000, 400)]  # (bytes of a chunk, number of chunks): 7 MB
 HEADER_BYTES = 8
-# A CPU product of a new shape leaves its compiled kernel behind, in oneDNN and in torch: without a limit, rows of many
-# lengths cost 80 MB a step (measured on a model of 135M parameters). cli.py sets it for every run.
-KEPT_KERNELS = 64
+# A CPU product of a new shape leaves a compiled kernel in the caches of oneDNN and torch. Without a limit, rows of
+# many lengths cost 80 MB per step (measured on a model with 135M parameters). cli.py sets this limit for every run.
+CACHED_KERNELS = 64
 
 
 def trim_heap() -> None:
-    """Give the free pages of this process's heap back to the system: those of small dense weights that were just
-    packed, and of whatever else loading freed.    Source: malloc_trim(3)."""
+    """Return free heap pages to the system: those of dense weights that were just packed, and others that loading
+    freed.
+
+    Source: malloc_trim(3).
+    """
     library = _library()
     if library is not None:
         library.malloc_trim(0)
@@ -30,7 +33,7 @@ def trim_heap() -> None:
 
 @cache
 def settle_heap() -> None:
-    """Fix the thresholds, which else follow the blocks that are freed, and lay in the stock; once for a process."""
+    """Fix malloc's thresholds, which otherwise adapt to freed blocks, and allocate the stock; once per process."""
     library = _library()
     if library is None:
         return
@@ -43,7 +46,7 @@ def settle_heap() -> None:
     for size, count in STOCK:
         for _ in range(count):
             stock.append(take(size - HEADER_BYTES))
-            take(1)  # stays, so that no two chunks of the stock are joined
+            take(1)  # never freed, so that no two chunks of the stock are merged
     for chunk in stock:
         free(chunk)
 

@@ -1,7 +1,4 @@
-"""How much memory a device has left for this process, and how much the process has.
-
-Comes in: a device.  Goes out: bytes, or None where the system does not tell.
-"""
+"""Available, total and peak memory of devices and of this process; None if the system does not report a number."""
 
 import contextlib
 import os
@@ -27,13 +24,16 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a GPU; of the host what can be had without swapping, inside this process's control group. Of
-    memory that both have, what either may still take."""
+    """Free bytes of a GPU; for the host, the bytes available without swapping and within this process's control group.
+
+    For memory that a device shares with the host: the smaller limit.
+    """
     if kind_of(device).own_memory:
         module = torch.get_device_module(device)
         try:
             return int(module.mem_get_info(device)[0])
-        except RuntimeError:  # some Intel Arc do not tell what is free: then all that this process has not taken
+        # some Intel Arc GPUs do not report free memory
+        except RuntimeError:
             return int(module.get_device_properties(device).total_memory - module.memory_reserved(device))
     limits = [int(psutil.virtual_memory().available), _group_available()]
     if device.type == "mps" and is_here(device):
@@ -42,7 +42,8 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _group_available(root: Path = CGROUP) -> int | None:
-    """What the control group's limit leaves; its file cache can be given back and does not count as used."""
+    """Bytes left under the control group's limit. The group's file cache can be reclaimed, so it does not count as
+    used."""
     try:
         limit = (root / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":
@@ -55,22 +56,23 @@ def _group_available(root: Path = CGROUP) -> int | None:
 
 
 def total_bytes(device: torch.device) -> int | None:
-    """All memory of a GPU, the same for every run on it; None for the host, and what shares its memory."""
+    """All memory of a GPU; None for the host and for devices that share its memory."""
     if not kind_of(device).own_memory:
         return None
     return int(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 
 def limit_bytes(device: torch.device, budget: int) -> None:
-    """Let a GPU's allocator fail at the budget rather than go beyond it; the host has no such limit."""
+    """Make a GPU's allocator fail at the budget instead of exceeding it; the host has no such limit."""
     total, module = total_bytes(device), torch.get_device_module(device)
-    if total is not None and hasattr(module, "set_per_process_memory_fraction"):  # torch.xpu has it from 2.10 on
+    if total is not None and hasattr(module, "set_per_process_memory_fraction"):  # torch.xpu has it since 2.10
         module.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
 @dataclass(frozen=True)
 class DevicePeaks:
-    """The most bytes that a device's allocator had asked for, rounded, and taken from the driver; None: not told."""
+    """A device allocator's peaks: bytes requested, allocated (rounded) and reserved from the driver; None: not
+    reported."""
 
     requested: int | None = None
     allocated: int | None = None
@@ -78,7 +80,7 @@ class DevicePeaks:
 
 
 def device_peaks(device: torch.device) -> DevicePeaks:
-    """Since the last reset. Metal's driver keeps no peak, but what it once took: that is `reserved`."""
+    """Peaks since the last reset. Metal records no peak, only the bytes reserved from the driver."""
     if kind_of(device).own_memory:
         known = torch.get_device_module(device).memory_stats(device)
         names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
@@ -87,27 +89,27 @@ def device_peaks(device: torch.device) -> DevicePeaks:
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Begin new peaks at what is allocated now."""
+    """Restart the peaks at what is allocated now."""
     if kind_of(device).own_memory:
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def release_cached() -> None:
-    """Give the driver back what the accelerator's allocator keeps and nothing uses."""
+    """Return the memory that the accelerator's allocator caches without use to the driver."""
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
 
 def resident_bytes() -> int:
-    """What of this process is in memory now."""
+    """Resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_host_bytes(status: Path = STATUS) -> int:
-    """The most memory this process ever had: VmHWM on Linux, elsewhere the peak from getrusage, or psutil's on Windows.
+    """Peak memory of this process: VmHWM on Linux, elsewhere getrusage's peak, or psutil's on Windows.
 
-    VmHWM comes first because ru_maxrss is inherited over exec: a small program started by a large one would report the
-    large one's peak as its own.
+    VmHWM is preferred because ru_maxrss is inherited over exec: a small program started by a large one would report
+    the large one's peak.
     """
     with contextlib.suppress(OSError, ValueError):
         return status_bytes("VmHWM", status)
@@ -119,14 +121,14 @@ def peak_host_bytes(status: Path = STATUS) -> int:
 
 
 def status_bytes(name: str, status: Path = STATUS) -> int:
-    """A number of this process that only the Linux kernel's status file has: VmHWM, RssAnon, RssFile.
+    """A number of this process from the Linux kernel's status file: VmHWM, RssAnon, RssFile.
 
-    Raises: OSError or ValueError where it has not.
+    Raises: OSError or ValueError if it is missing.
     """
     for line in status.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * KIB
-    raise ValueError(f"{status} does not say {name}")
+    raise ValueError(f"{status} does not contain {name}")
 
 
 def machine_memory_bytes() -> int:
@@ -136,10 +138,10 @@ def machine_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def address_space_limit(extra_bytes: int) -> Iterator[None]:
-    """A block in which no allocation goes beyond what the process has now and `extra_bytes` more. Only on Linux: other
-    systems have no such limit, or do not keep it.
+    """A block in which the process's address space can grow by at most `extra_bytes`. Linux only: other systems have
+    no such limit or do not enforce it.
 
-    None outside the main thread: the limit is the whole process's, and the others may be making answers meanwhile.
+    No limit is set outside the main thread: it applies to the whole process, and other threads may be generating.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -159,7 +161,7 @@ def address_space_limit(extra_bytes: int) -> Iterator[None]:
 
 
 def _address_space_bytes() -> int:
-    """Read without Python's streams or psutil: it is asked for every row, twice. Raises: OSError."""
+    """The address space in bytes. Called twice per row, so it avoids Python's streams and psutil. Raises: OSError."""
     file = os.open("/proc/self/statm", os.O_RDONLY)
     try:
         return int(os.read(file, 64).split()[0]) * resource.getpagesize()

@@ -1,8 +1,5 @@
-"""Stop signals: the first asks the run to save and stop, or ends what has nothing to save; the second ends it at once.
-And the alarm that ends foreign code which takes too long.
-
-Comes in: SIGINT, SIGTERM, SIGHUP or SIGBREAK.  Goes out: `requested`, which every loop looks at.
-"""
+"""Stop signals and a time limit. The first signal asks a run to save and stop, or ends work that has nothing to save;
+the second ends the process at once. The time limit ends foreign code that runs too long."""
 
 from __future__ import annotations
 
@@ -16,26 +13,25 @@ from typing import Any
 
 from tunekit.errors import Stopped
 
-AGAIN_SECONDS = 1.0  # between the alarms for a block that caught one
-STOP_SIGNALS = tuple(  # SIGHUP is of POSIX, SIGBREAK (Ctrl-Break, a closed window) of Windows
+AGAIN_SECONDS = 1.0  # between repeated alarms for a block that caught one
+STOP_SIGNALS = tuple(  # SIGHUP exists on POSIX, SIGBREAK (Ctrl-Break, a closed window) on Windows
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 )
 
 
 class _StopNow(KeyboardInterrupt):
-    """Raised wherever the process is; no KeyboardInterrupt is caught by what catches every Exception."""
+    """Raised at any point of the program; a KeyboardInterrupt, so that `except Exception` does not catch it."""
 
 
 class TimeUp(BaseException):
-    """A block took longer than it may; no Exception, so that foreign code which catches those does not catch it."""
+    """A block exceeded its time limit; not an Exception, so that foreign code which catches those does not catch it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """A block that is ended after so long; it takes its time outside the main thread, and where there is no alarm.
+    """A block that is interrupted after `seconds`; no limit outside the main thread or on systems without an alarm.
 
-    A bare `except:` in it catches the alarm: it rings again, for every part of the block that goes on, and what such a
-    block returns does not count.
+    If the block catches the alarm with a bare `except:`, the alarm repeats, and the block's result does not count.
     Raises: TimeUp.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
@@ -63,9 +59,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class StopSignals:
-    """While entered, the stop signals set `requested` to their number; a second one exits with 128 + its number.
+    """While entered, a stop signal sets `requested` to its number; a second one exits with 128 + its number.
 
-    Outside the main thread nothing is installed, and `requested` stays None. A hang-up that was ignored before (nohup)
+    Outside the main thread nothing is installed, and `requested` stays None. If SIGHUP was ignored before (nohup), it
     stays ignored.
     """
 
@@ -99,21 +95,24 @@ class StopSignals:
             if self._at_once and not self._critical:
                 raise _StopNow
             if not self._at_once:
-                self._tell(f"\n{signal.Signals(number).name}: saving and stopping; once more ends at once\n")
+                name = signal.Signals(number).name
+                self._announce_stop(f"\n{name}: saving and stopping; send it again to end at once\n")
         elif self._critical:
             self._exit_code = 128 + number
         else:
             os._exit(128 + number)
 
-    def _tell(self, text: str) -> None:
-        """Straight to the file descriptor: Python's streams may not be entered twice from a signal."""
+    def _announce_stop(self, text: str) -> None:
+        """Write directly to the file descriptor: a signal handler must not re-enter Python's streams."""
         if self._announce:
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
 
     @contextlib.contextmanager
-    def at_once(self, what: str) -> Iterator[None]:
-        """Inside, where nothing is there to save yet, the first signal ends the block. Raises: Stopped."""
+    def at_once(self, when: str) -> Iterator[None]:
+        """In this block, which has nothing to save yet, the first signal ends the block. Raises: Stopped, with
+        `when`.
+        """
         self._at_once = self.requested is None
         with contextlib.suppress(_StopNow):
             try:
@@ -121,11 +120,11 @@ class StopSignals:
             finally:
                 self._at_once = False
         if self.requested is not None:
-            raise Stopped(f"stopped by {signal.Signals(self.requested).name} {what}", self.requested)
+            raise Stopped(f"stopped by {signal.Signals(self.requested).name} {when}", self.requested)
 
     @contextlib.contextmanager
     def critical(self) -> Iterator[None]:
-        """Inside, no signal ends the process; one that would have does so at the end of the block."""
+        """In this block no signal ends the process; a second signal ends it after the block."""
         self._critical += 1
         try:
             yield

@@ -1,10 +1,7 @@
-"""A layer's frozen tensors as one contiguous blob, which waits on the host until the layer is computed.
+"""A layer's frozen tensors as one contiguous blob, which stays on the host until the layer is computed.
 
-Comes in: the tensors of each decoder layer, on the host, perhaps mapped from a file.  Goes out: LayerBlob, which fills
-a slot.
-
-Every tensor begins at a multiple of 64 bytes, as torch's own allocations do: some kernels take another path for other
-addresses, and their sums differ in the last bit.
+Every tensor starts at a multiple of 64 bytes, as in torch's own allocations: some kernels take another path for other
+addresses, and their sums then differ in the last bit.
 """
 
 import ctypes
@@ -16,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT_BYTES = 64
-UNSET_BYTE = 0xFF  # of what is not mapped in: NaN in every floating dtype
+UNSET_BYTE = 0xFF  # written to layers that are not on the device: NaN in every floating dtype
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor of a layer: the object that modules hold, and where it lies in the blob."""
+    """One tensor of a layer: the tensor object of its module, and its position in the blob."""
 
     tensor: Tensor
     start: int  # in bytes
@@ -32,9 +29,10 @@ class TensorPlace:
 
 
 class LayerBlob:
-    """The frozen tensors of one layer. `source` is where their values wait: one tensor each, in the order of `pieces`.
+    """The frozen tensors of one layer. `source` contains their values on the host: one tensor each, in the order of
+    `pieces`.
 
-    The modules keep their tensor objects; what changes is the memory behind them.
+    The modules keep their tensor objects; only the memory behind these objects changes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -42,14 +40,15 @@ class LayerBlob:
         self.size_bytes = 0
         for tensor in tensors:
             self.pieces.append(TensorPlace(tensor, self.size_bytes))
-            self.size_bytes = aligned(self.size_bytes + tensor.nbytes)
+            self.size_bytes = align(self.size_bytes + tensor.nbytes)
         self.source: list[Tensor] = [tensor.data for tensor in tensors]
         self.gathered = False  # whether the source is one blob
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
-        """Copy the values into one blob (bytes,) uint8, which is the source from now on: one copy moves a whole layer.
+        """Copy the values into one blob (bytes,) uint8, which is the source from now on. One copy then moves a whole
+        layer.
 
-        `mapped`: addresses of values whose pages are then given back, since they are those of a file.
+        `mapped`: addresses of values in mapped files; their pages are released after the copy.
         """
         for piece, values in zip(self.pieces, self.source, strict=True):
             piece.view(blob).copy_(values)
@@ -58,43 +57,45 @@ class LayerBlob:
         self.source, self.gathered = [blob], True
 
     def copies(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What to copy where, so that `slot` (bytes,) holds the layer: pairs of target and source."""
+        """The (target, source) pairs to copy, so that `slot` (bytes,) contains the layer."""
         if self.gathered:
             return [(slot[: self.size_bytes], self.source[0])]
         return [(piece.view(slot), values) for piece, values in zip(self.pieces, self.source, strict=True)]
 
     def bind(self, slot: Tensor) -> None:
-        """Let the layer's modules read from the slot."""
+        """Point the layer's modules to the slot."""
         for piece in self.pieces:
             piece.tensor.data = piece.view(slot)
 
     def unbind(self, device: torch.device) -> None:
-        """Let them read NaN: whoever uses a layer that is not mapped in gets no number."""
+        """Point the layer's modules to NaN, so that using a layer that is not on the device gives no number."""
         for piece in self.pieces:
             bits = torch.full((piece.tensor.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device)
             piece.tensor.data = bits.view(piece.tensor.dtype).view(()).expand(piece.tensor.shape)
 
 
-def aligned(size_bytes: int) -> int:
+def align(size_bytes: int) -> int:
     """The next multiple of ALIGNMENT_BYTES."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def frozen_tensors(layer: nn.Module) -> list[Tensor]:
-    """Every parameter and buffer of a layer that has no adapter yet, each once, in the order of its modules."""
-    found: dict[int, Tensor] = {}
+    """All parameters and buffers of a layer, each once, in the order of its modules; call it before an adapter is
+    attached."""
+    tensors: dict[int, Tensor] = {}
     for module in layer.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found.setdefault(id(tensor), tensor)
-    return list(found.values())
+                tensors.setdefault(id(tensor), tensor)
+    return list(tensors.values())
 
 
 def forget_pages(values: Tensor) -> None:
-    """Tell the system that the pages behind a tensor of a mapped file are not needed here for now.
+    """Tell the system that the pages behind a tensor of a mapped file are not needed for now.
 
-    They leave this process's resident memory and may stay in the file cache; a later read brings them back. For
-    memory that is no file's this would destroy values: the caller knows.    Source: madvise(2), MADV_DONTNEED.
+    The pages leave this process's resident memory and may stay in the file cache; a later read brings them back. On
+    memory that is not mapped from a file this would destroy the values, so the caller must check that. Source:
+    madvise(2), MADV_DONTNEED.
     """
     if values.numel() == 0 or not hasattr(mmap, "MADV_DONTNEED"):
         return

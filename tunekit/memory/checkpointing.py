@@ -1,7 +1,6 @@
-"""Gradient checkpointing of decoder layers, and the seed each layer draws its randomness from.
+"""Gradient checkpointing of decoder layers, and the random seed of each layer.
 
-Comes in: the decoder layers in order.  Goes out: the same modules, their forward replaced.
-What enters a recomputed layer is all that is kept of it; offload.py lets that wait on the host.
+Only the input of a recomputed layer is kept; offload.py can move it to the host.
 """
 
 from __future__ import annotations
@@ -20,31 +19,32 @@ from tunekit.model.call import calling, current_call, seed_layer
 
 
 def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: BoundaryStore | None = None) -> None:
-    """Seed every layer on entry, and recompute the first `checkpointed` of them in the backward pass.
+    """Seed every layer on entry, and recompute the first `checkpointed` layers in the backward pass.
 
-    A layer's random numbers are a function of (seed, step, micro-batch, layer), so its recomputation draws the same
-    dropout masks as its forward, in whatever order layers run; no RNG state needs to be kept.
-    `store`: where the inputs of recomputed layers wait; the last one's is needed at once and stays where it is.
+    A layer's random numbers are a function of (seed, step, micro-batch, layer). Its recomputation therefore draws the
+    same dropout masks as its forward, in any order of layers, and no RNG state is stored.
+    `store`: contains the inputs of recomputed layers. The last layer's input is needed at once, so it stays on the
+    device.
     """
     boundaries = _Boundaries(BoundaryStore(None) if store is None else store, checkpointed - 1)
     for number, layer in enumerate(layers):
-        run = _seeded(layer.forward, number)
-        layer.forward = _checkpointed(layer, run, number, boundaries) if number < checkpointed else run
+        run = _seed_on_entry(layer.forward, number)
+        layer.forward = _checkpoint_layer(layer, run, number, boundaries) if number < checkpointed else run
 
 
-def _seeded(forward: Callable[..., object], number: int) -> Callable[..., object]:
+def _seed_on_entry(forward: Callable[..., object], number: int) -> Callable[..., object]:
     def run(*inputs: object, **named: object) -> object:
-        if torch.is_grad_enabled():  # evaluation draws nothing and must leave the generator as it is
+        if torch.is_grad_enabled():  # evaluation draws nothing and must not change the generator
             seed_layer(current_call(), number)
         return forward(*inputs, **named)
 
     return run
 
 
-def _checkpointed(
+def _checkpoint_layer(
     layer: nn.Module, run: Callable[..., object], number: int, boundaries: _Boundaries
 ) -> Callable[..., object]:
-    """Recompute inside the same Call, which a layer reads for bypass and seeds."""
+    """Recompute the layer inside the same Call, from which layers read bypass and seeds."""
 
     def forward(*inputs: object, **named: Any) -> object:
         if not (torch.is_grad_enabled() and layer.training):
@@ -68,26 +68,26 @@ def _checkpointed(
 
 
 class _Boundaries:
-    """The inputs of recomputed layers, forward after forward, in one store."""
+    """The inputs of recomputed layers in one store, over several forwards."""
 
     def __init__(self, store: BoundaryStore, last: int) -> None:
         self.store, self.last = store, last
-        self.forwards = 0  # so far: two may be alive at a time
+        self.forwards = 0  # started so far; two may be alive at a time
         self.newest = -1  # the layer that ran last
 
     def leave(self, run: Callable[..., object], number: int, hidden: Tensor) -> Callable[..., object]:
-        """`run` for checkpoint(): its first input is `hidden`, which waits in the store for the recomputation."""
+        """`run` for checkpoint(). Its first input is `hidden`, which the store keeps until the recomputation."""
         if number <= self.newest:  # another forward, or a layer that runs more than once in one
             self.forwards += 1
         self.newest = number
         self.store.put((self.forwards, number), hidden, stays=number == self.last)
-        return _Left(self.store, (self.forwards, number), run, hidden)
+        return _CheckpointedLayer(self.store, (self.forwards, number), run, hidden)
 
 
-class _Left:
-    """A layer's run: called once with the input itself, and again with what the store kept of it.
+class _CheckpointedLayer:
+    """Runs a layer: first with the input itself, and later with the input from the store.
 
-    It lives as long as the graph that may recompute the layer, and the store keeps the input as long.
+    The object lives as long as the graph that may recompute the layer, and so does the input in the store.
     """
 
     def __init__(self, store: BoundaryStore, key: tuple[int, int], run: Callable[..., object], hidden: Tensor) -> None:

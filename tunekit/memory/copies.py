@@ -1,4 +1,4 @@
-"""Copies between the host and the device of a computation, ordered against what is computed."""
+"""Copies between the host and the device, ordered relative to the computation."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,31 +8,32 @@ from torch import Tensor
 
 from tunekit.memory.blobs import forget_pages
 
-Mark = torch.Event | None  # how far a computation had been sent off; None: it has ended
-Copy = Future[None] | Future[torch.Event] | Mark  # on its way, or made
+Mark = torch.Event | None  # a position in the queue of computations; None: already reached
+Copy = Future[None] | Future[torch.Event] | Mark  # in progress, or finished
 Pairs = Sequence[tuple[Tensor, Tensor]]  # target and source
-RING_BYTES = 64 * 2**20  # of pinned memory through which a mapped file passes on its way to a GPU
+RING_BYTES = 64 * 2**20  # pinned memory that mapped files pass through on their way to a GPU
 RING_PARTS = 2
 
 
 class Copier:
-    """Memory on both sides, and copies between them, here made at once; on the meta device nothing is copied.
+    """Allocates memory on the host and the device, and copies between them. This base class copies synchronously, and
+    not at all on the meta device.
 
-    Copies of one copier are made in the order in which they were asked for.
-    `mapped`: addresses of sources that are pages of files, which leave this process's memory once they are copied.
-    `counts_host`: False where a simulated GPU's host is no part of the memory that is counted.
+    A copier makes its copies in the order of the `start` calls.
+    `mapped`: addresses of sources in mapped files; their pages are released after the copy.
+    `counts_host`: False if a simulated GPU's host memory is not counted.
     """
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset(), *, counts_host: bool = True) -> None:
         self.device, self.mapped, self.counts_host = device, mapped, counts_host
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
-        """(size_bytes,) uint8 on the host, or where the computation is."""
+        """(size_bytes,) uint8 on the host or on the device."""
         counted = self.counts_host or not on_host
         return torch.empty(size_bytes if counted else 0, dtype=torch.uint8, device=self.device)
 
     def start(self, copies: Pairs, after: Mark) -> Copy:
-        """Begin copies, once the computation has passed the mark `after`; returns what `wait` takes."""
+        """Start copies after the computation has passed the mark `after`; the result is the argument of `wait`."""
         for target, source in copies:
             if not target.is_meta:
                 target.copy_(source)
@@ -41,18 +42,18 @@ class Copier:
         return None
 
     def wait(self, copy: Copy) -> None:
-        """Let nothing that is computed from here on begin before the copy has ended."""
+        """Make all later computations wait for the copy."""
 
     def mark(self) -> Mark:
-        """The computation as far as it has been sent off; what is computed on a CPU has ended when its call returns."""
+        """A mark at the end of the computations queued so far. On a CPU they have already finished."""
         return None
 
     def finish(self, mark: Mark) -> None:
-        """Wait on the host until the computation has passed the mark."""
+        """Block the host until the computation has passed the mark."""
 
 
 class ThreadCopier(Copier):
-    """On a CPU: one thread copies beside the computation."""
+    """On a CPU: one thread copies while the main thread computes."""
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset()) -> None:
         super().__init__(device, mapped)
@@ -73,8 +74,7 @@ class ThreadCopier(Copier):
 
 
 def copy_bytes(target: Tensor, source: Tensor) -> None:
-    """One thread, without Python's lock, whatever torch's number of threads is: torch's own copy would take them all
-    from the computation."""
+    """Copy with one thread and without Python's lock. torch's own copy would take all threads from the computation."""
     as_bytes(target).numpy()[...] = as_bytes(source).numpy()
 
 
@@ -84,17 +84,17 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class StreamCopier(ThreadCopier):
-    """On a GPU: copies on a stream of their own, ordered by events; nothing waits on the host.
+    """On a GPU: copies on a separate stream, ordered by events; the host never waits.
 
-    What lies on the device or in pinned memory is copied straight away. A source in a mapped file passes through a ring
-    of pinned memory, filled by the thread: a copy from pageable memory would wait for the device.
+    A source on the device or in pinned memory is copied directly. A source in a mapped file passes through a ring of
+    pinned memory that the thread fills, since a copy from pageable memory would wait for the device.
     """
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset()) -> None:
         super().__init__(device, mapped)
         self.stream = torch.Stream(device)
         self._ring: list[Tensor] = []
-        self._free: list[Mark] = [None] * RING_PARTS  # the event after which a part of the ring may be written again
+        self._free: list[Mark] = [None] * RING_PARTS  # the event after which this part of the ring may be overwritten
         self._next = 0
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
@@ -124,7 +124,8 @@ class StreamCopier(ThreadCopier):
             if after is not None:
                 self.stream.wait_event(after)
             for target, source in copies:
-                if target.device.type != "cpu":  # its memory is not given to others before the copy is made
+                # keep the allocator from reusing its memory before the copy has finished
+                if target.device.type != "cpu":
                     target.record_stream(self.stream)
                 if not through_ring:
                     target.copy_(source, non_blocking=True)
@@ -137,7 +138,7 @@ class StreamCopier(ThreadCopier):
             return self.stream.record_event()
 
     def _pass_on(self, target: Tensor, source: Tensor) -> None:
-        """One part of the ring filled, and sent off."""
+        """Fill one part of the ring and send it to the device."""
         if not self._ring:
             self._ring = [self.memory(RING_BYTES, on_host=True) for _ in range(RING_PARTS)]
         part = self._next

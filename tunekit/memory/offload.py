@@ -1,14 +1,14 @@
-"""The inputs of checkpointed layers wait on the host: copied out in the forward pass, and back before they are used.
+"""Offloading of checkpointed inputs: copied to the host in the forward pass, and back before the backward pass uses
+them.
 
-Comes in: tensors under keys, in the forward pass.  Goes out: the same tensors, bit for bit, in the backward pass.
-
-Copies run beside the computation, in the order in which they were asked for. Two rules keep them apart:
-- a copy begins after everything that was computed before it was asked for;
-- nobody reads what a copy writes before `wait` on that copy.
-What is copied out is held until LEAVING later ones were sent off, and what is computed then waits for its copy: its
-memory may go to others at once (Tensor.record_stream would keep it for as long as the host runs ahead).
-A tensor on its way back lies in one of two buffers. `take` says that everything taken before is done with, so that its
-buffer may be filled again; the backward pass of a layer is over before that of the layer below begins.
+Copies run in parallel with the computation, in the order in which they were started. Two rules keep them consistent:
+- a copy starts after all computations that were queued before it;
+- nobody reads the target of a copy before calling `wait` on that copy.
+A tensor that is being copied out is referenced until LEAVING later ones have been queued; then the computation waits
+for its copy, and its memory can be reused at once. (Tensor.record_stream would keep the memory for as long as the host
+runs ahead.)
+A tensor that comes back is in one of two buffers. `take` releases the tensors taken before, so that their buffers can
+be filled again: the backward pass of a layer ends before that of the layer below begins.
 """
 
 from collections import deque
@@ -21,15 +21,15 @@ from torch import Tensor
 from tunekit.machine.devices import kind_of
 from tunekit.memory.copies import Copier, Copy, StreamCopier, as_bytes
 
-LEAST_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
-LEAST_TOKENS = 512  # so few are computed faster than they are copied
+MIN_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
+MIN_TOKENS = 512  # fewer tokens are computed faster than they are copied
 BUFFERS = 2
-LEAVING = 2  # tensors on their way out
+LEAVING = 2  # tensors that are being copied out
 
 
 @dataclass
 class _OnHost:
-    """A tensor on the host: its slot, (slot_bytes,) uint8, and how it looked."""
+    """A tensor on the host: its slot, (slot_bytes,) uint8, its shape and dtype."""
 
     slot: Tensor
     slot_bytes: int
@@ -43,7 +43,7 @@ class _OnHost:
 
 @dataclass
 class _Buffer:
-    """(bytes,) uint8 for one tensor that comes back: whose it is, the copy that fills it, whether it is being used."""
+    """(bytes,) uint8 for one tensor that comes back: its key, the copy that fills it, and whether it is in use."""
 
     memory: Tensor
     key: Hashable = None
@@ -52,31 +52,31 @@ class _Buffer:
 
 
 class BoundaryStore:
-    """Tensors under keys, which wait on the host between `put` and `take`.
+    """Stores tensors under keys on the host, between `put` and `take`.
 
-    `copier`: how they get there; None: they stay where they are. Smaller tensors than `least_bytes`, with fewer tokens
-    (all dimensions but the last) than `least_tokens`, or with gaps in memory stay too. Slots are used again.
-    Not for several threads that compute at once.
+    `copier`: moves them; None: they stay where they are. A tensor also stays if it has fewer bytes than `min_bytes`,
+    fewer tokens (all dimensions but the last) than `min_tokens`, or is not contiguous. Slots are reused.
+    Not for several threads that compute at the same time.
     """
 
-    def __init__(self, copier: Copier | None, least_bytes: int = LEAST_BYTES, least_tokens: int = LEAST_TOKENS) -> None:
+    def __init__(self, copier: Copier | None, min_bytes: int = MIN_BYTES, min_tokens: int = MIN_TOKENS) -> None:
         self.offloads = copier is not None
-        self.least_bytes, self.least_tokens = least_bytes, least_tokens
+        self.min_bytes, self.min_tokens = min_bytes, min_tokens
         self.host_bytes = 0  # of all slots, used or not
         self._copier = copier or Copier(torch.device("cpu"))
         self._entries: dict[Hashable, _OnHost | Tensor] = {}
         self._free: dict[int, list[Tensor]] = {}  # slots by size
         self._buffers: list[_Buffer] = []
-        self._leaving: deque[tuple[Copy, Tensor]] = deque()  # copies, and what they read
+        self._leaving: deque[tuple[Copy, Tensor]] = deque()  # copies and their sources
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def put(self, key: Hashable, tensor: Tensor, *, stays: bool = False) -> None:
-        """Keep a tensor, which nobody may change, under a key that is not in use. `stays`: where it is."""
+        """Store a tensor, which nobody may modify, under a new key. `stays`: do not move it to the host."""
         tensor = tensor.detach()
         if key in self._entries:
-            raise ValueError(f"something is kept under {key!r} already")
+            raise ValueError(f"the key {key!r} is already in use")
         if stays or not self._leaves(tensor):
             self._entries[key] = tensor
             return
@@ -88,7 +88,7 @@ class BoundaryStore:
         self._entries[key] = entry
 
     def prefetch(self, key: Hashable) -> None:
-        """Begin to bring a tensor back, if it is on the host, not on its way, and a buffer is free."""
+        """Start to bring a tensor back if it is on the host, no copy of it is running, and a buffer is free."""
         entry = self._entries.get(key)
         if isinstance(entry, _OnHost) and self._buffer_of(key) is None:
             buffer = self._free_buffer()
@@ -96,9 +96,9 @@ class BoundaryStore:
                 self._fill(buffer, key, entry)
 
     def take(self, key: Hashable) -> Tensor:
-        """The tensor as it was put; it may be read until the next `take`, or until it is dropped.
+        """The stored tensor. It may be read until the next `take` or until it is dropped.
 
-        Raises: KeyError where nothing is kept under the key.
+        Raises: KeyError for an unknown key.
         """
         entry = self._entries[key]
         if not isinstance(entry, _OnHost):
@@ -112,12 +112,12 @@ class BoundaryStore:
             self._fill(buffer, key, entry)
         self._copier.wait(buffer.copy)
         buffer.used = True
-        if sum(isinstance(each, _OnHost) for each in self._entries.values()) == 1:
-            self._buffers = [buffer]  # there is nothing left to bring back
+        if sum(isinstance(value, _OnHost) for value in self._entries.values()) == 1:
+            self._buffers = [buffer]  # no other tensor has to come back
         return buffer.memory[: entry.bytes].view(entry.dtype).view(entry.shape)
 
     def drop(self, key: Hashable) -> None:
-        """Forget a tensor, if it is there; its slot may be used again."""
+        """Remove a tensor if it is stored; its slot may be reused."""
         entry = self._entries.pop(key, None)
         if isinstance(entry, _OnHost):
             buffer = self._buffer_of(key)
@@ -128,7 +128,7 @@ class BoundaryStore:
             self._buffers.clear()
 
     def clear(self) -> None:
-        """Forget every tensor and give all memory back."""
+        """Remove all tensors and release all memory."""
         self._let_go(0)
         for key in list(self._entries):
             self.drop(key)
@@ -136,7 +136,7 @@ class BoundaryStore:
         self.host_bytes = 0
 
     def _let_go(self, left: int) -> None:
-        """Hold no more than so many tensors that leave."""
+        """Wait until at most `left` tensors are being copied out."""
         while len(self._leaving) > left:
             copy, _ = self._leaving[0]
             self._copier.wait(copy)
@@ -144,7 +144,7 @@ class BoundaryStore:
 
     def _leaves(self, tensor: Tensor) -> bool:
         tokens = tensor.numel() // max(1, tensor.shape[-1])
-        large = tensor.nbytes >= max(1, self.least_bytes) and tokens >= self.least_tokens
+        large = tensor.nbytes >= max(1, self.min_bytes) and tokens >= self.min_tokens
         return self.offloads and large and tensor.is_contiguous()
 
     def _slot(self, size: int) -> Tensor:
@@ -176,11 +176,11 @@ class BoundaryStore:
 
 
 def make_store(setting: str | bool, device: torch.device, *, simulated: bool = False) -> BoundaryStore:
-    """The store that `memory.activation_offload` asks for on this device.
+    """The store for the setting `memory.activation_offload` on this device.
 
-    `auto`: on CUDA, tensors of at least LEAST_BYTES and LEAST_TOKENS leave. `true`: every tensor, on a CPU too, where
-    it saves nothing and lets the order of copies be tried.
-    `simulated`: tensors are on the meta device, as they would be on `device`.
+    `auto`: on CUDA, tensors of at least LEAST_BYTES and LEAST_TOKENS are offloaded. `true`: every tensor, also on a
+    CPU, where it saves nothing but allows testing the order of copies.
+    `simulated`: the tensors are on the meta device and stand for tensors on `device`.
     """
     on_gpu = kind_of(device).own_memory
     if setting is False or (setting == "auto" and not on_gpu):

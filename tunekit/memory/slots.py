@@ -1,10 +1,7 @@
-"""Which layers are on the device, and when: a few slots that layers pass through, each copied in before it is needed.
+"""A few slots on the device that streamed layers pass through; each layer is copied in before it is needed.
 
-Comes in: LayerBlobs in the order of the layers.  Goes out: `holding(layer)`, a block in which that layer can be
-computed.
-
-A copy goes on beside the computation. Two things make it safe: nothing is computed in a slot before its
-copy has ended, and no copy into a slot begins before what was computed in it has ended.
+Copies run in parallel with the computation. Two rules make that safe: nothing computes in a slot before its copy has
+ended, and no copy into a slot starts before the computations in it have ended.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,22 +30,22 @@ class DeviceSlot:
 
 @dataclass
 class LayerSlots:
-    """`blobs` pass through `count` slots on `device`. `poison`: overwrite what is evicted with NaN, to prove that
-    nothing reads it; costs a pass over memory."""
+    """Moves `blobs` through `count` slots on `device`. `poison`: overwrite evicted layers with NaN, to prove that
+    nothing reads them; costs a pass over memory."""
 
     blobs: Sequence[LayerBlob]
     copier: Copier
     device: torch.device
     count: int = SLOTS
     poison: bool = False
-    copies: int = 0  # of layers into slots, so far
-    waiting: Tensor | None = None  # of a simulation: memory that stands for what waits on the host
+    copies: int = 0  # of layers into slots so far
+    waiting: Tensor | None = None  # in a simulation: stands for the layers that wait on the host
 
     def __post_init__(self) -> None:
         largest = max(blob.size_bytes for blob in self.blobs)
         count = min(max(self.count, SLOTS), len(self.blobs))
         memories = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(count)]  # (bytes,) each
-        # What had a slot's memory before may still be computed.
+        # Earlier computations may still use the memory that became this slot.
         self.slots = [DeviceSlot(memory, used=self.copier.mark()) for memory in memories]
         self._computed: int | None = None
         for slot in self.slots if self.poison else ():
@@ -58,13 +55,13 @@ class LayerSlots:
 
     @contextmanager
     def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
-        """A block in which `layer` is in its slot; `then` is copied in meanwhile. Inside a block for the same layer
-        nothing is done."""
+        """A block in which `layer` is in its slot; `then` is prefetched meanwhile. A nested block for the same layer
+        does nothing."""
         if self._computed == layer:
             yield
             return
         if self._computed is not None:
-            raise TunekitError(f"layer {layer} is wanted while layer {self._computed} is computed")
+            raise TunekitError(f"layer {layer} was requested while layer {self._computed} is being computed")
         slot = self._bring(layer, then)
         self.copier.wait(slot.copy)
         slot.copy = None
@@ -79,8 +76,8 @@ class LayerSlots:
             self._computed = None
 
     def _bring(self, layer: int, other: int | None) -> DeviceSlot:
-        """The slot of `layer`, with its copy begun where it was not there; the layer farthest from it makes room, but
-        not `other`."""
+        """The slot of `layer`, with its copy started if it was not there. The layer farthest from it is evicted, but
+        never `other`."""
         for slot in self.slots:
             if slot.layer == layer:
                 return slot
@@ -92,14 +89,14 @@ class LayerSlots:
         return slot
 
     def _free_slot(self, layer: int, other: int | None) -> DeviceSlot:
-        """An empty slot, or the one whose layer is farthest away, emptied."""
+        """An empty slot; if there is none, the layer farthest away is evicted."""
         empty = [slot for slot in self.slots if slot.layer is None]
         if empty:
             return empty[0]
-        taken = [slot for slot in self.slots if slot.layer not in (self._computed, other)]
-        taken = taken or [slot for slot in self.slots if slot.layer != self._computed]
-        slot = max(taken, key=lambda each: abs((each.layer or 0) - layer))
-        self.copier.wait(slot.copy)  # brought in and never used, it may still be under way
+        evictable = [slot for slot in self.slots if slot.layer not in (self._computed, other)]
+        evictable = evictable or [slot for slot in self.slots if slot.layer != self._computed]
+        slot = max(evictable, key=lambda candidate: abs((candidate.layer or 0) - layer))
+        self.copier.wait(slot.copy)  # a prefetched layer that was never used may still be on its way
         slot.copy = None
         assert slot.layer is not None
         self.blobs[slot.layer].unbind(self.device)
@@ -111,7 +108,7 @@ class LayerSlots:
         return slot
 
     def drop(self) -> None:
-        """Empty every slot: the sources were changed, or nothing is computed for a while."""
+        """Empty every slot: the sources were changed, or nothing will be computed for a while."""
         for slot in self.slots:
             self.copier.wait(slot.copy)
             if slot.layer is not None:
@@ -120,8 +117,8 @@ class LayerSlots:
 
 
 def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor:
-    """On the meta device, the memory of a CPU that layers outside of slots take: all of it, or of mapped files the one
-    tensor that is being copied; nothing if the device has memory of its own."""
+    """In a simulated CPU run, a meta tensor as large as the layers outside of slots: all layers in tier `host`, or the
+    one tensor that is being copied from a mapped file. Empty if the device has its own memory."""
     size = 0
     if device.type == "cpu" and tier == "host":
         size = sum(blob.size_bytes for blob in slots.blobs)

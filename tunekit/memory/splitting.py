@@ -1,9 +1,7 @@
-"""Micro-batches that ran out of memory, cut in two with the same gradient, and remembered.
+"""Splits micro-batches that ran out of memory in two, with the same gradient, and remembers the size.
 
-Comes in: a window's micro-batches and a way to run them.  Goes out: the pieces that fit; a Reaction.
-
-The sums of a split micro-batch are those of the whole one, in another order. The gradient that a failed attempt left
-half made is cleared and the window runs again from its first micro-batch: no second copy of the gradient is kept.
+The sums of a split micro-batch equal those of the unsplit one up to their order. After a failure the partial gradient
+is cleared and the window runs again from its first micro-batch, so that no second copy of the gradient is kept.
 """
 
 import gc
@@ -17,7 +15,7 @@ from tunekit.machine.memory import release_cached
 from tunekit.records import Reaction
 
 Result = TypeVar("Result")
-PIECE_STRIDE = 2**32  # a split micro-batch's pieces draw as micro-batches of their own: no step has so many
+PIECE_STRIDE = 2**32  # the pieces of a split micro-batch use random numbers of micro-batches beyond any real index
 HOW = (
     "lower data.max_length or adapter.r, set memory.gradient_checkpointing: true, or quantize the base with "
     "model.quantization: nf4"
@@ -25,30 +23,30 @@ HOW = (
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the allocator's tables."""
+    """The first line of an error, without the allocator's tables."""
     return str(error).strip().partition("\n")[0]
 
 
 def shape_text(batch: Batch) -> str:
-    """A micro-batch as a person counts it: 4 x 512 tokens."""
-    return f"{len(batch.sequences):,} x {batch.width:,} {counted(batch)}"
+    """A micro-batch's shape for messages: 4 x 512 tokens."""
+    return f"{len(batch.sequences):,} x {batch.width:,} {size_unit(batch)}"
 
 
-def counted(batch: Batch) -> str:
-    """What the size of a micro-batch counts."""
+def size_unit(batch: Batch) -> str:
+    """The unit of a micro-batch's size."""
     return "tokens" if batch.line_size is None else "positions"
 
 
 class Splitting:
-    """Which micro-batches are split: those of at least `tokens` padded tokens, None while none has failed."""
+    """Decides which micro-batches are split: those with at least `tokens` padded tokens; None until one has failed."""
 
     def __init__(self, react: Callable[[Reaction], None] | None = None, tokens: int | None = None) -> None:
         self.tokens = tokens
-        self.running: Batch | None = None  # whoever runs pieces says which, so that a failure is its
+        self.running: Batch | None = None  # the micro-batch that is running, blamed if memory runs out
         self._react = react
 
     def pieces(self, kind: RowKind, batch: Batch) -> list[Batch]:
-        """The batch, or what it is cut into: none as large as one that failed, unless it is a single document."""
+        """The batch, or its pieces: each smaller than any that failed, unless it is a single document."""
         if self.tokens is None or batch.padded < self.tokens:
             return [batch]
         halves = split_batch(batch, kind)
@@ -62,10 +60,10 @@ class Splitting:
         undo: Callable[[], None],
         step: int,
     ) -> Result:
-        """What `attempt` gives for the pieces of each batch; repeated, after `undo`, whenever memory runs out.
+        """The result of `attempt` on the pieces of each batch; repeated, after `undo`, whenever memory runs out.
 
-        `step`: of the Reaction; 0 before the first one.
-        Raises: ResourceError where a single document does not fit.
+        `step`: for the Reaction; 0 before the first step.
+        Raises: ResourceError if a single document does not fit.
         """
         while True:
             try:
@@ -74,12 +72,12 @@ class Splitting:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            # Not inside `except`: there the error still holds the failed attempt's tensors.
+            # Not inside `except`: the error keeps the failed attempt's tensors alive there.
             self._shrink(kind, reason, step)
             undo()
 
     def _shrink(self, kind: RowKind, reason: str, step: int) -> None:
-        """Split what failed, and all that is as large, from now on."""
+        """From now on, split micro-batches of the failed one's size or larger."""
         failed, self.running = self.running, None
         if failed is None or split_batch(failed, kind) is None:
             raise document_too_large(failed, reason)
@@ -87,18 +85,18 @@ class Splitting:
         collect_failed()
         if self._react is not None:
             what = f"a micro-batch of {shape_text(failed)} ran out of memory"
-            how = f"split in two, as all from now on with {self.tokens:,} padded {counted(failed)} or more"
+            how = f"split in two; from now on, so is every one with {self.tokens:,} or more padded {size_unit(failed)}"
             self._react(Reaction(what, how, step))
 
 
 def collect_failed() -> None:
-    """Let go of what a failed attempt left: graphs in reference cycles, blocks that the device's allocator keeps."""
+    """Free the memory of a failed attempt: graphs in reference cycles, and blocks cached by the device's allocator."""
     gc.collect()
     release_cached()
 
 
 def document_too_large(batch: Batch | None, reason: str) -> ResourceError:
-    """The error for what cannot be split any further."""
+    """The error for a micro-batch that cannot be split further."""
     if batch is None:
         return ResourceError(f"out of memory ({reason})", HOW)
     row = batch.rows[0]

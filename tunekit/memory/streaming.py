@@ -1,7 +1,5 @@
-"""A base whose layers do not stay on the device: they pass through slots, each copied in before it is computed.
-
-Comes in: a base and where its layers wait.  Goes out: LayerSlots, and layers that find themselves in their slot.
-"""
+"""Layer streaming: the base's layers stay off the device and pass through slots, each copied in before it is
+computed."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.machine.devices import kind_of
-from tunekit.machine.placing import on_host, placed
-from tunekit.memory.blobs import LayerBlob, aligned, frozen_tensors
+from tunekit.machine.placing import on_host, to_device
+from tunekit.memory.blobs import LayerBlob, align, frozen_tensors
 from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
@@ -27,20 +25,26 @@ def make_slots(
     count: int = SLOTS,
     poison: bool = False,
 ) -> LayerSlots:
-    """Slots for layers with these frozen tensors, which wait in the host's memory (tier `host`) or where they are
-    (`disk`). `mapped`: addresses of those that are views into shared read-only mappings: their pages are given back."""
-    blobs, copier = [LayerBlob(each) for each in tensors], _make_copier(device, mapped)
+    """Slots for layers with these frozen tensors, which wait in host memory (tier `host`) or stay in their files
+    (`disk`).
+
+    `mapped`: addresses of tensors that are views of read-only mapped files; their pages are released after a copy.
+    """
+    blobs, copier = [LayerBlob(layer) for layer in tensors], _make_copier(device, mapped)
     if tier == "host":
         sizes = [blob.size_bytes for blob in blobs]
         for blob, memory in zip(blobs, host_memory(copier, sizes), strict=True):
             blob.gather(memory, mapped)
-            blob.unbind(device)  # so that no layer is held twice for longer than it is copied
+            blob.unbind(device)  # so that only one layer at a time is in memory twice
     return LayerSlots(blobs, copier, device, count=count, poison=poison)
 
 
 def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
-    """(bytes,) uint8 on the host for each size. torch rounds pinned memory up to powers of two: layers share pieces
-    that are such powers, and less than one layer of a piece is lost."""
+    """(bytes,) uint8 on the host for each size.
+
+    torch rounds pinned memory up to powers of two. Layers therefore share blocks of such sizes, and each block wastes
+    less than one layer.
+    """
     if not isinstance(copier, StreamCopier):
         yield from (copier.memory(size, on_host=True) for size in sizes)
         return
@@ -49,12 +53,12 @@ def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
         if start + size > arena.numel():
             arena, start = copier.memory(arena_bytes(sizes[number:]), on_host=True), 0
         yield arena[start : start + size]
-        start += aligned(size)
+        start += align(size)
 
 
 def arena_bytes(sizes: Sequence[int]) -> int:
-    """The largest power of two that blocks of these sizes fill; one that holds the first of them at least."""
-    return 1 << max(sum(map(aligned, sizes)).bit_length() - 1, (sizes[0] - 1).bit_length())
+    """The largest power of two that blocks of these sizes fill, and at least the size of the first one."""
+    return 1 << max(sum(map(align, sizes)).bit_length() - 1, (sizes[0] - 1).bit_length())
 
 
 def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
@@ -64,21 +68,24 @@ def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
-    """Let a layer be in its slot whoever calls it: evaluation, generation, probes. Inside a block of an engine that
-    brought it there already nothing is done."""
+    """Load each layer into its slot whenever it is called (evaluation, generation, probes). Inside an engine's block
+    for the same layer this does nothing."""
     for number, layer in enumerate(layers):
         layer.forward = _in_slot(layer.forward, number, (number + 1) % len(layers), slots)
 
 
 def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
     """Keep a token embedding on the host: the rows of a batch's ids are gathered there and sent to the device, which
-    never holds the table.    Shapes: ids (B, T) on the device, or in any other place -> (B, T, D) on the device."""
+    never holds the table.
+
+    Shapes: ids (B, T) on the device or elsewhere -> (B, T, D) on the device.
+    """
     embedding.to("cpu")
     plain = embedding.forward
 
     def gathered(ids: Tensor) -> Tensor:
         rows: Tensor = plain(on_host(ids))  # (B, T, D)
-        return placed(rows, device)
+        return to_device(rows, device)
 
     embedding.forward = gathered
 
@@ -92,30 +99,30 @@ def _in_slot(forward: Callable[..., object], number: int, then: int, slots: Laye
 
 
 def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
-    """Why no layers of this base can be streamed, whatever is done with them; or None."""
+    """Why this base's layers can never be streamed, or None."""
     if base.family.stages(base.net) is None:
-        return f"{base.facts.model_type} is not known to compute the same layer by layer"
+        return f"{base.facts.model_type} is not known to give the same results layer by layer"
     if find_source(section, weights=False).gguf_file is not None:
-        return "a GGUF file holds no tensors of the net's names"
+        return "the tensors of a GGUF file have other names than the net's"
     if section.trust_remote_code:
-        return "a base with code of its own is read by transformers alone"
+        return "a base with remote code can only be loaded by transformers"
     return None
 
 
 def host_obstacle(device: torch.device) -> str | None:
-    """Why layers of a base on this device cannot wait in the host's memory, or None."""
+    """Why layers cannot wait in host memory for this device, or None."""
     if device.type == "cpu" or kind_of(device).own_memory:
         return None
-    return f"{device.type} shares the host's memory, in which the layers would then lie twice for a while"
+    return f"{device.type} shares the host's memory, which would contain the layers twice for a while"
 
 
 def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
-    """The frozen tensors of each layer; asked for before an adapter is put into it."""
+    """The frozen tensors of each layer; call it before an adapter is attached."""
     return [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
 
 
 def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: str) -> LayerSlots | None:
-    """Let the layers pass through slots from now on, as the tier says; None where it is off."""
+    """Stream the layers from now on, in the way that the tier says; None if the tier is off."""
     if tier == "off":
         return None
     simulated = base.device.type == "meta"  # nothing waits on a host there
@@ -128,9 +135,9 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
 
 
 def host_embedding(base: LoadedModel) -> nn.Module | None:
-    """The token embedding, where a streamed base keeps it on a GPU's host: neither the head's matrix nor adapted."""
+    """The token embedding, if a streamed base keeps it on a GPU's host: it must not be tied to the head."""
     name = base.family.embedding_name(base.net)
-    several = base.family.reads_source  # each of two stacks then looks up in a module of its own
+    several = base.family.reads_source  # each of the two stacks looks up ids in its own module
     if base.device.type == "cpu" or name is None or several or base.family.tied(base.net):
         return None
     embedding = base.net.get_submodule(name)

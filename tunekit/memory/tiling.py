@@ -1,12 +1,9 @@
-"""MLPs and norms in tiles of tokens, for rows so long that what lies inside an MLP is most of a layer's memory.
+"""Computes MLPs and norms in tiles of tokens, for rows so long that an MLP's activations are most of a layer's memory.
 
-Comes in: decoder layers with their adapters in place.  Goes out: the same layers, their MLPs' and norms' forward
-replaced.
-
-An MLP sees each token by itself, and so does a norm. Of a tile nothing but input and output is kept; its backward pass
-computes it again, with a graph, whatever adapters are inside. Between input and output a tile's tokens take memory, not
-a row's. Gradients of trained tensors are summed tile by tile: equal up to the order of sums, and dropout draws other
-masks than untiled.
+MLPs and norms act on each token separately. Only a tile's input and output are kept; its backward pass recomputes the
+tile with a graph, including any adapters inside. The activations then take memory for one tile instead of one row.
+Gradients of trained tensors are summed over tiles: equal up to the order of sums. Dropout draws other masks than
+without tiles.
 Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 """
 
@@ -23,32 +20,33 @@ from tunekit.model.families.structure import training_mode
 
 KEY = "memory.mlp_tile_tokens"
 NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # of a decoder layer's MLP
-NORMS = ("LayerNorm", "RMSNorm")  # how their classes' names end
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative; one token's share is larger
+NORMS = ("LayerNorm", "RMSNorm")  # suffixes of their class names
+# relative; a module that mixes tokens differs more
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 PROBED_TOKENS, FIRST_TILE = 5, 2
 
 
 def tile_layers(layers: Sequence[tuple[str, nn.Module]], tokens: int, hidden: Tensor) -> None:
-    """Let the MLP and the norms of every layer (by module name) compute `tokens` tokens at a time.
+    """Make the MLP and the norms of every layer (by module name) compute `tokens` tokens at a time.
 
-    `hidden`: an empty tensor (0, D) as hidden states are: their dtype, where they lie.
+    `hidden`: an empty tensor (0, D) with the dtype and device of hidden states.
     Raises: ModelError with the name of a layer without an MLP, or of an MLP that does not act token by token.
     """
     obstacles: dict[type, str | None] = {}
     for number, (name, layer) in enumerate(layers):
-        own = next((each for each in NAMES if isinstance(getattr(layer, each, None), nn.Module)), None)
-        if own is None:
-            raise _refusal(f"{name} ({type(layer).__name__}) has no MLP of its own")
-        norms = [each for each, child in layer.named_children() if type(child).__name__.endswith(NORMS)]
-        for each in (own, *norms):
-            module = layer.get_submodule(each)
+        mlp = next((child for child in NAMES if isinstance(getattr(layer, child, None), nn.Module)), None)
+        if mlp is None:
+            raise _refusal(f"{name} ({type(layer).__name__}) has no MLP")
+        norms = [child_name for child_name, child in layer.named_children() if type(child).__name__.endswith(NORMS)]
+        for part in (mlp, *norms):
+            module = layer.get_submodule(part)
             if type(module) not in obstacles:
                 obstacles[type(module)] = _obstacle(module, hidden)
             obstacle = obstacles[type(module)]
             if obstacle is None:
                 module.forward = Tiles(module, module.forward, tokens, number)
-            elif each == own:
-                raise _refusal(f"{name}.{own} ({type(module).__name__}) {obstacle}")
+            elif part == mlp:
+                raise _refusal(f"{name}.{mlp} ({type(module).__name__}) {obstacle}")
 
 
 def _refusal(what: str) -> ModelError:
@@ -56,50 +54,51 @@ def _refusal(what: str) -> ModelError:
 
 
 def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
-    """Why a module cannot be computed in tiles, from a few tokens at once and in two tiles; None where it can."""
+    """Why a module cannot be computed in tiles, or None. Compares a few tokens at once with the same tokens in two
+    tiles."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
     try:
         with torch.no_grad(), training_mode(module, False):
-            whole = module(x)
+            untiled = module(x)
             tiles = [module(x[:, :FIRST_TILE]), module(x[:, FIRST_TILE:])]
     except (TypeError, ValueError, RuntimeError):
         return "does not take hidden states alone"
-    if not isinstance(whole, Tensor) or whole.shape != x.shape or whole.dtype != x.dtype:
-        return "gives more than hidden states"
-    if whole.is_meta:
+    if not isinstance(untiled, Tensor) or untiled.shape != x.shape or untiled.dtype != x.dtype:
+        return "returns more than hidden states"
+    if untiled.is_meta:
         return None
-    difference = float((torch.cat(tiles, dim=1) - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
-    return None if difference <= TOLERANCE[whole.dtype] else f"does not act token by token ({difference:.1e} apart)"
+    difference = float((torch.cat(tiles, dim=1) - untiled).abs().max() / untiled.abs().max().clamp(min=1e-30))
+    return None if difference <= TOLERANCE[untiled.dtype] else f"does not act token by token ({difference:.1e} apart)"
 
 
 class Tiles:
-    """A token-wise module computed tile by tile; stands where its forward stood."""
+    """The forward of a token-wise module, computed tile by tile."""
 
     def __init__(self, module: nn.Module, run: Callable[..., Tensor], tokens: int, number: int) -> None:
         self.module, self.run, self.tokens, self.number = module, run, tokens, number
-        self.trained: list[Tensor] | None = None  # found in the first tile's graph
+        self.trained: list[Tensor] | None = None  # from the first tile's graph
 
     def __call__(self, x: Tensor, *others: object, **named: object) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, D)."""
         if others or named:
-            raise _refusal(f"{type(self.module).__name__} is given more than hidden states")
+            raise _refusal(f"{type(self.module).__name__} takes more than hidden states")
         if x.numel() // x.shape[-1] <= self.tokens or current_call().rows is not None:
             return self.run(x)
         if not torch.is_grad_enabled():
             return self.output(x, None)
-        if self.trained is None:  # a recomputation around this does not count what the first tile's graph saves
+        if self.trained is None:  # the hooks hide the first tile's saved tensors from a surrounding checkpoint
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
                 self.trained = _trained_leaves(self.run(_flat(x)[:, : self.tokens].detach()))
         return _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
 
     def slices(self, x: Tensor) -> Iterator[slice]:
-        """Of the tokens of all rows, one after the other."""
+        """The slices of the tokens of all rows, one after the other."""
         count = x.numel() // x.shape[-1]
         return (slice(start, start + self.tokens) for start in range(0, count, self.tokens))
 
     def output(self, x: Tensor, call: Call | None) -> Tensor:
-        """(B, T, D) without a graph. `call`: seeds each tile, where there may be dropout."""
+        """(B, T, D) without a graph. `call`: seeds each tile if there may be dropout."""
         output = torch.empty_like(x, memory_format=torch.contiguous_format)  # (B, T, D)
         for index, place in enumerate(self.slices(x)):
             self._seed(call, index)
@@ -107,7 +106,7 @@ class Tiles:
         return output
 
     def gradients(self, x: Tensor, upstream: Tensor, call: Call, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """dx (B, T, D), None unless wanted, and the gradient of each trained tensor."""
+        """dx (B, T, D), or None if not wanted, and the gradient of each trained tensor."""
         trained = self.trained or []
         sums = [torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for tensor in trained]
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None  # (B, T, D)
@@ -117,11 +116,11 @@ class Tiles:
                 tile = _flat(x)[:, place].detach().requires_grad_(wants_x)  # (1, n, D)
                 output = self.run(tile)
             wanted = [tile, *trained] if wants_x else trained
-            found = list(torch.autograd.grad(output, wanted, _flat(upstream)[:, place], allow_unused=True))
+            gradients = list(torch.autograd.grad(output, wanted, _flat(upstream)[:, place], allow_unused=True))
             del output, tile
             if of_x is not None:
-                _flat(of_x)[:, place] = found.pop(0)
-            for total, part in zip(sums, found, strict=True):
+                _flat(of_x)[:, place] = gradients.pop(0)
+            for total, part in zip(sums, gradients, strict=True):
                 if part is not None:
                     total += part
         return of_x, sums
@@ -132,17 +131,17 @@ class Tiles:
 
 
 class _Tiled(torch.autograd.Function):
-    """Keeps x alone."""
+    """Saves only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Context[tuple[Tiles, Call]], tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
-        ctx.beside = tiles, call
+        ctx.extra = tiles, call
         ctx.save_for_backward(x)
         return tiles.output(x, call)
 
     @staticmethod
     def backward(ctx: Context[tuple[Tiles, Call]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (tiles, call), (x,) = ctx.beside, ctx.saved_tensors
+        (tiles, call), (x,) = ctx.extra, ctx.saved_tensors
         of_x, of_trained = tiles.gradients(x, gradients[0], call, ctx.needs_input_grad[2])
         return None, None, of_x, *of_trained
 
@@ -153,16 +152,16 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _trained_leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that would get a gradient from `output`, wherever they are held."""
-    found: list[Tensor] = []
+    """The tensors that would get a gradient from `output`, wherever they are stored."""
+    leaves: list[Tensor] = []
     waiting: list[Any] = [output.grad_fn]
-    seen: set[Any] = set()
+    visited: set[Any] = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         waiting.extend(following for following, _ in node.next_functions)
-    return found
+    return leaves

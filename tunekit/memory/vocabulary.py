@@ -1,8 +1,5 @@
-"""The output projection of a streamed base: its matrix waits where the layers do, and passes through two slots, a part
-of the vocabulary at a time.
-
-Comes in: the projection's module, its matrix on the host.  Goes out: HeadParts, and a head that is met part by part.
-"""
+"""The output projection of a streamed base. Its matrix stays with the streamed layers and passes through two slots,
+one part of the vocabulary at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +19,9 @@ PART_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HeadParts:
-    """Rows of the matrix, (v, D) each: `weights` lie in a slot while they are computed with.
+    """Parts of the matrix, (v, D) each: `weights` are in a slot while they are used.
 
-    `tables`: token embeddings that were one with the matrix; they stay on the host.
+    `tables`: token embeddings that were tied to the matrix; they stay on the host.
     """
 
     slots: LayerSlots
@@ -32,7 +29,7 @@ class HeadParts:
     tables: tuple[nn.Module, ...] = ()
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """The id of its first row, and the part, there until the next one is asked for."""
+        """The id of the part's first row, and the part. A part is on the device until the next one is requested."""
         numbers = range(len(self.weights))
         order = list(reversed(numbers)) if backwards else list(numbers)
         rows = len(self.weights[0])
@@ -43,17 +40,18 @@ class HeadParts:
 
 @dataclass(frozen=True)
 class StreamedHead:
-    """A TextHead whose matrix is not on the device as a whole."""
+    """A TextHead whose matrix is never on the device as a whole."""
 
     text: TextHead
     parts: HeadParts
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) in float32: for a few positions, since all parts are copied for them."""
+        """(N, D) -> (N, V) in float32. For a few positions only, since all parts are copied."""
         return self.text.logits(hidden)
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """The first id of each part, how many it has, and what gives their logits: (N, D) -> (N, v) in float32."""
+        """For each part: its first id, its number of ids, and a function that gives their logits, (N, D) -> (N, v) in
+        float32."""
         for first, weight in self.parts.each(backwards=backwards):
             yield first, len(weight), partial(self._logits_of, weight)
 
@@ -62,30 +60,31 @@ class StreamedHead:
 
 
 def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Module | None = None) -> HeadParts:
-    """Let a projection's matrix pass through slots; the module itself computes part by part from now on.
+    """Let a projection's matrix pass through slots. The module itself then also computes part by part.
 
-    `net`: in which token embeddings may be one with the matrix; on a GPU they are then looked up on the host.
+    `net`: its token embeddings may be tied to the matrix; on a GPU they are then looked up on the host.
     """
-    matrix, found = module.weight.data, [] if net is None else list(net.modules())  # (V, D)
-    tables = tuple(each for each in found if isinstance(each, nn.Embedding) and each.weight is module.weight)
+    matrix, modules = module.weight.data, [] if net is None else list(net.modules())  # (V, D)
+    tables = tuple(table for table in modules if isinstance(table, nn.Embedding) and table.weight is module.weight)
     for table in tables:
         table.weight = nn.Parameter(matrix, requires_grad=False)
         if device.type not in ("cpu", "meta"):
             gather_on_host(table, device)
     rows = max(1, PART_BYTES // (matrix.shape[1] * matrix.itemsize))
-    weights = tuple(matrix[start : start + rows].data for start in range(0, len(matrix), rows))  # no view keeps it
+    # .data: no view keeps the whole matrix alive
+    weights = tuple(matrix[start : start + rows].data for start in range(0, len(matrix), rows))
     parts = HeadParts(make_slots([[weight] for weight in weights], device, tier=tier), weights, tables)
     shape = matrix.shape
     del matrix
     module.weight.data = torch.full((), torch.nan, dtype=module.weight.dtype, device=device).expand(shape)
-    whole: nn.Module = module
+    projection: nn.Module = module
 
     def computed(hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() and hidden.requires_grad:
-            raise TunekitError("a streamed output projection has no gradient as a whole: its parts are gone by then")
+            raise TunekitError("the gradient of a streamed output projection is computed part by part")
         return torch.cat([F.linear(hidden, weight) for _, weight in parts.each()], dim=-1)
 
-    whole.forward = computed
+    projection.forward = computed
     return parts
 
 

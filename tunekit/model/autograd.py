@@ -1,4 +1,4 @@
-"""The context of an autograd function, as torch hands it to `forward` and `backward`."""
+"""The context that torch passes to an autograd function's `forward` and `backward`."""
 
 from typing import Protocol, TypeVar
 
@@ -8,14 +8,14 @@ Value = TypeVar("Value")
 
 
 class Context(Protocol[Value]):
-    """`beside`: what a function keeps that is no tensor."""
+    """`extra`: values other than tensors that the function keeps for its backward pass."""
 
-    beside: Value
+    extra: Value
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None:
-        """Keep tensors for the backward pass."""
+        """Save tensors for the backward pass."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """False: an output without a gradient gives None, not zeros."""
+        """False: an output without a gradient gives None instead of zeros."""

@@ -1,4 +1,4 @@
-"""What is known of a base before its weights are read: where it is, configuration, family, dtype, device."""
+"""Facts about a base that are known before its weights are read: files, configuration, family, dtype, device."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from tunekit.recipe.model import HeadedModel, ModelSection
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """A base with all that is known before its weights are read, and the device for which it is loaded."""
+    """A base before its weights are read, and the device for which it is loaded."""
 
     section: ModelSection
     source: ModelSource
@@ -30,12 +30,12 @@ class BaseSpec:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """How transformers makes the net."""
+        """Arguments with which transformers makes the net."""
         return {"dtype": self.dtype, "attn_implementation": self.attention}
 
     @property
     def read_by_us(self) -> bool:
-        """Whether the files may be read without transformers."""
+        """Whether we can read the files without transformers."""
         return self.source.gguf_file is None and not self.section.trust_remote_code
 
     @property
@@ -45,7 +45,7 @@ class BaseSpec:
 
 
 def read_base_spec(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> BaseSpec:
-    """Everything that is known before the weights are read.
+    """Read everything that is known before the weights.
 
     Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
     """
@@ -59,7 +59,8 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:
-    """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
+    """The configuration object and the base's family, after checks of the architecture, stored quantization and remote
+    code."""
     from transformers import AutoConfig
 
     arguments: dict[str, object] = {}
@@ -87,12 +88,12 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
     _check_known(config, family, section)
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it would name another file than the one that was checked
+        del config.transformers_weights  # it would select another file than the checked one
     return config, family
 
 
 def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection) -> None:
-    """Refuse a configuration for which transformers has no model of this family."""
+    """Raises: ModelError if transformers has no model of this family for the configuration."""
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
     what = f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows"

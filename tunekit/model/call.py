@@ -1,4 +1,4 @@
-"""The one value that layers read besides their input: how this forward is made."""
+"""The Call: the only value that layers read besides their input."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +10,22 @@ import torch
 
 from tunekit.model.attention.segments import Segments
 
-# The seeds of what is drawn outside the layers: embedding dropout before them, an adapted head's dropout after them,
-# a decoder's embedding dropout between its own and the encoder's.
+# Seeds for random numbers drawn outside the layers: embedding dropout before them, an adapted head's dropout after
+# them, and a decoder's embedding dropout between the two stacks.
 OUTSIDE_LAYERS, AFTER_LAYERS, BETWEEN_STACKS = -1, -2, -3
 
 
 @dataclass(frozen=True)
 class Call:
-    """One forward: adapters bypassed or not, which of several adapters, which step and micro-batch (for seeds),
-    segments of packed rows, and whatever routes rows to adapters.
+    """One forward: whether adapters are bypassed, which of several adapters is used, the step and micro-batch (for
+    seeds), the segments of packed rows, and the routing of rows to adapters.
 
-    `fuses`: products with 4-bit weights may round differently, where that is faster: no gradient is compared with them.
+    `fuses`: products with 4-bit weights may use a faster kernel with other rounding, since no gradient is compared
+    with them.
     """
 
     bypassed: bool = False
-    adapter: str | None = None  # of several that are loaded at once; None: the one switched to
+    adapter: str | None = None  # one of several loaded adapters; None: the active one
     step: int = 0
     micro_batch: int = 0
     seed: int = 0
@@ -38,7 +39,7 @@ _current: ContextVar[Call] = ContextVar("tunekit_call", default=_PLAIN)
 
 
 def current_call() -> Call:
-    """The Call of the forward that is running; a plain one where none was set."""
+    """The Call of the running forward; a plain one if none was set."""
     return _current.get()
 
 
@@ -53,7 +54,7 @@ def calling(call: Call) -> Iterator[Call]:
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed that depends on the parts, their types and their order, and on nothing else."""
+    """A 63-bit seed that depends only on the parts, their types and their order."""
     digest = blake2b(digest_size=8)
     for part in parts:
         text = f"{type(part).__name__}:{part}".encode("utf-8", "surrogatepass")
@@ -62,7 +63,7 @@ def seed_for(*parts: int | str) -> int:
 
 
 def seed_torch(*parts: int | str) -> None:
-    """Seed torch with what `seed_for` makes of the parts.
+    """Seed torch with `seed_for` of the parts.
 
     On a machine without an accelerator, only the CPU's generator: torch.manual_seed would take 0.4 ms to record the
     Python stack for devices that do not exist.

@@ -1,4 +1,4 @@
-"""What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`."""
+"""Resolves `auto` to a compute dtype and an attention implementation that the device runs natively."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -13,8 +13,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
-    """The compute dtype; auto is bfloat16 where the device computes it natively; float16 with a loss scale on a CUDA
-    device that does not (Turing and before); else float32.
+    """The compute dtype. auto is bfloat16 if the device computes it natively; otherwise float16 with a loss scale on a
+    CUDA device (Turing and older), and float32 elsewhere.
 
     Raises: ModelError for float16 on a CPU, and for bfloat16 on a GPU that only emulates it.
     """
@@ -38,7 +38,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """AVX512-BF16 or AMX-BF16 on x86, the bf16 extension on ARM, as the kernel lists them."""
+    """Whether the kernel lists AVX512-BF16 or AMX-BF16 (x86) or the bf16 extension (ARM)."""
     flags = cpu_facts().get("flags") or cpu_facts().get("features", "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
@@ -46,14 +46,14 @@ def _cpu_has_bfloat16() -> bool:
 def resolve_attention(
     section: ModelSection, config: PreTrainedConfig, device: torch.device, auto_class: AutoClass
 ) -> str:
-    """The attention implementation; auto is torch's sdpa where the model has it, else the plain one.
+    """The attention implementation; auto is torch's sdpa if the model supports it, otherwise eager.
 
     `auto_class`: transformers' class that loads models of this family.
-    Raises: ModelError where the asked one is not available.
+    Raises: ModelError if the requested one is not available.
     """
     classes = auto_class._model_mapping
     known = type(config) in classes
-    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa would leave out
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would ignore them
     has_sdpa = known and caps is None and bool(getattr(classes[type(config)], "_supports_sdpa", False))
     if section.attention == "auto":
         return "sdpa" if has_sdpa else "eager"

@@ -1,4 +1,4 @@
-"""A base from disk, frozen and ready: as it is, or packed; or the same modules on the meta device."""
+"""Loads a base from disk, frozen and in eval mode, dense or packed; or makes the same modules on the meta device."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
-from tunekit.model.families.structure import keeps_statistics
+from tunekit.model.families.structure import modules_with_statistics
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
-from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
+from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import packed_base, quantize_layers
 from tunekit.model.storage.reading import MappedFiles, fill_net, missing_modules, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
@@ -41,7 +41,7 @@ __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "
 
 @dataclass
 class LoadedModel:
-    """A base model, frozen and in eval mode. `fingerprint` is None for a model without weights."""
+    """A base model, frozen and in eval mode. `fingerprint` is None for a model on the meta device."""
 
     net: nn.Module
     config: PreTrainedConfig
@@ -53,10 +53,11 @@ class LoadedModel:
     text: TextFacts | None  # None: it neither reads nor writes text
     generation_config: GenerationConfig | None
     notes: list[str] = field(default_factory=list)
-    new_modules: tuple[str, ...] = ()  # of a head, which the files do not hold: initialised at random
-    sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
-    mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
-    # of a model without weights: whether load_model will need one tensor at a time, to pack it or to copy it
+    new_modules: tuple[str, ...] = ()  # modules of a head that the files lack: initialised at random
+    sidecar: Sidecar | None = None  # the file that the weights are views of, on a CPU
+    # for a streamed base: addresses of the layers' weights that are views of files
+    mapped: frozenset[int] = frozenset()
+    # for a meta model: whether load_model will read tensor by tensor, to pack or to copy them
     packed_while_read: bool = False
     copied_while_read: bool = False
 
@@ -64,10 +65,10 @@ class LoadedModel:
 def load_model(
     section: ModelSection, *, device: torch.device, streamed: bool = False, streamed_head: bool = False
 ) -> LoadedModel:
-    """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
+    """Load the base from safetensors or GGUF, pack it if the section quantizes it, freeze it, move it to `device`.
 
-    `streamed`: the layers stay on the host, as views into files; `streamed_head`: the token embedding and the output
-    projection do. The rest goes to `device`.
+    `streamed`: the layers stay on the host, as views of files. `streamed_head`: so do the token embedding and the
+    output projection. Everything else goes to `device`.
 
     A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
     Raises: ModelError for anything that is not a complete model of a family that tunekit knows.
@@ -91,7 +92,7 @@ def load_model(
         spec.family.draw_head(section, net, spec.dtype)
     new_modules = _new_modules(net, spec)
     if direct is None:
-        notes += _packed(net, spec, device, new_modules)
+        notes += _pack_layers(net, spec, device, new_modules)
     loaded = _finish(net.to(device), spec, notes, new_modules)
     loaded.sidecar = sidecar
     return loaded
@@ -116,9 +117,9 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
-    """The same modules on the meta device, made from the configuration alone; `device` is the one it is planned for.
+    """The same modules on the meta device, made from the configuration alone; `device` is the planned device.
 
-    Raises: ModelError as load_model does, but for what only the weights show.
+    Raises: ModelError as load_model does, except for faults of the weights.
     """
     source = find_source(section, weights=False)
     indexed = inspection.indexed_family(source)
@@ -130,13 +131,13 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
             spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
         )
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
-        spec = replace(spec, source=find_source(section, weights=True))  # only they tell which modules are new
+        spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
-    headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
+    headers = _headers(source)  # if there are none yet, assume what is most common: not aligned
     copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
     _untie(net, spec.family, source.folder, headers)
     new_modules = _new_modules(net, spec)
-    notes = _packed(net, spec, torch.device("meta"), new_modules)
+    notes = _pack_layers(net, spec, torch.device("meta"), new_modules)
     loaded = _finish(net, spec, notes, new_modules, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
@@ -145,34 +146,33 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 def _load_indexed(
     family: Family, source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
 ) -> LoadedModel:
-    """A base that its family loads by itself, the trained parts on the device; `meta`: without weights.
+    """A base that its family loads itself, with the trained parts on the device; `meta`: without weights.
 
-    Raises: ModelError where the section asks for what only language models have.
+    Raises: ModelError if the section has keys that only language models support.
     """
     dtype = resolve_dtype(section, device)
     net = family.load(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
     fingerprint = None if meta else inspection.fingerprint(source)
     spec = BaseSpec(section, source, config_of(net), family, dtype, device, "sdpa", fingerprint)
     loaded = _finish(net, spec, [], meta=meta)
-    everything = loaded.facts.total_parameters + sum(map(element_count, family.beside(net)))
-    loaded.facts = replace(loaded.facts, total_parameters=everything)
+    total = loaded.facts.total_parameters + sum(map(element_count, family.frozen_parts(net)))
+    loaded.facts = replace(loaded.facts, total_parameters=total)
     return loaded
 
 
 def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
-    """Names of the modules of the head that the base's files do not hold."""
+    """Names of the head's modules that the base's files lack."""
     names = spec.family.new_head(spec.section, net)
     return missing_modules(net, _headers(spec.source), names) if names else ()
 
 
-def _packed(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
-    """Pack the net's layers, where the section asks for it; notes."""
+def _pack_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
+    """Pack the net's layers if the section quantizes it; returns notes."""
     return [] if spec.is_dense else quantize_layers(net, spec, device, new_modules)
 
 
 def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
-    """Make a head of its own of one that the files hold beside the embedding with other numbers, as transformers does
-    when it reads them."""
+    """Untie the head if the files contain other numbers for it than for the embedding, as transformers does."""
     stored = [f"{name}.weight" for name in (family.head_name(net), family.embedding_name(net)) if name is not None]
     if not family.tied(net) or not headers.keys() >= set(stored):
         return
@@ -183,9 +183,9 @@ def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, Tens
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
-    """Of the files; none where they are not here yet.
+    """The tensor headers of the files; empty if the files are not here yet.
 
-    Raises: ModelError for a folder of the user whose weights cannot be read.
+    Raises: ModelError for a user's folder whose weights cannot be read.
     """
     try:
         return read_headers(source.folder)
@@ -196,7 +196,7 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
 
 
 def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
-    """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
+    """Whether _from_files can read the base without transformers; assumed if the files are not here yet."""
     if not spec.read_by_us:
         return False
     try:
@@ -207,7 +207,7 @@ def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
-    """A folder of ours whose weights are packed as bitsandbytes packs them, read by transformers."""
+    """A model folder with weights packed by bitsandbytes, read by transformers."""
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
@@ -227,7 +227,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
 
 
 def base_fingerprint(section: ModelSection) -> str:
-    """sha256 that tells one base from another; see inspection.fingerprint."""
+    """The sha256 that identifies the base; see inspection.fingerprint."""
     return inspection.fingerprint(find_source(section, weights=True))
 
 
@@ -248,7 +248,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     missing = [name for key in ("missing_keys", "mismatched_keys") for name in sorted(map(str, loading[key]))]
     for head in spec.family.new_head(section, net):
         if any(key.startswith(f"{head}.") for key in missing):
-            net.get_submodule(head).to("meta")  # to be drawn
+            net.get_submodule(head).to("meta")  # initialised later
             missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
         what = f"{section.name_or_path} lacks weights that its configuration asks for ({listed(missing, 5)})"
@@ -258,29 +258,29 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
 
 
 def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
-    """The net read tensor by tensor, packed or in copies, or mapped as it was packed before; None where only
-    transformers can read it, and where transformers maps files that can be used as they are."""
+    """The net read tensor by tensor (packed or copied), or mapped from an earlier packing. None if only transformers
+    can read it, or if it can map the files without copies."""
     if not spec.read_by_us:
         return None
     if spec.is_dense and not needs_copies(read_headers(spec.source.folder), spec.dtype, spec.device):
         return None
     with model_errors(spec.section), quiet(), no_fetched_code():
-        opened = open_net(spec)
-    if opened is None:
+        net_and_reader = open_net(spec)
+    if net_and_reader is None:
         return None
-    net, reader = opened
+    net, reader = net_and_reader
     if spec.is_dense:
         fill_net(net, reader)
         return net, [], None
     packed = packed_base(net, reader, spec)
-    sidecar, notes = kept_base(packed)
+    sidecar, notes = cached_base(packed)
     return net, [*packed.notes, *notes], sidecar
 
 
 def _finish(
     net: nn.Module, spec: BaseSpec, notes: list[str], new_modules: tuple[str, ...] = (), *, meta: bool = False
 ) -> LoadedModel:
-    """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
+    """Freeze the net, set eval mode and collect the facts. `meta`: the net is on the meta device."""
     net.requires_grad_(False)
     net.eval()
     if spec.family.looks_back(net):
@@ -289,7 +289,7 @@ def _finish(
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if hasattr(config, "rescale_every"):
-        config.rescale_every = 0  # RWKV would divide its weights in place, packed ones and mapped files among them
+        config.rescale_every = 0  # RWKV would divide its weights in place, including packed ones and mapped files
     return LoadedModel(
         net=net,
         config=config,
@@ -306,18 +306,19 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Say which modules are random at first, but for a head for other labels, which the labels' own note names."""
+    """Notes about randomly initialised modules. A head for other labels is left out, because the labels' note names
+    it."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     names = [name for name in new_modules if name != replaced]
     if not names:
         return []
     what = f"the base's files do not contain {', '.join(names)}"
-    return [f"{what}: initialised at random, trained whole, and saved with the adapter or the model"]
+    return [f"{what}: initialised at random, fully trained, and saved with the adapter or the model"]
 
 
 def _statistics_notes(net: nn.Module) -> list[str]:
-    """Say that batch normalisation is not in train mode, as it would be in a plain loop."""
-    if not keeps_statistics(net):
+    """A note that batch normalisation stays in eval mode, unlike in a plain training loop."""
+    if not modules_with_statistics(net):
         return []
     return ["batch normalisation uses the base's running statistics, which training does not change"]
 

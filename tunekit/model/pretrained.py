@@ -1,4 +1,4 @@
-"""A torch module as the net that transformers made it, with its configuration, and the classes that make nets."""
+"""Types for nets and configurations made by transformers, and for the classes that make them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class AutoClass(Protocol):
     def from_pretrained(
         self, folder: str, *, output_loading_info: Literal[True], **settings: object
     ) -> tuple[nn.Module, Mapping[str, Collection[object]]]:
-        """The net with the folder's weights, and the names of missing and of unexpected tensors."""
+        """The net with the folder's weights, and the names of missing and unexpected tensors."""
 
 
 def as_pretrained(net: nn.Module) -> PreTrainedModel:
-    """The net, with the methods that transformers gives it beyond torch's."""
+    """The net, typed with the methods that transformers adds."""
     return net
 
 
 def input_embedding(net: nn.Module) -> nn.Module | None:
-    """The module that looks inputs up or projects them; None where the net's class names none, as convolutions do."""
+    """The module that looks up or projects inputs; None if the net's class names none, as for convolutional nets."""
     try:
         return as_pretrained(net).get_input_embeddings()
     except (AttributeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""The one place that silences transformers, huggingface_hub and bitsandbytes, and puts everything back afterwards."""
+"""Silences and patches transformers, huggingface_hub and bitsandbytes within blocks, and restores them afterwards."""
 
 import importlib
 import logging
@@ -16,9 +16,9 @@ from tunekit.console.loudness import is_verbose
 from tunekit.errors import ModelError, TunekitError
 from tunekit.recipe.model import ModelSection
 
-# Modules of transformers that look for `kernels` when a GGUF file is loaded.
-ASKING = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
-CODE_ARGUMENT = "trust_remote_code"  # named in the error of a folder that brings code
+# Modules of transformers that look for the package `kernels` when a GGUF file is loaded.
+KERNEL_USERS = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
+CODE_ARGUMENT = "trust_remote_code"  # appears in the error for a folder that contains code
 
 T = TypeVar("T")
 NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf", "diffusers")
@@ -26,8 +26,8 @@ NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence inside the block, unless the user asks to hear it. Errors are raised as ever: only what would be printed
-    is gone."""
+    """Silence these libraries inside the block, except with --verbose. Errors are still raised; only output is
+    suppressed."""
     if is_verbose():
         yield
         return
@@ -45,7 +45,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Switch off every tqdm bar, whoever makes it: the switches of the libraries miss some of their own."""
+    """Switch off every tqdm bar: the libraries' own switches miss some."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.tqdm_lib.tqdm
@@ -64,10 +64,10 @@ def _no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
-    """Other values for some names of another library inside the block, its own again after it, also after an error.
+    """Replace values of another library inside the block; they are restored after it, also after an error.
 
-    `namespace`: `vars(module)`, or any other mapping of names; a name that was not there is removed again.
-    Not for blocks of two threads that overlap.
+    `namespace`: `vars(module)`, or any other mapping of names; a name that did not exist is removed again.
+    Not for overlapping blocks of two threads.
     """
     before = {name: namespace[name] for name in values if name in namespace}
     namespace.update(values)
@@ -81,16 +81,16 @@ def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
 
 @contextmanager
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
-    """Make `kernels` unimportable inside the block and, for GGUF, tell transformers that it is not installed."""
+    """In this block `kernels` cannot be imported; for GGUF, transformers also sees it as not installed."""
     with ExitStack() as stack:
         stack.enter_context(replaced(cast("dict[str, ModuleType | None]", sys.modules), kernels=None))
-        for module in filter(None, map(_module, ASKING if gguf else ())):
+        for module in filter(None, map(_module, KERNEL_USERS if gguf else ())):
             stack.enter_context(replaced(vars(module), is_kernels_available=lambda *_versions: False))
         yield
 
 
 def _module(name: str) -> ModuleType | None:
-    """The module, where this version of transformers has it and it asks at all."""
+    """The module, if this version of transformers has it and it looks for `kernels`."""
     try:
         module = importlib.import_module(name)
     except ImportError:
@@ -100,8 +100,8 @@ def _module(name: str) -> ModuleType | None:
 
 @contextmanager
 def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
-    """Turn what transformers raises inside the block, reading a model or a `part` of it, into ModelError, first line
-    only."""
+    """Convert transformers' errors inside the block, while it reads a model or a `part` of it, into a one-line
+    ModelError."""
     try:
         yield
     except (TunekitError, MemoryError, torch.OutOfMemoryError):
@@ -110,13 +110,13 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
         name, text = f"{part}{section.name_or_path}", str(error)
         if CODE_ARGUMENT in text:
             how = "read that code, and set model.trust_remote_code: true if you trust it"
-            raise ModelError(f"{name} runs code of its own", how, key="model.trust_remote_code") from error
+            raise ModelError(f"{name} runs remote code", how, key="model.trust_remote_code") from error
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(f"{name} cannot be loaded: {lines[0]}", key="model.name_or_path") from error
 
 
 def refuse_code(error: Exception, file: Path) -> None:
-    """Raises: ModelError if a file of a processor, whose code is never run, names code of its folder."""
+    """Raises: ModelError if a processor's file names remote code, which is never run."""
     if CODE_ARGUMENT in str(error):
-        what = "names a class that runs code of its own, and code of processors is never run"
+        what = "names a class with remote code, but code of processors is never run"
         raise ModelError(what, "choose another base", file=str(file), key="model.name_or_path") from error

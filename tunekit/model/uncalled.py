@@ -1,7 +1,6 @@
-"""Layers that a model's own code multiplies by itself instead of calling them, such as Mamba's dt_proj.
+"""Finds layers that a model's own code multiplies directly instead of calling them, such as Mamba's dt_proj.
 
-A net's modules go in; out come the names of those layers, as its code shows them: neither an adapter of them nor their
-packed form would ever be asked.
+An adapter on such a layer, or its packed form, would never be used. The layers are found by parsing the model's code.
 """
 
 import ast
@@ -15,21 +14,23 @@ from torch import nn
 
 from tunekit.contracts import Modules
 
-OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # as it is, cast or transposed; no part of it
+OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # as it is, cast or transposed; not a part of it
 PRODUCTS = ("linear", "matmul")  # functions that multiply
 
 
 def uncalled_layers(modules: Modules) -> set[str]:
-    """Names of those among a net's modules."""
+    """Names of such layers among a net's modules."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}
-    multiplied = {name for name, parent, own in split if parent in kinds and own in _multiplied(kinds[parent])}
+    multiplied = {
+        name for name, parent, attribute in split if parent in kinds and attribute in _multiplied_weights(kinds[parent])
+    }
     return multiplied | _unread_poolers(modules)
 
 
 def _unread_poolers(modules: Modules) -> set[str]:
-    """Names in a pooler of the base whose result the whole net does not read, as SigLIP's classifier takes the mean of
-    the positions."""
+    """Names in a pooler of the base whose output the net ignores: SigLIP's classifier takes the mean of the positions
+    instead."""
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items() if not name}
     if not kinds or _reads_pooled(kinds[""]):
         return set()
@@ -49,27 +50,27 @@ def _reads_pooled(kind: type) -> bool:
 
 @cache
 def returns_several(kind: type) -> bool:
-    """Whether a class of linear layers gives more than a product, as Llama 4's routers do."""
+    """Whether a class of linear layers returns more than a product, as Llama 4's routers do."""
     if getattr(kind, "forward", None) is nn.Linear.forward:
         return False
-    return any(isinstance(each, ast.Return) and isinstance(each.value, ast.Tuple) for each in ast.walk(_code(kind)))
+    return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(_code(kind)))
 
 
 @cache
-def _multiplied(kind: type) -> frozenset[str]:
-    """Attributes of a class whose `weight` its code multiplies by something, or takes."""
-    factors = (factor for each in ast.walk(_code(kind)) for factor in _factors(each))
-    return frozenset(found[1] for factor in factors for found in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if found)
+def _multiplied_weights(kind: type) -> frozenset[str]:
+    """Attributes of a class whose `weight` its code multiplies directly, or reads."""
+    factors = (factor for node in ast.walk(_code(kind)) for factor in _factors(node))
+    return frozenset(match[1] for factor in factors for match in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if match)
 
 
 def _code(kind: type) -> ast.AST:
-    """The class as it is written; nothing where that is not to be had."""
+    """The class's syntax tree; an empty one if its source is not available."""
     return _classes(kind.__module__).get(kind.__name__, ast.Pass())
 
 
 @cache
 def _classes(module_name: str) -> dict[str, ast.AST]:
-    """The classes of a file by name, if it reads any layer's weight or has linear layers of its own."""
+    """The classes of a file by name, if it reads any layer's weight or defines subclasses of linear layers."""
     try:
         source = inspect.getsource(sys.modules[module_name])
     except (KeyError, OSError, TypeError):
@@ -84,4 +85,4 @@ def _factors(node: ast.AST) -> Iterator[ast.expr]:
     elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PRODUCTS:
         yield from node.args
     elif isinstance(node, ast.Assign) or (isinstance(node, ast.Attribute) and node.attr == "data"):
-        yield node.value  # taken apart, or changed in place, as Gemma 3n's coefficients are
+        yield node.value  # split, or changed in place, as Gemma 3n's coefficients are

@@ -18,7 +18,7 @@ from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_of
-from tunekit.model.storage.kept import can_be_kept
+from tunekit.model.storage.packed_cache import can_be_cached
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import find_source
 from tunekit.planning.simulated.estimate import peak_bytes
@@ -194,7 +194,7 @@ class Forecast:
     @cached_property
     def _kept(self) -> bool:
         """Whether the packed base will be mapped from a sidecar: nothing of it stays in memory while it is packed."""
-        return self.base.packed_while_read and can_be_kept(stored_bytes(self.base.net))
+        return self.base.packed_while_read and can_be_cached(stored_bytes(self.base.net))
 
     @cached_property
     def _streamed_load_bytes(self) -> int:

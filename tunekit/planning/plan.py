@@ -11,7 +11,7 @@ from tunekit.adapters.base import slot_count
 from tunekit.adapters.kernels.joined_lora import describe
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
-from tunekit.companions.base import Planned, make_companions
+from tunekit.companions.base import PlanContext, make_companions
 from tunekit.contracts import Batch, Companion, CompanionFacts, Processor
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
@@ -43,7 +43,7 @@ from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.targets.labels import start_facts
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import Prepared
+from tunekit.training.state import RunInputs
 from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
@@ -79,7 +79,7 @@ def make_plan(
     device: torch.device | None = None,
     check_folder: bool = False,
     previous: Choice | None = None,
-) -> tuple[Plan, Prepared]:
+) -> tuple[Plan, RunInputs]:
     """Decide everything; what would make the run fail is in `plan.refusals`.
 
     `check_folder`: look at output.dir too (train holds it already).
@@ -122,7 +122,7 @@ def make_plan(
         windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
-    return plan, Prepared(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest)
+    return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest)
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
@@ -172,11 +172,11 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     return inputs
 
 
-def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> Planned:
+def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> PlanContext:
     """What companions may know of the run."""
     rows, sections = inputs.rows, (recipe.memory, recipe.training, recipe.evaluation)
     data = (inputs.processor, rows.objective, rows.all, bool(rows.streams))
-    return Planned(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
+    return PlanContext(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:

@@ -155,8 +155,8 @@ class SimulatedRun:
         tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
-        beside = tuned.base.family.beside(net)  # on a GPU only while they are needed
-        for module in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
+        frozen_parts = tuned.base.family.frozen_parts(net)  # on a GPU only while they are needed
+        for module in frozen_parts if self.device.type == "cpu" or getattr(net, "stays", False) else ():
             weights += [*module.parameters(), *module.buffers()]
         with tracker.counting_as("weights"):
             weights += [tensor for each in tuned.companions.values() for tensor in each.resident(self.device)]

@@ -1,6 +1,6 @@
-"""Answers to conversations, token by token, by a base with none, one or several adapters.
+"""Answers conversations token by token, with a base and any number of its adapters.
 
-The keys and values of a conversation's beginning are kept for its next turn.
+The keys and values of a conversation are cached for its next turn.
 """
 
 import os
@@ -27,15 +27,15 @@ from tunekit.records import TextFacts
 from tunekit.targets.target import LoadedTarget
 from tunekit.tuned.model import TunedModel
 
-BASE = "base"  # the name under which the base answers, without an adapter
-UNFINISHED = "�"  # a character of which not all bytes are there yet
+BASE = "base"  # the name of the base without an adapter
+UNFINISHED = "�"  # the replacement for an incomplete multi-byte character
 
 
 @dataclass(frozen=True)
 class Request:
     """One conversation to answer. `stop`: texts that end the answer and are not part of it.
 
-    `prompt`: its ids, where they were made before, by `Speaker.prompt_ids`.
+    `prompt`: its ids, if `Speaker.prompt_ids` was already called.
     """
 
     messages: Sequence[Message]
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and why it ended: "stop" by itself or a stop text, "length" at its most tokens."""
+    """An answer, and why it ended: "stop" (an end token or a stop text) or "length" (the maximum of tokens)."""
 
     text: str
     prompt_tokens: int
@@ -55,31 +55,31 @@ class Reply:
     reason: str
 
 
-OnText = Callable[[int, str], bool]  # (which request, what its answer has more of, "" too) -> whether to go on with it
-OnEnd = Callable[[int, Reply], None]  # (which request, its whole answer), as soon as it is whole
+OnText = Callable[[int, str], bool]  # (index of the request, new text of its answer, may be "") -> whether to continue
+OnEnd = Callable[[int, Reply], None]  # (index of the request, its complete answer)
 
 
 @dataclass
 class Speaker:
-    """Answers by one base with any of its adapters; one call at a time."""
+    """Answers with one base and any of its adapters; one call at a time."""
 
     target: LoadedTarget
     adapters: AdapterSet
     default: str  # BASE, or the name of the target's own adapter
     template: str | None
     stop_ids: frozenset[int]  # the tokens that end an answer
-    # per name: ids, and their keys and values
-    _kept: dict[str, tuple[Sequence[int], Any]] = field(default_factory=dict)
+    # by name: ids, and their keys and values
+    _caches: dict[str, tuple[Sequence[int], Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        """Whom answers can be asked of."""
+        """The base's name and those of the adapters."""
         return [BASE, *self.adapters.adapters]
 
     def add(self, name: str, folder: Path) -> None:
-        """One more adapter of the same base. Raises: AdapterError where it is not one."""
+        """Add an adapter of the same base. Raises: AdapterError if it is not one."""
         if name == BASE:
-            raise InputError(f"'{BASE}' is the base itself", "give the adapter another name")
+            raise InputError(f"'{BASE}' is the name of the base itself", "give the adapter another name")
         base = self.target.model.base
         attach = partial(attach_adapter_folder, base.net, folder, head_name=base.family.head_name(base.net))
         self.adapters.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
@@ -87,8 +87,8 @@ class Speaker:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to its next answer.
 
-        One thread at a time may ask, also while another one answers.
-        Raises: DataError where the template refuses it, or where it leaves the model no position for an answer.
+        One thread at a time may call this, also while another one answers.
+        Raises: DataError if the template refuses the conversation, or no position is left for an answer.
         """
         facts = self._facts
         ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages, facts.positions)
@@ -105,9 +105,9 @@ class Speaker:
         on_text: OnText = lambda row, text: True,
         on_end: OnEnd = lambda row, reply: None,
     ) -> list[Reply]:
-        """Answers to conversations of equal sampling, made side by side.
+        """Answer conversations with equal sampling settings as one batch.
 
-        Raises: InputError for an unknown name; DataError where a conversation is too long or the template refuses it.
+        Raises: InputError for an unknown name; DataError if a conversation is too long or the template refuses it.
         """
         if name not in self.names:
             raise InputError(f"there is no adapter '{name}'", f"there are: {', '.join(self.names)}")
@@ -115,7 +115,7 @@ class Speaker:
         writers = [_Writer(self.target.tokenizer.decode, request, self.stop_ids) for request in requests]
         rooms = [self._room(prompt) for prompt in prompts]
         room = min(rooms)
-        if any(own != room < request.max_new_tokens for own, request in zip(rooms, requests, strict=True)):
+        if any(limit != room < request.max_new_tokens for limit, request in zip(rooms, requests, strict=True)):
 
             def alone(row: int) -> Reply:
                 text, end = (lambda _, text: on_text(row, text)), (lambda _, reply: on_end(row, reply))
@@ -126,12 +126,12 @@ class Speaker:
 
         def end(row: int) -> None:
             writer = writers[row]
-            if rest := writer.finish():
-                on_text(row, rest)
+            if remainder := writer.finish():
+                on_text(row, remainder)
             replies[row] = Reply(writer.written, len(prompts[row]), len(writer.ids), writer.reason)
             on_end(row, replies[row])
 
-        def told(rows: Sequence[int], tokens: list[int]) -> list[bool]:
+        def ends(rows: Sequence[int], tokens: list[int]) -> list[bool]:
             for row, token in zip(rows, tokens, strict=True):
                 if row not in replies:
                     more = writers[row].add(token)
@@ -139,10 +139,10 @@ class Speaker:
                         end(row)
             return [row in replies for row in rows]
 
-        with self._through(name) as model:
-            kept, cache = self._kept.pop(name, ((), None)), None  # of no use where this is interrupted
+        with self._model_of(name) as model:
+            cached, cache = self._caches.pop(name, ((), None)), None  # unusable if this call is interrupted
             if len(prompts) == 1 and not model.virtual_tokens:
-                cache = prompt_cache(model.base, *kept, prompts[0])
+                cache = prompt_cache(model.base, *cached, prompts[0])
             produced = generate_texts(
                 model.base,
                 self.target.tokenizer,
@@ -151,31 +151,31 @@ class Speaker:
                 batch_size=len(prompts),
                 sampling=requests[0].sampling,
                 stop_ids=sorted(self.stop_ids),
-                adapt=model.adapted,
+                adapt=model.adapt_inputs,
                 virtual_tokens=model.virtual_tokens,
-                told=told,
+                ends=ends,
                 cache=cache,
             )
         if cache is not None:
-            self._kept[name] = ([*prompts[0], *produced[0]][: cache.get_seq_length()], cache)
+            self._caches[name] = ([*prompts[0], *produced[0]][: cache.get_seq_length()], cache)
         for row in range(len(requests)):
             if row not in replies:
                 end(row)
         return [replies[row] for row in range(len(requests))]
 
     def _room(self, prompt: Sequence[int]) -> float:
-        """The most tokens that an answer to it can have; an encoder's prompt takes none of its answer's positions."""
+        """The maximum number of tokens of an answer; an encoder's prompt takes no positions of the answer."""
         return (self._facts.positions or inf) - (0 if self.target.model.base.family.reads_source else len(prompt))
 
     @property
     def _facts(self) -> TextFacts:
         facts = self.target.model.base.text
-        assert facts is not None  # make_speaker saw to it
+        assert facts is not None  # make_speaker checked it
         return facts
 
     @contextmanager
-    def _through(self, name: str) -> Iterator[TunedModel]:
-        """The model as it answers under this name, in eval mode."""
+    def _model_of(self, name: str) -> Iterator[TunedModel]:
+        """A block in which the model answers with this adapter, in eval mode."""
         model = replace(self.target.model, adapter=self.adapters.adapters.get(name))
         adapter = nullcontext() if name == BASE else self.adapters.using(name)
         with model.training_mode(False), calling(Call(bypassed=name == BASE)), adapter:
@@ -183,7 +183,7 @@ class Speaker:
 
 
 class _Writer:
-    """One answer as it grows: whole characters only, nothing of a stop text."""
+    """One answer as it grows, limited to complete characters and without any part of a stop text."""
 
     def __init__(self, decode: Callable[..., str], request: Request, stop_ids: Collection[int]) -> None:
         self.decode, self.request, self.stop_ids = decode, request, stop_ids
@@ -191,21 +191,21 @@ class _Writer:
         self.written, self.ended, self.reason = "", False, "length"
 
     def add(self, token: int) -> str:
-        """What can be shown after this token that could not be before."""
+        """The text that this token completes."""
         if token in self.stop_ids:
             self.ended, self.reason = True, "stop"
             return ""
         self.ids.append(token)
         self.ended = len(self.ids) >= self.request.max_new_tokens
         text = self._text()
-        if found := [text.index(stop) for stop in self.request.stop if stop in text]:
+        if matches := [text.index(stop) for stop in self.request.stop if stop in text]:
             self.ended, self.reason = True, "stop"
-            return self._show(text[: min(found)])
-        held = max((_begins(text, stop) for stop in self.request.stop), default=0)
+            return self._show(text[: min(matches)])
+        held = max((_overlap(text, stop) for stop in self.request.stop), default=0)
         return "" if text.endswith(UNFINISHED) else self._show(text[: len(text) - held])
 
     def finish(self) -> str:
-        """What had been held back and is no stop text."""
+        """The text that was held back, unless it is a stop text."""
         cut = self.reason == "stop" and any(stop in self._text() for stop in self.request.stop)
         return "" if cut else self._show(self._text())
 
@@ -218,48 +218,48 @@ class _Writer:
         return more
 
 
-def _begins(text: str, stop: str) -> int:
-    """How many last characters of the text begin the stop text."""
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text are a prefix of the stop text."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
-    """The target's own adapter, where it has one, as one of several. Raises: InputError where it cannot chat."""
+    """A speaker with the target's own adapter, if it has one. Raises: InputError if the target cannot chat."""
     model, template = loaded.model, loaded.target.chat_template
     if not model.base.family.answers or not model.base.family.reads_ids:
-        does = "reads" if model.base.family.answers else "gives"
-        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} no text")
+        does = "does not read" if model.base.family.answers else "does not generate"
+        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} text")
     if template is None and loaded.tokenizer.chat_template is None:
-        how = "ask it with `tunekit generate`, or name a template: data.chat_template of its recipe"
+        how = "use `tunekit generate`, or set data.chat_template in its recipe"
         raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)
-    own, name = model.adapter, "adapter" if name == BASE else name
+    adapter, name = model.adapter, "adapter" if name == BASE else name
     adapters = AdapterSet(model.base.net)
-    if own is not None:
-        adapters.add(name, lambda: own)
+    if adapter is not None:
+        adapters.add(name, lambda: adapter)
     stop_ids = frozenset(find_stop_ids(model.base, loaded.tokenizer, template))
-    return Speaker(loaded, adapters, BASE if own is None else name, template, stop_ids)
+    return Speaker(loaded, adapters, BASE if adapter is None else name, template, stop_ids)
 
 
 def name_of(target: str) -> str:
-    """Under which its adapter is served: its folder's name; that of the run, of a run's adapter."""
+    """The name under which its adapter is served: the folder's name; for a run's adapter, the run's name."""
     path = Path(os.path.abspath(target))
     return path.parent.name if path.name == "adapter" else path.name
 
 
 def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
-    """Each adapter folder under its own name; of a run its adapter; of another folder each adapter in it.
+    """Add each adapter folder under its own name; for a run its adapter; for another folder all adapters in it.
 
-    Raises: InputError where there is none; AdapterError where one does not fit the base.
+    Raises: InputError if there is none; AdapterError if one does not fit the base.
     """
-    for given in folders:
-        path = Path(given).expanduser().absolute()
-        found = [(name_of(given), path), (path.name, path / "adapter")]
+    for folder_name in folders:
+        path = Path(folder_name).expanduser().absolute()
+        candidates = [(name_of(folder_name), path), (path.name, path / "adapter")]
         if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.is_dir())
-            found += [(entry.name, place) for entry in inside for place in (entry, entry / "adapter")]
-        adapters = [(name, place) for name, place in found if (place / "adapter_config.json").exists()]
+            entries = sorted(entry for entry in path.iterdir() if entry.is_dir())
+            candidates += [(entry.name, place) for entry in entries for place in (entry, entry / "adapter")]
+        adapters = [(name, place) for name, place in candidates if (place / "adapter_config.json").exists()]
         if not adapters:
-            what = f"{given} holds no adapter (adapter_config.json)"
-            raise InputError(what, "name an adapter, a run, or their folder")
+            what = f"{folder_name} contains no adapter (adapter_config.json)"
+            raise InputError(what, "name an adapter, a run, or a folder of them")
         for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
             speaker.add(name, place)

@@ -1,5 +1,5 @@
-"""A queue of requests from many clients: one thread reads their prompts, and one answers them in order, those side by
-side that can be."""
+"""A queue of requests from many clients. One thread renders their prompts, and one answers them in order, in batches
+if possible."""
 
 import queue
 import secrets
@@ -11,65 +11,65 @@ from dataclasses import dataclass, field, replace
 from tunekit.errors import DataError
 from tunekit.talking.conversation import Reply, Request, Speaker
 
-WAITED_SECONDS = 0.005  # for more to come with the first one
-MOST_JOBS = 192  # that have no answer yet
+GATHER_SECONDS = 0.005  # to wait for more requests after the first one
+MAX_JOBS = 192  # without an answer so far
 
 
 @dataclass
 class Job:
-    """A request of the adapter `name`. `on_text` is told of each piece, `on_end` of the reply or of what went wrong."""
+    """A request for the adapter `name`. `on_text` receives each piece of text, `on_end` the reply or the error."""
 
     request: Request
     name: str
     on_text: Callable[[str], None]
     on_end: Callable[[Reply | Exception], None]
-    seeded: bool = False  # whether its seed was asked for, so that it alone decides what is drawn
+    seeded: bool = False  # whether the client set the seed, so that the request must be sampled alone
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What must be equal for two to be answered side by side; rows of a batch share what their seed draws."""
+        """Requests can share a batch only if this is equal; rows of a batch share their seed's random numbers."""
         return self.name, self.request.sampling, id(self) if self.seeded and self.request.sampling.temperature else 0
 
 
-def going_down() -> ConnectionAbortedError:
-    """What a job is told that gets no answer any more."""
-    return ConnectionAbortedError("the server is going down")
+def shutdown_error() -> ConnectionAbortedError:
+    """The error sent to requests that are still waiting at shutdown."""
+    return ConnectionAbortedError("the server is shutting down")
 
 
 class Desk:
-    """Answers jobs until it is closed; those that wait then are told so."""
+    """Answers jobs until it is closed; jobs that still wait then get an error."""
 
-    def __init__(self, speaker: Speaker, most: int) -> None:
-        self.speaker, self.most = speaker, most
+    def __init__(self, speaker: Speaker, batch_size: int) -> None:
+        self.speaker, self.batch_size = speaker, batch_size
         self._stopped = threading.Event()
-        self._open: set[int] = set()  # ids of the jobs that were taken in and have not ended
+        self._open: set[int] = set()  # ids of accepted jobs that have not ended
         self._unread: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # their prompts are read
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._work)]
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # their prompts are rendered
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._read, self._work)]
         for thread in self._threads:
             thread.start()
 
     def put(self, job: Job) -> None:
-        """Take a job in; one too many is told so."""
-        if len(self._open) >= MOST_JOBS:
-            job.on_end(ConnectionRefusedError(f"{MOST_JOBS} requests wait already; try again later"))
+        """Accept a job; beyond the maximum, it gets an error."""
+        if len(self._open) >= MAX_JOBS:
+            job.on_end(ConnectionRefusedError(f"{MAX_JOBS} requests are waiting already; try again later"))
             return
         self._open.add(id(job))
         self._unread.put(job)
 
     def stop(self) -> None:
-        """Give up the answers that are being made; whoever waits for one is told so."""
+        """Abort running answers; their clients get an error."""
         self._stopped.set()
 
     def close(self) -> None:
-        """End after the answers that are being made."""
+        """End after the running answers."""
         self._unread.put(None)
         for thread in self._threads:
             thread.join()
 
     def _read(self) -> None:
-        """Make the prompt of each job. A long one holds up those after it, but no answer that is being made."""
+        """Render the prompt of each job. A long one delays later jobs, but no running answer."""
         while (job := self._unread.get()) is not None:
             if not self._is_wanted(job):
                 continue
@@ -84,24 +84,24 @@ class Desk:
 
     def _end(self, job: Job, reply: Reply | Exception) -> None:
         self._open.discard(id(job))
-        job.on_end(going_down() if self._stopped.is_set() else reply)
+        job.on_end(shutdown_error() if self._stopped.is_set() else reply)
 
     def _work(self) -> None:
-        held: deque[Job] = deque()
-        going = True
-        while going or held:
-            going = self._gather(held) and going
-            if not going:
-                for job in held:
-                    self._end(job, going_down())
+        jobs: deque[Job] = deque()
+        is_open = True
+        while is_open or jobs:
+            is_open = self._gather(jobs) and is_open
+            if not is_open:
+                for job in jobs:
+                    self._end(job, shutdown_error())
                 return
-            batch = [job for job in held if job.kind == held[0].kind][: self.most]
-            held = deque(job for job in held if job not in batch)
+            batch = [job for job in jobs if job.kind == jobs[0].kind][: self.batch_size]
+            jobs = deque(job for job in jobs if job not in batch)
             self._answer(list(filter(self._is_wanted, batch)))
 
-    def _gather(self, held: deque[Job]) -> bool:
-        """Everything that waits; where nothing is held yet, the next one is waited for. False: it was closed."""
-        timeout = 0.0 if held else None
+    def _gather(self, jobs: deque[Job]) -> bool:
+        """Collect all waiting jobs; if there are none yet, wait for the next one. False: the desk was closed."""
+        timeout = 0.0 if jobs else None
         while True:
             try:
                 job = self._waiting.get(timeout != 0.0, timeout)
@@ -109,8 +109,8 @@ class Desk:
                 return True
             if job is None:
                 return False
-            held.append(job)
-            timeout = WAITED_SECONDS if len(held) == 1 else 0.0
+            jobs.append(job)
+            timeout = GATHER_SECONDS if len(jobs) == 1 else 0.0
 
     def _answer(self, jobs: list[Job]) -> None:
         if not jobs:
@@ -128,18 +128,18 @@ class Desk:
 
         requests, sampling = [job.request for job in jobs], jobs[0].request.sampling
         if not jobs[0].seeded:
-            drawn = replace(sampling, seed=secrets.randbits(62))
-            requests = [replace(request, sampling=drawn) for request in requests]
+            seeded = replace(sampling, seed=secrets.randbits(62))
+            requests = [replace(request, sampling=seeded) for request in requests]
         try:
             self.speaker.answer(requests, jobs[0].name, on_text, on_end)
         except Exception as error:
-            alone = isinstance(error, DataError) and len(jobs) > 1  # of one of them: the others can be answered
+            alone = isinstance(error, DataError) and len(jobs) > 1  # the error may concern one job: answer the others
             for row in sorted(unanswered):
                 self._answer([jobs[row]]) if alone else on_end(row, error)
 
     def _is_wanted(self, job: Job) -> bool:
-        """Whether somebody still waits for it, and will have an answer; if not, it ends."""
+        """Whether the client still waits and the server still answers; if not, the job ends."""
         if self._stopped.is_set() or job.cancelled.is_set():
-            self._end(job, ConnectionAbortedError("the client is gone"))
+            self._end(job, ConnectionAbortedError("the client has disconnected"))
             return False
         return True

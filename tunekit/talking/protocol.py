@@ -1,4 +1,4 @@
-"""The protocol of OpenAI's chat completions: bodies of requests are read, strictly; usage and errors are written."""
+"""The protocol of OpenAI's chat completions: strict reading of request bodies, and writing of usage and errors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from tunekit.formats.example import ROLES, Message
 from tunekit.talking.conversation import Reply, Request
 
 T = TypeVar("T")
-NEUTRAL: dict[str, tuple[object, ...]] = {  # fields of the protocol that are taken only where they change nothing
+NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that are accepted only with values that change nothing
     "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -33,7 +33,7 @@ KNOWN = frozenset((*READ, *NEUTRAL, *WITHOUT_EFFECT))
 
 
 class ProtocolError(Exception):
-    """An answer in the protocol's form of an error."""
+    """An error response in the protocol's form."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """The content of a body: the name of the adapter, the conversation, and how to answer."""
+    """The content of a request body: the adapter's name, the conversation, and settings for the answer."""
 
     name: str
     request: Request
@@ -53,18 +53,18 @@ class ChatRequest:
     seeded: bool
 
 
-def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> ChatRequest:
-    """Raises: ProtocolError naming the field that is wrong."""
+def read_body(body: bytes, names: Sequence[str], max_tokens: int) -> ChatRequest:
+    """Read a body. Raises: ProtocolError with the name of the wrong field."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(400, f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ProtocolError(400, "the body must be a JSON object")
-    for field, found in value.items():
+    for field, content in value.items():
         if field not in KNOWN:
-            raise ProtocolError(400, f"'{field}' is not known here", field, "unknown_parameter")
-        if field in NEUTRAL and found is not None and found not in NEUTRAL[field]:
+            raise ProtocolError(400, f"'{field}' is not a known field", field, "unknown_parameter")
+        if field in NEUTRAL and content is not None and content not in NEUTRAL[field]:
             raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
     name = value.get("model")
     if not isinstance(name, str) or name not in names:
@@ -73,7 +73,7 @@ def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> ChatReques
     return ChatRequest(
         name,
         Request(
-            _messages(value.get("messages")), _most(value, most_tokens), _sampling(value), _stop(value.get("stop"))
+            _messages(value.get("messages")), _max_tokens(value, max_tokens), _sampling(value), _stop(value.get("stop"))
         ),
         stream=_of_kind(value, "stream", bool, False),
         with_usage=_of_kind(value, "stream_options", dict, {}).get("include_usage") is True,
@@ -89,40 +89,40 @@ def _of_kind(body: Mapping[str, object], field: str, kind: type[T], default: T) 
 
 
 def _number(body: Mapping[str, object], field: str, default: float, low: float, high: float) -> float:
-    found = body.get(field)
-    if found is None:
+    number = body.get(field)
+    if number is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
         raise ProtocolError(400, f"'{field}' must be a number from {low:g} to {high:g}", field, "invalid_value")
-    return found
+    return number
 
 
 def _sampling(body: Mapping[str, object]) -> Sampling:
-    """Without a seed 0, for which the desk draws one."""
+    """The sampling settings; without a seed it is 0, and the desk draws one."""
     temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
     seed = _number(body, "seed", 0, 0, 2**63 - 1)
     return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY
 
 
-def _most(body: Mapping[str, object], default: int) -> int:
+def _max_tokens(body: Mapping[str, object], default: int) -> int:
     field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    found = _number(body, field, default, 1, 1_000_000)
-    if found != int(found):
+    number = _number(body, field, default, 1, 1_000_000)
+    if number != int(number):
         raise ProtocolError(400, f"'{field}' must be a whole number", field, "invalid_value")
-    return int(found)
+    return int(number)
 
 
-def _stop(found: object) -> tuple[str, ...]:
-    texts = [] if found is None else [found] if isinstance(found, str) else found
+def _stop(stops: object) -> tuple[str, ...]:
+    texts = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
         raise ProtocolError(400, "'stop' must be a text or up to four texts", "stop", "invalid_value")
     return tuple(texts)
 
 
-def _messages(found: object) -> tuple[Message, ...]:
-    if not isinstance(found, list) or not found:
+def _messages(messages: object) -> tuple[Message, ...]:
+    if not isinstance(messages, list) or not messages:
         raise ProtocolError(400, "'messages' must be a list with one message or more", "messages", "invalid_value")
-    return tuple(_message(item, f"messages.{at}") for at, item in enumerate(found))
+    return tuple(_message(item, f"messages.{at}") for at, item in enumerate(messages))
 
 
 def _message(item: object, place: str) -> Message:
@@ -147,6 +147,6 @@ def _message(item: object, place: str) -> Message:
 
 
 def usage(reply: Reply) -> dict[str, int]:
-    """Tokens as the protocol counts them."""
+    """Token counts in the protocol's form."""
     counts = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens}
     return {**counts, "total_tokens": sum(counts.values())}

@@ -1,5 +1,5 @@
-"""What was trained as its folder: an adapter in place, or of a checkpoint, whose base is read without its weights; or a
-whole model."""
+"""Exports trained weights as a folder: an adapter (of a run, or of a checkpoint, without loading the base's weights),
+or a whole model."""
 
 import math
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ from tunekit.data.encoding.sources import read_template
 from tunekit.errors import RunFolderError
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
-from tunekit.model.storage.model_folder import copy_other_files, whole_model_folder
+from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 
-BUFFER_PREFIX = "adapter."  # of a checkpoint's tensors: adapter state that is not trained: seeds, indices, importances
+BUFFER_PREFIX = "adapter."  # prefix in checkpoints of adapter state that is not trained: seeds, indices, importances
 
-REFERENCE_PREFIX = "reference."  # and the whole state at step 0, where the loss compares with it
-STEP_0 = {"reference": "the adapter at step 0"}  # a fact of an exported objective, where the base alone is another
+REFERENCE_PREFIX = "reference."  # and of the complete state at step 0, if the loss compares with it
+STEP_0 = {"reference": "the adapter at step 0"}  # a fact of an exported objective whose reference is not the bare base
 
 
 def export_adapter(
@@ -41,8 +41,8 @@ def export_adapter(
     fingerprint: str | None,
     measured: JsonObject | None = None,
 ) -> int:
-    """Write the adapter's folder whole or not at all; returns its bytes. `chat_template`: the recipe's, as text;
-    `measured`: what an evaluation decided."""
+    """Write the adapter's folder completely or not at all; returns its bytes. `chat_template`: the recipe's, as text;
+    `measured`: facts that an evaluation decided."""
     return save_adapter_folder(
         adapter,
         folder,
@@ -68,10 +68,10 @@ def export_model(
     chat_template: str | None,
     answering: Answering | None,
 ) -> int:
-    """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes.
-    `chat_template`: the recipe's, as text."""
+    """Write the trained base completely or not at all, in the dtype of its files, with one shard at a time in memory;
+    returns its bytes. `chat_template`: the recipe's, as text."""
     rewriter = Rewriter(section, "full", loaded=base)
-    with whole_model_folder(folder) as staging:
+    with atomic_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
         copy_other_files(section, rewriter.source.folder, processor, chat_template, staging, answering)
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -83,7 +83,8 @@ def _objective_facts(objective: Objective, adapter: AttachedAdapter, measured: J
 
 
 def facts_for_export(adapter: AttachedAdapter, objective: Objective, measured: JsonObject) -> dict[str, Any]:
-    """What a checkpoint says of its adapter beside the tensors: settings, targets and objective, as they became."""
+    """A checkpoint's facts about its adapter beyond the tensors: settings, targets and objective, with resolved
+    values."""
     return {
         "settings": adapter.settings.model_dump(mode="json", exclude={"init_from"}),
         "targets": [asdict(target) for target in adapter.targets],
@@ -97,16 +98,16 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     `model`: overrides of the recipe's model section.
     Raises: RunFolderError, ModelError.
     """
-    written = checkpoint.parent.parent / "recipe.yaml"
-    if not written.exists():
-        what = f"{checkpoint} lies in no run folder: {written} is missing"
+    recipe_file = checkpoint.parent.parent / "recipe.yaml"
+    if not recipe_file.exists():
+        what = f"{checkpoint} is not in a run folder: {recipe_file} is missing"
         raise RunFolderError(what, "leave checkpoints where the run wrote them")
-    recipe = load_recipe(written).recipe
+    recipe = load_recipe(recipe_file).recipe
     if recipe.adapter.trains_base:
-        what = f"{checkpoint} holds no adapter: the run trains its base, and writes a model at its end alone"
-        raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume, then name the run")
-    found = load_checkpoint(checkpoint)
-    facts = found.facts.get("export")
+        what = f"{checkpoint} contains no adapter: the run trains its base, and writes a model only at its end"
+        raise RunFolderError(what, "finish the run with: tunekit train RECIPE --resume, then name the run")
+    saved = load_checkpoint(checkpoint)
+    facts = saved.facts.get("export")
     if facts is None:
         what = f"{checkpoint} is of an older tunekit and cannot be exported"
         raise RunFolderError(what, "finish the run with --resume")
@@ -115,8 +116,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
     fingerprint = base_fingerprint(section)
-    if fingerprint != found.facts["fingerprint"]["base"]:
-        what = f"{checkpoint} was trained on another base than {section.name_or_path} (their fingerprints differ)"
+    if fingerprint != saved.facts["fingerprint"]["base"]:
+        what = f"{checkpoint} was trained on a base different from {section.name_or_path} (their fingerprints differ)"
         raise RunFolderError(what, "name the right base with --base")
     base, settings = make_meta_model(section, device=cpu), type(recipe.adapter).model_validate(facts["settings"])
     adapter = attach_adapter(
@@ -126,22 +127,22 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         head_name=base.family.head_name(base.net),
         device=cpu,
         targets=[Target(**target) for target in facts["targets"]],
-        filled=True,
+        loads_state=True,
     )
-    adapter.load_state(_adapter_state(found.tensors, found.facts["layout"]))
+    adapter.load_state(_adapter_state(saved.tensors, saved.facts["layout"]))
     path = recipe.data.chat_template
     template = None if path is None else read_template(Path(path))
     return export_adapter(folder, base, adapter, objective, template, fingerprint)
 
 
-def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    """The tensors of a checkpoint whose names begin with `prefix`, by the rest of the name."""
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """The tensors of a checkpoint whose names start with `prefix`, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> Tensors:
-    """The adapter's tensors by name, of which the trained ones lie in one buffer a group."""
-    state = prefixed(tensors, BUFFER_PREFIX)
+    """The adapter's tensors by name; each group's trained ones are views of one buffer."""
+    state = with_prefix(tensors, BUFFER_PREFIX)
     for number, group in enumerate(layout):
         weights = tensors[f"group{number}.weights"]
         for name, (start, *shape) in group.items():

@@ -1,4 +1,4 @@
-"""Which label each row of a trained head stands for: of the base's own head, and of an adapter's."""
+"""The label of each row of a trained head, from the base's own head or an adapter's."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from tunekit.records import JsonObject
 
 
 def start_facts(recipe: Recipe) -> JsonObject:
-    """What a classifier begins with: `head`, labels of the base's own; `labels`, of the adapter that is continued.
+    """A classifier's initial facts: `head`, the labels of the base's own head; `labels`, those of a continued adapter.
 
-    Raises: AdapterError; RecipeError where the recipe lists other labels than the head has, or another order.
+    Raises: AdapterError; RecipeError if the recipe lists other labels than the head has, or another order.
     """
     start, settings = recipe.adapter.init_from, recipe.objective
     if not settings.has_head:
@@ -42,45 +42,44 @@ def start_facts(recipe: Recipe) -> JsonObject:
 
 
 def adapter_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """What the folder says of its objective, without the method; of another tool's adapter, its head's labels."""
+    """The folder's facts about its objective, without the method; for another tool's adapter, its head's labels."""
     if config.objective is not None:
         return {key: value for key, value in config.objective.items() if key != "method"}
     return head_facts(config, base)
 
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """One label for each row of the last matrix of another tool's head: the base's where it has as many."""
+    """One label for each row of the last matrix of another tool's head: the base's labels if the number is equal."""
     header, family = adapter_header(tensors_path(config.folder)), adapter_family(config, base)
     named = set(family.head_parts[-1:]) or _modules_to_save(config)
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
     shapes = [shape for name, shape in matrices.items() if named & set(name.split("."))]
     if not shapes:
         return {}
-    widths = Counter(inputs for _, inputs in shapes)  # a pooler's outputs are what the next matrix takes
+    widths = Counter(inputs for _, inputs in shapes)  # a pooler's outputs are the next matrix's inputs
     last = [rows for rows, inputs in shapes if widths[rows] == (rows == inputs)] or [rows for rows, _ in shapes]
-    own = _head_labels(base, family.name) if family.labelled else ()
-    return {"labels": own if len(own) == min(last) else default_labels(min(last))}
+    base_labels = _head_labels(base, family.name) if family.labelled else ()
+    return {"labels": base_labels if len(base_labels) == min(last) else default_labels(min(last))}
 
 
 def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
-    """What is known of a head, its rows called as the user calls them. Raises: RecipeError for another number."""
+    """The facts of a head with the user's names for its rows. Raises: RecipeError for a different number."""
     if labels and len(labels) != (rows := len(facts.get("labels", ()))):
-        what = f"names {len(labels)} labels, and the adapter's head has {rows} rows"
+        what = f"names {len(labels)} labels, but the adapter's head has {rows} rows"
         raise RecipeError(what, "name one for each row, in their order", key="objective.labels")
     return {**facts, "labels": labels} if labels else facts
 
 
 def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
-    """The family as which another tool's adapter has its base loaded: that of PEFT's task, or of the class that PEFT
-    names where it has no task for it and the base's files name another (a vision model without a head); or the
-    base's own."""
+    """The family with which another tool's adapter loads its base: that of PEFT's task type; or of the class that PEFT
+    names instead, for a task without a type (a vision model without a head); or the base's own."""
     tasks = {family.task_type: family for family in known_families() if family.task_type}
-    own = tasks.get(config.task_type or "") or _family_of_class(config.fields.get("auto_mapping"))
-    return own or make_family(family_of_base(base)).with_head(_modules_to_save(config))
+    family = tasks.get(config.task_type or "") or _family_of_class(config.fields.get("auto_mapping"))
+    return family or make_family(family_of_base(base)).with_head(_modules_to_save(config))
 
 
 def _family_of_class(mapping: object) -> Family | None:
-    """The family with a head of labels whose classes have this name's ending; the name is compared, never imported."""
+    """The family with a head of labels whose class names have this ending; the name is compared, never imported."""
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     labelled = [family for family in known_families() if family.labelled and family.endings]
     return next((family for family in labelled if str(name).endswith(family.endings)), None)
@@ -95,11 +94,11 @@ def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
 
 
 def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels; those of the recipe where a head of as many rows has no names for its own, or spells true and false
+    """The labels, or the recipe's if the head has as many rows with default names, or only spells true and false
     otherwise."""
-    own = tuple(map(str, labels))
-    same = own == default_labels(len(own)) or tuple(map(label_text, own)) == listed
-    return listed if len(own) == len(listed) and same else own
+    names = tuple(map(str, labels))
+    same = names == default_labels(len(names)) or tuple(map(label_text, names)) == listed
+    return listed if len(names) == len(listed) and same else names
 
 
 def _refuse_other_problem_type(config: AdapterConfig, trained: JsonObject, settings: ObjectiveSettings) -> None:
@@ -113,4 +112,4 @@ def _refuse_other_problem_type(config: AdapterConfig, trained: JsonObject, setti
 def _refuse_other_order(whose: str, labels: tuple[str, ...], listed: tuple[str, ...]) -> None:
     if labels and listed and labels != listed:
         what = f"{whose} has the labels {', '.join(labels)}, in this order"
-        raise RecipeError(what, "list them so, or leave labels out", key="objective.labels")
+        raise RecipeError(what, "list them in this order, or remove labels", key="objective.labels")

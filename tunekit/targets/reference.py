@@ -1,27 +1,27 @@
-"""The reference model of a finished run, where that is the adapter at step 0 and not the base alone."""
+"""The reference model of a finished run, if it is the adapter at step 0 and not the bare base."""
 
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
 from tunekit.errors import InputError
-from tunekit.targets.export import REFERENCE_PREFIX, STEP_0, prefixed
+from tunekit.targets.export import REFERENCE_PREFIX, STEP_0, with_prefix
 from tunekit.targets.target import LoadedTarget
 
 
 def load_reference(loaded: LoadedTarget) -> None:
-    """Give the model the adapter's state at step 0, where the objective compares with that and not with the base.
+    """Give the model the adapter's state at step 0, if the objective compares with that state.
 
-    Raises: InputError where no checkpoint of its run has it.
+    Raises: InputError if no checkpoint of its run contains it.
     """
     target, model = loaded.target, loaded.model
     facts = {} if target.adapter is None else read_adapter_config(target.adapter).objective or {}
     if not STEP_0.keys() <= facts.keys() or model.adapter is None:
         return
     checkpoints = [] if target.run is None else list_checkpoints(target.run / "checkpoints")
-    saved = prefixed(load_checkpoint(checkpoints[0][1]).tensors, REFERENCE_PREFIX) if checkpoints else {}
+    saved = with_prefix(load_checkpoint(checkpoints[0][1]).tensors, REFERENCE_PREFIX) if checkpoints else {}
     state = model.adapter.state()
     if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in state.items()):
         what = (
             f"{loaded.objective.name} compares this adapter with its state at step 0, which only its run's checkpoints"
         )
-        raise InputError(f"{what} have", "name the run, with its folder 'checkpoints' as training left it")
+        raise InputError(f"{what} have", "name the run, with an unchanged folder 'checkpoints'")
     model.reference_state = {name: saved[name].to(tensor.device) for name, tensor in state.items()}

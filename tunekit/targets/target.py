@@ -1,4 +1,4 @@
-"""TARGET of eval, generate and merge: what a path, hub id or recipe names, and its loaded model with the adapter."""
+"""TARGET of eval, generate and merge: resolves a path, hub id or recipe, and loads its model with the adapter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,36 +36,38 @@ from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 
-NAME_BASE = "give the base with --base"
+NAME_BASE = "name the base with --base"
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
+    """A resolved TARGET. `adapter` is a folder, or None for a bare model; `recipe`: the one that belongs to it, if
+    any."""
 
     kind: str  # adapter, run, checkpoint, model, recipe
     model: ModelSection
     evaluation: EvaluationSection
     adapter: Path | None = None
     recipe: Recipe | None = None
-    run: Path | None = None  # the folder of the run that it is from
-    rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+    run: Path | None = None  # the run's folder
+    rewrites: tuple[str, ...] = ()  # other tools' spellings in the recipe or on the command line, to be printed
     labels: tuple[str, ...] = ()  # the user's names for the rows of a head that another tool trained
-    problem_type: str | None = None  # what its scores mean, where its files do not say
-    holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
+    problem_type: str | None = None  # the meaning of the scores of a head whose files do not state it
+    holder: TemporaryDirectory[str] | None = None  # keeps the temporary folder of a checkpoint's adapter alive
 
     @property
     def template_file(self) -> Path | None:
-        """A chat template other than the tokenizer's own: the one in the adapter's folder, else the recipe's."""
-        own = None if self.adapter is None else self.adapter / TEMPLATE_NAME
-        named = None if self.recipe is None else self.recipe.data.chat_template
-        if own is not None and own.exists():
-            return own
-        return None if named is None else Path(named)
+        """A chat template that replaces the tokenizer's own: the one in the adapter's folder, otherwise the
+        recipe's."""
+        exported = None if self.adapter is None else self.adapter / TEMPLATE_NAME
+        configured = None if self.recipe is None else self.recipe.data.chat_template
+        if exported is not None and exported.exists():
+            return exported
+        return None if configured is None else Path(configured)
 
     @property
     def data(self) -> DataSection | None:
-        """The data section of the run or recipe, with the template that belongs to the adapter."""
+        """The data section of the run or recipe, with the adapter's template."""
         if self.recipe is None:
             return None
         template = None if self.template_file is None else str(self.template_file)
@@ -75,18 +77,18 @@ class TargetSpec:
     def chat_template(self) -> str | None:
         """The text of the template file.
 
-        Raises: RecipeError where it cannot be read.
+        Raises: RecipeError if it cannot be read.
         """
         return None if self.template_file is None else read_template(self.template_file)
 
     @property
     def seed(self) -> int:
-        """The seed that splits the eval rows off."""
+        """The seed that splits off the evaluation rows."""
         return 0 if self.recipe is None else self.recipe.training.seed
 
     @property
     def choice(self) -> Choice:
-        """What of the recipe's ways to save memory also holds where nothing is trained."""
+        """The recipe's ways to save memory that also apply without training."""
         if self.recipe is None:
             return Choice()
         memory = self.recipe.memory
@@ -102,63 +104,61 @@ class LoadedTarget:
     target: TargetSpec
     model: TunedModel
     processor: Processor
-    objective: Objective  # for which it was trained, or which measures models of its family
+    objective: Objective  # the one it was trained for, or the default one of its family
 
     @property
     def tokenizer(self) -> LoadedTokenizer:
-        """Of a model that reads or writes text. Raises: InputError for others."""
+        """The tokenizer. Raises: InputError for a model without text."""
         if not isinstance(self.processor.tokenizer, LoadedTokenizer):
             what = f"it is {self.model.base.family.text}, which neither reads nor writes text"
-            raise InputError(what, "name another")
+            raise InputError(what, "name another target")
         return self.processor.tokenizer
 
 
 def find_target(target: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
-    """What TARGET is, from the files it has; nothing is loaded.
+    """Resolve TARGET from its files; nothing is loaded.
 
-    Raises: InputError where it is nothing, or where no base can be found for an adapter.
+    Raises: InputError if it is nothing known, or if an adapter's base cannot be found.
     """
-    given = load_target_overrides(overrides)
-    given.model.update(named_base(base))
-    path, rewrites = Path(target).expanduser(), given.rewrites
+    parsed = load_target_overrides(overrides)
+    parsed.model.update(base_override(base))
+    path, rewrites = Path(target).expanduser(), parsed.rewrites
     if path.suffix in (".yaml", ".yml"):
         loaded = load_recipe(path)
         rewrites = [*loaded.rewrites, *rewrites]
-        found = _from_recipe("recipe", loaded.recipe, None, given)
+        spec = _from_recipe("recipe", loaded.recipe, None, parsed)
     elif (checkpoint := find_checkpoint(target)) is not None:
-        found = _from_checkpoint(checkpoint, given)
+        spec = _from_checkpoint(checkpoint, parsed)
     elif path.is_dir():
-        found = _from_folder(path.resolve(), given)
+        spec = _from_folder(path.resolve(), parsed)
     elif path.exists() and path.suffix != ".gguf":
         raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
     elif path.exists():
-        found = _bare_model(str(path.resolve()), given)
+        spec = _bare_model(str(path.resolve()), parsed)
     else:
-        found = _bare_model(target, given)
-        _require_model(target, found.model)
-    if given.labels and found.labels != given.labels:
+        spec = _bare_model(target, parsed)
+        _require_model(target, spec.model)
+    if parsed.labels and spec.labels != parsed.labels:
+        what = f"objective.labels is only for an adapter that does not name its head's labels, which {target} is not"
+        raise InputError(what, "remove it")
+    if parsed.problem_type != spec.problem_type:
         what = (
-            f"objective.labels names the rows of a head whose adapter states none, and {target} is not such an adapter"
+            f"objective.problem_type is only for a head whose files do not state its problem type; {target} states it"
         )
-        raise InputError(what, "leave it out")
-    if given.problem_type != found.problem_type:
-        what = (
-            f"objective.problem_type says what the scores of a head mean whose files do not, and those of {target} do"
-        )
-        raise InputError(what, "leave it out")
-    return replace(found, rewrites=tuple(rewrites))
+        raise InputError(what, "remove it")
+    return replace(spec, rewrites=tuple(rewrites))
 
 
-def named_base(base: str | None) -> dict[str, str]:
-    """The override of the model section that --base is."""
+def base_override(base: str | None) -> dict[str, str]:
+    """The override of the model section for --base."""
     if base is None:
         return {}
     return {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
 
 
 def measuring_objective(base: LoadedModel, processor: Processor, problem_type: str | None = None) -> Objective:
-    """What measures the loss of answers where no recipe names an objective. `problem_type`: of a head whose files do
-    not say. Raises: ModelError where nothing does."""
+    """The objective that measures the loss of answers if no recipe names one. `problem_type`: of a head whose files do
+    not state it. Raises: ModelError if there is none."""
     facts = {**base.family.facts(base.net), **_stated(problem_type)}
     settings = supervised_objective(base.family.name, _scores(facts)) or make_objective_settings({})
     check_family(base, settings.family)
@@ -175,78 +175,80 @@ def _scores(facts: Mapping[str, Any]) -> int:
 
 
 def _require_model(target: str, section: ModelSection) -> None:
-    """Refuse a name.
+    """Refuse an unknown name.
 
-    Raises: InputError where it is nothing on this machine and no model of the hub.
+    Raises: InputError if it is neither on this machine nor a model of the hub.
     """
     try:
         find_source(section, weights=False)
     except ModelError as error:
-        what = f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub"
+        what = f"{target} is neither a folder, a recipe (.yaml) or a .gguf file here, nor a model of the hub"
         how = "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name"
         raise InputError(f"{what}: {error.problems[0].what}", how) from error
 
 
-def _from_folder(folder: Path, given: TargetOverrides) -> TargetSpec:
+def _from_folder(folder: Path, parsed: TargetOverrides) -> TargetSpec:
     if (folder / "adapter_config.json").exists():
-        return _from_adapter(folder, given)
+        return _from_adapter(folder, parsed)
     if (folder / "plan.json").exists():
-        recipe, whole = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
-        if recipe.adapter.trains_base and (whole / "config.json").exists():
-            if "name_or_path" in given.model:
-                raise InputError(f"{folder} trained its base: no other can stand for it", "leave --base out")
-            own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
-            return _from_recipe("run", own, None, replace(given, model={**given.model, "name_or_path": str(whole)}))
+        recipe, model_folder = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
+        if recipe.adapter.trains_base and (model_folder / "config.json").exists():
+            if "name_or_path" in parsed.model:
+                raise InputError(f"{folder} trained its base, which no other base can replace", "leave --base out")
+            bare = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
+            return _from_recipe(
+                "run", bare, None, replace(parsed, model={**parsed.model, "name_or_path": str(model_folder)})
+            )
         if not (folder / "adapter" / "adapter_config.json").exists():
             how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
             raise InputError(f"{folder} is a run without a result yet", how)
-        return replace(_from_recipe("run", recipe, folder / "adapter", given), run=folder)
+        return replace(_from_recipe("run", recipe, folder / "adapter", parsed), run=folder)
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
-        return _bare_model(str(folder), given)
+        return _bare_model(str(folder), parsed)
     files = "neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
-    raise InputError(f"{folder} holds {files}")
+    raise InputError(f"{folder} contains {files}")
 
 
-def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> TargetSpec:
-    evaluation, model = recipe.evaluation.model_copy(update=given.evaluation), given.model
+def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: TargetOverrides) -> TargetSpec:
+    evaluation, model = recipe.evaluation.model_copy(update=parsed.evaluation), parsed.model
     if adapter is not None and "name_or_path" not in model:
         base = base_section(read_adapter_config(adapter), {}, NAME_BASE)
         model = base.model_dump(include={"name_or_path", "revision"}, exclude_unset=True) | model
     return TargetSpec(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
 
 
-def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> TargetSpec:
-    """The run as it was after that step."""
+def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides) -> TargetSpec:
+    """The run's state after that step."""
     holder = TemporaryDirectory(prefix="tunekit-")
     adapter = Path(holder.name) / "adapter"
-    export_checkpoint(checkpoint, adapter, given.model)
+    export_checkpoint(checkpoint, adapter, parsed.model)
     run = checkpoint.parent.parent
     recipe = load_recipe(run / "recipe.yaml").recipe
-    return replace(_from_recipe("checkpoint", recipe, adapter, given), run=run, holder=holder)
+    return replace(_from_recipe("checkpoint", recipe, adapter, parsed), run=run, holder=holder)
 
 
-def _from_adapter(folder: Path, given: TargetOverrides) -> TargetSpec:
-    """An adapter folder; in a run folder it also has that run's data."""
+def _from_adapter(folder: Path, parsed: TargetOverrides) -> TargetSpec:
+    """An adapter folder; inside a run folder it also has that run's data."""
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
-        return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given), run=run)
+        return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, parsed), run=run)
     config = read_adapter_config(folder)
-    model = base_section(config, given.model, NAME_BASE)
+    model = base_section(config, parsed.model, NAME_BASE)
     nameless = config.objective is None
     return TargetSpec(
         "adapter",
         model,
-        EvaluationSection().model_copy(update=given.evaluation),
+        EvaluationSection().model_copy(update=parsed.evaluation),
         folder,
-        labels=given.labels if nameless else (),
-        problem_type=given.problem_type if nameless else None,
+        labels=parsed.labels if nameless else (),
+        problem_type=parsed.problem_type if nameless else None,
     )
 
 
 def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
-    """The base as the adapter saw it, but for what is overridden.
+    """The base that the adapter was trained on, with overrides applied.
 
-    Raises: ModelError where nothing says which it is, and `how` that is mended.
+    Raises: ModelError with the remedy `how` if the base is unknown.
     """
     facts: dict[str, Any] = {
         "dtype": config.base_dtype,
@@ -256,25 +258,25 @@ def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) 
     if "name_or_path" not in overrides:
         facts |= {"name_or_path": config.base_location(), "revision": config.revision}
         if facts["name_or_path"] is None:
-            wanted = config.base_name_or_path or "a base that it does not name"
-            raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", how)
-    known = {name: value for name, value in facts.items() if value is not None}
-    return ModelSection.model_validate({**known, **overrides})
+            wanted = config.base_name_or_path or "an unnamed base"
+            raise ModelError(f"{config.folder} belongs to {wanted}, which was not found", how)
+    stated = {name: value for name, value in facts.items() if value is not None}
+    return ModelSection.model_validate({**stated, **overrides})
 
 
-def _bare_model(name: str, given: TargetOverrides) -> TargetSpec:
-    model = ModelSection.model_validate({"name_or_path": name} | given.model)
-    evaluation = EvaluationSection().model_copy(update=given.evaluation)
-    return TargetSpec("model", model, evaluation, problem_type=given.problem_type)
+def _bare_model(name: str, parsed: TargetOverrides) -> TargetSpec:
+    model = ModelSection.model_validate({"name_or_path": name} | parsed.model)
+    evaluation = EvaluationSection().model_copy(update=parsed.evaluation)
+    return TargetSpec("model", model, evaluation, problem_type=parsed.problem_type)
 
 
 def processor_of(target: TargetSpec) -> Processor:
-    """What makes rows for the target's base. Raises: ModelError."""
+    """The processor that makes rows for the target's base. Raises: ModelError."""
     return make_family(family_of(target)).processor(target.model)
 
 
 def family_of(target: TargetSpec) -> str:
-    """The family as which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
+    """The family with which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
     if target.recipe is not None:
         return str(target.recipe.objective.family)
     config = None if target.adapter is None else read_adapter_config(target.adapter)
@@ -285,7 +287,8 @@ def family_of(target: TargetSpec) -> str:
 
 
 def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
-    """For what the target was or would be trained, as its recipe or its adapter's folder say; None of bare models."""
+    """The objective that the target was or will be trained with, from its recipe or its adapter's folder; None for
+    bare models."""
     config = None if target.adapter is None else read_adapter_config(target.adapter)
     facts = dict((config.objective if config else None) or {})
     method, _ = facts.pop("method", None), [facts.pop(key, None) for key in STEP_0]
@@ -295,7 +298,7 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
         if objective.complete:
             return objective
         if target.kind == "run" and target.adapter is None:
-            return None  # the model itself knows: see measuring_objective
+            return None  # the model itself defines it: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
     if method in known_names("objectives") and not objective_class(method).needs_recipe:
         return make_objective(make_objective_settings({"method": method}), processor, facts)
@@ -307,41 +310,42 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     return None if settings is None else make_objective(settings, processor, facts)
 
 
-def as_trained(target: TargetSpec, processor: Processor) -> tuple[TargetSpec, Objective | None]:
-    """The target with its base as the objective has it loaded, and that objective."""
+def with_objective(target: TargetSpec, processor: Processor) -> tuple[TargetSpec, Objective | None]:
+    """The target with the model section that its objective requires, and that objective."""
     objective = objective_of(target, processor)
     return (target if objective is None else replace(target, model=objective.section(target.model, 0))), objective
 
 
 def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
-    """The adapter's base (or `base`) with the head that it was trained with, which the base's own files need not hold.
+    """The adapter's base (or `base`) with the head that was trained, which the base's own files may lack.
 
-    Raises: ModelError where nothing says which base it is.
+    Raises: ModelError if the base is unknown.
     """
-    section = base_section(config, named_base(base), "name it with --base MODEL")
+    section = base_section(config, base_override(base), "name it with --base MODEL")
     target = TargetSpec("adapter", section, EvaluationSection(), adapter=config.folder)
     if make_family(family_of(target)).answers:
         return section
-    return as_trained(target, processor_of(target))[0].model
+    return with_objective(target, processor_of(target))[0].model
 
 
 def load_base(
     target: TargetSpec, device: torch.device, choice: Choice | None = None
 ) -> tuple[TargetSpec, LoadedModel, Processor, Objective]:
-    """The target with its base as the objective has it loaded, that base, what makes rows for it, and the objective."""
+    """Load the target's base as the objective requires; returns the target, the base, its processor and the
+    objective."""
     choice = choice or Choice()
     with parsed_once(target.model.name_or_path):
         processor = processor_of(target)
-        target, objective = as_trained(target, processor)
+        target, objective = with_objective(target, processor)
         streamed = choice.streaming != "off"
         base = load_model(target.model, device=device, streamed=streamed, streamed_head=choice.streamed_head)
     return target, base, processor, objective or measuring_objective(base, processor, target.problem_type)
 
 
 def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
-    """Load the base, put the adapter into it, and load what makes rows for it; ready for evaluation.
+    """Load the base, its adapter and its processor, ready for evaluation.
 
-    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
+    If the recipe streams the base's weights or computes MLPs in tiles, so does this.
     """
     choice, attach = target.choice, None
     target, base, processor, objective = load_base(target, device, choice)
@@ -354,7 +358,7 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
 
 
 def _refuse_random(target: TargetSpec, model: TunedModel) -> None:
-    """Refuse an adapter whose base is random in part: modules that neither its files nor the adapter's hold.
+    """Refuse an adapter whose base has random modules, because neither its files nor the adapter contain them.
 
     Raises: ModelError.
     """

@@ -1,6 +1,5 @@
-"""A plan, what was prepared with it and the loaded base go in; the Run that the loop works with comes out: attached,
-probed, restored from its checkpoint, and tried where plan wants that.
-"""
+"""Assembles the Run for the training loop from a plan and a loaded base: attaches the adapter, runs the probes,
+restores the checkpoint, and tries the longest batch if the plan requires it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
 from tunekit.companions.base import make_companions
-from tunekit.console.progress import Counting
+from tunekit.console.progress import CountProgress
 from tunekit.contracts import Companion
 from tunekit.data.batching.split import cut_batch
 from tunekit.data.batching.windows import evaluation_batches
@@ -30,18 +29,18 @@ from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
-from tunekit.training.run_files import checked_fingerprint, save_run, with_files, write_plan
+from tunekit.training.run_files import check_fingerprint, save_run, with_files, write_plan
 from tunekit.training.saved_state import restore, restore_reference
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Prepared, Run, add_seconds
+from tunekit.training.state import LoopState, Run, RunInputs, add_seconds
 from tunekit.training.trial import (
     dry_run_batch,
     make_splitting,
+    note_split_evaluation,
     probe_layout,
     probe_logprobs,
     probe_reference,
-    split_evaluation_noted,
     try_longest_batch,
 )
 from tunekit.tuned.model import ModelRun, TunedModel
@@ -49,21 +48,21 @@ from tunekit.tuned.network import prepare_network
 
 
 def assemble_run(
-    session: Session, plan: Plan, prepared: Prepared, base: LoadedModel, checkpoint: Checkpoint | None = None
+    session: Session, plan: Plan, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None = None
 ) -> tuple[Plan, Run]:
-    """Put the run together and leave its plan in the run folder; returns also that plan, with the layers adapted.
+    """Assemble the run and write its plan to the run folder; also returns that plan, with the adapted layers.
 
-    Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
+    Raises: RunFolderError if `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
     companions, fingerprint = _load_companions(session, prepared, base, checkpoint)
     state, files = LoopState(LossScale(base.dtype == torch.float16)), None
-    if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation looks at whole steps
+    if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation uses whole steps
         bare = TunedModel(base, None, companions=companions)
         prepared = probe_layout(session, prepared, bare, state)
-        files = _begin(session, prepared, bare)
-    model = _tuned(session, plan, prepared, base, companions, state, checkpoint)
-    files = _begin(session, prepared, model) if files is None else files
+        files = _begin_companions(session, prepared, bare)
+    model = _make_model(session, plan, prepared, base, companions, state, checkpoint)
+    files = _begin_companions(session, prepared, model) if files is None else files
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
@@ -71,12 +70,12 @@ def assemble_run(
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)
-    trim_heap()  # the adapter's own tensors left pieces between small objects, too short for an activation
+    trim_heap()  # the adapter's tensors left free pieces between small objects, too short for an activation
     settle_heap()
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         restore_reference(checkpoint.tensors, model.reference_state or {})
-        session.console.info(f"going on after step {state.step} of {plan.steps}")
+        session.console.info(f"resuming after step {state.step} of {plan.steps}")
     _note_changes(session, state)
     plan = _with_targets(plan, adapter)
     write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
@@ -110,28 +109,28 @@ def assemble_run(
 
 
 def _load_companions(
-    session: Session, prepared: Prepared, base: LoadedModel, checkpoint: Checkpoint | None
+    session: Session, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, Companion], JsonObject]:
-    """The objective's companions, loaded after the run's fingerprint, which has theirs, is checked."""
+    """Load the objective's companions, after checking the run's fingerprint, which includes theirs."""
     companions = make_companions(prepared.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
+    fingerprint = check_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
     with session.timed("load"):
         for companion in companions.values():
             companion.load(session.devices.device)
     return companions, fingerprint
 
 
-def _tuned(
+def _make_model(
     session: Session,
     plan: Plan,
-    prepared: Prepared,
+    prepared: RunInputs,
     base: LoadedModel,
     companions: Mapping[str, Companion],
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with its initialised adapter and its companions; the cost of a calibration is kept in the state."""
+    """The base with its initialised adapter and its companions; the cost of a calibration is saved in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -153,13 +152,13 @@ def _tuned(
     model.companions = companions
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
-    reset_peaks(devices.device)  # the report's peak is the training's, not the loader's
+    reset_peaks(devices.device)  # the report's peak is that of training, not of loading
     return model
 
 
-def _begin(session: Session, prepared: Prepared, model: TunedModel) -> dict[str, str]:
-    """Companions make what all steps need; the sha256 of the files they read, by key."""
-    run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, Counting(session.console))
+def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) -> dict[str, str]:
+    """Let companions prepare what all steps need; returns the sha256 of the files that they read, by key."""
+    run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, CountProgress(session.console))
     files: dict[str, str] = {}
     with session.timed("data"):
         for companion in model.companions.values():
@@ -168,15 +167,18 @@ def _begin(session: Session, prepared: Prepared, model: TunedModel) -> dict[str,
 
 
 def _note_changes(session: Session, state: LoopState) -> None:
-    """State in terminal and report what changed since the run and was accepted."""
+    """Report accepted changes since the run in the terminal and in the report."""
     for key in session.changed:
-        what, action = f"{key}: its files changed since the run", "resumed with them, by --accept-changed"
+        what, action = (
+            f"{key}: its files changed since the run",
+            "resumed with the changed files, as --accept-changed allows",
+        )
         state.reactions.append(asdict(Reaction(what, action, state.step)))
         session.console.warn(f"{what}; {action}")
 
 
-def _settle_reference(prepared: Prepared, model: TunedModel) -> None:
-    """The policy at step 0, where the loss compares with it: check that it is the base alone, or keep its state."""
+def _settle_reference(prepared: RunInputs, model: TunedModel) -> None:
+    """Prepare the policy at step 0 if the loss compares with it: check that it is the base alone, or save its state."""
     objective = prepared.rows.objective
     if needs_reference_state(objective, prepared.adapter):
         model.keep_reference()
@@ -185,7 +187,7 @@ def _settle_reference(prepared: Prepared, model: TunedModel) -> None:
 
 
 def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
-    """The plan with the layers and ranks that the initialisation chose, where it had a choice."""
+    """The plan with the layers and ranks that the initialisation chose."""
     if adapter.targets == plan.targets:
         return plan
     trained = sum(parameter.numel() for parameter in adapter.trained().values())
@@ -193,23 +195,23 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
     return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
 
 
-def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
-    """The longest batch of training and of evaluation, before anything depends on their going well."""
+def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
+    """Try the longest batch of training and of evaluation before the run depends on them."""
     rows = prepared.rows.evaluation
     with session.timed("try"):
         try_longest_batch(run, prepared.largest_batch)
         if rows is not None:
             batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
-            split = split_evaluation_noted(session, run.state)
+            split = note_split_evaluation(session, run.state)
             summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 
 
 def _make_evaluate(
-    session: Session, prepared: Prepared, model: TunedModel, state: LoopState
+    session: Session, prepared: RunInputs, model: TunedModel, state: LoopState
 ) -> Callable[[], Evaluation] | None:
-    """One evaluation of the eval rows; None where the recipe has none."""
+    """A function that evaluates the evaluation rows; None if the recipe has none."""
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
         return None
@@ -221,28 +223,28 @@ def _make_evaluate(
         queries_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
         recipe.evaluation,
         template=rows.template,
-        on_split=split_evaluation_noted(session, state),
-        progress=Counting(session.console),
+        on_split=note_split_evaluation(session, state),
+        progress=CountProgress(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
 
 
-def _keep_pictures(session: Session, step: int, found: Evaluation) -> None:
-    """Leave what was drawn in the run folder."""
-    if session.folder is None or not found.pictures:
+def _keep_pictures(session: Session, step: int, evaluation: Evaluation) -> None:
+    """Save generated images in the run folder."""
+    if session.folder is None or not evaluation.pictures:
         return
-    for number, pixels in enumerate(found.pictures):
+    for number, pixels in enumerate(evaluation.pictures):
         session.folder.write_bytes(picture_name(step, number), png_bytes(pixels))
 
 
-def _make_keep_rows(session: Session, prepared: Prepared) -> Callable[[int, Evaluation], None]:
-    """What leaves the loss of each evaluation row in the run folder."""
+def _make_keep_rows(session: Session, prepared: RunInputs) -> Callable[[int, Evaluation], None]:
+    """A function that writes the loss of each evaluation row to the run folder."""
     rows = prepared.rows.evaluation
-    kept = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.processor.tokenizer)
+    row_losses = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.processor.tokenizer)
 
-    def keep_rows(step: int, found: Evaluation) -> None:
-        if kept is not None and session.folder is not None and found.sums.row_losses:
+    def keep_rows(step: int, evaluation: Evaluation) -> None:
+        if row_losses is not None and session.folder is not None and evaluation.sums.row_losses:
             earlier = session.folder.read_json(ROWS_NAME) if step else None
-            session.folder.write_json(ROWS_NAME, kept.values(step, found.sums.row_losses, earlier))
+            session.folder.write_json(ROWS_NAME, row_losses.values(step, evaluation.sums.row_losses, earlier))
 
     return keep_rows

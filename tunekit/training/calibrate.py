@@ -1,6 +1,5 @@
-"""The bare base, an initialisation's settings and the training windows go in; what each layer's inputs and gradients
-are in the run's first batches comes out. Nothing of the base is changed.
-"""
+"""Collects statistics of layers' inputs and gradients in the run's first batches, for calibrated initialisations. The
+base is not changed."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from tunekit.tuned.model import ModelRun, TunedModel
 HALF_SCALE = 1024.0  # float16's gradients would underflow
 
 
-class Watch:
-    """The statistics of every watched layer, and the micro-batch that is running."""
+class StatisticsCollector:
+    """The statistics of every observed layer, and the current micro-batch."""
 
     def __init__(self, start: CalibratedStart, targets: Sequence[Target]) -> None:
         make = start_module(start.method).STATISTICS
@@ -36,15 +35,15 @@ class Watch:
         self.batch: Batch | None = None
 
     def add(self, name: str, inputs: Tensor, gradients: Tensor | None = None) -> None:
-        """One layer's inputs (..., I) of the running micro-batch, and the gradients (..., O) of its output."""
+        """Add one layer's inputs (..., I) in the current micro-batch, and the gradients (..., O) of its output."""
         assert self.batch is not None
         with torch.no_grad():
-            self.statistics[name].add(_seen(self.batch, inputs.detach(), gradients, self.scale))
+            self.statistics[name].add(_layer_activations(self.batch, inputs.detach(), gradients, self.scale))
         self.reached.add(name)
 
 
-def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> LayerActivations:
-    """Real tokens only; a layer that sees other rows than the batch's (an expert's) is given all of them."""
+def _layer_activations(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> LayerActivations:
+    """The activations of real tokens only; an expert, which sees other rows than the batch's, gets all of them."""
     flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (N, I)
     of_output = None if gradients is None else gradients.reshape(-1, gradients.shape[-1]).float() / scale  # (N, O)
     real = real_positions(batch.lengths)  # (B, T)
@@ -55,13 +54,13 @@ def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) 
     supervised = labels != IGNORED if labels is not None and labels.shape == real.shape else real  # (B, T)
     rows = torch.arange(len(real))[:, None].expand_as(real)  # (B, T)
     rows, supervised = (part[real].to(flat.device) for part in (rows, supervised))
-    kept = real.reshape(-1).to(flat.device)  # (N,)
-    return LayerActivations(flat[kept], rows, supervised, None if of_output is None else of_output[kept])
+    is_real = real.reshape(-1).to(flat.device)  # (N,)
+    return LayerActivations(flat[is_real], rows, supervised, None if of_output is None else of_output[is_real])
 
 
 @contextmanager
-def _watching(net: nn.Module, watch: Watch, gradients: bool) -> Iterator[None]:
-    """Hooks on every watched layer while the block runs."""
+def _watching(net: nn.Module, watch: StatisticsCollector, gradients: bool) -> Iterator[None]:
+    """A block with hooks on every observed layer."""
     with ExitStack() as hooks:
         for name in watch.statistics:
             module = net.get_submodule(name)
@@ -72,24 +71,26 @@ def _watching(net: nn.Module, watch: Watch, gradients: bool) -> Iterator[None]:
 
 
 def _begin_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Nothing in a frozen base asks for gradients; the first layers that are watched do."""
+    """Make the first observed layers' inputs require a gradient, since a frozen base requires none."""
     if not torch.is_grad_enabled() or inputs[0].requires_grad:
         return None
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
-def _hook(watch: Watch, name: str, gradients: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _hook(
+    watch: StatisticsCollector, name: str, gradients: bool
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def observe(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not gradients:
             watch.add(name, inputs[0])
-        elif output.requires_grad:  # not in the forward of a layer that is recomputed
+        elif output.requires_grad:  # skips the first forward of a recomputed layer
             output.register_hook(lambda gradient: watch.add(name, inputs[0], gradient))  # type: ignore[no-untyped-call]
 
-    return look
+    return observe
 
 
 def first_windows(windows: WindowSource, batches: int) -> Iterator[Window]:
-    """The windows of the first `batches` micro-batches, the last of them cut short; fewer where the run has fewer."""
+    """The windows of the first `batches` micro-batches, the last window cut short; fewer if the run has fewer."""
     left = batches
     for window in windows.windows(0):
         if len(window.batches) >= left:
@@ -109,12 +110,12 @@ def calibrate(
     seed: int,
     companions: Mapping[str, Companion] | None = None,
 ) -> tuple[JsonObject, JsonObject]:
-    """Make the pass: what was gathered of each layer, by module name, and what the pass cost.
+    """Run the calibration: returns the statistics of each layer, by module name, and the cost.
 
-    Raises: RecipeError where a layer takes no part in it.
+    Raises: RecipeError if a layer is not reached.
     """
     started = time.monotonic()
-    model, watch = TunedModel(base, None, companions=companions or {}), Watch(start, targets)
+    model, watch = TunedModel(base, None, companions=companions or {}), StatisticsCollector(start, targets)
     backward = start.looks_at == "gradients"
     run = ModelRun(model, objective.rows)
     chosen = [objective.prepare(run, window) for window in first_windows(windows, start.batches)]
@@ -124,10 +125,10 @@ def calibrate(
             _run_backward(model, watch, objective, chosen, seed)
         else:
             _run_forward(model, watch, batches)
-    missed = sorted(watch.statistics.keys() - watch.reached)
-    if missed:
-        what = f"{start.method} needs the {start.looks_at} of '{missed[0]}', which the first batches do not reach"
-        raise RecipeError(what, "leave it out of adapter.target_modules, or choose another start", key="adapter.start")
+    unreached = sorted(watch.statistics.keys() - watch.reached)
+    if unreached:
+        what = f"{start.method} needs the {start.looks_at} of '{unreached[0]}', which the first batches do not reach"
+        raise RecipeError(what, "remove it from adapter.target_modules, or choose another start", key="adapter.start")
     facts = {
         "start": start.method,
         "micro_batches": len(batches),
@@ -139,14 +140,16 @@ def calibrate(
     return evidence, facts | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def _run_forward(model: TunedModel, watch: Watch, batches: Sequence[Batch]) -> None:
+def _run_forward(model: TunedModel, watch: StatisticsCollector, batches: Sequence[Batch]) -> None:
     with undisturbed(model):
         for batch in batches:
             watch.batch = batch
-            model.output(batch.inputs)  # of a language model the last hidden states, without a logit
+            model.output(batch.inputs)  # for a language model, last hidden states without logits
 
 
-def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows: Sequence[Window], seed: int) -> None:
+def _run_backward(
+    model: TunedModel, watch: StatisticsCollector, objective: Objective, windows: Sequence[Window], seed: int
+) -> None:
     """The gradient of the mean loss over all these batches, one micro-batch at a time."""
     engine, batches = WindowEngine(seed), [batch for window in windows for batch in window.batches]
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0

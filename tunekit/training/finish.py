@@ -16,17 +16,17 @@ from tunekit.training.state import LoopState
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured; None where this device has no such number."""
+class Measurements:
+    """Measured memory; None if this device does not report a number."""
 
-    device: str  # its kind
+    device: str  # kind of device
     peaks: DevicePeaks
     peak_host_bytes: int
-    host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded the base
+    host_growth_bytes: int  # peak_host_bytes minus the process's memory before the base was loaded
     base_bytes: int
 
 
-SHOWN = ("step", "eval", "sources")  # of an evaluation
+REPORTED = ("step", "eval", "sources")  # keys of an evaluation
 
 
 def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
@@ -47,13 +47,13 @@ def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
 def report_facts(
     plan: Plan,
     state: LoopState,
-    measured: Measured,
+    measured: Measurements,
     adapter_bytes: int,
     run: RunFolder,
     saved_best: bool,
-    begun_from: str,
+    start: str,
 ) -> ReportFacts:
-    """Everything report.json says, all legs of a resumed run together. `begun_from`: the model before training."""
+    """All facts for report.json, over all parts of a resumed run. `start`: the model before training."""
     records = run.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
     name = shows_of(plan.objective).headline.name
@@ -66,7 +66,7 @@ def report_facts(
     before, loss = losses.get(0), losses.get(exported)
     verdict = rise(steps) if (before is None or loss is None) and not headline else None
     if before is not None and loss is not None and loss > before:
-        verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
+        verdict = f"worse than {start}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     if verdict is None and not headline and not saved_best:
         verdict = last_jump(steps)
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
@@ -96,8 +96,8 @@ def report_facts(
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,
-        evaluations=[{name: record[name] for name in SHOWN if name in record} for record in evaluations],
-        classes=None if (found := classes.get(exported)) is None else class_facts(found),
+        evaluations=[{name: record[name] for name in REPORTED if name in record} for record in evaluations],
+        classes=None if (counts := classes.get(exported)) is None else class_facts(counts),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,
         calibration=state.calibration,

@@ -1,7 +1,7 @@
-"""The loaded base, the sections and a way to the training windows go in; the adapter comes out, attached and with its
-first values: from nothing, from W, from the data, from W unquantized, or from another adapter.
+"""Attaches the adapter and initialises it: from nothing, from W, from the data, from W before quantization, or from
+another adapter.
 
-What a resumed run restores from its checkpoint is not gathered again.
+A resumed run restores its values from the checkpoint, so no data is collected again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 from tunekit.training.calibrate import calibrate
 
-Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
+Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint, group by group: name -> [start, *shape]
 
 
 def initialise_adapter(
@@ -44,10 +44,10 @@ def initialise_adapter(
     resumed: Layout | None,
     companions: Mapping[str, Companion] | None = None,
 ) -> tuple[AttachedAdapter, JsonObject | None]:
-    """Attach the adapter and fill it; returns also what a pass over the data cost, where one was made.
+    """Attach the adapter and initialise it; also returns the cost of a pass over the data, if there was one.
 
-    `resumed`: the layout of the checkpoint that will be restored into it.
-    Raises: RecipeError, DataError or ModelError where an initialisation lacks what it looks at.
+    `resumed`: the layout of the checkpoint that will be restored.
+    Raises: RecipeError, DataError or ModelError if an initialisation lacks its input.
     """
     head_name, start = base.family.head_name(base.net), settings.calibration
     attach = partial(attach_adapter, base.net, settings, seed=seed, head_name=head_name, device=base.device)
@@ -68,14 +68,14 @@ def initialise_adapter(
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, evidence)))
             adapter = attach(targets=targets)
             initialise_all(adapter.layers, seed, evidence.get)
-            _as_on_main(adapter, devices)
+            _copy_from_main(adapter, devices)
     if settings.init_from is not None and resumed is None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)
     return adapter, facts
 
 
 def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:
-    """The targets with new ranks, without those of rank 0; one without an entry keeps its own."""
+    """The targets with new ranks, without those of rank 0; a target without an entry keeps its rank."""
     layer, start = load_method(settings.method).layer, settings.initialisation
     assert layer is not None
     assert start is not None
@@ -92,7 +92,7 @@ def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapp
 
 
 def _resumed_rank(target: Target, layout: Layout) -> int | None:
-    """The rank of a layer in a checkpoint, 0 where it has none; None for what no start fills."""
+    """The rank of a layer in a checkpoint, 0 if it is absent; None for layers that no start initialises."""
     if target.kind not in ("linear", "conv1d"):
         return None
     shapes = [group[f"{target.name}.lora_B.weight"] for group in layout if f"{target.name}.lora_B.weight" in group]
@@ -100,24 +100,24 @@ def _resumed_rank(target: Target, layout: Layout) -> int | None:
 
 
 def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str], Tensor | None]:
-    """A layer's name -> its matrix (O, I) from before quantization, read from the base's files one at a time."""
+    """A function from a layer's name to its matrix (O, I) before quantization, read from the base's files."""
     rewriter = Rewriter(model, "full")
     packed = {name for name, layer in adapter.layers.items() if packed_layers(layer.base_layer)}
 
     def read(name: str) -> Tensor | None:
-        if name not in packed:  # left as it was: there is nothing to make up for
+        if name not in packed:  # not packed, so there is no quantization error to compensate
             return None
         try:
             return rewriter.base_weight(name).float()
         except KeyError as error:
-            what = f"loftq needs the weight of '{name}' from before quantization, which the base's files do not hold"
+            what = f"loftq needs the weight of '{name}' from before quantization, which the base's files do not contain"
             raise ModelError(what, "choose another adapter.start", key="adapter.start") from error
 
     return read
 
 
-def _as_on_main(adapter: AttachedAdapter, devices: Devices) -> None:
-    """The main rank's values on every rank: decompositions on two devices may differ by a sign."""
+def _copy_from_main(adapter: AttachedAdapter, devices: Devices) -> None:
+    """Copy the main rank's values to every rank: decompositions on two devices may differ by a sign."""
     if devices.world == 1:
         return
     with torch.no_grad():

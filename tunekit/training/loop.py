@@ -1,6 +1,5 @@
-"""The training loop: gather a window, run the engine, clip, check, step, record; evaluate, save and stop when due.
+"""The training loop: take a window, run the engine, clip, check, step, record; evaluate, save and stop when due.
 
-A Run goes in; its state is advanced, its adapter trained, and its records handed out.
 On a GPU no step waits for its own numbers: they are read one step later, and the update itself is gated on them.
 """
 
@@ -17,51 +16,51 @@ from tunekit.evaluation.scores import EvaluationStopped
 from tunekit.records import EvaluationRecord
 from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
-from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
+from tunekit.training.readings import PendingReadings, Reading, check_finite, means, start_reading
 from tunekit.training.state import Run, add_seconds, timed
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train from where the run is to its end. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
-    state, waiting = run.state, Waiting()
+    """Train from the run's state to its end. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    state, pending = run.state, PendingReadings()
     try:
-        _make_steps(run, waiting)
+        _make_steps(run, pending)
     except InputError as error:
         if run.devices.world > 1 or not state.step:  # another rank may be in the middle of a step
             raise
-        _settle(run, waiting)
+        _settle(run, pending)
         if state.step > state.saved_step:
             _save(run)
         saved = Problem(f"the checkpoint of step {state.step} is written", error.resume_advice)
         raise InputError.of([*error.problems, saved]) from error
 
 
-def _make_steps(run: Run, waiting: Waiting) -> None:
+def _make_steps(run: Run, pending: PendingReadings) -> None:
     state = run.state
     with run.model.training_mode(True):
-        _evaluate_if_due(run)  # before training; and a signal may have cut one short before the resume
-        _stop_if_asked(run, waiting)
+        _evaluate_if_due(run)  # before training; a signal may have interrupted it before the resume
+        _stop_if_asked(run, pending)
         if state.stopped_early:
             return
         for window in run.windows.windows(state.step):
             reading = _make_step(run, window)
-            _settle(run, waiting)  # the step before: its numbers came while this one was sent off
-            waiting.readings.append(reading)
+            _settle(run, pending)  # the previous step, whose numbers arrived while this one was queued
+            pending.readings.append(reading)
             if not run.reads_later or _pauses(run):
-                _settle(run, waiting)
+                _settle(run, pending)
             saved_best = _evaluate_if_due(run)
             last = state.step == run.windows.steps or state.stopped_early
             if saved_best or last or state.step % run.training.save_steps == 0:
                 _save(run)
-            _stop_if_asked(run, waiting)
+            _stop_if_asked(run, pending)
             if last:
                 break
 
 
 def _make_step(run: Run, window: Window) -> Reading:
-    """One optimizer step; state is advanced, and the step's numbers are on their way."""
+    """One optimizer step; the state is advanced, and the copy of the step's numbers is started."""
     state, started = run.state, time.monotonic()
     window = run.objective.prepare(run.view(), window)
     units, counts = _step_counts(run, window)
@@ -87,20 +86,20 @@ def _make_step(run: Run, window: Window) -> Reading:
     return reading
 
 
-def _settle(run: Run, waiting: Waiting) -> None:
-    """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
+def _settle(run: Run, pending: PendingReadings) -> None:
+    """Wait for the numbers of pending steps, check and record them. Raises: NumericsError."""
     state = run.state
-    for reading in waiting.readings:
-        loss, norm, seconds = waiting.read(reading)
+    for reading in pending.readings:
+        loss, norm, seconds = pending.read(reading)
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
         watch_step(run, reading, loss)
         add_seconds(state.seconds, reading.spent(seconds))
         run.record(reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step)))
-    waiting.readings.clear()
+    pending.readings.clear()
 
 
 def _pauses(run: Run) -> bool:
-    """Whether something follows this step that must know its numbers: an evaluation, a checkpoint, the end."""
+    """Whether the numbers are needed right after this step: for an evaluation, a checkpoint or the end."""
     step, settings = run.state.step, run.training
     last, evaluates = step == run.windows.steps, run.evaluate is not None and step % settings.eval_steps == 0
     return last or evaluates or step % settings.save_steps == 0
@@ -116,7 +115,8 @@ def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
 
 
 def _clip(run: Run, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unscale, take the one norm of the whole step, clip by it: loss, norm before clipping, found_inf; () each."""
+    """Unscale, compute the norm of the whole step, clip by it; returns loss, norm before clipping, found_inf; ()
+    each."""
     if run.state.scale.enabled:
         run.optimizer.scale_gradients(1.0 / run.state.scale.factor)
     norm = run.optimizer.gradient_norm()  # () float32
@@ -139,7 +139,7 @@ def _advance(run: Run, finite: bool, counts: list[float]) -> None:
 
 def _evaluate_if_due(run: Run) -> bool:
     """Evaluate before training, at every eval_steps and at the end; returns whether this is the best state so far, to
-    be kept. The one before training is only compared with."""
+    be saved. The evaluation before training is only a reference."""
     state, settings = run.state, run.evaluation
     due = state.step % run.training.eval_steps == 0 or state.step == run.windows.steps
     due = due if state.step else settings.before_training
@@ -147,15 +147,17 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     try:
         with timed(state.seconds, "evaluate"):
-            found = run.evaluate()
+            evaluation = run.evaluate()
     except EvaluationStopped:
         return False
-    state.evaluated_step, state.measured_facts = state.step, dict(found.facts)
-    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
-    run.keep_pictures(state.step, found)
-    better = state.judge(settings, found.metrics)
+    state.evaluated_step, state.measured_facts = state.step, dict(evaluation.facts)
+    run.record(
+        EvaluationRecord(state.step, evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources)
+    )
+    run.keep_pictures(state.step, evaluation)
+    better = state.judge(settings, evaluation.metrics)
     if better or settings.best is None or not state.step:
-        run.keep_rows(state.step, found)
+        run.keep_rows(state.step, evaluation)
     return better and settings.best is not None
 
 
@@ -165,15 +167,15 @@ def _save(run: Run) -> None:
         run.save()
 
 
-def _stop_if_asked(run: Run, waiting: Waiting) -> None:
-    """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
+def _stop_if_asked(run: Run, pending: PendingReadings) -> None:
+    """End the run if a signal requested it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
     if not number or step % run.objective.loss.updates_per_sampling:
         return
-    _settle(run, waiting)
+    _settle(run, pending)
     if step > run.state.saved_step:
         _save(run)
     name = Signals(number).name
     if not step:
         raise Stopped(f"stopped by {name} before the first step; nothing was trained yet", number)
-    raise Stopped(f"stopped by {name} after step {step}; the checkpoint is written, continue with --resume", number)
+    raise Stopped(f"stopped by {name} after step {step}; the checkpoint is written; continue with --resume", number)

@@ -1,6 +1,4 @@
-"""An adapter's trained parameters go in; out comes the optimizer over one flat float32 buffer per group: one norm, one
-update, one copy to the checkpoint.
-"""
+"""The optimizer over one flat float32 buffer per parameter group: one norm, one update, one copy to the checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning-rate multiplier and whether weight decay touches them."""
+    """Parameters that share a learning-rate multiplier and the use of weight decay."""
 
     names: tuple[str, ...]
     rate_multiplier: float = 1.0
@@ -51,9 +49,9 @@ class FlatGroup:
 class Optimizer:
     """AdamW, or bitsandbytes' 8-bit and paged variants, over flat groups.
 
-    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. `step` is gated on the device by `found_inf`,
-    so that a non-finite gradient never reaches a weight; where there is no such gate (bitsandbytes, Metal) the flag is
-    read first.
+    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. `step` is gated on the device by `found_inf`, so
+    that a non-finite gradient never reaches a weight. Without such a gate (bitsandbytes, Metal) the flag is read
+    first.
     """
 
     def __init__(
@@ -74,15 +72,15 @@ class Optimizer:
 
     @property
     def gated(self) -> bool:
-        """Whether the update itself honours found_inf on the device."""
+        """Whether the update itself reads found_inf on the device."""
         return self.name == "adamw" and kind_of(self.groups[0].data.device).gates
 
     def update_blocks(self, device: torch.device) -> list[int]:
-        """Bytes of the temporary tensors that one update holds at once, of the largest group.
+        """Bytes of the temporary tensors of one update, which exist at the same time, for the largest group.
 
-        The fused AdamW has none, nor have bitsandbytes' kernels on CUDA. On a CPU bitsandbytes computes in whole
-        float32 tensors: gradient, root and denominator (of 8-bit states both moments too).
-        Source: bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
+        The fused AdamW and bitsandbytes' CUDA kernels have none. On a CPU bitsandbytes computes in whole float32
+        tensors: gradient, root and denominator (with 8-bit states also both moments). Source:
+        bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
         """
         if self.name == "adamw" or device.type != "cpu":
             return []
@@ -90,7 +88,7 @@ class Optimizer:
         return [largest] * (5 if self.name.endswith("8bit") else 3)
 
     def zero_gradients(self) -> None:
-        """Clear the flat gradients; their views stay where they are."""
+        """Zero the flat gradients in place; their views stay valid."""
         for flat in self.groups:
             flat.gradient.zero_()
 
@@ -122,7 +120,7 @@ class Optimizer:
         return rate
 
     def state_tensors(self) -> Tensors:
-        """Weights and optimizer state, each group's in one tensor: what a checkpoint holds."""
+        """Weights and optimizer state for a checkpoint, one tensor per group and kind."""
         tensors: Tensors = {}
         for number, flat in enumerate(self.groups):
             tensors[f"group{number}.weights"] = flat.data.detach()
@@ -131,16 +129,16 @@ class Optimizer:
         return tensors
 
     def layout(self) -> list[dict[str, list[int]]]:
-        """For each group, name -> [start, *shape]: a checkpoint fits only an equal one."""
+        """For each group, name -> [start, *shape]; a checkpoint fits only an equal layout."""
         return [{name: [start, *shape] for name, (start, shape) in flat.layout.items()} for flat in self.groups]
 
     def load_state(self, tensors: Mapping[str, Tensor], layout: object) -> None:
-        """Put back what state_tensors and layout gave.
+        """Restore the values of state_tensors and layout.
 
-        Raises: RunFolderError where the layout or a tensor's shape differs.
+        Raises: RunFolderError if the layout or a tensor's shape differs.
         """
         if layout != self.layout():
-            raise RunFolderError("the checkpoint holds other adapter tensors than this recipe makes")
+            raise RunFolderError("the checkpoint contains other adapter tensors than this recipe makes")
         for number, flat in enumerate(self.groups):
             weights = tensors.get(f"group{number}.weights")
             if weights is None or weights.shape != flat.data.shape:
@@ -155,12 +153,12 @@ class Optimizer:
         if self.name == "adamw":  # the fused one keeps its step counter on the device
             self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
             return
-        made = self.native.state[data]  # bitsandbytes made its own buffers: paged ones are no ordinary tensors
+        buffers = self.native.state[data]  # bitsandbytes allocates its own buffers; paged ones are special tensors
         for key, value in state.items():
-            if isinstance(made[key], Tensor):
-                made[key].copy_(value)
+            if isinstance(buffers[key], Tensor):
+                buffers[key].copy_(value)
             else:
-                made[key] = int(value)  # the step counter
+                buffers[key] = int(value)  # the step counter
 
 
 def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
@@ -169,8 +167,8 @@ def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optim
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """bitsandbytes' with its state made at once: it would say on the first step what plan has said already (no paging
-    on a CPU)."""
+    """The native optimizer. bitsandbytes' state is allocated at once: in the first step it would repeat a warning of
+    plan (no paging on a CPU)."""
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
     from tunekit.model.quantized.codec import import_bitsandbytes

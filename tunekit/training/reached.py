@@ -1,7 +1,4 @@
-"""Whether the backward passes of a step reach every trained tensor.
-
-An adapter goes in, for the length of a block; an error that names what got no gradient comes out of it.
-"""
+"""Checks that a step's backward passes reach every trained tensor."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +15,11 @@ SHOWN = 4
 
 @contextmanager
 def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = True) -> Iterator[None]:
-    """A block whose backward passes must give every trained tensor a gradient, if only of 0, on one rank at least.
+    """A block whose backward passes must give every trained tensor a gradient, even if it is 0, on at least one rank.
 
-    Of several experts in one layer those that no token was sent to get none: it is enough that one of them does.
-    A base that is trained itself may hold tensors that its own code never reads.
-    Raises: AdapterError with the names of those that got none.
+    Experts in one layer to which no token was routed get none; one expert with a gradient is enough. If the base
+    itself is trained, it may contain tensors that its own code never reads.
+    Raises: AdapterError with the names of tensors without a gradient.
     """
     if not watched or adapter.settings.trains_base:
         yield
@@ -40,9 +37,9 @@ def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = Tru
                 raise
             raise _unreached(list(trained)) from error
     everywhere = set(devices.gather(sorted(reached)))
-    lost = [name for name in trained if _kind(name) not in everywhere]
-    if lost:
-        raise _unreached(lost)
+    missing = [name for name in trained if _kind(name) not in everywhere]
+    if missing:
+        raise _unreached(missing)
 
 
 def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
@@ -50,13 +47,13 @@ def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
 
 
 def _unreached(names: list[str]) -> AdapterError:
-    what = f"no gradient reaches {listed(names, SHOWN)}: the model never calls what is adapted there"
-    how = "leave it out with adapter.exclude_modules, or name other layers"
+    what = f"no gradient reaches {listed(names, SHOWN)}: the model never uses these adapted modules"
+    how = "exclude them with adapter.exclude_modules, or name other layers"
     return AdapterError(what, how, key="adapter.target_modules")
 
 
 def _kind(name: str) -> str:
-    """The name without its numbers but the first, which is its layer's: in the others experts differ."""
+    """The name without its numbers, except the first one, which is its layer's; the others number experts."""
     pieces = name.split(".")
     first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), 0)
     return ".".join(piece for place, piece in enumerate(pieces) if place <= first or not piece.isdigit())

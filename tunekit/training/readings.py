@@ -1,4 +1,4 @@
-"""A step's loss and gradient norm, read from the device one step later where waiting would cost, and checked."""
+"""A step's loss and gradient norm: read from the device one step later if waiting would cost time, and checked."""
 
 import math
 import time
@@ -11,44 +11,45 @@ from torch import Tensor
 from tunekit.contracts import Batch, Sums, Tensors, Window
 from tunekit.errors import NumericsError, listed
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.records import StepRecord
 
 
 @dataclass
 class Reading:
-    """What a step will say of itself once its numbers are here. `counts`: tokens, supervised tokens, micro-batches."""
+    """A step's numbers on their way to the host. `counts`: tokens, supervised tokens, micro-batches."""
 
     step: int
     window: Window
     losses: Sequence[Tensor]  # of each micro-batch
     counts: Sequence[float]
-    numbers: Tensor  # (2 + M,) float64 (summing_dtype) on the host: loss, norm before clipping, what is logged
-    names: Sequence[str]  # of what is logged
-    copied: torch.Event | None  # the device's event after which `numbers` hold, None on a CPU
+    numbers: Tensor  # (2 + M,) float64 (summing_dtype) on the host: loss, norm before clipping, logged values
+    names: Sequence[str]  # of logged values
+    copied: torch.Event | None  # the device's event after which `numbers` is valid, None on a CPU
     started: float
-    sent: float = 0.0  # when the host had sent off all of the step
+    sent: float = 0.0  # when the host had queued all of the step
     rate: float = 0.0
 
-    def arrived(self) -> bool:
-        """Whether the numbers are here already: then the host is behind the device, and its own time is the step's."""
+    def has_arrived(self) -> bool:
+        """Whether the numbers have arrived: then the host is slower than the device, and its time is the step's
+        time."""
         return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
-        """Loss and norm, waited for."""
+        """Loss and norm, after waiting for them."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, norm, *_ = self.numbers.tolist()
         return loss, norm
 
-    def logged(self) -> dict[str, float]:
-        """What else the step told, by name, once it was read; without means over none of its rows."""
+    def logged_values(self) -> dict[str, float]:
+        """The logged values, by name, once they were read; without NaN means over no rows."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
         finite = {name: number for name, number in named if math.isfinite(number)}
         return {**self.window.preparation.metrics, **finite}
 
     def record(self, loss: float, norm: float, seconds: float, peak_bytes: int, *, shown: bool) -> StepRecord:
-        """The step as it is logged; with its samples, if it has some that are to be shown."""
+        """The record of the step, with its samples if `shown`."""
         return StepRecord(
             step=self.step,
             epoch=self.window.epoch,
@@ -60,38 +61,39 @@ class Reading:
             seconds=seconds,
             tokens_per_second=self.counts[0] / seconds,
             peak_bytes=peak_bytes,
-            metrics=self.logged(),
+            metrics=self.logged_values(),
             samples=list(self.window.preparation.samples) or None if shown else None,
         )
 
     def spent(self, seconds: float) -> dict[str, float]:
-        """The step's seconds by part of the report."""
-        told = self.window.preparation.seconds
-        return {"train": seconds - sum(told.values()), **told}
+        """The step's seconds, by part of the report."""
+        parts = self.window.preparation.seconds
+        return {"train": seconds - sum(parts.values()), **parts}
 
 
 @dataclass
-class Waiting:
-    """Steps whose numbers have not been read yet, and when the last ones were."""
+class PendingReadings:
+    """Steps whose numbers have not been read yet, and when the last ones were read."""
 
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
 
     def read(self, reading: Reading) -> tuple[float, float, float]:
-        """Loss, norm and seconds of a step, waited for; it may have begun before the last one was read."""
-        before, here = max(reading.started, self.settled), reading.arrived()
+        """Loss, norm and seconds of a step, after waiting; it may have started before the previous one was read."""
+        before, arrived = max(reading.started, self.settled), reading.has_arrived()
         loss, norm = reading.read()
-        self.settled = reading.sent if here else time.monotonic()
+        self.settled = reading.sent if arrived else time.monotonic()
         return loss, norm, self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> Tensors:
-    """What is logged of a step by name, () each: sums over this rank's units, and units of all ranks, make means."""
+    """The logged values of a step by name, () each: sums over this rank's units and the units of all ranks give
+    means."""
     if not names:
         return {}
     absent = torch.zeros((), dtype=summing_dtype(devices.device), device=devices.device)
-    every = torch.stack([sums.get(name, absent) for name in names]) / placed(units.sum(), devices.device)
-    return dict(zip(names, devices.sum(every), strict=True))
+    shares = torch.stack([sums.get(name, absent) for name in names]) / to_device(units.sum(), devices.device)
+    return dict(zip(names, devices.sum(shares), strict=True))
 
 
 def start_reading(
@@ -102,7 +104,7 @@ def start_reading(
     named: Mapping[str, Tensor],
     started: float,
 ) -> Reading:
-    """Begin the one copy of a step's numbers to the host: the loss, the norm, what is logged. Nothing waits for it."""
+    """Start the only copy of a step's numbers to the host: loss, norm, logged values. Nothing waits for it."""
     device = next(iter(named.values())).device
     numbers = torch.stack([value.detach().to(summing_dtype(device)) for value in named.values()])  # (2 + M,)
     copied = None
@@ -114,9 +116,9 @@ def start_reading(
 
 
 def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
-    """Stop where the numbers are wrong; only float16's overflow is the loss scale's business.
+    """Stop if the numbers are not finite; only float16's overflow is left to the loss scale.
 
-    Raises: NumericsError naming step and rows.
+    Raises: NumericsError with the step and its rows.
     """
     if math.isfinite(loss) and (math.isfinite(norm) or may_overflow):
         return
@@ -130,5 +132,5 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
 
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:
-    """Where the rows of all ranks' batches come from, the first eight of them."""
+    """The origins of all ranks' rows, up to eight of them."""
     return listed(devices.gather([row.origin for batch in batches for row in batch.rows]), 8)

@@ -1,4 +1,4 @@
-"""What a run reads and leaves in its folder beside the result: how it ended, what is run, records and checkpoints."""
+"""Reads and writes a run folder besides the result: status, plan and environment, records and checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,14 +27,14 @@ from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepReco
 from tunekit.targets.export import facts_for_export
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
-from tunekit.training.state import Prepared, Run
+from tunekit.training.state import Run, RunInputs
 
-OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
+OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
 
 @contextmanager
 def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Lock the run folder inside the block, and leave in status.json how a run that fails there ended."""
+    """Lock the run folder inside the block, and write to status.json how a failed run ended."""
     if overwrite:
         _refuse_inputs_inside(session, path)
     open_new = partial(RunFolder.open_new, overwrite=overwrite)
@@ -53,7 +53,7 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
         if lost:
             what = f"rank {', '.join(map(str, lost))} of {session.devices.world} is lost: its process has ended"
             _leave_status(session.folder, TunekitError.exit_code, what)
-            raise TunekitError(what, "see what it said last; continue with --resume") from error
+            raise TunekitError(what, "see its last output; continue with --resume") from error
         _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         raise
     finally:
@@ -62,17 +62,17 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
 
 
 def _refuse_inputs_inside(session: Session, path: Path) -> None:
-    """Raises: RunFolderError where the run would read what --overwrite moves away."""
+    """Raises: RunFolderError if the run would read files that --overwrite moves away."""
     values = flat_values(session.loaded.recipe.model_dump(mode="json", exclude={"output"}))
-    inside = [(key, value) for key, value in values if isinstance(value, str) and path in Path(value).parents]
-    if inside:
-        key, value = inside[0]
-        what = f"--overwrite would move {value} away, from which the run reads"
+    inputs = [(key, value) for key, value in values if isinstance(value, str) and path in Path(value).parents]
+    if inputs:
+        key, value = inputs[0]
+        what = f"--overwrite would move {value} away, which the run reads"
         raise RunFolderError(what, "choose another output.dir", file=str(session.loaded.path), key=key)
 
 
 def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
-    """Best effort: on a full disk the error itself matters more."""
+    """Write status.json if possible: on a full disk the original error matters more."""
     if folder is not None:
         try:
             folder.status(exit_code, reason)
@@ -81,15 +81,15 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
 
 
 def newest_checkpoint(session: Session) -> Checkpoint | None:
-    """The newest whole checkpoint; the order of sums depends on the thread count, which becomes that of its run."""
+    """The newest complete checkpoint. The order of sums depends on the thread count, so that of its run is set."""
     checkpoint = session.from_folder(load_newest)
     if checkpoint is not None:
         torch.set_num_threads(int(checkpoint.facts["threads"]))
     return checkpoint
 
 
-def finished(session: Session) -> bool:
-    """Whether this recipe's run has ended well in its folder. Raises: RunFolderError where another recipe's has."""
+def is_run_finished(session: Session) -> bool:
+    """Whether this recipe's run in its folder is finished. Raises: RunFolderError if another recipe's run is."""
     path, recipe = Path(session.loaded.recipe.output.dir), session.loaded.recipe.model_dump(mode="json")
     if not is_finished(path):
         return False
@@ -101,18 +101,19 @@ def finished(session: Session) -> bool:
 
 
 def previous_choice(session: Session) -> Choice | None:
-    """What the plan of the run in this folder chose: a resume makes the same micro-batches, whatever is free now."""
+    """The choices in the plan of the run in this folder: a resume makes the same micro-batches, whatever memory is
+    free."""
     plan = session.from_folder(lambda folder: folder.read_json("plan.json"))
     choice = plan.get("choice") if isinstance(plan, dict) else None
     return None if choice is None else Choice(**choice)
 
 
-def checked_fingerprint(
+def check_fingerprint(
     session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
 ) -> JsonObject:
-    """What a checkpoint must agree with; `checkpoint`: the one that is resumed.
+    """The fingerprint that a checkpoint must match; `checkpoint`: the one that is resumed.
 
-    Raises: RunFolderError naming each difference from the run in this folder: recipe, data, base or version.
+    Raises: RunFolderError with each difference from the run in this folder: recipe, data, base or version.
     """
     names, on_cpu = accelerator_names(), session.devices.device.type == "cpu"
     new = make_fingerprint(
@@ -130,19 +131,19 @@ def checked_fingerprint(
         _require_same(session, old, new)
         for note in resume_notes(old, new):
             session.console.warn(note)
-    if checkpoint is not None:  # what made it may have been killed before it removed the older ones
-        kept = _protected(session, checkpoint.facts["loop"]["best_step"])
+    if checkpoint is not None:  # its writer may have been killed before it removed older ones
+        protected = _protected(session, checkpoint.facts["loop"]["best_step"])
         keep = session.loaded.recipe.training.keep_checkpoints
-        session.in_folder(lambda folder: rotate(folder, checkpoint.step, keep=keep, protect=kept))
+        session.in_folder(lambda folder: rotate(folder, checkpoint.step, keep=keep, protect=protected))
     return new
 
 
 def with_files(
     session: Session, fingerprint: JsonObject, files: Mapping[str, str], checkpoint: Checkpoint | None
 ) -> JsonObject:
-    """The fingerprint with that of files which the objective read before the first step, by key.
+    """The fingerprint with the sha256 of files that the objective read before the first step, by key.
 
-    Raises: RunFolderError where the checkpoint that is resumed knew others.
+    Raises: RunFolderError if the resumed checkpoint has other values.
     """
     if not files:
         return fingerprint
@@ -153,12 +154,12 @@ def with_files(
 
 
 def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
-    """Refuse what changed; what --accept-changed names is kept for the report."""
+    """Refuse differences; those that --accept-changed names are recorded for the report."""
     keys = list(dict.fromkeys([*new.get("code", ()), *new.get("files", ()), *old.get("files", ())]))
     for name in session.accepted:
         if not any(f"{key}.".startswith(f"{name}.") for key in keys):
-            what = f"--accept-changed {name}: no file of this run belongs to that key"
-            raise RunFolderError(what, f"name one of: {', '.join(keys)}" if keys else "leave it out")
+            what = f"--accept-changed {name}: that key has no file in this run"
+            raise RunFolderError(what, f"name one of: {', '.join(keys)}" if keys else "remove it")
     lines, file = session.loaded.lines, str(session.loaded.path)
     for key in require_same(old, new, lines=lines, file=file, accepted=session.accepted):
         if key not in session.changed:
@@ -166,21 +167,21 @@ def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
 
 
 def _protected(session: Session, best_step: int | None) -> set[int]:
-    """Steps whose checkpoints stay however old they are."""
+    """Steps whose checkpoints are never removed."""
     return {best_step} if session.loaded.recipe.evaluation.best and best_step is not None else set()
 
 
 def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
-    """Of a run in this folder that has no checkpoint yet."""
+    """The fingerprint of a run in this folder without a checkpoint."""
     environment = folder.read_json("environment.json") if (folder.path / "plan.json").exists() else None
     return None if environment is None else environment.get("fingerprint")
 
 
-def announce_run(session: Session, plan: Plan, prepared: Prepared) -> None:
-    """Say in the folder that the run is under way.
+def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
+    """Write to the folder that the run is running.
 
-    Raises: ResourceError where the disk is too small for the checkpoints (while saving, one more than are kept) and
-    the adapter.
+    Raises: ResourceError if the disk is too small for the adapter and the checkpoints (one more than are kept, while
+    saving).
     """
     if session.folder is not None:
         session.folder.status(None, "running")
@@ -190,7 +191,7 @@ def announce_run(session: Session, plan: Plan, prepared: Prepared) -> None:
 
 
 def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:
-    """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
+    """Write the recipe, environment and plan to the run folder; on a resume, remove records after the checkpoint."""
 
     def write(folder: RunFolder) -> None:
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
@@ -203,7 +204,7 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
-    """The recipe's experiment trackers, from this step on; none where it names none, and on other ranks."""
+    """The recipe's experiment trackers, from this step on; none if it names none, and on other ranks."""
     recipe = session.loaded.recipe
     names = recipe.output.report_to if session.folder is not None else ()
     path = Path(recipe.output.dir)
@@ -214,7 +215,8 @@ def make_trackers(session: Session, step: int) -> Trackers:
 def make_recorder(
     session: Session, progress: StepProgress, trackers: Trackers
 ) -> Callable[[StepRecord | EvaluationRecord], None]:
-    """Where records go: metrics.jsonl, the progress line, the trackers; nowhere on other ranks."""
+    """A function that passes records to metrics.jsonl, the progress line and the trackers; does nothing on other
+    ranks."""
 
     def record(value: StepRecord | EvaluationRecord) -> None:
         if session.folder is None:
@@ -233,7 +235,7 @@ def make_recorder(
 
 
 def save_run(session: Session, run: Run, fingerprint: JsonObject) -> None:
-    """Write a checkpoint on the main rank; an error of it stops every rank."""
+    """Write a checkpoint on the main rank; an error stops every rank."""
     state, recipe = run.state, session.loaded.recipe
 
     def write(folder: RunFolder) -> None:

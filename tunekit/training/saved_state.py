@@ -1,6 +1,6 @@
-"""What a checkpoint holds, and how it is put back: weights, optimizer, adapter buffers, loop state, thread count.
+"""The content of a checkpoint and how it is restored: weights, optimizer, adapter buffers, loop state, thread count.
 
-There is no state of random generators: every random number is a function of (seed, step, place).
+It contains no state of random generators: every random number is a function of (seed, step, place).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
 from tunekit.records import JsonObject
-from tunekit.targets.export import BUFFER_PREFIX, REFERENCE_PREFIX, prefixed
+from tunekit.targets.export import BUFFER_PREFIX, REFERENCE_PREFIX, with_prefix
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
@@ -23,14 +23,14 @@ from tunekit.training.state import LoopState
 def checkpoint_tensors(
     optimizer: Optimizer, adapter: AttachedAdapter, reference: Mapping[str, Tensor] | None = None
 ) -> Tensors:
-    """Every tensor that an exact resume needs; `reference`: the adapter's state at step 0, where the loss reads it."""
+    """All tensors that an exact resume needs; `reference`: the adapter's state at step 0, if the loss reads it."""
     buffers = {BUFFER_PREFIX + name: tensor for name, tensor in adapter.state(("saved", "resume")).items()}
-    kept = {REFERENCE_PREFIX + name: tensor for name, tensor in (reference or {}).items()}
-    return optimizer.state_tensors() | buffers | kept
+    reference_tensors = {REFERENCE_PREFIX + name: tensor for name, tensor in (reference or {}).items()}
+    return optimizer.state_tensors() | buffers | reference_tensors
 
 
 def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> JsonObject:
-    """Every plain value that an exact resume needs."""
+    """All plain values that an exact resume needs."""
     return {
         "loop": asdict(state),
         "layout": optimizer.layout(),
@@ -42,11 +42,11 @@ def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mappin
 def restore(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], optimizer: Optimizer, adapter: AttachedAdapter
 ) -> LoopState:
-    """Put a checkpoint back and return the loop state saved with it.
+    """Restore a checkpoint and return its loop state.
 
-    Raises: RunFolderError where it does not fit.
+    Raises: RunFolderError if it does not fit.
     """
-    buffers = prefixed(tensors, BUFFER_PREFIX)
+    buffers = with_prefix(tensors, BUFFER_PREFIX)
     expected = adapter.state(("saved", "resume"))
     if set(buffers) != set(expected):
         raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")
@@ -56,14 +56,14 @@ def restore(
     return LoopState(**(loop | {"scale": LossScale(**loop["scale"])}))
 
 
-def restore_reference(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's reference state into the tensors that keep it.
+def restore_reference(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's reference state into the given tensors.
 
-    Raises: RunFolderError where it has none, or one of another adapter.
+    Raises: RunFolderError if it has none, or that of another adapter.
     """
-    saved = prefixed(tensors, REFERENCE_PREFIX)
-    if {name: tensor.shape for name, tensor in saved.items()} != {name: each.shape for name, each in kept.items()}:
+    saved = with_prefix(tensors, REFERENCE_PREFIX)
+    if set(saved) != set(targets) or any(saved[name].shape != tensor.shape for name, tensor in targets.items()):
         what = "the checkpoint has no state of the reference model that fits this adapter"
         raise RunFolderError(what, "resume with the same tunekit")
-    for name, tensor in kept.items():
+    for name, tensor in targets.items():
         tensor.copy_(saved[name])

@@ -1,4 +1,4 @@
-"""Loss scaling for float16: whether a step's gradients were finite goes in, the next scale comes out.
+"""Loss scaling for float16: the scale grows after finite steps and halves after an overflow.
 
 Source: Micikevicius et al. 2018, 3.2.
 """
@@ -22,13 +22,13 @@ class LossScale:
 
     @property
     def factor(self) -> float:
-        """What the loss is multiplied by."""
+        """The factor that multiplies the loss."""
         return self.scale if self.enabled else 1.0
 
     def update(self, finite: bool, step: int) -> None:
         """Double after GROWTH_INTERVAL_STEPS finite steps, halve after an overflow.
 
-        Raises: NumericsError where the scale falls below 1: then the numbers are wrong, not only the scale.
+        Raises: NumericsError if the scale falls below 1: then the numbers are wrong, not only the scale.
         """
         if not self.enabled:
             return
@@ -40,4 +40,4 @@ class LossScale:
         self.scale, self.good_steps, self.skipped_steps = self.scale / 2.0, 0, self.skipped_steps + 1
         if self.scale < 1.0:
             how = "use model.dtype=bfloat16 or float32, or a smaller training.learning_rate"
-            raise NumericsError(f"step {step}: gradients overflow in float16 whatever the loss scale", how)
+            raise NumericsError(f"step {step}: gradients overflow in float16 with every loss scale", how)

@@ -1,4 +1,4 @@
-"""The number of updates made goes in, a multiplier of the learning rate comes out; transformers' conventions."""
+"""Learning-rate schedules: number of updates -> multiplier of the learning rate, with transformers' conventions."""
 
 import math
 from typing import Any
@@ -16,14 +16,14 @@ def warmup_steps(settings: TrainingSection, steps: int) -> int:
 def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: int) -> float:
     """Multiplier for update number `update` (0-based).
 
-    Warm-up: update / warmup, so that its first update has rate 0. Then, with p = (update - warmup) / (steps - warmup)
-    and c = num_cycles: linear 1 - p; cosine (1 + cos(2 pi c p)) / 2, with min_lr squeezed between that and 1; restarts
-    (1 + cos(pi (c p mod 1))) / 2; polynomial (1 - p)^power, above lr_end; inverse_sqrt sqrt(t / (update - warmup + t)).
-    Source: transformers.optimization.
+    Warm-up: update / warmup, so that the first update has rate 0. Then, with p = (update - warmup) / (steps - warmup)
+    and c = num_cycles: linear 1 - p; cosine (1 + cos(2 pi c p)) / 2, with min_lr rescaled to between that and 1;
+    restarts (1 + cos(pi (c p mod 1))) / 2; polynomial (1 - p)^power, above lr_end; inverse_sqrt sqrt(t / (update -
+    warmup + t)). Source: transformers.optimization.
     """
-    given: dict[str, Any] = {**SCHEDULERS[training.scheduler], **training.scheduler_settings}
+    settings: dict[str, Any] = {**SCHEDULERS[training.scheduler], **training.scheduler_settings}
     if training.scheduler == "warmup_stable_decay":
-        return _stable_then_decayed(given, update, steps, warmup)
+        return _stable_then_decayed(settings, update, steps, warmup)
     if update < warmup:
         return update / warmup
     progress = (update - warmup) / max(1, steps - warmup)
@@ -31,42 +31,42 @@ def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: 
         case "linear":
             return 1.0 - progress
         case "cosine":
-            return _cosine(given["num_cycles"] * progress)
+            return _cosine(settings["num_cycles"] * progress)
         case "cosine_with_min_lr":
-            least = given["min_lr_rate"] if given["min_lr"] is None else _share(given["min_lr"], training)
-            return _above(least, _cosine(given["num_cycles"] * progress))
+            minimum = settings["min_lr_rate"] if settings["min_lr"] is None else _share(settings["min_lr"], training)
+            return _above(minimum, _cosine(settings["num_cycles"] * progress))
         case "cosine_with_restarts":
-            return _cosine(given["num_cycles"] * progress % 1.0 / 2)
+            return _cosine(settings["num_cycles"] * progress % 1.0 / 2)
         case "polynomial":
-            return _above(_share(given["lr_end"], training), (1.0 - progress) ** given["power"])
+            return _above(_share(settings["lr_end"], training), (1.0 - progress) ** settings["power"])
         case "inverse_sqrt":
-            timescale = given["timescale"] or warmup or 10_000
+            timescale = settings["timescale"] or warmup or 10_000
             return math.sqrt(timescale / (update - warmup + timescale))
     return 1.0
 
 
-def _stable_then_decayed(given: dict[str, Any], update: int, steps: int, warmup: int) -> float:
-    """Up to 1 from min_lr_ratio, then 1, then down to min_lr_ratio over the last num_decay_steps (a tenth of all)."""
-    decay = math.ceil(steps / 10) if given["num_decay_steps"] is None else given["num_decay_steps"]
-    decayed = 1 - (steps - update) / max(1, decay)
+def _stable_then_decayed(settings: dict[str, Any], update: int, steps: int, warmup: int) -> float:
+    """From min_lr_ratio up to 1, then 1, then down to min_lr_ratio over the last num_decay_steps (default: a tenth)."""
+    decay = math.ceil(steps / 10) if settings["num_decay_steps"] is None else settings["num_decay_steps"]
+    progress = 1 - (steps - update) / max(1, decay)
     if update < warmup:
         factor = update / warmup
-    elif decayed <= 0:
+    elif progress <= 0:
         factor = 1.0
-    elif given["decay_type"] == "cosine":
-        factor = _cosine(given["num_cycles"] * decayed)
+    elif settings["decay_type"] == "cosine":
+        factor = _cosine(settings["num_cycles"] * progress)
     else:
-        factor = 1.0 - (decayed if given["decay_type"] == "linear" else math.sqrt(decayed))
-    return _above(given["min_lr_ratio"], factor)
+        factor = 1.0 - (progress if settings["decay_type"] == "linear" else math.sqrt(progress))
+    return _above(settings["min_lr_ratio"], factor)
 
 
 def _cosine(turns: float) -> float:
     return 0.5 * (1.0 + math.cos(2.0 * math.pi * turns))
 
 
-def _above(least: float, factor: float) -> float:
-    """`factor` of 0 .. 1, squeezed into least .. 1."""
-    return least + (1.0 - least) * factor
+def _above(minimum: float, factor: float) -> float:
+    """`factor` in 0 .. 1, rescaled to minimum .. 1."""
+    return minimum + (1.0 - minimum) * factor
 
 
 def _share(rate: float, training: TrainingSection) -> float:

@@ -1,4 +1,4 @@
-"""What one process of a run has at hand: recipe, devices, console, signals and, where it writes, the run folder."""
+"""The resources of one process of a run: recipe, devices, console, signals and, on the main rank, the run folder."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,58 +14,58 @@ from tunekit.machine.signals import StopSignals
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import bytes_text
-from tunekit.training.finish import Measured
+from tunekit.training.finish import Measurements
 from tunekit.training.state import timed
 from tunekit.tuned.model import TunedModel
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass
 class Session:
-    """What one process has at hand; `folder` only on the main rank of a run that writes."""
+    """The resources of one process; `folder` only on the main rank of a run that writes."""
 
     loaded: LoadedRecipe
     devices: Devices
     console: Console
     signals: StopSignals
     dry_run: bool = False
-    accepted: tuple[str, ...] = ()  # keys of the recipe whose files may have changed since the run that is resumed
-    changed: list[str] = field(default_factory=list)  # those of them whose files did
+    accepted: tuple[str, ...] = ()  # keys of the recipe whose files may have changed since the resumed run
+    changed: list[str] = field(default_factory=list)  # those whose files did change
     folder: RunFolder | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # of what came before the loop
-    baseline_bytes: int = 0  # what the process had, libraries imported, before the base was loaded
+    seconds: dict[str, float] = field(default_factory=dict)  # of the parts before the loop
+    baseline_bytes: int = 0  # of the process with libraries imported, before the base was loaded
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """A block whose time is added to `part` of the report's seconds."""
         return timed(self.seconds, part)
 
-    def in_folder(self, use: Callable[[RunFolder], Found]) -> Found | None:
-        """What the main rank makes of the run folder, where there is one; an error of it is raised on every rank."""
+    def in_folder(self, use: Callable[[RunFolder], Result]) -> Result | None:
+        """The result of `use` on the main rank, if there is a run folder; an error is raised on every rank."""
         return self.devices.on_main(lambda: None if self.folder is None else use(self.folder))
 
-    def from_folder(self, read: Callable[[RunFolder], Found]) -> Found | None:
-        """What the main rank reads in the run folder, the same on every rank."""
+    def from_folder(self, read: Callable[[RunFolder], Result]) -> Result | None:
+        """The result of `read` on the main rank, the same on every rank."""
         return self.devices.from_main(self.in_folder(read))
 
     def out_of_memory(self) -> ResourceError:
-        """The one-line error for a process that ran out of memory, with what it had."""
+        """The one-line error for a process that ran out of memory, with its peaks."""
         peaks = device_peaks(self.devices.device)
         if peaks.allocated is not None:
             had = f"peak {bytes_text(peaks.allocated)} allocated, {bytes_text(peaks.reserved or 0)} reserved"
         else:
-            whole = bytes_text(peak_host_bytes())
-            had = f"peak {bytes_text(self.peak_bytes())}, {whole} with Python and its libraries"
+            total = bytes_text(peak_host_bytes())
+            had = f"peak {bytes_text(self.peak_bytes())}, {total} with Python and its libraries"
         budget = self.loaded.recipe.memory.budget
-        choosing = "set memory.budget to what the run may take (plan then chooses)"
-        first = choosing if budget is None else "raise the budget"
+        budget_how = "set memory.budget to the memory that the run may use (plan then chooses)"
+        first = budget_how if budget is None else "raise the budget"
         how = f"{first}, lower data.max_length, or {self.loaded.recipe.adapter.less_memory}"
         return ResourceError(f"out of memory ({had})", how)
 
-    def measured(self, model: TunedModel) -> Measured:
+    def measured(self, model: TunedModel) -> Measurements:
         """Peaks of this process."""
         peak = peak_host_bytes()
-        return Measured(
+        return Measurements(
             device=self.devices.device.type,
             peaks=device_peaks(self.devices.device),
             peak_host_bytes=peak,
@@ -74,14 +74,14 @@ class Session:
         )
 
     def peak_bytes(self) -> int:
-        """The peak so far, which plan predicts: allocated on a device with memory of its own, or what Metal took; on a
-        CPU the most of the process beyond what it had before the base was loaded."""
+        """The peak so far, comparable with plan's prediction: allocated on a device with its own memory, or reserved
+        by Metal; on a CPU the process's growth since before the base was loaded."""
         peaks = device_peaks(self.devices.device)
         return peaks.allocated or peaks.reserved or max(0, peak_host_bytes() - self.baseline_bytes)
 
 
 def _adapter_bytes(model: TunedModel) -> int:
-    """Bytes of the adapter's own tensors that lie inside the network; those of the whole model lie beside it."""
+    """Bytes of the adapter's tensors inside the network; a whole-model adapter is outside of it."""
     parts = [] if model.adapter is None else model.adapter.parts()
     inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
     return sum(tensor.nbytes for part in inside for tensor in part.state().values())

@@ -1,4 +1,4 @@
-"""A prepared run, and where it is: what train.py puts together, the loop works with, and a checkpoint keeps."""
+"""The Run that train.py assembles and the loop uses, and the LoopState that a checkpoint saves."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +24,10 @@ from tunekit.tuned.model import ModelRun, TunedModel
 
 @dataclass
 class LoopState:
-    """Where the run is; plain values, so that a checkpoint can hold them all."""
+    """The progress of a run; plain values, so that a checkpoint can contain them all."""
 
     scale: LossScale = field(default_factory=LossScale)
-    step: int = 0  # optimizer steps made, skipped ones counted
+    step: int = 0  # optimizer steps, including skipped ones
     updates: int = 0  # steps that changed weights; the schedule's clock
     saved_step: int = 0
     evaluated_step: int = -1
@@ -38,16 +38,18 @@ class LoopState:
     tokens: int = 0
     supervised_tokens: int = 0
     first_losses: list[float] = field(default_factory=list)  # of the first step, before any update
-    past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
-    useless_steps: dict[str, int] = field(default_factory=dict)  # in a row, of samples that teach nothing, by why
+    past_losses: list[float] = field(default_factory=list)  # of the last steps, to compare the next one with
+    # consecutive steps whose samples teach nothing, by reason
+    useless_steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: JsonObject | None = None  # the pass over the data before step 1
     reactions: list[JsonObject] = field(default_factory=list)  # records.Reaction as plain values
-    measured_facts: JsonObject = field(default_factory=dict)  # what the last evaluation decided, for the folder
-    split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
+    measured_facts: JsonObject = field(default_factory=dict)  # facts that the last evaluation decided, for the folder
+    split_tokens: int | None = None  # micro-batches with as many padded tokens are split, after one was too large
 
     def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far; one before training is only compared with. Says when to stop."""
+        """Whether an evaluation is the best so far; the one before training is only a reference. Also decides early
+        stopping."""
         if not self.step or (settings.best is None and settings.patience is None):
             return False
         watched = (settings.best or "eval.loss").removeprefix("eval.")
@@ -60,20 +62,20 @@ class LoopState:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What plan made on the way and train needs again."""
+class RunInputs:
+    """Intermediate results of plan that train needs."""
 
-    model: ModelSection  # as the objective has the base loaded
+    model: ModelSection  # as the objective needs the base
     processor: Processor
     rows: RowSet
     batch_settings: BatchSettings  # with the micro-batches that plan chose
     adapter: AdapterSettings  # with its texts as token ids
-    largest_batch: Batch  # of those that the run makes; of a stream, as large as any could be
+    largest_batch: Batch  # of the run; for a stream, as large as any could be
 
 
 @dataclass
 class Run:
-    """What is trained, with what, and where it is. `save` and `evaluate` are called on every rank."""
+    """A run: its model, objective, data and state. `save` and `evaluate` are called on every rank."""
 
     model: TunedModel
     objective: Objective
@@ -88,31 +90,31 @@ class Run:
     save: Callable[[], None]
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
     evaluate: Callable[[], Evaluation] | None = None
-    keep_rows: Callable[[int, Evaluation], None] = lambda step, found: None  # of the weights to be exported, if no more
-    keep_pictures: Callable[[int, Evaluation], None] = lambda step, found: None
-    stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
+    keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # of the exported weights
+    keep_pictures: Callable[[int, Evaluation], None] = lambda step, evaluation: None
+    stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that requested the stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
-    spare: Batch | None = None  # of several ranks: the batch that keeps a rank in step which has none left
+    spare: Batch | None = None  # with several ranks: keeps a rank in step that has no batch left
 
     @property
     def adapter(self) -> AttachedAdapter:
-        """What is trained."""
+        """The trained adapter."""
         assert self.model.adapter is not None
         return self.model.adapter
 
     def view(self) -> ModelRun:
-        """The run as its objective and companions see it."""
+        """The run's view for its objective and companions."""
         return ModelRun(self.model, self.objective.rows, self.devices.gather)
 
     @property
     def reads_later(self) -> bool:
-        """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
+        """Whether a step's numbers are read one step later, because the device itself skips a non-finite update."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
     def shows_samples(self, step: int) -> bool:
-        """Whether samples of a step are kept for the report: of the first, the last and those that are evaluated."""
+        """Whether the report shows samples of this step: the first, the last and evaluated ones."""
         return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
 
     def rate(self) -> float:

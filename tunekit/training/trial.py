@@ -1,4 +1,4 @@
-"""What is tried before step 1 (probes, the longest batch), and what a batch that is too large leads to."""
+"""Checks before step 1 (probes, the longest batch), and the reactions to a batch that is too large."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,17 +11,17 @@ from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.records import Reaction
 from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Prepared, Run
+from tunekit.training.state import LoopState, Run, RunInputs
 from tunekit.tuned.model import TunedModel
 
-BEFORE_TRAINING = -1  # the step of a window that is only tried
+BEFORE_TRAINING = -1  # the step of a dry-run window
 
 
-def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state: LoopState) -> Prepared:
-    """See whether rows of one sequence see each other, with ids of the run, and act as plan announced: `prepared` as it
-    was, or with rows that are padded instead of lying end to end.
+def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> RunInputs:
+    """Check with ids of the run whether packed rows attend to each other, and react as plan announced: return
+    `prepared` unchanged, or with padded rows.
 
-    Raises: ModelError where packed rows see each other.
+    Raises: ModelError if packed rows attend to each other.
     """
     settings, batch = prepared.batch_settings, prepared.largest_batch
     if not (settings.packing or settings.end_to_end):
@@ -29,10 +29,10 @@ def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state:
     leak = packing_leak(model, batch.inputs["input_ids"])
     if leak <= TOLERANCE[model.base.dtype]:
         return prepared
-    what = f"see each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
+    what = f"attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
     if settings.packing:
         raise ModelError(f"packed rows {what}", "set data.packing: false", key="data.packing")
-    reaction = Reaction(f"rows that lie end to end {what}", "rows are padded instead", state.step)
+    reaction = Reaction(f"packed rows {what}", "rows are padded instead", state.step)
     state.reactions.append(asdict(reaction))
     session.console.warn(f"{reaction.probe}; {reaction.action}")
     objective = prepared.rows.objective.laid_out(end_to_end=False)
@@ -44,7 +44,7 @@ def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state:
 def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
     """Check that the base with its adapter bypassed is the model at step 0, with which the objective compares.
 
-    Raises: ModelError where it is not.
+    Raises: ModelError if it is not.
     """
     moved = bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
@@ -54,9 +54,9 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
 
 
 def probe_logprobs(model: TunedModel, batch: Batch) -> None:
-    """Compare our log-probabilities with the model's own, of ids of the batch.
+    """Compare our log-probabilities with the model's own, on ids of the batch.
 
-    Raises: ModelError where they differ.
+    Raises: ModelError if they differ.
     """
     if not model.base.family.answers:
         return
@@ -68,7 +68,7 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
 
 
 def make_splitting(session: Session, state: LoopState) -> Splitting:
-    """What a micro-batch that runs out of memory leads to: told at once, kept with the state for report and resume."""
+    """The reaction to a micro-batch that runs out of memory: reported at once, and saved for report and resume."""
 
     def react(reaction: Reaction) -> None:
         state.reactions.append(asdict(reaction))
@@ -79,8 +79,8 @@ def make_splitting(session: Session, state: LoopState) -> Splitting:
     return splitting
 
 
-def split_evaluation_noted(session: Session, state: LoopState) -> Callable[[Batch], None]:
-    """Tells and keeps that an evaluation batch ran out of memory; each shape once."""
+def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch], None]:
+    """A function that reports and records that an evaluation batch ran out of memory; once per shape."""
 
     def note(batch: Batch) -> None:
         what = f"an evaluation batch of {shape_text(batch)} ran out of memory"
@@ -92,14 +92,14 @@ def split_evaluation_noted(session: Session, state: LoopState) -> Callable[[Batc
 
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
-    """The batch as a step that trains nothing prepares it."""
+    """The batch as prepared for a step that trains nothing."""
     return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
 
 
 def try_longest_batch(run: Run, batch: Batch) -> None:
     """Forward and backward of the longest micro-batch, without an update.
 
-    No gradient and no random number stays behind: what is trained afterwards is the same to the bit.
+    No gradient and no random state remains: training afterwards is the same bit for bit.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
         window = Window(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))

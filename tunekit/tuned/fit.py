@@ -1,4 +1,4 @@
-"""Whether rows fit a model: family, vocabulary, positions."""
+"""Checks whether rows fit a model: family, vocabulary, positions."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from tunekit.recipe.recipe import supervised_objective
 
 
 def check_family(base: LoadedModel, family: str) -> LoadedModel:
-    """The base again, if it is of the family that an objective is for.
+    """The base itself, if it belongs to the objective's family.
 
     Raises: ModelError.
     """
@@ -21,8 +21,8 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
     fitting = supervised_objective(base.family.name)
     if fitting is not None:
         how = f"write objective: {fitting.method}"
-        raise ModelError(f"{what}, and the objective is for another kind", how, key="objective")
-    what += ", and no objective of this version reads what it computes: it can be loaded, adapted and called"
+        raise ModelError(f"{what}, but the objective is for another kind", how, key="objective")
+    what += ", for which this version has no objective: it can be loaded, adapted and called"
     raise ModelError(what, "choose a causal language model or an encoder-decoder", key="model.name_or_path")
 
 
@@ -33,7 +33,7 @@ def row_problems(
     rows: Sequence[Rows],
     virtual_tokens: int = 0,
 ) -> list[Problem]:
-    """Rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
+    """Problems of rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
     tokenizer = processor.tokenizer
     if base.text is None or tokenizer is None:
         return []
@@ -45,7 +45,7 @@ def row_problems(
 
 
 def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
-    """Positions that the longest part of a row takes, of those that are tokens: each part counts anew."""
+    """Tokens of the longest part of all rows; positions restart in every part."""
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     if layout is not None and layout.token_sizes is not None:
         sizes = sizes[:, list(layout.token_sizes)]
@@ -53,8 +53,8 @@ def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
 
 
 def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, parts: Sequence[str]) -> Iterator[Problem]:
-    """Ids in the rows beyond the model's embedding."""
-    assert base.text is not None  # row_problems saw to it
+    """A problem for ids in the rows beyond the model's embedding."""
+    assert base.text is not None  # row_problems checked it
     size = base.text.vocabulary_size
     if tokenizer.vocabulary_size <= size or not parts:
         return
@@ -63,18 +63,17 @@ def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, par
         largest = max(int(row.parts[part].max(initial=0)) for part in parts)
         if largest >= size:
             text = tokenizer.token_text(largest)
-            what = f"{row.origin} holds the token {text!r} ({largest}), but the model's embedding ends at {size - 1}"
+            what = f"{row.origin} contains the token {text!r} ({largest}), but the model's embedding ends at {size - 1}"
             yield Problem(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
             return
 
 
 def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: int = 0) -> Iterator[Problem]:
-    """Rows longer than a learned table of positions, which cannot be looked up at all; `virtual_tokens` of them are the
-    adapter's."""
+    """A problem for rows longer than a learned table of positions; `virtual_tokens` of them belong to the adapter."""
     table = base.family.learned_positions(base.net)
     if table is not None and longest_tokens > table:
-        own = f", {virtual_tokens} of them virtual" if virtual_tokens else ""
-        what = f"the longest row has {longest_tokens} tokens{own}, and the model's positions end at {table}"
+        virtual = f", {virtual_tokens} of them virtual" if virtual_tokens else ""
+        what = f"the longest row has {longest_tokens} tokens{virtual}, too many for the model's {table} positions"
         if virtual_tokens >= table:
             yield Problem(what, f"make the prompt shorter than {table} tokens", key="adapter.num_virtual_tokens")
         else:

@@ -1,4 +1,4 @@
-"""A loaded base with its adapter, as engines, evaluation and generation call it: inputs in, hidden states out."""
+"""A loaded base with its adapter, called by engines, evaluation and generation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +23,7 @@ from tunekit.contracts import (
     Tokenizer,
     no_progress,
 )
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.vocabulary import HeadParts, StreamedHead
@@ -41,58 +41,60 @@ class TunedModel:
 
     base: LoadedModel
     adapter: AttachedAdapter | None
-    boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))  # of recomputed layers' inputs
-    slots: LayerSlots | None = None  # of a streamed base
-    chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
-    head_parts: HeadParts | None = None  # of an output projection that is streamed
-    reference_state: Tensors | None = None  # the adapter's at step 0, where the base alone is another policy
-    reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows whose reference scores a loss keeps
+    # for the inputs of recomputed layers
+    boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))
+    slots: LayerSlots | None = None  # for a streamed base
+    chunk_tokens: int = 0  # positions per call of the head; 0: limited by the vocabulary
+    head_parts: HeadParts | None = None  # of a streamed output projection
+    reference_state: Tensors | None = None  # the adapter's state at step 0, if the base alone is another policy
+    reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # cached by the loss, by row
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of inputs."""
         return self.base.device
 
     def output(self, inputs: Tensors) -> ModelOutput:
-        """What the objective reads; where positions restart, another row begins."""
+        """The output that the objective reads; where positions restart, another row begins."""
         with calling(self.call_for(inputs)):
-            output = self.base.family.forward(self.base.net, self.entering(inputs))
+            output = self.base.family.forward(self.base.net, self.prepare_inputs(inputs))
         if output.logits is not None:
-            return replace(output, logits=self.leaving(output.logits))
+            return replace(output, logits=self.real_positions(output.logits))
         assert output.hidden is not None
-        return self.finished(self.leaving(output.hidden))
+        return self.to_output(self.real_positions(output.hidden))
 
-    def scored(
+    def score_batches(
         self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, reference: bool = False
     ) -> list[Tensor]:
-        """What `score` makes of each batch, on the host, without gradient or dropout; `reference`: by the policy at
-        step 0. A streamed base's layers are copied once for all batches."""
+        """The result of `score` for each batch, on the host, without gradient or dropout; `reference`: for the policy
+        at step 0. A streamed base copies its layers once for all batches."""
         policy = self._at_step_0() if reference else nullcontext()
         with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
             single = (self.output(batch.inputs) for batch in batches)
             outputs = single if self.slots is None else self._by_layer(batches)
-            found = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
-        return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in found]
+            scores = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
+        return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in scores]
 
     def keep_reference(self) -> None:
-        """Keep the adapter's state as that of the policy at step 0."""
+        """Save the adapter's state as that of the policy at step 0."""
         assert self.adapter is not None
         self.reference_state = {name: tensor.clone() for name, tensor in self.adapter.state().items()}
 
     @contextmanager
     def _at_step_0(self) -> Iterator[None]:
-        """A block in which the model is the policy at step 0: with the state kept of it, else the base alone."""
-        kept = self.reference_state
-        if kept is None or self.adapter is None:
+        """A block in which the model is the policy at step 0: the saved state if there is one, otherwise the base
+        alone."""
+        state = self.reference_state
+        if state is None or self.adapter is None:
             with calling(replace(current_call(), bypassed=True)):
                 yield
         else:
-            with self.adapter.holding(kept):
+            with self.adapter.with_state(state):
                 yield
 
     def _by_layer(self, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
-        """What the objective reads of each batch, every layer computing all of them before the next."""
+        """The output of each batch, with every layer computing all batches before the next layer."""
         stages = self.base.family.stages(self.base.net)
         assert self.slots is not None
         assert stages is not None  # plan refuses to stream such a base
@@ -100,13 +102,13 @@ class TunedModel:
         states, last = [], len(stack.layers) - 1
         for batch in batches:
             with calling(self.call_for(batch.inputs)) as call:
-                states.append((call, *stack.embed(self.entering(batch.inputs), None)))
+                states.append((call, *stack.embed(self.prepare_inputs(batch.inputs), None)))
         for number, layer in enumerate(stack.layers):
             with self.slots.holding(number, min(number + 1, last)):
                 for place, (call, hidden, calls) in enumerate(states):
                     with calling(call):
                         states[place] = call, layer(hidden, calls[number]), calls
-        return (self.finished(self.leaving(hidden)) for _, hidden, _ in states)
+        return (self.to_output(self.real_positions(hidden)) for _, hidden, _ in states)
 
     def generate(
         self,
@@ -119,11 +121,11 @@ class TunedModel:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The ids with which the model goes on after each prompt, up to a stop id, which is the last of them; `seeds`:
-        one for each prompt, which decides what is drawn. Of a model without values all are as long as can be."""
+        """The ids that follow each prompt, up to and including a stop id; `seeds`: one per prompt, for sampling. On
+        the meta device all answers have the maximum length."""
         if self.device.type == "meta":
             return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
-        whole = None if self.adapter is None else self.adapter.model_adapter  # which changes what enters
+        model_adapter = None if self.adapter is None else self.adapter.model_adapter  # it changes the inputs
         with self.unchanged_weights():
             return generate_texts(
                 self.base,
@@ -133,18 +135,18 @@ class TunedModel:
                 batch_size=batch_size,
                 sampling=sampling,
                 stop_ids=stop_ids,
-                adapt=None if whole is None else self.adapted,
+                adapt=None if model_adapter is None else self.adapt_inputs,
                 virtual_tokens=self.virtual_tokens,
                 seeds=seeds,
                 keep_stop=True,
             )
 
-    def finished(self, hidden: Tensor) -> ModelOutput:
-        """What the objective reads of last hidden states (B, T, D)."""
+    def to_output(self, hidden: Tensor) -> ModelOutput:
+        """The output for last hidden states (B, T, D)."""
         text = self.base.text
         chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
         head = self.base.family.head(self.base.net)
-        heads = {key: each.head for key, each in self.companions.items() if each.head is not None}
+        heads = {key: companion.head for key, companion in self.companions.items() if companion.head is not None}
         if self.head_parts is not None:
             return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, companion_heads=heads)
         return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_heads=heads)
@@ -152,30 +154,30 @@ class TunedModel:
     def hidden(self, inputs: Tensors) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
         with calling(self.call_for(inputs)):
-            return self.leaving(self.base.family.hidden(self.base.net, self.entering(inputs)))
+            return self.real_positions(self.base.family.hidden(self.base.net, self.prepare_inputs(inputs)))
 
     def call_for(self, inputs: Tensors) -> Call:
         """The current call with the documents of these inputs."""
         return replace(current_call(), segments=self._segments(inputs))
 
-    def entering(self, inputs: Tensors) -> Tensors:
-        """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
-        there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
-        floats = {name: each.to(self.base.dtype) for name, each in there.items() if each.is_floating_point()}
-        return self.adapted(there | floats)
+    def prepare_inputs(self, inputs: Tensors) -> Tensors:
+        """The base's inputs, on the device; recordings and images in the compute dtype."""
+        moved = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
+        floats = {name: tensor.to(self.base.dtype) for name, tensor in moved.items() if tensor.is_floating_point()}
+        return self.adapt_inputs(moved | floats)
 
-    def leaving(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D), or logits, of the real positions."""
+    def real_positions(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D), or logits, without the adapter's virtual positions."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: Tensors) -> Segments | None:
-        """The documents of the rows; None for rows with a mask of their own."""
+        """The documents of the rows; None for rows with their own mask."""
         if "position_ids" not in inputs or "attention_mask" in inputs:
             return None
         return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
 
-    def adapted(self, inputs: Tensors) -> Tensors:
-        """What the network is called with; in generation, for the first step."""
+    def adapt_inputs(self, inputs: Tensors) -> Tensors:
+        """The network's inputs after the adapter's changes; in generation, for the first step."""
         return inputs if self.adapter is None else self.adapter.inputs(inputs)
 
     @property
@@ -184,16 +186,17 @@ class TunedModel:
         return 0 if self.adapter is None else self.adapter.virtual_tokens
 
     def own_logits(self, inputs: Tensors) -> Tensor:
-        """The network's own logits (B, T, V), whole: for a few tokens only."""
-        return self.leaving(self.base.family.logits(self.base.net, self.entering(inputs)))
+        """The network's own complete logits (B, T, V): for a few tokens only."""
+        return self.real_positions(self.base.family.logits(self.base.net, self.prepare_inputs(inputs)))
 
     def unchanged_weights(self) -> AbstractContextManager[None]:
-        """A block in which no trained weight changes, so that each is cast to the compute dtype once."""
-        return nullcontext() if self.adapter is None else self.adapter.casts.kept()
+        """A block in which no trained weight changes, so that each is cast to the compute dtype only once."""
+        return nullcontext() if self.adapter is None else self.adapter.casts.caching()
 
     @contextmanager
-    def nothing_left(self) -> Iterator[None]:
-        """A block after whose failure no layer's input is kept: torch's queue may hold on to a graph that broke."""
+    def clearing_on_failure(self) -> Iterator[None]:
+        """A block that releases the stored layer inputs after a failure: torch's queue may keep a broken graph
+        alive."""
         try:
             yield
         except BaseException:
@@ -207,7 +210,7 @@ class TunedModel:
                 parameter.grad.zero_()
 
     def head_parameters(self) -> list[Tensor]:
-        """Trained parameters inside the head, whose gradient is taken chunk by chunk with the loss."""
+        """Trained parameters inside the head; their gradient is computed in chunks with the loss."""
         name = self.base.family.head_name(self.base.net)
         if self.adapter is None or name is None:
             return []
@@ -215,7 +218,7 @@ class TunedModel:
         return [parameter for parameter in inside if parameter.requires_grad]
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
-        """Train or eval mode inside the block; every module's own mode is put back after it."""
+        """Train or eval mode inside the block; each module's mode is restored after it."""
         return training_mode(self.base.net, training)
 
 
@@ -230,16 +233,17 @@ class ModelRun:
 
     @property
     def is_simulated(self) -> bool:
-        """Whether the model is on the meta device, without values."""
+        """Whether the model is on the meta device."""
         return self.model.device.type == "meta"
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """What `read` takes from the model's forward of each batch, on the host, without gradient or dropout."""
-        return self.model.scored(batches, read)
+        """The values that `read` takes from the model's forward of each batch, on the host, without gradient or
+        dropout."""
+        return self.model.score_batches(batches, read)
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The same of the policy at step 0."""
-        return self.model.scored(batches, read, reference=True)
+        """The same for the policy at step 0."""
+        return self.model.score_batches(batches, read, reference=True)
 
     def companion(self, key: str) -> Companion:
         """The loaded companion with this key."""

@@ -1,6 +1,5 @@
-"""A loaded base and what plan chose go in; the network that is trained, measured or simulated comes out, put together
-in one order. Its decoder layers are compiled here too, where plan says that it pays.
-"""
+"""Builds the network for training, measuring or simulation from a loaded base and plan's choice, always in the same
+order. Also compiles its decoder layers if plan chose that."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -24,7 +23,7 @@ from tunekit.model.quantized.weights import packed_layers
 from tunekit.records import Choice
 from tunekit.tuned.model import TunedModel
 
-MOST_VARIANTS = 64  # of one function; beyond it torch would run plain code, whose rounding differs, from then on
+MAX_VARIANTS = 64  # of one function; beyond it torch would switch to uncompiled code, whose rounding differs
 
 
 def prepare_network(
@@ -34,18 +33,18 @@ def prepare_network(
     *,
     planned_for: torch.device | None = None,
 ) -> TunedModel:
-    """Put everything that `choice` names into the base's network: checkpointing, adapter, tiles, kernels, compiled
-    layers, streaming.
+    """Put everything in `choice` into the base's network: checkpointing, adapter, tiles, kernels, compiled layers,
+    streaming.
 
-    `attach` puts the adapter in when it is its turn. Layers are then seeded and recomputed as in the run, so that a
-    calibrated initialisation may run them; what replaces or moves adapted layers comes after it.
-    `planned_for`: the device of the run that a base on the meta device stands for. It has no compiled layers: they keep
-    no more than plain ones.
-    Raises: ModelError where an MLP cannot be computed in tiles, and whatever `attach` raises.
+    `attach` attaches the adapter. By then layers are seeded and recomputed as in the run, so that a calibrated
+    initialisation may run them; code that replaces or moves adapted layers runs later.
+    `planned_for`: the run's device, if the base is on the meta device. Then no layers are compiled, which needs no
+    more memory.
+    Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
     """
     layers, frozen = base.family.layers(base.net), layer_weights(base)
     modules = [layer for _, layer in layers]
-    forwards = compilable(modules) if choice.compiled and planned_for is None else []
+    forwards = wrap_forwards(modules) if choice.compiled and planned_for is None else []
     store = make_store(choice.activation_offload, planned_for or base.device, simulated=planned_for is not None)
     prepare_layers(modules, choice.checkpointed_layers, store)
     adapter = None if attach is None else attach()
@@ -61,32 +60,33 @@ def prepare_network(
 
 
 def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
-    """The parts of the output projection, where it is streamed.
+    """The parts of the output projection, if it is streamed.
 
-    Raises: ModelError where it cannot be.
+    Raises: ModelError if it cannot be streamed.
     """
     if not choice.streamed_head:
         return None
     name, tier = base.family.head_name(base.net), "host" if choice.streaming == "off" else choice.streaming
     if not kind_of(base.device).own_memory:
-        tier = "disk"  # where it is
+        tier = "disk"  # it stays in its file
     module = None if name is None else base.net.get_submodule(name)
     obstacle = None if module is None else head_obstacle(module, base.family.head(base.net))
     if module is None or obstacle is not None:
         what = obstacle or "the base has no output projection"
         raise ModelError(what, "write false", key="memory.streamed_head")
     embedding = host_embedding(base) if choice.streaming == "off" and base.device.type != "meta" else None
-    if embedding is not None:  # else the layers' streaming has seen to it
+    if embedding is not None:  # otherwise layer streaming has already done this
         gather_on_host(embedding, base.device)
     return stream_head(cast(nn.Linear, module), base.device, tier, base.net)
 
 
 class LayerForward:
-    """A layer's forward, which may later be compiled for training.
+    """A layer's forward, which can be compiled for training later.
 
-    What is compiled is the model's own code of one layer (norms, residuals, rotations), once for all layers that share
-    it. Adapted, packed and joined layers and attention over documents stay outside: each is one autograd function or
-    one kernel already. Evaluation, generation and the passes before the adapter is in place run uncompiled.
+    The compiled code is the model's own code of one layer (norms, residuals, rotary embeddings), compiled once for all
+    similar layers. Adapted, packed and joined layers and attention over documents are not compiled: each is already
+    one autograd function or one kernel. Evaluation, generation and forwards before the adapter is attached run
+    uncompiled.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -99,8 +99,8 @@ class LayerForward:
         return self.plain(*inputs, **named)
 
 
-def compilable(layers: Sequence[nn.Module]) -> list[LayerForward]:
-    """Put a LayerForward in the place of each layer's forward, before anything else wraps it."""
+def wrap_forwards(layers: Sequence[nn.Module]) -> list[LayerForward]:
+    """Replace each layer's forward by a LayerForward, before anything else wraps it."""
     forwards = [LayerForward(layer) for layer in layers]
     for forward in forwards:
         forward.layer.forward = forward
@@ -108,10 +108,10 @@ def compilable(layers: Sequence[nn.Module]) -> list[LayerForward]:
 
 
 def compile_layers(forwards: Sequence[LayerForward]) -> None:
-    """Compile from the next training forward on; the adapter must be in place.
+    """Compile from the next training forward on; the adapter must be attached.
 
-    Sizes are symbols from the first compilation on, so that kernels do not depend on which batch came first: a resumed
-    run computes what the uninterrupted one would have.
+    Sizes are symbolic from the first compilation on, so that kernels do not depend on the first batch: a resumed run
+    computes the same as an uninterrupted one.
     """
     if not forwards:
         return
@@ -120,15 +120,15 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
     uncompiled_attention()
     for forward in forwards:
         for module in forward.layer.modules():
-            if _is_island(module):
+            if _stays_uncompiled(module):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
-        limited = config.patch(recompile_limit=MOST_VARIANTS)  # for the time of a call
+        limited = config.patch(recompile_limit=MAX_VARIANTS)  # applied to each call
         forward.compiled = limited(torch.compile(forward.plain, dynamic=True))
 
 
-def _is_island(module: nn.Module) -> bool:
-    """Whether compiled code must call this module as it is: with an adapter, packed, or with something else than its
-    class's own forward, such as a fused MLP."""
-    own = module.__dict__.get("forward")
-    replaced = own is not None and not isinstance(own, LayerForward)
+def _stays_uncompiled(module: nn.Module) -> bool:
+    """Whether compiled code must call this module uncompiled: it has an adapter, is packed, or its forward was
+    replaced, such as by a fused MLP."""
+    forward = module.__dict__.get("forward")
+    replaced = forward is not None and not isinstance(forward, LayerForward)
     return replaced or isinstance(module, Wrapper) or bool(packed_layers(module).get(""))

@@ -1,4 +1,4 @@
-"""x times a matrix that exists only while it is used: what the backward pass keeps is its small factors."""
+"""x times a matrix that exists only while it is used: the backward pass saves only its small factors."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tunekit.model.autograd import Context
 
 
 class DeltaLayer(LayerAdapter[Settings]):
-    """y = W x + D x, D (O, I) made of the layer's trained tensors whenever it is used. A subclass gives `make`."""
+    """y = W x + D x, with D (O, I) computed from the layer's trained tensors at each use. A subclass defines `make`."""
 
     make: Callable[..., Tensor]  # the trained tensors, in the order of their slots -> D (O, I)
 
@@ -27,9 +27,9 @@ class DeltaLayer(LayerAdapter[Settings]):
 
 
 def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
-    """y = x D^T, D = make(*factors), made again in the backward pass.
+    """y = x D^T with D = make(*factors), which is computed again in the backward pass.
 
-    Shapes: x (..., I); D (O, I) -> y (..., O).    D is made in the factors' dtype and cast to that of x.
+    Shapes: x (..., I); D (O, I) -> y (..., O). D is computed in the factors' dtype and cast to that of x.
     """
     return _DeltaProduct.apply(x, make, *factors)  # type: ignore[no-untyped-call]
 
@@ -39,7 +39,7 @@ class _DeltaProduct(torch.autograd.Function):
     def forward(
         ctx: Context[Callable[..., Tensor]], x: Tensor, make: Callable[..., Tensor], *factors: Tensor
     ) -> Tensor:
-        ctx.beside = make
+        ctx.extra = make
         ctx.save_for_backward(x, *factors)
         return F.linear(x, make(*factors).to(x.dtype))
 
@@ -49,7 +49,7 @@ class _DeltaProduct(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_(factor.is_floating_point()) for factor in factors]
-            delta = ctx.beside(*leaves)  # (O, I)
+            delta = ctx.extra(*leaves)  # (O, I)
         of_x = gradient @ delta.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
         flat, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, O), (N, I)
         of_delta = (flat.t() @ inputs).to(delta.dtype)  # (O, I)

@@ -1,4 +1,4 @@
-"""Settings that must divide the sides of every adapted layer, and the values that would."""
+"""Checks settings that must divide the sides of every adapted layer, and lists valid values."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,14 @@ from tunekit.adapters.method import Conflict
 from tunekit.records import Target
 
 
-def undivided(key: str, value: int, targets: Sequence[Target], *, inputs: bool) -> list[Conflict]:
-    """A conflict where `value` does not divide every output (and with `inputs` every input) of the targets."""
+def divisor_conflicts(key: str, value: int, targets: Sequence[Target], *, inputs: bool) -> list[Conflict]:
+    """A conflict if `value` does not divide every output (and with `inputs` every input) of the targets."""
     sides = {target.out_features for target in targets} | {t.in_features for t in targets if inputs}
     common = math.gcd(*sides)
     if common % value == 0:
         return []
-    odd = [target.name for target in targets if target.out_features % value or (inputs and target.in_features % value)]
+    failing = [
+        target.name for target in targets if target.out_features % value or (inputs and target.in_features % value)
+    ]
     how = f"{common} and its divisors fit all of them; or name fewer layers"
-    return [Conflict(key, f"{value} does not divide the sides of '{odd[0]}' ({len(odd)} such layers)", how)]
+    return [Conflict(key, f"{value} does not divide the sides of '{failing[0]}' ({len(failing)} such layers)", how)]

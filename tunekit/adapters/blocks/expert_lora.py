@@ -15,12 +15,12 @@ from tunekit.records import Target
 
 
 class ExpertLora(ParameterAdapter[LowRankSettings]):
-    """A low-rank update of every expert's matrix: y = W_e x + s B_e A_e x, s as LoRA's.
+    """A low-rank update of every expert's matrix: y = W_e x + s B_e A_e x, with LoRA's s.
 
-    Shapes: A (R E, I), expert by expert; B (O, R E), rank by rank: as PEFT stores them.
-    Starts as the identity: B = 0.
-    PEFT wraps the adapted parameters of one module around each other, the first one innermost; only their tensors'
-    names say which is which.
+    Shapes: A (R E, I), ordered by expert; B (O, R E), ordered by rank, as PEFT stores them. Starts as the identity: B
+    = 0.
+    PEFT nests the wrappers of a module's adapted parameters, the first one innermost; only their tensors' names show
+    which is which.
     Source: Hu et al. 2021, eq. 3.
     """
 
@@ -30,15 +30,15 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
         rank = (target.r or settings.r) * (target.experts or 1)
-        wrapped = "base_layer." * target.wrapped
+        nesting = "base_layer." * target.wrapped
         return {
-            "A": Slot(f"{wrapped}lora_A.weight", (rank, target.in_features)),
-            "B": Slot(f"{wrapped}lora_B.weight", (target.out_features, rank), rate="b"),
+            "A": Slot(f"{nesting}lora_A.weight", (rank, target.in_features)),
+            "B": Slot(f"{nesting}lora_B.weight", (target.out_features, rank), rate="b"),
         }
 
     @classmethod
     def file_key(cls, name: str) -> str:
-        """Without the parameter's own name, which PEFT's files do not have."""
+        """The key without the parameter's own name, which PEFT's files omit."""
         wrapped, _, factor = name.rpartition(".lora_")
         inner = wrapped
         while inner.endswith(".base_layer"):
@@ -65,7 +65,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     def factors(self, index: Index) -> Factors:
         experts = self.target.experts
-        if experts is None:  # of a matrix
+        if experts is None:  # a matrix, not fused experts
             return self.B * self.scaling, self.A
         a = self.A.reshape(experts, -1, self.A.shape[1])[index]  # (..., R, I)
         b = (self.B * self.scaling).reshape(self.B.shape[0], -1, experts).permute(2, 0, 1)[index]  # (..., O, R)
@@ -73,19 +73,21 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
 
 def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """What does not fit the layers or fused parameters, as Method.conflicts reports it."""
-    found = start_conflicts(settings, targets, file)
+    """Conflicts with the layers or fused parameters, for Method.conflicts."""
+    problems = start_conflicts(settings, targets, file)
     if not settings.target_parameters:
-        return found
+        return problems
     if settings.dropout:
-        what = "fused parameters are changed themselves, and their input is not at hand to drop from"
-        found.append(Conflict("lora_dropout" if file else "dropout", what, "write dropout: 0, or no target_parameters"))
+        what = "the update of fused parameters changes the weights, so dropout cannot act on its input"
+        problems.append(
+            Conflict("lora_dropout" if file else "dropout", what, "write dropout: 0, or no target_parameters")
+        )
     if not file and not settings.start.fills_experts:
-        what = f"start: {settings.start.method} cannot fill fused parameters"
-        found.append(Conflict("start", what, "write start: default or gaussian, or no target_parameters"))
+        what = f"start: {settings.start.method} cannot initialise fused parameters"
+        problems.append(Conflict("start", what, "write start: default or gaussian, or no target_parameters"))
     named = [f".{name}." for name in settings.modules_to_save]  # by whole names, or by endings
     copied = [target.name for target in targets if any(name in f".{target.name}" for name in named)]
     if copied:
-        what = f"'{copied[0]}' is inside a module of modules_to_save, which is trained whole"
-        found.append(Conflict("target_parameters", what, "leave it out of one of them"))
-    return found
+        what = f"'{copied[0]}' is inside a module of modules_to_save, which is fully trained"
+        problems.append(Conflict("target_parameters", what, "remove it from one of them"))
+    return problems

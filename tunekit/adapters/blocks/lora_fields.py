@@ -1,27 +1,27 @@
-"""What every method of peft_type LORA shares: the fields of PEFT's LoraConfig, and what does not fit the layers."""
+"""Fields of PEFT's LoraConfig, and conflicts with the layers, shared by all methods of peft_type LORA."""
 
 from collections.abc import Mapping, Sequence
 
 from tunekit.adapters.base import Settings
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, same_names
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import LINEAR
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 LORA_FIELDS: PeftFields = {  # PEFT's field -> our setting, PEFT's default
-    **named_alike(r=8, use_rslora=False, bias="none"),
+    **same_names(r=8, use_rslora=False, bias="none"),
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
 }
-LORA_FIXED: Fixed = {  # first the value written, then the others that change nothing
+LORA_FIXED: Fixed = {  # the value to write, then other values without effect
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "corda_config": (None, ANY),  # how A and B were first filled: init_lora_weights decides
-    "ensure_weight_tying": (False, True),  # folder/read.py adapts, or copies, a tied head as well
+    "ensure_weight_tying": (False, True),  # folder/read.py also adapts, or copies, a tied head
     "eva_config": (None, ANY),
     "fan_in_fan_out": (False, True),  # the layer's own class decides
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others have changed the base
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # all others have changed the base
     "kasa_config": (None,),
     "layer_replication": (None, []),
     "loftq_config": ({}, None),
@@ -30,7 +30,7 @@ LORA_FIXED: Fixed = {  # first the value written, then the others that change no
     "megatron_config": (None,),
     "megatron_core": ("megatron.core", None),
     "monteclora_config": (None,),
-    "qalora_group_size": (16, ANY),  # of use_qalora
+    "qalora_group_size": (16, ANY),  # used with use_qalora
     "use_bdlora": (None, False),
     "use_dora": (False,),
     "use_qalora": (False,),
@@ -38,41 +38,46 @@ LORA_FIXED: Fixed = {  # first the value written, then the others that change no
 }
 
 
-LORA_MENDS = {
-    "init_lora_weights": "such a start may have moved weights of the base: tunekit adapter convert writes plain LoRA",
+LORA_REMEDIES = {
+    "init_lora_weights": "such a start may have moved weights of the base; "
+    "write plain LoRA with: tunekit adapter convert",
 }
 
 
 def lora_side(
     settings: type[Settings], fields: PeftFields = LORA_FIELDS, claims: Mapping[str, object] | None = None
 ) -> PeftSide[Settings]:
-    """The side of a method of peft_type LORA with these fields and claims."""
+    """The PeftSide of a method of peft_type LORA with these fields and claims."""
     fixed = {name: values for name, values in LORA_FIXED.items() if name not in fields}
-    known = ("LORA", settings, fields, fixed, claims or {})
-    return PeftSide(*known, mends=LORA_MENDS, resolve=_without_dropout, refuses_kernel_layers=True, takes_experts=True)
+    arguments = ("LORA", settings, fields, fixed, claims or {})
+    return PeftSide(
+        *arguments, remedies=LORA_REMEDIES, resolve=_without_dropout, refuses_kernel_layers=True, takes_experts=True
+    )
 
 
 def _without_dropout(settings: object, targets: object, config: Mapping[str, object]) -> dict[str, float]:
-    """PEFT does not drop from the input of a parameter, and refuses a file that asks for it."""
+    """PEFT applies no dropout to a parameter's input, and refuses a file that requests it."""
     return {"lora_dropout": 0.0} if config["target_parameters"] else {}
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Layers that the initialisation cannot fill, as Method.conflicts reports them; a file's layers are filled."""
+    """Conflicts with layers that the start cannot initialise, for Method.conflicts; a file's layers are initialised."""
     start, linear = settings.start, [target for target in targets if target.kind in LINEAR]
     if file:
         return []
     conflicts = []
-    odd = [target.name for target in linear if (target.r or settings.r) % 2]
-    if start.needs_even_rank and odd:
-        what = f"start: {start.method} needs an even rank, and that of {len(odd)} layers is odd (such as {odd[:1]})"
+    odd_rank = [target.name for target in linear if (target.r or settings.r) % 2]
+    if start.needs_even_rank and odd_rank:
+        what = f"start: {start.method} needs an even rank, but {len(odd_rank)} layers have an odd one ({odd_rank[0]})"
         conflicts.append(Conflict("r", what, "write an even r"))
-    still = [target.name for target in linear if (settings.alpha if target.alpha is None else target.alpha) == 0]
-    if start.divides_by_scaling and still:
-        what = f"start: {start.method} divides by the scaling, and alpha is 0 for {len(still)} layers ({still[0]})"
+    unscaled = [target.name for target in linear if (settings.alpha if target.alpha is None else target.alpha) == 0]
+    if start.divides_by_scaling and unscaled:
+        what = (
+            f"start: {start.method} divides by the scaling, but alpha is 0 for {len(unscaled)} layers ({unscaled[0]})"
+        )
         conflicts.append(Conflict("alpha", what, "write an alpha above 0"))
     narrow = [target.name for target in linear if 2 * (target.r or 0) > min(target.in_features, target.out_features)]
     if start.needs_twice_the_rank and narrow:
-        what = f"start: {start.method} needs 2 r singular vectors, and {len(narrow)} layers have fewer ({narrow[0]})"
+        what = f"start: {start.method} needs 2 r singular vectors, but {len(narrow)} layers have fewer ({narrow[0]})"
         conflicts.append(Conflict("r", what, "write a smaller r"))
     return conflicts

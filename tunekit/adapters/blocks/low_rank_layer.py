@@ -1,4 +1,4 @@
-"""The update s B A of a layer, as every method has it whose update has two thin factors."""
+"""The update s B A of a layer, for all methods with two thin factors."""
 
 import math
 
@@ -10,9 +10,10 @@ from tunekit.records import Target
 
 
 class LowRankLayer(LayerAdapter[Settings]):
-    """y = W x + s B A x, the factors cast to x's dtype. A subclass gives `factors`, and `scaling` where s is not 1.
+    """y = W x + s B A x, with the factors cast to x's dtype. A subclass defines `factors`, and `scaling` if s is not
+    1.
 
-    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).    Dropout acts on the update's input.
+    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R). Dropout acts on the update's input.
     """
 
     @property
@@ -25,7 +26,7 @@ class LowRankLayer(LayerAdapter[Settings]):
         raise NotImplementedError
 
     def update(self, x: Tensor) -> Tensor:
-        return low_rank_update(self.dropped(x), self.factors(), self.scaling)
+        return low_rank_update(self.apply_dropout(x), self.factors(), self.scaling)
 
     def delta(self) -> Tensor:
         a, b = self.factors()
@@ -40,6 +41,6 @@ def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -
 
 
 def scaling_of(target: Target, r: int, alpha: float, use_rslora: bool = False) -> float:
-    """alpha / R, or alpha / sqrt(R) with use_rslora. `r`, `alpha`: where the target has none of its own."""
+    """alpha / R, or alpha / sqrt(R) with use_rslora. `r`, `alpha`: defaults if the target sets none."""
     rank = target.r or r
     return (alpha if target.alpha is None else target.alpha) / (math.sqrt(rank) if use_rslora else rank)

@@ -1,5 +1,5 @@
-"""An adapter whose initialisation moved weights, as plain LoRA of rank 2R against the untouched base, which every
-reader knows."""
+"""Rewrites an adapter whose start moved weights of the base as plain LoRA of rank 2R on the original base, which every
+reader supports."""
 
 import math
 from dataclasses import replace
@@ -16,9 +16,9 @@ from tunekit.records import Target
 
 
 def as_plain_lora(form: WrittenForm) -> WrittenForm:
-    """The same change of the same layers, of rank 2R where A and B hold a part of W.
+    """The same change of the same layers, with rank 2R where A and B contain a part of W.
 
-    B A - B' A' = [B - B', B'] [A; A - A'].  Alpha grows with the rank, so that the scaling stays what it was.
+    B A - B' A' = [B - B', B'] [A; A - A']. Alpha grows with the rank, so that the scaling stays the same.
     """
     before, old_targets, layers = form
     moved = {name for name, layer in layers.items() if "start_A" in layer.declared}
@@ -35,22 +35,22 @@ def as_plain_lora(form: WrittenForm) -> WrittenForm:
 
 
 def _target(target: Target, settings: LowRankSettings) -> Target:
-    """The target with the rank of its plain form: 2R, or the smaller side of a matrix that is narrower than that."""
+    """The target with the rank of its plain form: 2R, or the smaller side of a matrix that is narrower."""
     old, alpha = target.r or 0, target.alpha or 0.0
     rank = min(2 * old, target.in_features, target.out_features)
     return replace(target, r=rank, alpha=alpha_for_rank(settings, alpha, old, rank))
 
 
 def alpha_for_rank(settings: LowRankSettings, alpha: float, old: int, new: int) -> float:
-    """The alpha with which rank `new` scales as `alpha` does with rank `old`."""
+    """The alpha that gives rank `new` the scaling of `alpha` with rank `old`."""
     return alpha * (math.sqrt(new / old) if settings.use_rslora else new / old)
 
 
 def _plain_layer(layer: LayerAdapter[Any], settings: LowRankSettings, target: Target) -> LayerAdapter[Any]:
-    """A layer of the plain form, outside the network; what is not of A and B is shared."""
+    """A layer of the plain form, outside the network; tensors other than A and B are shared."""
     a, b = (factor.detach() for factor in layer.factors())
     if target.r != len(a):
-        a, b = _narrowed(a, b)
+        a, b = _identity_factors(a, b)
     plain = type(layer)(layer.base_layer, settings, target)
     for attribute in plain.declared:
         values = {"A": a, "B": b}.get(attribute)
@@ -58,8 +58,8 @@ def _plain_layer(layer: LayerAdapter[Any], settings: LowRankSettings, target: Ta
     return plain
 
 
-def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """B A with the smaller side of the matrix as its rank: one factor is the identity."""
+def _identity_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """B A with the matrix's smaller side as its rank: one factor is the identity."""
     product = b @ a  # (O, I)
     outputs, inputs = product.shape
     if outputs <= inputs:

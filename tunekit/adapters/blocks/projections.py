@@ -1,4 +1,4 @@
-"""Frozen random matrices drawn as PEFT draws them, so that a file without them means the same."""
+"""Frozen random matrices drawn as in PEFT, so that files without them have the same meaning."""
 
 import math
 
@@ -9,17 +9,17 @@ from tunekit.adapters.base import Slot
 
 
 def projection_slot(saved: bool, suffix: str, shape: tuple[int, ...]) -> Slot:
-    """In the adapter's file if it is `saved`, else only in checkpoints: it follows from the seed."""
+    """A slot of the adapter's file if it is `saved`, otherwise only of checkpoints: the seed determines it."""
     return Slot(suffix, shape, kind="saved" if saved else "resume")
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Uniform within sqrt(6 / fan-in), the fan-in being all dimensions but the first."""
+    """Uniform within sqrt(6 / fan-in); the fan-in is the product of all dimensions but the first."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(math.prod(shape[1:])))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def ternary(shape: tuple[int, ...], generator: Generator, sparsity: float) -> Tensor:
-    """-1, 0 or 1, one in `sparsity` not 0."""
-    drawn = torch.rand(shape, generator=generator)
-    return (drawn > 1 - 1 / (2 * sparsity)).float() - (drawn < 1 / (2 * sparsity)).float()
+    """-1, 0 or 1; one in `sparsity` numbers is not 0."""
+    uniform = torch.rand(shape, generator=generator)
+    return (uniform > 1 - 1 / (2 * sparsity)).float() - (uniform < 1 / (2 * sparsity)).float()

@@ -1,4 +1,4 @@
-"""Orthogonal matrices in blocks, made of the numbers that are trained, and their product with the inputs of a layer."""
+"""Block-wise orthogonal matrices from trained numbers, and their product with a layer's inputs."""
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ def skew_of(upper: Tensor, size: int) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """R = (I - Q) (I + Q)^-1 of each block: orthogonal for skew-symmetric Q (blocks, b, b)."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    # solve would wait for the device to look for an error, which cannot be: I + Q has an inverse
+    # solve would wait for the device to check for an error, which is impossible: I + Q has an inverse
     return torch.linalg.solve_ex(identity + q, identity - q, left=False)[0]
 
 
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
-    """I + 2 Q + 2 Q^2 + ... + Q^last, in Horner's form: the series of (I + Q) (I - Q)^-1, cut off.
+    """I + 2 Q + 2 Q^2 + ... + Q^last, in Horner's form: the truncated series of (I + Q) (I - Q)^-1.
 
-    One term is I, two are I + 2 Q; the last power of more is max(3, terms - 1) and has the factor 1, as in peft.
+    One term is I, two are I + 2 Q; with more terms the last power is max(3, terms - 1), with the factor 1, as in peft.
     """
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms == 1:
@@ -37,7 +37,7 @@ def cayley_neumann(q: Tensor, terms: int) -> Tensor:
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R: each run of b numbers of x (..., I) times its block (blocks, b, b), or all times the only one."""
+    """x R: each run of b numbers of x (..., I) times its block (blocks, b, b), or all times the only block."""
     size = blocks.shape[-1]
     parts = x.reshape(*x.shape[:-1], -1, 1, size)  # (..., I / b, 1, b)
     return (parts @ blocks).flatten(-3)

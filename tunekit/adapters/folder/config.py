@@ -1,5 +1,5 @@
-"""What an adapter folder, ours or peft's, says about itself: adapter_config.json and tunekit.json, read strictly and
-before any tensor."""
+"""Reads an adapter folder's configuration, ours or peft's: adapter_config.json and tunekit.json, strictly and before
+any tensor."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, peft_keys
 from tunekit.adapters.method import Method, all_methods
 from tunekit.errors import AdapterError, ModelError
 from tunekit.files.tensors import TensorEntry, read_tensor_header
-from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, shown
+from tunekit.files.untrusted import parse_json, printable, read_small, same_value, sha256_of
 from tunekit.model.storage.inspection import fingerprint
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.bases.low_rank import LowRankSettings
@@ -25,18 +25,18 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 FACTS_NAME = "tunekit.json"
-TEMPLATE_NAME = "chat_template.jinja"  # only where the adapter was trained with another template than the base's
+TEMPLATE_NAME = "chat_template.jinja"  # only if the adapter was trained with another template than the base's
 FORMAT_VERSION = 1  # of tunekit.json
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter folder's configuration. What only tunekit.json can say is None in a folder that peft wrote."""
+    """An adapter folder's configuration. Facts from tunekit.json are None in a folder written by peft."""
 
     folder: Path
     method: Method
     settings: AdapterSettings
-    base_name_or_path: str | None  # as written: a hub id or a path; a relative one is meant from the folder
+    base_name_or_path: str | None  # as written: a hub id or a path; a relative path starts at the folder
     revision: str | None
     task_type: str | None
     base_path: str | None = None  # relative to the folder
@@ -46,7 +46,7 @@ class AdapterConfig:
     double_quantization: bool | None = None
     files: tuple[tuple[str, str], ...] = ()  # name, sha256
     objective: Mapping[str, Any] | None = None  # its method and facts
-    fields: PeftConfig = field(default_factory=dict)  # PEFT's, as the file has them
+    fields: PeftConfig = field(default_factory=dict)  # PEFT's, as in the file
 
     @property
     def file(self) -> str:
@@ -55,12 +55,12 @@ class AdapterConfig:
 
     @property
     def low_rank(self) -> LowRankSettings:
-        """The settings, of a method of the LoRA family."""
+        """The settings, for a method of the LoRA family."""
         assert isinstance(self.settings, LowRankSettings)
         return self.settings
 
     def changed_files(self) -> list[str]:
-        """Names of the files that are not those tunekit wrote, where tunekit.json says which."""
+        """Names of the files that differ from those that tunekit wrote, according to tunekit.json."""
         return [name for name, digest in self.files if sha256_of(self.folder / name) != digest]
 
     def check_files(self) -> None:
@@ -69,26 +69,27 @@ class AdapterConfig:
         Raises: AdapterError.
         """
         for name in self.changed_files():
-            how = f"restore it, or delete {FACTS_NAME} to accept the folder as it is"
-            raise AdapterError("is not the file that tunekit wrote", how, file=str(self.folder / name))
+            how = f"restore it, or delete {FACTS_NAME} to accept the changed folder"
+            raise AdapterError("is different from the file that tunekit wrote", how, file=str(self.folder / name))
 
     def base_location(self) -> str | None:
-        """Where the base is: at a path that the folder names, or near the folder under its name; a hub id; or None.
+        """Where the base is: a path that the folder names, a folder with its name nearby, a hub id, or None.
 
-        Of several places the one with the base's fingerprint; what the folder does not name must have it.
+        If there are several places, the one with the base's fingerprint; a place that the folder does not name must
+        have it.
         """
         name = self.base_name_or_path
         if not name:
             return None
         is_path = is_like_path(name)
-        named = [self.folder / Path(each).expanduser() for each in (self.base_path, name) if each]
-        near = [parent / last_name(name) for parent in self.folder.resolve().parents[:3]] if is_path else []
+        named = [self.folder / Path(path).expanduser() for path in (self.base_path, name) if path]
+        nearby = [parent / last_name(name) for parent in self.folder.resolve().parents[:3]] if is_path else []
         if self.base_fingerprint is not None:
-            for place in [*named, *near]:
+            for place in [*named, *nearby]:
                 if place.exists() and _fingerprint_of(place) == self.base_fingerprint:
                     return str(place.resolve())
-        there = next((str(place.resolve()) for place in named if place.exists()), None)
-        return there or (None if is_path else name)
+        existing = next((str(place.resolve()) for place in named if place.exists()), None)
+        return existing or (None if is_path else name)
 
 
 def _fingerprint_of(place: Path) -> str | None:
@@ -99,14 +100,14 @@ def _fingerprint_of(place: Path) -> str | None:
 
 
 def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
-    """Read and check both configuration files; `method` is found from peft_type where it is not given.
+    """Read and check both configuration files; by default `method` is found from peft_type.
 
-    `instead`: values that stand for those of the file, where the caller deals with what the file's own would mean.
-    Raises: AdapterError for whatever is missing, malformed or not supported, by name; no tensor is looked at.
+    `instead`: values that replace those of the file, if the caller handles their meaning.
+    Raises: AdapterError for anything missing, malformed or unsupported, by name; no tensor is read.
     """
     folder = Path(folder)
-    path, written = folder / CONFIG_NAME, read_fields(folder)
-    fields = {**written, **(instead or {})}
+    path, file_fields = folder / CONFIG_NAME, read_fields(folder)
+    fields = {**file_fields, **(instead or {})}
     method = method or method_of(fields, str(path))
     config = AdapterConfig(
         folder=folder,
@@ -115,26 +116,28 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
         base_name_or_path=_text(fields, "base_model_name_or_path", path),
         revision=_text(fields, "revision", path),
         task_type=_text(fields, "task_type", path),
-        **_own_facts(folder),
-        fields=written,
+        **_tunekit_facts(folder),
+        fields=file_fields,
     )
     refuse_pickle(folder)
     return config
 
 
 def read_fields(folder: Path) -> PeftConfig:
-    """adapter_config.json as it stands.
+    """adapter_config.json, unchecked.
 
     Raises: AdapterError.
     """
     if not folder.is_dir() or folder.is_symlink():
-        raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
+        raise AdapterError(
+            "is not an adapter folder", "name a folder that contains adapter_config.json", file=str(folder)
+        )
     path = folder / CONFIG_NAME
     return parse_json(read_small(path), str(path))
 
 
 def method_of(fields: PeftConfig, file: str) -> Method:
-    """The method of this peft_type; among several, the one whose claims the fields meet best."""
+    """The method of this peft_type; among several, the one whose claims match best."""
     wanted = fields.get("peft_type")
     methods = [method for method in all_methods() if method.peft.peft_type]
     fitting = [
@@ -142,12 +145,12 @@ def method_of(fields: PeftConfig, file: str) -> Method:
         for method in methods
         if method.peft.peft_type == wanted
         and method.read_as is None
-        and all(name in fields and same(fields[name], value) for name, value in method.peft.claims.items())
+        and all(name in fields and same_value(fields[name], value) for name, value in method.peft.claims.items())
     ]
     if not fitting:
         known = ", ".join(sorted({method.peft.peft_type for method in methods}))
         raise AdapterError(
-            f"adapters of type {shown(wanted)} are not supported", f"supported: {known}", file=file, key="peft_type"
+            f"adapters of type {printable(wanted)} are not supported", f"supported: {known}", file=file, key="peft_type"
         )
     return max(fitting, key=lambda method: len(method.peft.claims))
 
@@ -159,8 +162,8 @@ def _text(fields: PeftConfig, name: str, path: Path) -> str | None:
     return value or None
 
 
-def _own_facts(folder: Path) -> JsonObject:
-    """The facts of tunekit.json; nothing where there is none."""
+def _tunekit_facts(folder: Path) -> JsonObject:
+    """The facts of tunekit.json; empty if the file does not exist."""
     path = folder / FACTS_NAME
     if not path.exists() and not path.is_symlink():
         return {}
@@ -199,9 +202,9 @@ def _sha256(entry: object, path: Path) -> str:
 
 
 def tensors_path(folder: Path) -> Path:
-    """The file of the folder's tensors: PEFT's, or of a LoRA of a pipeline diffusers'."""
-    own, others = folder / TENSORS_NAME, folder / DIFFUSERS_NAME
-    return others if not os.path.lexists(own) and os.path.lexists(others) else own
+    """The file of the folder's tensors: PEFT's, or diffusers' for a LoRA of a pipeline."""
+    peft_file, diffusers_file = folder / TENSORS_NAME, folder / DIFFUSERS_NAME
+    return diffusers_file if not os.path.lexists(peft_file) and os.path.lexists(diffusers_file) else peft_file
 
 
 def adapter_header(path: Path) -> dict[str, TensorEntry]:
@@ -211,7 +214,7 @@ def adapter_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """A pickle is never read. Beside a safetensors file it is passed over; alone it is refused."""
+    """Raises: AdapterError if the tensors are only in a pickle, which is never read."""
     try:
         tensors_path(folder).lstat()
     except OSError as error:
@@ -219,7 +222,7 @@ def refuse_pickle(folder: Path) -> None:
         if pickle.exists() or pickle.is_symlink():
             raise AdapterError(
                 "is a pickle, which can run code when it is read; tunekit reads safetensors only",
-                "convert it where its code can do no harm",
+                "convert it in a sandbox",
                 file=str(pickle),
             ) from error
-        raise AdapterError(f"holds no {TENSORS_NAME}", file=str(folder)) from error
+        raise AdapterError(f"contains no {TENSORS_NAME}", file=str(folder)) from error

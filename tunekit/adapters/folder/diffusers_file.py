@@ -1,7 +1,7 @@
-"""LoRA of a diffusion pipeline in the files of others: diffusers' pytorch_lora_weights.safetensors, and kohya's.
+"""LoRA of a diffusion pipeline in foreign files: diffusers' pytorch_lora_weights.safetensors, and kohya's.
 
-Tensors by PEFT's keys and targets go in, tensors by the other tool's keys and what its header says come out; and back.
-diffusers reads alphas from the header alone (without them alpha is the rank); kohya's files hold them as tensors.
+Converts tensors between PEFT's keys and the other tool's, in both directions. diffusers reads alphas only from the
+header (default: the rank); kohya's files store them as tensors.
 """
 
 import json
@@ -19,16 +19,16 @@ from tunekit.adapters.base import AdapterPart
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import TensorEntry, read_raw_header, read_tensor, read_tensor_header
-from tunekit.files.untrusted import parse_json, shown
+from tunekit.files.untrusted import parse_json, printable
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
 PREFIX = AdapterPart.file_prefix
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"  # of the header: JSON of {part.field: value}
-FLAT = re.compile(r"(text_encoder(?:_2)?)\.(?=encoder\.)")  # CLIP, as transformers 5 names it
+METADATA = "lora_adapter_metadata"  # key of the header: JSON of {part.field: value}
+FLAT = re.compile(r"(text_encoder(?:_2)?)\.(?=encoder\.)")  # CLIP's names in transformers 5
 KOHYA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-KOHYA_ALONE = "lora_te"  # of a pipeline with one text encoder
+KOHYA_ALONE = "lora_te"  # in a pipeline with one text encoder
 MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -42,18 +42,19 @@ class ForeignLora:
 
 
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """By diffusers' keys: PEFT's without its prefix, CLIP's layers under the name that all versions know."""
+    """Tensors by diffusers' keys: PEFT's without the prefix, with CLIP's layers under the name that all versions
+    know."""
     return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The header of a file that diffusers_tensors and diffusers_header made, by PEFT's keys again.
+    """The header of a file from diffusers_tensors and diffusers_header, with PEFT's keys again.
 
-    Raises: AdapterError where the header says of no layer that it is adapted.
+    Raises: AdapterError if the header names no adapted layers.
     """
     text = (read_raw_header(path)[2].get("__metadata__") or {}).get(METADATA)
     if not isinstance(text, str):
-        how = "bring it in with: tunekit adapter adopt FILE --base PIPELINE"
+        how = "convert it with: tunekit adapter adopt FILE --base PIPELINE"
         raise AdapterError(f"has no {METADATA}", how, file=str(path))
     fields = parse_json(text.encode(), str(path))
     named = {part: fields.get(f"{part}.target_modules") or [] for part in KOHYA_PARTS}
@@ -66,18 +67,20 @@ def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, Tensor
 
 
 def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targets: Sequence[Target]) -> dict[str, str]:
-    """What the file's header says: for each part the arguments of peft's LoraConfig, the method's claims among them."""
+    """The file's header: for each part the arguments of peft's LoraConfig, including the method's claims."""
     fields: dict[str, Any] = {}
     for part in sorted({target.name.partition(".")[0] for target in targets}):
-        own = {target.name.partition(".")[2]: target for target in targets if target.name.startswith(f"{part}.")}
-        ranks, alphas = zip(*map(_numbers, own.values()), strict=True)
+        part_targets = {
+            target.name.partition(".")[2]: target for target in targets if target.name.startswith(f"{part}.")
+        }
+        ranks, alphas = zip(*map(_numbers, part_targets.values()), strict=True)
         rank, alpha = mode(ranks), mode(alphas)
         values = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {name: target.r for name, target in own.items() if target.r != rank},
-            "alpha_pattern": {name: value for name, value in zip(own, alphas, strict=True) if value != alpha},
-            "target_modules": list(own),
+            "rank_pattern": {name: target.r for name, target in part_targets.items() if target.r != rank},
+            "alpha_pattern": {name: value for name, value in zip(part_targets, alphas, strict=True) if value != alpha},
+            "target_modules": list(part_targets),
             "use_rslora": bool(getattr(settings, "use_rslora", False)),
             "use_dora": False,
             **claims,
@@ -87,33 +90,33 @@ def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targe
 
 
 def _numbers(target: Target) -> tuple[int, float]:
-    """Rank and alpha; a whole alpha as a whole number."""
+    """Rank and alpha; a whole alpha as an integer."""
     assert target.r is not None
     assert target.alpha is not None
     return target.r, int(target.alpha) if target.alpha == int(target.alpha) else target.alpha
 
 
 def kohya_tensors(tensors: Mapping[str, Tensor], settings: AdapterSettings, targets: Sequence[Target]) -> Tensors:
-    """By kohya's keys, with an alpha for each layer that gives the adapter's scale there.
+    """Tensors by kohya's keys, with an alpha for each layer that gives the adapter's scale.
 
-    Raises: AdapterError for parts that kohya's format has no names for.
+    Raises: AdapterError for parts that kohya's format cannot name.
     """
-    found, by_name = dict[str, Tensor](), {target.name: target for target in targets}
-    alone = not any(target.name.startswith("text_encoder_2.") for target in targets)
+    converted, by_name = dict[str, Tensor](), {target.name: target for target in targets}
+    single_encoder = not any(target.name.startswith("text_encoder_2.") for target in targets)
     for key, value in tensors.items():
-        own = key.removeprefix(PREFIX)
-        module = re.split(rf"\.(?:lora_A|lora_B|{MAGNITUDE})\b", own)[0]
+        name_in_net = key.removeprefix(PREFIX)
+        module = re.split(rf"\.(?:lora_A|lora_B|{MAGNITUDE})\b", name_in_net)[0]
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:
             raise AdapterError(f"kohya's format has no name for layers of '{part}'", "use diffusers' file")
-        prefix = KOHYA_ALONE if alone and part == "text_encoder" else KOHYA_PARTS[part]
+        prefix = KOHYA_ALONE if single_encoder and part == "text_encoder" else KOHYA_PARTS[part]
         name = f"{prefix}_{layer.replace('.', '_')}"
-        matrix = own[len(module) + 1 :].partition(".")[0]
-        found[f"{name}.{MATRICES[matrix]}.weight" if matrix in MATRICES else f"{name}.dora_scale"] = value
+        matrix = name_in_net[len(module) + 1 :].partition(".")[0]
+        converted[f"{name}.{MATRICES[matrix]}.weight" if matrix in MATRICES else f"{name}.dora_scale"] = value
         rank, alpha = _numbers(by_name[module])
         scale = alpha / rank**0.5 if getattr(settings, "use_rslora", False) else alpha / rank
-        found[f"{name}.alpha"] = torch.tensor(float(scale * rank))
-    return dict(sorted(found.items()))
+        converted[f"{name}.alpha"] = torch.tensor(float(scale * rank))
+    return dict(sorted(converted.items()))
 
 
 def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:
@@ -124,54 +127,60 @@ def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:
         return _from_kohya(tensors, modules, str(path))
     try:
         return _from_diffusers(tensors, read_raw_header(path)[2].get("__metadata__") or {}, modules, str(path))
-    except (ValueError, TypeError, AttributeError, re.error) as error:  # of values that are not what diffusers writes
+    except (ValueError, TypeError, AttributeError, re.error) as error:  # of values that diffusers does not write
         raise AdapterError(f"has a damaged {METADATA} ({error})", "fetch the file again", file=str(path)) from error
 
 
 def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str) -> ForeignLora:
-    """kohya writes an underscore for every dot, so that only the pipeline's own names tell where one was."""
+    """kohya replaces dots by underscores, so only the pipeline's own names show where a dot was."""
     names: dict[str, str] = {}
     for module in modules:
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         for prefix in {KOHYA_PARTS.get(part), KOHYA_ALONE if part == "text_encoder" else None} - {None}:
             names[f"{prefix}_{layer.replace('.', '_')}"] = module
-    found, alphas = dict[str, Tensor](), dict[str, float]()
-    turned = {theirs: ours for ours, theirs in MATRICES.items()}
+    converted, alphas = dict[str, Tensor](), dict[str, float]()
+    our_matrices = {theirs: ours for ours, theirs in MATRICES.items()}
     for key, value in tensors.items():
-        name, _, rest = key.partition(".")
+        name, _, suffix = key.partition(".")
         if name not in names:
-            raise AdapterError(f"'{shown(key, 200)}' names no layer of this pipeline", "choose its own", file=file)
-        matrix = rest.removesuffix(".weight")
+            raise AdapterError(
+                f"'{printable(key, 200)}' is not a layer of this pipeline", "choose a LoRA of this pipeline", file=file
+            )
+        matrix = suffix.removesuffix(".weight")
         if matrix == "alpha":
             alphas[names[name]] = float(value)
-        elif matrix in turned:
-            found[f"{PREFIX}{names[name]}.{turned[matrix]}.weight"] = value
+        elif matrix in our_matrices:
+            converted[f"{PREFIX}{names[name]}.{our_matrices[matrix]}.weight"] = value
         else:
-            raise AdapterError(f"'{shown(key, 200)}' is no tensor of a LoRA", "only LoRA is read", file=file)
-    ranks = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(v) for key, v in found.items()}
-    return ForeignLora(found, {name: alphas.get(name, float(ranks[name])) for name in ranks if name in names.values()})
+            raise AdapterError(
+                f"'{printable(key, 200)}' is not a tensor of a LoRA", "only LoRA is supported", file=file
+            )
+    ranks = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(v) for key, v in converted.items()}
+    return ForeignLora(
+        converted, {name: alphas.get(name, float(ranks[name])) for name in ranks if name in names.values()}
+    )
 
 
 def _from_diffusers(
     tensors: Mapping[str, Tensor], header: Mapping[str, str], modules: Sequence[str], file: str
 ) -> ForeignLora:
     fields = json.loads(header.get(METADATA) or "{}")
-    known, found, alphas = set(modules), dict[str, Tensor](), dict[str, float]()
+    module_names, converted, alphas = set(modules), dict[str, Tensor](), dict[str, float]()
     for key, value in tensors.items():
-        own = key.replace(".lora.down.weight", ".lora_A.weight").replace(".lora.up.weight", ".lora_B.weight")
-        own = own.replace(".lora_linear_layer.down.weight", ".lora_A.weight")
-        own = own.replace(".lora_linear_layer.up.weight", ".lora_B.weight")
-        module, _, matrix = own.rpartition(".lora_")
-        module = module if module in known else module.replace(".text_model.", ".", 1)
-        if module not in known or matrix not in ("A.weight", "B.weight"):
-            what = f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline"
-            raise AdapterError(what, "choose its own", file=file)
-        found[f"{PREFIX}{module}.lora_{matrix}"] = value
+        peft_key = key.replace(".lora.down.weight", ".lora_A.weight").replace(".lora.up.weight", ".lora_B.weight")
+        peft_key = peft_key.replace(".lora_linear_layer.down.weight", ".lora_A.weight")
+        peft_key = peft_key.replace(".lora_linear_layer.up.weight", ".lora_B.weight")
+        module, _, matrix = peft_key.rpartition(".lora_")
+        module = module if module in module_names else module.replace(".text_model.", ".", 1)
+        if module not in module_names or matrix not in ("A.weight", "B.weight"):
+            what = f"'{printable(key, 200)}' is not the LoRA of a layer of this pipeline"
+            raise AdapterError(what, "choose a LoRA of this pipeline", file=file)
+        converted[f"{PREFIX}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
             part = module.partition(".")[0]
             alpha = fields.get(f"{part}.lora_alpha", len(value))
             patterns = fields.get(f"{part}.alpha_pattern") or {}
-            layer = FLAT.sub(r"\1.text_model.", module).partition(".")[2]  # which patterns without it match too
-            alpha = next((given for name, given in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer)), alpha)
+            layer = FLAT.sub(r"\1.text_model.", module).partition(".")[2]  # patterns without it match too
+            alpha = next((value for name, value in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer)), alpha)
             alphas[module] = float(alpha) * (len(value) ** 0.5 if fields.get(f"{part}.use_rslora") else 1.0)
-    return ForeignLora(found, alphas)
+    return ForeignLora(converted, alphas)

@@ -1,4 +1,5 @@
-"""Which tensors an adapter file must hold, known from configuration and base alone, compared with its header."""
+"""The tensors that an adapter file must contain, derived from the configuration and the base alone and compared with
+its header."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from tunekit.adapters.module_names import base_modules, parameter_names
 from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
 PREFIX = AdapterPart.file_prefix
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in float32
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # all are exact in float32
 TYPES = {
     torch.float32: FLOATS,
     torch.int64: (torch.int64,),
@@ -32,13 +33,13 @@ SHOWN_PROBLEMS = 8
 
 
 @dataclass
-class Expected:
-    """File key -> slot and state name; and the base's own weights that peft may have put beside them."""
+class ExpectedTensors:
+    """File key -> slot and state name; and copies of the base's own weights that peft may have added."""
 
     slots: Slots = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     base_copies: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # key -> module, shape
-    repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> its own key
+    repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> the shared key
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
     def add(self, part: type[AdapterPart], module_name: str, slots: Mapping[str, Slot]) -> None:
@@ -49,7 +50,7 @@ class Expected:
                 self.slots[part.file_key(name)], self.names[part.file_key(name)] = slot, name
 
     def check(self, header: Mapping[str, TensorEntry], file: str) -> dict[str, str]:
-        """Compare both ways; returns the base copies present, key -> module.
+        """Compare in both directions; returns the base copies in the file, key -> module.
 
         Raises: AdapterError with every missing, extra, misshaped and mistyped tensor.
         """
@@ -63,10 +64,10 @@ class Expected:
             elif key in self.repeats and self.repeats[key] in header:
                 wrong += self._compare(key, entry, self.slots[self.repeats[key]])
             else:
-                wrong.append(f"'{shown(key, 200)}' is no tensor of this adapter{self._hint(key)}")
+                wrong.append(f"'{printable(key, 200)}' is not a tensor of this adapter{self._hint(key)}")
         if wrong:
-            how = "the configuration and the base do not entitle the file to these tensors, or ask for others"
-            more = [f"and {len(wrong) - SHOWN_PROBLEMS} tensors more"] if len(wrong) > SHOWN_PROBLEMS else []
+            how = "the file does not fit the configuration and the base"
+            more = [f"and {len(wrong) - SHOWN_PROBLEMS} more tensors"] if len(wrong) > SHOWN_PROBLEMS else []
             raise AdapterError.of([Problem(text, how, file) for text in [*wrong[:SHOWN_PROBLEMS], *more]])
         return copies
 
@@ -79,7 +80,7 @@ class Expected:
         return []
 
     def _hint(self, key: str) -> str:
-        """Why a key may be there although nothing expects it."""
+        """Why a key may be in the file although nothing expects it."""
         if f"{PREFIX}{key}" in self.slots:
             return f" (it lacks the prefix {PREFIX})"
         named = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -87,16 +88,13 @@ class Expected:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
-    """NaN and infinity would be in whatever is made of them.
-
-    Raises: AdapterError.
-    """
+    """Raises: AdapterError for tensors with NaN or infinity."""
     broken = [
         name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
     ]
     if broken:
         how = "tunekit adapter show lists them"
-        raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", how, file=file)
+        raise AdapterError(f"{broken[0]} contains NaN or infinity ({len(broken)} such tensors)", how, file=file)
 
 
 def expected_tensors(
@@ -106,10 +104,10 @@ def expected_tensors(
     targets: list[Target],
     head_name: str | None,
     enlarged: Collection[str] = (),
-) -> Expected:
-    """Everything that a file of this configuration must hold on this base; allocates nothing."""
+) -> ExpectedTensors:
+    """All tensors that a file of this configuration must contain for this base; allocates nothing."""
     modules = base_modules(net)
-    expected = Expected(base_names=frozenset(parameter_names(net)))
+    expected = ExpectedTensors(base_names=frozenset(parameter_names(net)))
     for target in targets:
         part = method.parameter if target.kind == "parameter" else method.layer
         assert part is not None
@@ -122,18 +120,18 @@ def expected_tensors(
         shared = method.shared.slots(settings, targets)
         expected.add(method.shared, "", shared)
         for slot in shared.values() if method.repeats_shared else ():
-            own = method.shared.file_key(slot.suffix)
-            expected.repeats |= {f"{PREFIX}{target.name}.{slot.suffix}": own for target in targets}
+            shared_key = method.shared.file_key(slot.suffix)
+            expected.repeats |= {f"{PREFIX}{target.name}.{slot.suffix}": shared_key for target in targets}
     if method.model is not None:
         expected.add(method.model, "", method.model.file_slots(settings, net))
     for name, only in method.copied_modules(modules, settings, targets).items():
         expected.add(method.copy_class(settings, name), name, TrainedCopy.slots(modules[name], name, only))
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
-    for name in enlarged:  # PEFT saves all that such a module holds, also beside its copy
-        shape, own = tuple(modules[name].get_parameter("weight").shape), f"{PREFIX}{name}.weight"
-        for key in (own, f"{PREFIX}{name}.original_module.weight"):
+    for name in enlarged:  # PEFT saves everything in such a module, also next to its copy
+        shape, weight_key = tuple(modules[name].get_parameter("weight").shape), f"{PREFIX}{name}.weight"
+        for key in (weight_key, f"{PREFIX}{name}.original_module.weight"):
             expected.base_copies[key] = name, shape
-        if own in expected.slots:
-            expected.repeats[f"{PREFIX}{name}.modules_to_save.weight"] = own
+        if weight_key in expected.slots:
+            expected.repeats[f"{PREFIX}{name}.modules_to_save.weight"] = weight_key
     return expected

@@ -1,7 +1,6 @@
-"""A method's side of PEFT's adapter_config.json: which fields stand for our settings, which must be off.
+"""A method's side of PEFT's adapter_config.json: which fields correspond to our settings, and which must be off.
 
-Settings, or the fields of a foreign configuration, go in; the other one, or a refusal that names the field, comes out.
-The format is that of PEFT 0.21.2: every field it writes is written.
+The format is that of PEFT 0.21.2: every field that it writes is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +9,17 @@ from typing import Any, Generic
 
 from tunekit.adapters.base import PeftConfig, Settings
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import same, shown
+from tunekit.files.untrusted import printable, same_value
 from tunekit.records import Target
 
 PeftFields = Mapping[str, tuple[str, Any]]  # PEFT's name -> (our setting, PEFT's default)
-Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the value that is written, then others that are accepted
-PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
+Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the written value, then other accepted values
+PEFT_VERSION = "0.21.2"  # our files equal its files, field by field
 
 
-ANY = object()  # accepts every value: the field has no effect on what a finished adapter computes
-COMMON: Fixed = {  # of every PEFT type: what we write, then what else we accept
-    "auto_mapping": (None, ANY),  # names Python code to import: never followed
+ANY = object()  # accepts every value: the field does not affect a finished adapter
+COMMON: Fixed = {  # of every PEFT type: the written value, then other accepted values
+    "auto_mapping": (None, ANY),  # names Python code to import; never used
     "base_model_name_or_path": (None, ANY),  # read by folder/config.py
     "inference_mode": (True, False),
     "peft_type": ("", ANY),  # read by folder/config.py
@@ -29,18 +28,18 @@ COMMON: Fixed = {  # of every PEFT type: what we write, then what else we accept
     "task_type": ("CAUSAL_LM", None, "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
 }
 UNWRITTEN: Fixed = {"runtime_config": (ANY,)}  # PEFT ignores it in files, and so do we
-MODULES: Fixed = {  # of every PEFT type that adapts modules, unless the method says otherwise
+MODULES: Fixed = {  # of every PEFT type that adapts modules, unless the method overrides it
     "exclude_modules": (None,),
     "layers_pattern": (None, [], ""),
     "layers_to_transform": (None, []),
     "modules_to_save": (None, []),
 }
-LAYER_FIXED: Fixed = {  # of most methods whose layers are linear
+LAYER_FIXED: Fixed = {  # of most methods with linear layers
     "bias": ("none",),
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False),
 }
-SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that stand for the settings of that name
+SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that correspond to the settings of the same name
     "target_modules": None,
     "exclude_modules": None,
     "layers_to_transform": [],
@@ -51,21 +50,21 @@ SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that stand for the 
     "target_parameters": [],
     "trainable_token_indices": [],
 }
-OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of these values changes nothing
+OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of these values has no effect
 
 
 @dataclass(frozen=True)
 class PeftSide(Generic[Settings]):
-    """How one method's settings stand in PEFT's configuration.
+    """How one method's settings are written in PEFT's configuration.
 
-    `peft_type`: "" of a method whose result is no adapter folder.
-    `fields`: PEFT's name -> (our setting, PEFT's default where a file leaves the field out).
-    `fixed`: PEFT's name -> values accepted, the first of which is written; any other value is refused by name.
-    `claims`: fields by which this method is told from others of the same peft_type.
-    `mends`: PEFT's name -> what to do about a value that is refused.
-    `absent`: fields of MODULES that PEFT's class does not have, and warns of.
-    `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and takes layers
-    of the names of former experts for fused ones (peft_models.py says where).
+    `peft_type`: "" for a method whose result is not an adapter folder.
+    `fields`: PEFT's name -> (our setting, PEFT's default for an absent field).
+    `fixed`: PEFT's name -> accepted values, the first of which is written; any other value is refused by name.
+    `claims`: fields that distinguish this method from others of the same peft_type.
+    `remedies`: PEFT's name -> the remedy for a refused value.
+    `absent`: fields of MODULES that PEFT's class does not have, and would warn about.
+    `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and treats
+    layers with names of former experts as fused ones (see peft_models.py).
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     """
 
@@ -75,33 +74,34 @@ class PeftSide(Generic[Settings]):
     fixed: Fixed = field(default_factory=dict)
     claims: Mapping[str, Any] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
-    mends: Mapping[str, str] = field(default_factory=dict)
+    remedies: Mapping[str, str] = field(default_factory=dict)
     refuses_kernel_layers: bool = False
     takes_experts: bool = False
     resolve: Callable[[Any, Sequence[Target], PeftConfig], PeftConfig] | None = None
 
     def __post_init__(self) -> None:
         """Add the fields that have our setting's name."""
-        own = self.settings.model_fields.keys() - self.fields.keys() - self.fixed.keys() - self.absent
-        added = {name: (name, default) for name, default in SAME_NAMED.items() if name in own}
+        unlisted = self.settings.model_fields.keys() - self.fields.keys() - self.fixed.keys() - self.absent
+        added = {name: (name, default) for name, default in SAME_NAMED.items() if name in unlisted}
         object.__setattr__(self, "fields", {**added, **self.fields})
 
     def write(self, settings: Settings) -> PeftConfig:
-        """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
-        known = {**COMMON, **MODULES, **self.fixed}
-        written = {name: values[0] for name, values in known.items() if name not in self.absent}
-        written |= {name: plain(getattr(settings, own), default) for name, (own, default) in self.fields.items()}
+        """PEFT's fields for `settings`: all that PEFT 0.21.2 writes for this type."""
+        fixed_fields = {**COMMON, **MODULES, **self.fixed}
+        written = {name: values[0] for name, values in fixed_fields.items() if name not in self.absent}
+        ours = self.fields.items()
+        written |= {name: json_value(getattr(settings, setting), default) for name, (setting, default) in ours}
         return {**written, **self.claims, "peft_type": self.peft_type}
 
     def read(self, config: PeftConfig, file: str) -> Settings:
         """Our settings for PEFT's fields.
 
-        Raises: AdapterError with every field that would change the result and is not supported, or is malformed.
+        Raises: AdapterError with every field that is malformed, or unsupported although it changes the result.
         """
         problems = [
             Problem(
-                f"the field has the value {shown(value)}, which tunekit does not support here",
-                self.mends.get(name, ""),
+                f"the field has the value {printable(value)}, which tunekit does not support here",
+                self.remedies.get(name, ""),
                 file,
                 None,
                 name,
@@ -112,44 +112,45 @@ class PeftSide(Generic[Settings]):
         if problems:
             raise AdapterError.of(problems)
         values: PeftConfig = {}
-        for name, (own, default) in self.fields.items():
+        for name, (setting, default) in self.fields.items():
             value = config.get(name, default)
             if default in (None, {}, []) and (value is None or (default is None and value in ([], ""))):
-                value = default  # nothing, in any of the spellings that peft has used
-            values[own] = tuple(value) if isinstance(value, list) else value
+                value = default  # nothing, in any of peft's spellings
+            values[setting] = tuple(value) if isinstance(value, list) else value
         try:
             return self.settings(**values)
         except ValueError as error:  # pydantic's: one entry per field
             raise AdapterError.of(self._malformed(error, file)) from error
 
     def _malformed(self, error: Any, file: str) -> list[Problem]:
-        names, problems = {own: name for name, (own, _) in self.fields.items()}, []
+        names, problems = {setting: name for name, (setting, _) in self.fields.items()}, []
         for entry in error.errors(include_url=False, include_input=False):
-            said = entry["msg"].removeprefix("Value error, ")
-            own = entry["loc"][0] if entry["loc"] else said.split()[0]  # a check of all settings begins with the first
-            key = names.get(own, self.peft_type)
-            problems.append(Problem(f"malformed: {shown(said)}", "", file, None, key))
+            message = entry["msg"].removeprefix("Value error, ")
+            # a check of all settings begins with the first one's name
+            setting = entry["loc"][0] if entry["loc"] else message.split()[0]
+            key = names.get(setting, self.peft_type)
+            problems.append(Problem(f"malformed: {printable(message)}", "", file, None, key))
         return problems
 
     def _accepts(self, name: str, value: object) -> bool:
         if name in self.claims:
-            return same(value, self.claims[name])
+            return same_value(value, self.claims[name])
         accepted = {**COMMON, **UNWRITTEN, **MODULES, **self.fixed}.get(name, OFF)
-        return any(other is ANY or same(value, other) for other in accepted)
+        return any(other is ANY or same_value(value, other) for other in accepted)
 
 
-def named_alike(**defaults: object) -> PeftFields:
-    """Fields that have the names of our settings, from PEFT's defaults."""
+def same_names(**defaults: object) -> PeftFields:
+    """Fields with the names of our settings, from PEFT's defaults."""
     return {name: (name, default) for name, default in defaults.items()}
 
 
-def plain(value: object, default: object = None) -> object:
-    """A setting as JSON holds it: a whole float as an integer (lora_alpha) but where PEFT's default is a float, a tuple
-    as a sorted list."""
+def json_value(value: object, default: object = None) -> object:
+    """A setting as a JSON value: a whole float as an integer (lora_alpha) unless PEFT's default is a float; a tuple as
+    a sorted list."""
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         return int(value)
     if isinstance(value, tuple):
         return sorted(value)
     if isinstance(value, Mapping):
-        return {key: plain(value[key]) for key in sorted(value)}
+        return {key: json_value(value[key]) for key in sorted(value)}
     return value

@@ -1,7 +1,4 @@
-"""Reads adapter folders, ours or peft's: every tensor is expected by name, shape and type before it is read.
-
-A folder by anyone goes in; an attached adapter, or a refusal that names the fault, comes out.
-"""
+"""Reads adapter folders, ours or peft's: every tensor is checked by name, shape and type before it is read."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -24,12 +21,12 @@ from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import read_tensor
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 
-UNBINDING = frozenset({"method", "init_from", "dropout"})  # settings that differ and compute the same
-COMPARED = frozenset(SAME_NAMED) | {"r", "alpha"}  # in the targets and tensors that come of them
+UNBINDING = frozenset({"method", "init_from", "dropout"})  # settings that may differ without changing the computation
+COMPARED = frozenset(SAME_NAMED) | {"r", "alpha"}  # compared by the resulting targets and tensors
 BaseWeight = Callable[[str], Tensor]
 
 
@@ -43,11 +40,11 @@ def attach_adapter_folder(
     base_weight: BaseWeight | None = None,
     method: Method | None = None,
 ) -> AttachedAdapter:
-    """Put the folder's adapter, ours or peft's, into the base.
+    """Attach the folder's adapter, ours or peft's, to the base.
 
-    `base_weight(module name)`: the base's matrix (O, I) where the net itself is on the meta device; asked only for
-    files of peft that carry a copy of an embedding. `method`: found from the folder's peft_type by default.
-    Raises: AdapterError for everything that is not exactly as the configuration says, before the base is touched.
+    `base_weight(module name)`: the base's matrix (O, I) if the net itself is on the meta device; only called for
+    peft's files with a copy of an embedding. `method`: by default found from the folder's peft_type.
+    Raises: AdapterError for everything that does not fit the configuration exactly, before the base is touched.
     """
     config = _as_peft_reads(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
@@ -63,7 +60,7 @@ def attach_adapter_folder(
         device=device,
         method=config.method,
         targets=targets,
-        finished=True,
+        from_folder=True,
     )
     attached.load_state(tensors, ("trained", "saved"))
     attached.added_rows = rows
@@ -71,23 +68,21 @@ def attach_adapter_folder(
 
 
 def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with the modules that PEFT copies beyond those that its entries name: it takes an entry of
-    modules_to_save for the end of a name (`classifier` is DistilBERT's `pre_classifier` too), and tied partners."""
+    """The configuration with all modules that PEFT copies: it matches an entry of modules_to_save as the end of a name
+    (`classifier` includes DistilBERT's `pre_classifier`), and adds tied partners."""
     saved = tuple(saved_modules(config.settings))
     modules = [name for name in base_modules(net) if name]
     named = named_copies(modules, saved)
-    more = [name for name in modules if name.endswith(saved) and not is_within(name, named)] if saved else []
-    if more:
-        settings = config.settings.model_copy(update={"modules_to_save": (*saved, *more)})
+    matched = [name for name in modules if name.endswith(saved) and not is_within(name, named)] if saved else []
+    if matched:
+        settings = config.settings.model_copy(update={"modules_to_save": (*saved, *matched)})
         config = replace(config, settings=settings)
     return _with_tied_partners(config, net, head_name)
 
 
 def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """What PEFT adds under ensure_weight_tying: where the embedding or a tied head is adapted, or copied, both are.
-
-    Its files hold the tensors of both.
-    """
+    """The configuration with PEFT's additions for ensure_weight_tying: if the embedding or a tied head is adapted, or
+    copied, so is the other. Its files contain the tensors of both."""
     modules = base_modules(net)
     embedding = embedding_name(net, modules)
     if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):
@@ -101,22 +96,22 @@ def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | 
 
 
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
-    """Continue from a folder: fill an adapter that has the same layers, ranks and scaling.
+    """Continue from a folder: fill an adapter with the same layers, ranks and scaling.
 
-    Raises: AdapterError as attach_adapter_folder, or naming what differs.
+    Raises: AdapterError as attach_adapter_folder does, or with the differences.
     """
     _check_fingerprint(read_adapter_config(folder), base_fingerprint)
     config, targets = continued_folder(attached, folder)
     tensors = _read_tensors(config, attached.net, targets, attached.head_name, None)
     if attached.model_adapter is not None:
-        tensors = attached.model_adapter.taken_over(tensors)
+        tensors = attached.model_adapter.continued_state(tensors)
     attached.load_state(tensors, ("trained", "saved"))
 
 
 def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterConfig, list[Target]]:
-    """Configuration and targets of a folder that an adapter, which need not be in place yet, can continue from.
+    """Configuration and targets of a folder to continue from; the adapter need not be attached yet.
 
-    Raises: AdapterError naming what differs.
+    Raises: AdapterError with the differences.
     """
     config = read_adapter_config(folder)
     if attached.method.read_as and load_method(attached.method.read_as) is config.method:
@@ -130,12 +125,14 @@ def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterCo
 
 
 def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets: list[Target]) -> None:
-    """The folder must mean the same adapter as the recipe's."""
+    """Raises: AdapterError if the folder's adapter differs from the recipe's."""
     if attached.method is not config.method:
-        raise AdapterError("holds another method than the recipe's", "change adapter.method", file=config.file)
+        raise AdapterError(
+            "contains an adapter of another method than the recipe's", "change adapter.method", file=config.file
+        )
     theirs, ours = ({target.name: target for target in side} for side in (targets, attached.targets))
-    differences = [f"{name} is adapted there and not by the recipe" for name in theirs if name not in ours]
-    differences += [f"{name} is adapted by the recipe and not there" for name in ours if name not in theirs]
+    differences = [f"{name} is adapted there but not by the recipe" for name in theirs if name not in ours]
+    differences += [f"{name} is adapted by the recipe but not there" for name in ours if name not in theirs]
     for name, there in theirs.items():
         here = ours.get(name, there)
         if here != there:
@@ -148,34 +145,34 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
     free |= model.may_differ(attached.settings) if model else frozenset()
     for key, value in config.settings.model_dump(exclude=set(free)).items():
         if getattr(attached.settings, key) != value:
-            own = shown(getattr(attached.settings, key))
-            differences.append(f"{key} is {shown(value)} there, in the recipe {own}")
+            recipe_value = printable(getattr(attached.settings, key))
+            differences.append(f"{key} is {printable(value)} there, in the recipe {recipe_value}")
     modules, sides = base_modules(attached.net), ((config.settings, targets), (attached.settings, attached.targets))
     there_copied, here_copied = (set(attached.method.copied_modules(modules, *side)) for side in sides)
-    differences += [f"{name} is trained whole there and not by the recipe" for name in there_copied - here_copied]
-    differences += [f"{name} is trained whole by the recipe and not there" for name in here_copied - there_copied]
+    differences += [f"{name} is fully trained there but not by the recipe" for name in there_copied - here_copied]
+    differences += [f"{name} is fully trained by the recipe but not there" for name in here_copied - there_copied]
     if token_rows(attached.net, config.settings) != token_rows(attached.net, attached.settings):
-        differences.append("the trained tokens are others there than in the recipe, or in another order")
+        differences.append("the trained tokens there differ from the recipe's, or are in another order")
     if differences:
-        how = "give the recipe the values of the folder that init_from names"
+        how = "write the values of init_from's folder into the recipe"
         raise AdapterError.of([Problem(text, how, config.file) for text in differences[:6]])
 
 
 def _refuse_computed(attached: AttachedAdapter, config: AdapterConfig) -> None:
-    """A folder that holds what was computed from the trained state cannot give that state back."""
+    """Raises: AdapterError if the folder contains only values computed from the trained state, not the state itself."""
     model = attached.method.model
     if model is None or attached.method is not config.method:
         return
     trained = {slot.suffix for slot in model.slots(attached.settings, attached.net).values() if slot.kind == "trained"}
     if not trained <= {slot.suffix for slot in model.file_slots(attached.settings, attached.net).values()}:
-        what = "cannot be continued: it holds what was made of it, not what was trained"
-        raise AdapterError(what, "train anew, or resume the run from its checkpoints", file=str(config.folder))
+        what = "cannot be continued: it contains values computed from the trained ones, not the trained ones"
+        raise AdapterError(what, "train again, or resume the run from its checkpoints", file=str(config.folder))
 
 
 def _check_fingerprint(config: AdapterConfig, base_fingerprint: str | None) -> None:
     if config.base_fingerprint and base_fingerprint and config.base_fingerprint != base_fingerprint:
         raise AdapterError(
-            f"was trained on another base ({config.base_name_or_path}; its fingerprint differs from this base's)",
+            f"was trained on a different base ({config.base_name_or_path}; its fingerprint differs from this base's)",
             "name the right base with --base",
             file=str(config.folder),
         )
@@ -189,9 +186,9 @@ def _read_tensors(
     base_weight: BaseWeight | None,
     enlarged: Collection[str] = (),
 ) -> Tensors:
-    """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked.
+    """All expected tensors by state name, after checks of header, names, shapes, types and hashes.
 
-    `enlarged`: modules whose matrices the file holds whole, for the rows that it adds to them.
+    `enlarged`: modules whose complete matrices are in the file, because it adds rows to them.
     """
     path = tensors_path(config.folder)
     header = adapter_header(path)
@@ -203,8 +200,8 @@ def _read_tensors(
     }
     refuse_not_finite(tensors, str(path))
     for key in header.keys() & expected.repeats.keys():
-        own = tensors[expected.names[expected.repeats[key]]]
-        if not torch.equal(read_tensor(path, header[key]).to(own.dtype), own):
+        shared = tensors[expected.names[expected.repeats[key]]]
+        if not torch.equal(read_tensor(path, header[key]).to(shared.dtype), shared):
             raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
     for key, module in copies.items():
         _check_base_copy(read_tensor(path, header[key]), base_modules(net)[module], module, base_weight, str(path))
@@ -212,18 +209,18 @@ def _read_tensors(
 
 
 def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: BaseWeight | None, file: str) -> None:
-    """peft stores the base's own embeddings beside an adapter of them: they must be this base's, and are not used.
+    """peft stores the base's own embeddings next to an adapter of them: they must equal this base's, and are not used.
 
-    Compared in the coarser of the two dtypes, in which one of them was rounded.
+    Compared in the coarser of the two dtypes, to which one of them was rounded.
     """
     weight = weight_of(module)
-    own = base_weight(name) if base_weight else None
-    if own is None and weight is not None and weight.kind == "dense" and weight.device.type != "meta":
-        own = weight.read(weight.dtype or torch.float32).cpu()
-    if own is not None:
-        copy = copy[: len(own)]  # what lies beyond was added to the base
-    if own is None:
+    base_matrix = base_weight(name) if base_weight else None
+    if base_matrix is None and weight is not None and weight.kind == "dense" and weight.device.type != "meta":
+        base_matrix = weight.read(weight.dtype or torch.float32).cpu()
+    if base_matrix is not None:
+        copy = copy[: len(base_matrix)]  # the rows beyond were added to the base
+    if base_matrix is None:
         raise AdapterError(f"carries the base's own weight of '{name}', which cannot be compared here", file=file)
-    if not (torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy)):
+    if not (torch.equal(copy.to(base_matrix.dtype), base_matrix) or torch.equal(base_matrix.to(copy.dtype), copy)):
         what = f"carries a changed copy of the base's own weight of '{name}' (a resized vocabulary, or another base)"
         raise AdapterError(what, "an adapter may not replace weights of the base", file=file)

@@ -1,7 +1,4 @@
-"""A vocabulary that was enlarged before an adapter was trained: rows that its file adds to the base's matrices.
-
-A net and the file go in; the net with larger matrices comes out.
-"""
+"""A vocabulary that was enlarged before training an adapter: the adapter's file adds rows to the base's matrices."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +18,9 @@ from tunekit.model.quantized.weights import layer_kind, weight_of
 
 
 def added_rows(net: nn.Module, head_name: str | None, path: Path) -> Tensors:
-    """Rows (N, D) beyond the base's own, by module name, of the embedding and the head, where the file holds more.
+    """Rows (N, D) beyond the base's own, by module name, for the embedding and the head, if the file has more.
 
-    Raises: AdapterError where it does so of one of them only.
+    Raises: AdapterError if only one of them has more.
     """
     modules, header = base_modules(net), adapter_header(path)
     embedding = embedding_name(net, modules)
@@ -41,17 +38,17 @@ def added_rows(net: nn.Module, head_name: str | None, path: Path) -> Tensors:
     if len(rows) == 1 and head_name not in (None, embedding):
         (name,) = rows
         other = "the head" if name == embedding else "tokens"
-        how = "save it anew with peft, and save_embedding_layers=True"
-        raise AdapterError(f"holds {len(rows[name])} new rows of '{name}' and none of {other}", how, file=str(path))
+        how = "save it again with peft and save_embedding_layers=True"
+        raise AdapterError(f"contains {len(rows[name])} new rows of '{name}' but none of {other}", how, file=str(path))
     return rows
 
 
 def enlarge(net: nn.Module, rows: Mapping[str, Tensor]) -> None:
-    """Put the rows below the matrices of these modules, each of which then has a matrix of its own."""
+    """Append the rows to the matrices of these modules, which are then no longer tied."""
     for name, added in rows.items():
         module = base_modules(net)[name]
-        own = module.get_parameter("weight").detach()
-        module.weight = nn.Parameter(torch.cat([own, added.to(own)]), requires_grad=False)
+        matrix = module.get_parameter("weight").detach()
+        module.weight = nn.Parameter(torch.cat([matrix, added.to(matrix)]), requires_grad=False)
         size = "num_embeddings" if layer_kind(module) == "embedding" else "out_features"
-        setattr(module, size, len(own) + len(added))
-        text_config(net).vocab_size = len(own) + len(added)
+        setattr(module, size, len(matrix) + len(added))
+        text_config(net).vocab_size = len(matrix) + len(added)

@@ -1,6 +1,6 @@
-"""Writes adapter folders in PEFT's format, whole or not at all, with tunekit's own facts beside them in tunekit.json.
+"""Writes adapter folders in PEFT's format, completely or not at all, with tunekit's own facts in tunekit.json.
 
-An attached adapter goes in; a folder that peft loads without a warning comes out, the same bytes each time.
+peft loads such a folder without a warning, and the same adapter gives the same bytes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import PeftConfig
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_header, diffusers_tensors
-from tunekit.adapters.folder.peft_models import taken_for_experts
+from tunekit.adapters.folder.peft_models import read_as_experts
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.method import saved_modules
 from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
@@ -31,7 +31,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import JsonObject
 
 OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME, DIFFUSERS_NAME}
-TensorsFile = tuple[str, Mapping[str, str]]  # its name, and what its header says
+TensorsFile = tuple[str, Mapping[str, str]]  # file name, and the entries of its header
 
 
 def save_adapter_folder(
@@ -49,13 +49,12 @@ def save_adapter_folder(
     objective: Mapping[str, Any] | None = None,
     of_pipeline: bool = False,
 ) -> int:
-    """Write the folder whole or not at all; returns its bytes.
+    """Write the folder completely or not at all; returns its bytes.
 
-    `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
-    it was trained, and what that must know when it is used.  `of_pipeline`: the base is a diffusion pipeline, whose
-    LoRA is written in diffusers' file instead of PEFT's.
-
-    Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
+    `chat_template`: the text of a template that replaces the base's; it then belongs to the adapter. `objective`: the
+    training objective, and the facts that its use needs. `of_pipeline`: the base is a diffusion pipeline, whose LoRA
+    is written in diffusers' file instead of PEFT's.
+    Raises: AdapterError if the folder contains files that are not an adapter's; ResourceError, RunFolderError.
     """
     folder = Path(os.path.abspath(folder))
     plain = copy.copy(attached)
@@ -72,7 +71,7 @@ def save_adapter_folder(
         "quantization": quantization,
         "double_quantization": double_quantization,
     }
-    tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
+    tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.file_tensors().items()}
     file: TensorsFile = TENSORS_NAME, {"format": "pt"}
     if of_pipeline and plain.method.in_diffusers_file:
         file = DIFFUSERS_NAME, diffusers_header(plain.method.peft.claims, plain.settings, plain.targets)
@@ -90,9 +89,10 @@ def write_adapter_folder(
     objective: Mapping[str, Any] | None = None,
     file: TensorsFile = (TENSORS_NAME, {"format": "pt"}),
 ) -> int:
-    """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
+    """Write tensors by file key, PEFT's configuration and our own facts, completely or not at all; returns their
+    bytes.
 
-    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.  `file`: that of the
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base. `file`: of the
     tensors.
     Raises: as save_adapter_folder.
     """
@@ -107,7 +107,7 @@ def write_adapter_folder(
         facts = {
             "format_version": FORMAT_VERSION,
             "tunekit_version": __version__,
-            "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
+            "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a local path
             "base": dict(base),
             "files": files,
             **({} if objective is None else {"objective": dict(objective)}),
@@ -117,7 +117,7 @@ def write_adapter_folder(
 
 
 def _write(path: Path, content: bytes) -> JsonObject:
-    """Write a file, flushed to the disk; its size and its hash."""
+    """Write a file, flushed to the disk; returns its size and hash."""
     with durable.DurableFile(path) as file:
         file.write(content)
     return {"bytes": file.size_bytes, "sha256": file.sha256}
@@ -125,9 +125,9 @@ def _write(path: Path, content: bytes) -> JsonObject:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder for the block to fill, which takes the place of `folder`, or is gone where the block fails."""
+    """A new folder for the block to fill; it replaces `folder`, or is removed if the block fails."""
     _refuse_foreign_files(folder)
-    _remove_left_overs(folder)
+    _remove_leftovers(folder)
     temporary = durable.temporary_name(folder)
     durable.make_folder(temporary)
     try:
@@ -142,12 +142,12 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def peft_config(attached: AttachedAdapter) -> PeftConfig:
-    """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
+    """All fields of PEFT's configuration, with explicit targets, and patterns that mean the same in any order."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
     named = named_copies(base_modules(attached.net), saved_modules(settings))
     layers = [target.name for target in targets if target.kind != "parameter"]
-    experts = taken_for_experts(attached.net, layers) if attached.method.peft.takes_experts else set()
+    experts = read_as_experts(attached.net, layers) if attached.method.peft.takes_experts else set()
     written = {target.name: f"{target.name}.weight" if target.name in experts else target.name for target in targets}
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]
@@ -180,9 +180,11 @@ def peft_config(attached: AttachedAdapter) -> PeftConfig:
 
 
 def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
-    """What PEFT is told, a hub id or an absolute path; and the path of a local base from the adapter folder.
+    """The base's name for PEFT (a hub id or an absolute path), and the path of a local base relative to the adapter
+    folder.
 
-    PEFT takes a relative path from its working directory; folders that moved together are found by the second.
+    PEFT resolves a relative path from its working directory; the second path finds a base that moved together with the
+    folder.
     """
     base = Path(base_name).expanduser()
     if not base.is_absolute():
@@ -191,18 +193,18 @@ def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """Only an adapter's own files are ever replaced."""
+    """Raises: AdapterError if replacing the folder would remove files that are not an adapter's."""
     if not os.path.lexists(folder):
         return
     if not durable.is_real_folder(folder):
-        raise AdapterError("is in the way", "choose another folder", file=str(folder))
+        raise AdapterError("exists and is not a folder", "choose another folder", file=str(folder))
     foreign = sorted(set(os.listdir(folder)) - OUR_FILES)
     if foreign:
-        raise AdapterError(f"holds files of others ({foreign[0]})", "choose another folder", file=str(folder))
+        raise AdapterError(f"contains other files ({foreign[0]})", "choose another folder", file=str(folder))
 
 
-def _remove_left_overs(folder: Path) -> None:
-    """Unfinished folders of killed processes; one that holds anything else is none of ours."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove unfinished folders of killed processes; folders with other files are left alone."""
     for other in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.part-*")):
         if durable.is_real_folder(other) and set(os.listdir(other)) <= OUR_FILES:
             durable.remove_tree(other)

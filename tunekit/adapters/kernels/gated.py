@@ -1,4 +1,4 @@
-"""Whether an MLP computes down(act(gate(x)) * up(x)) and nothing else, read from its own code."""
+"""Recognises, by its code, an MLP that computes exactly down(act(gate(x)) * up(x))."""
 
 import ast
 import inspect
@@ -14,7 +14,7 @@ EXPRESSIONS = (
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether the module's forward is one of EXPRESSIONS; an activation with weights of its own does not count."""
+    """Whether the module's forward is one of EXPRESSIONS; an activation with its own weights does not count."""
     activation = getattr(module, "act_fn", None)
     if not callable(activation) or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
         return False
@@ -22,7 +22,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 def forward_code(kind: type[nn.Module]) -> tuple[list[str], str]:
-    """The arguments of a class's `forward` and the code in it, without its docstring; none where it cannot be read."""
+    """The arguments of a class's `forward` and its code without the docstring; empty if the code is not available."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -35,7 +35,7 @@ def forward_code(kind: type[nn.Module]) -> tuple[list[str], str]:
 
 @cache
 def _computes_gated(kind: type[nn.Module]) -> bool:
-    """Whether the body of `forward(self, x)` is a return of one of EXPRESSIONS, perhaps through one name."""
+    """Whether the body of `forward(self, x)` returns one of EXPRESSIONS, perhaps through one variable."""
     arguments, text = forward_code(kind)
     if len(arguments) != 2:
         return False
@@ -43,6 +43,6 @@ def _computes_gated(kind: type[nn.Module]) -> bool:
 
 
 def _forms(expression: str) -> list[str]:
-    """The statements that come to the same."""
+    """Equivalent statements."""
     named = [f"{name} = {expression}\nreturn {name}" for name in ("down_proj", "output", "hidden_states", "x")]
     return [f"return {expression}", *named]

@@ -1,10 +1,10 @@
-"""LoRA of projections that belong together, as one autograd function each: queries, keys and values; the gated MLP.
+"""LoRA of neighbouring projections as one autograd function each: queries, keys and values; the gated MLP.
 
-Layers of LoRA in place in a network go in; the same products, which keep less and pass over memory less, come out.
-What is kept for the backward pass is the input and a handle of the base layer, of the MLP gate and up besides: never a
-dense W of a packed layer, a base output, a low-rank product, or what lies between gate and down. They are made again.
-Equal to the plain path up to the order of sums, with the same dropout masks. Whatever does not fit, such as a module
-with hooks, takes the plain path: its own forward.
+The function gives the same products with less memory and fewer passes over it. The backward pass saves the input and a
+handle of the base layer, and for the MLP also gate and up. It never saves a dense W of a packed layer, a base output,
+a low-rank product, or a value between gate and down; these are recomputed.
+Results equal the plain path up to the order of sums, with the same dropout masks. A module that does not fit, such as
+one with hooks, takes the plain path: its own forward.
 """
 
 from collections import Counter
@@ -24,16 +24,16 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target, short_name
 
-JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
-CROSS = ("encoder_attn",)  # attention modules whose keys and values are of another input than their queries
+JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, if they have the same input
+CROSS = ("encoder_attn",)  # attention modules whose keys and values have another input than their queries
 GATED = ("gate_proj", "up_proj", "down_proj")
 LayerGroup = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
 class JoinedProducts:
-    """The kernel of a method whose layers are y = W x + s B A x. `layer`: its class; one with more state than A and B
-    takes the plain path."""
+    """The kernel of a method whose layers are y = W x + s B A x. `layer`: its class; a layer with more state than A
+    and B takes the plain path."""
 
     layer: type[LayerAdapter[Any]]
 
@@ -45,20 +45,20 @@ class JoinedProducts:
         for target in targets:
             plain = target.kind == "linear" and set(self.layer.slots(settings, target)) == {"A", "B"}
             if plain and "." in target.name and multiplies_exactly(modules[target.name]):
-                parent, _, own = target.name.rpartition(".")
-                children.setdefault(parent, set()).add(own)
+                parent, _, child_name = target.name.rpartition(".")
+                children.setdefault(parent, set()).add(child_name)
         inputs = {target.name: target.in_features for target in targets}
         groups: list[LayerGroup] = []
-        for parent, own_names in children.items():
-            whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
-            sets: list[LayerGroup] = [GATED] if whole and own_names >= set(GATED) else []
+        for parent, child_names in children.items():
+            is_gated = child_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
+            sets: list[LayerGroup] = [GATED] if is_gated and child_names >= set(GATED) else []
             joined = JOINED[1:] if parent.rpartition(".")[2] in CROSS else JOINED
-            widths = {inputs[f"{parent}.{own}"] for own in own_names & set(joined)}
-            sets += [joined] if len(widths) == 1 and len(own_names & set(joined)) > 1 else []
-            together = [tuple(own for own in each if own in own_names) for each in sets]
-            alone = own_names - {own for each in together for own in each}
-            together += [(own,) for own in sorted(alone)]
-            groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
+            widths = {inputs[f"{parent}.{name}"] for name in child_names & set(joined)}
+            sets += [joined] if len(widths) == 1 and len(child_names & set(joined)) > 1 else []
+            together = [tuple(name for name in names if name in child_names) for names in sets]
+            remaining = child_names - {name for names in together for name in names}
+            together += [(name,) for name in sorted(remaining)]
+            groups += [tuple(f"{parent}.{name}" for name in names) for names in together]
         return groups
 
     def join(
@@ -69,7 +69,7 @@ class JoinedProducts:
         targets: Sequence[Target],
         casts: Casts,
     ) -> list[LayerGroup]:
-        """Let the layers, which are in place in `net`, compute in groups; returns the groups."""
+        """Let the attached layers of `net` compute in groups; returns the groups."""
         groups = self.groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
         for group in groups:
             members = [layers[name] for name in group]
@@ -84,7 +84,7 @@ class JoinedProducts:
 
 
 def describe(groups: Sequence[LayerGroup]) -> str:
-    """How many layers of each kind are computed in one go."""
+    """The number of groups of each kind, as text."""
     counts = Counter(" + ".join(map(short_name, group)) for group in groups)
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
 
@@ -94,12 +94,12 @@ def _factors(layers: Sequence[LayerAdapter[LowRankSettings]]) -> list[Tensor]:
 
 
 def _dropout(layer: LayerAdapter[LowRankSettings]) -> float:
-    """Of the layer's inputs in this call."""
+    """The dropout rate of the layer's inputs in this call."""
     return float(layer.settings.dropout) if layer.training else 0.0
 
 
-def _watched(layer: LayerAdapter[LowRankSettings]) -> bool:
-    """Whether somebody wants to see the layer's or its base's inputs and outputs."""
+def _has_hooks(layer: LayerAdapter[LowRankSettings]) -> bool:
+    """Whether hooks need the inputs and outputs of the layer or its base."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         for module in (layer, layer.base_layer)
@@ -107,44 +107,44 @@ def _watched(layer: LayerAdapter[LowRankSettings]) -> bool:
 
 
 class JoinedLayers:
-    """Layers that get the same input: the first that is called computes all, the others take what it has left."""
+    """Layers with the same input: the first one that is called computes all of them, the others take its results."""
 
     def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.layers, self.casts = list(layers), casts
-        self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks are drawn where a layer is called
-        self.whole = Products(layers, casts)
+        self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks must be drawn when a layer is called
+        self.group = Products(layers, casts)
         self.single = {id(layer): Products([layer], casts) for layer in layers}
         self._input: Tensor | None = None
-        self._left: dict[int, Tensor] = {}
+        self._results: dict[int, Tensor] = {}
 
     def product(self, layer: LayerAdapter[LowRankSettings], x: Tensor) -> Tensor | None:
-        """W x + s B A x of one of the layers; None where the plain path must be taken."""
-        if _watched(layer):
+        """W x + s B A x of one of the layers; None if the plain path must be taken."""
+        if _has_hooks(layer):
             return None
         if not self.together:
             return products(self.single[id(layer)], x, _factors([layer]), _dropout(layer))[0]
-        if self._input is not x or id(layer) not in self._left:
-            if self._left:  # somebody was given another input, so they are no group after all
-                self.together, self._input, self._left = False, None, {}
+        if self._input is not x or id(layer) not in self._results:
+            if self._results:  # a layer got another input, so they are not a group
+                self.together, self._input, self._results = False, None, {}
                 return self.product(layer, x)
-            made = products(self.whole, x, _factors(self.layers))
+            outputs = products(self.group, x, _factors(self.layers))
             self._input = x
-            self._left = {id(each): output for each, output in zip(self.layers, made, strict=True)}
-        output = self._left.pop(id(layer))
-        if not self._left:
+            self._results = {id(member): output for member, output in zip(self.layers, outputs, strict=True)}
+        output = self._results.pop(id(layer))
+        if not self._results:
             self._input = None
         return output
 
 
 class GatedMlp:
-    """down(act(gate(x)) * up(x)) in one go; stands where the module's forward stood."""
+    """down(act(gate(x)) * up(x)) in one function; replaces the module's forward."""
 
     def __init__(self, mlp: Any, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.mlp, self.layers = mlp, list(layers)
         self.gated = Gated(Products(layers[:2], casts), mlp.act_fn, Products(layers[2:], casts))
 
     def __call__(self, x: Tensor) -> Tensor:
-        in_place = all(getattr(self.mlp, own) is layer for own, layer in zip(GATED, self.layers, strict=True))
-        if not in_place or current_call().bypassed or any(_watched(layer) for layer in self.layers):
+        in_place = all(getattr(self.mlp, name) is layer for name, layer in zip(GATED, self.layers, strict=True))
+        if not in_place or current_call().bypassed or any(_has_hooks(layer) for layer in self.layers):
             return type(self.mlp).forward(self.mlp, x)
         return gated_product(self.gated, x, _factors(self.layers), _dropout(self.layers[0]))

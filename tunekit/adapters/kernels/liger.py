@@ -1,6 +1,5 @@
-"""liger-kernel's functions in place of a network's own norms and gated products; on the meta device stand-ins that keep
-what they keep.
-"""
+"""Replaces a network's norms and gated products by liger-kernel's functions; on the meta device by stand-ins that save
+the same tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from tunekit.model.autograd import Context
 
 @dataclass(frozen=True, eq=False)
 class LigerGated(Gated):
-    """SwiGLU by liger-kernel: one kernel each way, and the gradients take the place of gate and up."""
+    """SwiGLU by liger-kernel: one kernel per direction; the gradients overwrite gate and up."""
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         if gate.is_meta:
@@ -39,14 +38,14 @@ class LigerGated(Gated):
 
 
 def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Modules that liger's kernels equal: norms written as Llama's, and fused MLPs whose activation is SiLU."""
+    """The modules that liger's kernels can replace: norms with Llama's code, and fused MLPs with SiLU."""
     norms = [module for module in net.modules() if computes_rms_norm(module)]
     fused = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), GatedMlp)]
     return norms, [mlp for mlp in fused if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")]
 
 
 def use_liger(net: nn.Module) -> None:
-    """Let liger's kernels compute them, on a GPU; the adapter must be in place."""
+    """Compute these modules with liger's kernels, on a GPU; the adapter must be attached."""
     norms, mlps = liger_places(net)
     for norm in norms:
         norm.forward = partial(_liger_norm, norm)
@@ -61,12 +60,12 @@ def _liger_norm(norm: nn.Module, x: Tensor) -> Tensor:
         return _SimulatedNorm.apply(x)  # type: ignore[no-untyped-call]
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    # The gradient is not written over dy: a residual may need that again.
+    # The gradient does not overwrite dy, because a residual may need it.
     return LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
 
 
 class _SimulatedNorm(torch.autograd.Function):
-    """Keeps x (..., D) and a float32 number for each of its rows."""
+    """Saves x (..., D) and a float32 number for each of its rows."""
 
     @staticmethod
     def forward(ctx: Context[None], x: Tensor) -> Tensor:

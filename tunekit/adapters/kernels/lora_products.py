@@ -1,9 +1,9 @@
 """The autograd functions of joined_lora.py: several adapted products of one input, and a gated MLP.
 
-Base layers with scalings, x (..., I) and factors A (R, I) and B (O, R) in float32 go in; (..., O) each come out.
-With y = W x + s B A x and g = dL/dy:  dx = g W + s (g B) A,  dB = s g^T (x A^T),  dA = s (g B)^T x.
-With dropout p each layer has a mask m of its own: m x in place of x beside A, and s / (1 - p) in place of s. A mask is
-kept, a byte an element: to draw it again would cost a CPU more time than all else that dropout does.
+Inputs: base layers with scalings, x (..., I) and factors A (R, I) and B (O, R) in float32; outputs (..., O) each. With
+y = W x + s B A x and g = dL/dy: dx = g W + s (g B) A, dB = s g^T (x A^T), dA = s (g B)^T x.
+With dropout p each layer has its own mask m: m x replaces x as A's input, and s / (1 - p) replaces s. Masks are saved,
+one byte per element: drawing them again would take a CPU longer than all other work of dropout.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,14 +21,14 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 
 @dataclass(frozen=True, eq=False)
 class DropMasks:
-    """What dropout leaves of the layers' input: (N, I) bool for each layer, or nothing where there is no dropout."""
+    """Dropout masks of the layers' input: (N, I) bool for each layer, or none without dropout."""
 
-    each: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor, ...] = ()
     scale: float = 1.0  # 1 / (1 - p)
 
 
 def draw_masks(x: Tensor, dropout: float, count: int) -> DropMasks:
-    """Masks for x (..., I) as torch's own dropout would draw them one after the other."""
+    """Masks for x (..., I), drawn like torch's own dropout, one after the other."""
     if not dropout:
         return DropMasks()
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
@@ -44,11 +44,12 @@ class Products:
     def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.bases, self.scalings = [layer.base_layer for layer in layers], [layer.scaling for layer in layers]
         ends = accumulate((len(layer.A) for layer in layers), initial=0)
-        self.columns = [slice(start, end) for start, end in pairwise(ends)]  # of each layer's rank, of all ranks
+        # the columns of each layer's rank in the joined product
+        self.columns = [slice(start, end) for start, end in pairwise(ends)]
         self.casts = casts
 
     def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(sum of R, I): every A, one below the other."""
+        """(sum of R, I): every A, stacked along the rows."""
         if len(self.bases) == 1:
             return self._cast(factors[0], (id(self), "a"), dtype)
         return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
@@ -72,18 +73,20 @@ class Products:
         return outputs
 
     def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
-        """A x of each layer, (N, R); one product where no mask tells them apart."""
+        """A x of each layer, (N, R); a single product if there are no masks."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
-        if masks.each:
-            return [torch.where(mask, flat, 0) @ a[own].t() for mask, own in zip(masks.each, self.columns, strict=True)]
+        if masks.masks:
+            return [
+                torch.where(mask, flat, 0) @ a[rows].t() for mask, rows in zip(masks.masks, self.columns, strict=True)
+            ]
         low = flat @ a.t()  # (N, sum of R)
-        return [low[:, own] for own in self.columns]
+        return [low[:, columns] for columns in self.columns]
 
     def backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx (..., I), None unless wanted, and the factors' gradients in float32. A gradient of None is zero."""
-        if masks.each:
+        """dx (..., I), or None if not wanted, and the factors' gradients in float32. A gradient of None is zero."""
+        if masks.masks:
             return self._masked_backward(x, factors, gradients, wants_x, masks)
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
         low = flat @ a.t()  # (N, sum of R)
@@ -93,36 +96,36 @@ class Products:
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            g, own = gradient.reshape(-1, gradient.shape[-1]), self.columns[index]  # (N, O)
-            through[:, own] = (g @ self._b(index, factors, x.dtype)).mul_(self.scalings[index])
-            of_factors[2 * index + 1].copy_((g.t() @ low[:, own]).mul_(self.scalings[index]))
+            g, ranks = gradient.reshape(-1, gradient.shape[-1]), self.columns[index]  # (N, O)
+            through[:, ranks] = (g @ self._b(index, factors, x.dtype)).mul_(self.scalings[index])
+            of_factors[2 * index + 1].copy_((g.t() @ low[:, ranks]).mul_(self.scalings[index]))
             if wants_x:
                 w = product_matrix(self.bases[index], x.dtype)  # (O, I)
                 of_x = g @ w if of_x is None else of_x.addmm_(g, w)
                 del w
         of_a = through.t() @ flat  # (sum of R, I)
-        for index, own in enumerate(self.columns):
-            of_factors[2 * index].copy_(of_a[own])
+        for index, ranks in enumerate(self.columns):
+            of_factors[2 * index].copy_(of_a[ranks])
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
     def _masked_backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """As `backward`, where each layer has a mask."""
+        """`backward` for layers with masks."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
         of_x = torch.zeros_like(flat) if wants_x else None  # (N, I)
         of_factors = [torch.zeros_like(factor) for factor in factors]
-        for index, (gradient, mask) in enumerate(zip(gradients, masks.each, strict=True)):
+        for index, (gradient, mask) in enumerate(zip(gradients, masks.masks, strict=True)):
             if gradient is None:
                 continue
-            own, scaling = a[self.columns[index]], self.scalings[index] * masks.scale
+            layer_a, scaling = a[self.columns[index]], self.scalings[index] * masks.scale
             g, dropped = gradient.reshape(-1, gradient.shape[-1]), torch.where(mask, flat, 0)  # (N, O), (N, I)
             through = (g @ self._b(index, factors, x.dtype)).mul_(scaling)  # (N, R)
             of_factors[2 * index].copy_(through.t() @ dropped)
-            of_factors[2 * index + 1].copy_((g.t() @ (dropped @ own.t())).mul_(scaling))
+            of_factors[2 * index + 1].copy_((g.t() @ (dropped @ layer_a.t())).mul_(scaling))
             del dropped
             if of_x is not None:
-                of_x.add_(torch.where(mask, through @ own, 0)).addmm_(g, product_matrix(self.bases[index], x.dtype))
+                of_x.add_(torch.where(mask, through @ layer_a, 0)).addmm_(g, product_matrix(self.bases[index], x.dtype))
         return None if of_x is None else of_x.view(x.shape), of_factors
 
 
@@ -138,14 +141,14 @@ class _Products(torch.autograd.Function):
         ctx: Context[tuple[Products, float]], group: Products, dropout: float, x: Tensor, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         masks = draw_masks(x, dropout, len(group.bases))
-        ctx.beside = group, masks.scale
+        ctx.extra = group, masks.scale
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *factors, *masks.each)
+        ctx.save_for_backward(x, *factors, *masks.masks)
         return tuple(map(_no_view, group.forward(x, factors, masks)))
 
     @staticmethod
     def backward(ctx: Context[tuple[Products, float]], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (group, scale), (x, *others) = ctx.beside, ctx.saved_tensors
+        (group, scale), (x, *others) = ctx.extra, ctx.saved_tensors
         count = 2 * len(group.bases)
         masks = DropMasks(tuple(others[count:]), scale)
         of_x, of_factors = group.backward(x, others[:count], gradients, ctx.needs_input_grad[2], masks)
@@ -159,7 +162,7 @@ def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: flo
 
 @dataclass(frozen=True, eq=False)
 class Gated:
-    """y = down(act(gate(x)) * up(x)); `inner` is gate and up."""
+    """y = down(act(gate(x)) * up(x)); `inner` computes gate and up."""
 
     inner: Products
     activation: Callable[[Tensor], Tensor]
@@ -168,12 +171,12 @@ class Gated:
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up; shapes (..., H)."""
         active = self.activation(gate)
-        return active * up if active is gate else active.mul_(up)  # a linear activation gives back gate itself
+        return active * up if active is gate else active.mul_(up)  # a linear activation returns gate itself
 
     def backward(
         self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients of gate and up, and those of down's factors, which `through_down` takes from act(gate) * up."""
+        """Gradients of gate and up, and those of down's factors, which `through_down` computes from act(gate) * up."""
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             activated = self.activation(source)
@@ -185,7 +188,7 @@ class Gated:
 
 
 class _Gated(torch.autograd.Function):
-    """Keeps x, gate and up; the activation and its product with up are made again."""
+    """Saves x, gate and up; the activation and its product with up are recomputed."""
 
     @staticmethod
     def forward(ctx: Context[tuple[Gated, float]], gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
@@ -193,15 +196,15 @@ class _Gated(torch.autograd.Function):
         gate, up = gated.inner.forward(x, factors[:4], inner)
         hidden = gated.hidden(gate, up)  # (..., H)
         down = draw_masks(hidden, dropout, 1)
-        ctx.beside = gated, inner.scale
-        ctx.save_for_backward(x, gate, up, *factors, *inner.each, *down.each)
+        ctx.extra = gated, inner.scale
+        ctx.save_for_backward(x, gate, up, *factors, *inner.masks, *down.masks)
         return _no_view(gated.down.forward(hidden, factors[4:], down)[0])
 
     @staticmethod
     def backward(ctx: Context[tuple[Gated, float]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gated, scale), (x, gate, up, *others) = ctx.beside, ctx.saved_tensors
+        (gated, scale), (x, gate, up, *others) = ctx.extra, ctx.saved_tensors
         factors, masks = others[:6], (others[6:8], others[8:])
-        inner, down = (DropMasks(tuple(each), scale) for each in masks)
+        inner, down = (DropMasks(tuple(side), scale) for side in masks)
 
         def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
             of_hidden, of_factors = gated.down.backward(hidden, factors[4:], gradients, True, down)

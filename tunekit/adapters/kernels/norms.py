@@ -1,11 +1,11 @@
-"""Root-mean-square norms that keep their input in its own dtype for the backward pass, not a copy of it in float32.
+"""Root-mean-square norms that save their input in its own dtype for the backward pass instead of a float32 copy.
 
-Forward values are the same bits as those of the module's own code.
+Forward values are equal to those of the module's own code, bit for bit.
 
-    y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
+  y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
 
-Inside in float32, as in transformers. Where the weight is trained, or nothing is, the module's own code runs. Which
-modules compute this is read from their code.
+Computed in float32, as in transformers. If the weight is trained, or nothing is, the module's own code runs. Modules
+that compute this are recognised by their code.
 """
 
 from functools import cache
@@ -25,14 +25,14 @@ return self.weight * hidden_states.to(input_dtype)"""
 
 
 def lighten_norms(net: nn.Module) -> None:
-    """Let every norm of the kind above keep less."""
+    """Replace the forward of all such norms."""
     for module in net.modules():
         if computes_rms_norm(module):
             module.forward = LightNorm(module)
 
 
 def computes_rms_norm(module: nn.Module) -> bool:
-    """Whether the module's class computes BODY, as Llama's norm does, and nothing else."""
+    """Whether the module's class computes exactly BODY, as Llama's norm does."""
     return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_body(type(module))  # type: ignore[arg-type]
 
 
@@ -42,7 +42,7 @@ def _computes_body(kind: type[nn.Module]) -> bool:
 
 
 class LightNorm:
-    """Stands where the module's forward stood."""
+    """Replaces the module's forward."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
@@ -55,14 +55,14 @@ class LightNorm:
 
 
 class _LightNorm(torch.autograd.Function):
-    """Keeps x and r (..., 1)."""
+    """Saves x and r (..., 1)."""
 
     @staticmethod
     def forward(ctx: Context[None], x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.to(torch.float32)
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
+        x32 = x.to(torch.float32)
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
-        return weight * (wide * scale).to(x.dtype)
+        return weight * (x32 * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Context[None], *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""AdaLoRA, of linear layers and Conv1D, packed or not."""
+"""AdaLoRA, for linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, PeftConfig, SharedPart, Slot, Slots
-from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_MENDS
+from tunekit.adapters.blocks.lora_fields import LORA_FIXED, LORA_REMEDIES
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide, same_names
 from tunekit.adapters.method import Conflict, Method
 from tunekit.contracts import Tensors
 from tunekit.recipe.adapters.adalora import AdaloraSettings
@@ -19,15 +19,15 @@ from tunekit.records import Target
 
 FACTORS = ("A", "E", "B")
 SPREAD = 0.02  # of A and B at the start
-SAME_RANK = 1e-5  # PEFT adds it to the rank that it divides by
+SAME_RANK = 1e-5  # PEFT adds it to the rank in the divisor
 
 
 class Adalora(LowRankLayer[AdaloraSettings]):
-    """Low-rank update by singular values: y = W x + s B (E * (A x)), s = alpha / (r + 1e-5), r the rank at the start.
+    """Low-rank update by singular values: y = W x + s B (E * (A x)), s = alpha / (r + 1e-5), with the initial rank r.
 
-    Shapes: x (..., I) -> y (..., O); A (R, I); E (R, 1); B (O, R); kept (R,) bool.    Starts as the identity: E = 0.
-    A triplet (row of A, entry of E, column of B) that is not kept has E = 0 at the end; a file leaves it out.
-    Sensitivity and uncertainty of every entry are moving averages that only a checkpoint holds.
+    Shapes: x (..., I) -> y (..., O); A (R, I); E (R, 1); B (O, R); kept (R,) bool. Starts as the identity: E = 0.
+    A triplet (row of A, entry of E, column of B) that is not kept has E = 0 at the end, and is left out of files.
+    Sensitivity and uncertainty of every entry are moving averages that are saved only in checkpoints.
     Source: Zhang et al. 2023, eq. 3, 8 to 11.
     """
 
@@ -47,7 +47,8 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         }
         for average in ("sensitivity", "uncertainty"):
             slots |= {
-                f"{own}_{average}": Slot(f"lora_{own}.{average}", slots[own].shape, kind="resume") for own in FACTORS
+                f"{factor}_{average}": Slot(f"lora_{factor}.{average}", slots[factor].shape, kind="resume")
+                for factor in FACTORS
             }
         return {**slots, "kept": Slot("kept", (rank,), kind="resume", dtype=torch.bool, first=True)}
 
@@ -64,7 +65,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         return self.A * self.E, self.B
 
     def penalty(self) -> Tensor | None:
-        """This layer's share of the mean over all layers of |A A^T - 1| + |B^T B - 1|, halved as PEFT has it."""
+        """This layer's share of the mean over all layers of |A A^T - 1| + |B^T B - 1|, halved as in PEFT."""
         if not self.settings.orth_reg_weight:
             return None
         one = torch.eye(len(self.A), device=self.A.device)  # (R, R)
@@ -73,35 +74,37 @@ class Adalora(LowRankLayer[AdaloraSettings]):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Move the averages on by the step just made: |value * gradient|, and how far it is from its average."""
-        for own in FACTORS:
-            parameter, gradient = getattr(self, own), getattr(self, own).grad
-            sensitivity, uncertainty = getattr(self, f"{own}_sensitivity"), getattr(self, f"{own}_uncertainty")
+        """Update the moving averages after a step: |value * gradient|, and its distance from its average."""
+        for factor in FACTORS:
+            parameter, gradient = getattr(self, factor), getattr(self, factor).grad
+            sensitivity, uncertainty = getattr(self, f"{factor}_sensitivity"), getattr(self, f"{factor}_uncertainty")
             now, beta1, beta2 = (parameter * gradient).abs(), self.settings.beta1, self.settings.beta2
             sensitivity.copy_(beta1 * sensitivity + (1 - beta1) * now)
             uncertainty.copy_(beta2 * uncertainty + (1 - beta2) * (now - sensitivity).abs())
 
     def scores(self) -> Tensor:
-        """(R,): a triplet's importance, its entry of E plus the means of its row of A and its column of B."""
-        a, e, b = (getattr(self, f"{own}_sensitivity") * getattr(self, f"{own}_uncertainty") for own in FACTORS)
+        """(R,): a triplet's importance: its entry of E plus the means of its row of A and its column of B."""
+        a, e, b = (
+            getattr(self, f"{factor}_sensitivity") * getattr(self, f"{factor}_uncertainty") for factor in FACTORS
+        )
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
-    def exported(self) -> Tensors:
-        state, left = super().exported(), self.left()
-        if bool(left.all()):
+    def file_tensors(self) -> Tensors:
+        state, present = super().file_tensors(), self.present()
+        if bool(present.all()):
             return state
-        a, e, b = (f"{self.module_name}.lora_{own}" for own in FACTORS)
-        return {a: state[a][left], e: state[e][left], b: state[b][:, left]}
+        a, e, b = (f"{self.module_name}.lora_{factor}" for factor in FACTORS)
+        return {a: state[a][present], e: state[e][present], b: state[b][:, present]}
 
-    def left(self) -> Tensor:
-        """(R,) bool: what a file holds. Between two changes of ranks a triplet that is not kept may be at work."""
+    def present(self) -> Tensor:
+        """(R,) bool: the triplets of a file. Between two allocations a triplet that is not kept may be non-zero."""
         return self.kept | (self.E.detach()[:, 0] != 0)
 
     def rank_pattern(self) -> list[bool]:
-        """`left` as PEFT writes it, of the ranks at the very start."""
-        left = iter(self.left().tolist())
+        """`present` in PEFT's form, for the initial ranks."""
+        present = iter(self.present().tolist())
         before = self.settings.kept.get(pattern_key(self.module_name), (True,) * self.settings.init_r)
-        return [was and next(left) for was in before]
+        return [existed and next(present) for existed in before]
 
 
 def pattern_key(name: str) -> str:
@@ -110,54 +113,55 @@ def pattern_key(name: str) -> str:
 
 
 def _conflicts(settings: AdaloraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    found = []
+    problems = []
     if settings.target_r >= settings.init_r and not file:
-        what = f"target_r {settings.target_r} is not below init_r {settings.init_r}, so that no rank could move"
-        found.append(Conflict("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora"))
+        what = f"target_r {settings.target_r} is not below init_r {settings.init_r}, so no rank could be removed"
+        problems.append(
+            Conflict("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora")
+        )
     for target in targets:
         side = min(target.in_features, target.out_features)
         if settings.init_r > side and not file:
             what = f"rank {settings.init_r} is too large for '{target.name}'"
-            found.append(Conflict("init_r", what, f"use at most {side}"))
+            problems.append(Conflict("init_r", what, f"use at most {side}"))
             break
     keys = {pattern_key(target.name) for target in targets}
     key = "rank_pattern" if file else "kept"
-    for name, kept in settings.kept.items():
+    for name, mask in settings.kept.items():
         if name not in keys:
-            found.append(Conflict(key, f"'{name}' names no adapted layer", "its keys are MODULE.lora_E"))
-        elif len(kept) != settings.init_r:
-            found.append(Conflict(key, f"'{name}' has {len(kept)} entries, and init_r is {settings.init_r}", ""))
-    return found
+            problems.append(Conflict(key, f"'{name}' is not an adapted layer", "its keys are MODULE.lora_E"))
+        elif len(mask) != settings.init_r:
+            problems.append(Conflict(key, f"'{name}' has {len(mask)} entries, but init_r is {settings.init_r}", ""))
+    return problems
 
 
 FIELDS: PeftFields = {
-    **named_alike(init_r=12, target_r=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5),
+    **same_names(init_r=12, target_r=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5),
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
     "rank_pattern": ("kept", {}),
 }
 FIXED: Fixed = {
     **LORA_FIXED,
-    "alpha_pattern": ({}, ANY),  # PEFT reads this and the next two of LoRA alone
+    "alpha_pattern": ({}, ANY),  # PEFT reads this and the next two only for LoRA
     "r": (8, ANY),
     "use_rslora": (False, ANY),
     "bias": ("none",),
-    "total_step": (None, ANY),  # what is written depends on the run: RankBudget
+    "total_step": (None, ANY),  # written by RankBudget
 }
 
 
 class RankBudget(SharedPart[AdaloraSettings]):
-    """Takes ranks away from all layers together, the least important first, whichever layer they belong to.
+    """Removes ranks from all layers together, the least important first, in whichever layer they are.
 
-    The budget is every rank up to step `tinit`, the target from step total - tfinal on, and between them
-    target + (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. In between, a triplet taken away may
-    grow again until the next change; from the last change on it stays at zero. With tfinal 0 the last step is the one
-    that comes down to the target.
-    Source: Zhang et al. 2023, eq. 12; ties fall together, as in PEFT's RankAllocator.
+    The budget is every rank up to step `tinit`, the target from step total - tfinal on, and between them target +
+    (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. Meanwhile, a removed triplet may grow again
+    until the next allocation; after the last allocation it stays zero. With tfinal 0 the last step reaches the target.
+    Source: Zhang et al. 2023, eq. 12; ties are removed together, as in PEFT's RankAllocator.
     """
 
     layers: list[Adalora]  # those that share the budget
-    total_steps: Tensor  # (1,), 0 before the first step: a file of PEFT states it
+    total_steps: Tensor  # (1,), 0 before the first step; written to PEFT's file
 
     @classmethod
     def slots(cls, settings: AdaloraSettings, targets: Sequence[Target]) -> Slots:
@@ -180,17 +184,17 @@ class RankBudget(SharedPart[AdaloraSettings]):
                 self._allocate(target)
             self._clear()
         elif step > settings.tinit and step % settings.deltaT == 0:
-            left = 1 - (step - settings.tinit) / (end - settings.tinit)
+            remaining = 1 - (step - settings.tinit) / (end - settings.tinit)
             start = sum(len(layer.E) for layer in self.layers)
-            self._allocate(int((start - target) * left**3 + target))
+            self._allocate(int((start - target) * remaining**3 + target))
 
     def _allocate(self, budget: int) -> None:
-        """Keep the triplets whose score is above that of the first one beyond the budget."""
+        """Keep the triplets with a score above that of the first one beyond the budget."""
         scores = [layer.scores() for layer in self.layers]
-        together = torch.cat([each.to(self.total_steps.device) for each in scores])
-        beyond = len(together) - budget
+        all_scores = torch.cat([score.to(self.total_steps.device) for score in scores])
+        beyond = len(all_scores) - budget
         if beyond > 0:
-            threshold = together.sort().values[beyond - 1]  # a GPU has no deterministic kthvalue
+            threshold = all_scores.sort().values[beyond - 1]  # a GPU has no deterministic kthvalue
             for layer, score in zip(self.layers, scores, strict=True):
                 layer.kept.copy_(score > threshold.to(score.device))
         self._clear()
@@ -201,25 +205,25 @@ class RankBudget(SharedPart[AdaloraSettings]):
             layer.E.masked_fill_(~layer.kept[:, None], 0.0)
 
     def file_fields(self) -> PeftConfig:
-        """rank_pattern, where a rank is gone, and a total_step with which PEFT takes the schedule for possible."""
+        """rank_pattern if a rank was removed, and a total_step with which PEFT accepts the schedule."""
         patterns = {pattern_key(layer.module_name): layer.rank_pattern() for layer in self.layers}
-        least = self.settings.tinit + self.settings.tfinal + 1
+        minimum = self.settings.tinit + self.settings.tfinal + 1
         return {
             "rank_pattern": patterns if not all(map(all, patterns.values())) else None,
-            "total_step": max(int(self.total_steps), least),
+            "total_step": max(int(self.total_steps), minimum),
         }
 
 
 def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
-    """A schedule that leaves no step between its two ends."""
+    """A conflict if the schedule leaves no step between its two ends."""
     if settings.tinit < steps - max(settings.tfinal, 1):
         return []
-    what = f"tinit {settings.tinit} and tfinal {settings.tfinal} leave no step of this run's {steps} to move ranks in"
+    what = f"tinit {settings.tinit} and tfinal {settings.tfinal} leave none of this run's {steps} steps to remove ranks"
     return [Conflict("tinit" if settings.tinit else "tfinal", what, "lower them, or train longer")]
 
 
 METHOD = Method(
-    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, mends=LORA_MENDS, refuses_kernel_layers=True),
+    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, remedies=LORA_REMEDIES, refuses_kernel_layers=True),
     layer=Adalora,
     shared=RankBudget,
     unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # of training

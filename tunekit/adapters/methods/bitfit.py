@@ -1,22 +1,22 @@
-"""BitFit, of every module of a base that owns a bias, quantized or not.
+"""BitFit, for every module of a base that owns a bias, quantized or not.
 
-PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit reads. Its tensors have the base's own names
-after PEFT's prefix, so that the biases of any other tool are easily put beside them.
+PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit reads. Its tensors have the base's own
+names after PEFT's prefix, which makes comparisons with other tools' biases easy.
 """
 
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method, always
+from tunekit.adapters.method import Method, always_linear
 from tunekit.contracts import Modules
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 
 
 def chosen_biases(modules: Modules, settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
-    """The bias of each chosen owner, trained as a float32 copy that is never decayed.
+    """The bias of each chosen owner, trained as a float32 copy without weight decay.
 
     Source: Ben Zaken et al. 2022.
     """
-    owners = [n for n, m in modules.items() if any(own == "bias" for own, _ in m.named_parameters(recurse=False))]
+    owners = [n for n, m in modules.items() if any(name == "bias" for name, _ in m.named_parameters(recurse=False))]
     return dict.fromkeys(chosen_names(owners, settings.target_modules, "all-biases", "bias"), ("bias",))
 
 
@@ -24,5 +24,5 @@ METHOD = Method(
     peft=PeftSide("BITFIT", BitfitSettings, {"target_modules": ("target_modules", "all-biases")}),
     only_copies=chosen_biases,
     tensors=("bias",),
-    is_linear=always,
+    is_linear=always_linear,
 )

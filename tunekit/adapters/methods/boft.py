@@ -1,4 +1,4 @@
-"""BOFT, of linear layers and Conv1D, packed or not."""
+"""BOFT, for linear layers and Conv1D, packed or not."""
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from tunekit.records import Target
 
 
 class Boft(LayerAdapter[BoftSettings]):
-    """Butterfly rotation: y = s * (W R^T x) + bias, R = F_m ... F_1, each F_i a block rotation of shuffled inputs.
+    """Butterfly rotation: y = s * (W R^T x) + bias, R = F_m ... F_1, each F_i a block rotation of permuted inputs.
 
-    Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I, of which the skew-symmetric half counts; s
-    (O, 1).  F_i joins halves of blocks that lie 2^(i - 1) blocks apart, so that m factors reach b 2^(m - 1) inputs.
-    Starts as the identity: Q = 0, s = 1.    s does not decay.    Raises: AdapterError where blocks do not fit.
+    Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I, of which only the skew-symmetric part
+    counts; s (O, 1). F_i joins halves of blocks that are 2^(i - 1) blocks apart, so that m factors mix b 2^(m - 1)
+    inputs. Starts as the identity: Q = 0, s = 1. s does not decay. Raises: AdapterError if blocks do not fit.
     Source: Liu et al. 2024, eq. 4 and figure 3.
     """
 
@@ -38,7 +38,7 @@ class Boft(LayerAdapter[BoftSettings]):
             "s": Slot("boft_s", (target.out_features, 1), decays=False, first=1.0),
         }
 
-    def rotated(self, x: Tensor, transposed: bool = False) -> Tensor:
+    def rotate(self, x: Tensor, transposed: bool = False) -> Tensor:
         """x R, or x R^T."""
         factors, blocks, size, _ = self.q.shape
         rotations = cayley((self.q - self.q.transpose(-1, -2)) / 2).to(x.dtype)  # (m, blocks, b, b)
@@ -49,23 +49,23 @@ class Boft(LayerAdapter[BoftSettings]):
         return x
 
     def adapted(self, x: Tensor) -> Tensor:
-        y = self.base_output(self.rotated(x))  # (..., O)
+        y = self.base_output(self.rotate(x))  # (..., O)
         bias = self.base_weight().bias
         plain = y if bias is None else y - bias.to(y.dtype)
         return y + plain * (self.s[:, 0] - 1).to(y.dtype)  # exactly y where s = 1
 
-    def changed(self, weight: Tensor) -> Tensor:
-        return (self.rotated(weight.to(self.q.device), transposed=True) * self.s).to(weight.device)
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return (self.rotate(weight.to(self.q.device), transposed=True) * self.s).to(weight.device)
 
 
 def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tensor:
-    """Where each input stands before the blocks of factor `index` (0-based) are cut: (I,) int64.
+    """The order of the inputs before the blocks of factor `index` (0-based) are cut: (I,) int64.
 
     Runs of b 2^index inputs are cut into halves of blocks; those with even numbers come first, then the odd ones.
     """
     if index == 0 and size % 2:
         return torch.arange(inputs, device=device)
-    halves = torch.arange(2 ** (index + 1), device=device)  # of one run, of which the first factor's has two
+    halves = torch.arange(2 ** (index + 1), device=device)  # of one run; the first factor's run has two
     order = torch.cat([halves[::2], halves[1::2]])
     run = torch.arange(size * 2**index, device=device).reshape(len(halves), size // 2)[order].flatten()
     starts = torch.arange(0, inputs, len(run), device=device)
@@ -77,5 +77,5 @@ FIELDS: PeftFields = {
     "boft_block_num": ("blocks", 0),
     "boft_n_butterfly_factor": ("butterfly_factors", 1),
 }
-FIXED: Fixed = {**LAYER_FIXED, "boft_dropout": (0.0, ANY)}  # of peft's training alone
+FIXED: Fixed = {**LAYER_FIXED, "boft_dropout": (0.0, ANY)}  # used only in peft's training
 METHOD = Method(peft=PeftSide("BOFT", BoftSettings, FIELDS, FIXED), layer=Boft)

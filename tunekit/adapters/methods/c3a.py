@@ -1,4 +1,4 @@
-"""C3A, of linear layers and Conv1D, packed or not."""
+"""C3A, for linear layers and Conv1D, packed or not."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.fft import irfft, rfft
 
 from tunekit.adapters.base import LayerAdapter, Slot, Slots
-from tunekit.adapters.blocks.divisors import undivided
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
-from tunekit.adapters.method import Conflict, Method, always
+from tunekit.adapters.blocks.divisors import divisor_conflicts
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, same_names
+from tunekit.adapters.method import Conflict, Method, always_linear
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.records import Target
 
 
 class C3a(LayerAdapter[C3aSettings]):
-    """Circulant blocks: y = W x + D x, D of blocks of side S with block[i, j] = k[(j - i) mod S] / I.
+    """Circulant blocks: y = W x + D x, D with blocks of side S with block[i, j] = k[(j - i) mod S] / I.
 
-    Shapes: x (..., I) -> y (..., O); kernels k (O / S, I / S, S).    Starts as the identity: k = 0.
-    The product is taken through float32 Fourier transforms along S.    Source: Chen et al. 2025, eq. 5.
+    Shapes: x (..., I) -> y (..., O); kernels k (O / S, I / S, S). Starts as the identity: k = 0. The product is
+    computed with float32 Fourier transforms along S. Source: Chen et al. 2025, eq. 5.
     """
 
     kernels: nn.Parameter
@@ -43,14 +43,14 @@ class C3a(LayerAdapter[C3aSettings]):
 
 
 def _conflicts(settings: C3aSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    return undivided("block_size", settings.block_size, targets, inputs=True)
+    return divisor_conflicts("block_size", settings.block_size, targets, inputs=True)
 
 
 FIXED: Fixed = {"bias": ("none",), "block_size_pattern": ({}, None), "init_weights": (True, ANY)}
 METHOD = Method(
-    peft=PeftSide("C3A", C3aSettings, named_alike(block_size=256), FIXED, absent=frozenset({"exclude_modules"})),
+    peft=PeftSide("C3A", C3aSettings, same_names(block_size=256), FIXED, absent=frozenset({"exclude_modules"})),
     layer=C3a,
     tensors=("c3a_kernel",),
-    is_linear=always,
+    is_linear=always_linear,
     conflicts=_conflicts,
 )

@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning, of a decoder-only network."""
+"""Context-aware prompt tuning, for decoder-only networks."""
 
 import math
 from collections.abc import Iterator
@@ -8,26 +8,26 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import PeftConfig, Slot, Slots
 from tunekit.adapters.blocks import virtual_tokens as prompts
-from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, RecipeError
-from tunekit.files.untrusted import shown
-from tunekit.machine.placing import placed
+from tunekit.files.untrusted import printable
+from tunekit.machine.placing import to_device
 from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 
-TYPES = 4  # input template, input, output template, output; the next example's are 4 higher
-INPUT, OUTPUT = 2, 0  # of a type modulo 4
-SMALLEST = 1e-10  # PEFT's bound for what does not move
+TYPES = 4  # input template, input, output template, output; the next example's types are higher by 4
+INPUT, OUTPUT = 2, 0  # type modulo 4
+SMALLEST = 1e-10  # PEFT's bound for vectors that do not move
 HOW = "write adapter.examples as a list of {input: ..., output: ...}"
-PAPER_WIDTH = 2048  # for which the bounds are meant
+PAPER_WIDTH = 2048  # the width for which the bounds are meant
 
 
 class Cpt(prompts.VirtualTokens[CptSettings]):
-    """P = E + projected(delta), E the base's embeddings of the examples; |delta_i| <= epsilon_i.
+    """P = E + projected(delta), with the base's embeddings E of the examples; |delta_i| <= epsilon_i.
 
-    Shapes: P, E, delta (P, D); epsilon (P,).    Starts away from the base, with the examples before each row.
-    The projection passes the gradient as it is; that of what may not move is 0.
+    Shapes: P, E, delta (P, D); epsilon (P,). Not the identity at the start: the examples come before each row. The
+    projection passes the gradient unchanged; vectors that may not move get gradient 0.
     Source: Blau et al. 2024, algorithm 1.
     """
 
@@ -45,49 +45,49 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
     @classmethod
     def virtual_tokens(cls, settings: CptSettings) -> int:
         if settings.token_ids is None:
-            raise AdapterError("the examples have not been made into tokens", "give token_ids", key="adapter.examples")
+            raise AdapterError("the examples have not been tokenized", "write token_ids", key="adapter.examples")
         return len(settings.token_ids)
 
     def attach(self, net: nn.Module) -> None:
         super().attach(net)
         if prompts.is_encoder_decoder(net):
-            raise RecipeError("cpt is for decoder-only models, as PEFT's is", "use prompt", key="adapter.method")
+            raise RecipeError("cpt is only for decoder-only models, as in PEFT", "use prompt", key="adapter.method")
 
     def initialise(self, generator: Generator) -> None:
         super().initialise(generator)
         self.context.copy_(prompts.embeddings_of(self.net, self.settings.token_ids or ()))
 
     def bounds(self) -> Tensor:
-        """(P,) float32: how far each vector may move."""
+        """(P,) float32: the maximum norm of each vector's change."""
         scale = math.sqrt(prompts.width_of(self.net) / PAPER_WIDTH)
         types = torch.tensor(self.settings.token_types)  # (P,)
         within = types.remainder(TYPES)
         bounds = torch.full(types.shape, self.settings.opt_projection_format_epsilon * scale)
         bounds = torch.where(within == INPUT, self.settings.opt_projection_epsilon * scale, bounds)
-        return placed(torch.where(within == OUTPUT, SMALLEST, bounds).clamp(min=SMALLEST), self.delta.device)
+        return to_device(torch.where(within == OUTPUT, SMALLEST, bounds).clamp(min=SMALLEST), self.delta.device)
 
     def _shrink(self) -> Tensor:
-        """(P, 1) without gradient: what each row of delta is multiplied with to lie within its bound."""
+        """(P, 1) without gradient: the factor that brings each row of delta within its bound."""
         bounds = self.bounds()
         return (bounds / torch.maximum(self.delta.detach().norm(dim=1), bounds))[:, None]
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
-        if self.finished:
+        if self.from_folder:
             return self.prompt
-        types = placed(torch.tensor(self.settings.token_types), self.delta.device)
+        types = to_device(torch.tensor(self.settings.token_types), self.delta.device)
         moves = (types.remainder(TYPES) != OUTPUT)[:, None]  # (P, 1)
         delta = torch.where(moves, self.delta, self.delta.detach())
         return self.context + delta + (delta * (self._shrink() - 1)).detach()
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Keep delta within its bounds, as PEFT does before each forward."""
+        """Bring delta within its bounds, as PEFT does before each forward."""
         with torch.no_grad():
             self.delta.mul_(self._shrink())
 
     def file_fields(self) -> PeftConfig:
         ids, types = list(self.settings.token_ids or ()), list(self.settings.token_types or ())
-        mine = {"cpt_token_ids": ids, "cpt_tokens_type_mask": types, "cpt_mask": [1] * len(ids)}
-        return {**super().file_fields(), **mine, "num_virtual_tokens": len(ids), "num_transformer_submodules": 1}
+        fields = {"cpt_token_ids": ids, "cpt_tokens_type_mask": types, "cpt_mask": [1] * len(ids)}
+        return {**super().file_fields(), **fields, "num_virtual_tokens": len(ids), "num_transformer_submodules": 1}
 
 
 def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings:
@@ -95,7 +95,7 @@ def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings
     if settings.token_ids is not None:
         return settings
     if not settings.examples:
-        raise RecipeError("cpt puts examples before each row, and none are written", HOW, key="adapter.examples")
+        raise RecipeError("cpt puts examples before each row, but there are none", HOW, key="adapter.examples")
     pieces = [(tokenizer.encode(text), kind) for text, kind in _pieces(settings) if text]
     ids = tuple(token for tokens, _ in pieces for token in tokens)
     types = tuple(kind for tokens, kind in pieces for _ in tokens)
@@ -115,7 +115,7 @@ def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
 
 
 class CptSide(PeftSide[CptSettings]):
-    """PEFT's fields, of which num_virtual_tokens repeats a length."""
+    """PEFT's fields, with num_virtual_tokens as the length of token_ids."""
 
     def read(self, config: PeftConfig, file: str) -> CptSettings:
         """Our settings for PEFT's fields.
@@ -127,7 +127,7 @@ class CptSide(PeftSide[CptSettings]):
         if settings.token_ids is None:
             raise AdapterError("is missing", file=file, key="cpt_token_ids")
         if count is not None and count != len(settings.token_ids):
-            what = f"is {shown(count)}, and cpt_token_ids are {len(settings.token_ids)}"
+            what = f"is {printable(count)}, but there are {len(settings.token_ids)} cpt_token_ids"
             raise AdapterError(what, file=file, key="num_virtual_tokens")
         return settings
 
@@ -139,13 +139,13 @@ METHOD = Method(
         {
             "cpt_token_ids": ("token_ids", None),
             "cpt_tokens_type_mask": ("token_types", None),
-            **named_alike(opt_projection_epsilon=0.1, opt_projection_format_epsilon=0.1),
+            **same_names(opt_projection_epsilon=0.1, opt_projection_format_epsilon=0.1),
         },
         {
             **prompts.BASE_FIELDS,
             "num_transformer_submodules": (1,),
             "num_virtual_tokens": (None, ANY),
-            "cpt_mask": (None, ANY),  # PEFT reads it nowhere
+            "cpt_mask": (None, ANY),  # PEFT never reads it
             "opt_weighted_loss_type": ("none", ANY),  # of the training
             "opt_loss_decay_factor": (1.0, ANY),
             "tokenizer_name_or_path": (None, ANY),

@@ -1,4 +1,4 @@
-"""DeLoRA, of linear layers and Conv1D, packed or not."""
+"""DeLoRA, for linear layers and Conv1D, packed or not."""
 
 from torch import Generator, Tensor, nn
 
@@ -15,8 +15,8 @@ SMALLEST_NORM = 1e-4  # of a factor: B starts at 0
 class Delora(LowRankLayer[DeloraSettings]):
     """Decoupled update: y = W x + (strength / r) sum over i of (b_i / |b_i|) (a_i / |a_i|)^T (c * x).
 
-    Shapes: x (..., I) -> y (..., O); A (R, I) with rows a_i; B (O, R) with columns b_i; strength (1,); c (I,) the norms
-    of W's columns, taken once and saved.    Starts as the identity: B = 0.    The strength does not decay.
+    Shapes: x (..., I) -> y (..., O); A (R, I) with rows a_i; B (O, R) with columns b_i; strength (1,); c (I,) the
+    norms of W's columns, computed once and saved. Starts as the identity: B = 0. The strength does not decay.
     Source: Bini et al. 2025, eq. 6 and 8.
     """
 
@@ -50,6 +50,6 @@ FIELDS: PeftFields = {"r": ("r", 8), "delora_lambda": ("delora_lambda", 15), "mo
 FIXED: Fixed = {
     "bias": ("none",),
     "init_weights": (True, False),
-    "lambda_pattern": ({}, ANY),  # of the start; the trained strengths are in the file
+    "lambda_pattern": ({}, ANY),  # initial values; the file contains the trained ones
 }
 METHOD = Method(peft=PeftSide("DELORA", DeloraSettings, FIELDS, FIXED), layer=Delora)

@@ -1,4 +1,4 @@
-"""DoRA, of linear layers, Conv1D and embeddings, packed or not."""
+"""DoRA, for linear layers, Conv1D and embeddings, packed or not."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +19,9 @@ from tunekit.records import Target
 class Dora(Lora):
     """Magnitude and direction: y = (m / n) (W + s B A) x + bias, n = |W + s B A| per output.
 
-    Shapes: as LoRA's; m (O,), n (O,), of an embedding (D,).    Starts as the identity: B = 0 and m = |W|.
-    n is taken in float32 from the matrix as it is stored, and is a constant to the gradient (section 4.3). Weight decay
-    never touches m. Dropout acts on the update's input alone.
+    Shapes: as LoRA's; m (O,), n (O,), for an embedding (D,). Starts as the identity: B = 0 and m = |W|. n is computed
+    in float32 from the stored matrix, and is constant for the gradient (section 4.3). Weight decay never applies to m.
+    Dropout acts only on the update's input.
     Source: Liu et al. 2024, eq. 5 and 11.
     """
 
@@ -42,14 +42,14 @@ class Dora(Lora):
             self._set_magnitude()
 
     def _set_magnitude(self) -> None:
-        """m = n: neither changes W + s B A at the start."""
+        """Set m = n, since neither changes W + s B A at the start."""
         if self.base_weight().device.type == "meta":  # the values are loaded afterwards
             self.magnitude.data.fill_(1)
         else:
             self.magnitude.data.copy_(self.norm())
 
     def _norm(self, weight: Tensor) -> Tensor:
-        """|weight| (O,) over inputs; of an embedding (V, D) over the vocabulary, as PEFT has it."""
+        """|weight| (O,) over inputs; for an embedding (V, D) over the vocabulary, as in PEFT."""
         return torch.linalg.vector_norm(weight, dim=0 if self.target.kind == "embedding" else 1)
 
     @torch.no_grad()
@@ -60,22 +60,22 @@ class Dora(Lora):
 
     def adapted(self, x: Tensor) -> Tensor:
         y = self.base_output(x)  # (..., O)
-        scale, bias = self.magnitude / self.norm(), self.used_bias()  # (O,)
+        scale, bias = self.magnitude / self.norm(), self.effective_bias()  # (O,)
         unbiased = y if bias is None else y - bias.to(y.dtype)
         return y + unbiased * (scale - 1).to(y.dtype) + self.update(x).to(y.dtype) * scale.to(y.dtype)
 
-    def changed(self, weight: Tensor) -> Tensor:
-        changed = super().changed(weight)
-        scale = self.magnitude.to(weight.device) / self._norm(changed)
-        return changed * (scale if self.target.kind == "embedding" else scale[:, None])
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        merged = super().merged_weight(weight)
+        scale = self.magnitude.to(weight.device) / self._norm(merged)
+        return merged * (scale if self.target.kind == "embedding" else scale[:, None])
 
 
 def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    found = start_conflicts(settings, targets, file)
+    problems = start_conflicts(settings, targets, file)
     if settings.target_parameters:
-        what = "a fused parameter has no output to scale, and PEFT's files no place for its magnitudes"
-        found.append(Conflict("target_parameters", what, "use the method lora for it"))
-    return found
+        what = "a fused parameter has no output to scale, and PEFT's files cannot store its magnitudes"
+        problems.append(Conflict("target_parameters", what, "use the method lora for it"))
+    return problems
 
 
 PEFT = lora_side(DoraSettings, claims={"use_dora": True})

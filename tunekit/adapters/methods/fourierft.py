@@ -1,4 +1,4 @@
-"""FourierFT, of linear layers and Conv1D, packed or not."""
+"""FourierFT, for linear layers and Conv1D, packed or not."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,18 +8,18 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftSide, named_alike
-from tunekit.adapters.method import Conflict, Method, always
-from tunekit.machine.placing import placed
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftSide, same_names
+from tunekit.adapters.method import Conflict, Method, always_linear
+from tunekit.machine.placing import to_device
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 
 
 class Fourierft(DeltaLayer[FourierftSettings]):
-    """Sparse spectrum of the update: y = W x + s Re(IFFT2(F)) x, F zero but at N random indices.
+    """Sparse spectrum of the update: y = W x + s Re(IFFT2(F)) x, with F zero except at N random indices.
 
-    Shapes: x (..., I) -> y (..., O); F (O, I); coefficients (N,).    Starts as the identity: F = 0.
-    Source: Gao et al. 2024, eq. 2 to 4.
+    Shapes: x (..., I) -> y (..., O); F (O, I); coefficients (N,). Starts as the identity: F = 0. Source: Gao et al.
+    2024, eq. 2 to 4.
     """
 
     spectrum: nn.Parameter
@@ -33,13 +33,13 @@ class Fourierft(DeltaLayer[FourierftSettings]):
         outputs, inputs = self.target.out_features, self.target.in_features
         indices = _indices(outputs * inputs, self.settings.n_frequency, self.settings.random_loc_seed)
         flat = torch.zeros(outputs * inputs, dtype=spectrum.dtype, device=spectrum.device)
-        dense = flat.index_put((placed(indices, spectrum.device),), spectrum).reshape(outputs, inputs)
+        dense = flat.index_put((to_device(indices, spectrum.device),), spectrum).reshape(outputs, inputs)
         return torch.fft.ifft2(dense).real * self.settings.scaling
 
 
 @lru_cache(maxsize=64)
 def _indices(elements: int, count: int, seed: int) -> Tensor:
-    """Flat indices (N,) of the coefficients: PEFT does not save them, so they are drawn as it draws them."""
+    """Flat indices (N,) of the coefficients; PEFT does not save them, so they are drawn in its way."""
     return torch.randperm(elements, generator=Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
@@ -51,12 +51,12 @@ def _conflicts(settings: FourierftSettings, targets: Sequence[Target], file: boo
     return [Conflict("n_frequency", what, f"at most {smallest}")]
 
 
-FIELDS = named_alike(n_frequency=1000, scaling=150.0, random_loc_seed=777)
+FIELDS = same_names(n_frequency=1000, scaling=150.0, random_loc_seed=777)
 FIXED: Fixed = {**LAYER_FIXED, "init_weights": (True, ANY), "n_frequency_pattern": ({}, None)}
 METHOD = Method(
     peft=PeftSide("FOURIERFT", FourierftSettings, FIELDS, FIXED),
     layer=Fourierft,
     tensors=("fourierft_spectrum",),
-    is_linear=always,
+    is_linear=always_linear,
     conflicts=_conflicts,
 )

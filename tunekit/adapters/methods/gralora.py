@@ -1,4 +1,4 @@
-"""GraLoRA, of linear layers and Conv1D, packed or not."""
+"""GraLoRA, for linear layers and Conv1D, packed or not."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot, Slots
-from tunekit.adapters.folder.fields import LAYER_FIXED, PeftFields, PeftSide, named_alike
+from tunekit.adapters.folder.fields import LAYER_FIXED, PeftFields, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.gralora import GraloraSettings
@@ -18,8 +18,8 @@ class Gralora(LayerAdapter[GraloraSettings]):
     """Low-rank blocks: block (j, n) of the update is s B_jn A_jn, s = alpha / (r + hybrid_r), each of rank R / k.
 
     Shapes: x (..., I) -> y (..., O); A (k, I / k, R): input block n, its numbers, (output block j, rank); B (k, R, O /
-    k): output block j, (input block n, rank), its numbers.  With hybrid_r also a plain LoRA, (H, I) and (O, H).
-    Starts as the identity: B = 0.    Raises: AdapterError where k does not divide.    Source: Jung et al. 2025, eq. 6.
+    k): output block j, (input block n, rank), its numbers. With hybrid_r also a plain LoRA, (H, I) and (O, H).
+    Starts as the identity: B = 0. Raises: AdapterError if k does not divide. Source: Jung et al. 2025, eq. 6.
     """
 
     A: nn.Parameter
@@ -41,7 +41,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
         return slots
 
     def initialise(self, generator: Generator) -> None:
-        bound = 1 / math.sqrt(self.A.shape[1])  # what LoRA's start comes to for the inputs of one block
+        bound = 1 / math.sqrt(self.A.shape[1])  # LoRA's initialisation for the inputs of one block
         nn.init.uniform_(self.A, -bound, bound, generator=generator)
         nn.init.zeros_(self.B)
         if self.settings.hybrid_r:
@@ -54,7 +54,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
         return self.settings.alpha / (self.settings.r + self.settings.hybrid_r)
 
     def _blockwise(self, x: Tensor) -> Tensor:
-        """The blocks' output of inputs (..., I), without dropout and scale: (..., O)."""
+        """The blocks' output for inputs (..., I), without dropout and scale: (..., O)."""
         k = self.settings.k
         blocks = x.reshape(*x.shape[:-1], k, -1)  # (..., n, I / k)
         low = torch.einsum("...ni,nir->...nr", blocks, self.A.to(x.dtype))
@@ -63,9 +63,9 @@ class Gralora(LayerAdapter[GraloraSettings]):
         return torch.einsum("...jr,jro->...jo", low, self.B.to(x.dtype)).flatten(-2)
 
     def update(self, x: Tensor) -> Tensor:
-        update = self._blockwise(self.dropped(x))
+        update = self._blockwise(self.apply_dropout(x))
         if self.settings.hybrid_r:
-            x = self.dropped(x)
+            x = self.apply_dropout(x)
             update = update + F.linear(F.linear(x, self.plain_A.to(x.dtype)), self.plain_B.to(x.dtype))
         return update * self.scaling
 
@@ -77,7 +77,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
 
 
 FIELDS: PeftFields = {
-    **named_alike(r=32, hybrid_r=0, alpha=64),
+    **same_names(r=32, hybrid_r=0, alpha=64),
     "gralora_k": ("k", 2),
     "gralora_dropout": ("dropout", 0.0),
 }

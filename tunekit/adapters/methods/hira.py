@@ -1,4 +1,4 @@
-"""HiRA, of linear layers, Conv1D and embeddings, packed or not."""
+"""HiRA, for linear layers, Conv1D and embeddings, packed or not."""
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -14,8 +14,8 @@ from tunekit.records import Target
 class Hira(DeltaLayer[HiraSettings]):
     """Hadamard update: y = (W + W * (B A)) x.
 
-    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = W[x] +
-    W[x] * (B A)^T[x].    Starts as the identity: B = 0 (embedding: A = 0).    Source: Huang et al. 2025, eq. 3.
+    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R). For an embedding: ids x (...), A (R, V), B (D, R), y = W[x] +
+    W[x] * (B A)^T[x]. Starts as the identity: B = 0 (embedding: A = 0). Source: Huang et al. 2025, eq. 3.
     """
 
     kinds = frozenset({"linear", "conv1d", "embedding"})
@@ -38,7 +38,7 @@ class Hira(DeltaLayer[HiraSettings]):
         return self.base_weight().read(a.dtype) * (b @ a)
 
     def update(self, x: Tensor) -> Tensor:
-        return super().update(self.dropped(x))
+        return super().update(self.apply_dropout(x))
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":
@@ -47,8 +47,8 @@ class Hira(DeltaLayer[HiraSettings]):
         rows = F.embedding(x, self.A.t().to(y.dtype), self.base_layer.padding_idx)  # (..., R)
         return y + y * F.linear(rows, self.B.to(y.dtype))
 
-    def changed(self, weight: Tensor) -> Tensor:
-        factor = (self.B @ self.A).to(weight.device)  # (O, I), of an embedding (D, V)
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        factor = (self.B @ self.A).to(weight.device)  # (O, I), for an embedding (D, V)
         return weight + weight * (factor.t() if self.target.kind == "embedding" else factor)
 
 
@@ -56,6 +56,6 @@ FIELDS: PeftFields = {"r": ("r", 32), "hira_dropout": ("dropout", 0.0)}
 FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False, None, "gaussian"),
-    "rank_pattern": ({}, ANY),  # peft 0.21.2 makes every layer of rank r all the same
+    "rank_pattern": ({}, ANY),  # peft 0.21.2 ignores it: every layer has rank r
 }
 METHOD = Method(peft=PeftSide("HIRA", HiraSettings, FIELDS, FIXED), layer=Hira)

@@ -1,4 +1,4 @@
-"""HRA, of linear layers and Conv1D, packed or not."""
+"""HRA, for linear layers and Conv1D, packed or not."""
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from tunekit.records import Target
 class Hra(LayerAdapter[HraSettings]):
     """Reflected inputs: y = W H_1 ... H_R x, H_i = 1 - 2 u_i u_i^T with unit vectors u_i.
 
-    The chain is 1 - U M^-1 U^T, M = 1/2 + strict upper triangle of U^T U (or, with orthogonal vectors, U^T U / 2), so
-    that x is met by two thin products instead of R reflections.
-    Shapes: x (..., I) -> y (..., O); U (I, R).    Starts: each vector twice, which is the base to rounding, but where R
-    is odd or the vectors are made orthogonal it is not.    Weight decay changes nothing but the size of U: it spares U.
-    Source: Yuan et al. 2024, eq. 4 and 7; the compact form is of Schreiber and Van Loan 1989.
+    The chain is 1 - U M^-1 U^T, M = 1/2 + strict upper triangle of U^T U (or, with orthogonal vectors, U^T U / 2). x
+    is therefore multiplied by two thin matrices instead of R reflections.
+    Shapes: x (..., I) -> y (..., O); U (I, R). Start: each vector twice, which equals the base up to rounding, unless
+    R is odd or the vectors are made orthogonal. Weight decay would only change the size of U, so it does not apply.
+    Source: Yuan et al. 2024, eq. 4 and 7; the compact form is from Schreiber and Van Loan 1989.
     """
 
     starts_as_identity = False
@@ -39,15 +39,16 @@ class Hra(LayerAdapter[HraSettings]):
         products = unit.t() @ unit  # (R, R)
         half = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device) / 2
         inner = products / 2 if self.settings.orthogonal else products.triu(1) + half
-        return unit, torch.linalg.solve_ex(inner, unit.t())[0]  # whose error would be a wait; NaN stops the step
+        # solve would wait for an error check; NaN stops the step
+        return unit, torch.linalg.solve_ex(inner, unit.t())[0]
 
     def adapted(self, x: Tensor) -> Tensor:
-        unit, rest = (factor.to(x.dtype) for factor in self.factors())
-        return self.base_output(x - F.linear(F.linear(x, rest), unit))
+        unit, inverse = (factor.to(x.dtype) for factor in self.factors())
+        return self.base_output(x - F.linear(F.linear(x, inverse), unit))
 
-    def changed(self, weight: Tensor) -> Tensor:
-        unit, rest = (factor.to(weight.device) for factor in self.factors())
-        return weight - (weight @ unit) @ rest
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        unit, inverse = (factor.to(weight.device) for factor in self.factors())
+        return weight - (weight @ unit) @ inverse
 
 
 FIELDS: PeftFields = {"r": ("r", 8), "apply_GS": ("orthogonal", False)}

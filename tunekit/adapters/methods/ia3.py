@@ -1,4 +1,4 @@
-"""IA3, of linear layers and Conv1D, packed or not."""
+"""IA3, for linear layers and Conv1D, packed or not."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,9 +6,9 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, PeftConfig, Slot, Slots
-from tunekit.adapters.folder.fields import PeftSide, named_alike
+from tunekit.adapters.folder.fields import PeftSide, same_names
 from tunekit.adapters.folder.targets import entries_for
-from tunekit.adapters.method import Conflict, Method, always
+from tunekit.adapters.method import Conflict, Method, always_linear
 from tunekit.adapters.patterns import Patterns
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.records import Target
@@ -17,8 +17,8 @@ from tunekit.records import Target
 class Ia3(LayerAdapter[Ia3Settings]):
     """A scale of each output, y = l * (W x + b), or in the feed-forward block of each input, y = W (l * x) + b.
 
-    Shapes: x (..., I) -> y (..., O); l (O, 1), or (1, I).    Starts as the identity: l = 1.    The product is taken in
-    float32: a scale of 1.003 is 1 in bfloat16.    Source: Liu et al. 2022, section 3.3.
+    Shapes: x (..., I) -> y (..., O); l (O, 1), or (1, I). Starts as the identity: l = 1. The product is computed in
+    float32: a scale of 1.003 is 1 in bfloat16. Source: Liu et al. 2022, section 3.3.
     """
 
     scale: nn.Parameter
@@ -44,14 +44,15 @@ class Ia3(LayerAdapter[Ia3Settings]):
 
 @lru_cache(maxsize=65536)
 def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
-    """Whether the layer's inputs are scaled, as PEFT decides: any ending of the name, or the whole by an expression."""
+    """Whether the layer's inputs are scaled, with PEFT's rule: any ending of the name, or an expression for the full
+    name."""
     if isinstance(entries, str):
         return Patterns().matches(entries, name)
     return name.endswith(entries or ())
 
 
 def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Every entry for the feed-forward block must be one of a layer; in a file, shapes tell."""
+    """A conflict for each feed-forward entry that matches no adapted layer; a file's shapes are checked instead."""
     entries = settings.feedforward_modules
     how = "name layers that target_modules also names"
     return [
@@ -63,7 +64,7 @@ def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> 
 
 
 def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: PeftConfig) -> PeftConfig:
-    """PEFT wants entries of target_modules, where that is a list."""
+    """The value of feedforward_modules: PEFT requires entries of target_modules if that is a list."""
     inputs = {target.name for target in targets if is_feedforward(settings.feedforward_modules, target.name)}
     return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}
 
@@ -71,10 +72,10 @@ def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: PeftConfi
 FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
 ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("IA3", Ia3Settings, named_alike(feedforward_modules=None), FIXED, absent=ABSENT, resolve=_resolve),
+    peft=PeftSide("IA3", Ia3Settings, same_names(feedforward_modules=None), FIXED, absent=ABSENT, resolve=_resolve),
     layer=Ia3,
     tensors=("ia3_l",),
-    is_linear=always,
+    is_linear=always_linear,
     neutral=1.0,
     conflicts=_conflicts,
 )

@@ -1,10 +1,10 @@
-"""LLaMA-Adapter, PEFT's adaption prompt: the upper layers attend to trained tokens apart from all others.
+"""LLaMA-Adapter, PEFT's adaption prompt: the upper layers attend to trained tokens separately from all others.
 
-y_t = y0_t + W_o gate * softmax(q_t (W_k P)^T / sqrt(D)) (W_v P), P the layer's trained tokens, y0 the layer's own
-attention. Keys of P have no position; queries have theirs.    Shapes: P (1, N, hidden); gate (1,).
-Starts as the identity: gate = 0.    Source: Zhang et al. 2023, eq. 3 to 8, with PEFT's one gate for all heads.
+y_t = y0_t + W_o gate * softmax(q_t (W_k P)^T / sqrt(D)) (W_v P), with the layer's trained tokens P and its own
+attention y0. Keys of P have no position; queries have theirs. Shapes: P (1, N, hidden); gate (1,). Starts as the
+identity: gate = 0. Source: Zhang et al. 2023, eq. 3 to 8, with PEFT's single gate for all heads.
 
-GPT-2's output is added without W_o, as PEFT adds it.
+For GPT-2 the output is added without W_o, as in PEFT.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ from tunekit.model.call import current_call
 from tunekit.model.families import text_config
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 
-MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # of the families that PEFT knows
+MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # of the families that PEFT supports
 
 
 class FileLlamaAdapterSettings(LlamaAdapterSettings):
-    """The settings of a folder, and the name that it gives the attention modules."""
+    """A folder's settings, and its name of the attention modules."""
 
     _target_modules: str | None = None
 
@@ -49,27 +49,28 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
 
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
-        for attribute in sorted(self.declared, key=lambda name: -int(name.rpartition("_")[2])):  # the same from the top
+        # in PEFT's order, from the top layer down
+        for attribute in sorted(self.declared, key=lambda name: -int(name.rpartition("_")[2])):
             if attribute.startswith("prompt"):
                 nn.init.normal_(getattr(self, attribute), generator=generator)
 
     def attach(self, net: nn.Module) -> None:
         self.attention_name = MODULE_NAMES[text_config(net).model_type]
         self.hooks: list[RemovableHandle] = []
-        self._projected: dict[int, Tensor] = {}  # layer -> what its query projection gave, until its attention ends
+        self._projected: dict[int, Tensor] = {}  # layer -> output of its query projection, until its attention ends
         for place in _upper(self.settings, net):
             source = place.module.get_submodule("c_attn" if self.attention_name == "attn" else "q_proj")
-            self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
-            self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
+            self.hooks.append(source.register_forward_hook(self._query_hook(place.layer)))
+            self.hooks.append(place.module.register_forward_hook(self._output_hook(place), with_kwargs=True))
 
-    def _keeper(self, layer: int) -> Callable[[nn.Module, object, Tensor], None]:
-        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+    def _query_hook(self, layer: int) -> Callable[[nn.Module, object, Tensor], None]:
+        def store(module: nn.Module, inputs: object, output: Tensor) -> None:
             if not current_call().bypassed:
                 self._projected[layer] = output
 
-        return keep
+        return store
 
-    def _adder(self, place: SelfAttention) -> Callable[..., tuple[object, ...] | None]:
+    def _output_hook(self, place: SelfAttention) -> Callable[..., tuple[object, ...] | None]:
         names = parameters_of(place.module)
 
         def add(
@@ -78,11 +79,11 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
             if current_call().bypassed:
                 return None
             named = dict(zip(names, positional, strict=False)) | named
-            return (output[0] + self._attended(place, named.get("position_embeddings")), *output[1:])
+            return (output[0] + self._prompt_attention(place, named.get("position_embeddings")), *output[1:])
 
         return add
 
-    def _attended(self, place: SelfAttention, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _prompt_attention(self, place: SelfAttention, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, T, hidden) that the layer's trained tokens add."""
         module: Any = place.module
         projected = self._projected.pop(place.layer)
@@ -93,29 +94,29 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
             self._projected.pop(place.layer)
         else:
             query, keys, values = projected, module.k_proj(prompt), module.v_proj(prompt)
-        query = _by_head(query, place.width)  # (B, heads, T, D)
+        query = _split_heads(query, place.width)  # (B, heads, T, D)
         if rotation is not None:
-            query = _rotated(query, *rotation)
+            query = _rotate(query, *rotation)
         groups = query.shape[1] // place.heads
         keys, values = (
-            _by_head(part, place.width).repeat_interleave(groups, dim=1).expand(query.shape[0], -1, -1, -1)
+            _split_heads(part, place.width).repeat_interleave(groups, dim=1).expand(query.shape[0], -1, -1, -1)
             for part in (keys, values)
         )
-        seen = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
-        added = seen * getattr(self, f"gate_{place.layer}").to(seen.dtype)
+        attended = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+        added = attended * getattr(self, f"gate_{place.layer}").to(attended.dtype)
         return added if self.attention_name == "attn" else module.o_proj(added)
 
     def file_fields(self) -> PeftConfig:
         return {"target_modules": self.attention_name, "adapter_layers": len(self.declared) // 2}
 
 
-def _by_head(projected: Tensor, width: int) -> Tensor:
+def _split_heads(projected: Tensor, width: int) -> Tensor:
     """(B, T, heads * D) -> (B, heads, T, D)."""
     return projected.view(*projected.shape[:2], -1, width).transpose(1, 2)
 
 
-def _rotated(query: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The query (B, heads, T, D) at its positions, turned by cosine and sine (B, T, D)."""
+def _rotate(query: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The query (B, heads, T, D) rotated to its positions by cosine and sine (B, T, D)."""
     first, second = query.chunk(2, dim=-1)
     return query * cosine[:, None] + torch.cat([-second, first], dim=-1) * sine[:, None]
 
@@ -123,7 +124,7 @@ def _rotated(query: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention]:
     """The attention of the chosen layers.
 
-    Raises: ModelError, RecipeError or AdapterError by name.
+    Raises: ModelError, RecipeError or AdapterError with the fault.
     """
     kind = text_config(net).model_type
     if kind not in MODULE_NAMES:
@@ -132,9 +133,9 @@ def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention
     places, wanted = self_attentions(net), settings.adapter_layers
     file = settings if isinstance(settings, FileLlamaAdapterSettings) else None
     if wanted is not None and wanted > len(places):
-        what = f"{wanted} layers are asked for, and the base has {len(places)}"
+        what = f"{wanted} layers are requested, but the base has {len(places)}"
         error = AdapterError if file else RecipeError
-        raise error(what, "leave it out for all of them", key="adapter_layers" if file else "adapter.adapter_layers")
+        raise error(what, "remove it to adapt all layers", key="adapter_layers" if file else "adapter.adapter_layers")
     if file and file._target_modules not in (None, MODULE_NAMES[kind]):
         what = f"names modules that are not {kind}'s attention ({MODULE_NAMES[kind]})"
         raise AdapterError(what, "name the right base with --base", key="target_modules")
@@ -157,7 +158,7 @@ class LlamaAdapterSide(PeftSide[FileLlamaAdapterSettings]):
         missing = [name for name in ("adapter_len", "adapter_layers") if config.get(name) is None]
         problems = [Problem("is missing", "", file, None, name) for name in missing]
         if target is not None and target not in MODULE_NAMES.values():
-            problems.append(Problem("names no attention modules that PEFT knows", "", file, None, "target_modules"))
+            problems.append(Problem("is not a name of attention modules in PEFT", "", file, None, "target_modules"))
         if problems:
             raise AdapterError.of(problems)
         settings._target_modules = target
@@ -172,5 +173,5 @@ METHOD = Method(
         absent=frozenset(MODULES),
     ),
     model=LlamaAdapter,
-    unbinding=frozenset({"adapter_layers"}),  # the tensors tell
+    unbinding=frozenset({"adapter_layers"}),  # the tensors show it
 )

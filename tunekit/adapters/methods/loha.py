@@ -1,11 +1,11 @@
-"""LoHa, of linear layers and Conv1D, packed or not."""
+"""LoHa, for linear layers and Conv1D, packed or not."""
 
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.records import Target
@@ -14,8 +14,8 @@ from tunekit.records import Target
 class Loha(DeltaLayer[LohaSettings]):
     """Hadamard product of two low-rank updates: y = W x + (alpha / r) ((A1 B1) * (A2 B2)) x.
 
-    Shapes: x (..., I) -> y (..., O); A1, A2 (O, R); B1, B2 (R, I).    Starts as the identity: B2 = 0.
-    Source: Hyeon-Woo et al. 2022, eq. 3.
+    Shapes: x (..., I) -> y (..., O); A1, A2 (O, R); B1, B2 (R, I). Starts as the identity: B2 = 0. Source: Hyeon-Woo
+    et al. 2022, eq. 3.
     """
 
     a1: nn.Parameter
@@ -40,8 +40,8 @@ class Loha(DeltaLayer[LohaSettings]):
 
 FIXED: Fixed = {
     "init_weights": (True, False),
-    "module_dropout": (0.0, ANY),  # of peft's training alone, as the next one
+    "module_dropout": (0.0, ANY),  # used only in peft's training, like the next one
     "rank_dropout": (0.0, ANY),
     "use_effective_conv2d": (False, True),  # of convolutions, which are not adapted
 }
-METHOD = Method(peft=PeftSide("LOHA", LohaSettings, named_alike(r=8, alpha=8), FIXED), layer=Loha)
+METHOD = Method(peft=PeftSide("LOHA", LohaSettings, same_names(r=8, alpha=8), FIXED), layer=Loha)

@@ -1,4 +1,4 @@
-"""LoKr, of linear layers and Conv1D, packed or not."""
+"""LoKr, for linear layers and Conv1D, packed or not."""
 
 import math
 
@@ -7,18 +7,19 @@ from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.records import Target
 
 
 class Lokr(LayerAdapter[LokrSettings]):
-    """Kronecker update: y = W x + (alpha / r) (C (x) D) x, O = L K, I = M N; C and D whole, or products of two factors.
+    """Kronecker update: y = W x + (alpha / r) (C (x) D) x, O = L K, I = M N; C and D are full, or products of two
+    factors.
 
-    Shapes: x (..., I) -> y (..., O); C (L, M) or (L, R) (R, M); D (K, N) or (K, R) (R, N).  (C (x) D) x is C X D^T for
-    x seen as X (M, N): the product itself is never made.
-    Starts as the identity: C, or its left factor, is 0.    Source: Yeh et al. 2024, eq. 6.
+    Shapes: x (..., I) -> y (..., O); C (L, M) or (L, R) (R, M); D (K, N) or (K, R) (R, N). (C (x) D) x is C X D^T for
+    x reshaped to X (M, N): the Kronecker product is never computed.
+    Starts as the identity: C, or its left factor, is 0. Source: Yeh et al. 2024, eq. 6.
     """
 
     @classmethod
@@ -51,7 +52,7 @@ class Lokr(LayerAdapter[LokrSettings]):
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
-    """A whole matrix, or its two factors."""
+    """A full matrix, or its two factors."""
     first = 0.0 if name == "w1" else None
     if not rank:
         return {name: Slot(f"lokr_{name}", (rows, columns), first=first)}
@@ -60,7 +61,8 @@ def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
 
 
 def divisors(size: int, bound: int) -> tuple[int, int]:
-    """m <= n with m n = size: m is `bound` where that divides, else the largest divisor up to it and to sqrt(size)."""
+    """m <= n with m n = size: m is `bound` if that divides, otherwise the largest divisor up to it and to
+    sqrt(size)."""
     if bound > 0 and size % bound == 0:
         return bound, size // bound
     highest = math.isqrt(size) if bound == -1 else min(bound, math.isqrt(size))
@@ -68,10 +70,10 @@ def divisors(size: int, bound: int) -> tuple[int, int]:
     return smaller, size // smaller
 
 
-FIELDS = named_alike(r=8, alpha=8, decompose_both=False, decompose_factor=-1)
+FIELDS = same_names(r=8, alpha=8, decompose_both=False, decompose_factor=-1)
 FIXED: Fixed = {
     "init_weights": (True, False, "lycoris"),
-    "module_dropout": (0.0, ANY),  # of peft's training alone, as the next two
+    "module_dropout": (0.0, ANY),  # used only in peft's training, like the next two
     "rank_dropout": (0.0, ANY),
     "rank_dropout_scale": (False, True),
     "use_effective_conv2d": (False, True),  # of convolutions, which are not adapted

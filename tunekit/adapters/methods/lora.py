@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA, of linear layers, Conv1D and embeddings, packed or not."""
+"""LoRA and rsLoRA, for linear layers, Conv1D and embeddings, packed or not."""
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,16 @@ from tunekit.records import Target
 class Lora(LayerAdapter[LowRankSettings]):
     """Low-rank update: y = W x + s B A x, s = alpha / r, or alpha / sqrt(r) with rsLoRA.
 
-    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
+    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R). For an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
     (B A)^T)[x].
-    Units: alpha unitless.    Starts as the identity: B = 0 (embedding: A = 0), or as adapters/starts/ say.
+    Starts as the identity: B = 0 (embedding: A = 0), or as defined in adapters/starts/.
     Source: Hu et al. 2021, eq. 3; Kalajdzievski 2023.
     """
 
     kinds = frozenset({"linear", "conv1d", "embedding"})
     A: nn.Parameter
     B: nn.Parameter
-    own_bias: nn.Parameter  # where biases are trained: in place of the base's
+    own_bias: nn.Parameter  # if biases are trained: replaces the base's
     update_bias: nn.Parameter  # (O,) b, with lora_bias: y = W x + s (B A x + b)
     start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
     start_B: Tensor
@@ -46,7 +46,7 @@ class Lora(LayerAdapter[LowRankSettings]):
             slots["update_bias"] = Slot("lora_B.bias", (outputs,), decays=False)
         if settings.bias != "none" and target.has_bias:
             slots["own_bias"] = Slot("base_layer.bias", (outputs,), decays=False)
-        if settings.start.moves_weights:  # y = W x + s (B A - B' A') x: exactly W x at the start, and W is not touched
+        if settings.start.moves_weights:  # y = W x + s (B A - B' A') x: exactly W x at the start, and W is not changed
             slots["start_A"] = Slot("start_A", (rank, inputs), kind="resume")
             slots["start_B"] = Slot("start_B", (outputs, rank), kind="resume")
         return slots
@@ -62,7 +62,7 @@ class Lora(LayerAdapter[LowRankSettings]):
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
-        """Fill A and B as the recipe's start says, and keep what of W they hold then."""
+        """Initialise A and B by the recipe's start, and save the part of W that they then contain."""
         (rank, inputs), outputs = self.A.shape, self.B.shape[0]
         weight = self.base_weight().read
         layer = StartLayer(self.target.name, inputs, outputs, rank, self.scaling, generator, weight, evidence)
@@ -77,9 +77,9 @@ class Lora(LayerAdapter[LowRankSettings]):
         return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B; where a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
+        """A and B; if a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
 
-        So written, nothing large cancels, in whatever precision they are multiplied.
+        In this form nothing large cancels, in any precision of the product.
         """
         if "start_A" not in self.declared:
             return self.A, self.B
@@ -87,7 +87,7 @@ class Lora(LayerAdapter[LowRankSettings]):
 
     def update(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":
-            y = low_rank_update(self.dropped(x), self.factors(), self.scaling)
+            y = low_rank_update(self.apply_dropout(x), self.factors(), self.scaling)
             return y + (self.update_bias * self.scaling).to(y.dtype) if "update_bias" in self.declared else y
         a, b = (factor.to(self.base_layer.weight.dtype) for factor in self.factors())
         rows = F.embedding(x, a.t(), self.base_layer.padding_idx)  # (..., R)
@@ -95,12 +95,12 @@ class Lora(LayerAdapter[LowRankSettings]):
         return F.linear(rows, b) * scale
 
     def delta(self) -> Tensor:
-        """s B A as a change of the matrix: (O, I), of an embedding (V, D); where A and B lie."""
+        """s B A as a change of the matrix: (O, I), for an embedding (V, D); on the device of A and B."""
         a, b = self.factors()
         delta = b @ a * self.scaling
         return delta.t() if self.target.kind == "embedding" else delta
 
-    def used_bias(self) -> Tensor | None:
+    def effective_bias(self) -> Tensor | None:
         """The bias in use (O,)."""
         return self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
 

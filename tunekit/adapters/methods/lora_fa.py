@@ -1,4 +1,4 @@
-"""LoRA-FA, of linear layers and Conv1D, packed or not."""
+"""LoRA-FA, for linear layers and Conv1D, packed or not."""
 
 from dataclasses import replace
 
@@ -15,10 +15,10 @@ from tunekit.records import Target
 
 
 class LoraFa(Lora):
-    """LoRA with A frozen as it was drawn: y = W x + s B A x, B alone is trained.
+    """LoRA with its random A frozen: y = W x + s B A x, only B is trained.
 
-    The backward pass keeps A x (..., R) and not x (..., I). An embedding's A starts as 0 and so could never leave it.
-    The folder is LoRA's: nothing in it depends on what was trained.
+    The backward pass saves A x (..., R) instead of x (..., I). An embedding is excluded: its A starts as 0 and would
+    stay 0. The folder is LoRA's, and does not depend on which factors were trained.
     Source: Zhang et al. 2023, section 3.1.
     """
 
@@ -27,19 +27,19 @@ class LoraFa(Lora):
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
-        trained = super().slots(settings, target)
-        return {**trained, "A": replace(trained["A"], kind="saved")}
+        slots = super().slots(settings, target)
+        return {**slots, "A": replace(slots["A"], kind="saved")}
 
 
 class ExpertLoraFa(ExpertLora):
-    """The same of fused expert weights."""
+    """LoRA-FA of fused expert weights."""
 
     A: Tensor  # type: ignore[assignment]
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
-        trained = super().slots(settings, target)
-        return {**trained, "A": replace(trained["A"], kind="saved")}
+        slots = super().slots(settings, target)
+        return {**slots, "A": replace(slots["A"], kind="saved")}
 
 
 METHOD = replace(

@@ -1,4 +1,4 @@
-"""MiSS, of linear layers and Conv1D, packed or not."""
+"""MiSS, for linear layers and Conv1D, packed or not."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,12 @@ from tunekit.records import Target
 
 
 class Miss(LayerAdapter[MissSettings]):
-    """Shared shards: y = W x + S^T (sum over the blocks of x), x cut into blocks of R (the last one filled with zeros).
+    """Shared shards: y = W x + S^T (sum over the blocks of x), with x cut into blocks of R (the last one padded with
+    zeros).
 
-    Shapes: x (..., I) -> y (..., O); S (R, O), of mini (R, mini_r) repeated, of bat (O / R, R, R).  bat cuts W into
-    blocks W_ij (R, R) and adds W_ij S_i + S_i to each.    Starts as the identity: S = 0.
-    Raises: AdapterError where a variant's blocks do not divide the matrix.    Source: Kang and Yin 2024, eq. 3 and 5.
+    Shapes: x (..., I) -> y (..., O); S (R, O); variant mini: (R, mini_r), repeated; variant bat: (O / R, R, R). bat
+    cuts W into blocks W_ij (R, R) and adds W_ij S_i + S_i to each. Starts as the identity: S = 0.
+    Raises: AdapterError if a variant's blocks do not divide the matrix. Source: Kang and Yin 2024, eq. 3 and 5.
     """
 
     s: nn.Parameter
@@ -44,7 +45,7 @@ class Miss(LayerAdapter[MissSettings]):
     def update(self, x: Tensor) -> Tensor:
         if self.settings.variant == "bat":
             return delta_product(x, self.bat, self.s)
-        x = F.pad(self.dropped(x), (0, -x.shape[-1] % self.s.shape[0]))
+        x = F.pad(self.apply_dropout(x), (0, -x.shape[-1] % self.s.shape[0]))
         x = x.reshape(*x.shape[:-1], -1, self.s.shape[0]).sum(-2)  # (..., R)
         return x @ self.shard().to(x.dtype)
 
@@ -52,7 +53,7 @@ class Miss(LayerAdapter[MissSettings]):
         """The update (O, I) of this layer's own matrix."""
         return _bat(self.base_weight().read(s.dtype), s)
 
-    def changed(self, weight: Tensor) -> Tensor:
+    def merged_weight(self, weight: Tensor) -> Tensor:
         if self.settings.variant == "bat":
             return weight + _bat(weight, self.s.to(weight.device))
         shard = self.shard().t().to(weight.device)  # (O, R)
@@ -60,7 +61,7 @@ class Miss(LayerAdapter[MissSettings]):
 
 
 def _bat(weight: Tensor, s: Tensor) -> Tensor:
-    """W_ij S_i + S_i of every block, as one matrix (O, I)."""
+    """W_ij S_i + S_i of all blocks, as one matrix (O, I)."""
     rank = s.shape[-1]
     blocks = weight.reshape(-1, rank, weight.shape[1] // rank, rank).transpose(1, 2)  # (O / R, I / R, R, R)
     return (blocks @ s[:, None] + s[:, None]).transpose(1, 2).reshape(weight.shape)
@@ -68,7 +69,7 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MissSide(PeftSide[MissSettings]):
-    """PEFT names the variant by init_weights, where the plain one is true (or false, which only starts elsewhere)."""
+    """PEFT names the variant in init_weights; the plain one is true (or false, which only initialises differently)."""
 
     def write(self, settings: MissSettings) -> PeftConfig:
         written = super().write(settings)

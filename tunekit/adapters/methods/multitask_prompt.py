@@ -1,4 +1,4 @@
-"""Multitask prompt tuning, of any network with a token embedding."""
+"""Multitask prompt tuning, for any network with a token embedding."""
 
 from dataclasses import replace
 
@@ -6,21 +6,28 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot, Slots
-from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIELDS, START_FIELDS, VirtualTokens, started, width_of
+from tunekit.adapters.blocks.virtual_tokens import (
+    ABSENT,
+    FIELDS,
+    START_FIELDS,
+    VirtualTokens,
+    initial_vectors,
+    width_of,
+)
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.methods.prompt import METHOD as PROMPT
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 
-SPREAD = 0.02  # of the tasks' factors at the start, PEFT's
+SPREAD = 0.02  # initial standard deviation of the tasks' factors, as in PEFT
 
 
 class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
     """P_task = P * (C_task R_task), element by element.
 
-    Shapes: P (P, D); C (tasks, P, R); R (tasks, R, D).    A call may name each row's task as task_ids (B,); else all
-    are of settings.task.    In an encoder-decoder the second half of P stands before the decoder.
+    Shapes: P (P, D); C (tasks, P, R); R (tasks, R, D). A call may pass each row's task as task_ids (B,); by default
+    all rows belong to settings.task. In an encoder-decoder the second half of P is for the decoder.
     Source: Wang et al. 2023, eq. 1.
     """
 
@@ -43,7 +50,7 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         return cls.slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
-        self.prompt.data.copy_(started(self.net, self.settings, self.prompt.shape[0], generator))
+        self.prompt.data.copy_(initial_vectors(self.net, self.settings, self.prompt.shape[0], generator))
         nn.init.normal_(self.columns, std=SPREAD, generator=generator)
         nn.init.normal_(self.rows, std=SPREAD, generator=generator)
 
@@ -51,17 +58,17 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         if tasks is None:
             return self.prompt * (self.columns[self.settings.task] @ self.rows[self.settings.task])
         if bool(((tasks < 0) | (tasks >= self.settings.num_tasks)).any()):
-            raise AdapterError(f"a row is of a task that is not there: {self.settings.num_tasks} tasks have a matrix")
+            raise AdapterError(f"a row belongs to an unknown task: there are {self.settings.num_tasks} tasks")
         return self.prompt * torch.bmm(self.columns[tasks], self.rows[tasks])  # (B, P, D)
 
     @classmethod
     def may_differ(cls, settings: MultitaskPromptSettings) -> frozenset[str]:
         return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
 
-    def taken_over(self, tensors: Tensors) -> Tensors:
-        """PEFT's EXACT_SOURCE_TASK (a number), AVERAGE_SOURCE_TASKS and ONLY_SOURCE_SHARED (none).
+    def continued_state(self, tensors: Tensors) -> Tensors:
+        """Implements PEFT's EXACT_SOURCE_TASK (a number), AVERAGE_SOURCE_TASKS and ONLY_SOURCE_SHARED (none).
 
-        Raises: AdapterError where the folder has no such task.
+        Raises: AdapterError if the folder has no such task.
         """
         chosen, factors = self.settings.init_from_tasks, ("prefix_task_cols", "prefix_task_rows")
         if chosen == "all":
@@ -70,14 +77,14 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
             return {**tensors, **{name: self.state()[name].detach() for name in factors}}
         if chosen == "average":
             return {**tensors, **{name: tensors[name].mean(0, keepdim=True) for name in factors}}
-        there = len(tensors[factors[0]])
-        if chosen >= there:
-            what = f"the folder has {there} tasks, counted from 0, and none is number {chosen}"
-            raise AdapterError(what, "choose another", key="adapter.init_from_tasks")
+        count = len(tensors[factors[0]])
+        if chosen >= count:
+            what = f"the folder has the tasks 0 to {count - 1}, so there is no task {chosen}"
+            raise AdapterError(what, "choose one of them", key="adapter.init_from_tasks")
         return {**tensors, **{name: tensors[name][chosen : chosen + 1] for name in factors}}
 
-    def exported(self) -> Tensors:
-        """The factors as they are: a file serves all tasks."""
+    def file_tensors(self) -> Tensors:
+        """The trained factors: a file serves all tasks."""
         return self.state(("trained",))
 
 
@@ -89,11 +96,11 @@ METHOD = replace(
         {**FIELDS, "num_ranks": ("num_ranks", 1), "num_tasks": ("num_tasks", 1)},
         {
             **START_FIELDS,
-            "prompt_tuning_init_state_dict_path": (None, ANY),  # a file of the machine that trained it: never followed
+            "prompt_tuning_init_state_dict_path": (None, ANY),  # a file on the training machine: never read
             "prompt_tuning_init_task": (0, ANY),
         },
         absent=ABSENT,
     ),
     model=MultitaskPrompt,
-    unbinding=PROMPT.unbinding | {"task", "init_from_tasks"},  # a folder holds all tasks
+    unbinding=PROMPT.unbinding | {"task", "init_from_tasks"},  # a folder contains all tasks
 )

@@ -1,10 +1,10 @@
-"""OFT, of linear layers and Conv1D, packed or not."""
+"""OFT, for linear layers and Conv1D, packed or not."""
 
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot, Slots
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
-from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.records import Target
@@ -14,7 +14,7 @@ class Oft(LayerAdapter[OftSettings]):
     """Rotated inputs: y = W R^T x, R block-diagonal, each block the Cayley transform of a skew-symmetric Q.
 
     Shapes: x (..., I) -> y (..., O); upper triangles of Q (blocks, b (b - 1) / 2), blocks * b = I; one if shared.
-    Starts as the identity: Q = 0, R = I.    R is made in float32 and cast to x's dtype.  The matrix W is never read.
+    Starts as the identity: Q = 0, R = I. R is computed in float32 and cast to x's dtype. The matrix W is never read.
     Source: Qiu et al. 2023, eq. 4; Qiu et al. 2025, eq. 5 (the series).
     """
 
@@ -36,26 +36,26 @@ class Oft(LayerAdapter[OftSettings]):
     def adapted(self, x: Tensor) -> Tensor:
         return self.base_output(rotate_blocks(x, self.rotation().to(x.dtype)))
 
-    def changed(self, weight: Tensor) -> Tensor:
+    def merged_weight(self, weight: Tensor) -> Tensor:
         return rotate_blocks(weight, self.rotation().to(weight.device).transpose(-1, -2))
 
 
 def block_size(settings: OftSettings, inputs: int) -> int:
-    """b: what the settings say, or the divisor of `inputs` nearest to it (the smaller of two), as peft takes it."""
+    """b: the setting, or the divisor of `inputs` nearest to it (the smaller of two), as in peft."""
     wanted = min(settings.block_size or settings.blocks, inputs)
-    found = min((d for d in range(1, inputs + 1) if inputs % d == 0), key=lambda d: (abs(d - wanted), d))
-    return found if settings.block_size else inputs // found
+    divisor = min((d for d in range(1, inputs + 1) if inputs % d == 0), key=lambda d: (abs(d - wanted), d))
+    return divisor if settings.block_size else inputs // divisor
 
 
 FIELDS: PeftFields = {
     "r": ("blocks", 0),
     "oft_block_size": ("block_size", 32),
-    **named_alike(block_share=False, use_cayley_neumann=True, num_cayley_neumann_terms=5),
+    **same_names(block_share=False, use_cayley_neumann=True, num_cayley_neumann_terms=5),
 }
 FIXED: Fixed = {
     **LAYER_FIXED,
     "coft": (False,),
     "eps": (6e-5, ANY),  # of coft
-    "module_dropout": (0.0, ANY),  # of peft's training alone
+    "module_dropout": (0.0, ANY),  # used only in peft's training
 }
 METHOD = Method(peft=PeftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft, tensors=("oft_R.weight",))

@@ -1,4 +1,4 @@
-"""P-tuning, of any network with a token embedding."""
+"""P-tuning, for any network with a token embedding."""
 
 from itertools import pairwise
 
@@ -19,8 +19,7 @@ GATES = 4  # of an LSTM's cell
 class PTuning(prompts.VirtualTokens[PTuningSettings]):
     """P = head(E), where the head is an MLP, or an MLP over a bidirectional LSTM that reads the rows of E in order.
 
-    Shapes: E (P, D) -> (P, D); hidden width H.    Folders hold P, which is all that is left there.
-    Source: Liu et al. 2021, eq. 3.
+    Shapes: E (P, D) -> (P, D); hidden width H. Folders contain only P. Source: Liu et al. 2021, eq. 3.
     """
 
     table: nn.Parameter
@@ -33,7 +32,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         sizes = [2 * hidden, 2 * hidden, width] if lstm else [width, hidden, hidden, width]
         shapes = {"table": ("embedding.weight", (table, width)), **(_lstm(settings, width, hidden) if lstm else {})}
         for number, (inputs, outputs) in enumerate(pairwise(sizes)):
-            place = f"mlp_head.{2 * number}"  # ReLUs stand between
+            place = f"mlp_head.{2 * number}"  # with ReLUs between
             shapes[f"weight_{number}"] = (f"{place}.weight", (outputs, inputs))
             shapes[f"bias_{number}"] = (f"{place}.bias", (outputs,))
         return {
@@ -42,7 +41,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         }
 
     def initialise(self, generator: Generator) -> None:
-        """As torch starts an Embedding, an LSTM and Linear layers."""
+        """Initialise like torch's Embedding, LSTM and Linear layers."""
         nn.init.normal_(self.table, generator=generator)
         hidden = self.settings.encoder_hidden_size or prompts.width_of(self.net)
         for name in self.declared:
@@ -53,38 +52,38 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
                 nn.init.uniform_(tensor, -bound, bound, generator=generator)
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
-        return self._encoded(self.settings.encoder_dropout if self.net.training else 0.0)
+        return self._encode(self.settings.encoder_dropout if self.net.training else 0.0)
 
-    def _encoded(self, dropout: float) -> Tensor:
+    def _encode(self, dropout: float) -> Tensor:
         """(P, D)."""
-        if self.finished:
+        if self.from_folder:
             return self.prompt
         rows: Tensor = self.table
         recurrent = [getattr(self, name) for name in self.declared if name.startswith("lstm_")]
         if recurrent:
             layers, drops = self.settings.encoder_num_layers, dropout > 0
             start = rows.new_zeros(2 * layers, 1, recurrent[1].shape[1])
-            found = torch.lstm(rows[None], (start, start), recurrent, True, layers, dropout, drops, True, True)
-            rows = found[0][0]  # (P, 2 H)
+            output = torch.lstm(rows[None], (start, start), recurrent, True, layers, dropout, drops, True, True)
+            rows = output[0][0]  # (P, 2 H)
         last = max(int(name.rpartition("_")[2]) for name in self.declared if name.startswith("weight_"))
         for number in range(last + 1):
             rows = F.linear(rows, getattr(self, f"weight_{number}"), getattr(self, f"bias_{number}"))
             rows = rows if number == last else F.relu(rows)
         return rows
 
-    def exported(self) -> Tensors:
-        """Without dropout, whatever mode the network is in."""
-        return {prompts.IN_FILES: self._encoded(0.0).detach()}
+    def file_tensors(self) -> Tensors:
+        """Without dropout, in train and eval mode."""
+        return {prompts.IN_FILES: self._encode(0.0).detach()}
 
     def file_fields(self) -> PeftConfig:
         names = ("encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout")
-        own = {name: getattr(self.settings, name) for name in names}
+        encoder = {name: getattr(self.settings, name) for name in names}
         hidden = self.settings.encoder_hidden_size or prompts.width_of(self.net)
-        return {**super().file_fields(), **own, "encoder_hidden_size": hidden}
+        return {**super().file_fields(), **encoder, "encoder_hidden_size": hidden}
 
 
 def _lstm(settings: PTuningSettings, width: int, hidden: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """torch's names and shapes of a bidirectional LSTM, in the order in which it takes them."""
+    """torch's names and shapes of a bidirectional LSTM, in torch's order."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer in range(settings.encoder_num_layers):
         for direction, ending in enumerate(("", "_reverse")):

@@ -1,11 +1,11 @@
-"""Prefix tuning: every layer attends to P trained keys and values that stand before those of its tokens.
+"""Prefix tuning: every layer attends to P trained keys and values before those of its tokens.
 
-o_t = softmax(q_t [K_prefix; K_1..t]^T) [V_prefix; V_1..t], the tokens at the positions P, P + 1 and so on.
+o_t = softmax(q_t [K_prefix; K_1..t]^T) [V_prefix; V_1..t], with the tokens at the positions P, P + 1 and so on.
 Shapes: (P, L * 2 * H * D) for L layers of H key heads of width D; one row is a virtual token: layer by layer its keys,
-then its values.    Starts as the base behind a real text, where it is made of one.    Source: Li and Liang 2021.
+then its values. If initialised from a text, it starts as the base after that text. Source: Li and Liang 2021.
 
-With a projection the trained state is an embedding E (P, H * D) and two layers: prefix = W2 tanh(W1 E + b1) + b2; it is
-in checkpoints. PEFT's files hold the prefix that comes of it, and are read as that.
+With a projection the trained state is an embedding E (P, H * D) and two layers: prefix = W2 tanh(W1 E + b1) + b2;
+checkpoints contain it. PEFT's files contain the resulting prefix, and are read without a projection.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import ModelAdapter, PeftConfig, Slot, Slots
-from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIRST_VALUES, IN_FILES, is_encoder_decoder, repeated
+from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIRST_VALUES, IN_FILES, cycled_ids, is_encoder_decoder
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tensors, Tokenizer
@@ -25,17 +25,18 @@ from tunekit.model.attention.self_attention import SelfAttention, decoder, self_
 from tunekit.model.call import calling, current_call
 from tunekit.recipe.adapters.prefix import INIT_TEXT, PrefixSettings
 
-SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")  # PEFT's facts of the base
+# facts about the base in PEFT's configuration
+SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
 
 
 class FilePrefixSettings(PrefixSettings):
-    """The settings of a folder, and what its configuration says of the base: compared with it, and nothing more."""
+    """A folder's settings, and its facts about the base, which are only compared."""
 
     _facts: tuple[tuple[str, int], ...] = ()
 
 
 class Prefix(ModelAdapter[PrefixSettings]):
-    """Keys and values before every layer's own; a part of no layer, so that one tensor holds all of them."""
+    """Keys and values before every layer's own. It belongs to no layer, so one tensor contains all of them."""
 
     starts_as_identity = False
 
@@ -77,21 +78,21 @@ class Prefix(ModelAdapter[PrefixSettings]):
         self.__dict__["net"] = net  # not a submodule of its own adapter
         self.places = self_attentions(net)
         self.shared_rows = is_encoder_decoder(net)
-        self._made: Tensor | None = None
-        # A recomputed layer takes what this made.
-        before = decoder(net).register_forward_pre_hook(lambda *_: self._make())
+        self._computed_prefix: Tensor | None = None
+        # Recomputed layers use its result.
+        before = decoder(net).register_forward_pre_hook(lambda *_: self._prepare())
         self.hooks = [before, *enter(net, self.places, self.settings.num_virtual_tokens, self.keys_values)]
 
     @property
     def projected(self) -> bool:
-        """Whether the prefix is computed."""
+        """Whether the prefix is computed by a projection."""
         return "prefix" not in self.declared
 
-    def _make(self) -> None:
-        self._made = self._computed() if self.projected and not current_call().bypassed else None
+    def _prepare(self) -> None:
+        self._computed_prefix = self._compute() if self.projected and not current_call().bypassed else None
 
-    def _computed(self) -> Tensor:
-        """(P, L * 2 * H * D), as files hold it."""
+    def _compute(self) -> Tensor:
+        """(P, L * 2 * H * D), as in files."""
         if not self.projected:
             return self.prefix
         return F.linear(torch.tanh(F.linear(self.embedding, self.inner, self.inner_bias)), self.outer, self.outer_bias)
@@ -99,15 +100,15 @@ class Prefix(ModelAdapter[PrefixSettings]):
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """(H, P, D) keys and values of one layer.
 
-        In an encoder-decoder PEFT deals the rows out to self-attention and cross-attention in turn and drops the
-        latter's, so that layer i has those of 2 i, counted round.
+        In an encoder-decoder PEFT assigns the rows to self-attention and cross-attention in turn and ignores the
+        latter's, so that layer i has the rows 2 i (modulo the number of layers).
         """
-        made = self._made
-        if made is None or (torch.is_grad_enabled() and not made.requires_grad):  # made where no gradient was asked for
-            made = self._computed()
+        prefix = self._computed_prefix
+        if prefix is None or (torch.is_grad_enabled() and not prefix.requires_grad):  # computed without a gradient
+            prefix = self._compute()
         row = 2 * layer % len(self.places) if self.shared_rows else layer
         place = self.places[layer]
-        rows = made.view(made.shape[0], len(self.places), 2, place.heads, place.width)[:, row]
+        rows = prefix.view(prefix.shape[0], len(self.places), 2, place.heads, place.width)[:, row]
         keys, values = rows.permute(1, 2, 0, 3)
         return keys, values
 
@@ -115,7 +116,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
         start = self.settings.first_values
         if start == "text":
             with torch.no_grad():
-                self.prefix.copy_(self._of_text())
+                self.prefix.copy_(self._from_text())
         elif self.projected:
             self._initialise_projection(generator)
             if start == "zero":
@@ -127,28 +128,28 @@ class Prefix(ModelAdapter[PrefixSettings]):
             nn.init.normal_(self.prefix, generator=generator)
 
     def _initialise_projection(self, generator: torch.Generator) -> None:
-        """As torch starts an Embedding and two Linear layers."""
+        """Initialise like torch's Embedding and two Linear layers."""
         nn.init.normal_(self.embedding, generator=generator)
         for weight, bias in ((self.inner, self.inner_bias), (self.outer, self.outer_bias)):
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(weight, -bound, bound, generator=generator)
             nn.init.uniform_(bias, -bound, bound, generator=generator)
 
-    def _of_text(self) -> Tensor:
+    def _from_text(self) -> Tensor:
         """(P, L * 2 * H * D): the base's own keys and values of the tokens, repeated or cut to P."""
         ids = self.settings.init_ids
         if ids is None:
-            what = "the text of the prefix has not been made into tokens"
-            raise AdapterError(what, "give init_ids", key="adapter.init")
+            what = "the prefix's text has not been tokenized"
+            raise AdapterError(what, "write init_ids", key="adapter.init")
         length = self.settings.num_virtual_tokens
-        tokens = torch.tensor([repeated(ids, length)])  # (1, P)
+        tokens = torch.tensor([cycled_ids(ids, length)])  # (1, P)
         with calling(replace(current_call(), bypassed=True)):
-            found = keys_and_values(self.net, self.places, tokens)
-        rows = [part.transpose(0, 1).reshape(length, -1) for pair in found for part in pair]  # (P, H * D) each
+            pairs = keys_and_values(self.net, self.places, tokens)
+        rows = [part.transpose(0, 1).reshape(length, -1) for pair in pairs for part in pair]  # (P, H * D) each
         return torch.cat(rows, dim=1)
 
-    def exported(self) -> Tensors:
-        return {IN_FILES: self._computed().detach()}
+    def file_tensors(self) -> Tensors:
+        return {IN_FILES: self._compute().detach()}
 
     def file_fields(self) -> PeftConfig:
         facts = _facts(self.net, self.places)
@@ -156,39 +157,42 @@ class Prefix(ModelAdapter[PrefixSettings]):
 
 
 def _facts(net: nn.Module, places: list[SelfAttention]) -> dict[str, int]:
-    """What PEFT's configuration says of the base."""
+    """Facts about the base in PEFT's configuration."""
     heads, width = places[0].heads, places[0].width
     return dict(zip(SHAPES, (heads * width, heads, len(places), 2 if is_encoder_decoder(net) else 1), strict=True))
 
 
 def _compare(settings: PrefixSettings, net: nn.Module, places: list[SelfAttention]) -> None:
-    """Raises: AdapterError with every fact of a folder that is not this base's; RecipeError for a senseless start."""
+    """Raises: AdapterError with every fact of a folder that does not match this base; RecipeError for an invalid
+    start."""
     facts = _facts(net, places)
     if isinstance(settings, FilePrefixSettings):
         wrong = [
-            Problem(f"is {value}, and this base needs {facts[name]}", "name the right base with --base", key=name)
+            Problem(f"is {value}, but this base needs {facts[name]}", "name the right base with --base", key=name)
             for name, value in settings._facts
             if value != facts[name]
         ]
         if wrong:
             raise AdapterError.of(wrong)
     elif settings.first_values == "text" and is_encoder_decoder(net):
-        what = "an encoder-decoder's prefix cannot be made of a text: PEFT's format gives two layers the same one"
+        what = "an encoder-decoder's prefix cannot be initialised from a text: in PEFT's format two layers share one"
         raise RecipeError(what, "write init: random", key="adapter.init")
 
 
 def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSettings:
-    """The settings with init_text as ids, behind the token that begins texts, where the tokenizer puts one there."""
+    """The settings with init_text as ids, after the tokenizer's begin token if it adds one to texts."""
     if settings.first_values != "text" or settings.init_ids is not None:
         return settings
     ids = tokenizer.encode(settings.init_text or INIT_TEXT)
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    more = ids * (settings.num_virtual_tokens // max(1, len(ids)) + 1)  # the beginning is not repeated with the text
-    return settings.model_copy(update={"init_ids": tuple(begin + more)[: settings.num_virtual_tokens]})
+    repeated_ids = ids * (
+        settings.num_virtual_tokens // max(1, len(ids)) + 1
+    )  # the begin token is not repeated with the text
+    return settings.model_copy(update={"init_ids": tuple(begin + repeated_ids)[: settings.num_virtual_tokens]})
 
 
 class PrefixSide(PeftSide[FilePrefixSettings]):
-    """PEFT's fields, of which some tell about the base and are compared with it later."""
+    """PEFT's fields, some of which are facts about the base to be compared later."""
 
     def read(self, config: PeftConfig, file: str) -> FilePrefixSettings:
         """Our settings for PEFT's fields.
@@ -209,7 +213,7 @@ METHOD = Method(
         "PREFIX_TUNING",
         FilePrefixSettings,
         fields={"num_virtual_tokens": ("num_virtual_tokens", None)},
-        # A file holds a plain prefix, however it was computed.
+        # A file contains a plain prefix, in whatever way it was computed.
         fixed={
             "prefix_projection": (False, True),
             "encoder_hidden_size": (None, ANY),

@@ -1,4 +1,4 @@
-"""Prompt tuning, of any network with a token embedding."""
+"""Prompt tuning, for any network with a token embedding."""
 
 from torch import Generator, nn
 
@@ -10,9 +10,9 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 
 
 class PromptTuning(prompts.VirtualTokens[PromptSettings]):
-    """The vectors themselves are trained; of an encoder-decoder the encoder has them.
+    """Trains the vectors themselves; in an encoder-decoder they are for the encoder.
 
-    Shapes: (P, D).    Starts away from the base: something stands before each row.    Source: Lester et al. 2021.
+    Shapes: (P, D). Not the identity at the start, because vectors come before each row. Source: Lester et al. 2021.
     """
 
     @classmethod
@@ -20,7 +20,7 @@ class PromptTuning(prompts.VirtualTokens[PromptSettings]):
         return cls.file_slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
-        self.prompt.data.copy_(prompts.started(self.net, self.settings, self.prompt.shape[0], generator))
+        self.prompt.data.copy_(prompts.initial_vectors(self.net, self.settings, self.prompt.shape[0], generator))
 
 
 METHOD = Method(

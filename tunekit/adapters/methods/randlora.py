@@ -1,4 +1,4 @@
-"""RandLoRA, of linear layers and Conv1D, packed or not."""
+"""RandLoRA, for linear layers and Conv1D, packed or not."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot, Slots
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot, ternary
-from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.randlora import RandloraSettings
 from tunekit.records import Target
 
 
 class RandloraProjections(SharedPart[RandloraSettings]):
-    """The frozen random A (R, 1, S) and B (L, N, R): S and L the smaller and the larger of the largest input and the
-    largest output, N matrices of rank R making S together. Both are scaled to a standard deviation of 1."""
+    """The frozen random A (R, 1, S) and B (L, N, R). S and L are the smaller and the larger of the maximum input and
+    output size; N matrices of rank R together have rank S. Both are scaled to a standard deviation of 1."""
 
     A: Tensor
     B: Tensor
@@ -46,11 +46,11 @@ class RandloraProjections(SharedPart[RandloraSettings]):
 
 
 class Randlora(LayerAdapter[RandloraSettings]):
-    """Scaled sums of random updates: y = W x + (alpha / r) B (lambda * A * gamma) x, and transposed where O < I.
+    """Scaled sums of random updates: y = W x + (alpha / r) B (lambda * A * gamma) x, transposed if O < I.
 
     Shapes: x (..., I) -> y (..., O); s the smaller and l the larger of I and O; N = s / R rounded up; lambda (R, N);
-    gamma (N, s); lambda * A * gamma (R N, s); B (l, N R).    Starts as the identity: lambda = 0.
-    Source: Albert et al. 2025, eq. 4.
+    gamma (N, s); lambda * A * gamma (R N, s); B (l, N R). Starts as the identity: lambda = 0. Source: Albert et al.
+    2025, eq. 4.
     """
 
     shared: RandloraProjections
@@ -67,7 +67,7 @@ class Randlora(LayerAdapter[RandloraSettings]):
         }
 
     def factors(self, lambdas: Tensor, gammas: Tensor) -> tuple[Tensor, Tensor]:
-        """What x meets first (N R, I), and second (O, N R), in the dtype of `lambdas`."""
+        """The first factor of the update (N R, I) and the second one (O, N R), in the dtype of `lambdas`."""
         bases, small = gammas.shape
         large = max(self.target.in_features, self.target.out_features)
         a, b = self.shared.A[:, :, :small].to(lambdas), self.shared.B[:large, :bases].to(lambdas)
@@ -78,7 +78,7 @@ class Randlora(LayerAdapter[RandloraSettings]):
 
     def update(self, x: Tensor) -> Tensor:
         first, second = self.factors(self.lambdas.to(x.dtype), self.gammas.to(x.dtype))
-        low = F.linear(self.dropped(x), first)  # (..., N R)
+        low = F.linear(self.apply_dropout(x), first)  # (..., N R)
         return F.linear(low, second) * (self.settings.alpha / self.settings.r)
 
     def delta(self) -> Tensor:
@@ -87,7 +87,7 @@ class Randlora(LayerAdapter[RandloraSettings]):
 
 
 FIELDS = {
-    **named_alike(r=32, projection_prng_key=0, save_projection=True, sparse=False, very_sparse=False),
+    **same_names(r=32, projection_prng_key=0, save_projection=True, sparse=False, very_sparse=False),
     "randlora_alpha": ("alpha", 640),
     "randlora_dropout": ("dropout", 0.0),
 }

@@ -1,4 +1,4 @@
-"""RoAd, of linear layers and Conv1D, packed or not."""
+"""RoAd, for linear layers and Conv1D, packed or not."""
 
 from collections.abc import Sequence
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot, Slots
-from tunekit.adapters.blocks.divisors import undivided
-from tunekit.adapters.folder.fields import ANY, PeftSide, named_alike
+from tunekit.adapters.blocks.divisors import divisor_conflicts
+from tunekit.adapters.folder.fields import ANY, PeftSide, same_names
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.records import Target
 
-NUMBERS_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # of angles, and as many scales
+NUMBERS_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # of angles, and equally many scales
 
 
 class Road(LayerAdapter[RoadSettings]):
     """Rotated and scaled pairs of outputs: y = R (W x + b), R (p, q) = a (cos(t) p - sin(t) q, sin(t) p + cos(t) q).
 
-    p is an output of the first half of a group, q its partner in the second. road_1: one a and t per pair; road_2: one
-    for each of the two results; road_4: one for each of the four terms.
-    Shapes: x (..., I) -> y (..., O).    Starts as the identity: t = 0, a = 1.    Taken in float32, as IA3's scale is.
+    p is an output of the first half of a group, q its partner in the second half. road_1: one a and t per pair;
+    road_2: one for each of the two results; road_4: one for each of the four terms.
+    Shapes: x (..., I) -> y (..., O). Starts as the identity: t = 0, a = 1. Computed in float32, like IA3's scale.
     Source: Liao and Monz 2024, eq. 3 and 4.
     """
 
@@ -45,32 +45,32 @@ class Road(LayerAdapter[RoadSettings]):
             theta, alpha = (t.reshape(-1, 1, half).expand(-1, 2, -1).flatten() for t in (theta, alpha))
         return alpha * theta.cos(), alpha * theta.sin()
 
-    def rotated(self, y: Tensor) -> Tensor:
+    def rotate(self, y: Tensor) -> Tensor:
         """R y over the last dimension, in y's dtype."""
-        own, partner = self.columns()
+        factor, partner_factor = self.columns()
         halves = y.reshape(*y.shape[:-1], -1, 2, self.settings.group_size // 2)
         swapped = torch.stack((-halves[..., 1, :], halves[..., 0, :]), dim=-2).reshape(y.shape)
-        return (y * own + swapped * partner).to(y.dtype)
+        return (y * factor + swapped * partner_factor).to(y.dtype)
 
     def adapted(self, x: Tensor) -> Tensor:
-        return self.rotated(self.base_layer(x))
+        return self.rotate(self.base_layer(x))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            turned = self.rotated(weight.to(self.theta.device).t()).t().contiguous().to(weight.device)
-            return turned, None if bias is None else self.rotated(bias.float().to(self.theta.device)).to(weight.device)
+            rotated = self.rotate(weight.to(self.theta.device).t()).t().contiguous().to(weight.device)
+            return rotated, None if bias is None else self.rotate(bias.float().to(self.theta.device)).to(weight.device)
 
 
 def _conflicts(settings: RoadSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     if settings.group_size % 2:
         return [Conflict("group_size", f"{settings.group_size} is odd", "write an even number")]
-    return undivided("group_size", settings.group_size, targets, inputs=False)
+    return divisor_conflicts("group_size", settings.group_size, targets, inputs=False)
 
 
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
     peft=PeftSide(
-        "ROAD", RoadSettings, named_alike(variant="road_1", group_size=64), {"init_weights": (True, ANY)}, absent=ABSENT
+        "ROAD", RoadSettings, same_names(variant="road_1", group_size=64), {"init_weights": (True, ANY)}, absent=ABSENT
     ),
     layer=Road,
     conflicts=_conflicts,

@@ -1,23 +1,23 @@
-"""SHiRA, of linear layers and Conv1D, packed or not."""
+"""SHiRA, for linear layers and Conv1D, packed or not."""
 
 import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot, Slots
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, named_alike
-from tunekit.adapters.method import Method, always
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, same_names
+from tunekit.adapters.method import Method, always_linear
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.shira import ShiraSettings
 from tunekit.records import Target
 
 
 class Shira(DeltaLayer[ShiraSettings]):
-    """Sparse update: y = W x + S x, S zero but at N fixed places.
+    """Sparse update: y = W x + S x, with S zero except at N fixed positions.
 
-    Shapes: x (..., I) -> y (..., O); values (N,), places (2, N) int32: rows and columns; N = R (I + O).
-    Starts as the identity: values = 0; the places are drawn without repetition, row by row.
-    Raises: AdapterError where N exceeds the matrix, or a place lies outside it.    Source: Bhardwaj et al. 2024.
+    Shapes: x (..., I) -> y (..., O); values (N,), places (2, N) int32: rows and columns; N = R (I + O). Starts as the
+    identity: values = 0. The positions are drawn without repetition, over the whole matrix. Raises: AdapterError if N
+    exceeds the matrix, or a position is outside of it. Source: Bhardwaj et al. 2024.
     """
 
     values: nn.Parameter
@@ -28,9 +28,9 @@ class Shira(DeltaLayer[ShiraSettings]):
         inputs, outputs = target.in_features, target.out_features
         count = (target.r or settings.r) * (inputs + outputs)
         if count > inputs * outputs:
-            what = f"r {settings.r} asks for {count} of the {inputs * outputs} numbers of '{target.name}'"
-            most = inputs * outputs // (inputs + outputs)
-            raise AdapterError(what, f"use at most {most}", key="adapter.r")
+            what = f"r {settings.r} needs {count} of the {inputs * outputs} numbers of '{target.name}'"
+            limit = inputs * outputs // (inputs + outputs)
+            raise AdapterError(what, f"use at most {limit}", key="adapter.r")
         places = Slot("shira_indices", (2, count), kind="saved", dtype=torch.int32)
         return {"values": Slot("shira_weight", (count,)), "places": places}
 
@@ -43,7 +43,7 @@ class Shira(DeltaLayer[ShiraSettings]):
     def check_state(self) -> None:
         highest = torch.tensor([[self.target.out_features], [self.target.in_features]], device=self.places.device)
         if bool(((self.places < 0) | (self.places >= highest)).any()):
-            raise AdapterError(f"'{self.module_name}.shira_indices' names places outside of the matrix")
+            raise AdapterError(f"'{self.module_name}.shira_indices' contains positions outside of the matrix")
 
     def make(self, values: Tensor) -> Tensor:
         """S (O, I)."""
@@ -56,13 +56,13 @@ class Shira(DeltaLayer[ShiraSettings]):
 FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False),
-    "mask_type": ("random", ANY),  # how the places were found: they are in the file, as for the next one
+    "mask_type": ("random", ANY),  # how the positions were drawn: the file contains them; also for the next field
     "random_seed": (None, ANY),
 }
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("SHIRA", ShiraSettings, named_alike(r=32), FIXED, absent=ABSENT),
+    peft=PeftSide("SHIRA", ShiraSettings, same_names(r=32), FIXED, absent=ABSENT),
     layer=Shira,
     tensors=("shira_weight", "shira_indices"),
-    is_linear=always,
+    is_linear=always_linear,
 )

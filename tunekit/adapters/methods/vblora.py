@@ -1,4 +1,4 @@
-"""VB-LoRA, of linear layers and Conv1D, packed or not."""
+"""VB-LoRA, for linear layers and Conv1D, packed or not."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import SharedPart, Slot, Slots
-from tunekit.adapters.blocks.divisors import undivided
+from tunekit.adapters.blocks.divisors import divisor_conflicts
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
-from tunekit.adapters.folder.fields import PeftSide, named_alike
+from tunekit.adapters.folder.fields import PeftSide, same_names
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.records import Target
 
 
 class VectorBank(SharedPart[VbloraSettings]):
-    """The trained vectors (H, L) of which every layer's factors are made."""
+    """The trained vectors (H, L) of which every layer's factors are composed."""
 
     vectors: nn.Parameter
 
@@ -31,9 +31,9 @@ class VectorBank(SharedPart[VbloraSettings]):
 class Vblora(LowRankLayer[VbloraSettings]):
     """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
 
-    Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R).
-    Does not start as the identity: with A or B at zero the bank and the logits of the other would have no gradient.
-    Source: Li et al. 2024, eq. 4 and 5.
+    Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R). Not the
+    identity at the start: if A or B were zero, the bank and the other's logits would get no gradient. Source: Li et
+    al. 2024, eq. 4 and 5.
     """
 
     starts_as_identity = False
@@ -53,7 +53,7 @@ class Vblora(LowRankLayer[VbloraSettings]):
         for logits in (self.logits_a, self.logits_b):
             nn.init.normal_(logits, 0, self.settings.init_logits_std, generator=generator)
 
-    def mixed(self, logits: Tensor) -> Tensor:
+    def mix(self, logits: Tensor) -> Tensor:
         """Mixtures (..., L) of the k vectors with the largest of `logits` (..., H)."""
         largest, indices = logits.topk(self.settings.topk, dim=-1)
         vectors = self.shared.vectors.to(logits.device)[indices]  # (..., k, L)
@@ -61,19 +61,19 @@ class Vblora(LowRankLayer[VbloraSettings]):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         rank = self.settings.r
-        a = self.mixed(self.logits_a).reshape(rank, -1)
-        return a, self.mixed(self.logits_b).transpose(1, 2).reshape(-1, rank)
+        a = self.mix(self.logits_a).reshape(rank, -1)
+        return a, self.mix(self.logits_b).transpose(1, 2).reshape(-1, rank)
 
 
 def _conflicts(settings: VbloraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    found = undivided("vector_length", settings.vector_length, targets, inputs=True)
+    problems = divisor_conflicts("vector_length", settings.vector_length, targets, inputs=True)
     if settings.topk > settings.num_vectors:
-        found.append(Conflict("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
-    return found
+        problems.append(Conflict("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
+    return problems
 
 
 FIELDS = {
-    **named_alike(r=4, num_vectors=256, vector_length=256, topk=2, init_vector_bank_bound=0.02, init_logits_std=0.1),
+    **same_names(r=4, num_vectors=256, vector_length=256, topk=2, init_vector_bank_bound=0.02, init_logits_std=0.1),
     "vblora_dropout": ("dropout", 0.0),
 }
 FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "save_only_topk_weights": (False,)}

@@ -1,4 +1,4 @@
-"""VeRA, of linear layers and Conv1D, packed or not."""
+"""VeRA, for linear layers and Conv1D, packed or not."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot, Slots
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot
-from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, named_alike
+from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, PeftSide, same_names
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.vera import VeraSettings
 from tunekit.records import Target
 
 
 class VeraProjections(SharedPart[VeraSettings]):
-    """The frozen random A (R, largest I) and B (largest O, R); a layer uses the part that fits it."""
+    """The frozen random A (R, maximum I) and B (maximum O, R); a layer uses the part that fits it."""
 
     A: Tensor
     B: Tensor
@@ -36,8 +36,8 @@ class VeraProjections(SharedPart[VeraSettings]):
 class Vera(LayerAdapter[VeraSettings]):
     """Scales of one random update: y = W x + b * (B (d * (A x))).
 
-    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R); d (R,); b (O,).    Starts as the identity: b = 0.
-    Source: Kopiczko et al. 2024, eq. 2.
+    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R); d (R,); b (O,). Starts as the identity: b = 0. Source:
+    Kopiczko et al. 2024, eq. 2.
     """
 
     shared: VeraProjections
@@ -58,7 +58,7 @@ class Vera(LayerAdapter[VeraSettings]):
 
     def update(self, x: Tensor) -> Tensor:
         a, b = self.matrices(x)
-        low = F.linear(self.dropped(x), a) * self.d.to(x.dtype)  # (..., R)
+        low = F.linear(self.apply_dropout(x), a) * self.d.to(x.dtype)  # (..., R)
         return F.linear(low, b) * self.b.to(x.dtype)
 
     def delta(self) -> Tensor:
@@ -67,7 +67,7 @@ class Vera(LayerAdapter[VeraSettings]):
 
 
 FIELDS = {
-    **named_alike(r=256, projection_prng_key=0, save_projection=True, d_initial=0.1),
+    **same_names(r=256, projection_prng_key=0, save_projection=True, d_initial=0.1),
     "vera_dropout": ("dropout", 0.0),
 }
 FIXED = {**LAYER_FIXED, "init_weights": (True, ANY)}

@@ -1,9 +1,9 @@
-"""The largest singular values of a matrix with their vectors, exact or fast."""
+"""The largest singular values of a matrix with their vectors, exact or approximate."""
 
 import torch
 from torch import Generator, Tensor
 
-LEAST_OVERSAMPLING = 10  # Halko et al. 2011, section 4.2; as many as the rank where that is more
+MIN_OVERSAMPLING = 10  # Halko et al. 2011, section 4.2; or the rank if that is larger
 
 
 def largest_parts(
@@ -11,10 +11,10 @@ def largest_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """U (O, R), S (R,), V^T (R, I) of the R largest singular values of `matrix` (O, I).
 
-    With `iterations`, by a random sketch that so many power iterations sharpen (Halko et al. 2011, algorithms 4.4 and
-    5.1); None: exactly.
+    `iterations`: the number of power iterations of a random sketch (Halko et al. 2011, algorithms 4.4 and 5.1); None:
+    exact.
     """
-    width = rank + max(rank, LEAST_OVERSAMPLING)  # P
+    width = rank + max(rank, MIN_OVERSAMPLING)  # P
     if iterations is None or width >= min(matrix.shape):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]

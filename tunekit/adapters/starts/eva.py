@@ -1,4 +1,4 @@
-"""EVA initialisation of LoRA: A from a layer's inputs, batch by batch, and how ranks are shared out."""
+"""EVA initialisation of LoRA: A from a layer's inputs, batch by batch, and the distribution of ranks over layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,16 +9,16 @@ from tunekit.adapters.blocks.plain_lora import alpha_for_rank
 from tunekit.adapters.starts.start import LayerActivations, StartLayer
 from tunekit.contracts import Tensors
 from tunekit.errors import DataError
-from tunekit.machine.devices import doubled
+from tunekit.machine.devices import as_float64
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.starts.eva import EvaSettings
 from tunekit.records import Target
 
 
 class EvaStatistics:
-    """The principal components of all inputs so far, by incremental decomposition; only they are kept.
+    """The principal components of all inputs so far, by incremental decomposition; only the components are kept.
 
-    Shapes: components (C, I), C = rho R; mean (I,).    Source: Ross et al. 2008, as PEFT's IncrementalPCA.
+    Shapes: components (C, I), C = rho R; mean (I,). Source: Ross et al. 2008, as in PEFT's IncrementalPCA.
     """
 
     def __init__(self, settings: EvaSettings, target: Target) -> None:
@@ -28,10 +28,10 @@ class EvaStatistics:
         self.mean = torch.zeros(0)
         self.parts = torch.zeros(0, 0)  # (C, I): components times their singular values, float64
 
-    def add(self, seen: LayerActivations) -> None:
-        """Take in one micro-batch."""
-        rows = seen.inputs[seen.supervised] if self.supervised_only else seen.inputs
-        rows = doubled(rows)  # (N, I)
+    def add(self, activations: LayerActivations) -> None:
+        """Add one micro-batch."""
+        rows = activations.inputs[activations.supervised] if self.supervised_only else activations.inputs
+        rows = as_float64(rows)  # (N, I)
         if not len(rows):
             return
         mean, count = rows.mean(0), len(rows)
@@ -57,13 +57,13 @@ class EvaStatistics:
 
 
 def component_count(settings: EvaSettings, target: Target) -> int:
-    """C: the most that a layer could be given."""
+    """C: the maximum rank of a layer."""
     assert target.r is not None
     return min(round(target.r * settings.rho), target.in_features, target.out_features)
 
 
 def statistics_bytes(settings: EvaSettings, target: Target) -> int:
-    """What EvaStatistics keeps of one layer."""
+    """Bytes of EvaStatistics for one layer."""
     return torch.float64.itemsize * target.in_features * (component_count(settings, target) + 1)
 
 
@@ -80,7 +80,7 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
 def share_ranks(
     settings: EvaSettings, targets: Sequence[Target], evidence: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, int]:
-    """Layer -> rank: the sum of all ranks goes to the components with the largest shares of their layer's variance.
+    """Layer -> rank: the total rank goes to the components with the largest shares of their layer's variance.
 
     Source: Paischer et al. 2024, section 3.3.
     """
@@ -100,7 +100,7 @@ def share_ranks(
 
 
 def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | None:
-    """A layer's alpha with another rank: the scaling stays, unless the recipe says otherwise."""
+    """A layer's alpha for another rank: it keeps the scaling, unless the recipe disables that."""
     assert isinstance(settings.start, EvaSettings)
     if not settings.start.adjust_alpha or target.alpha is None or not target.r:
         return target.alpha
@@ -110,12 +110,12 @@ def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | No
 def make_start(settings: EvaSettings, layer: StartLayer[Tensors]) -> tuple[Tensor, Tensor]:
     """A (R, I) = the R first principal components of the inputs, B (O, R) = 0.
 
-    Raises: DataError where the batches held fewer tokens than the rank.    Source: Paischer et al. 2024, algorithm 1.
+    Raises: DataError if the batches had fewer tokens than the rank. Source: Paischer et al. 2024, algorithm 1.
     """
     components, values = layer.evidence["components"], layer.evidence["values"]
     if len(components) < layer.rank:
         raise DataError(
-            f"the first batches hold {len(components)} tokens to look at, fewer than a rank of {layer.rank}",
+            f"the first batches contain {len(components)} usable tokens, fewer than the rank {layer.rank}",
             "raise adapter.start.batches, or lower adapter.r",
             key="adapter.start",
         )

@@ -1,4 +1,4 @@
-"""LoftQ initialisation of LoRA: A and B make up for what quantization took from W."""
+"""LoftQ initialisation of LoRA: A and B compensate the quantization error of W."""
 
 from torch import Tensor
 
@@ -9,12 +9,12 @@ from tunekit.adapters.starts.start import StartLayer
 def make_start(settings: object, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
     """s B A = the R largest parts of D = W - dequantized(W), D = U S V^T.
 
-    A (R, I) = sqrt(S / s) V^T, B (O, R) = U sqrt(S / s).  This is the first round of the paper's algorithm. Its further
-    rounds would quantize W - s B A anew; here the base keeps the packing it has, which other adapters share.
-    Evidence: W (O, I).    Source: Li et al. 2023, algorithm 1.
+    A (R, I) = sqrt(S / s) V^T, B (O, R) = U sqrt(S / s). This is the first round of the paper's algorithm. Its further
+    rounds would quantize W - s B A again; here the base's packing does not change, because other adapters share it.
+    Evidence: W (O, I). Source: Li et al. 2023, algorithm 1.
     """
     packed = layer.weight()
-    lost = layer.evidence.to(packed.device, packed.dtype) - packed  # (O, I)
-    u, s, vh = largest_parts(lost, layer.rank, None, layer.generator)
+    error = layer.evidence.to(packed.device, packed.dtype) - packed  # (O, I)
+    u, s, vh = largest_parts(error, layer.rank, None, layer.generator)
     root = (s / layer.scaling).sqrt()  # (R,)
     return root[:, None] * vh, u * root

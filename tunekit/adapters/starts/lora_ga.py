@@ -1,4 +1,4 @@
-"""LoRA-GA initialisation of LoRA: A and B along the gradient of W."""
+"""LoRA-GA initialisation of LoRA: A and B from the gradient of W."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ class LoraGaStatistics:
     def __init__(self, settings: LoraGaSettings, target: Target) -> None:
         self.gradient = torch.zeros(0)
 
-    def add(self, seen: LayerActivations) -> None:
-        """Take in one micro-batch, whose loss is divided by the number of units in all of them."""
-        assert seen.gradients is not None
-        product = seen.gradients.t() @ seen.inputs
+    def add(self, activations: LayerActivations) -> None:
+        """Add one micro-batch, whose loss is divided by the number of units in all of them."""
+        assert activations.gradients is not None
+        product = activations.gradients.t() @ activations.inputs
         self.gradient = product if not self.gradient.numel() else self.gradient.add_(product)
 
     def finish(self) -> Tensor:
@@ -28,16 +28,16 @@ class LoraGaStatistics:
 
 
 def statistics_bytes(settings: LoraGaSettings, target: Target) -> int:
-    """What LoraGaStatistics keeps of one layer."""
+    """Bytes of LoraGaStatistics for one layer."""
     return torch.float32.itemsize * target.in_features * target.out_features
 
 
 def make_start(settings: LoraGaSettings, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) from different ones of the first 2 R singular vectors of G = U S V^T.
+    """A (R, I) and B (O, R) from different vectors among the first 2 R singular vectors of G = U S V^T.
 
-    stable: A = f V^T, B = f U, f = O^(1/4) / sqrt(gamma).    unit: f = 1.    peft: A = V^T, B = f U S, as PEFT 0.21
-    has it (but for Conv1D, where its f takes inputs for outputs).
-    Raises: NumericsError for a layer without a gradient.    Source: Wang et al. 2024, algorithm 1, theorem 3.2.
+    stable: A = f V^T, B = f U, f = O^(1/4) / sqrt(gamma). unit: f = 1. peft: A = V^T, B = f U S, as in PEFT 0.21
+    (except for Conv1D, where PEFT's f confuses inputs with outputs).
+    Raises: NumericsError for a layer without a gradient. Source: Wang et al. 2024, algorithm 1, theorem 3.2.
     """
     gradient = layer.evidence
     if not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
@@ -50,7 +50,7 @@ def make_start(settings: LoraGaSettings, layer: StartLayer[Tensor]) -> tuple[Ten
 
 
 def _places(direction: str, rank: int) -> tuple[slice, slice]:
-    """Which singular vectors A and B take."""
+    """The singular vectors of A and of B."""
     first, second = slice(0, rank), slice(rank, 2 * rank)
     if direction == "ArBr":
         return slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)

@@ -1,8 +1,8 @@
-"""How A and B of a layer of the LoRA family are initialised: what an initialisation (`start` in recipes) is given, and
-when it is asked.
+"""How A and B of a LoRA-like layer are initialised: the inputs of an initialisation (`start` in recipes), and its
+calls.
 
-A layer, its generator, and what its initialisation looks at go in; A and B come out. One that looks at data or at the
-unquantized weight gives the values of `default` first, and is asked again by `initialise_all` before step 1.
+A start that needs data or the unquantized weight first gives the values of `default`. `initialise_all` calls it again
+with its evidence before step 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ from tunekit.model.call import seed_for
 from tunekit.recipe.bases.section import StartSettings
 
 Evidence = TypeVar("Evidence")
-LINEAR = ("linear", "conv1d")  # the kinds of layers that a start fills
+LINEAR = ("linear", "conv1d")  # the kinds of layers that a start initialises
 
 
 @dataclass(frozen=True)
 class StartLayer(Generic[Evidence]):
-    """What a start sees of one layer: its sizes, s, W as it takes part in the forward, and what was gathered of it.
+    """A start's view of one layer: its sizes, s, W as used in the forward, and the evidence collected about it.
 
-    `experts`: of a fused parameter, whose A (R E, I) and B (O, R E) hold the factors of all of them.
+    `experts`: for a fused parameter, whose A (R E, I) and B (O, R E) contain the factors of all experts.
     """
 
     name: str
@@ -42,10 +42,10 @@ class StartLayer(Generic[Evidence]):
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one micro-batch brings to one layer, real tokens only.
+    """The activations of one layer in one micro-batch, real tokens only.
 
-    Shapes: inputs (N, I) float32; rows (N,), which sequence each token is of; supervised (N,), whether a loss is taken
-    at it; gradients (N, O) float32 of the loss by the layer's output, where they are asked for.
+    Shapes: inputs (N, I) float32; rows (N,), the sequence of each token; supervised (N,), whether the token has a
+    loss; gradients (N, O) float32 of the loss by the layer's output, if requested.
     """
 
     inputs: Tensor
@@ -55,12 +55,12 @@ class LayerActivations:
 
 
 def start_module(name: str) -> ModuleType:
-    """adapters/starts/NAME.py; the recipe has checked that the name is one of ours."""
+    """adapters/starts/NAME.py; the recipe's reader has checked the name."""
     return import_module(f"tunekit.adapters.starts.{name}")
 
 
 def make_factors(settings: StartSettings, layer: StartLayer[Any]) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R); without the evidence that an initialisation looks at, those of the default."""
+    """A (R, I) and B (O, R); without the evidence that a start needs, the default ones."""
     name = "default" if settings.looks_at and layer.evidence is None else settings.method
     with torch.no_grad():
         factors: tuple[Tensor, Tensor] = start_module(name).make_start(settings, layer)
@@ -68,8 +68,8 @@ def make_factors(settings: StartSettings, layer: StartLayer[Any]) -> tuple[Tenso
 
 
 def initialise_all(layers: Mapping[str, LayerAdapter[Any]], seed: int, evidence: Callable[[str], Any]) -> None:
-    """Fill the layers of a start that looks at something; one without evidence (None) keeps its first values."""
+    """Initialise the layers of a start that needs evidence; a layer without evidence (None) keeps its first values."""
     for name, layer in sorted(layers.items()):
-        found = evidence(name)
-        if layer.target.kind in LINEAR and found is not None:
-            layer.initialise_from(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, name)), found)
+        layer_evidence = evidence(name)
+        if layer.target.kind in LINEAR and layer_evidence is not None:
+            layer.initialise_from(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, name)), layer_evidence)

@@ -8,7 +8,7 @@ from tunekit.artifacts.report.curves import binned_text, charts_of
 from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues, sizes_counted
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 from tunekit.records import bytes_text
 
 MOST_SHOWN = 1000  # characters of a key's value
@@ -72,7 +72,7 @@ def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
     flat = [dict(_flat(run.recipe)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     return [
-        [key, *("–" if key not in one else shown(str(one[key]), MOST_SHOWN) for one in flat)]
+        [key, *("–" if key not in one else printable(str(one[key]), MOST_SHOWN) for one in flat)]
         for key in keys
         if key != PLACE and any(one.get(key) != flat[0].get(key) for one in flat[1:])
     ]

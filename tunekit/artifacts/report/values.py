@@ -13,7 +13,7 @@ from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
 from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 from tunekit.recipe.reading.names import known_names, shows_of
 from tunekit.records import DEFAULT_SHOWS, Shows
 
@@ -113,7 +113,7 @@ class RunValues:
         """Whether it is finished, goes on, or why it ended."""
         if self.report and self.status.get("exit_code") is None:
             return "finished"
-        return shown(str(self.status.get("reason", "not begun")), MOST_NAME)
+        return printable(str(self.status.get("reason", "not begun")), MOST_NAME)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except TunekitError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
-        what = f"{path} is damaged: {type(error).__name__}: {shown(' '.join(str(error).split()), MOST_NAME)}"
+        what = f"{path} is damaged: {type(error).__name__}: {printable(' '.join(str(error).split()), MOST_NAME)}"
         raise RunFolderError(what, "mend its files; tunekit --debug names the place") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tunekit.contracts import RowLayout
 from tunekit.data.encoding.store import StoreWriter, TokenStore, files_of, map_store, memory_streams, store_from_memory
 from tunekit.data.reading.data_file import content_hash
-from tunekit.files.durable import whole_folder
+from tunekit.files.durable import atomic_folder
 
 SourceFacts = dict[str, Any]
 # Whatever decides an id or a mask of an encoded row, wherever it lies.
@@ -32,7 +32,7 @@ def cached_store(
     if found is not None:
         return found
     shutil.rmtree(place, ignore_errors=True)  # a damaged one
-    with suppress(OSError), whole_folder(place) as work:  # a full disk, or another process that was faster
+    with suppress(OSError), atomic_folder(place) as work:  # a full disk, or another process that was faster
         _fill_folder(work, layout, fill)
     return _load_entry(place, layout, facts) or _fill_memory(layout, fill)
 

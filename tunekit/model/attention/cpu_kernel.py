@@ -1,16 +1,16 @@
-"""Causal attention as matrix products, for a CPU, where torch's own kernel is slow for rows of usual lengths.
+"""Causal attention as matrix products for CPUs, where torch's own kernel is slow for rows of common lengths.
 
-    P = softmax(scale Q K^T),  O = P V;   with G = dL/dO, S = scale P * (G V^T - rowsum(G * O)):
-    dV = P^T G,  dQ = S K,  dK = S^T Q
+  P = softmax(scale Q K^T),  O = P V;   with G = dL/dO, S = scale P * (G V^T - rowsum(G * O)):
+  dV = P^T G,  dQ = S K,  dK = S^T Q
 
-A document may begin with tokens of another one, whose queries are computed there: it then has more keys than queries.
-Queries go block by block against the keys before them, all of it in float32 whatever the inputs are, so that only what
-comes out is rounded, as in torch's kernel. Nothing of size T x T is kept: P is made again. Query heads that share a key
-head are rows of one product, so keys and values are never repeated.
+A document may share a prefix with another one, whose queries are computed there: it then has more keys than queries.
+Queries are processed in blocks against the keys before them, in float32 for any input dtype, so that only the output
+is rounded, as in torch's kernel. No T x T matrix is kept: P is recomputed. Query heads that share a key head are rows
+of one product, so keys and values are never repeated.
 
-Measured on one busy core with AVX512-BF16, 9 query and 3 key heads of 64, forward and backward, ours and torch's in ms:
-bfloat16, 150 tokens 2.2 and 4.0, 512 tokens 19 and 22, 1,024 tokens 62 and 55; float32, 150 tokens 1.9 and 2.5, 512
-tokens 15 and 26.
+Measured on one busy core with AVX512-BF16, 9 query heads and 3 key heads of 64, forward and backward, ms for ours and
+torch's: bfloat16, 150 tokens 2.2 and 4.0, 512 tokens 19 and 22, 1,024 tokens 62 and 55; float32, 150 tokens 1.9 and
+2.5, 512 tokens 15 and 26.
 """
 
 import math
@@ -21,25 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_QUERIES, LEAST_QUERIES = 64, 16
+BLOCK_QUERIES, MIN_QUERIES = 64, 16
 SCORES_BYTES = 8 * 2**20  # of one block, in float32
-LONGEST_TOKENS = 768  # of a document; torch's kernel is as good from there on
+MAX_TOKENS = 768  # of a document; torch's kernel is as fast for longer ones
 Lengths = tuple[int, ...]
 
 
 def attend_causally(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float, seen: Lengths | None = None
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float, key_lengths: Lengths | None = None
 ) -> Tensor:
     """Causal attention inside each document of a row.
 
-    Shapes: query (H, T, D), key (G, U, D), value (G, U, E), H a multiple of G -> (T, H, E).    `lengths` sum to T, and
-    `seen`, the keys of each document (None: as many as queries), to U.
+    Shapes: query (H, T, D), key (G, U, D), value (G, U, E), H a multiple of G -> (T, H, E). `lengths` sum to T, and
+    `key_lengths` (None: the same as `lengths`) to U.
     """
-    return _CausalAttention.apply(query, key, value, (lengths, seen or lengths), scale)  # type: ignore[no-untyped-call]
+    both = lengths, key_lengths or lengths
+    return _CausalAttention.apply(query, key, value, both, scale)  # type: ignore[no-untyped-call]
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Keeps its inputs and the output."""
+    """Saves its inputs and the output for the backward pass."""
 
     @staticmethod
     def forward(
@@ -50,8 +51,8 @@ class _CausalAttention(torch.autograd.Function):
         queries, keys, values = _wide(query), _wide(key), _wide(value)
         for now, before in _blocks(query, *lengths):
             probabilities = _probabilities(queries[:, now], keys[:, before], scale)  # (G, N, L)
-            seen = torch.bmm(probabilities, values[:, before])  # (G, N, E)
-            output[now] = seen.view(heads, now.stop - now.start, -1).transpose(0, 1)
+            attended = torch.bmm(probabilities, values[:, before])  # (G, N, E)
+            output[now] = attended.view(heads, now.stop - now.start, -1).transpose(0, 1)
         ctx.save_for_backward(query, key, value, output)
         ctx.lengths, ctx.scale = lengths, scale
         return output
@@ -76,12 +77,12 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.to(wide, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _rows(tensor: Tensor, groups: int) -> Tensor:
-    """(H, N, D) -> (G, H / G * N, D): the heads that share a key head, one below the other."""
+    """(H, N, D) -> (G, H / G * N, D): the heads that share a key head, stacked along the rows."""
     return tensor.reshape(groups, -1, tensor.shape[-1])
 
 
@@ -98,21 +99,21 @@ def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 @cache
 def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(64, 64): minus infinity where a key comes after the query, 0 elsewhere."""
+    """(64, 64): minus infinity where the key comes after the query, 0 elsewhere."""
     return torch.full((BLOCK_QUERIES, BLOCK_QUERIES), -math.inf, dtype=dtype, device=device).triu_(1)
 
 
-def _blocks(query: Tensor, lengths: Lengths, seen: Lengths) -> Iterator[tuple[slice, slice]]:
-    """Queries, and the keys that they or some of them see. Without values only the largest block, which decides how
-    much memory is needed."""
-    start, first, found = 0, 0, []
-    for length, keys in zip(lengths, seen, strict=True):
+def _blocks(query: Tensor, lengths: Lengths, key_lengths: Lengths) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, with the keys that any query of the block attends to. On the meta device only the largest
+    block, which decides the memory."""
+    start, first, blocks = 0, 0, []
+    for length, keys in zip(lengths, key_lengths, strict=True):
         fitting = SCORES_BYTES // (4 * query.shape[0] * max(keys, 1))
-        count = max(LEAST_QUERIES, min(BLOCK_QUERIES, fitting))
+        count = max(MIN_QUERIES, min(BLOCK_QUERIES, fitting))
         for begin in range(0, length, count):
             end = min(begin + count, length)
-            found.append((slice(start + begin, start + end), slice(first, first + keys - length + end)))
+            blocks.append((slice(start + begin, start + end), slice(first, first + keys - length + end)))
         start, first = start + length, first + keys
     if query.is_meta:
-        found = sorted(found, key=lambda block: math.prod(part.stop - part.start for part in block))[-1:]
-    return iter(found)
+        blocks = sorted(blocks, key=lambda block: math.prod(part.stop - part.start for part in block))[-1:]
+    return iter(blocks)

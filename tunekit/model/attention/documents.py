@@ -1,9 +1,9 @@
-"""Attention within each document of a packed row, without a mask of T x T.
+"""Attention within each document of a packed row, without a T x T mask.
 
-transformers gives every layer what its mask function returns. Ours returns a DocumentMask where the forward has
-segments; the attention functions take that apart and hand each document to the function they replace. So scaling,
-grouped heads, soft caps and sinks stay that function's business, and a layer whose mask is not made by transformers'
-mask function keeps the mask it has.
+transformers passes the result of its mask function to every layer. Ours returns a DocumentMask if the forward has
+segments; our attention functions then call the original function for each document. Scaling, grouped heads, soft caps
+and sinks therefore stay in that function, and a layer whose mask is not made by transformers' mask function keeps its
+own mask.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.machine.devices import capability
-from tunekit.machine.placing import placed
-from tunekit.model.attention.cpu_kernel import LONGEST_TOKENS, attend_causally
+from tunekit.machine.placing import to_device
+from tunekit.model.attention.cpu_kernel import MAX_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.pretrained import as_pretrained, config_of, text_config
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SUFFIX = "_per_document"
-LOOPED = ("sdpa", "eager")  # attention functions that the loop can call
-PRODUCTS = "products" + SUFFIX  # matrix products, on a CPU in place of sdpa
-VARLEN = "varlen" + SUFFIX  # torch's own kernel over documents, for half precision on CUDA
-CAPABILITY = (8, 0)  # of a GPU that has this kernel
-HEAD_SIZES = range(8, 257, 8)  # that it takes
+LOOPED = ("sdpa", "eager")  # attention functions that can be called once per document
+PRODUCTS = "products" + SUFFIX  # matrix products, which replace sdpa on a CPU
+VARLEN = "varlen" + SUFFIX  # torch's kernel for variable lengths, for half precision on CUDA
+CAPABILITY = (8, 0)  # of the GPU
+HEAD_SIZES = range(8, 257, 8)  # that the kernel supports
 
-# Families on which tests compare documents in a packed row with the same documents alone.
+# Families whose documents in a packed row are tested to equal the same documents alone.
 PROVEN = frozenset(
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
@@ -45,81 +45,85 @@ PROVEN = frozenset(
 
 
 def keeps_documents_apart(net: nn.Module) -> bool:
-    """Whether documents of a row surely do not see each other: attended one by one, in a family that tests prove."""
+    """Whether documents of a row provably do not attend to each other: attended one by one, in a tested family."""
     return str(config_of(net)._attn_implementation).endswith(SUFFIX) and text_config(net).model_type in PROVEN
 
 
 def shares_prefixes(net: nn.Module, longest: int) -> bool:
-    """Whether a document of a row may begin with tokens of another one that are computed there: attention of plain
-    documents of up to `longest` tokens, which no window cuts short."""
+    """Whether documents of a row may share a prefix that is computed in another document: plain attention over
+    documents of up to `longest` tokens, without a window that cuts them."""
     plain = not str(config_of(net)._attn_implementation).startswith(LOOPED[1])
     return plain and keeps_documents_apart(net) and within_windows(net, longest)
 
 
 def within_windows(net: nn.Module, longest: int) -> bool:
-    """Whether no token of a document so long is beyond a window of the net's attention."""
+    """Whether every document of up to `longest` tokens fits into the net's attention window."""
     window = getattr(text_config(net), "sliding_window", None)
     return window is None or longest <= int(window)
 
 
 class DocumentMask:
-    """Stands where a layer gets its mask: the documents, and what is masked inside one beyond what is to come."""
+    """Replaces a layer's mask: the documents, and any mask inside a document beyond the causal one."""
 
     def __init__(self, segments: Segments, allowed: Callable[..., Tensor] | None, device: torch.device) -> None:
         self.segments, self.allowed, self.device = segments, allowed, device
         self._blocks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._boundaries: tuple[Tensor, Tensor] | None = None
-        self._places: dict[int, Tensor] = {}
+        self._key_indices: dict[int, Tensor] = {}
 
-    def block(self, row: int, start: int, length: int, seen: int, dtype: torch.dtype = torch.bool) -> Tensor | None:
-        """(1, 1, L, L) of one document: True, or 0 in a floating `dtype`, where a token is seen; None: all before.
-        (1, 1, L, S) of one that sees S keys, because it begins with tokens of another one."""
-        if self.allowed is None and seen == length:
+    def block(self, row: int, start: int, length: int, keys: int, dtype: torch.dtype = torch.bool) -> Tensor | None:
+        """The mask of one document: (1, 1, L, L), True (or 0 in a floating `dtype`) where a key is visible; None:
+        causal.
+
+        (1, 1, L, K) for a document that has K keys because it shares a prefix with another one.
+        """
+        if self.allowed is None and keys == length:
             return None
-        found = self._blocks.get((row, start, dtype))
-        if found is None:
+        mask = self._blocks.get((row, start, dtype))
+        if mask is None:
             if self.allowed is None:
-                found = torch.ones(1, 1, length, seen, dtype=torch.bool, device=self.device).tril(seen - length)
+                mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=self.device).tril(keys - length)
             else:
-                assert not self.segments.shared, "shares_prefixes tells where a mask has more to say"
+                assert not self.segments.shared, "shares_prefixes refuses masks beyond the causal one"
                 index = torch.arange(start, start + length, device=self.device)
                 fixed = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device)
-                found = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])
-                found = found.expand(1, 1, length, length)
-            found = found if dtype == torch.bool else as_added(found, dtype)
-            self._blocks[row, start, dtype] = found
-        return found
+                mask = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])
+                mask = mask.expand(1, 1, length, length)
+            mask = mask if dtype == torch.bool else as_bias(mask, dtype)
+            self._blocks[row, start, dtype] = mask
+        return mask
 
     def boundaries(self) -> tuple[Tensor, Tensor]:
-        """(documents + 1,) int32 on the device: where documents begin in the flattened tokens, and in their keys."""
+        """(documents + 1,) int32 on the device, twice: where documents begin in the flattened tokens, and in their
+        keys."""
         if self._boundaries is None:
             ends = (self.segments.boundaries(), self.segments.key_boundaries())
-            first, second = (placed(torch.tensor(each, dtype=torch.int32), self.device) for each in ends)
+            first, second = (to_device(torch.tensor(offsets, dtype=torch.int32), self.device) for offsets in ends)
             self._boundaries = first, second
         return self._boundaries
 
     def keys_of(self, row: int, tensor: Tensor) -> Tensor:
-        """Keys or values of a row's documents, one after the other. Shapes: (G, T, D) -> (G, U, D)."""
+        """Keys or values of a row's documents, one document after the other. Shapes: (G, T, D) -> (G, U, D)."""
         if not self.segments.shared:
             return tensor
-        if row not in self._places:
-            self._places[row] = placed(self.segments.places(row), self.device)
-        return tensor.index_select(1, self._places[row])
+        if row not in self._key_indices:
+            self._key_indices[row] = to_device(self.segments.key_indices(row), self.device)
+        return tensor.index_select(1, self._key_indices[row])
 
 
 LayerMask = DocumentMask | Tensor | None
-AttentionOutput = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the weights where a function gives them
+AttentionOutput = tuple[Tensor, Tensor | None]  # (B, T, H, D), and the attention weights if the function returns them
 
 
-def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to scores: 0 where a key is seen."""
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as a bias that is added to the scores: 0 where a key is visible."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Let the net attend document by document, where its layers take their attention from transformers' table."""
+    """Make the net attend document by document, if its layers look up attention in transformers' table."""
     config = config_of(net)
     plain = str(config._attn_implementation)
     if plain not in LOOPED or not getattr(net, "_supports_attention_backend", False):
@@ -133,8 +137,8 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
-    """Whether torch's kernel over documents runs on `device` with this model's heads; a GPU that is planned for and is
-    not here is taken to have it."""
+    """Whether torch's variable-length kernel runs on `device` with this model's heads; a GPU that is planned for but
+    not here is assumed to have it."""
     if capability(device) < CAPABILITY or _varlen() is None:
         return False
     text = config.get_text_config()
@@ -143,8 +147,7 @@ def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
 
 
 def uncompiled_attention() -> None:
-    """Let compiled layers call attention over documents as it is: a kernel, or a loop whose length differs from batch
-    to batch."""
+    """Keep compiled layers from compiling attention over documents: it is a kernel, or a loop whose length changes."""
     from transformers import AttentionInterface
 
     _register()
@@ -153,39 +156,39 @@ def uncompiled_attention() -> None:
 
 
 def may_be_packed(net: nn.Module) -> bool:
-    """Whether the net may keep the rows of a sequence apart: it attends document by document, or its mask is made from
-    the positions, or nothing can be told without values."""
+    """Whether the net may keep the rows of a sequence apart: it attends document by document, or makes its mask from
+    the positions, or a meta forward cannot tell."""
     from transformers import masking_utils
 
-    name, asked = "find_packed_sequence_indices", list[bool]()
+    name, searches = "find_packed_sequence_indices", list[bool]()
     if str(config_of(net)._attn_implementation).endswith(SUFFIX) or not hasattr(masking_utils, name):
         return True
     try:
         trial = _trial_of(net)
     except Exception:  # the model's own code
         return True
-    with suppress(Exception), replaced(vars(masking_utils), **{name: lambda positions: asked.append(True)}):
+    with suppress(Exception), replaced(vars(masking_utils), **{name: lambda positions: searches.append(True)}):
         trial()
-    return bool(asked)
+    return bool(searches)
 
 
-_tried: dict[type, bool] = {}
+_accepts_documents: dict[type, bool] = {}
 
 
 def _runs(net: nn.Module) -> bool:
-    """Whether the layers of this class take a DocumentMask at all; found out once, without values."""
-    if type(net) not in _tried:
-        _tried[type(net)] = False
+    """Whether layers of this class accept a DocumentMask; tried once, on the meta device."""
+    if type(net) not in _accepts_documents:
+        _accepts_documents[type(net)] = False
         with suppress(Exception), calling(Call(segments=Segments(((3, 2),)))), known_documents():
             _trial_of(net)()
-            _tried[type(net)] = True
-    return _tried[type(net)]
+            _accepts_documents[type(net)] = True
+    return _accepts_documents[type(net)]
 
 
 def _trial_of(net: nn.Module) -> Callable[[], object]:
-    """A forward of 5 tokens through a net of this kind without values; it raises whatever the model's code raises."""
+    """A forward of 5 tokens through such a net on the meta device; raises whatever the model's code raises."""
     with torch.device("meta"):
-        # The dtype is the one in which experts' kernels run there.
+        # The dtype in which experts' kernels run on the meta device.
         trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16)
 
     def run() -> None:
@@ -198,7 +201,7 @@ def _trial_of(net: nn.Module) -> Callable[[], object]:
 
 @cache
 def _register() -> None:
-    """Make our names known to transformers, once."""
+    """Register our attention functions with transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for name, function in _functions().items():
@@ -207,14 +210,14 @@ def _register() -> None:
 
 
 def _functions() -> dict[str, Callable[..., AttentionOutput]]:
-    """Our attention functions by the names under which transformers knows them."""
+    """Our attention functions by their names in transformers' table."""
     return {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
 
 
 def known_documents() -> AbstractContextManager[None]:
-    """A block in which transformers is told whether rows are packed, where the Call knows.
+    """A block in which transformers learns from the Call whether rows are packed.
 
-    Its own search asks the device: a wait in every forward, and impossible without values.
+    Its own search would read from the device, which waits in every forward and is impossible on the meta device.
     """
     from transformers import masking_utils
 
@@ -225,7 +228,7 @@ def known_documents() -> AbstractContextManager[None]:
 
 
 def _documents_of_tokens(segments: Segments, position_ids: Tensor) -> Tensor | None:
-    """The document of each token (B, T); None where every row is a single document."""
+    """The document of each token (B, T); None if every row is a single document."""
     if segments.single:
         return None
     before = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
@@ -233,7 +236,7 @@ def _documents_of_tokens(segments: Segments, position_ids: Tensor) -> Tensor | N
 
 
 def _mask_function(plain: str) -> Callable[..., object]:
-    """transformers' mask function of `plain`, but a DocumentMask where the forward has segments."""
+    """transformers' mask function `plain`, which returns a DocumentMask if the forward has segments."""
 
     def make_mask(*, mask_function: Callable[..., Tensor], device: torch.device | str, **named: object) -> object:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -260,7 +263,7 @@ def _sdpa(
 def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
-    """The plain attention of the module's own file, which knows its soft cap and its sinks."""
+    """Eager attention from the module's own file, which knows its soft cap and its sinks."""
     from importlib import import_module
 
     plain = import_module(type(module).__module__).eager_attention_forward
@@ -270,14 +273,14 @@ def _eager(
 def _kernel(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
-    """All documents in one call of torch's kernel; what it does not know goes document by document."""
+    """All documents in one call of torch's kernel; unsupported arguments go to sdpa, document by document."""
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
     if not isinstance(attention_mask, DocumentMask) or attention_mask.allowed is not None or other:
         return _sdpa(module, query, key, value, attention_mask, **named)
     tokens = [query.transpose(1, 2).flatten(0, 1)]  # (B * T, H, D)
     for tensor in (key, value):
-        rows = (attention_mask.keys_of(row, each).transpose(0, 1) for row, each in enumerate(tensor.unbind(0)))
+        rows = (attention_mask.keys_of(row, states).transpose(0, 1) for row, states in enumerate(tensor.unbind(0)))
         tokens.append(torch.cat([*rows]) if attention_mask.segments.shared else tensor.transpose(1, 2).flatten(0, 1))
     (ends, key_ends), longest = attention_mask.boundaries(), attention_mask.segments.longest
     attend = _varlen()
@@ -292,34 +295,34 @@ def _kernel(
 def _products(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
-    """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
-    asked = named.get("is_causal")
-    whole = attention_mask is None and query.shape[2] == key.shape[2]
-    rows: tuple[tuple[int, ...], ...] = ((query.shape[2],),) * query.shape[0] if whole else ()
+    """Causal attention of documents by matrix products; other masks and long documents go to sdpa."""
+    is_causal = named.get("is_causal")
+    unpacked = attention_mask is None and query.shape[2] == key.shape[2]
+    rows: tuple[tuple[int, ...], ...] = ((query.shape[2],),) * query.shape[0] if unpacked else ()
     shared = None
     if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
         rows, shared = attention_mask.segments.rows, attention_mask if attention_mask.segments.shared else None
     longest = max(map(max, rows), default=0)
-    causal = getattr(module, "is_causal", True) if asked is None else asked
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
-    if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > LONGEST_TOKENS and whole):
+    if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > MAX_TOKENS and unpacked):
         return _sdpa(module, query, key, value, attention_mask, **named)
-    if longest > LONGEST_TOKENS and shared is None:
+    if longest > MAX_TOKENS and shared is None:
         return _each_document(_products, torch.bool, module, (query, key, value), attention_mask, named)
     scaling = cast("float | None", named.get("scaling"))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    found = []
+    outputs = []
     for row, (q, k, v, lengths) in enumerate(zip(query.unbind(0), key.unbind(0), value.unbind(0), rows, strict=True)):
-        seen = []
+        key_lengths = []
         if shared is not None:
-            k, v, seen = shared.keys_of(row, k), shared.keys_of(row, v), [shared.segments.seen(row)]
-        found.append(attend_causally(q, k, v, lengths, scale, *seen))  # (T, H, D)
-    return torch.stack(found) if len(found) > 1 else found[0][None], None  # (B, T, H, D)
+            k, v, key_lengths = shared.keys_of(row, k), shared.keys_of(row, v), [shared.segments.key_lengths(row)]
+        outputs.append(attend_causally(q, k, v, lengths, scale, *key_lengths))  # (T, H, D)
+    return torch.stack(outputs) if len(outputs) > 1 else outputs[0][None], None  # (B, T, H, D)
 
 
 @cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """torch's attention over documents of different lengths, where this torch has it; the first one took no scale."""
+    """torch's variable-length attention, if this torch has it with a scale (its first version had none)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -336,14 +339,14 @@ def _with_all_heads(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *rest: object,
+    *others: object,
     enable_gqa: bool,
     **named: object,
 ) -> Tensor:
-    """For a torch whose function wants as many heads of keys as of queries. Shapes: (T, H, D), (T, G, D) twice."""
+    """For a torch whose function needs as many key heads as query heads. Shapes: (T, H, D), (T, G, D) twice."""
     groups = query.shape[1] // key.shape[1]
-    whole = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    return attend(query, *whole, *rest, **named)
+    repeated = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return attend(query, *repeated, *others, **named)
 
 
 def _each_document(
@@ -356,8 +359,8 @@ def _each_document(
 ) -> AttentionOutput:
     """`attend` over each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
-    Rows are taken apart by unbind and split, whose backward passes put gradients together in one go: a slice for each
-    document would make a whole row of zeros for each.
+    Rows are taken apart by unbind and split, whose backward passes assemble gradients in one step; slices would
+    allocate a whole row of zeros per document.
     """
     if not isinstance(mask, DocumentMask):
         return attend(module, *tensors, mask, **named)
@@ -365,14 +368,14 @@ def _each_document(
     rows = []
     for row, parts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors), strict=True)):
         lengths, start, outputs = mask.segments.rows[row], 0, []
-        keys = [torch.split(mask.keys_of(row, part), list(mask.segments.seen(row)), dim=1) for part in parts[1:]]
+        keys = [torch.split(mask.keys_of(row, part), list(mask.segments.key_lengths(row)), dim=1) for part in parts[1:]]
         for pieces in zip(parts[0].split(lengths, dim=1), *keys, strict=True):
-            length, seen = (piece.shape[1] for piece in pieces[:2])
+            length, key_count = (piece.shape[1] for piece in pieces[:2])
             if bias is not None:
                 assert not mask.segments.shared, "no objective of an encoder-decoder lays pairs end to end"
                 place = slice(start, start + length)
                 named["position_bias"] = bias[row if bias.shape[0] > 1 else 0, :, place, place][None]
-            block = mask.block(row, start, length, seen, block_dtype)
+            block = mask.block(row, start, length, key_count, block_dtype)
             outputs.append(attend(module, *(piece[None] for piece in pieces), block, **named)[0])  # (1, L, H, D)
             start += length
         rows.append(torch.cat(outputs, dim=1))

@@ -1,4 +1,4 @@
-"""Where the documents of packed rows begin and end, found once for each batch."""
+"""Boundaries of the documents in packed rows, computed once per batch."""
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a document of its own.
+    """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a separate document.
 
-    `shared`: with how many tokens of another document each begins, which are computed there: those of the last one
-    before it that shares none, such as a prompt with its first answer. Empty where no document shares any.
-    `masked`: transformers' own mask keeps them apart, since virtual tokens stand before them.
+    `shared`: the length of each document's shared prefix, such as a prompt with several answers. The prefix is
+    computed in the last document before it that shares nothing. Empty if no document shares a prefix.
+    `masked`: transformers' own mask keeps the documents apart, because virtual tokens come before them.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -28,36 +28,36 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document, those included that it shares."""
-        return max(length for row in range(len(self.rows)) for length in self.seen(row))
+        """Tokens of the longest document, including its shared prefix."""
+        return max(length for row in range(len(self.rows)) for length in self.key_lengths(row))
 
-    def seen(self, row: int) -> tuple[int, ...]:
-        """How many keys each document of a row has: its tokens, after those that it shares."""
+    def key_lengths(self, row: int) -> tuple[int, ...]:
+        """Number of keys of each document of a row: its shared prefix and its tokens."""
         return tuple(map(add, self.shared[row], self.rows[row])) if self.shared else self.rows[row]
 
-    def places(self, row: int) -> Tensor:
+    def key_indices(self, row: int) -> Tensor:
         """(T',) where in the row the keys of its documents are, one document after the other."""
-        found, start, first = list[Tensor](), 0, 0
+        indices, start, first = list[Tensor](), 0, 0
         for length, shared in zip(self.rows[row], self.shared[row], strict=True):
             first = first if shared else start
-            found += [torch.arange(first, first + shared), torch.arange(start, start + length)]
+            indices += [torch.arange(first, first + shared), torch.arange(start, start + length)]
             start += length
-        return torch.cat(found)
+        return torch.cat(indices)
 
     def boundaries(self) -> list[int]:
-        """Where documents begin in the flattened (B * T) tokens, and the end."""
+        """Starts of the documents in the flattened (B * T) tokens, and the end."""
         return [0, *accumulate(length for row in self.rows for length in row)]
 
     def key_boundaries(self) -> list[int]:
-        """The same of their keys."""
-        return [0, *accumulate(length for row in range(len(self.rows)) for length in self.seen(row))]
+        """Starts of the documents' keys, and the end."""
+        return [0, *accumulate(length for row in range(len(self.rows)) for length in self.key_lengths(row))]
 
 
 def find_segments(position_ids: Tensor, *, masked: bool = False) -> Segments:
-    """Documents end where a position does not follow the one before it. One that begins at position P > 0 shares the
-    first P tokens of the last one that began at 0.
+    """A document ends where the next position does not follow. A document that starts at position P > 0 shares the
+    first P tokens of the last one that started at 0.
 
-    Shapes: position_ids (B, T), on the host: they are read.
+    Shapes: position_ids (B, T), on the host, because their values are read.
     """
     rows, shared = [], []
     for positions in position_ids.numpy():

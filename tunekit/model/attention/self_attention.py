@@ -1,4 +1,4 @@
-"""Each decoder layer's self-attention: where it is, its key heads, how far back it sees."""
+"""Each decoder layer's self-attention: its module, its key heads and its window."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASK_NAMES = ("attention_mask", "mask")
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """One layer's self-attention: H key and value heads of width D; `window`: how many tokens back it sees."""
+    """One layer's self-attention: H key and value heads of width D; `window`: the number of tokens it looks back."""
 
     name: str
     module: nn.Module
@@ -35,22 +35,22 @@ class SelfAttention:
 def self_attentions(net: nn.Module) -> list[SelfAttention]:
     """The self-attention of every decoder layer, in order.
 
-    Raises: ModelError naming why keys and values cannot be put before its own.
+    Raises: ModelError with the reason why no keys and values can be put before its own.
     """
     config = getattr(decoder(net), "config", None) or text_config(net)
-    found: dict[int, tuple[str, nn.Module]] = {}
+    modules: dict[int, tuple[str, nn.Module]] = {}
     for name, module in decoder(net).named_modules():
         layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and layer not in found and parameter_of(module, CACHE_NAMES) is not None:
-            found[layer] = name, module  # a layer's cross-attention comes after its self-attention
-    if not found or not all(getattr(module, "is_causal", True) for _, module in found.values()):
+        if isinstance(layer, int) and layer not in modules and parameter_of(module, CACHE_NAMES) is not None:
+            modules[layer] = name, module  # a layer's cross-attention comes after its self-attention
+    if not modules or not all(getattr(module, "is_causal", True) for _, module in modules.values()):
         raise no_way_in(config, "has no causal self-attention")
-    if sorted(found) != list(range(int(config.num_hidden_layers))):
-        raise no_way_in(config, f"has attention in {len(found)} of its {config.num_hidden_layers} layers only")
+    if sorted(modules) != list(range(int(config.num_hidden_layers))):
+        raise no_way_in(config, f"has attention in {len(modules)} of its {config.num_hidden_layers} layers only")
     prefix = name_of(net, decoder(net))
     attentions = [
         _attention(config, f"{prefix}.{name}".lstrip("."), module, layer)
-        for layer, (name, module) in sorted(found.items())
+        for layer, (name, module) in sorted(modules.items())
     ]
     sizes = {(attention.heads, attention.width) for attention in attentions}
     if len(sizes) > 1 or getattr(config, "num_kv_shared_layers", None):
@@ -64,9 +64,9 @@ def decoder(net: nn.Module) -> nn.Module:
 
 
 def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: int) -> SelfAttention:
-    """One of them with its sizes.
+    """A layer's attention with its sizes.
 
-    Raises: ModelError where a layer is of a kind that prefixes were not made for.
+    Raises: ModelError for a kind of layer that does not work with prefixes.
     """
     parameters = parameters_of(module)
     if ("alibi" in parameters and getattr(config, "alibi", True)) or (
@@ -80,15 +80,15 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
     varied = getattr(config, "per_layer_config", None)
     heads, width = heads_and_width(config if varied is None else varied[layer])
     attention = SelfAttention(name, module, layer, heads, width, None if kinds and "full" in kinds[layer] else window)
-    for own in ("k_proj", "k"):
-        outputs = getattr(getattr(module, own, None), "out_features", heads * width)
+    for projection in ("k_proj", "k"):
+        outputs = getattr(getattr(module, projection, None), "out_features", heads * width)
         if outputs != heads * width:
             raise no_way_in(config, f"has {outputs} key numbers in {name}, not {heads} heads of {width}")
     return attention
 
 
 def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
-    """Key and value heads, and the width of one."""
+    """The number of key and value heads, and the width of one."""
     queries = int(config.num_attention_heads)
     heads = int(getattr(config, "num_key_value_heads", None) or queries)
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or int(config.hidden_size) // queries
@@ -96,16 +96,16 @@ def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def no_way_in(config: PreTrainedConfig, why: str) -> ModelError:
-    """The refusal of a family, with its reason."""
+    """The error that refuses a family, with the reason."""
     what = f"{config.model_type} {why}, so that no keys and values can be put before its own"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of what the module's forward takes, in order."""
+    """Names of the parameters of the module's forward, in order."""
     return tuple(inspect.signature(module.forward).parameters)
 
 
 def parameter_of(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The first of these names that the module's forward takes."""
+    """The first of these names that is a parameter of the module's forward."""
     return next((name for name in names if name in parameters_of(module)), None)

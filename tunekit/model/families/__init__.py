@@ -1,4 +1,4 @@
-"""The families of models. Each file here that defines FAMILY is one; the others hold what families share."""
+"""The families of models. Each file here that defines FAMILY is one; the other files contain shared code."""
 
 import re
 from functools import cache
@@ -11,12 +11,12 @@ from tunekit.model.pretrained import text_config as text_config
 
 @cache
 def known_families() -> tuple[Family, ...]:
-    """Every family, those of a higher precedence first."""
+    """All families, sorted by descending precedence."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     names = [file.stem for file in files if re.search(r"^FAMILY = ", file.read_text("utf-8"), re.MULTILINE)]
     return tuple(sorted(map(make_family, names), key=lambda family: -family.precedence))
 
 
 def make_family(name: str) -> Family:
-    """The family of this name, which is the name of its file."""
+    """The family with this name, which is the name of its file."""
     return import_module(f"tunekit.model.families.{name}").FAMILY

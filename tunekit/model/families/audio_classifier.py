@@ -17,17 +17,17 @@ from tunekit.recipe.model import ModelSection
 
 PROJECTOR, CLASSIFIER = "projector", "classifier"
 MODEL_TYPES = ("whisper",)
-HEARING = (
-    "is no Whisper: audio_classify trains Whisper's encoder, which hears log-mel features, and none that reads raw "
-    "waveforms (Wav2Vec2, HuBERT, WavLM) or spectrograms of another kind (AST)"
+NOT_WHISPER = (
+    "is not a Whisper model: audio_classify trains Whisper's encoder, which reads log-mel features, but no model of "
+    "raw waveforms (Wav2Vec2, HuBERT, WavLM) or spectrograms of another kind (AST)"
 )
-MIXED = "mixes its layers by trained weights (use_weighted_layer_sum), which audio_classify does not train"
+MIXED = "mixes its layers with trained weights (use_weighted_layer_sum), which audio_classify does not train"
 
 
 @dataclass(frozen=True)
 class MeanHead(TextHead):
-    """logits = classifier(projector(m)), m the mean of a recording's hidden states: as the net's own, which projects
-    each position and takes the mean of that.
+    """logits = classifier(projector(m)), with m the mean of a recording's hidden states. The net itself projects each
+    position and takes the mean of the projections, which is equal.
 
     Shapes: m (N, D) -> (N, C).
     """
@@ -38,7 +38,7 @@ class MeanHead(TextHead):
 
 
 class AudioClassifierFamily(Family):
-    """Log-mel features in (input_features (B, M, F)), hidden states of the encoder (B, T, D), a head that reads their
+    """Input: log-mel features (input_features (B, M, F)). Hidden states of the encoder (B, T, D); a head reads their
     mean, (D) -> (C), C labels."""
 
     endings = ("ForAudioClassification",)
@@ -49,15 +49,15 @@ class AudioClassifierFamily(Family):
     reads_ids = False
     ids = None
     head_parts = (PROJECTOR, CLASSIFIER)
-    unread = ("model.decoder.", "proj_out.")  # of a base that was saved as one that writes
+    unread = ("model.decoder.", "proj_out.")  # tensors of a base that was saved as a transcription model
 
     def obstacle(self, config: Mapping[str, object]) -> str | None:
         if config.get("model_type") not in MODEL_TYPES:
-            return HEARING
+            return NOT_WHISPER
         return MIXED if config.get("use_weighted_layer_sum") else None
 
     def processor(self, section: ModelSection) -> Processor:
-        """Its feature extractor; it reads no text. Raises: ModelError for a base that cannot label recordings."""
+        """The base's feature extractor. Raises: ModelError for a base that cannot label recordings."""
         source = find_source(section, weights=False)
         config = {} if source.gguf_file is not None else read_config(source)
         why = self.obstacle(config) if config else None

@@ -1,4 +1,4 @@
-"""Causal language models: tokens in, hidden states (B, T, D), a head (D) -> (V)."""
+"""Causal language models: tokens -> hidden states (B, T, D), with a head (D) -> (V)."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from tunekit.recipe.model import ModelSection
 
 
 class CausalFamily(Family):
-    """A decoder alone; also what a base is taken for whose configuration names no architecture."""
+    """A decoder alone; also the family of a base whose configuration names no architecture."""
 
     endings = ("ForCausalLM", "LMHeadModel")
     class_name = "AutoModelForCausalLM"

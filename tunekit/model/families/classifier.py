@@ -13,8 +13,8 @@ from tunekit.recipe.model import ModelSection
 
 
 class ClassifierFamily(Family):
-    """Tokens in, logits (B, C) out, C labels. The head may be a small network, and reads one position of each row: of a
-    decoder the last token."""
+    """Tokens -> logits (B, C), C labels. The head may be a small network and reads one position per row: in a decoder
+    the last token."""
 
     endings = ("ForSequenceClassification",)
     class_name = "AutoModelForSequenceClassification"
@@ -27,17 +27,17 @@ class ClassifierFamily(Family):
         return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
-        """Of encoders and encoder-decoders, whose heads differ from net to net."""
+        """True for encoders and encoder-decoders, whose heads differ from net to net."""
         return not scores_tokens(net)
 
     def layers(self, net: nn.Module) -> NamedModules:
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, C). An encoder counts positions itself: some begin at another number than 0.
+        """(B, C). An encoder computes positions itself, because some start at another number than 0.
 
-        Raises: ModelError where a decoder could not tell padding from text, or where the second text of a pair has a
-        type that the net has no vector for.
+        Raises: ModelError if a decoder could not distinguish padding from text, or if the net has no token type for
+        the second text of a pair.
         """
         config, rows = config_of(net), next(iter(inputs.values())).shape[0]
         if rows > 1 and scores_tokens(net) and getattr(config, "pad_token_id", None) is None:

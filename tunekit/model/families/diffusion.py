@@ -13,11 +13,11 @@ from tunekit.model.families.pipeline.processor import load_processor
 from tunekit.model.families.pipeline.prompts import encode_prompts
 from tunekit.recipe.model import ModelSection
 
-IDS = "ids of "  # before a text encoder's name, in the inputs
+IDS = "ids of "  # prefix of a text encoder's name in the inputs
 
 
 class DiffusionFamily(Family):
-    """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or as ids in; predictions (B, C, H, W) out."""
+    """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or ids -> predictions (B, C, H, W)."""
 
     index_file = INDEX
     text = "a diffusion pipeline"
@@ -30,35 +30,38 @@ class DiffusionFamily(Family):
         return load_pipeline(folder, section, dtype, meta=meta)
 
     def processor(self, section: ModelSection) -> Processor:
-        """Its tokenizers, latents and noise schedule. Raises: ModelError."""
+        """The pipeline's tokenizers, latent sizes and noise schedule. Raises: ModelError."""
         return load_processor(section)
 
     def layers(self, net: nn.Module) -> NamedModules:
-        """Those of the denoiser, in the order in which they run."""
+        """The denoiser's layers, in the order in which they run."""
         part = PIPELINES[_as_pipeline(net).config.model_type]
         return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """What the denoiser predicts, (B, C, H, W) float32; of one that predicts a variance too, without that."""
+        """The denoiser's prediction, (B, C, H, W) float32, without the variance that some denoisers also predict."""
         pipeline = _as_pipeline(net)
         latents = inputs["latents"].to(pipeline.dtype)
-        given = {name: value for name, value in inputs.items() if name in ("prompt", "pooled")}
-        if "prompt" not in given:
+        embeddings = {name: value for name, value in inputs.items() if name in ("prompt", "pooled")}
+        if "prompt" not in embeddings:
             ids = {name.removeprefix(IDS): value for name, value in inputs.items() if name.startswith(IDS)}
-            given = encode_prompts(pipeline, ids)
-        given = {name: value.to(pipeline.dtype) for name, value in given.items()}
-        more: dict[str, Tensor | Tensors] = {}
+            embeddings = encode_prompts(pipeline, ids)
+        embeddings = {name: value.to(pipeline.dtype) for name, value in embeddings.items()}
+        conditions: dict[str, Tensor | Tensors] = {}
         if pipeline.config.model_type == "StableDiffusion3Pipeline":
-            more["pooled_projections"] = given["pooled"]
-        elif "pooled" in given:
-            more["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": inputs["sizes"].to(pipeline.dtype)}
-        more["encoder_hidden_states"] = given["prompt"]
-        found: Tensor = pipeline.denoiser(latents, timestep=inputs["times"], return_dict=False, **more)[0]
+            conditions["pooled_projections"] = embeddings["pooled"]
+        elif "pooled" in embeddings:
+            conditions["added_cond_kwargs"] = {
+                "text_embeds": embeddings["pooled"],
+                "time_ids": inputs["sizes"].to(pipeline.dtype),
+            }
+        conditions["encoder_hidden_states"] = embeddings["prompt"]
+        predicted: Tensor = pipeline.denoiser(latents, timestep=inputs["times"], return_dict=False, **conditions)[0]
         channels = latents.shape[1]
-        return found[:, :channels].float() if found.shape[1] == 2 * channels else found.float()
+        return predicted[:, :channels].float() if predicted.shape[1] == 2 * channels else predicted.float()
 
-    def beside(self, net: nn.Module) -> list[nn.Module]:
-        return list(_as_pipeline(net).beside.values())
+    def frozen_parts(self, net: nn.Module) -> list[nn.Module]:
+        return list(_as_pipeline(net).frozen_parts.values())
 
     def looks_back(self, net: nn.Module) -> bool:
         return False
@@ -85,7 +88,7 @@ def _check(section: ModelSection, family: str) -> None:
     )
     for key, is_wrong, instead in wrong:
         if is_wrong:
-            what = f"{section.name_or_path} is a diffusion pipeline, which is not loaded so"
+            what = f"{section.name_or_path} is a diffusion pipeline, which does not support this setting"
             raise ModelError(what, f"write {instead}", key=f"model.{key}")
 
 

@@ -1,4 +1,4 @@
-"""What is known of a family of models: how a base is recognised, loaded and called, and where its parts are."""
+"""The interface of a model family: how a base is recognised, loaded and called, and the names of its parts."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_c
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.records import JsonObject
 
-UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses
+UNUSED_ROWS = 2  # OPT's position table starts with two unused rows
 
 
 class Family:
-    """One family. The defaults are those of a net that reads token ids, looks back only and writes text."""
+    """One family. The defaults fit a causal net that reads token ids and writes text."""
 
     endings: tuple[str, ...] = ()  # of the architecture's name in config.json
-    index_file: str | None = None  # the file by which bases without config.json are recognised
-    precedence = 0  # families of a higher one are asked first
-    class_name: str  # of transformers' class that loads a base
+    index_file: str | None = None  # identifies bases without a config.json
+    precedence = 0  # families with a higher one are tried first
+    class_name: str  # transformers' class that loads a base
     text: str  # "a causal language model"
-    task_type: str | None = None  # as PEFT's adapter folders name the family; None: PEFT has no class for it
+    task_type: str | None = None  # the family's name in PEFT's adapter folders; None: PEFT has no class for it
     answers = True  # whether it generates text
-    labelled = False  # whether its head gives one score a label, and is trained with every adapter
-    reads_ids = True  # whether a question is token ids; else recordings or images
-    ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
-    part_of: tuple[str, ...] = ()  # keys of the configurations of larger models of which it loads one part
-    unread: tuple[str, ...] = ()  # beginnings of names in the base's files for which the net has no place
-    head_parts: tuple[str, ...] = ()  # modules of a head that has several; the last one scores the labels
-    reads_source = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
+    labelled = False  # whether its head gives one score per label, and is trained with every adapter
+    reads_ids = True  # whether a question is token ids; otherwise recordings or images
+    ids: str | None = "input_ids"  # the input whose ids have logits; None: no vocabulary
+    part_of: tuple[str, ...] = ()  # config keys of larger models that contain one of this family
+    unread: tuple[str, ...] = ()  # prefixes of tensor names in the base's files that the net does not use
+    head_parts: tuple[str, ...] = ()  # modules of a head with several parts; the last one scores the labels
+    reads_source = False  # whether an encoder reads the prompt, so that the answer is a separate sequence
     stacks: OneStack | TwoStacks = ONE
 
     @property
@@ -55,19 +55,19 @@ class Family:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether a base is a folder of several models, and a merged one too."""
+        """Whether a base, also a merged one, is a folder of several models."""
         return self.index_file is not None
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
-        """Whether a base of this architecture ("" where config.json names none) belongs to the family."""
+        """Whether a base of this architecture ("" if config.json names none) belongs to the family."""
         return architecture.endswith(self.endings)
 
     def with_head(self, modules: Set[str]) -> Family:
-        """The family as which a base of this one is loaded where an adapter trains these modules."""
+        """The family with which a base is loaded if an adapter trains these modules."""
         return self
 
     def obstacle(self, config: Mapping[str, object]) -> str | None:
-        """Why a base with this config.json cannot be loaded as one of the family; None where it can."""
+        """Why a base with this config.json cannot be loaded as one of the family, or None."""
         return None
 
     def auto_class(self) -> AutoClass:
@@ -84,7 +84,7 @@ class Family:
         raise NotImplementedError
 
     def processor(self, section: ModelSection) -> Processor:
-        """What turns examples into rows for a base of this family. Raises: ModelError."""
+        """The processor that turns examples into rows for a base of this family. Raises: ModelError."""
         raise NotImplementedError
 
     def layers(self, net: nn.Module) -> NamedModules:
@@ -92,7 +92,8 @@ class Family:
         return self.stacks.layers(net)
 
     def forward(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
-        """What objectives read: logits of a head that reads whole rows, else hidden states and the head."""
+        """The output that objectives read: logits if the head reads whole rows, otherwise hidden states and the
+        head."""
         if self.reads_rows(net):
             return ModelOutput(logits=self.logits(net, inputs))
         return ModelOutput(hidden=self.hidden(net, inputs), head=self.head(net))
@@ -100,22 +101,23 @@ class Family:
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(B, T, D) hidden states after the final norm; no head, no cache, no full logits.
 
-        Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts; a decoder
-        with a head of labels needs no mask, since padding comes last.
+        The base receives those of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) that it accepts.
+        A decoder with a head of labels needs no mask, since padding comes last.
         """
-        left_out = "attention_mask" if self.labelled else ""
-        return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != left_out})
+        omitted = "attention_mask" if self.labelled else ""
+        return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != omitted})
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
+        """The net's own complete logits: (B, T, V), for a classifier (B, C). Training reads hidden states and head
+        instead."""
         return call_accepted(net, inputs).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
-        """How the model in this folder must be called, where other programs would not do it by themselves."""
+        """How the model in this folder must be called, if other programs would call it wrongly by default."""
         return ""
 
     def looks_back(self, net: nn.Module) -> bool:
-        """Whether each position sees only those before it, so that rows may lie end to end."""
+        """Whether each position attends only to earlier ones, so that rows may be packed."""
         return scores_tokens(net) if self.labelled else not self.reads_source
 
     def reads_rows(self, net: nn.Module) -> bool:
@@ -123,24 +125,28 @@ class Family:
         return False
 
     def trained_with(self, net: nn.Module) -> list[str]:
-        """Names of modules that are trained whole beside any adapter: the head, and what PEFT trains with it. It takes
-        `classifier` in modules_to_save for the end of a name, and so means DistilBERT's `pre_classifier` too."""
+        """Names of modules that are trained fully next to any adapter: the head, and the modules that PEFT trains with
+        it.
+
+        PEFT matches `classifier` in modules_to_save as the end of a name, which includes DistilBERT's
+        `pre_classifier`.
+        """
         head = self.head_name(net) if self.labelled else None
         return [] if head is None else [name for name, _ in net.named_children() if name.endswith(head)]
 
     def new_head(self, section: ModelSection, net: nn.Module) -> tuple[str, ...]:
-        """Names of the modules of the head that the section asks for, which the base's files need not hold."""
+        """Names of the head's modules for this section; the base's files may lack them."""
         if not isinstance(section, HeadedModel):
             return ()
         return tuple(dict.fromkeys([*modules_after_base(net), *self.trained_with(net)]))
 
     def head_modules(self, net: nn.Module) -> list[str]:
-        """Names of the output projection and of what is trained whole: no quantization packs them."""
+        """Names of the output projection and of the fully trained modules; quantization never packs them."""
         names = (self.head_name(net), *self.trained_with(net))
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def draw_head(self, section: ModelSection, net: nn.Module, dtype: torch.dtype) -> None:
-        """Values for the modules of a head that the base's files do not hold, and for scores of other labels."""
+        """Initialise the head's modules that the base's files lack, and scores for other labels."""
         if not isinstance(section, HeadedModel):
             return
         for name in self.new_head(section, net):
@@ -148,13 +154,13 @@ class Family:
             if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
                 draw_module(net, name, section.head_seed, dtype)
 
-    def beside(self, net: nn.Module) -> list[nn.Module]:
-        """Modules that are no part of the net and are needed now and then: their place is the host."""
+    def frozen_parts(self, net: nn.Module) -> list[nn.Module]:
+        """Modules outside the net that are needed only at times, and otherwise stay on the host."""
         return []
 
     def facts(self, net: nn.Module) -> JsonObject:
-        """What an objective of this family must know of the net: the labels of its head, what its scores mean if that
-        is stated and they are not those of one label, and from where on they name a label."""
+        """Facts that objectives of this family need: the labels of the head, its problem type if its config states
+        one with several labels or numbers, and the thresholds above which its scores name a label."""
         if not self.labelled:
             return {}
         config = config_of(net)
@@ -169,17 +175,17 @@ class Family:
         """Width of the hidden states."""
         return int(text_config(net).hidden_size)
 
-    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> Tensors:
-        """What the net is called with for one row of ids (1, T); `beside`: of a batch, whose first row has what else
-        the net reads."""
+    def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
+        """The net's inputs for one row of ids (1, T). `inputs`: a batch's inputs, whose first row supplies any
+        others."""
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """Of a family that reads no ids: what the net could be called with for one row, always the same."""
+        """For a family that does not read ids: fixed inputs of one row with which the net can be called."""
         raise NotImplementedError
 
     def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """What the head makes of one row, of what the net is called with: (T, V) float32, of a classifier (1, C)."""
+        """The head's scores for one row of inputs: (T, V) float32, for a classifier (1, C)."""
         if self.labelled or self.reads_rows(net):
             return self.logits(net, inputs).float()
         return self.head(net).logits(self.hidden(net, inputs)[0])
@@ -189,7 +195,7 @@ class Family:
         return self.looks_back(net) and "position_ids" in accepted_names(base_of(net))
 
     def head(self, net: nn.Module) -> TextHead:
-        """The output projection, with its scale and soft cap. Raises: ModelError where only the net can call it."""
+        """The output projection, with its scale and soft cap. Raises: ModelError if only the net can call it."""
         if self.labelled:
             return label_head(net)
         name = self.head_name(net)
@@ -206,9 +212,9 @@ class Family:
         return name_of(net, as_pretrained(net).get_input_embeddings()) if self.ids else None
 
     def learned_positions(self, net: nn.Module) -> int | None:
-        """Usable rows of a learned table of positions; None where positions are computed.
+        """Usable rows of a learned table of positions; None if positions are computed.
 
-        A table that has a row for padding (RoBERTa's kind) counts from behind that row on.
+        In a table with a padding row (such as RoBERTa's), positions start after that row.
         """
         declared = getattr(text_config(net), "max_position_embeddings", None)
         if self.ids is None or not isinstance(declared, int):
@@ -223,7 +229,7 @@ class Family:
         return min(rows, default=None)
 
     def tied(self, net: nn.Module) -> bool:
-        """Whether the head and the token embedding are one matrix."""
+        """Whether the head and the token embedding share one matrix."""
         head, embedding = self.head_name(net), self.embedding_name(net)
         if head is None or embedding is None:
             return False
@@ -231,6 +237,6 @@ class Family:
         return ours is not None and ours is getattr(net.get_submodule(embedding), "weight", None)
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution, equal to the plain forward bit for bit; None where unproven, and
-        where the head reads whole rows: what follows the layers is then not a norm alone."""
+        """The net cut for layer-by-layer execution, equal to the plain forward bit for bit. None if that is not
+        proven, or if the head reads whole rows (more than a norm then follows the layers)."""
         return None if self.reads_rows(net) else self.stacks.stages(net)

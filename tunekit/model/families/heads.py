@@ -1,4 +1,4 @@
-"""The modules after the last layer: hidden states -> logits in float32, as the model itself would make them."""
+"""The modules after the last layer: hidden states -> logits in float32, equal to the model's own."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from tunekit.model.pretrained import as_pretrained, config_of, text_config
 
 @dataclass(frozen=True)
 class TextHead:
-    """logits = cap * tanh(scale * head(h) / cap) + offset, without the cap or the offset where the model has none.
+    """logits = cap * tanh(scale * head(h) / cap) + offset; models without a cap or an offset skip it.
 
-    Shapes: h (N, D) -> (N, V).    The module is looked up at each call, so that an adapter around it takes part.
+    Shapes: h (N, D) -> (N, V). The module is looked up at each call, so that an adapter around it takes part.
     """
 
     net: nn.Module
@@ -23,7 +23,7 @@ class TextHead:
     scale: float = 1.0
     divisor: float = 1.0
     soft_cap: float | None = None
-    offset_name: str | None = None  # of a buffer (1, V)
+    offset_name: str | None = None  # name of a buffer (1, V)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) in float32."""
@@ -31,7 +31,7 @@ class TextHead:
         return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """What the module gives, of any part of the vocabulary, with the scale and the cap."""
+        """The module's output for any part of the vocabulary, with scale and cap applied."""
         if self.divisor != 1.0:
             logits = logits / self.divisor
         if self.scale != 1.0:
@@ -42,7 +42,7 @@ class TextHead:
 
 
 def make_head(net: nn.Module, name: str) -> TextHead:
-    """The head with the scale and the cap that the configuration names."""
+    """The head with the scale and the cap from the configuration."""
     scale, divisor, config = 1.0, 1.0, text_config(net)
     if config.model_type.startswith("cohere"):
         scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -60,7 +60,7 @@ def make_head(net: nn.Module, name: str) -> TextHead:
 
 
 def before_projection(net: nn.Module) -> list[nn.Module]:
-    """What a head does before its projection, where that is a module beside it, as in ModernBERT's decoder."""
+    """A head's module before its projection, if it is separate, as in ModernBERT's decoder."""
     head, projection = getattr(net, "lm_head", None), as_pretrained(net).get_output_embeddings()
     if not isinstance(head, nn.Module) or projection is None or projection in head.modules():
         return []
@@ -68,20 +68,20 @@ def before_projection(net: nn.Module) -> list[nn.Module]:
 
 
 def scores_tokens(net: nn.Module) -> bool:
-    """Whether the net is a decoder with a head of labels, `score`, which reads hidden states one by one."""
+    """Whether the net is a decoder with a head of labels, `score`, which reads single hidden states."""
     return isinstance(getattr(net, "score", None), nn.Module)
 
 
 def label_head(net: nn.Module) -> TextHead:
-    """Of a decoder: hidden states (D) -> scores (C). Raises: ModelError for others."""
+    """The head of a decoder: hidden states (D) -> scores (C). Raises: ModelError for other nets."""
     if not scores_tokens(net):
         raise ModelError(f"{type(net).__name__} gives one row of logits per text, none per token", "read its logits")
     return TextHead(net, "score")
 
 
 def label_head_name(net: nn.Module) -> str | None:
-    """Name of the module next to the base that ends in one number per label: the last one, because a projection before
-    it may be as wide."""
+    """Name of the module next to the base that outputs one number per label: the last one, because a projection before
+    it may have the same width."""
     labels, base = int(config_of(net).num_labels), base_name(net)
     for name, module in reversed(list(net.named_children())):
         outputs = [getattr(inner, "out_features", None) for inner in module.modules()]
@@ -91,8 +91,8 @@ def label_head_name(net: nn.Module) -> str | None:
 
 
 def modules_after_base(net: nn.Module) -> list[str]:
-    """Names of the modules with parameters that a classifier has next to its base, and of the base's own pooler: a
-    model that was saved for another task need not hold them."""
+    """Names of a classifier's modules with parameters next to its base, and of the base's pooler. A model that was
+    saved for another task may lack them."""
     base = base_name(net)
     names = [name for name, _ in net.named_children() if name != base.partition(".")[0]]
     names += [f"{base}.pooler"] if isinstance(getattr(net.get_submodule(base), "pooler", None), nn.Module) else []
@@ -100,7 +100,7 @@ def modules_after_base(net: nn.Module) -> list[str]:
 
 
 def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> None:
-    """Values for a module of a head, as transformers initialises it: drawn on the CPU, from the seed and the name."""
+    """Initialise a module of a head as transformers does: drawn on the CPU, from the seed and the name."""
     drawn = net.get_submodule(name).to_empty(device="cpu").float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("head", seed, name))

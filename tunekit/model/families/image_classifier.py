@@ -1,4 +1,4 @@
-"""Image classifiers: a vision transformer with one row of logits per picture, and its processor of pixels."""
+"""Image classifiers: a vision transformer with one row of logits per image, and its image processor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunekit.errors import InputError, ModelError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.family import Family
-from tunekit.model.families.structure import accepted_names, call_accepted, seeded
+from tunekit.model.families.structure import accepted_names, call_accepted, seeded_generator
 from tunekit.model.pretrained import config_of
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet, refuse_code
@@ -30,51 +30,52 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig
 
 CONFIG = "preprocessor_config.json"
-SIZES = ("size", "crop_size", "resize_short")  # its keys that say how large pictures are
-PLAIN_KIND = "ViTImageProcessor"  # of a model without a file
-MOST_SIDE = 4096
-PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that show what a processor does
+SIZES = ("size", "crop_size", "resize_short")  # the file's keys for sizes of images
+PLAIN_KIND = "ViTImageProcessor"  # of a model without the file
+MAX_SIDE = 4096
+PROBES = ((40, 56), (56, 40), (300, 70))  # heights and widths of test images for a processor
 LIBRARIES = {"PIL": "Pillow", "torchvision": "torchvision"}  # of the extra `images`, by module
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
-SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
+SIDE = 224  # default side if neither the processor nor the model has one, and the side of plain images
 ConfiguredSize = float | Mapping[str, object]
 PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """What the model's own processor does, by that processor: which part of a picture is seen, how large, through which
-    filter, and how its numbers are scaled.
+    """Calls the model's own image processor, and measures its effect: the part of an image that is visible, its size,
+    the filter, and the scale of its values.
 
-    `side`: pixels of a side, where the recipe says another number; all sizes of the processor grow or shrink with it.
+    `side`: another number of pixels from the recipe; all sizes of the processor are scaled with it.
     """
 
     folder: Path
     side: int | None = None
 
-    tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
+    tokenizer: ClassVar[Tokenizer | None] = None  # there is no text
 
     @cached_property
     def config(self) -> JsonObject:
-        """Of the file; without one, of a vision transformer of the size that the model's configuration says.
+        """The processor's file; without one, that of a vision transformer with the image size in the model's
+        configuration.
 
-        Raises: ModelError for sizes that no picture has.
+        Raises: ModelError for an impossible size.
         """
         if (self.folder / CONFIG).exists():
-            found = read_json(self.folder / CONFIG)
+            config = read_json(self.folder / CONFIG)
         else:
             size = read_json(self.folder / "config.json").get("image_size", SIDE)
             height, width = size if isinstance(size, list) else (size, size)
-            found = {"image_processor_type": PLAIN_KIND, "size": {"height": height, "width": width}}
-        sides = [side for key in SIZES for side in _sides(found.get(key))]
-        if any(isinstance(side, int | float) and not 0 < side <= MOST_SIDE for side in sides):
-            what = f"has a size beyond 1 to {MOST_SIDE} pixels"
-            raise ModelError(what, "mend it", file=str(self.folder / CONFIG))
-        return found
+            config = {"image_processor_type": PLAIN_KIND, "size": {"height": height, "width": width}}
+        sides = [side for key in SIZES for side in _sides(config.get(key))]
+        if any(isinstance(side, int | float) and not 0 < side <= MAX_SIDE for side in sides):
+            what = f"has a size outside 1 to {MAX_SIDE} pixels"
+            raise ModelError(what, "correct the size", file=str(self.folder / CONFIG))
+        return config
 
     @cached_property
-    def written(self) -> JsonObject:
-        """The configuration with the sizes that are trained on."""
+    def trained_config(self) -> JsonObject:
+        """The configuration with the sizes used in training."""
         if self.side is None:
             return self.config
         share = self.side / PixelProcessor(self.folder).resolution
@@ -82,9 +83,9 @@ class PixelProcessor:
         return {**self.config, **sizes}
 
     @cached_property
-    def own(self) -> BaseImageProcessor:
-        """transformers' processor. Raises: ModelError; InputError where a library is not installed."""
-        sizes = {key: self.written[key] for key in SIZES if self.written.get(key)}
+    def processor(self) -> BaseImageProcessor:
+        """transformers' processor. Raises: ModelError; InputError if a library is not installed."""
+        sizes = {key: self.trained_config[key] for key in SIZES if self.trained_config.get(key)}
         try:
             with quiet():
                 from transformers import AutoImageProcessor, ViTImageProcessor
@@ -100,30 +101,30 @@ class PixelProcessor:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the file and of the class that reads it, which decide rows."""
-        return hash_of([self.written, type(self.own).__name__])
+        """sha256 of the file and of the class that reads it, on which rows depend."""
+        return hash_of([self.trained_config, type(self.processor).__name__])
 
     @cached_property
     def resolution(self) -> int:
-        """Pixels of a side. Raises: ModelError, with the processor's name, where pictures do not become squares of one
-        size, or not pixel by pixel."""
+        """Pixels of a side. Raises: ModelError, with the processor's name, if images do not become squares of one size
+        or pixels are not scaled separately."""
         generator, shapes = np.random.default_rng(0), set[tuple[int, ...]]()
         for shape in PROBES:
             values = self.values(generator.integers(0, 256, (*shape, 3), np.uint8))
             shapes.add(tuple(values.shape))
-        name, file = type(self.own).__name__, str(self.folder / CONFIG)
+        name, file = type(self.processor).__name__, str(self.folder / CONFIG)
         if len(shapes) > 1 or any(len(shape) != 3 or shape[0] != 3 for shape in shapes):
-            what = f"{name} makes no tensor (3, H, W) of one size of every image, but {sorted(shapes)}"
+            what = f"{name} does not make every image a tensor (3, H, W) of one size, but {sorted(shapes)}"
             raise ModelError(what, "choose another base", file=file)
         _, height, width = shapes.pop()
         if height != width:
-            what = f"asks for images of {width} x {height} pixels, and only squares are trained on"
+            what = f"makes images of {width} x {height} pixels, but only squares can be trained on"
             raise ModelError(what, "choose another base", file=file)
         self._check_scale(int(height))
         return int(height)
 
     def _check_scale(self, side: int) -> None:
-        """Raises: ModelError where the numbers of a picture do not follow from its pixels one by one."""
+        """Raises: ModelError if a value does not depend only on its own pixel."""
         scale, offset = self.scale
         pixels = np.random.default_rng(1).integers(0, 256, (*PROBES[0], 3), np.uint8)
         values, one_level = self.values(pixels), float(scale.abs().max())
@@ -131,45 +132,45 @@ class PixelProcessor:
             again = torch.from_numpy(self._unscaled(values, side)).float() @ scale.T + offset  # (side, side, 3)
             if float((again.permute(2, 0, 1) - values).abs().max()) <= one_level:
                 return
-        what = f"{type(self.own).__name__} does not scale each pixel by itself, and cannot be followed"
+        what = f"{type(self.processor).__name__} does not scale each pixel separately, which training requires"
         raise ModelError(what, "choose another base", file=str(self.folder / CONFIG))
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor]:
-        """(3, 3) and (3,): pixels p of 0 to 255 become scale p + offset, as the model's own processor makes them.
+        """(3, 3) and (3,): the model's own processor turns pixels p (0 to 255) into scale p + offset.
 
-        Every processor scales each pixel by itself, by a factor, mean and deviation or in another order of channels, so
-        that four plain pictures tell all of it.  Raises: ModelError.
+        Every processor scales each pixel separately, by a factor, mean and deviation, or a reordering of channels, so
+        four plain images determine the scale. Raises: ModelError.
         """
         black, *others = (self._of_plain(colour) for colour in PLAIN)
-        return torch.stack([(each - black) / 255.0 for each in others], dim=1).float(), black.float()
+        return torch.stack([(value - black) / 255.0 for value in others], dim=1).float(), black.float()
 
     def _of_plain(self, colour: tuple[int, int, int]) -> Tensor:
-        """(3,) float64 of the middle of a picture of one colour."""
-        made = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
-        return made[:, made.shape[1] // 2, made.shape[2] // 2].double()
+        """(3,) float64: the middle value of an image of one colour."""
+        values = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
+        return values[:, values.shape[1] // 2, values.shape[2] // 2].double()
 
     def values(self, pixels: Pixels) -> Tensor:
-        """What the processor makes of a picture (H, W, 3): (3, side, side). Raises: ModelError."""
+        """The processor's output for an image (H, W, 3): (3, side, side). Raises: ModelError."""
         try:
             with quiet():
-                found: Tensor = self.own(images=pixels, return_tensors="pt")["pixel_values"][0]
+                values: Tensor = self.processor(images=pixels, return_tensors="pt")["pixel_values"][0]
         except FAULTS as error:
             raise self._unusable(error) from error
-        return found
+        return values
 
-    def seen(self, pixels: Pixels) -> Pixels:
-        """(side, side, 3) of a picture (H, W, 3), as the processor sees it before it scales numbers: those are scaled
-        back, which says the same of every kind of processor."""
+    def visible_pixels(self, pixels: Pixels) -> Pixels:
+        """(side, side, 3): the pixels of an image (H, W, 3) that the processor uses, before their values are scaled.
+        They are computed back from the scaled values, which works for every processor."""
         return self._unscaled(self.values(pixels), self.resolution)
 
     def _unscaled(self, values: Tensor, side: int) -> Pixels:
-        back = self._unscale @ (values.float().flatten(1) - self.scale[1][:, None])  # (3, side * side)
-        return back.round_().clamp_(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
+        restored = self._unscale @ (values.float().flatten(1) - self.scale[1][:, None])  # (3, side * side)
+        return restored.round_().clamp_(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
 
     @cached_property
     def _unscale(self) -> Tensor:
-        """(3, 3): what gives pixels back."""
+        """(3, 3): the inverse of `scale`."""
         return self.scale[0].double().inverse().float()
 
     def _unusable(self, error: Exception) -> TunekitError:
@@ -178,15 +179,15 @@ class PixelProcessor:
             what = f"processors of images need {' and '.join(lacking)}, not installed here"
             return InputError(what, "run: pip install 'tunekit[images]'")
         first = str(error).strip().partition("\n")[0]
-        what = f"is no processor of images that can be used ({first})"
+        what = f"is not a usable image processor ({first})"
         return ModelError(what, "fetch the model again", file=str(self.folder / CONFIG))
 
     def save(self, folder: Path) -> None:
-        """The file into a model folder, with the size that was trained on."""
-        if self.written is self.config and (self.folder / CONFIG).exists():
+        """Write the file into a model folder, with the size used in training."""
+        if self.trained_config is self.config and (self.folder / CONFIG).exists():
             shutil.copyfile(self.folder / CONFIG, folder / CONFIG)
             return
-        write_json(folder / CONFIG, self.written)
+        write_json(folder / CONFIG, self.trained_config)
 
 
 def _sides(size: object) -> list[object]:
@@ -194,14 +195,14 @@ def _sides(size: object) -> list[object]:
 
 
 def _sized(size: ConfiguredSize, share: float) -> ConfiguredSize:
-    """A size of a processor's file, so many times as large."""
+    """A size from a processor's file, scaled."""
     if isinstance(size, Mapping):
         return {name: round(value * share) if isinstance(value, int) else value for name, value in size.items()}
     return round(size * share)
 
 
 class ImageClassifierFamily(Family):
-    """Pixels (B, 3, H, W) in, logits (B, C) out, C labels."""
+    """Pixels (B, 3, H, W) -> logits (B, C), C labels."""
 
     endings = ("ForImageClassification",)
     class_name = "AutoModelForImageClassification"
@@ -213,28 +214,28 @@ class ImageClassifierFamily(Family):
     part_of = ("vision_config",)  # of CLIP and SigLIP
 
     def processor(self, section: ModelSection) -> Processor:
-        """How its pictures are scaled."""
+        """The base's image processor."""
         return PixelProcessor(find_source(section, weights=False).folder)
 
     def reads_rows(self, net: nn.Module) -> bool:
         return True
 
     def layers(self, net: nn.Module) -> NamedModules:
-        """The layers in order, with their module names: all that are in lists, since nets of convolutions have one list
-        of blocks or stages, or several. Raises: ModelError for a net without."""
-        lists = [(name, each) for name, each in net.named_modules() if isinstance(each, nn.ModuleList)]
-        found: dict[str, nn.Module] = {}
-        for name, each in lists:
-            if not any(name.startswith(f"{other}.") for other in found):
-                items = [(f"{name}.{own}", item) for own, item in each.named_children()]
-                found |= {own: item for own, item in items if not isinstance(item, nn.ModuleList)}
-        if not found:
+        """The layers in order, with their module names: all items of lists, since convolutional nets have one or
+        several lists of blocks or stages. Raises: ModelError for a net without lists."""
+        lists = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.ModuleList)]
+        layers: dict[str, nn.Module] = {}
+        for name, module_list in lists:
+            if not any(name.startswith(f"{other}.") for other in layers):
+                items = [(f"{name}.{index}", item) for index, item in module_list.named_children()]
+                layers |= {path: item for path, item in items if not isinstance(item, nn.ModuleList)}
+        if not layers:
             what = f"{type(net).__name__} has no list of layers"
             raise ModelError(what, "choose a ViT, DINOv2, Swin, ConvNeXt or the like", key="model.name_or_path")
-        return list(found.items())
+        return list(layers.items())
 
     def hidden_size(self, net: nn.Module) -> int:
-        """Width of the hidden states: of a net of convolutions, what its head reads."""
+        """Width of the hidden states; for convolutional nets, the input width of the head."""
         declared = getattr(_vision_config(net), "hidden_size", None)
         widths = [
             module.in_features
@@ -245,12 +246,12 @@ class ImageClassifierFamily(Family):
         return int(declared or widths[-1])
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, C). Pictures of another size than the model's have positions between its own."""
+        """(B, C). Positions are interpolated for images of another size than the model's."""
         pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
         return call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
-        """Positions of another number of pixels are computed only where the caller asks for that."""
+        """Positions for another image size are interpolated only if the caller requests it."""
         size, side = getattr(_vision_config(net), "image_size", None), PixelProcessor(folder).resolution
         if "interpolate_pos_encoding" not in accepted_names(net) or size in (None, side, [side, side]):
             return ""
@@ -262,11 +263,11 @@ class ImageClassifierFamily(Family):
     def trial_inputs(self, net: nn.Module) -> Tensors:
         size = getattr(_vision_config(net), "image_size", SIDE)
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded())}
+        return {"pixel_values": torch.randn(1, 3, height, width, generator=seeded_generator())}
 
 
 def _vision_config(net: nn.Module) -> PreTrainedConfig:
-    """The configuration of the vision model, which may be a part of a larger one's."""
+    """The configuration of the vision model, which may be part of a larger model's."""
     config = config_of(net)
     return getattr(config, "vision_config", config)
 

@@ -1,4 +1,4 @@
-"""Encoder-decoders: T5, BART and whatever is built like them."""
+"""Encoder-decoders: T5, BART and similar models."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from tunekit.recipe.model import ModelSection
 
 
 class Seq2SeqFamily(Family):
-    """Tokens of the source in (input_ids, attention_mask), those of the answer so far (decoder_input_ids,
-    decoder_attention_mask), each also as embeddings. Hidden states are the decoder's, a head (D) -> (V)."""
+    """Inputs: tokens of the source (input_ids, attention_mask) and of the answer so far (decoder_input_ids,
+    decoder_attention_mask), or their embeddings. Hidden states are the decoder's, with a head (D) -> (V)."""
 
     endings = ("ForConditionalGeneration", "MTModel")  # MarianMTModel
     precedence = 1
@@ -29,8 +29,8 @@ class Seq2SeqFamily(Family):
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)
 
-    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> Tensors:
-        """Source and answer at once."""
+    def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
+        """The ids as source and as answer."""
         return {"input_ids": ids, "decoder_input_ids": ids}
 
 

@@ -1,4 +1,4 @@
-"""Speech models that hear and write, such as Whisper: an encoder of recordings and a decoder of text."""
+"""Speech recognition models such as Whisper: an encoder of recordings and a decoder of text."""
 
 from collections.abc import Mapping, Set
 
@@ -9,27 +9,28 @@ from tunekit.contracts import Processor, Tensors
 from tunekit.model.families import audio_classifier
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import TWO
-from tunekit.model.families.structure import noise_features, seeded
+from tunekit.model.families.structure import noise_features, seeded_generator
 from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.speech.processor import load_speech_processor
 from tunekit.recipe.model import ModelSection
 
 MODEL_TYPES = ("whisper", "moonshine")
 INPUTS = ("input_features", "input_values")
-SAMPLES = 16_000  # of a recording that a net is tried on
+SAMPLES = 16_000  # length of the recording in trial inputs
 
 
 class SpeechFamily(Family):
-    """Log-mel features (input_features (B, M, F)) or samples (input_values (B, N)) in, with the tokens of the answer so
-    far (decoder_input_ids); hidden states are the decoder's, a head (D) -> (V).
+    """Inputs: log-mel features (input_features (B, M, F)) or samples (input_values (B, N)), and the tokens of the
+    answer so far (decoder_input_ids). Hidden states are the decoder's, with a head (D) -> (V).
 
-    The encoder is called directly: SpecAugment of transformers, which draws from numpy's global generator, never acts.
+    The encoder is called directly, so transformers' SpecAugment, which draws from numpy's global generator, never
+    runs.
     """
 
     endings = ("ForConditionalGeneration", "MTModel")
     precedence = 2
     class_name = "AutoModelForSpeechSeq2Seq"
-    text = "a speech model"  # PEFT's class for encoder-decoders asks for input_ids, so that there is no task_type
+    text = "a speech model"  # no task_type: PEFT's class for encoder-decoders requires input_ids
     reads_ids = False
     ids = "decoder_input_ids"
     reads_source = True
@@ -43,24 +44,24 @@ class SpeechFamily(Family):
         return load_speech_processor(section)
 
     def learned_positions(self, net: nn.Module) -> int | None:
-        """Of the decoder, where it learned them: its answers can be no longer."""
+        """The decoder's learned positions, which limit the length of answers."""
         return getattr(config_of(net), "max_target_positions", None)
 
-    def inputs_of(self, ids: Tensor, beside: Mapping[str, Tensor] | None = None) -> Tensors:
-        """What the net is called with for one row of ids (1, T), the recording being the first of `beside`."""
-        assert beside is not None
-        recording = {name: values[:1] for name, values in beside.items() if name in INPUTS}
+    def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
+        """The net's inputs for one row of ids (1, T); the recording is the first in `inputs`."""
+        assert inputs is not None
+        recording = {name: values[:1] for name, values in inputs.items() if name in INPUTS}
         return {**recording, "decoder_input_ids": ids}
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """Seeded noise for a recording, and the first ids for its answer."""
+        """Seeded noise as a recording, and the first ids as its answer."""
         ids = torch.arange(min(16, config_of(net).vocab_size))[None]
         if as_pretrained(net).main_input_name == "input_values":
-            return {"input_values": torch.randn(1, SAMPLES, generator=seeded()), "decoder_input_ids": ids}
+            return {"input_values": torch.randn(1, SAMPLES, generator=seeded_generator()), "decoder_input_ids": ids}
         return {"input_features": noise_features(net), "decoder_input_ids": ids}
 
     def with_head(self, modules: Set[str]) -> Family:
-        """An audio classifier: peft has no task type for its head."""
+        """An audio classifier, because peft has no task type for its head."""
         return audio_classifier.FAMILY if set(audio_classifier.FAMILY.head_parts) <= modules else self
 
 

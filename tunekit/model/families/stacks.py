@@ -1,4 +1,4 @@
-"""How a net's layers are arranged, one stack or an encoder and a decoder, and how they are called without the head."""
+"""The arrangement of a net's layers (one stack, or an encoder and a decoder), and its forward without the head."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 FINAL_NORMS = (
     *("norm", "ln_f", "final_layernorm", "final_layer_norm"),
-    *("norm_f", "final_norm", "layer_norm", "layernorm", "embedding_norm"),  # the last one LFM2's
+    *("norm_f", "final_norm", "layer_norm", "layernorm", "embedding_norm"),  # the last one is LFM2's
 )
 OF_DECODER = "decoder_"
-FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's dropout is a number, and for embeddings
+FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's `dropout` attribute is a number, for embeddings
 
 
 class OneStack:
@@ -43,7 +43,7 @@ class OneStack:
         return hidden
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution; None where no test shows that this computes the same."""
+        """The net cut for layer-by-layer execution; None if no test proves that this computes the same."""
         base, name = base_of(net), find_layers(net)[0]
         if not is_proven(net):
             return None
@@ -55,19 +55,20 @@ class OneStack:
 
 
 class TwoStacks:
-    """An encoder that reads a source, and a decoder of answers (inputs `decoder_...`) that reads what it gives."""
+    """An encoder that reads a source, and a decoder of answers (inputs `decoder_...`) that attends to its output."""
 
     def layers(self, net: nn.Module) -> NamedModules:
         """The encoder's layers in order, then the decoder's, with their module names."""
         return [
-            (f"{name_of(net, stack)}.{own}.{index}", layer)
+            (f"{name_of(net, stack)}.{list_name}.{index}", layer)
             for stack in _stacks(net)
-            for own, layers in [_layer_list(stack)]
+            for list_name, layers in [_layer_list(stack)]
             for index, layer in enumerate(layers)
         ]
 
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, T, D) of the decoder after its final norm; `source_rows` (N,) in the inputs: answers share sources."""
+        """(B, T, D) of the decoder after its final norm. If the inputs contain `source_rows` (N,), answers share
+        sources."""
         encoder, decoder = _stacks(net)
         source = last_hidden(_read(encoder, inputs))  # (B, S, D)
         rows = inputs.get("source_rows")
@@ -78,12 +79,12 @@ class TwoStacks:
         return last_hidden(_answer(decoder, inputs, source))
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution; None where no test shows that this computes the same."""
+        """The net cut for layer-by-layer execution; None if no test proves that this computes the same."""
         if not is_proven(net):
             return None
         encoder, decoder = _stacks(net)
         runs = ((encoder, partial(_read, encoder)), (decoder, partial(_answer, decoder)))
-        return Stages([make_stack(net, each, _layer_list(each)[0], run, _finish(each)) for each, run in runs])
+        return Stages([make_stack(net, stack, _layer_list(stack)[0], run, _finish(stack)) for stack, run in runs])
 
 
 ONE, TWO = OneStack(), TwoStacks()
@@ -101,13 +102,13 @@ def _read(encoder: nn.Module, inputs: Tensors, source: Tensor | None = None) -> 
 
 def _answer(decoder: nn.Module, inputs: Tensors, source: Tensor | None) -> ModelOutput:
     """The decoder's output. Shapes: source (B, S, D)."""
-    given = {key.removeprefix(OF_DECODER): value for key, value in inputs.items() if key.startswith(OF_DECODER)}
+    answer = {key.removeprefix(OF_DECODER): value for key, value in inputs.items() if key.startswith(OF_DECODER)}
     mask = {"encoder_attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
-    return call_accepted(decoder, {**given, "encoder_hidden_states": source, **mask})
+    return call_accepted(decoder, {**answer, "encoder_hidden_states": source, **mask})
 
 
 def _finish(stack: nn.Module) -> list[nn.Module]:
-    """The modules after a stack's last layer; none in those that normalise inside of each."""
+    """The modules after a stack's last layer; none if each layer normalises its output."""
     modules = [getattr(stack, name, None) for name in FINISH]
     return [module for module in modules if isinstance(module, nn.Module)]
 
@@ -119,7 +120,7 @@ def _stacks(net: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _layer_list(stack: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of layers that a stack holds, with its name there."""
+    """A stack's list of layers, with its attribute name."""
     for name, module in stack.named_children():
         if isinstance(module, nn.ModuleList) and len(module):
             return name, module

@@ -1,7 +1,7 @@
-"""A net cut into embed and layers, of one stack or of several, so that an engine can run it layer by layer.
+"""Cuts a net into an embed stage and layers, for one stack or two, so that an engine can run it layer by layer.
 
-The embed stage runs the base's own forward with recorders in place of the layers, so that
-masks and position embeddings are made by the model's own code, whatever its version.
+The embed stage runs the base's own forward with recorders in place of the layers. Masks and position embeddings are
+therefore made by the model's own code, in any version.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from tunekit.contracts import LayerCall, SideInput, Stack, Tensors
 from tunekit.model.pretrained import text_config
 from tunekit.model.transformers_guard import replaced
 
-# Families on which tests compare stages with the plain forward bit for bit.
+# Families whose stages are tested to equal the plain forward bit for bit.
 PROVEN = frozenset(
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
@@ -29,18 +29,18 @@ PROVEN = frozenset(
         *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "whisper", "moonshine"),
     ]
 )
-# Families whose layers give a tuple or a list, and how many tensors follow the hidden states in it.
+# Families whose layers return a tuple or a list, and how many tensors follow the hidden states in it.
 ONE_MORE = ("bamba", "bloom", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "mpt", "openai-gpt")
 SIDE_OUTPUTS = {"t5": 2, "mt5": 2, **dict.fromkeys(ONE_MORE, 1)}
-LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that skip layers at random
 
 
 class _LayerRecorder(nn.Module):
-    """Stands in for a layer: records what it is called with and returns its hidden states."""
+    """Replaces a layer: records its arguments and returns its hidden states."""
 
     def __init__(self, layer: nn.Module, side_outputs: int) -> None:
         super().__init__()
-        object.__setattr__(self, "layer", layer)  # not a child: it must not be moved or saved twice
+        object.__setattr__(self, "layer", layer)  # not a child, so that it is not moved or saved twice
         self.arguments: tuple[object, ...] = ()
         self.keywords: dict[str, object] = {}
         self.hidden: Tensor | None = None
@@ -60,18 +60,18 @@ class _LayerRecorder(nn.Module):
 
 
 class StageLayer(nn.Module):
-    """One layer, called as the embed stage recorded; after the last of a stack comes the stack's final norm."""
+    """One layer, called as the embed stage recorded. A stack's last layer also applies the final norm."""
 
     finish: Sequence[nn.Module]
 
     def __init__(self, layer: nn.Module, finish: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layer = layer
-        object.__setattr__(self, "finish", finish)  # no part of the layer
+        object.__setattr__(self, "finish", finish)  # not part of the layer
 
     def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
         arguments = [_value(argument) for argument in call.arguments]
-        output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
+        output = self.layer(hidden, *arguments, **{name: _value(argument) for name, argument in call.keywords.items()})
         if isinstance(output, tuple | list):
             output, *others = output
             for side, other in zip(call.side_outputs, others, strict=False):
@@ -100,8 +100,8 @@ def make_stack(
     run: Callable[[Tensors, Tensor | None], object],
     finish: Sequence[nn.Module],
 ) -> Stack:
-    """The layers of `parent`, a part of the net, under this name. `run(inputs, source)` calls what embeds and passes
-    them; `finish` is what it does after the last."""
+    """A stack of `parent`'s layers, which are its attribute `attribute`. `run(inputs, source)` calls the code that
+    embeds and passes them; `finish` are the modules after the last layer."""
     layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
     def embed(inputs: Tensors, source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:
@@ -115,14 +115,17 @@ def make_stack(
 
 
 def _calls(recorders: Sequence[_LayerRecorder], source: SideInput | None) -> list[LayerCall]:
-    """What was recorded, with `source` in place of its value, and of the side outputs only those that are read."""
+    """The recorded calls, with `source` in place of its value, and only the side outputs that are read."""
 
-    def given(argument: object) -> object:
+    def linked(argument: object) -> object:
         return source if source is not None and argument is source.value else argument
 
     calls = [
-        LayerCall(tuple(map(given, each.arguments)), {name: given(v) for name, v in each.keywords.items()})
-        for each in recorders
+        LayerCall(
+            tuple(map(linked, recorder.arguments)),
+            {k: linked(v) for k, v in recorder.keywords.items()},
+        )
+        for recorder in recorders
     ]
     read = {id(side) for call in calls for side in call.side_inputs}
     return [

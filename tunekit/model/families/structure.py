@@ -1,4 +1,4 @@
-"""Names and modules that every family finds in a net: by structure and declared names, never by class names."""
+"""Finds modules of a net for all families, by structure and declared names, never by class names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def expert_layout(net: nn.Module) -> str | None:
-    """The architecture by whose pattern transformers 5 fuses the experts of this one's older files; None: by none."""
+    """The architecture whose fusion pattern transformers 5 applies to the experts in this one's older files, or
+    None."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:
@@ -34,20 +35,21 @@ def expert_layout(net: nn.Module) -> str | None:
 
 
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head: the declared one, or the one inside it or the net that takes what the
-    net does: token ids, recordings or images.
+    """Module name of the net without its head: the declared one, or the child (of it or of the net) that accepts the
+    net's main input: token ids, recordings or images.
 
-    Llama 4's language model declares the name of another, and a decoder of BART's lies in a shell without arguments.
+    Llama 4's language model declares another model's name, and BART's decoder is wrapped in a module without
+    arguments.
     """
     name = str(getattr(net, "base_model_prefix", ""))
     declared = getattr(net, name, None) if name else None
     inside = declared if isinstance(declared, nn.Module) else net
-    taken = str(getattr(net, "main_input_name", "input_ids"))
-    if inside is declared and taken in accepted_names(inside):
+    main_input = str(getattr(net, "main_input_name", "input_ids"))
+    if inside is declared and main_input in accepted_names(inside):
         return name
-    found = [own for own, child in inside.named_children() if taken in accepted_names(child)]
-    if len(found) == 1:
-        return found[0] if inside is net else f"{name}.{found[0]}"
+    candidates = [child_name for child_name, child in inside.named_children() if main_input in accepted_names(child)]
+    if len(candidates) == 1:
+        return candidates[0] if inside is net else f"{name}.{candidates[0]}"
     if inside is net:
         what = f"{type(net).__name__} has no base model apart from its head"
         raise ModelError(what, "choose a causal language model")
@@ -60,34 +62,34 @@ def base_of(net: nn.Module) -> nn.Module:
 
 
 def accepted_names(module: nn.Module) -> frozenset[str]:
-    """Names that the module's forward declares; what it would swallow as **kwargs does not count."""
+    """Names that the module's forward declares; names accepted only by **kwargs do not count."""
     return frozenset(inspect.signature(module.forward).parameters)
 
 
 def call_accepted(module: nn.Module, inputs: Mapping[str, Tensor | bool | None]) -> ModelOutput:
     """The module's output for those of the inputs that it accepts; no cache is made."""
     accepted = accepted_names(module)
-    taken = {key: value for key, value in inputs.items() if key in accepted}
+    arguments = {key: value for key, value in inputs.items() if key in accepted}
     switches = {"use_cache": False} if "use_cache" in accepted else {}
     with known_documents():
-        return module(**taken, **switches)
+        return module(**arguments, **switches)
 
 
-def keeps_statistics(net: nn.Module) -> list[nn.Module]:
-    """The modules of batch normalisation that have running statistics."""
+def modules_with_statistics(net: nn.Module) -> list[nn.Module]:
+    """The batch normalisation modules that have running statistics."""
     return [module for module in net.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
 
 
 @contextmanager
 def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside the block; every module's own mode is put back after it.
+    """Train or eval mode inside the block; each module's mode is restored after it.
 
-    Batch normalisation keeps the base's running statistics: with those of a batch, rows would depend on the
-    micro-batch that they share, and no adapter's folder would hold what training made of the statistics.
+    Batch normalisation stays in eval mode and uses the base's running statistics. With batch statistics, rows would
+    depend on their micro-batch, and no adapter folder could save the changed statistics.
     """
     before = {module: module.training for module in net.modules()}
     net.train(training)
-    for module in keeps_statistics(net):
+    for module in modules_with_statistics(net):
         module.eval()
     try:
         yield
@@ -97,7 +99,7 @@ def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
 
 
 def fixed_parameters(net: nn.Module) -> frozenset[str]:
-    """Names of parameters that the model's own class keeps as they are, such as computed positions."""
+    """Names of parameters that the model's own class does not train, such as computed positions."""
     config: PreTrainedConfig | None = getattr(net, "config", None)
     make: Callable[..., nn.Module] = type(net)
     return frozenset() if config is None else _fixed_by(make, type(config).from_dict, config.to_json_string())
@@ -116,15 +118,15 @@ def last_hidden(output: ModelOutput | tuple[Tensor, ...]) -> Tensor:
 
 
 def name_of(net: nn.Module, module: nn.Module | None) -> str | None:
-    """The name under which a module hangs in the net, also where an adapter has been put around it."""
+    """The module's name in the net, also if an adapter was put around it."""
     if module is None:
         return None
-    return next((name for name, each in net.named_modules(remove_duplicate=False) if each is module), None)
+    return next((name for name, candidate in net.named_modules(remove_duplicate=False) if candidate is module), None)
 
 
 def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that holds as many layers as the configuration says, nearest to the root. ALBERT's layers share
-    their weights in groups, which are what its list holds."""
+    """The ModuleList with as many layers as the configuration declares, nearest to the root. ALBERT's list contains
+    the groups of layers that share their weights."""
     config, prefix = text_config(net), base_name(net)
     count = int(getattr(config, "num_hidden_groups", None) or config.num_hidden_layers)
     lists = [
@@ -141,9 +143,9 @@ def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
 def noise_features(net: nn.Module) -> Tensor:
     """(1, M, F) seeded noise, as large as the features of a recording."""
     config = config_of(net)
-    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=seeded())
+    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=seeded_generator())
 
 
-def seeded() -> torch.Generator:
+def seeded_generator() -> torch.Generator:
     """A generator that draws the same noise at every call."""
     return torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from tunekit.recipe.model import ModelSection
 
 
 class TokenClassifierFamily(Family):
-    """Tokens in, logits (B, T, C) out, C labels."""
+    """Tokens -> logits (B, T, C), C labels."""
 
     endings = ("ForTokenClassification",)
     class_name = "AutoModelForTokenClassification"
@@ -31,10 +31,10 @@ class TokenClassifierFamily(Family):
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, T, C). A decoder needs no mask, since padding comes last, and tells rows of one line apart by their
-        positions; an encoder counts positions itself: some begin at another number than 0."""
-        left_out = "attention_mask" if scores_tokens(net) else "position_ids"
-        return super().logits(net, {name: value for name, value in inputs.items() if name != left_out})
+        """(B, T, C). A decoder needs no mask, since padding comes last, and separates packed rows by their positions.
+        An encoder computes positions itself, because some start at another number than 0."""
+        omitted = "attention_mask" if scores_tokens(net) else "position_ids"
+        return super().logits(net, {name: value for name, value in inputs.items() if name != omitted})
 
     def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """(T, C) float32."""

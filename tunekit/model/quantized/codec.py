@@ -1,6 +1,6 @@
-"""Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
+"""Packs and unpacks quantized matrices: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale per row.
 
-bitsandbytes is imported here only, and only when it is used: for 4 bits on other devices than a CPU, and for LLM.int8.
+bitsandbytes is imported only here, and only when needed: for 4 bits on devices other than a CPU, and for LLM.int8.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ EIGHT_BIT = ("int8", "int8_weight_only")
 
 
 def import_bitsandbytes() -> ModuleType:
-    """Import bitsandbytes without what it does on the side.
+    """Import bitsandbytes without its side effects.
 
-    On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`: that package is made
-    unimportable meanwhile. It compiles two functions at import, which loads torch's compiler: torch.compile hands the
-    function back meanwhile.
+    On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`, so that package
+    cannot be imported meanwhile. It also compiles two functions at import, which would load torch's compiler, so
+    torch.compile returns the function unchanged meanwhile.
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
@@ -56,20 +56,20 @@ def import_bitsandbytes() -> ModuleType:
 
 
 def _uncompiled(function: Callable[..., object] | None = None, **_settings: object) -> Callable[..., object]:
-    """torch.compile's signature, without the compiling."""
+    """torch.compile's signature, without compiling."""
     return function if function is not None else (lambda wrapped: wrapped)
 
 
 @cache
 def has_bitsandbytes() -> bool:
-    """Whether it is installed; asked without importing it."""
+    """Whether bitsandbytes is installed; does not import it."""
     return find_spec("bitsandbytes") is not None
 
 
 def packed_shapes(
     shape: tuple[int, int], quantization: str, double_quantization: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the tensors that hold a packed (O, I) matrix; what pack() returns."""
+    """Names, shapes and dtypes of the tensors of a packed (O, I) matrix, as pack() returns them."""
     out_features, in_features = shape
     if quantization not in FOUR_BIT:
         kind = torch.uint8 if quantization == "fp8" else torch.int8
@@ -84,8 +84,8 @@ def packed_shapes(
 
 
 def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
-    """Pack a dense (O, I) matrix; the same matrix always gives the same bytes, whatever its device: 4 bits are packed
-    on the CPU, since bitsandbytes' kernels choose other neighbours and another mean of the scales on a GPU."""
+    """Pack a dense (O, I) matrix. The same matrix gives the same bytes on every device: 4 bits are packed on the CPU,
+    because bitsandbytes' GPU kernels round differently."""
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)
@@ -96,7 +96,7 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 
 
 def _pack_rows(matrix: Tensor) -> Tensors:
-    """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8; some rows at a time."""
+    """int8 with one float32 scale per row: q = round(127 w / absmax(row)), as in LLM.int8; a few rows at a time."""
     packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
     rows = max(1, four_bit.CHUNK_ELEMENTS // max(1, matrix.shape[1]))
@@ -108,13 +108,13 @@ def _pack_rows(matrix: Tensor) -> Tensors:
 
 
 def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype) -> Tensor:
-    """The dense (O, I) matrix in `dtype`; on the meta device a tensor of that size without values."""
+    """The dense (O, I) matrix in `dtype`; on the meta device a meta tensor of that size."""
     packed, absmax = tensors["packed"], tensors["absmax"]
     if quantization in EIGHT_BIT:
-        return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
+        return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # one rounding: 8 bits fit every dtype
     if quantization == "fp8":
         return fp8.unpack(packed, absmax, dtype)
-    # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
+    # Flat, because the blocks run over the flattened matrix; a kernel for rows would misplace them at row ends.
     elements = shape[0] * shape[1]
     if packed.device.type in ("cpu", "meta") or not kind_of(packed.device).bitsandbytes or not has_bitsandbytes():
         return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
@@ -131,9 +131,8 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: 
 def fused_product(
     x: Tensor, tensors: Tensors, shape: tuple[int, int], quantization: str, bias: Tensor | None
 ) -> Tensor | None:
-    """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel, which chooses by x's number of rows
-    whether it unpacks the matrix first. None where there is no such kernel, or a block of weights passes a row's end.
-    """
+    """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel, which decides by x's number of rows
+    whether to unpack the matrix first. None if there is no such kernel, or a block of weights crosses a row's end."""
     absmax, bits = tensors["absmax"], quantization in FOUR_BIT and shape[1] % BLOCK == 0
     if not bits or x.device.type in ("cpu", "meta") or not kind_of(x.device).bitsandbytes or not has_bitsandbytes():
         return None
@@ -151,9 +150,9 @@ def fused_product(
 
 
 def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
+    """LLM.int8: x (N, I) times packed (O, I), with x in int8 except for columns that reach `threshold`; -> (N, O)."""
     if x.is_meta:
-        return _product_without_values(x, packed, absmax)
+        return _meta_product(x, packed, absmax)
     functional = import_bitsandbytes().functional
     quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
     product: Callable[..., tuple[Tensor, Tensor]] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
@@ -161,8 +160,8 @@ def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | No
     return output
 
 
-def _product_without_values(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    """(N, O) on the meta device, with the allocations of bitsandbytes' product on a CPU, which a forecast counts.
+def _meta_product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+    """(N, O) on the meta device, with the allocations of bitsandbytes' CPU product, which a memory forecast counts.
 
     Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
     """
@@ -174,7 +173,7 @@ def _product_without_values(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor
 
 
 def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
-    """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
+    """A (O, I) matrix packed to 4 bits in transformers' saved form: tensors by the suffix of the weight's name."""
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
     facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
@@ -189,7 +188,7 @@ def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> 
 
 
 def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[Tensors, str]:
-    """Our named tensors, and the quantization, of a weight that bitsandbytes packed.
+    """Our named tensors, and the quantization, of a weight packed by bitsandbytes.
 
     Raises: ModelError for blocks of another size than ours.
     """

@@ -1,8 +1,9 @@
-"""NF4 and FP4 in plain torch on a CPU, bit for bit what bitsandbytes packs and unpacks.
+"""NF4 and FP4 in plain torch on a CPU, with the same bits as bitsandbytes.
 
-A block of 64 numbers is divided by its largest magnitude, and each becomes the nearest of 16 values, two in a byte, the
-first in the high half.  With double quantization the blocks' magnitudes, less their mean, are packed too: 256 of them
-share a scale, and each is the nearest of 256 values.  Source: Dettmers et al. 2023 (QLoRA), section 3.
+A block of 64 numbers is divided by its largest magnitude, and each becomes the nearest of 16 values. A byte contains
+two values, the first in the high half. With double quantization, the blocks' magnitudes minus their mean are packed
+too: 256 of them share a scale, and each becomes the nearest of 256 values. Source: Dettmers et al. 2023 (QLoRA),
+section 3.
 """
 
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ from torch import Tensor
 from tunekit.contracts import Tensors
 
 BLOCK = 64  # elements that share one scale
-NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
-CHUNK_ELEMENTS = 2**18  # worked on at a time, so that what lies between input and output stays in the cache
-WORKING_BYTES = 8 * 4 * CHUNK_ELEMENTS  # held at most beside a matrix and its packed tensors
+NESTED_BLOCK = 256  # scales that share a second scale, with double quantization
+CHUNK_ELEMENTS = 2**18  # processed at a time, so that intermediate results stay in the cache
+WORKING_BYTES = 8 * 4 * CHUNK_ELEMENTS  # maximum of working memory beyond a matrix and its packed tensors
 HALF_STEPS = 32767.5
-SMALLEST_SCALE = 1e-38  # a block is divided by no less
+SMALLEST_SCALE = 1e-38  # minimum divisor of a block
 ALWAYS_ABOVE = 9.0  # a bound that no scaled number reaches
 NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -26,12 +27,12 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-FP4_VALUES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of 12; the other eight are these, negated
+FP4_VALUES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # divided by 12; the other eight values are their negatives
 
 
 @cache
 def values_of(quantization: str) -> Tensor:
-    """(16,) float32: what each half of a byte stands for, times its block's scale."""
+    """(16,) float32: the value of each half byte, times its block's scale."""
     if quantization == "nf4":
         return torch.tensor(NF4_VALUES, dtype=torch.float32)
     positive = torch.tensor(FP4_VALUES, dtype=torch.float32) / max(FP4_VALUES)
@@ -40,17 +41,17 @@ def values_of(quantization: str) -> Tensor:
 
 @cache
 def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
-    """(256,) float32, ascending: what the packed scales stand for, times their own scale; sent to a device once.
+    """(256,) float32, ascending: the values of packed scales, times their own scale; sent to a device once.
 
-    Seven decades; in each, twice as many values as in the one below, at the middles of equal steps from 0.1 to 1; both
-    signs; 0 and 1.  Source: Dettmers 2015, 8-bit approximations for parallelism in deep learning.
+    Seven decades; each has twice as many values as the one below, at the middles of equal steps from 0.1 to 1; both
+    signs; 0 and 1. Source: Dettmers 2015, 8-bit approximations for parallelism in deep learning.
     """
-    found = [0.0, 1.0]
+    levels = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-        found += middles + [-value for value in middles]
-    return torch.tensor(sorted(found), dtype=torch.float32).to(device)
+        levels += middles + [-value for value in middles]
+    return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
 
 
 def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
@@ -71,36 +72,36 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 
 
 def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
-    """(n,) float32 divided by their blocks' magnitudes, which are written to `absmax`; an even number of them.
+    """(n,) float32 divided by their blocks' magnitudes, which are written to `absmax`; padded to an even number.
 
-    bitsandbytes multiplies whole blocks by the inverse and divides what is left at the end: so both are done here.
+    bitsandbytes multiplies whole blocks by the inverse but divides the remainder, so this does too.
     """
-    whole = part.numel() // BLOCK * BLOCK
-    blocks = part[:whole].view(-1, BLOCK)
+    blocks_end = part.numel() // BLOCK * BLOCK
+    blocks = part[:blocks_end].view(-1, BLOCK)
     torch.amax(blocks.abs(), dim=1, out=absmax[: len(blocks)])
     inverse = 1.0 / absmax[: len(blocks)].clamp(min=SMALLEST_SCALE)
     scaled = (blocks * inverse[:, None]).clamp_(-1, 1).view(-1)
-    if whole == part.numel():
+    if blocks_end == part.numel():
         return scaled
-    rest = part[whole:]
-    absmax[-1] = rest.abs().max().clamp(min=SMALLEST_SCALE)
+    remainder = part[blocks_end:]
+    absmax[-1] = remainder.abs().max().clamp(min=SMALLEST_SCALE)
     padding = scaled.new_zeros(part.numel() % 2)
-    return torch.cat([scaled, (rest / absmax[-1]).clamp_(-1, 1), padding])
+    return torch.cat([scaled, (remainder / absmax[-1]).clamp_(-1, 1), padding])
 
 
 @cache
-def _cells(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
-    """For each upper half (65536) of a float32: how many bounds between neighbouring values lie below all numbers with
-    it, and the one bound that may lie among them; and what a byte of ranks (256) becomes.
+def _rounding_tables(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tables over the upper half (65536) of a float32: how many rounding bounds are below all numbers with it, and the
+    one bound that may be among them; and the recoding of a byte of ranks (256).
 
-    A search among the 15 bounds for every number takes ten times as long.
+    Searching the 15 bounds for every number would take ten times as long.
     """
     values = values_of(quantization)
     order = torch.argsort(values)  # rank -> half byte; NF4's values are in order
     bounds = (values[order[:-1]] + values[order[1:]]) / 2  # (15,)
     upper = torch.arange(2**16, dtype=torch.int64) << 16
     edges = torch.stack([upper, upper | 0xFFFF]).to(torch.int32).view(torch.float32)  # (2, 65536)
-    edges[:, (upper >> 16 & 0x7FFF) >= 0x7F80] = ALWAYS_ABOVE  # no numbers
+    edges[:, (upper >> 16 & 0x7FFF) >= 0x7F80] = ALWAYS_ABOVE  # NaN and infinity
     lowest, highest = edges.aminmax(dim=0)
     below = torch.bucketize(lowest, bounds)
     if int((torch.bucketize(highest, bounds) - below).max()) > 1:
@@ -111,8 +112,8 @@ def _cells(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _halves(scaled: Tensor, quantization: str) -> Tensor:
-    """(n / 2,) bytes of the nearest values of (n,) numbers from -1 to 1; of two equally near ones the lower."""
-    below, bound, recoded = _cells(quantization)
+    """(n / 2,) bytes of the values nearest to (n,) numbers from -1 to 1; ties go to the lower value."""
+    below, bound, recoded = _rounding_tables(quantization)
     cell = scaled.view(torch.uint16)[1::2].to(torch.int32)  # (n,) upper halves; the machine is little-endian
     bounds = torch.index_select(bound, 0, cell)
     ranks = torch.index_select(below, 0, cell).add_(torch.gt(scaled, bounds, out=bounds)).to(torch.uint8)
@@ -123,7 +124,7 @@ def _halves(scaled: Tensor, quantization: str) -> Tensor:
 
 @cache
 def _nearest_nested() -> Tensor:
-    """(65536,) int32: for each of so many equal steps from -1 to 1, which of the 256 values is nearest."""
+    """(65536,) int32: the index of the nearest of the 256 values, for equal steps from -1 to 1."""
     values, steps = nested_values(), torch.arange(2**16).float() / HALF_STEPS - 1.0
     right = torch.searchsorted(values, steps).clamp_(1, len(values) - 1)
     left = right - 1
@@ -133,7 +134,7 @@ def _nearest_nested() -> Tensor:
 def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """(blocks,) float32 -> (blocks,) uint8 and (blocks / 256,) float32.
 
-    A scale is rounded to one of 65536 steps first, as bitsandbytes 0.50 does on a CPU; among zeros to the first.
+    A scale is first rounded to one of 65536 steps, as bitsandbytes 0.50 does on a CPU; between equal zeros, the first.
     """
     blocks = -(-scales.numel() // NESTED_BLOCK)
     padded = torch.nn.functional.pad(scales, (0, blocks * NESTED_BLOCK - scales.numel())).view(blocks, NESTED_BLOCK)
@@ -146,43 +147,44 @@ def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtype: torch.dtype) -> Tensor:
     """(elements,) numbers: value times scale in float32, rounded once to `dtype`.
 
-    On the meta device without values, with the same allocations, which a forecast of memory counts.
+    On the meta device it only makes the same allocations, which a memory forecast counts.
     """
     packed, absmax = tensors["packed"].reshape(-1), _scales(tensors)
     dense = torch.empty(elements, dtype=dtype, device=packed.device)
-    whole = elements // BLOCK * BLOCK
-    most = min(CHUNK_ELEMENTS, whole)
-    index = torch.empty(most // 2, dtype=torch.int32, device=packed.device)
-    looked_up = torch.empty(most // 2, dtype=torch.int64, device=packed.device)
+    blocks_end = elements // BLOCK * BLOCK
+    chunk = min(CHUNK_ELEMENTS, blocks_end)
+    index = torch.empty(chunk // 2, dtype=torch.int32, device=packed.device)
+    looked_up = torch.empty(chunk // 2, dtype=torch.int64, device=packed.device)
     if packed.is_meta:
         return dense
     pairs = _pairs(quantization, packed.device)
-    for first in range(0, whole, CHUNK_ELEMENTS):
-        count = min(CHUNK_ELEMENTS, whole - first)
-        places, found = index[: count // 2], looked_up[: count // 2]
+    for first in range(0, blocks_end, CHUNK_ELEMENTS):
+        count = min(CHUNK_ELEMENTS, blocks_end - first)
+        places, values = index[: count // 2], looked_up[: count // 2]
         places.copy_(packed[first // 2 : (first + count) // 2])
-        torch.index_select(pairs, 0, places, out=found)
-        numbers = found.view(torch.float32).view(-1, BLOCK)
+        torch.index_select(pairs, 0, places, out=values)
+        numbers = values.view(torch.float32).view(-1, BLOCK)
         scales, out = absmax[first // BLOCK : (first + count) // BLOCK, None], dense[first : first + count]
         if dtype == torch.float32:
             torch.mul(numbers, scales, out=out.view(-1, BLOCK))
         else:
             out.view(-1, BLOCK).copy_(numbers.mul_(scales))
-    if whole < elements:
-        rest = torch.index_select(pairs, 0, packed[whole // 2 :].to(torch.int32)).view(torch.float32)
-        dense[whole:] = rest[: elements - whole] * absmax[-1]
+    if blocks_end < elements:
+        remainder = torch.index_select(pairs, 0, packed[blocks_end // 2 :].to(torch.int32)).view(torch.float32)
+        dense[blocks_end:] = remainder[: elements - blocks_end] * absmax[-1]
     return dense
 
 
 @cache
 def _pairs(quantization: str, device: torch.device) -> Tensor:
-    """(256,) int64, each the two float32 values of a byte: one look-up for two numbers; sent to a device once."""
+    """(256,) int64, each the two float32 values of a byte, so that one look-up gives two numbers; sent to a device
+    once."""
     values, byte = values_of(quantization), torch.arange(256)
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
-    """(blocks,) float32 scales, unpacked where they are packed."""
+    """(blocks,) float32 scales, unpacked if they are packed."""
     absmax = tensors["absmax"]
     if "nested_absmax" not in tensors:
         return absmax

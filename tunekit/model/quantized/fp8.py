@@ -1,8 +1,8 @@
-"""Weights in float8 (e4m3) with one scale for each row, and products with inputs rounded the same way: approximate.
+"""Weights in float8 (e4m3) with one scale per row, and products with inputs rounded the same way: approximate.
 
-On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100) the product runs on the float8 units. Elsewhere the same
-rounded numbers are multiplied in float32, so that a CPU computes what the GPU does up to the order of sums: for trying
-a recipe out.
+On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100) the product runs on the float8 units. Elsewhere the
+same rounded numbers are multiplied in float32: a CPU gives the GPU's results up to the order of sums, for testing
+recipes.
 """
 
 import torch
@@ -11,34 +11,34 @@ from torch import Tensor
 from tunekit.contracts import Tensors
 from tunekit.machine.devices import capability
 
-LARGEST = 448.0  # the largest number of e4m3
+LARGEST = 448.0  # the maximum of e4m3
 KIND = torch.float8_e4m3fn
-MULTIPLE = 16  # the units take matrices whose sides are multiples of it
+MULTIPLE = 16  # the units require sides that are multiples of it
 CAPABILITY = (8, 9)
 
 
 def computes_fp8(device: torch.device) -> bool:
-    """Whether products in float8 run natively on `device`; a GPU that is planned for and is not here is taken to."""
+    """Whether float8 products run natively on `device`; assumed for a GPU that is planned for but not here."""
     return capability(device) >= CAPABILITY
 
 
 def scaled_rows(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Each row times largest / absmax(row): (N, I) -> the same in float32, absmax (N,) float32."""
-    wide = rows.float()
-    absmax = wide.abs().amax(dim=1)  # (N,)
+    """Each row times largest / absmax(row): (N, I) -> (N, I) float32, absmax (N,) float32."""
+    values = rows.float()
+    absmax = values.abs().amax(dim=1)  # (N,)
     scale = torch.where(absmax > 0, largest / absmax, torch.zeros_like(absmax))  # (N,)
-    return (wide * scale[:, None]).clamp_(-largest, largest), absmax
+    return (values * scale[:, None]).clamp_(-largest, largest), absmax
 
 
-def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row in e4m3 with a scale of its own: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
+def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in e4m3 with its own scale: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
     values, absmax = scaled_rows(rows, LARGEST)
     return values.to(KIND), absmax
 
 
 def pack(matrix: Tensor) -> Tensors:
     """A dense (O, I) matrix as bytes (O, I) with absmax (O,); the same matrix always gives the same bytes."""
-    values, absmax = rounded(matrix)
+    values, absmax = round_rows(matrix)
     return {"packed": values.view(torch.uint8), "absmax": absmax}
 
 
@@ -49,9 +49,9 @@ def unpack(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
     """x (N, I) times packed (O, I), both in float8 -> (N, O) in x's dtype."""
-    values, of_x = rounded(x)
+    values, of_x = round_rows(x)
     sides = (of_x / LARGEST)[:, None], (absmax / LARGEST)[None]  # (N, 1), (1, O)
-    weights = packed.view(KIND).t()  # (I, O), column by column, as the units want it
+    weights = packed.view(KIND).t()  # (I, O), column-major, as the units require
     if computes_fp8(x.device) and not any(side % MULTIPLE for side in packed.shape):
         scaled: Tensor = torch._scaled_mm(
             values, weights, scale_a=sides[0], scale_b=sides[1].contiguous(), out_dtype=torch.bfloat16

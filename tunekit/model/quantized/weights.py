@@ -1,4 +1,4 @@
-"""The one file that knows quantized weights: a layer's matrix to read and to replace, behind one handle."""
+"""The only module that knows quantized weights: one handle reads and replaces a layer's matrix."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tunekit.model.call import current_call
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.uncalled import returns_several
 
-OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this size or more are multiplied in 16 bit
+OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this magnitude or more are multiplied in 16 bit
 
 ROUNDS_INPUTS = ("int8", "fp8")
 
 
 class NoMatrix:
-    """What models that ask a layer for the dtype of its matrix get of a packed one, such as T5 and Hunyuan's router."""
+    """The `weight` of a packed layer, for models that read its dtype (T5, Hunyuan's router)."""
 
     dtype = None
 
 
 class PackedLinear(nn.Module):
-    """Linear layer whose matrix is kept packed: y = x W^T + b, W = unpack(buffers), made anew for every product.
+    """Linear layer with a packed matrix: y = x W^T + b, with W = unpack(buffers) recomputed for every product.
 
-    Shapes: x (..., I) -> y (..., O).    The matrix is frozen; the bias is a parameter.
-    The backward pass unpacks W again: what is kept for it is this module, never a dense W.
+    Shapes: x (..., I) -> y (..., O). The matrix is frozen; the bias is a parameter.
+    The backward pass unpacks W again: it saves this module, never a dense W.
     """
 
     weight = NoMatrix()
@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
         return {name: self.get_buffer(name) for name in self.tensor_names}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """W (O, I) in `dtype`; on the meta device without values."""
+        """W (O, I) in `dtype`; on the meta device a meta tensor."""
         return codec.unpack(self.tensors(), (self.out_features, self.in_features), self.quantization, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.quantization}{double}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move to a device, but never to another dtype: the scales stay float32."""
+        """Move to a device, but never change the dtype: the scales stay float32."""
         before = self.tensors()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
@@ -113,7 +113,7 @@ def pack_linear(
 ) -> nn.Module:
     """A PackedLinear with the matrix of `linear` (nn.Linear or Conv1D), rounded to `compute_dtype` before packing.
 
-    Raises: ModelError where the matrix is not finite.
+    Raises: ModelError if the matrix is not finite.
     """
     weight = weight_of(linear)
     if weight is None or layer_kind(linear) not in ("linear", "conv1d"):
@@ -132,18 +132,18 @@ def pack_linear(
 def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """The packed tensors of a matrix (O, I) of the base.
 
-    Raises: ModelError where it is not finite, which shows in its scales, so that no second matrix is made to see it.
+    Raises: ModelError if it is not finite. The scales show that, so no second matrix is allocated for the check.
     """
     tensors = codec.pack(matrix, quantization, double_quantization)
     scales = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-    if not all(bool(torch.isfinite(each).all()) for each in scales):
-        raise ModelError("a weight of the base holds NaN or infinity", "check the base's files")
+    if not all(bool(torch.isfinite(scale).all()) for scale in scales):
+        raise ModelError("a weight of the base contains NaN or infinity", "check the base's files")
     return tensors
 
 
 def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
-    """Put a PackedLinear, over the same tensors, in the place of every 4-bit layer that bitsandbytes made, and what is
-    not packed into `dtype`: of such a folder transformers leaves each `weight` in the dtype in which it is stored."""
+    """Replace every 4-bit layer of bitsandbytes by a PackedLinear over the same tensors, and cast the rest to `dtype`:
+    transformers leaves each such `weight` in its stored dtype."""
     kind = codec.import_bitsandbytes().nn.Linear4bit
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
         parameter = module.weight
@@ -153,16 +153,16 @@ def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
             module.in_features, module.out_features, quantization, "nested_absmax" in tensors, tensors, bias
         )
         net.set_submodule(name, layer)
-    wide = [*(getattr(net, "_keep_in_fp32_modules_strict", None) or ())]
-    wide += (getattr(net, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    float32_modules = [*(getattr(net, "_keep_in_fp32_modules_strict", None) or ())]
+    float32_modules += (getattr(net, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     for name, parameter in net.named_parameters():
-        if parameter.is_floating_point() and not any(f".{each}." in f".{name}." for each in wide):
+        if parameter.is_floating_point() and not any(f".{part}." in f".{name}." for part in float32_modules):
             parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Handle of one module's matrix: `shape` is (O, I) however it is stored; for an embedding (vocabulary, D)."""
+    """Handle of one module's matrix: `shape` is (O, I) for any storage; for an embedding (vocabulary, D)."""
 
     module: nn.Module
     kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8
@@ -176,14 +176,14 @@ class Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where the matrix lies."""
+        """The matrix's device."""
         if isinstance(self.module, PackedLinear):
             return self.module.get_buffer("packed").device
         return _dense(self.module).device
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Dtype of a dense matrix; None where it is packed."""
+        """Dtype of a dense matrix; None if it is packed."""
         return None if isinstance(self.module, PackedLinear) else _dense(self.module).dtype
 
     @property
@@ -193,14 +193,14 @@ class Weight:
         return bias if isinstance(bias, Tensor) else None
 
     def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A copy of the matrix, (O, I), as it takes part in the forward."""
+        """A copy of the matrix, (O, I), as the forward uses it."""
         if isinstance(self.module, PackedLinear):
             return self.module.dequantize(dtype)
         stored = _dense(self.module).detach()
         return (stored.t() if self.transposed else stored).to(dtype, copy=True).contiguous()
 
     def replace(self, matrix: Tensor) -> None:
-        """Put `matrix` (O, I) in place, in the storage's own dtype or packing; a tied partner keeps the old one."""
+        """Replace the matrix by `matrix` (O, I), in the same dtype or packing; a tied partner keeps the old one."""
         if tuple(matrix.shape) != self.shape:
             raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace one of shape {self.shape}")
         if isinstance(self.module, PackedLinear):
@@ -215,13 +215,13 @@ class Weight:
 
 
 def multiplies_exactly(module: nn.Module) -> bool:
-    """Whether the module is x W^T + b, with W what product_matrix gives: no subclass with a forward of its own, and
-    neither LLM.int8 nor fp8, which round x."""
+    """Whether the module computes x W^T + b with W = product_matrix: no subclass with its own forward, and neither
+    LLM.int8 nor fp8, which round x."""
     return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
 
 
 def product_matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W (O, I) of such a module for a product in `dtype`: the stored one where it is dense, else unpacked anew."""
+    """W (O, I) of such a module for a product in `dtype`: the stored one if it is dense, otherwise unpacked again."""
     return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
 
 
@@ -248,12 +248,12 @@ def layer_kind(module: nn.Module) -> str | None:
         return None if returns_several(kind) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    # Known by name, without importing transformers.
+    # Recognised by name, without importing transformers.
     return "conv1d" if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") else None
 
 
 def weight_of(module: nn.Module) -> Weight | None:
-    """The handle of `module`'s matrix, or None where it has none that an adapter or a merge could use."""
+    """The handle of `module`'s matrix, or None if an adapter or a merge cannot use it."""
     if isinstance(module, PackedLinear):
         return Weight(module, module.quantization, (module.out_features, module.in_features))
     kind = layer_kind(module)
@@ -271,12 +271,12 @@ def packed_layers(net: nn.Module) -> dict[str, PackedLinear]:
 
 
 def stored_bytes(net: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are stored; tied ones once."""
+    """Stored bytes of all parameters and buffers; tied ones count once."""
     tensors = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def element_count(net: nn.Module) -> int:
-    """Parameters of the model: tied ones once, a packed matrix as the numbers it stands for."""
+    """Parameters of the model: tied ones count once, a packed matrix counts its dense numbers."""
     dense = sum(parameter.numel() for parameter in net.parameters())
     return dense + sum(layer.in_features * layer.out_features for layer in packed_layers(net).values())

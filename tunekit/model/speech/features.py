@@ -1,4 +1,4 @@
-"""Recordings to log-mel features, by the model's own feature extractor."""
+"""Log-mel features of recordings, by the model's own feature extractor."""
 
 import json
 import math
@@ -25,10 +25,11 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """transformers' extractor, and the folder from which it was read.
+    """transformers' feature extractor, and its folder.
 
-    `padded`: whether silence makes recordings equally long; else only those that are share a batch.
-    `input_name`: what the net calls features.
+    `padded`: whether recordings are padded with silence to one length; otherwise only recordings of equal length share
+    a batch.
+    `input_name`: the net's name for features.
     """
 
     extractor: Any
@@ -38,54 +39,54 @@ class FeatureExtractor:
 
     @property
     def rate(self) -> int:
-        """Samples a second that the model hears."""
+        """The model's sampling rate, in samples per second."""
         return int(self.extractor.sampling_rate)
 
     @property
     def seconds(self) -> float:
-        """Of the longest recording that it hears at once."""
+        """The maximum length of a recording."""
         return float(self.extractor.n_samples / self.rate)
 
     @property
     def frames(self) -> int:
-        """Of every recording as the net takes it, silence filling it up."""
+        """Frames of every padded recording."""
         return int(self.extractor.nb_max_frames)
 
     @property
     def bands(self) -> int:
-        """Frequencies of a frame."""
+        """Frequency bands of a frame."""
         return int(self.extractor.feature_size)
 
     def frames_of(self, seconds: float) -> int:
-        """Of a recording so long, without those that only fill it up; one at least."""
+        """Frames of a recording of this length, without padding; at least one."""
         return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """(frames, bands) log-mel of a recording, without the frames after the first of those that only fill it up.
+        """(frames, bands) log-mel features of a recording, with only the first frame of its padding.
 
         Shapes: (samples,) at `rate`.
         """
-        made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np", truncation=True)
-        whole: NDArray[np.float32] = made["input_features"][0].T  # (frames, bands)
-        different = np.flatnonzero((whole != whole[-1]).any(axis=1))
-        kept = int(different[-1]) + 2 if len(different) else 1
-        return np.ascontiguousarray(whole[:kept], dtype=np.float32)
+        extracted = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np", truncation=True)
+        padded: NDArray[np.float32] = extracted["input_features"][0].T  # (frames, bands)
+        different = np.flatnonzero((padded != padded[-1]).any(axis=1))
+        count = int(different[-1]) + 2 if len(different) else 1
+        return np.ascontiguousarray(padded[:count], dtype=np.float32)
 
-    def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(bands, all frames) of what `features` kept. Shapes: (frames * bands,)."""
-        kept = features.reshape(-1, self.bands)
-        whole = np.empty((self.frames, self.bands), dtype=np.float32)
-        whole[: len(kept)], whole[len(kept) :] = kept, kept[-1]
-        return np.ascontiguousarray(whole.T)
+    def padded_features(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(bands, all frames): `features` with their padding restored. Shapes: (frames * bands,)."""
+        stored = features.reshape(-1, self.bands)
+        padded = np.empty((self.frames, self.bands), dtype=np.float32)
+        padded[: len(stored)], padded[len(stored) :] = stored, stored[-1]
+        return np.ascontiguousarray(padded.T)
 
     @property
     def facts(self) -> object:
-        """Everything of it that decides features, as plain values."""
+        """All settings of the extractor that affect features, as plain values."""
         facts = {key: value for key, value in self.extractor.to_dict().items() if key != "mel_filters"}
         return json.loads(json.dumps(facts, default=str))
 
     def save(self, folder: Path) -> None:
-        """Its files, byte for byte."""
+        """Copy the extractor's files."""
         for name in FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
@@ -93,28 +94,28 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class AudioProcessor(FeatureExtractor):
-    """Of a classifier: the extractor alone."""
+    """The processor of an audio classifier: the feature extractor alone."""
 
-    tokenizer: ClassVar[Tokenizer | None] = None  # it reads no text
+    tokenizer: ClassVar[Tokenizer | None] = None  # there is no text
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides a row."""
+        """sha256 of everything that affects a row."""
         return hash_of(self.facts)
 
 
 def load_extractor(section: ModelSection) -> tuple[Any, Path]:
-    """The base's extractor, and its folder. Raises: ModelError where it is missing, or of another kind."""
+    """The base's extractor, and its folder. Raises: ModelError if it is missing or of an unsupported kind."""
     from transformers import AutoFeatureExtractor
 
     source = find_source(section, weights=False)
     if source.gguf_file is not None:
-        raise ModelError(f"{section.name_or_path} is no speech model", "name a folder", key="model.name_or_path")
+        raise ModelError(f"{section.name_or_path} is not a speech model", "name a folder", key="model.name_or_path")
     with model_errors(section, "the feature extractor of "), quiet():
         extractor = AutoFeatureExtractor.from_pretrained(
             str(source.folder), local_files_only=True, trust_remote_code=section.trust_remote_code
         )
     if not hasattr(extractor, "nb_max_frames") and read_config(source).get("model_type") != "moonshine":
-        what = f"{section.name_or_path} hears by {type(extractor).__name__}, which this version does not know"
+        what = f"{section.name_or_path} uses {type(extractor).__name__}, which is not supported"
         raise ModelError(what, "choose Whisper or Moonshine", key="model.name_or_path")
     return extractor, source.folder

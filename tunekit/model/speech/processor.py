@@ -1,4 +1,4 @@
-"""Recordings to features and transcripts to ids, as a speech model was trained on them."""
+"""The processor of speech recognition models: recordings to features, and transcripts to ids."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,30 +21,31 @@ from tunekit.records import JsonObject
 
 NORMALIZER = "normalizer.json"
 TIMESTAMP_SECONDS = 0.02
-ENGLISH_VOCABULARY = 51_864  # of Whisper's English-only models, where generation_config.json does not say what they are
-MOST_SECONDS = 30.0  # of the recordings that Moonshine was trained on (Jeffries et al. 2024)
-FRAME_SAMPLES = 64 * 3 * 2  # the strides of its three convolutions
-LEAST_SAMPLES = 127 + 64 * (7 - 1) + 64 * 3 * (3 - 1)  # of which they make one frame
-WAVE_TOKENS = 194  # of Moonshine's answers, as its own generation settings have it
-MOST_SHOWN = 12
+# Whisper's English-only models; used if generation_config.json does not state multilinguality
+ENGLISH_VOCABULARY = 51_864
+MAX_SECONDS = 30.0  # of Moonshine's training recordings (Jeffries et al. 2024)
+FRAME_SAMPLES = 64 * 3 * 2  # the product of the strides of Moonshine's three convolutions
+MIN_SAMPLES = 127 + 64 * (7 - 1) + 64 * 3 * (3 - 1)  # the convolutions need these for one frame
+WAVE_TOKENS = 194  # maximum of Moonshine's answers, from its generation settings
+MAX_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class SpeechProcessor(FeatureExtractor):
     """The model's own feature extractor and tokenizer, and its generation settings.
 
-    `blank`: what a text begins with, as those did that Whisper learned from.
+    `blank`: the prefix of every transcript, as in Whisper's training data.
     """
 
     blank: ClassVar[str] = " "
     tokenizer: LoadedTokenizer
     generation: JsonObject
     multilingual: bool
-    longest_answer: int  # tokens that the decoder has positions for
+    longest_answer: int  # positions of the decoder
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides a row."""
+        """sha256 of everything that affects a row."""
         texts = [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
         return hash_of([self.tokenizer.fingerprint, self.facts, texts])
 
@@ -52,36 +53,36 @@ class SpeechProcessor(FeatureExtractor):
     def answer_start(self) -> int:
         """The id with which an answer begins."""
         start = self.tokenizer.answer_start_id
-        assert start is not None  # load_speech_processor saw to it
+        assert start is not None  # load_speech_processor checked it
         return start
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of what is said, with a blank before it; what spells a special token stays text."""
+        """Ids of a transcript, with a blank before it; special tokens' names in it stay text."""
         text = text.strip()
         return self.tokenizer.encode(f"{self.blank}{text}", special_tokens_in_text=False) if text else []
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
-        """Ids with which an answer begins: the start, of multilingual models language and task, and whether no times
-        follow.
+        """Ids with which an answer begins: the start token; language and task in multilingual models; and the
+        no-timestamps token.
 
-        Raises: DataError for a language that the model does not know, or where it needs one.
+        Raises: DataError for an unknown or missing language.
         """
-        found = [self.answer_start]
+        ids = [self.answer_start]
         if self.multilingual:
             if language is None:
-                what = "the model writes many languages, and none is named"
+                what = "the model is multilingual, and no language is given"
                 raise DataError(what, "write objective.language, or a column 'language'")
-            found += [self._token(f"<|{self.language_code(language)}|>"), self._token(f"<|{task}|>")]
+            ids += [self._token(f"<|{self.language_code(language)}|>"), self._token(f"<|{task}|>")]
         elif (language is not None and _code(language) != "en") or task != "transcribe":
-            what = "the model knows English alone, and transcribes it"
+            what = "the model can only transcribe English"
             raise DataError(what, "leave language and task out, or choose a multilingual model")
-        return found if timestamps else [*found, self.no_timestamps]
+        return ids if timestamps else [*ids, self.no_timestamps]
 
     def language_code(self, language: str) -> str:
-        """Of a language by its name, code or token. Raises: DataError naming those that the model knows."""
+        """The code of a language given by its name, code or token. Raises: DataError with the known languages."""
         code, known = _code(language), self._languages
         if code not in known:
-            raise DataError(f"unknown language '{language}'", f"write a name or a code: {listed(known, MOST_SHOWN)}")
+            raise DataError(f"unknown language '{language}'", f"write a name or a code: {listed(known, MAX_SHOWN)}")
         return code
 
     @cached_property
@@ -93,42 +94,42 @@ class SpeechProcessor(FeatureExtractor):
 
     @property
     def no_timestamps(self) -> int:
-        """The id that says that no times follow; the ids of times follow it."""
-        found = self.generation.get("no_timestamps_token_id")
-        return int(found) if found is not None else self._token("<|notimestamps|>")
+        """The id for "no timestamps"; the timestamps' ids follow it."""
+        token_id = self.generation.get("no_timestamps_token_id")
+        return int(token_id) if token_id is not None else self._token("<|notimestamps|>")
 
     def timestamp(self, seconds: float) -> int:
         """The id of a time within a recording."""
         return self.no_timestamps + 1 + round(min(seconds, self.seconds) / TIMESTAMP_SECONDS)
 
     def _token(self, text: str) -> int:
-        found = self.tokenizer.backend.token_to_id(text)
-        if found is None:
+        token_id = self.tokenizer.backend.token_to_id(text)
+        if token_id is None:
             raise DataError(f"the model's tokenizer has no token {text}", "choose another base, language or task")
-        return int(found)
+        return int(token_id)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What is said: ids without special tokens, times as <|1.08|>."""
+        """The transcript: ids without special tokens, times as <|1.08|>."""
         first, parts, run = self.no_timestamps + 1, list[str](), list[int]()
-        for each in [*ids, first]:
-            if each < first:
-                run.append(each)
+        for token_id in [*ids, first]:
+            if token_id < first:
+                run.append(token_id)
                 continue
-            time = f"<|{(each - first) * TIMESTAMP_SECONDS:.2f}|>"
+            time = f"<|{(token_id - first) * TIMESTAMP_SECONDS:.2f}|>"
             parts, run = [*parts, self.tokenizer.decode(run, skip_special_tokens=True), time], []
         return "".join(parts[:-1]).strip()
 
     @cached_property
     def normalize(self) -> Callable[[str], str]:
-        """What makes spellings of the same words equal, before words are compared: Whisper's own for English where the
-        model brings its spellings, else the one for any language."""
+        """A normaliser that makes spellings of the same words equal before words are compared: Whisper's English one
+        if the model includes its spellings, otherwise the one for all languages."""
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         path = self.folder / NORMALIZER
         return EnglishTextNormalizer(read_json(path)) if path.exists() else BasicTextNormalizer()
 
     def save(self, folder: Path) -> None:
-        """The tokenizer's files and the extractor's, byte for byte."""
+        """Copy the tokenizer's and the extractor's files."""
         self.tokenizer.save(folder)
         super().save(folder)
         if (self.folder / NORMALIZER).is_file():
@@ -137,8 +138,8 @@ class SpeechProcessor(FeatureExtractor):
 
 @dataclass(frozen=True)
 class WaveProcessor(SpeechProcessor):
-    """Moonshine's: samples as they are. Its encoder normalises over the whole of a recording: silence at its end would
-    change it, so that only recordings of equal length share a batch. It writes one language, and no times."""
+    """Moonshine's processor: raw samples. Its encoder normalises over a whole recording, which padding would change,
+    so only recordings of equal length share a batch. It supports one language and no timestamps."""
 
     padded: ClassVar[bool] = False
     input_name: ClassVar[str] = "input_values"
@@ -146,34 +147,34 @@ class WaveProcessor(SpeechProcessor):
 
     @property
     def seconds(self) -> float:
-        return MOST_SECONDS
+        return MAX_SECONDS
 
     @property
     def frames(self) -> int:
-        return round(MOST_SECONDS * self.rate / FRAME_SAMPLES)
+        return round(MAX_SECONDS * self.rate / FRAME_SAMPLES)
 
     @property
     def bands(self) -> int:
-        """Samples alone: no frequencies."""
+        """Always 1: samples have no frequency bands."""
         return 1
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """(samples, 1), all of them. Raises: DataError for fewer than make a frame."""
-        if len(samples) < LEAST_SAMPLES:
-            own, least = (count / self.rate for count in (len(samples), LEAST_SAMPLES))
-            what = f"the recording lasts {own:.3f} s, and the model hears {least:.3f} s at least"
-            raise DataError(what, "leave it out")
-        made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np")
-        return made["input_values"][0].astype(np.float32)[:, None]
+        """(samples, 1), all of them. Raises: DataError if there are too few for one frame."""
+        if len(samples) < MIN_SAMPLES:
+            length, minimum = (count / self.rate for count in (len(samples), MIN_SAMPLES))
+            what = f"the recording lasts {length:.3f} s, but the model needs at least {minimum:.3f} s"
+            raise DataError(what, "leave this recording out")
+        extracted = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np")
+        return extracted["input_values"][0].astype(np.float32)[:, None]
 
-    def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(samples,), nothing having been left out."""
+    def padded_features(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(samples,), without padding."""
         return features.reshape(-1)
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
-        """The id with which an answer begins. Raises: DataError for a language, a task or times."""
+        """The id with which an answer begins. Raises: DataError for a language, a task or timestamps."""
         if language is not None or task != "transcribe" or timestamps:
-            what = "the model transcribes the language that it was trained on, without times"
+            what = "the model only transcribes the language that it was trained on, without timestamps"
             raise DataError(what, "leave language, task and timestamps out, or choose Whisper")
         return [self.answer_start]
 
@@ -182,7 +183,7 @@ class WaveProcessor(SpeechProcessor):
 
 
 def _code(language: str) -> str:
-    """Of a language by its name, code or token; what is none of them stays as it is."""
+    """The code of a language given by its name, code or token; other texts are returned unchanged."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     name = language.strip().lower().removeprefix("<|").removesuffix("|>")
@@ -190,11 +191,11 @@ def _code(language: str) -> str:
 
 
 def load_speech_processor(section: ModelSection) -> SpeechProcessor:
-    """The base's extractor, tokenizer and generation settings. Raises: ModelError where one of them is missing."""
+    """The base's extractor, tokenizer and generation settings. Raises: ModelError if one of them is missing."""
     extractor, folder = load_extractor(section)
     tokenizer = load_tokenizer(section)
     if tokenizer.answer_start_id is None:
-        what = "the base does not say with which token its answers begin"
+        what = "the base does not define the token with which answers begin"
         raise ModelError(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")
     path, config = folder / "generation_config.json", read_json(folder / "config.json")
     generation = read_json(path) if path.exists() else {}

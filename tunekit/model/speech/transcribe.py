@@ -1,4 +1,4 @@
-"""Recordings to ids of what is said in them, greedy unless the sampling says otherwise, by transformers."""
+"""Transcribes recordings with transformers: greedy decoding unless sampling is set."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import GREEDY, Sampling
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.model.call import seed_for
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained
-from tunekit.model.text.generation import drawn_settings, left_as_found
+from tunekit.model.text.generation import sampling_settings, unchanged_generation
 from tunekit.model.transformers_guard import quiet
 
 
@@ -20,31 +20,31 @@ from tunekit.model.transformers_guard import quiet
 def transcribe(
     model: LoadedModel,
     features: Tensor,
-    asked: Mapping[str, Any],
+    language_and_task: Mapping[str, Any],
     *,
     timestamps: bool,
-    most_tokens: int,
+    max_tokens: int,
     place: int = 0,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """New ids of each recording, special tokens among them. The model's own generation settings hold, but for what is
-    old in them: forced_decoder_ids, in whose stead language and task are named.
+    """New ids of each recording, including special tokens. The model's own generation settings apply, except for the
+    outdated forced_decoder_ids: language and task are passed by name instead.
 
     Shapes: features (B, M, F), or samples (B, N).
-    `asked`: language and task, of multilingual models; `most_tokens`: of an answer; `place`: of the batch, for seeds.
+    `language_and_task`: for multilingual models; `max_tokens`: of an answer; `place`: the batch's number, for seeds.
     """
     settings = deepcopy(model.generation_config)
     assert settings is not None
     settings.forced_decoder_ids, settings.return_timestamps = None, timestamps
-    chosen = drawn_settings(sampling)
-    settings.update(max_new_tokens=most_tokens, max_length=None, num_beams=1, use_cache=True, **chosen)
-    with left_as_found(model.net), quiet():
+    chosen = sampling_settings(sampling)
+    settings.update(max_new_tokens=max_tokens, max_length=None, num_beams=1, use_cache=True, **chosen)
+    with unchanged_generation(model.net), quiet():
         torch.manual_seed(seed_for("generate", sampling.seed, place))
-        inputs = placed(features, model.device).to(model.dtype)
-        output = as_pretrained(model.net).generate(inputs, generation_config=settings, **asked)
+        inputs = to_device(features, model.device).to(model.dtype)
+        output = as_pretrained(model.net).generate(inputs, generation_config=settings, **language_and_task)
     return output.tolist()
 
 
 def without_padding(ids: Sequence[int], end: int | None) -> list[int]:
-    """Ids up to the first that ends an answer."""
+    """Ids before the first end token."""
     return list(ids[: ids.index(end)]) if end in ids else list(ids)

@@ -1,6 +1,6 @@
 """Built-in models that need no download: a name such as `builtin:tiny-llama` -> a model folder, made on first use.
 
-The weights are random: such a model shows that a recipe runs, not what it learns.
+The weights are random, so such a model can only test whether a recipe runs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunekit.files.cache_folder import default_cache_folder
-from tunekit.files.durable import whole_folder
+from tunekit.files.durable import atomic_folder
 from tunekit.model.transformers_guard import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PREFIX = "builtin:"  # no hub name can hold a colon
+PREFIX = "builtin:"  # hub names cannot contain a colon
 TINY_LLAMA = f"{PREFIX}tiny-llama"
 LAYOUT = "v1"  # part of the folder's name: change it with anything below
 SEED = 0
@@ -29,18 +29,19 @@ CHAT_TEMPLATE = (
 
 
 def tiny_model_folder(name: str) -> Path | None:
-    """The folder of a built-in model, written now if it is not there yet; None for any other name."""
+    """The folder of a built-in model, written now if it does not exist; None for any other name."""
     if name != TINY_LLAMA:
         return None
     folder = default_cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{LAYOUT}"
     if not (folder / "config.json").exists():
-        with whole_folder(folder) as work:
+        with atomic_folder(folder) as work:
             write_tiny_llama(work)
     return folder
 
 
 def write_tiny_llama(folder: Path) -> None:
-    """A seeded random llama of two layers with a byte-level tokenizer; the caller's random state is left alone."""
+    """Write a seeded random llama of two layers with a byte-level tokenizer; the caller's random state does not
+    change."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     native = _byte_tokenizer()
@@ -64,7 +65,7 @@ def write_tiny_llama(folder: Path) -> None:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte and three special tokens, so that no text is unknown."""
+    """A tokenizer with one token per byte and three special tokens, so that no text is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once."""
+"""GGUF files as a base: read by transformers, unpacked to dense weights, and parsed only once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from tunekit.model.transformers_guard import replaced
 
 
 def gguf_arguments(source: ModelSource) -> dict[str, Any]:
-    """Unpack every weight: a GGUF file's own blocks can neither be trained over nor merged into."""
+    """Unpack every weight: a GGUF file's blocks can neither be trained on nor merged into."""
     import transformers
 
     settings = getattr(transformers, "GgufConfig", None)  # older versions always unpack
@@ -20,7 +20,7 @@ def gguf_arguments(source: ModelSource) -> dict[str, Any]:
 
 @contextmanager
 def parsed_once(name_or_path: str) -> Iterator[None]:
-    """Keep the parsed file and its table of names inside the block; transformers asks for both again and again.
+    """Cache the parsed file and its table of names inside the block, because transformers requests both repeatedly.
 
     Parsing SmolLM2's file takes more than two seconds, most of them for the strings of its tokenizer.
     """
@@ -29,6 +29,6 @@ def parsed_once(name_or_path: str) -> Iterator[None]:
         return
     import gguf
 
-    kept = {name: lru_cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with replaced(vars(gguf), **kept):
+    cached = {name: lru_cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with replaced(vars(gguf), **cached):
         yield

@@ -1,4 +1,4 @@
-"""The facts of a base that its files state: family, labels, fingerprint, and refusals before a weight is read."""
+"""Reads facts from a base's files (family, labels, fingerprint), and refuses unusable bases before weights are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunekit.records import JsonObject
 CHUNK_BYTES = 64 * 1024
 SAMPLED_CHUNKS = 16
 GGUF_HEAD_BYTES = 2**20
-# What saving a model again changes, although the model stays the same.
+# Keys that change when a model is saved again, although the model does not.
 VOLATILE = (
     *("_name_or_path", "transformers_version", "_diffusers_version"),
     *("torch_dtype", "dtype", "use_cache", "_attn_implementation"),
@@ -33,17 +33,17 @@ OTHER_HEADS = {
     "ForCTC": "is a speech model",
     "ForPreTraining": "is a model with pre-training heads",
 }
-MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
+CHOICES = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
 
 def read_config(source: ModelSource) -> JsonObject:
-    """config.json of a folder, checked to be that of a model.
+    """config.json of a folder, after a check that it is a model's.
 
-    Raises: ModelError where it is missing or damaged, or where the folder is an adapter or a run.
+    Raises: ModelError if it is missing or damaged, or if the folder is an adapter or a run.
     """
     if (source.folder / "adapter_config.json").exists():
         how = "name the base here; an adapter is continued with adapter.init_from"
-        raise ModelError(f"{source.name_or_path} holds an adapter, not a base model", how, key=KEY)
+        raise ModelError(f"{source.name_or_path} contains an adapter, not a base model", how, key=KEY)
     if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
         how = f"merge its result first, and name that: tunekit merge {source.name_or_path} --output FOLDER"
         raise ModelError(f"{source.name_or_path} is a run, not a base model", how, key=KEY)
@@ -51,27 +51,27 @@ def read_config(source: ModelSource) -> JsonObject:
         ggufs = sorted(path.name for path in source.folder.glob("*.gguf"))
         if ggufs:
             how = f"name the file itself, for example {source.folder / ggufs[0]}"
-            raise ModelError(f"{source.name_or_path} holds GGUF files", how, key=KEY)
+            raise ModelError(f"{source.name_or_path} contains GGUF files", how, key=KEY)
         if indexed := indexed_family(source):
-            what = f"{source.name_or_path} is {indexed.text}, and the objective trains another kind of model"
+            what = f"{source.name_or_path} is {indexed.text}, but the objective trains another kind of model"
             raise ModelError(what, "write objective: dreambooth, or choose another base", key=KEY)
     return read_json(source.folder / "config.json")
 
 
 def indexed_family(source: ModelSource) -> Family | None:
-    """The family of a base that is recognised by a file of its own, such as a pipeline's model_index.json."""
+    """The family of a base that has an index file instead of config.json, such as a pipeline's model_index.json."""
     families = () if source.gguf_file is not None else known_families()
-    return next((each for each in families if each.index_file and (source.folder / each.index_file).exists()), None)
+    indexed = (family for family in families if family.index_file)
+    return next((family for family in indexed if (source.folder / str(family.index_file)).exists()), None)
 
 
 def unnamed_family() -> Family:
-    """The family of a base whose files do not say more, such as a GGUF file."""
+    """The family of a base whose files do not identify one, such as a GGUF file."""
     return next(family for family in known_families() if family.recognises("", {}))
 
 
 def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
-    """Labels of the rows of the head of a classifier of this family, as the base's configuration names them; none of
-    others."""
+    """Labels of a classifier's head, from the base's configuration; empty for a base of another family."""
     raw = {} if source.gguf_file is not None else read_config(source)
     endings = make_family(family).endings
     if not any(str(name).endswith(endings) for name in raw.get("architectures") or ()):
@@ -82,48 +82,50 @@ def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
 
 
 def find_family(config: JsonObject, section: ModelSection) -> Family:
-    """The family of a base, by the architecture that its configuration names; `model.family` must say the same.
+    """The family of a base, from the architecture in its configuration; `model.family` must agree.
 
-    Raises: ModelError with the reason for what is of none of the families.
+    Raises: ModelError with the reason if no family fits.
     """
-    asked = None if section.family == "auto" else make_family(section.family)
-    if asked is not None and asked.index_file is not None:
-        what = f"{section.name_or_path} is not {asked.text}: it holds no {asked.index_file}"
-        raise ModelError(what, "give a folder that has this file", key=KEY)
+    requested = None if section.family == "auto" else make_family(section.family)
+    if requested is not None and requested.index_file is not None:
+        what = f"{section.name_or_path} is not {requested.text}: it contains no {requested.index_file}"
+        raise ModelError(what, "name a folder that contains this file", key=KEY)
     name = f"{section.name_or_path} ({config.get('model_type', 'unknown')})"
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = next((family for family in known_families() if family.recognises(architecture, config)), None)
-    reason = _obstacle(config, architecture, family, asked, isinstance(section, HeadedModel))
+    reason = _obstacle(config, architecture, family, requested, isinstance(section, HeadedModel))
     if reason:
-        raise ModelError(f"{name} {reason}", MEND, key=KEY)
-    if asked is not None and isinstance(section, HeadedModel):
-        return asked
+        raise ModelError(f"{name} {reason}", CHOICES, key=KEY)
+    if requested is not None and isinstance(section, HeadedModel):
+        return requested
     assert family is not None
-    if asked not in (None, family):
-        what = f"{name} is of the family {family.name}, by its architecture {architecture or '(none named)'}"
+    if requested not in (None, family):
+        what = (
+            f"{name} belongs to the family {family.name}, because of its architecture {architecture or '(none named)'}"
+        )
         how = "write family: auto, or choose another base"
-        raise ModelError(f"{what}, and model.family is {section.family}", how, key="model.family")
+        raise ModelError(f"{what}, but model.family is {section.family}", how, key="model.family")
     return family
 
 
 def _obstacle(
-    config: JsonObject, architecture: str, family: Family | None, asked: Family | None, headed: bool
+    config: JsonObject, architecture: str, family: Family | None, requested: Family | None, headed: bool
 ) -> str | None:
-    """Why a base cannot be loaded; None where it can."""
-    loaded_as = asked if asked is not None and headed else family
+    """Why a base cannot be loaded, or None."""
+    loaded_as = requested if requested is not None and headed else family
     parts = () if loaded_as is None else loaded_as.part_of
     if any(key in config for key in {"vision_config", "audio_config", "vq_config", "speech_config"}.difference(parts)):
         return "is a vision-language or audio-language model"
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
-        return next(known, f"has the architecture {architecture}, which is none that tunekit knows")
-    reasons = (each.obstacle(config) for each in (family, asked) if each is not None)
+        return next(known, f"has the architecture {architecture}, which tunekit does not know")
+    reasons = (candidate.obstacle(config) for candidate in (family, requested) if candidate is not None)
     return next((reason for reason in reasons if reason), None)
 
 
 def family_of_base(section: ModelSection) -> str:
-    """The family of a base by its own files; causal where they do not say, which is told where it is loaded."""
+    """The family of a base by its own files; causal if they do not identify one (loading reports that later)."""
     source = find_source(section, weights=False)
     family = indexed_family(source)
     if family is None and source.gguf_file is None and (source.folder / "config.json").exists():
@@ -133,7 +135,7 @@ def family_of_base(section: ModelSection) -> str:
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
-    """The token with which the decoder of an encoder-decoder begins; None of other bases, and where none is named."""
+    """The token with which the decoder of an encoder-decoder starts; None for other bases or if none is named."""
     path = source.folder / "config.json"
     if source.gguf_file is not None or not path.exists():
         return None
@@ -141,21 +143,21 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
     try:
         if not find_family(config, section).reads_source:
             return None
-    except ModelError:  # stated where the base is loaded
+    except ModelError:  # reported when the base is loaded
         return None
     named = [read_json(newer)] if newer.exists() else []
-    found = [values.get("decoder_start_token_id") for values in (*named, config)]
-    return next((value for value in found if isinstance(value, int)), None)
+    tokens = [values.get("decoder_start_token_id") for values in (*named, config)]
+    return next((value for value in tokens if isinstance(value, int)), None)
 
 
 def is_packed_by_bitsandbytes(config: JsonObject) -> bool:
-    """Whether the weights are stored in bitsandbytes' 4 bits, as merging onto a quantized base writes them."""
+    """Whether the weights are stored in bitsandbytes' 4 bits, as after a merge onto a quantized base."""
     stored = config.get("quantization_config")
     return isinstance(stored, dict) and bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
 
 
 def check_quantized(config: JsonObject, section: ModelSection) -> None:
-    """Refuse a base whose weights are stored quantized: alone by method, with a quantization of ours as a conflict.
+    """Refuse a base whose weights are stored quantized; the message depends on model.quantization.
 
     Raises: ModelError.
     """
@@ -164,8 +166,8 @@ def check_quantized(config: JsonObject, section: ModelSection) -> None:
         return
     method = str(stored.get("quant_method", "unknown")) if isinstance(stored, dict) else "unknown"
     if section.quantization != "none":
-        asked = f"and model.quantization asks for {section.quantization} on top"
-        what = f"{section.name_or_path} is quantized already ({method}), {asked}"
+        conflict = f"but model.quantization requests {section.quantization} on top"
+        what = f"{section.name_or_path} is quantized already ({method}), {conflict}"
         raise ModelError(what, "choose the unquantized base", key="model.quantization")
     what = f"{section.name_or_path} is stored quantized ({method}), which cannot be loaded"
     how = "choose the unquantized base; model.quantization quantizes it while loading"
@@ -173,9 +175,9 @@ def check_quantized(config: JsonObject, section: ModelSection) -> None:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """sha256 of the base: configuration, every file's header and size, and chunks sampled over its data.
+    """sha256 of the base: configuration, every file's header and size, and samples of the data.
 
-    The same files give the same value wherever they lie; a changed number inside an unsampled chunk goes unseen.
+    The same files give the same value in any folder. A changed number outside the samples is not noticed.
     """
     digest = hashlib.sha256()
     if source.gguf_file is not None:
@@ -191,9 +193,9 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Path]) -> None:
-    """Feed a configuration without what changes by itself, and the headers and samples of files."""
-    kept = {key: value for key, value in config.items() if key not in VOLATILE}
-    digest.update(json.dumps(kept, sort_keys=True).encode())
+    """Feed a configuration without its volatile keys, and the headers and samples of files."""
+    stable = {key: value for key, value in config.items() if key not in VOLATILE}
+    digest.update(json.dumps(stable, sort_keys=True).encode())
     for path in files:
         start, _, header = read_raw_header(path, MODEL_FILE)
         digest.update(json.dumps(header, sort_keys=True).encode())
@@ -201,7 +203,7 @@ def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Pa
 
 
 def _digest_samples(digest: hashlib._Hash, path: Path, start: int, head_bytes: int) -> None:
-    """Feed size, the first bytes after `start`, and chunks at even distances to the end."""
+    """Feed the size, the first bytes after `start`, and evenly spaced chunks."""
     size = path.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with path.open("rb") as file:
@@ -215,7 +217,7 @@ def _digest_samples(digest: hashlib._Hash, path: Path, start: int, head_bytes: i
 
 
 def check_gguf(source: ModelSource) -> None:
-    """Refuse what is no GGUF file.
+    """Refuse a file that is not GGUF.
 
     Raises: ModelError.
     """

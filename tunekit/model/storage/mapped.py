@@ -1,6 +1,4 @@
-"""A base whose weights stay in files: every parameter a view into a shared read-only mapping, for layers that are
-streamed.
-"""
+"""A base for layer streaming whose weights stay in files: every parameter is a view of a shared read-only mapping."""
 
 from dataclasses import replace
 
@@ -10,7 +8,7 @@ from torch import nn
 from tunekit.errors import ModelError, ResourceError
 from tunekit.model.base_spec import BaseSpec
 from tunekit.model.families import Family
-from tunekit.model.storage.kept import kept_base
+from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
 from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
 
@@ -19,13 +17,13 @@ KEY = "memory.streaming"
 
 
 def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
-    """The net on the CPU, notes, and whether its weights are mapped; a small base is held in memory.
+    """The net on the CPU, notes, and whether its weights are mapped; a small base is read into memory.
 
-    Raises: ModelError for a base that only transformers can read; ResourceError where a sidecar cannot be written.
+    Raises: ModelError for a base that only transformers can read; ResourceError if a sidecar cannot be written.
     """
     if not spec.read_by_us:
-        what = "a GGUF file" if spec.source.gguf_file is not None else "a base with code of its own"
-        raise ModelError(f"{what} cannot be streamed: its weights are no tensors of the net's names", HOW, key=KEY)
+        what = "a GGUF file" if spec.source.gguf_file is not None else "a base with remote code"
+        raise ModelError(f"{what} cannot be streamed: its tensors have other names than the net's", HOW, key=KEY)
     opened = open_net(spec)
     if opened is None:
         what = f"{spec.section.name_or_path} stores its weights under other names or shapes than the net"
@@ -35,20 +33,20 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
         _place_views(net, reader, spec.family)
         return net, [], True
     spec = replace(spec, device=torch.device("cpu"))
-    if spec.is_dense:  # in the computation's dtype
+    if spec.is_dense:  # cast to the compute dtype
         base = PackedBase(net, reader, spec, layout=layout_of(net, spec.family, reader.new))
     else:
         base = packed_base(net, reader, spec)
-    sidecar, notes = kept_base(base)
+    sidecar, notes = cached_base(base)
     if notes:
-        what = f"a base that is streamed must lie in a file as it is computed, and {notes[0]}"
+        what = f"a streamed base needs a file with its weights in the compute dtype, but {notes[0]}"
         raise ResourceError(what, f"free space in the cache folder (TUNEKIT_CACHE names another), or {HOW}")
     return net, base.notes, sidecar is not None
 
 
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
-    """Views into the files. Of the head a copy where it is not aligned as in a resident base, since its products depend
-    on that; a streamed layer is copied in any case, and no other tensor enters a product."""
+    """Place views of the files. The head is copied if it is not aligned as in a resident base, because its products
+    depend on that; a streamed layer is copied anyway, and no other tensor enters a product."""
     head = tuple(f"{name}." for name in family.head_modules(net))
     for name in reader.names:
         view = reader.view(name)

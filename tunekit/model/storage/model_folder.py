@@ -1,4 +1,4 @@
-"""A model folder written whole or not at all: weights from whoever has them, and the base's other files."""
+"""Writes a model folder completely or not at all: the caller writes the weights, this module the base's other files."""
 
 import json
 import shutil
@@ -16,10 +16,10 @@ COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTI
 
 
 @contextmanager
-def whole_model_folder(output: Path) -> Iterator[Path]:
-    """A flat folder filled beside its place, flushed and renamed into it; on any failure nothing of it stays."""
+def atomic_model_folder(output: Path) -> Iterator[Path]:
+    """A folder that is filled under a temporary name, flushed and renamed; after a failure nothing of it remains."""
     staging = temporary_name(output)
-    if is_real_folder(staging):  # of a killed process that had our id
+    if is_real_folder(staging):  # left by a killed process with the same id
         remove_tree(staging)
     staging.mkdir(parents=True)
     try:
@@ -42,11 +42,13 @@ def copy_other_files(
     folder: Path,
     answering: Answering | None,
 ) -> None:
-    """Copy tokenizer or other processor, chat template, generation settings and licence; code files only of a base that
-    is trusted to run them. `answering`: the objective's, with its changes of processor and generation settings. The
-    folder is then made portable, the configuration written before included."""
-    own = None if answering is None else answering.processor
-    (own or processor).save(folder)
+    """Copy the tokenizer or other processor, chat template, generation settings and licence; code files only if the
+    base may run remote code. Then make the folder portable, including the configuration written before.
+
+    `answering`: the objective's, with its changes of the processor and the generation settings.
+    """
+    answering_processor = None if answering is None else answering.processor
+    (answering_processor or processor).save(folder)
     if isinstance(section, HeadedModel) and processor.tokenizer is not None:
         _name_padding(folder / "tokenizer_config.json", processor.tokenizer)
     if Path(section.name_or_path).suffix != ".gguf":
@@ -63,8 +65,8 @@ def copy_other_files(
 
 
 def _name_padding(path: Path, tokenizer: Tokenizer) -> None:
-    """Name the padding token of config.json in the tokenizer's files too, if they name none: other programs pad a batch
-    of texts with it, and a decoder's head looks for the last token before it."""
-    settings, config = (read_json(each) if each.is_file() else {} for each in (path, path.parent / "config.json"))
+    """Name config.json's padding token in the tokenizer's files too, if they name none: other programs pad batches
+    with it, and a decoder's head looks for the last token before it."""
+    settings, config = (read_json(file) if file.is_file() else {} for file in (path, path.parent / "config.json"))
     if settings and settings.get("pad_token") is None and config.get("pad_token_id") == tokenizer.pad_id:
         write_json(path, {**settings, "pad_token": tokenizer.token_text(tokenizer.pad_id)})

@@ -1,4 +1,4 @@
-"""A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order."""
+"""Packs a base while it is loaded, one tensor at a time, and lists the tensors of a packed base in order."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from tunekit.recipe.model import ModelSection
 
 
 def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str] = ()) -> list[str]:
-    """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
+    """Pack every linear layer except the head, one at a time, so that only one is in memory twice. Returns notes."""
     section = spec.section
-    for name in packable(net, spec.family, new_modules):
+    for name in packable_layers(net, spec.family, new_modules):
         dense = net.get_submodule(name)
         packed = pack_linear(dense, section.quantization, section.double_quantization, spec.dtype)
         net.set_submodule(name, packed.to(device))
         del dense
     for parameter in net.parameters():
-        parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped
+        parameter.data = parameter.data.clone()  # a view of the mapped file would keep all of it mapped
     gc.collect()
     trim_heap()
     if not packed_layers(net):
@@ -36,9 +36,9 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
     return _left_dense(net, section)
 
 
-def packable(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
-    """Names of the layers that are packed: every linear one but the head's, but those in modules that are new and
-    therefore trained, and but those whose matrix the model's code reads itself."""
+def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
+    """Names of the layers to pack: all linear ones except the head's, those in new (and therefore trained) modules,
+    and those whose matrix the model's code reads itself."""
     head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
     modules = dict(net.named_modules())
     uncalled = uncalled_layers(modules)
@@ -47,7 +47,7 @@ def packable(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) ->
 
 
 def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
-    """Say which large weights stay as they are: fused experts are no linear layers. Convolutions are small."""
+    """Notes about large weights that stay dense: fused experts are not linear layers. Convolutions are small."""
     kernels = {id(module.weight) for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)}
     fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3 and id(parameter) not in kernels]
     if not fused:
@@ -58,9 +58,9 @@ def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
 
 @dataclass
 class PackedBase:
-    """A base to be packed: the net, its packed layers on the meta device until `fill` or `map`.
+    """A base to be packed: the net, whose packed layers are on the meta device until `fill` or `map`.
 
-    `layout`: what it holds, tied tensors once: first what lies outside of layers, then layer by layer.
+    `layout`: its tensors, tied ones once: first those outside the layers, then layer by layer.
     """
 
     net: nn.Module
@@ -71,18 +71,18 @@ class PackedBase:
     transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
 
     def iterate_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in the layout's order, read and packed only when it is asked for."""
+        """All tensors in the layout's order, each read and packed only when requested."""
         layers = packed_layers(self.net)
         packed: Tensors = {}
-        for each in self.layout:
-            module_name, _, own = each.name.rpartition(".")
+        for entry in self.layout:
+            module_name, _, tensor_name = entry.name.rpartition(".")
             layer = layers.get(module_name)
-            if layer is None or own not in layer.tensor_names:
-                yield each.name, self.reader.read(each.name, each.dtype)
+            if layer is None or tensor_name not in layer.tensor_names:
+                yield entry.name, self.reader.read(entry.name, entry.dtype)
                 continue
-            if own not in packed:
+            if tensor_name not in packed:
                 packed = self._pack(module_name, layer.out_features, layer.in_features)
-            yield each.name, packed.pop(own)
+            yield entry.name, packed.pop(tensor_name)
 
     def _pack(self, name: str, out_features: int, in_features: int) -> Tensors:
         """The packed tensors of one layer."""
@@ -92,39 +92,41 @@ class PackedBase:
         return {own: tensor.to(self.spec.device) for own, tensor in packed.items()}
 
     def fill(self) -> None:
-        """Hold every tensor in memory of its own."""
+        """Load every tensor into memory."""
         for name, tensor in self.iterate_tensors():
             self._put(name, tensor)
 
     def map(self, sidecar: Sidecar) -> None:
-        """Hold every tensor as a view into the sidecar."""
+        """Make every tensor a view of the sidecar."""
         for name in sidecar.names:
             self._put(name, sidecar.view(name))
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        module_name, _, own = name.rpartition(".")
+        module_name, _, tensor_name = name.rpartition(".")
         module = self.net.get_submodule(module_name)
-        if isinstance(module, PackedLinear) and own in module.tensor_names:
-            module._buffers[own] = tensor
+        if isinstance(module, PackedLinear) and tensor_name in module.tensor_names:
+            module._buffers[tensor_name] = tensor
         else:
             place(self.net, self.reader, name, tensor)
 
 
 def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
-    """The packed form of a net without values: packed on the base's device, from the files of `reader`."""
-    kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, spec.family, reader.new_modules)}
+    """The packed form of a meta net: packed on the base's device, from the files of `reader`."""
+    kinds = {
+        name: layer_kind(net.get_submodule(name)) for name in packable_layers(net, spec.family, reader.new_modules)
+    }
     notes = quantize_layers(net, spec, torch.device("meta"), reader.new_modules)
     transposed = frozenset(name for name, kind in kinds.items() if kind == "conv1d")
     return PackedBase(net, reader, spec, notes, layout_of(net, spec.family, reader.new), transposed)
 
 
 def layout_of(net: nn.Module, family: Family, new: frozenset[str]) -> list[StoredTensor]:
-    """Every parameter and persistent buffer once: what lies outside of layers, then layer by layer; not those in `new`,
-    which no file holds."""
+    """Every parameter and persistent buffer once: first those outside the layers, then layer by layer; without those
+    in `new`, which no file contains."""
     layers = {name: index for index, (name, _) in enumerate(family.layers(net))}
-    found: dict[int, StoredTensor] = {}
+    tensors: dict[int, StoredTensor] = {}
     for name, tensor in net.state_dict(keep_vars=True).items():
-        layer = next((each for each in layers if name.startswith(f"{each}.")), "")
+        layer = next((entry for entry in layers if name.startswith(f"{entry}.")), "")
         if name not in new:
-            found.setdefault(id(tensor), StoredTensor(name, tuple(tensor.shape), tensor.dtype, layer))
-    return sorted(found.values(), key=lambda each: layers.get(each.layer, -1))
+            tensors.setdefault(id(tensor), StoredTensor(name, tuple(tensor.shape), tensor.dtype, layer))
+    return sorted(tensors.values(), key=lambda entry: layers.get(entry.layer, -1))

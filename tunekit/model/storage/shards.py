@@ -1,4 +1,4 @@
-"""Safetensors folders read and written one tensor at a time, in bounded memory."""
+"""Reads and writes safetensors folders one tensor at a time, in bounded memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +16,14 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether there are weights in any form, readable or not."""
+    """Whether the folder contains weights in any form, readable or not."""
     return any(path.suffix in (*PICKLES, ".safetensors") for path in folder.iterdir())
 
 
 def shard_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the model, sorted.
+    """Names of the model's safetensors files, sorted.
 
-    Raises: ModelError for a missing shard, a name that leaves the folder, or pickled weights.
+    Raises: ModelError for a missing shard, a name outside the folder, or pickled weights.
     """
     if (folder / INDEX).exists() and not (folder / SINGLE).exists():
         return sorted(set(_read_index(folder).values()))
@@ -31,21 +31,21 @@ def shard_files(folder: Path) -> list[str]:
         return [SINGLE]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        what = f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read"
-        how = "convert it to safetensors in a place where that may happen"
+        what = f"the weights in {folder} are a pickle ({pickles[0]}), which can run code when it is read"
+        how = "convert it to safetensors in a sandbox"
     else:
-        what, how = f"{folder} holds no {SINGLE}", "give a folder with safetensors weights, or a .gguf file"
+        what, how = f"{folder} contains no {SINGLE}", "name a folder with safetensors weights, or a .gguf file"
     raise ModelError(what, how, key="model.name_or_path")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The index: tensor name -> file name, every file name inside the folder."""
+    """The index: tensor name -> file name, with all files inside the folder."""
     from tunekit.model.storage.source import read_json
 
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError("holds no weight_map", "fetch it again", file=str(path))
+        raise ModelError("contains no weight_map", "fetch it again", file=str(path))
     for name in {str(value) for value in weight_map.values()}:
         if Path(name).name != name or "\\" in name or name in ("", ".", "..") or not name.endswith(".safetensors"):
             raise ModelError(f"names the file {name!r}, which is not a safetensors file of its folder", file=str(path))
@@ -55,14 +55,16 @@ def _read_index(folder: Path) -> dict[str, str]:
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor's file, dtype and shape, from the headers, which are checked against the files' sizes.
 
-    Raises: ModelError for a file that is truncated, damaged, no safetensors file, or at odds with the index.
+    Raises: ModelError for a file that is truncated, damaged, not safetensors, or contradicts the index.
     """
     files = shard_files(folder)
     headers: dict[str, TensorEntry] = {}
     for name in files:
         for tensor, header in read_tensor_header(folder / name, MODEL_FILE).items():
             if tensor in headers:
-                raise ModelError(f"holds {tensor}, which {headers[tensor].file} holds too", file=str(folder / name))
+                raise ModelError(
+                    f"contains {tensor}, which {headers[tensor].file} contains too", file=str(folder / name)
+                )
             headers[tensor] = header
     if files != [SINGLE]:
         for tensor, file in _read_index(folder).items():
@@ -72,24 +74,24 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
 
 
 class ShardReader:
-    """Tensors of a folder by name, one at a time; a file is open only while one of its tensors is read."""
+    """Reads a folder's tensors by name, one at a time; a file is open only while one of its tensors is read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.headers = read_headers(folder)
 
     def __iter__(self) -> Iterator[str]:
-        """Names in the order of files and of the data inside them."""
+        """Names in the order of the files and of the data inside them."""
         return iter(self.headers)
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, a copy of its own."""
+        """One tensor on the CPU, in new memory."""
         entry = self.headers[name]
         return read_tensor(self.folder / entry.file, entry, MODEL_FILE)
 
 
 class ShardWriter:
-    """Writes tensors as they come into shards of at most `max_shard_bytes`, then gives the files their final names."""
+    """Writes tensors into shards of at most `max_shard_bytes`, then gives the files their final names."""
 
     def __init__(self, folder: Path, max_shard_bytes: int = 4 * 2**30) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
@@ -100,7 +102,7 @@ class ShardWriter:
         self._names: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; what is pending is written first where it would exceed the size of a shard."""
+        """Add one tensor; if it would exceed the size of the shard, the pending ones are written first."""
         if name in self._names:
             raise ModelError(f"the tensor {name} would be written twice")
         self._names.add(name)
@@ -117,7 +119,8 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> list[str]:
-        """Write the rest; one shard becomes model.safetensors, several get an index. Returns the file names."""
+        """Write the remaining tensors; one shard becomes model.safetensors, several get an index. Returns the file
+        names."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)
@@ -132,5 +135,5 @@ class ShardWriter:
         return names
 
     def _shard_path(self, index: int) -> Path:
-        """Where a shard lies until it is known how many there are."""
+        """The temporary name of a shard, used until the number of shards is known."""
         return self.folder / f"shard-{index + 1:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache."""
+"""Finds a base: a local folder, a .gguf file, a built-in model, or a hub repository downloaded into the hub's cache."""
 
 import json
 import stat
@@ -16,7 +16,7 @@ from tunekit.records import JsonObject
 KEY = "model.name_or_path"
 PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline
 PIPELINE_WEIGHTS = [f"{part}/*.safetensors" for part in ("unet", "transformer", "vae", "text_encoder*")]
-PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # of the same weights
+PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # other files of the same weights
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -31,10 +31,10 @@ class ModelSource:
 
 
 def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
-    """Resolve the name; for a hub name download what is missing (weights only where asked for).
+    """Resolve the name; for a hub name, download the missing files (weights only if requested).
 
-    Paths are absolute by now, or begin with a dot: `org/name` is of the hub, whatever the working directory holds.
-    Raises: ModelError where there is no such folder, file, repository or revision.
+    Paths are absolute by now, or begin with a dot: `org/name` means the hub, whatever the working directory contains.
+    Raises: ModelError if there is no such folder, file, repository or revision.
     """
     name = section.name_or_path
     built_in = tiny_model_folder(name)
@@ -52,7 +52,7 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
         if not stat.S_ISREG(mode):
             raise ModelError(f"{name} is neither a folder nor a regular file", key=KEY)
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{name} is a file, but not a .gguf file", "give the model's folder", key=KEY)
+            raise ModelError(f"{name} is a file, but not a .gguf file", "name the model's folder", key=KEY)
         return ModelSource(name, path.parent, gguf_file=path.name)
     if local:
         raise ModelError(f"there is no folder or file {name}", "check the path", key=KEY)
@@ -96,7 +96,7 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
         raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "check it", key=KEY) from error
     except LocalEntryNotFoundError as error:
         here = Path(section.name_or_path).exists()
-        how = "give the path of the folder as ./name" if here else "give a local folder"
+        how = "name/write the folder's path as ./name/name" if here else "name a local folder"
         what = f"{section.name_or_path} is not on this machine and the hub cannot be reached"
         raise ModelError(what, how, key=KEY) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -107,15 +107,15 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object from a regular file of sane size.
+    """A JSON object from a regular file of valid size.
 
     Raises: ModelError for a file that is missing, not regular, too large, not JSON or not an object.
     """
     data = read_small(path, MODEL_FILE)
     try:
-        value = json.loads(data.decode("utf-8-sig"))  # not parse_json: some models' configurations hold Infinity
+        value = json.loads(data.decode("utf-8-sig"))  # not parse_json: some models' configurations contain Infinity
     except (ValueError, RecursionError) as error:
         raise ModelError(f"cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error
     if not isinstance(value, dict):
-        raise ModelError("does not hold a JSON object", "fetch it again", file=str(path))
+        raise ModelError("does not contain a JSON object", "fetch it again", file=str(path))
     return value

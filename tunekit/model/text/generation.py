@@ -1,4 +1,4 @@
-"""Text generation in batches, greedy unless the sampling says otherwise, that leaves the model unchanged."""
+"""Text generation in batches, greedy unless sampling is set, without changing the model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig
 
 ModelInputs = Tensors
-StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
+# indices of prompts, their new tokens -> which of them end here
+StopCheck = Callable[[Sequence[int], list[int]], list[bool]]
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
 PROBABILITY_UNITS = 2.0**52
-LEAST_TEMPERATURE = 1e-5  # below it logits divided by it overflow; the likeliest token is taken as at 0
+MIN_TEMPERATURE = 1e-5  # logits divided by less would overflow; such a temperature counts as 0
 
 
 def generate_texts(
@@ -46,52 +47,55 @@ def generate_texts(
     template: str | None = None,
     adapt: Callable[[ModelInputs], ModelInputs] | None = None,
     virtual_tokens: int = 0,
-    told: StopCheck | None = None,
+    ends: StopCheck | None = None,
     cache: Cache | None = None,
     seeds: Sequence[int] | None = None,
     keep_stop: bool = False,
 ) -> list[list[int]]:
     """New ids of each prompt, in order, without the stop token that ended it unless `keep_stop`.
 
-    Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
-    right, since its positions count from the start of the row; a base whose rows disturb each other answers one prompt
-    at a time. The base's own generation defaults (penalties, top-k)
-    are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the
-    tokenizer's own. `adapt`: what an adapter of the whole model makes of the first step's inputs, which then have
-    `virtual_tokens` more positions. `told`: asked at every step of a batch. `cache`: keys and values of what the one
-    prompt begins with. `seeds`: one for each prompt, which decides what is drawn for it, whatever shares its batch.
+    Prompts of similar length share a batch, padded with a mask: on the right if an encoder reads them, because its
+    positions count from the start of the row, and on the left otherwise. A base whose rows influence each other
+    answers one prompt at a time. The base's own generation defaults (penalties, top-k) are not used.
+    `stop_ids`: by default those of find_stop_ids with `template`, a chat template that replaces the tokenizer's own.
+    `adapt`: changes the first step's inputs, for an adapter of the whole model that adds `virtual_tokens` positions.
+    `ends`: called at every step of a batch.
+    `cache`: keys and values of a prefix of the only prompt.
+    `seeds`: one per prompt; a prompt's samples depend only on its seed, not on its batch.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
-    gives no text.
+    does not generate text.
     """
     if not model.family.answers:
-        raise ModelError(f"{model.facts.name_or_path} is {model.family.text}, which gives no text", "read its logits")
+        raise ModelError(
+            f"{model.facts.name_or_path} is {model.family.text}, which does not generate text", "read its logits"
+        )
     stops = sorted(set(find_stop_ids(model, tokenizer, template) if stop_ids is None else stop_ids))
     table = model.family.learned_positions(model.net)
     longest = None if table is None else table - virtual_tokens
-    apart = model.family.reads_source  # then the answer has a table of positions to itself
-    check_prompts(prompts_ids, longest, 0 if apart else 1)
+    separate = model.family.reads_source  # then the answer has its own table of positions
+    check_prompts(prompts_ids, longest, 0 if separate else 1)
     order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
     results: list[list[int]] = [[] for _ in prompts_ids]
-    with left_as_found(model.net):
-        batch_size = 1 if batch_size > 1 and _rows_disturb(model, tokenizer.pad_id) else batch_size
+    with unchanged_generation(model.net):
+        batch_size = 1 if batch_size > 1 and _rows_interact(model, tokenizer.pad_id) else batch_size
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             widest = max(len(prompts_ids[index]) for index in rows)
-            new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not apart))
+            new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not separate))
             torch.manual_seed(seed_for("generate", sampling.seed, start))
             settings = _settings(model, tokenizer.pad_id, new_tokens, sampling if seeds is None else GREEDY, stops)
-            draws = None if seeds is None else _Draws([seeds[index] for index in rows], new_tokens, sampling)
-            begun = [prompts_ids[index] for index in rows]
-            asked = None if told is None else partial(told, rows)
-            produced = _generate(model, begun, tokenizer.pad_id, settings, adapt, asked, cache, draws)
+            draws = None if seeds is None else _SeededDraws([seeds[index] for index in rows], new_tokens, sampling)
+            batch_prompts = [prompts_ids[index] for index in rows]
+            row_ends = None if ends is None else partial(ends, rows)
+            produced = _generate(model, batch_prompts, tokenizer.pad_id, settings, adapt, row_ends, cache, draws)
             for index, ids in zip(rows, produced, strict=True):
-                found = list(takewhile(lambda token_id: token_id not in stops, ids))
-                results[index] = ids[: len(found) + 1] if keep_stop else found
+                answer = list(takewhile(lambda token_id: token_id not in stops, ids))
+                results[index] = ids[: len(answer) + 1] if keep_stop else answer
     return results
 
 
 def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, others: int) -> None:
-    """Whether each prompt fits so many positions (None: any number) beside `others`.
+    """Whether each prompt fits into `positions` (None: any number) together with `others`.
 
     Raises: DataError for an empty prompt, or one that does not fit.
     """
@@ -99,32 +103,33 @@ def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, o
         if not len(prompt):
             raise DataError(f"prompt {number} is empty", "write at least one character")
         if positions is not None and len(prompt) + others > positions:
-            what = f"prompt {number} has {len(prompt)} tokens, and the model's positions end at {positions}"
+            what = f"prompt {number} has {len(prompt)} tokens, too many for the model's {positions} positions"
             raise DataError(what, "shorten it")
 
 
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """Where an answer ends: the tokenizer's end, the model's own, and the token with which the template ends a turn."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    of_model = own if isinstance(own, list | tuple) else [own]
+    """Ids that end an answer: the tokenizer's end token, the model's own, and the token that ends a turn of the
+    template."""
+    eos_ids = getattr(model.generation_config, "eos_token_id", None)
+    of_model = eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]
     stops = {tokenizer.eos_id, *of_model, *end_of_turn_ids(tokenizer, template)}
     return sorted(int(stop) for stop in stops if stop is not None)
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The special token that follows a last answer in the chat template, else the one that follows an earlier answer,
-    as a list of none or one."""
+    """The special token after a last answer in the chat template, otherwise the one after an earlier answer, as a list
+    of zero or one id."""
     if template is None and tokenizer.chat_template is None:
         return []
     question = {"role": "user", "content": PROBE_QUESTION}
     turns = [question, {"role": "assistant", "content": PROBE_ANSWER}]
     special = tokenizer.special_ids
-    for asked in (turns, [*turns, question]):
+    for messages in (turns, [*turns, question]):
         try:
-            _, found, after = tokenizer.render(asked, template=template).rpartition(PROBE_ANSWER)
-        except DataError:  # a template that refuses plain turns says nothing about their end
+            _, answer, after = tokenizer.render(messages, template=template).rpartition(PROBE_ANSWER)
+        except DataError:  # a template that refuses plain turns does not reveal their end
             return []
-        ids = tokenizer.encode(after) if found else []
+        ids = tokenizer.encode(after) if answer else []
         first = next((token for token in ids if tokenizer.decode([token]).strip() or token in special), None)
         if first in special:
             return [first]
@@ -132,9 +137,9 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
 
 
 def prompt_cache(model: LoadedModel, ids: Sequence[int], cache: Cache | None, prompt: Sequence[int]) -> Cache | None:
-    """Keys and values for a prompt: those of `cache`, made of `ids`, as far as the two begin alike, else none yet.
+    """A cache for a prompt: the shared prefix of `cache` (made from `ids`) and the prompt, otherwise an empty cache.
 
-    None where a base keeps something else, of which no beginning can be taken: a state, a window, an encoder's output.
+    None if the base keeps a state, a window or an encoder's output, of which no prefix can be taken.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -151,7 +156,7 @@ def prompt_cache(model: LoadedModel, ids: Sequence[int], cache: Cache | None, pr
 
 
 def _settings(model: LoadedModel, pad: int, new_tokens: int, sampling: Sampling, stops: list[int]) -> GenerationConfig:
-    """transformers' GenerationConfig with nothing but what is asked for."""
+    """transformers' GenerationConfig with only the requested settings."""
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
@@ -162,35 +167,35 @@ def _settings(model: LoadedModel, pad: int, new_tokens: int, sampling: Sampling,
         bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
         use_cache=True,
         num_beams=1,
-        **(drawn_settings(sampling) | ends),
+        **(sampling_settings(sampling) | ends),
     )
 
 
-def drawn_settings(sampling: Sampling) -> dict[str, Any]:
-    """What of transformers' settings says how tokens are chosen."""
-    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
-    return {"do_sample": True, **drawn} if sampling.temperature >= LEAST_TEMPERATURE else {"do_sample": False}
+def sampling_settings(sampling: Sampling) -> dict[str, Any]:
+    """transformers' settings for choosing tokens."""
+    settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    return {"do_sample": True, **settings} if sampling.temperature >= MIN_TEMPERATURE else {"do_sample": False}
 
 
 def _answer_ends(model: LoadedModel) -> dict[str, int]:
-    """The tokens with which an answer of an encoder-decoder begins, and ends where it is cut, whatever the source.
+    """The tokens that start an encoder-decoder's answer, and end a truncated one, for every source.
 
-    Raises: ModelError where neither the configuration nor the generation settings name the first one.
+    Raises: ModelError if neither the configuration nor the generation settings name the first one.
     """
     names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-    holders = (model.config, model.generation_config)  # the second one is newer, where the two differ
+    holders = (model.config, model.generation_config)  # the second one is newer and wins
     values = [(name, getattr(holder, name, None)) for holder in holders for name in names]
-    found = {name: int(value) for name, value in values if value is not None}
-    if "decoder_start_token_id" not in found:
-        what = f"{model.facts.name_or_path} does not say with which token its answers begin"
+    tokens = {name: int(value) for name, value in values if value is not None}
+    if "decoder_start_token_id" not in tokens:
+        what = f"{model.facts.name_or_path} does not define the token with which answers begin"
         raise ModelError(what, "write decoder_start_token_id into its config.json")
-    return found
+    return tokens
 
 
 @torch.no_grad()
-def _rows_disturb(model: LoadedModel, pad_id: int) -> bool:
-    """Whether a row's answer depends on its batch: a state that reads the padding (xlstm, recurrent_gemma), or one of
-    several rows that is not kept apart (rwkv). Tried with two rows where the net carries a state or takes no mask."""
+def _rows_interact(model: LoadedModel, pad_id: int) -> bool:
+    """Whether a row's answer depends on its batch: a state that reads the padding (xlstm, recurrent_gemma), or a state
+    that mixes rows (rwkv). Tested with two rows if the net has a state or takes no mask."""
     net = as_pretrained(model.net)
     if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
         return False
@@ -199,14 +204,14 @@ def _rows_disturb(model: LoadedModel, pad_id: int) -> bool:
     rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
     mask, half = torch.ones_like(rows), PROBE_TOKENS // 2  # (B, T)
     rows[0, :half], mask[0, :half] = pad_id, 0
-    found = []
-    for ids, seen in ((rows[:1, half:], mask[:1, half:]), (rows, mask)):
+    runs = []
+    for ids, row_mask in ((rows[:1, half:], mask[:1, half:]), (rows, mask)):
         with quiet():
-            steps = net.generate(input_ids=ids, attention_mask=seen, generation_config=settings).logits
-        found.append(torch.stack([logits[0].float() for logits in steps]))  # (2, V)
-    alone, together = found
+            steps = net.generate(input_ids=ids, attention_mask=row_mask, generation_config=settings).logits
+        runs.append(torch.stack([logits[0].float() for logits in steps]))  # (2, V)
+    alone, batched = runs
     allowed = max(1e-4, 2 * torch.finfo(net.dtype).eps) * float(alone.abs().max())
-    return float((together - alone).abs().max()) > allowed
+    return float((batched - alone).abs().max()) > allowed
 
 
 @torch.no_grad()
@@ -216,38 +221,38 @@ def _generate(
     pad_id: int,
     settings: object,
     adapt: Callable[[ModelInputs], ModelInputs] | None,
-    told: Callable[[list[int]], list[bool]] | None,
+    ends: Callable[[list[int]], list[bool]] | None,
     cache: Cache | None,
-    draws: _Draws | None,
+    draws: _SeededDraws | None,
 ) -> list[list[int]]:
-    """One batch: new ids of each row, with whatever follows a stop token."""
+    """One batch: new ids of each row, including ids after a stop token."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
-    apart = model.family.reads_source
+    separate = model.family.reads_source
     for row, prompt in enumerate(prompts):
-        columns = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
+        columns = slice(0, len(prompt)) if separate else slice(width - len(prompt), width)
         ids[row, columns], mask[row, columns] = torch.tensor(list(prompt)), 1
     net = as_pretrained(model.net)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
-    more: dict[str, Any] = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
-    more |= {} if draws is None else {"logits_processor": [draws]}
+    extras: dict[str, Any] = {} if ends is None else {"stopping_criteria": [_stopping_criterion(ends)]}
+    extras |= {} if draws is None else {"logits_processor": [draws]}
     with quiet():
         cache = _shared_cache(model, prompts, ids, mask) if cache is None and adapt is None else cache
-        more |= {} if cache is None else {"past_key_values": cache}
-        # recurrent_gemma keeps the last row's state in its modules, and drops it without a cache
+        extras |= {} if cache is None else {"past_key_values": cache}
+        # recurrent_gemma keeps the last row's state in its modules, and drops it in a forward without a cache
         if any(hasattr(module, "_setup_cache") for module in net.modules()):
             net(input_ids=ids[:1, :1].to(model.device), use_cache=False)
-        output = net.generate(**inputs, generation_config=settings, **more)
-    repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
+        output = net.generate(**inputs, generation_config=settings, **extras)
+    repeated = 1 if separate else width if "input_ids" in inputs else 0  # prompt ids at the start of the output
     return output[:, repeated:].tolist()
 
 
 def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Tensor, mask: Tensor) -> Cache | None:
-    """Keys and values of all but the last token of each prompt, where some prompts are equal: these are computed once.
+    """Keys and values of all but the last token of each prompt, computed once for equal prompts.
 
-    None where no two are, or where a base keeps something else.    Shapes: ids, mask (B, T), padded on the left.
+    None if no two prompts are equal, or the base keeps other state. Shapes: ids, mask (B, T), padded on the left.
     """
     places: dict[tuple[int, ...], int] = {}
     rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
@@ -255,11 +260,11 @@ def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Ten
     if cache is None or not model.family.takes_positions(model.net):
         return None
     firsts = torch.tensor([rows.index(place) for place in range(len(places))])
-    seen = mask[firsts].to(model.device)
-    positions = (seen.cumsum(dim=-1) - 1).clamp(min=0)  # (U, T)
+    unique_mask = mask[firsts].to(model.device)
+    positions = (unique_mask.cumsum(dim=-1) - 1).clamp(min=0)  # (U, T)
     model.net(
         input_ids=ids[firsts, :-1].to(model.device),
-        attention_mask=seen[:, :-1],
+        attention_mask=unique_mask[:, :-1],
         position_ids=positions[:, :-1],
         past_key_values=cache,
         use_cache=True,
@@ -269,11 +274,10 @@ def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Ten
     return cache
 
 
-class _Draws:
-    """Chooses the next token of each row by random numbers of its own; transformers then takes the only one left.
+class _SeededDraws:
+    """Draws the next token of each row from the row's own random numbers, and leaves transformers only that token.
 
-    These are a function of the row's seed and the token's place: neither the other rows of the batch nor their order
-    matter.
+    The numbers depend only on the row's seed and the token's position, not on the other rows of the batch.
     """
 
     def __init__(self, seeds: Sequence[int], new_tokens: int, sampling: Sampling) -> None:
@@ -282,56 +286,59 @@ class _Draws:
         self.sampling, self.drawn = sampling, 0
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Shapes: scores (B, V) -> (B, V), of which all but one of each row are -inf."""
+        """Shapes: scores (B, V) -> (B, V), with all but one token of each row at -inf."""
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
         sampling = self.sampling
         scores = TemperatureLogitsWarper(sampling.temperature)(ids, scores) if sampling.temperature != 1 else scores
         scores = TopKLogitsWarper(sampling.top_k)(ids, scores) if sampling.top_k else scores
-        scores = _likeliest(scores, sampling.top_p) if sampling.top_p < 1 else scores
+        scores = _top_p(scores, sampling.top_p) if sampling.top_p < 1 else scores
         place = draw(scores.float(), self.numbers[:, self.drawn].to(scores.device, summing_dtype(scores.device)))
         self.drawn += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
 
 
-def _likeliest(scores: Tensor, share: float) -> Tensor:
-    """(B, V) scores, -inf beyond the likeliest tokens whose probabilities sum to `share`: transformers' top_p."""
+def _top_p(scores: Tensor, share: float) -> Tensor:
+    """(B, V) scores, -inf except for the most likely tokens whose probabilities sum to `share`: transformers' top_p."""
     ordered, places = scores.sort(dim=-1)
-    unlikely = cumulated(ordered.float().softmax(dim=-1)) <= int((1 - share) * PROBABILITY_UNITS)  # (B, V)
+    unlikely = cumulative_sums(ordered.float().softmax(dim=-1)) <= int((1 - share) * PROBABILITY_UNITS)  # (B, V)
     unlikely[:, -1] = False
     return scores.masked_fill(unlikely.scatter(1, places, unlikely), -torch.inf)
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """(B, 1) the first token whose cumulated probability is above a number from [0, 1).
+    """(B, 1) the first token whose cumulative probability exceeds a number from [0, 1).
 
     Shapes: logits (B, V) float32, numbers (B,).
     """
-    total = cumulated(torch.softmax(logits, dim=-1))  # (B, V)
+    total = cumulative_sums(torch.softmax(logits, dim=-1))  # (B, V)
     reached = (numbers[:, None] * total[:, -1:].to(numbers.dtype)).to(torch.int64)  # (B, 1)
     return torch.searchsorted(total, reached, right=True).clamp(max=logits.shape[-1] - 1)
 
 
-def cumulated(probabilities: Tensor) -> Tensor:
-    """(B, V) float32 -> (B, V) int64, sums in units of 2^-52: a GPU adds up whole numbers alone in a fixed order."""
+def cumulative_sums(probabilities: Tensor) -> Tensor:
+    """(B, V) float32 -> (B, V) int64, cumulative sums in units of 2^-52: a GPU sums only integers in a fixed order."""
     return (probabilities * PROBABILITY_UNITS).to(torch.int64).cumsum(dim=-1)
 
 
-def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., Tensor]:
-    """A stopping criterion of transformers: (B,) bool, asked after every step with all ids (B, T) so far."""
-    return lambda ids, scores, **_: torch.tensor(told(ids[:, -1].tolist()), device=ids.device)
+def _stopping_criterion(ends: Callable[[list[int]], list[bool]]) -> Callable[..., Tensor]:
+    """A stopping criterion of transformers: (B,) bool, called after every step with all ids (B, T) so far."""
+    return lambda ids, scores, **_: torch.tensor(ends(ids[:, -1].tolist()), device=ids.device)
 
 
 @contextmanager
-def left_as_found(net: nn.Module) -> Iterator[None]:
-    """Eval mode, cache on and no generation defaults inside; modes, settings and random state put back afterwards."""
+def unchanged_generation(net: nn.Module) -> Iterator[None]:
+    """A block with eval mode, cache on and no generation defaults; modes, settings and random state are restored after
+    it."""
     from transformers import GenerationConfig
 
     holder = as_pretrained(net)
     use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
-    device = next((each.device for each in net.parameters() if each.device.type != "cpu"), torch.device("cpu"))
+    device = next(
+        (parameter.device for parameter in net.parameters() if parameter.device.type != "cpu"), torch.device("cpu")
+    )
     holder.config.use_cache, holder.generation_config = True, GenerationConfig()
-    # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
+    # A head copies a non-contiguous slice (each row's last position) once per row of the batch.
     contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         with training_mode(net, False), forked_random(device), calling(replace(current_call(), fuses=True)):

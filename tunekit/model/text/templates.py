@@ -1,4 +1,4 @@
-"""Chat templates: code from a stranger, run in transformers' sandbox with limits on time and memory."""
+"""Chat templates are untrusted code: they run in transformers' sandbox with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KEY = "data.chat_template"
 LIMIT_SECONDS = 5.0
 LIMIT_CHARACTERS = 50_000_000
 LIMIT_EXTRA_BYTES = 2 * 2**30
-# A template that writes today's date would make other rows tomorrow; the day is Llama 3's own stand-in.
+# A template that writes today's date would encode other rows tomorrow; this day is Llama 3's own default.
 FIXED_DAY = datetime(2024, 7, 26)
 
 
 class _Refusal(Exception):
-    """A template's own error, in words."""
+    """The message of an error that a template raised."""
 
 
 Messages = Sequence[JsonObject]
@@ -42,8 +42,8 @@ def render_template(
 ) -> str:
     """The template applied to messages, whose content is text and whose tool calls have objects as arguments.
 
-    A template that cannot write these gets the content as a list of text parts, or the arguments as JSON text.
-    Raises: DataError where the template refuses, is no template, takes too long or writes too much.
+    If the template cannot write these, it gets the content as a list of text parts, or the arguments as JSON text.
+    Raises: DataError if the template refuses, is invalid, takes too long or writes too much.
     """
     render = partial(
         native.apply_chat_template,
@@ -54,25 +54,25 @@ def render_template(
     )
     parts = [_with_parts(message) for message in messages]
     forms = [messages, parts, *([_with_text_arguments(message) for message in form] for form in (messages, parts))]
-    written: list[str] = []
+    texts: list[str] = []
     refusals: list[_Refusal] = []
     for number, form in enumerate(forms):
         if form in forms[:number]:
             continue
         try:
-            written.append(_apply(render, template, form))
+            texts.append(_apply(render, template, form))
         except _Refusal as refusal:
             refusals.append(refusal)
             continue
-        if _is_written(messages, written[-1]):
-            return written[-1]
-    if not written:
+        if _has_contents(messages, texts[-1]):
+            return texts[-1]
+    if not texts:
         raise DataError(f"the chat template refused the row: {refusals[0]}", key=KEY) from refusals[0]
-    return written[0]
+    return texts[0]
 
 
-def _is_written(messages: Messages, text: str) -> bool:
-    """Whether contents stand in the text, and no arguments as Python would print them."""
+def _has_contents(messages: Messages, text: str) -> bool:
+    """Whether the text contains the contents, and no arguments in Python's notation."""
     contents = [message["content"].strip() for message in messages if isinstance(message.get("content"), str)]
     objects = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     printed = any(part and isinstance(part, dict) and str(part) in text for part in objects)
@@ -93,7 +93,7 @@ def _with_text_arguments(message: JsonObject) -> JsonObject:
 
 
 def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: Messages) -> str:
-    """One form of the messages through the template, within the limits."""
+    """Apply the template to one form of the messages, within the limits."""
     try:
         with address_space_limit(LIMIT_EXTRA_BYTES), time_limit(LIMIT_SECONDS), _fixed_day(template):
             text = render(list(messages))
@@ -111,7 +111,7 @@ def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: M
 
 
 def _fixed_day(template: str) -> AbstractContextManager[None]:
-    """A block in which the template's clock stands still; transformers keeps one compiled copy of each template."""
+    """A block in which the template's clock shows a fixed day; transformers caches one compiled copy per template."""
     from transformers.utils import chat_template_utils
 
     compile_template: Callable[[str], Any] | None = getattr(chat_template_utils, "_compile_jinja_template", None)

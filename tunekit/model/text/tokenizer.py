@@ -1,4 +1,4 @@
-"""Text to ids and back, special tokens, chat templates: protocols.Tokenizer over a tokenizer of transformers."""
+"""Tokenizer for text, special tokens and chat templates, based on a tokenizer of transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FILES = (
 class LoadedTokenizer:
     """A tokenizer whose own truncation, padding and automatic special tokens are never used.
 
-    `native` is transformers' object; `backend` a copy of its fast tokenizer, which nothing outside changes.
+    `native` is transformers' object; `backend` a private copy of its fast tokenizer.
     """
 
     def __init__(
@@ -49,23 +49,25 @@ class LoadedTokenizer:
         self.adds_bos: bool = self.bos_id is not None and native("a")["input_ids"][:1] == [self.bos_id]
         ids = self.backend.get_vocab(with_added_tokens=True).values()
         self.vocabulary_size: int = max(ids, default=-1) + 1
-        # Padding is masked by length, so that any existing id will do.
+        # Padding is masked by length, so any existing id works.
         candidates = (native.pad_token_id, self.eos_id, 0)
         self.pad_id: int = next(int(i) for i in candidates if i is not None and i < self.vocabulary_size)
         self.chat_template: str | None = _one_template(native.chat_template)
         added = native.added_tokens_decoder.items()
-        self.special_ids = frozenset(each for each, token in added if token.special or _is_marker(token.content))
-        # A character that the tokenizer does not know becomes the unknown token without anyone spelling it.
+        self.special_ids = frozenset(
+            token_id for token_id, token in added if token.special or _is_marker(token.content)
+        )
+        # An unknown character becomes the unknown token without anyone writing that token.
         self._forbidden_in_text = self.special_ids - {native.unk_token_id}
         self.fingerprint = self._fingerprint()
 
     @property
     def tokenizer(self) -> LoadedTokenizer:
-        """Itself: of text no more is needed."""
+        """Itself: a text model needs no other processor."""
         return self
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """Ids of `text`, nothing added; with special_tokens_in_text=False what spells a special token is text."""
+        """Ids of `text`, with nothing added; special_tokens_in_text=False: names of special tokens are plain text."""
         return self.encode_with_offsets(text, special_tokens_in_text=special_tokens_in_text)[0]
 
     def encode_with_offsets(
@@ -76,20 +78,20 @@ class LoadedTokenizer:
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
-            raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
+            raise DataError("text contains characters that are not valid Unicode (a lone surrogate)") from error
         ids: list[int] = encoding.ids
         if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
             token = self.token_text(next(token_id for token_id in ids if token_id in self._forbidden_in_text))
-            what = f"text spells the special token {token!r}, which this tokenizer cannot keep as text"
+            what = f"text contains the special token {token!r}, which this tokenizer cannot encode as plain text"
             raise DataError(what, "remove it from the row")
         return ids, encoding.offsets
 
     def encode_source(self, text: str) -> list[int]:
-        """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+        """Ids of a complete text for an encoder, with the tokenizer's special tokens around it."""
         return self._encode_whole(text, "text")
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of a whole text for a decoder to learn, likewise; some tokenizers mark its language otherwise."""
+        """The same for a decoder's answer; some tokenizers mark its language differently."""
         return self._encode_whole(text, "text_target")
 
     @cached_property
@@ -109,14 +111,15 @@ class LoadedTokenizer:
         return Pairing(before, between, after, tuple(each[:1] if at % 2 else each for at, each in enumerate(marks)))
 
     def _encode_whole(self, text: str, name: str) -> list[int]:
-        """transformers says what goes around the text; what in it spells a special token stays text."""
+        """Encode a text with transformers' special tokens around it; special tokens' names inside the text stay
+        text."""
         ids = self.encode(text, special_tokens_in_text=False)
         plain = {"truncation": False, "padding": False, "verbose": False, "return_special_tokens_mask": True}
-        whole = self.native(**{name: text}, **plain)
-        added = whole["special_tokens_mask"]
+        encoding = self.native(**{name: text}, **plain)
+        added = encoding["special_tokens_mask"]
         before = list(takewhile(bool, added))
         after = list(takewhile(bool, reversed(added[len(before) :])))
-        return [*whole["input_ids"][: len(before)], *ids, *whole["input_ids"][len(added) - len(after) :]]
+        return [*encoding["input_ids"][: len(before)], *ids, *encoding["input_ids"][len(added) - len(after) :]]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
@@ -132,15 +135,15 @@ class LoadedTokenizer:
     ) -> str:
         """The chat template (or `template`) applied to messages, as text.
 
-        Raises: DataError where there is no template, or where it refuses, takes too long or writes too much.
+        Raises: DataError if there is no template, or if it refuses, takes too long or writes too much.
         """
         chosen = template if template is not None else self.chat_template
         if chosen is None:
-            raise DataError("the tokenizer has no chat template", "give one with data.chat_template")
+            raise DataError("the tokenizer has no chat template", "write one in data.chat_template")
         return render_template(self.native, chosen, messages, tools, add_generation_prompt)
 
     def token_text(self, token_id: int) -> str:
-        """One token as a person reads it; a piece of a character is shown as the tokenizer's own spelling."""
+        """One token as readable text; part of a character is shown in the tokenizer's own notation."""
         spelled: str | None = self.backend.id_to_token(int(token_id))
         if spelled is None:
             return f"<unused {token_id}>"
@@ -150,7 +153,7 @@ class LoadedTokenizer:
         return " " + decoded if spelled.startswith("\u2581") and not decoded.startswith(" ") else decoded
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files: those of a local base unchanged, byte for byte."""
+        """Write the tokenizer's files; a local base's files are copied unchanged."""
         if self.source is not None and self.source.gguf_file is None:
             for name in FILES:
                 if (self.source.folder / name).is_file():
@@ -172,7 +175,7 @@ class LoadedTokenizer:
 def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     """The base's tokenizer, as a fast one.
 
-    Raises: ModelError where there is none, where it is damaged, or where it would run code.
+    Raises: ModelError if there is none, if it is damaged, or if it would run code.
     """
     from transformers import AutoTokenizer
 
@@ -186,15 +189,15 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
             str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
         )
     if getattr(native, "backend_tokenizer", None) is None:
-        how = "convert it once with transformers and save tokenizer.json beside the model"
+        how = "convert it once with transformers and save tokenizer.json in the model's folder"
         raise ModelError(f"{section.name_or_path} has only a slow tokenizer", how, key="model.name_or_path")
     return LoadedTokenizer(native, source, read_answer_start(source, section))
 
 
 def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the fast tokenizer without truncation, padding and post-processing, control tokens marked special.
+    """A copy of the fast tokenizer without truncation, padding and post-processing; control tokens are marked special.
 
-    Without the post-processor, which adds special tokens and trims offsets, the offsets cover the whole text.
+    The post-processor adds special tokens and trims offsets; without it the offsets cover the whole text.
     """
     from tokenizers import Tokenizer
 
@@ -212,12 +215,12 @@ def _range_of(owners: Sequence[int | None], text: int) -> tuple[int, int]:
 
 
 def _is_marker(content: str) -> bool:
-    """<|name|>: the form of a turn marker, which some tokenizers do not declare as special."""
+    """Whether a token has the form <|name|> of a turn marker, which some tokenizers do not declare as special."""
     return content.startswith("<|") and content.endswith("|>")
 
 
 def _one_template(template: str | dict[str, str] | None) -> str | None:
-    """The default one of several named templates."""
+    """The only template, or the default one of several named ones."""
     if isinstance(template, dict):
         chosen = template.get("default")
         return chosen if isinstance(chosen, str) else None

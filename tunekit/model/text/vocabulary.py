@@ -1,19 +1,19 @@
-"""Tokens against rows of the embedding: a token without a row is refused."""
+"""Checks that every token has a row in the embedding."""
 
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, largest_used_id: int | None = None) -> None:
-    """Refuse ids beyond the embedding. `largest_used_id`: of the data; None counts every id of the tokenizer as used.
+    """Refuse ids beyond the embedding. `largest_used_id`: in the data; None counts every id of the tokenizer as used.
 
-    Raises: ModelError with the tokens and how to mend.
+    Raises: ModelError with the tokens and the remedy.
     """
     largest = tokenizer.vocabulary_size - 1 if largest_used_id is None else largest_used_id
     if largest < embedding_rows:
         return
     beyond = range(embedding_rows, tokenizer.vocabulary_size)
-    shown = ", ".join(repr(tokenizer.token_text(token_id)) for token_id in beyond[:5])
-    missing = f"{len(beyond)} tokens without a row in the model's embedding of {embedding_rows} ({shown})"
+    examples = ", ".join(repr(tokenizer.token_text(token_id)) for token_id in beyond[:5])
+    missing = f"{len(beyond)} tokens without a row in the model's embedding of {embedding_rows} ({examples})"
     how = "use the tokenizer that belongs to the base, or a base whose vocabulary was resized for these tokens"
     raise ModelError(f"the tokenizer has {missing}", how, key="model.name_or_path")

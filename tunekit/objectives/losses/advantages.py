@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, ModelOutput
 from tunekit.machine.devices import summing_dtype
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import predicted
 from tunekit.objectives.rows.prompts import PER_COMPLETION, PER_TOKEN
 
@@ -103,7 +103,7 @@ def read_tokens(output: ModelOutput, batch: Batch, temperature: float) -> Tokens
     assert output.hidden is not None
     device, counts = output.hidden.device, batch.targets["counts"]
     names = (*PER_TOKEN, *PER_COMPLETION, "share")
-    prepared = {name: placed(values, device) for name, values in batch.targets.items() if name in names}
+    prepared = {name: to_device(values, device) for name, values in batch.targets.items() if name in names}
     entropies = torch.zeros(int(counts.sum()), dtype=torch.float32, device=device)  # (N,)
     logps = predicted(output, batch, temperature, entropies)  # (N,)
     log_ratio = logps - prepared.get("old", logps.detach())  # (N,)

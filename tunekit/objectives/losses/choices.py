@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from tunekit.contracts import Batch, LossKind, ModelOutput, Sums
-from tunekit.machine.devices import summing_dtype, wide
-from tunekit.machine.placing import placed
+from tunekit.machine.devices import for_sums, summing_dtype
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.logprobs import losses_of_positions
 
 
@@ -19,7 +19,7 @@ class ChoiceLoss(LossKind):
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """scores (questions, answers): the sum of each answer's log-probabilities, 0 for those of other batches."""
         losses = losses_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,)
-        cells = placed(batch.targets["cells"], losses.device)
+        cells = to_device(batch.targets["cells"], losses.device)
         scores = torch.zeros(self.shape, dtype=summing_dtype(losses.device), device=losses.device)
-        scores.view(-1).index_add_(0, cells, -wide(losses))
+        scores.view(-1).index_add_(0, cells, -for_sums(losses))
         return {"scores": scores}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Sums
-from tunekit.machine.devices import wide
+from tunekit.machine.devices import for_sums
 from tunekit.metrics.expected_calibration_error import BINS
 
 MOST_CONFUSED = 1000  # labels of a confusion matrix, which grows with their square
@@ -18,12 +18,12 @@ def label_sums(scores: Tensor, labels: Tensor) -> Sums:
 
     Shapes: scores (R, C), whose softmax is each label's probability; labels (R,).
     """
-    confidence, chosen = torch.softmax(wide(scores), dim=-1).max(dim=-1)  # (R,) each
-    true, predicted = (wide(torch.nn.functional.one_hot(each, scores.shape[1])) for each in (labels, chosen))
-    right = wide(chosen == labels)  # (R,)
+    confidence, chosen = torch.softmax(for_sums(scores), dim=-1).max(dim=-1)  # (R,) each
+    true, predicted = (for_sums(torch.nn.functional.one_hot(each, scores.shape[1])) for each in (labels, chosen))
+    right = for_sums(chosen == labels)  # (R,)
     places = (confidence * BINS).ceil().clamp(1, BINS).long() - 1  # (R,)
     counted = torch.stack([torch.ones_like(right), confidence, right], dim=1)  # (R, 3)
-    bins = wide(torch.nn.functional.one_hot(places, BINS)).T @ counted  # (bins, 3)
+    bins = for_sums(torch.nn.functional.one_hot(places, BINS)).T @ counted  # (bins, 3)
     units = torch.tensor(float(len(labels)), dtype=torch.float64)
     counts = torch.stack([true * predicted, predicted, true]).sum(dim=1).T  # (C, 3)
     sums = {"correct": right.sum(), "units": units, "label_counts": counts, "calibration": bins}

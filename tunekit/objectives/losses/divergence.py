@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, RunView, Sums, Window
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, loss_sums, sums_of_positions
 from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
 from tunekit.recipe.objectives.distill import DistillSettings
@@ -76,7 +76,7 @@ class DivergenceLoss(LossKind):
             beta=settings.beta,
             temperature=settings.temperature,
         )
-        return values if weights is None else values * placed(weights, values.device)
+        return values if weights is None else values * to_device(weights, values.device)
 
 
 def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:

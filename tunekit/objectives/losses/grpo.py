@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Sums, Window
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.advantages import (
     Rewards,
     by_token,
@@ -75,7 +75,7 @@ class GroupRelative(SampledLoss):
         by_completion = settings.importance_sampling_level == "sequence"
         log_ratio = tokens.log_ratio
         if by_completion:
-            log_ratio = by_sequence(log_ratio, counts) / placed(counts.clamp(min=1), log_ratio.device)  # (G P,)
+            log_ratio = by_sequence(log_ratio, counts) / to_device(counts.clamp(min=1), log_ratio.device)  # (G P,)
         ratio = torch.exp(log_ratio)
         advantages = prepared["advantages"] if by_completion else by_token(prepared["advantages"], counts)
         losses = self._losses(ratio, advantages, tokens.logps, counts)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Array, Batch, ModelOutput, Row, Rows, RunView, Sums, Window
-from tunekit.machine.devices import wide
-from tunekit.machine.placing import placed
+from tunekit.machine.devices import for_sums
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
 
@@ -87,16 +87,16 @@ class KtoLoss(AnswerLoss):
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
         """(P,) loss of each row, and sums over rows of what is logged."""
         scores = answer_scores(output, batch)  # (P,)
-        targets = {name: placed(batch.targets[name], scores.device) for name in ("reference", "label", "facts")}
+        targets = {name: to_device(batch.targets[name], scores.device) for name in ("reference", "label", "facts")}
         good, (kl, *balance), beta = targets["label"][:, 0], targets["facts"].T, self.settings.beta
         ratio = scores - targets["reference"][:, 0]
         sign = torch.where(good, 1.0, -1.0)
         weight = torch.where(good, self.settings.desirable_weight, self.settings.undesirable_weight)
         losses = weight * (sign * beta * (kl - ratio)).sigmoid()
-        sides = [wide(side) * share for side, share in zip((good, ~good), balance, strict=True)]  # (P,), mean 1
-        reward, logps = beta * wide(ratio.detach()), wide(scores.detach())
+        sides = [for_sums(side) * share for side, share in zip((good, ~good), balance, strict=True)]  # (P,), mean 1
+        reward, logps = beta * for_sums(ratio.detach()), for_sums(scores.detach())
         rewards = [reward * side for side in sides]
-        columns = (*rewards, rewards[0] - rewards[1], *(logps * side for side in sides), wide(kl))
+        columns = (*rewards, rewards[0] - rewards[1], *(logps * side for side in sides), for_sums(kl))
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
@@ -158,7 +158,7 @@ def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks])
         ids, trained = (np.concatenate([own[prompt], theirs])[:longest] for own, theirs in pairs)
         return rows.make_row({**row.parts, SIDE: ids, f"{SIDE}_trained": trained}, row.origin, row.number)
 
-    return rows.remade(batch, map(joined, batch.rows))
+    return rows.with_rows(batch, map(joined, batch.rows))
 
 
 def _longest(run: RunView, batch: Batch, lengths: tuple[Array, Array]) -> Batch:
@@ -170,7 +170,7 @@ def _longest(run: RunView, batch: Batch, lengths: tuple[Array, Array]) -> Batch:
         trained = (np.arange(prompt + answer) >= prompt)[:longest]
         parts = {**row.parts, SIDE: np.resize(row.parts[SIDE], len(trained)), f"{SIDE}_trained": trained}
         remade.append(rows.make_row(parts, row.origin, row.number))
-    return rows.remade(batch, remade)
+    return rows.with_rows(batch, remade)
 
 
 def _most_tokens(run: RunView) -> int | None:

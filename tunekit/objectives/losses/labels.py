@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Sums
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.metrics.classes import class_table
 from tunekit.metrics.span_f1 import find_spans, kinds_of
 from tunekit.objectives.losses.confusion import label_sums
@@ -24,9 +24,9 @@ def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     """A head that reads rows gives their scores; any other is called at the `last` token of each row, so that rows may
     lie end to end. Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores (R, C), labels (R,)."""
     if output.logits is not None:
-        return output.logits.float(), placed(batch.targets["labels"], output.logits.device)
+        return output.logits.float(), to_device(batch.targets["labels"], output.logits.device)
     scores = logits_at(output, batch.targets["last"])
-    return scores, placed(batch.targets["labels"], scores.device)
+    return scores, to_device(batch.targets["labels"], scores.device)
 
 
 def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,13 @@ def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     assert output.hidden is not None
     assert output.head is not None
     mean = output.hidden.mean(dim=1)  # (B, D)
-    return output.head.logits(mean), placed(batch.targets["labels"], mean.device)
+    return output.head.logits(mean), to_device(batch.targets["labels"], mean.device)
 
 
 def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     """The scores of the first token of each word. Shapes: output.logits (B, T, C) -> scores (N, C), labels (N,)."""
     assert output.logits is not None
-    firsts, labels = (placed(batch.targets[name], output.logits.device) for name in ("firsts", "labels"))
+    firsts, labels = (to_device(batch.targets[name], output.logits.device) for name in ("firsts", "labels"))
     return output.logits.flatten(0, 1).index_select(0, firsts).float(), labels
 
 

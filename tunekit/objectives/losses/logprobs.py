@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunekit.contracts import IGNORED, ROW_LOSSES, Batch, Head, Loss, ModelOutput, Sums
 from tunekit.machine.devices import summing_dtype
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.model.call import calling, current_call
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
@@ -290,7 +290,7 @@ def divergences(
     """
     assert output.head is not None
     hidden, head, size = hidden_at(output, index), output.head, output.chunk_tokens
-    teacher = placed(teacher, hidden.device)
+    teacher = to_device(teacher, hidden.device)
 
     def of_chunk(hidden: Tensor, chunk: slice) -> Tensor:
         with torch.no_grad():
@@ -340,7 +340,7 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
     """
     if weights is not None:
         found = log_probabilities(output, index, targets)  # (N,)
-        return Loss(-(found * placed(weights, found.device)).sum()[None])
+        return Loss(-(found * to_device(weights, found.device)).sum()[None])
     hidden, targets, head = _selected(output, index, targets)
     return Loss(summed_loss(hidden, targets, head, output.chunk_tokens, output.head_parameters)[None])
 
@@ -354,7 +354,7 @@ def sums_of_positions(
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
     if weights is not None:
-        count, weights = weights.sum(dtype=torch.float64), placed(weights, losses.device)
+        count, weights = weights.sum(dtype=torch.float64), to_device(weights, losses.device)
         losses, correct = losses * weights, correct * weights
     return {**loss_sums(losses, batch), "correct": correct.sum(dtype=summing_dtype(losses.device)), "units": count}
 
@@ -382,14 +382,14 @@ def logits_at(output: ModelOutput, index: Tensor) -> Tensor:
 def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:
     """(N, D) hidden states at positions (N,) of the flattened (B, T)."""
     assert output.hidden is not None
-    return output.hidden.flatten(0, 1).index_select(0, placed(index, output.hidden.device))
+    return output.hidden.flatten(0, 1).index_select(0, to_device(index, output.hidden.device))
 
 
 def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Head]:
     """Hidden states (N, D) at the positions, and their targets (N,), on the device."""
     assert output.head is not None
     hidden = hidden_at(output, index)
-    return hidden, placed(targets, hidden.device), output.head
+    return hidden, to_device(targets, hidden.device), output.head
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, Rows, RunView, Sums
 from tunekit.formats.labels import MULTI_LABEL
-from tunekit.machine.devices import wide
+from tunekit.machine.devices import for_sums
 from tunekit.metrics.classes import class_table
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.losses.logprobs import loss_sums
@@ -66,9 +66,9 @@ class MultiLabelLoss(LabelLoss):
         """loss, units; label_counts (C, 3): rows of each label predicted right, predicted, and labelled; labelled (2,):
         rows all of whose labels are right, and rows."""
         scores, labels = self.scores(output, batch)
-        predicted, true = wide(self.predicted(scores)), wide(labels)  # (R, C) each
+        predicted, true = for_sums(self.predicted(scores)), for_sums(labels)  # (R, C) each
         counts = torch.stack([predicted * true, predicted, true]).sum(dim=1).T  # (C, 3)
-        exact = wide((predicted == true).all(dim=-1)).sum()
+        exact = for_sums((predicted == true).all(dim=-1)).sum()
         units = torch.tensor(float(len(labels)), dtype=torch.float64)
         labelled = torch.stack([exact, units.to(exact)])
         losses = _row_losses(scores, labels)

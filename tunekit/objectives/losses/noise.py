@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Pixels, Row, Rows, RunView, Sums, Window, drawn_rows
+from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Pixels, Row, Rows, RunView, Sums, Window, draw_rows
 from tunekit.data.encoding.images import Size, cropped
 from tunekit.errors import Problem
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.model.call import seed_for
 from tunekit.objectives.losses.logprobs import loss_sums
 from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, text_parts
@@ -52,7 +52,7 @@ class DiffusionLoss(LossKind):
 
     def prepare(self, run: RunView, window: Window) -> Window:
         """Each row with noisy latents, their times and targets. A row that has them already stays as it is."""
-        return drawn_rows(run.rows, window, partial(self._prepared, run))
+        return draw_rows(run.rows, window, partial(self._prepared, run))
 
     def _prepared(self, run: RunView, row: Row, place: DrawKey) -> Row:
         if "latents" in row.parts:
@@ -148,7 +148,7 @@ class DiffusionLoss(LossKind):
         """(R,) float32 of each row: the weighted mean squared errors of its images, added."""
         assert output.logits is not None
         device = output.logits.device
-        wanted, weights, of_row = (placed(batch.targets[name], device) for name in ("target", "weights", "of_row"))
+        wanted, weights, of_row = (to_device(batch.targets[name], device) for name in ("target", "weights", "of_row"))
         errors = ((output.logits.float() - wanted) ** 2).mean(dim=(1, 2, 3)) * weights  # (N,)
         return torch.zeros(len(batch.rows), device=device).index_add(0, of_row, errors)
 

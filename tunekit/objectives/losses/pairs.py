@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunekit.contracts import Array, Batch, ModelOutput, Rows, RunView, Sums, Window
 from tunekit.machine.devices import summing_dtype
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
 from tunekit.recipe.bases.pair_settings import REWARDS
 
@@ -134,15 +134,15 @@ class PairLoss(AnswerLoss):
         """Shapes: logps (N,) -> (2 P,)."""
         counts = batch.targets["counts"][: 2 * len(batch.rows)]
         logps = logps[: int(counts.sum())]
-        weighted = logps if self.token_weights is None else logps * placed(self.token_weights(counts), logps.device)
+        weighted = logps if self.token_weights is None else logps * to_device(self.token_weights(counts), logps.device)
         return by_sequence(weighted, counts)
 
     def scores(self, output: ModelOutput, batch: Batch) -> Scores:
         """All that the formula reads."""
         logps = predicted(output, batch)  # (N,)
         both, counts = self._summed(logps, batch).view(2, -1), batch.targets["counts"]
-        tokens = placed(counts.float(), logps.device).view(-1, both.shape[1])[:2]
-        prepared = {name: placed(batch.targets[name], logps.device) for name in PREPARED if name in batch.targets}
+        tokens = to_device(counts.float(), logps.device).view(-1, both.shape[1])[:2]
+        prepared = {name: to_device(batch.targets[name], logps.device) for name in PREPARED if name in batch.targets}
         reference = prepared["reference"].T if "reference" in prepared else torch.zeros_like(both)
         likelihood = torch.zeros_like(both[0])
         if self.likelihood:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, Sums
 from tunekit.formats.labels import REGRESSION
-from tunekit.machine.devices import wide
+from tunekit.machine.devices import for_sums
 from tunekit.metrics.outputs import ROW_VALUES, output_table
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.losses.logprobs import loss_sums
@@ -32,7 +32,7 @@ class RegressionLoss(LabelLoss):
         """loss, units; and the scores and the numbers of each row (R, 2 C), of which correlations need all."""
         scores, values = self.scores(output, batch)
         units = torch.tensor(float(len(values)), dtype=torch.float64)
-        both = torch.cat([wide(scores), wide(values)], dim=-1)  # (R, 2 C)
+        both = torch.cat([for_sums(scores), for_sums(values)], dim=-1)  # (R, 2 C)
         return {**loss_sums(_row_losses(scores, values), batch), "units": units, ROW_VALUES: both}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from tunekit.contracts import Batch, Model, ModelOutput, Sums
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.errors import ModelError
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss
 from tunekit.objectives.losses.logprobs import logits_at
 from tunekit.objectives.losses.pairs import reward_sums
@@ -35,7 +35,7 @@ class ScoreLoss(AnswerLoss):
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
         """(P,) loss of each pair, and sums over pairs of what is logged."""
         chosen, rejected = scores_at(output, batch.targets["last"]).view(2, -1)
-        margin = placed(batch.targets["margin"], chosen.device)[:, 0]
+        margin = to_device(batch.targets["margin"], chosen.device)[:, 0]
         losses = -logsigmoid(chosen - rejected - margin) + self.coefficient * (chosen + rejected) ** 2
         return losses, reward_sums(chosen.detach(), rejected.detach())
 

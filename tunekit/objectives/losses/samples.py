@@ -117,7 +117,7 @@ class SampledLoss(LossKind):
         scores = self._scored(run, rows, groups, dry=dry, starts_run=starts_run)  # (P, G, F)
         seconds = {"sample": sampled - start, "reward": monotonic() - sampled}
         completed = iter([kind.completed(row, group) for row, group in zip(rows, groups, strict=True)])
-        window = replace(window, batches=tuple(kind.remade(batch, completed) for batch in window.batches))
+        window = replace(window, batches=tuple(kind.with_rows(batch, completed) for batch in window.batches))
         if self.measures:
             return self._measured(run, window, groups, scores)
         if self.updates_per_sampling > 1:

@@ -14,7 +14,7 @@ import torch
 
 from tunekit.contracts import Array, Batch, Row, RowKind, Tensors, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
-from tunekit.model.attention.documents import as_added
+from tunekit.model.attention.documents import as_bias
 
 
 class Answer(NamedTuple):
@@ -126,7 +126,7 @@ class SideBySideRows(RowKind):
         inputs = {"input_ids": ids, "position_ids": places}
         if any(len(row.parts["lengths"]) > 1 for row in rows):
             seen = (branches[:, None] == branches[:, :, None]) | (branches[:, None] == 0)  # (B, T, T)
-            inputs["attention_mask"] = as_added(seen.tril()[:, None], self.dtype)
+            inputs["attention_mask"] = as_bias(seen.tril()[:, None], self.dtype)
         return Batch(inputs, _targets(index, labels, cells), tuple(map(tuple, sequences)))
 
 

@@ -105,7 +105,7 @@ class LabelledImages(RowKind):
         """The image at this path."""
         return self._prompt(read_pixels(Media(text), self.notices))
 
-    def shown(self, prompt: ImagePrompt) -> str:
+    def readable(self, prompt: ImagePrompt) -> str:
         """Its size."""
         return f"an image of {prompt.original[1]} x {prompt.original[0]} pixels"
 
@@ -114,7 +114,7 @@ class LabelledImages(RowKind):
         return [self.make_row(_parts(prompt, self.labels.placeholder), "") for prompt in prompts]
 
     def _prompt(self, pixels: Pixels) -> ImagePrompt:
-        return ImagePrompt(self.processor.seen(pixels), (pixels.shape[0], pixels.shape[1]))
+        return ImagePrompt(self.processor.visible_pixels(pixels), (pixels.shape[0], pixels.shape[1]))
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
         """The image as its step sees it (`view`)."""

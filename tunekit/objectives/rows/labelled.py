@@ -112,7 +112,7 @@ class LabelledTexts(RowKind):
         """Ids of two texts, likewise."""
         return self.cut_ids(join_texts(self.tokenizer, first, second))
 
-    def shown(self, prompt: Sequence[int]) -> str:
+    def readable(self, prompt: Sequence[int]) -> str:
         """The text of ids."""
         return self.tokenizer.decode(prompt)
 

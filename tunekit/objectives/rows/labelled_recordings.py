@@ -104,7 +104,7 @@ class LabelledRecordings(RecordingRows):
                 raise DataError(lasts(sound, self.processor.seconds), TRUNCATE)
             return Clip(media, 0, self._stop(sound))
 
-    def shown(self, prompt: Clip) -> str:
+    def readable(self, prompt: Clip) -> str:
         """The file's name."""
         return prompt.media.name
 

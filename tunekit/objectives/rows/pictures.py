@@ -191,7 +191,7 @@ def fitting_bucket(size: Sequence[int], sets: Sequence[tuple[Size, ...]]) -> Siz
 
 def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) -> Iterator[Problem]:
     """Sizes that the denoiser cannot take, and buckets to which no image would go."""
-    most, side, multiple = processor.most_side, settings.resolution, processor.multiple
+    most, side, multiple = processor.max_side, settings.resolution, processor.multiple
     assert side is not None
     if most is not None and side > most:
         what = f"{side}: the denoiser has positions for {most} pixels of a side"
@@ -230,7 +230,7 @@ class Artist:
     def draw(self, model: Model, prompts: Sequence[str], seeds: Sequence[int], progress: Progress) -> list[Pixels]:
         """One image for each prompt."""
         pictures, how = list[Pixels](), drawing_of(self.settings)
-        with model.base.net.beside_on(model.device):
+        with model.base.net.frozen_parts_on(model.device):
             for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 progress("images drawn", done, len(prompts))
                 pictures += draw_pictures(model.base.net, self.processor, [prompt], [seed], how)

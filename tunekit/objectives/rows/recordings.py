@@ -80,9 +80,9 @@ class RecordingRows(RowKind):
         """(bands, frames), computed again if they are not kept. Raises: DataError if the file is gone."""
         place = row.parts["place"].tobytes().decode()
         if not place:
-            return self.processor.filled(row.parts["features"])
+            return self.processor.padded_features(row.parts["features"])
         path, start, stop = json.loads(place)
-        return self.processor.filled(Clip(Media(path), start, stop).features(self.processor).reshape(-1))
+        return self.processor.padded_features(Clip(Media(path), start, stop).features(self.processor).reshape(-1))
 
     def seconds(self, row: Row) -> float:
         """The length of its recording."""

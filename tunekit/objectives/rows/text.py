@@ -33,7 +33,7 @@ class TextRows(RowKind):
         """A user's turn if there is a chat template, else a text to continue."""
         return self.renderer.question(text)
 
-    def shown(self, prompt: Sequence[int]) -> str:
+    def readable(self, prompt: Sequence[int]) -> str:
         """The text of ids."""
         return self.tokenizer.decode(prompt)
 
@@ -52,7 +52,7 @@ def _continuations(
         prompts,
         max_new_tokens=limits.max_new_tokens,
         batch_size=limits.batch_size,
-        adapt=model.adapted,
+        adapt=model.adapt_inputs,
         virtual_tokens=model.virtual_tokens,
         template=limits.template,
         sampling=limits.sampling,

@@ -43,13 +43,13 @@ def write_transcripts(
         together = limits.batch_size if processor.padded else 1
         for start in range(0, len(places), together):
             some = places[start : start + together]
-            features = [processor.filled(clips[place][1].features(processor).reshape(-1)) for place in some]
+            features = [processor.padded_features(clips[place][1].features(processor).reshape(-1)) for place in some]
             answers = transcribe(
                 model.base,
                 torch.stack([torch.from_numpy(each) for each in features]),
                 keywords,
                 timestamps=timestamps,
-                most_tokens=min(limits.max_new_tokens, room),
+                max_tokens=min(limits.max_new_tokens, room),
                 place=start,
                 sampling=limits.sampling,
             )

@@ -139,7 +139,7 @@ class TranscriptRows(RecordingRows):
         """The recording in a file."""
         return Recording(Media(text), self.settings.language, self.settings.task, self.settings.timestamps)
 
-    def shown(self, prompt: Recording) -> str:
+    def readable(self, prompt: Recording) -> str:
         """The file's name."""
         return prompt.media.name
 

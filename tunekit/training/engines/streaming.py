@@ -1,13 +1,13 @@
-"""The engine that goes layer by layer: all micro-batches of a pass through one layer before the next, so that weights
-are copied twice for each pass and not twice for each micro-batch.
+"""The layer-by-layer engine: all micro-batches of a pass run through one layer before the next, so that weights are
+copied twice per pass instead of twice per micro-batch.
 
-It leaves the gradient of the resident engine, bit for bit where a trained tensor belongs to one layer, else up to the
+Its gradient equals the resident engine's bit for bit if a trained tensor belongs to one layer, otherwise up to the
 order of sums.
 
-Forward: no graph; the input of each layer is kept. Backward: each layer is computed again from its input, with a graph
-for that layer alone. Source of the order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
-What an encoder gave stays on the device while the decoder's layers run, for each of them reads it; its gradient, like
-that of every side input, is summed in the order in which one graph would sum it.
+The forward builds no graph and keeps each layer's input. The backward recomputes each layer from its input with a
+graph for that layer alone. Source of this order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
+An encoder's output stays on the device while the decoder's layers run, because each of them reads it. Its gradient,
+like that of every side input, is summed in the order of a single graph.
 """
 
 from collections import defaultdict
@@ -34,26 +34,26 @@ class PieceState:
 
     piece: Piece
     call: Call
-    inputs: Tensors  # what the network is called with
-    hidden: Tensor = field(init=False)  # (B, T, D) so far; on the way back its gradient
-    source: SideInput | None = None  # (B, S, D) that the stack before gave
+    inputs: Tensors  # the network's inputs
+    hidden: Tensor = field(init=False)  # (B, T, D) after the last layer so far; in the backward pass, its gradient
+    source: SideInput | None = None  # (B, S, D) the previous stack's output
     calls: list[LayerCall] = field(default_factory=list)  # of the layers of all stacks so far
 
 
 @dataclass
 class RequiresGrad:
-    """What depends on something trained, and so requires a gradient: seen as the first micro-batch passes."""
+    """Which values depend on trained parameters and so require a gradient; recorded with the first micro-batch."""
 
     embeddings: list[bool] = field(default_factory=list)  # of each stack
-    layers: list[bool] = field(default_factory=list)  # of each layer: its hidden states
+    layers: list[bool] = field(default_factory=list)  # of each layer's output
     side_outputs: list[list[bool]] = field(default_factory=list)  # of each layer
 
     def before(self, number: int, stack: int | None) -> bool:
-        """Whether what enters this layer does; `stack`: which one begins with it, if any."""
+        """Whether this layer's input requires a gradient; `stack`: the stack that starts with this layer, if any."""
         return self.layers[number - 1] if stack is None else self.embeddings[stack]
 
-    def learn(self, number: int, stack: int | None, hidden: Tensor, call: LayerCall) -> None:
-        """From what a layer gave, computed with a graph of its own."""
+    def record(self, number: int, stack: int | None, hidden: Tensor, call: LayerCall) -> None:
+        """Record a layer's output, computed with its own graph."""
         self.layers.append(self.before(number, stack) or hidden.requires_grad)
         values = [None if side is None else side.value for side in call.side_outputs]
         self.side_outputs.append([value is not None and value.requires_grad for value in values])
@@ -76,19 +76,19 @@ class StreamingEngine(WindowEngine):
             layers = _LayerPass(run, self._stages, self.slots, self._requires)
             states = [layers.begin(piece) for piece in pieces[start : start + self.micro_batches_per_pass]]
             layers.forward(states)
-            self._requires = layers.requires  # not before: an attempt that failed half-way has not seen all
+            self._requires = layers.requires  # not earlier: a failed attempt has not recorded all layers
             for state in states:
-                layers.turn(state)
+                layers.head(state)
             layers.backward(states)
 
 
 class _LayerPass:
-    """Some pieces through all layers and back. `requires` None: the first piece finds it out."""
+    """Runs some pieces through all layers and back. `requires` None: recorded with the first piece."""
 
     def __init__(self, run: WindowRun, stages: Stages, slots: LayerSlots, requires: RequiresGrad | None) -> None:
         self.run, self.slots = run, slots
         self.stacks, self.layers, self.stack_at = stages.stacks, stages.layers, stages.stack_at
-        self.requires, self.learns = requires or RequiresGrad(), requires is None
+        self.requires, self.records = requires or RequiresGrad(), requires is None
         self.store = run.model.boundaries
         self._adapters: dict[int | None, list[Any]] = defaultdict(list)
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
@@ -96,103 +96,104 @@ class _LayerPass:
             self._adapters[numbers.get(part)].append(part)
 
     def begin(self, piece: Piece) -> PieceState:
-        """The piece before the first layer."""
+        """The state of a piece before the first layer."""
         inputs = piece.batch.inputs
         with calling(self.run.call(piece)):
             return PieceState(piece, self.run.model.call_for(inputs), inputs)
 
     def forward(self, states: Sequence[PieceState]) -> None:
-        """Embeddings and every layer, without a graph. Of a piece to learn from a graph is made, layer by layer."""
-        learner = states[0] if self.learns else None
+        """Embeddings and every layer, without a graph; with one, layer by layer, for the piece that `requires` is
+        recorded from."""
+        recorded = states[0] if self.records else None
         last = len(self.layers) - 1
         for number in range(len(self.layers)):
             if number in self.stack_at:
                 for state in states:
-                    self._embed(state, number, state is learner)
+                    self._embed(state, number, state is recorded)
             with self.slots.holding(number, min(number + 1, last)):
                 for state in states:
-                    self._layer_forward(state, number, state is learner)
+                    self._layer_forward(state, number, state is recorded)
 
-    def _embed(self, state: PieceState, number: int, learning: bool) -> None:
-        """What comes before the first layer of a stack."""
+    def _embed(self, state: PieceState, number: int, recording: bool) -> None:
+        """The embedding before the first layer of a stack."""
         if number > 0:
             state.source = SideInput(state.hidden.requires_grad_(self.requires.layers[number - 1]))
-        with calling(state.call), torch.set_grad_enabled(learning):
-            hidden, calls = self._embedded(state, self.stack_at[number])
-        if learning:
+        with calling(state.call), torch.set_grad_enabled(recording):
+            hidden, calls = self._run_embedding(state, self.stack_at[number])
+        if recording:
             self.requires.embeddings.append(hidden.requires_grad)
         state.hidden = hidden.detach()
         state.calls += calls
 
-    def _embedded(self, state: PieceState, stack: int) -> tuple[Tensor, list[LayerCall]]:
-        """(B, T, D), and what the layers of the stack are called with."""
+    def _run_embedding(self, state: PieceState, stack: int) -> tuple[Tensor, list[LayerCall]]:
+        """(B, T, D), and the calls of the stack's layers."""
         seed_layer(state.call, OUTSIDE_LAYERS)
-        inputs = self.run.model.entering(state.inputs)
+        inputs = self.run.model.prepare_inputs(state.inputs)
         if stack > 0:
             seed_layer(state.call, BETWEEN_STACKS)
         return self.stacks[stack].embed(inputs, state.source)
 
-    def _layer_forward(self, state: PieceState, number: int, learning: bool) -> None:
-        """One layer, whose input is kept where it is computed again."""
+    def _layer_forward(self, state: PieceState, number: int, recording: bool) -> None:
+        """One layer; its input is stored if the layer will be recomputed."""
         self.run.computing(state.piece)
-        if learning or self.requires.layers[number]:
+        if recording or self.requires.layers[number]:
             self.store.put((id(state), number), state.hidden, stays=number == len(self.layers) - 1)
         call = state.calls[number]
-        with torch.set_grad_enabled(learning):
-            hidden = self._computed(state, number, state.hidden)
-        if learning:
-            self.requires.learn(number, self.stack_at.get(number), hidden, call)
+        with torch.set_grad_enabled(recording):
+            hidden = self._run_layer(state, number, state.hidden)
+        if recording:
+            self.requires.record(number, self.stack_at.get(number), hidden, call)
         for side, needed in zip(call.side_outputs, self.requires.side_outputs[number], strict=True):
             if side is not None and side.value is not None:
                 side.value = side.value.detach().requires_grad_(needed)
         state.hidden = hidden.detach()
 
-    def _computed(self, state: PieceState, number: int, hidden: Tensor) -> Tensor:
+    def _run_layer(self, state: PieceState, number: int, hidden: Tensor) -> Tensor:
         """(B, T, D) after one layer."""
         with calling(state.call):
             seed_layer(state.call, number)
             output: Tensor = self.layers[number](hidden, state.calls[number])
         return output
 
-    def turn(self, state: PieceState) -> None:
-        """What comes after the last layer, forward and backward; leaves the gradient of the last hidden states."""
+    def head(self, state: PieceState) -> None:
+        """The head and the loss, forward and backward; leaves the gradient of the last hidden states."""
         self.run.computing(state.piece)
         hidden = state.hidden.requires_grad_(self.requires.layers[-1])
         with calling(state.call):
-            output = self.run.model.finished(self.run.model.leaving(hidden))
+            output = self.run.model.to_output(self.run.model.real_positions(hidden))
             self.run.backward(state.piece, output, lambda: self._penalty(None))
         state.hidden = hidden.grad if hidden.grad is not None else hidden.detach()
 
     def backward(self, states: Sequence[PieceState]) -> None:
-        """Every layer again, with a graph of its own, down to the lowest that requires a gradient."""
+        """Recompute every layer with its own graph, down to the lowest one that requires a gradient."""
         for number in reversed(range(len(self.layers))):
             if not self.requires.layers[number]:
                 break
-            goes_on = number > 0 and self.requires.layers[number - 1]
-            with self.slots.holding(number, number - 1 if goes_on else 0):
+            continues = number > 0 and self.requires.layers[number - 1]
+            with self.slots.holding(number, number - 1 if continues else 0):
                 for state, after in zip(states, [*states[1:], None], strict=True):
                     coming = (id(states[0]), number - 1) if after is None else (id(after), number)
                     self._layer_backward(state, number, coming)
             if number in self.stack_at:
                 for state in states:
                     self._embedding_backward(state, self.stack_at[number])
-        for state in states:  # of the piece that was learned from, layers that require none
+        for state in states:  # drop the recorded piece's inputs of layers that require no gradient
             for number in range(len(self.layers)):
                 self.store.drop((id(state), number))
 
-    def _layer_backward(self, state: PieceState, number: int, coming: tuple[int, int]) -> None:
-        """One layer computed again; its gradients, and those of what entered it where something below is trained."""
+    def _layer_backward(self, state: PieceState, number: int, next_key: tuple[int, int]) -> None:
+        """Recompute one layer; add its gradients, and those of its inputs if something below is trained."""
         self.run.computing(state.piece)
         key, call = (id(state), number), state.calls[number]
         hidden = self.store.take(key).detach()
         hidden.requires_grad_(self.requires.before(number, self.stack_at.get(number)))
-        self.store.prefetch(coming)
-        given = [side for side in call.side_outputs if side is not None]
-        of_given = [_take_gradient(side) for side in given]
+        self.store.prefetch(next_key)
+        outputs = [side for side in call.side_outputs if side is not None]
+        output_gradients = [_take_gradient(side) for side in outputs]
         roots = [(side.value, _take_gradient(side)) for side in call.side_inputs]
-        output = self._computed(state, number, hidden)
+        output = self._run_layer(state, number, hidden)
         roots = [(output, state.hidden), *roots]
-        roots += [(side.value, gradient) for side, gradient in zip(given, of_given, strict=True)]
+        roots += [(side.value, gradient) for side, gradient in zip(outputs, output_gradients, strict=True)]
         penalty = self._penalty(number)
         if penalty is not None:
             value = penalty / state.piece.shares * self.run.engine.loss_scale
@@ -200,16 +201,16 @@ class _LayerPass:
         pairs = [(root, gradient) for root, gradient in roots if root is not None and gradient is not None]
         torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         self.store.drop(key)
-        for side in given:
+        for side in outputs:
             side.value = None
         if hidden.grad is not None:
             state.hidden = hidden.grad
 
     def _embedding_backward(self, state: PieceState, stack: int) -> None:
-        """What lies below the first layer of a stack: its embedding, and what the stack before gave."""
+        """The backward pass below the first layer of a stack: its embedding, and the previous stack's output."""
         if self.requires.embeddings[stack]:
             with calling(state.call):
-                self._embedded(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
+                self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
         gradient = None if state.source is None else _take_gradient(state.source)
         if gradient is not None:
             state.hidden = gradient
@@ -221,7 +222,7 @@ class _LayerPass:
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
-    """The gradient that the layers above left; the sum goes on from it as a root of the next graph."""
+    """The gradient left by the layers above; the sum continues from it as a root of the next graph."""
     if side.value is None:
         return None
     gradient, side.value.grad = side.value.grad, None
@@ -229,7 +230,7 @@ def _take_gradient(side: SideInput) -> Tensor | None:
 
 
 def _stages_of(base: LoadedModel) -> Stages:
-    """Raises: ModelError for a base that nobody has compared layer by layer; plan refuses it before."""
+    """Raises: ModelError for a base without tested stages; plan refuses it earlier."""
     stages = base.family.stages(base.net)
     if stages is None:
         what = f"{base.facts.model_type} cannot be computed layer by layer"
@@ -240,7 +241,7 @@ def _stages_of(base: LoadedModel) -> Stages:
 def make_engine(
     seed: int, slots: LayerSlots | None, pass_micro_batches: int, splitting: Splitting | None = None
 ) -> WindowEngine:
-    """The engine of a run: layer by layer if the base's layers are in slots, else micro-batch by micro-batch."""
+    """The engine of a run: layer by layer if the base's layers are in slots, otherwise micro-batch by micro-batch."""
     if slots is None:
         return WindowEngine(seed, splitting)
     return StreamingEngine(seed, slots, pass_micro_batches, splitting)

@@ -1,7 +1,7 @@
 """The engine for a base whose weights are all on the device: forward and backward of one micro-batch at a time.
 
-It leaves the gradient of (sum of losses / units) in the flat buffers. A micro-batch that runs out of memory is split
-(memory/splitting.py): the same sums, in a different order. The streaming engine changes only the order of the layers.
+It adds the gradient of (sum of losses / units) to the flat buffers. A micro-batch that runs out of memory is split
+(memory/splitting.py): the same sums, in a different order. The streaming engine only changes the order of layers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, ModelOutput, Objective, Sums, Window
-from tunekit.machine.placing import placed
+from tunekit.machine.placing import to_device
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
 from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, current_call, seed_layer
 from tunekit.tuned.model import TunedModel
@@ -26,32 +26,32 @@ class Piece:
     batch: Batch
     index: int
     number: int
-    shares: int  # what per-step terms are divided by: the step's micro-batches times the parts of this one
+    shares: int  # divisor of per-step terms: the step's micro-batches times the parts of this one
 
 
 class WindowRun:
-    """One attempt at a window: what its pieces have in common, and what they add up to."""
+    """One attempt at a window: the shared values of its pieces, and their sums."""
 
     def __init__(
         self, engine: WindowEngine, model: TunedModel, objective: Objective, window: Window, units: Tensor
     ) -> None:
         self.engine, self.model, self.objective, self.step = engine, model, objective, window.step
-        self.units = placed(units, model.device)
+        self.units = to_device(units, model.device)
         self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) each
         self.metrics: Sums = {}
         self.weight = 1.0  # of every loss; 0 for forwards that only keep ranks in step
 
     def call(self, piece: Piece) -> Call:
-        """A split micro-batch's pieces draw as micro-batches of their own."""
+        """The call of a piece; parts of a split micro-batch use different random numbers."""
         return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
 
     def computing(self, piece: Piece) -> None:
-        """Say whose failure it is, should memory run out."""
+        """Record the running piece, which is blamed if memory runs out."""
         if self.engine.splitting is not None:
             self.engine.splitting.running = piece.batch
 
     def backward(self, piece: Piece, output: ModelOutput, penalty: Callable[[], Tensor | None]) -> None:
-        """The loss of what the forward gave, added to the sums, and its gradient."""
+        """Add the loss of an output to the sums, and compute its gradient."""
         seed_layer(current_call(), AFTER_LAYERS)
         loss = self.objective.loss.loss(output, piece.batch)
         del output
@@ -68,22 +68,23 @@ class WindowRun:
 class WindowEngine:
     """Runs the micro-batches of a window one by one, and starts again with smaller pieces if memory runs out.
 
-    `splitting`: what to do where memory runs out; None: that is an error.
+    `splitting`: the reaction if memory runs out; None: an error.
     """
 
     def __init__(self, seed: int, splitting: Splitting | None = None) -> None:
         self.seed, self.splitting = seed, splitting
-        self.loss_scale = 1.0  # float16's; multiplies the loss before the backward pass
-        self.losses: list[Tensor] = []  # of each micro-batch of the last window, on the device; names the rows of a NaN
+        self.loss_scale = 1.0  # for float16; multiplies the loss before the backward pass
+        # of each micro-batch of the last window, on the device; locates the rows of a NaN
+        self.losses: list[Tensor] = []
 
     def run_window(
         self, model: TunedModel, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """Returns this rank's (K,) float64 sum of losses / units and the sums of what is logged, on the device.
+        """Returns this rank's (K,) float64 sum of losses / units and the sums of logged values, on the device.
 
         The gradient must be zero before: after a failed attempt it is cleared.
-        `micro_batches`: how many the whole step has, over all ranks; per-step terms are averaged over them.
-        Raises: ResourceError where a single document does not fit (with `splitting`).
+        `micro_batches`: the step's number over all ranks; per-step terms are averaged over them.
+        Raises: ResourceError if a single document does not fit (with `splitting`).
         """
 
         def attempt(parts: list[list[Batch]]) -> tuple[Tensor, Sums]:
@@ -93,7 +94,7 @@ class WindowEngine:
                 for index, batches in zip(window.indices, parts, strict=True)
                 for number, batch in enumerate(batches)
             ]
-            with model.unchanged_weights(), model.nothing_left():
+            with model.unchanged_weights(), model.clearing_on_failure():
                 self._run(run, pieces)
             self.losses = list(run.losses.values())
             total = torch.zeros_like(run.units)
@@ -106,11 +107,11 @@ class WindowEngine:
         return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def make_up(self, model: TunedModel, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Forward and backward of a batch, so many times, with a weight of zero: no gradient changes."""
+        """Forward and backward of a batch, `forwards` times, with a weight of zero: no gradient changes."""
         window = Window(0, 0.0, tuple(range(forwards)), (batch,) * forwards)
         run = WindowRun(self, model, objective, window, objective.loss.units(batch))
         run.weight = 0.0
-        with model.unchanged_weights(), model.nothing_left():
+        with model.unchanged_weights(), model.clearing_on_failure():
             self._run(run, [Piece(batch, index, 0, forwards) for index in window.indices])
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:

@@ -1,6 +1,6 @@
-"""Pictures that a pipeline draws: a net with or without adapter, prompts and seeds go in; pixels come out.
+"""Generates images with a pipeline's parts, with or without an adapter, from prompts and seeds.
 
-diffusers' own pipeline of the kind takes the steps, with the net's parts in it.
+diffusers' own pipeline runs the sampling steps with the net's parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet, imported
+from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet, import_diffusers
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.transformers_guard import quiet
 
@@ -26,7 +26,7 @@ UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a picture is drawn. `height` and `width` in pixels."""
+    """Sampling settings of an image; `height` and `width` in pixels."""
 
     steps: int
     guidance_scale: float
@@ -38,10 +38,10 @@ class Drawing:
 def draw_pictures(
     net: PipelineNet, processor: PipelineProcessor, prompts: Sequence[str], seeds: Sequence[int], how: Drawing
 ) -> list[NDArray[np.uint8]]:
-    """(H, W, 3) for each prompt, which depends on its own seed and on no other prompt."""
+    """(H, W, 3) for each prompt; an image depends only on its own prompt and seed."""
     device = next(net.denoiser.parameters()).device
-    found = []
-    with quiet(), net.beside_on(device):
+    pictures = []
+    with quiet(), net.frozen_parts_on(device):
         pipeline = _pipeline(net, processor)
         pipeline.set_progress_bar_config(disable=True)
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -55,11 +55,11 @@ def draw_pictures(
                 output_type="latent",
                 return_dict=False,
             )[0]
-            found.append(decoded(net, latents))
-    return found
+            pictures.append(decode_latents(net, latents))
+    return pictures
 
 
-def decoded(net: PipelineNet, latents: Tensor) -> NDArray[np.uint8]:
+def decode_latents(net: PipelineNet, latents: Tensor) -> NDArray[np.uint8]:
     """(H, W, 3) pixels of latents (1, C, H, W), by the VAE in float32."""
     vae = net.part("vae")
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -69,7 +69,7 @@ def decoded(net: PipelineNet, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def _pipeline(net: PipelineNet, processor: PipelineProcessor) -> DiffusionPipeline:
-    diffusers, kind = imported(), net.config.model_type
+    diffusers, kind = import_diffusers(), net.config.model_type
     scheduler = processor.configs["scheduler"]
     parts: dict[str, object] = {
         "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),

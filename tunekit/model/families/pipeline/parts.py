@@ -1,7 +1,6 @@
-"""The parts of a diffusion pipeline from its folder, with their weights or without, in one net.
+"""Loads the parts of a diffusion pipeline from diffusers' folder, with or without weights, into one net.
 
-A folder as diffusers saves it goes in; `PipelineNet` comes out.  Only parts that are trained are modules of it, so that
-adapters, optimizers and plans see nothing else; the others wait beside them.
+Only trained parts are modules of this net, so that adapters, optimizers and plans see nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import nn
 
 from tunekit.contracts import Modules, NamedModules
 from tunekit.errors import ModelError
-from tunekit.files.untrusted import shown
+from tunekit.files.untrusted import printable
 from tunekit.model.quantized.codec import import_bitsandbytes
 from tunekit.model.storage.source import PIPELINE_INDEX, read_json
 from tunekit.model.transformers_guard import no_fetched_code, quiet
@@ -44,7 +43,7 @@ OF_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderMod
 
 @dataclass
 class PipelineConfig:
-    """What other rooms ask of a base's configuration; `part_configs`: each part's own, by name."""
+    """The attributes of a configuration that other folders read; `part_configs`: each part's configuration, by name."""
 
     model_type: str  # the pipeline's class
     hidden_size: int
@@ -55,44 +54,44 @@ class PipelineConfig:
 
 
 class PipelineNet(nn.Module):
-    """The trained parts as modules, the others in `beside`, which no walk over modules reaches."""
+    """The trained parts as modules; the other parts are in `frozen_parts`, which is not part of the module tree."""
 
     config: PipelineConfig
-    beside: dict[str, nn.Module]
+    frozen_parts: dict[str, nn.Module]
 
-    dtype: torch.dtype  # of all but the VAE
+    dtype: torch.dtype  # of all parts but the VAE
 
     def __init__(
         self,
         trained: Modules,
-        beside: Modules,
+        frozen_parts: Modules,
         config: PipelineConfig,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.config, self.beside, self.dtype = config, dict(beside), dtype
-        self.stays = False  # whether the parts beside are needed in every step
+        self.config, self.frozen_parts, self.dtype = config, dict(frozen_parts), dtype
+        self.stays = False  # whether every step needs the frozen parts
         for name, part in trained.items():
             self.add_module(name, part)
 
     @property
     def denoiser(self) -> ModelMixin:
-        """The net that sees noise."""
+        """The net that removes noise."""
         return getattr(self, PIPELINES[self.config.model_type])
 
     def part(self, name: str) -> Any:
-        """A part, trained or not; None where the pipeline has none of this name."""
-        return self._modules.get(name) or self.beside.get(name)
+        """A part, trained or not; None if the pipeline has no part with this name."""
+        return self._modules.get(name) or self.frozen_parts.get(name)
 
     @property
     def text_encoders(self) -> dict[str, Any]:
-        """Those that there are, in order."""
+        """The pipeline's text encoders, in order."""
         return {name: part for name in TEXT_ENCODERS if (part := self.part(name)) is not None}
 
     @property
     def unread(self) -> list[str]:
-        """Layers whose output nothing reads: Stable Diffusion XL takes what goes into the last layer of its first text
-        encoder."""
+        """Layers whose output is never used: Stable Diffusion XL reads the input of its first text encoder's last
+        layer."""
         if self.config.model_type != "StableDiffusionXLPipeline" or "text_encoder" not in self._modules:
             return []
         last = int(self.config.part_configs["text_encoder"]["num_hidden_layers"]) - 1
@@ -105,10 +104,10 @@ class PipelineNet(nn.Module):
         return any(name in self._modules for name in TEXT_ENCODERS)
 
     @contextmanager
-    def beside_on(self, device: torch.device, names: Sequence[str] | None = None) -> Iterator[None]:
-        """A block in which the parts beside the trained ones, or some of them, lie on the device; at its end they go
-        back to where they were."""
-        moved = {name: part for name, part in self.beside.items() if names is None or name in names}
+    def frozen_parts_on(self, device: torch.device, names: Sequence[str] | None = None) -> Iterator[None]:
+        """A block in which the frozen parts, or those with these names, are on the device; afterwards they are moved
+        back."""
+        moved = {name: part for name, part in self.frozen_parts.items() if names is None or name in names}
         before = {name: next(part.parameters()).device for name, part in moved.items()}
         for part in moved.values():
             part.to(device)
@@ -119,10 +118,10 @@ class PipelineNet(nn.Module):
                 part.to(device if self.stays else before[name])
 
 
-def imported() -> ModuleType:
-    """diffusers. Raises: ModelError where it is not installed."""
+def import_diffusers() -> ModuleType:
+    """diffusers. Raises: ModelError if it is not installed."""
     if find_spec("bitsandbytes") is not None:
-        import_bitsandbytes()  # which diffusers imports too, with what that does on the side
+        import_bitsandbytes()  # diffusers imports it too; our import suppresses its side effects
     try:
         with quiet(), no_fetched_code():
             diffusers = import_module("diffusers")
@@ -133,30 +132,32 @@ def imported() -> ModuleType:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Part -> class, of those that training or drawing needs. Raises: ModelError for what is none of our pipelines."""
+    """Class of each part that training or generation needs. Raises: ModelError for an unsupported pipeline."""
     index = read_json(folder / INDEX)
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         known = ", ".join(PIPELINES)
-        raise ModelError(f"is a {shown(kind)}, which cannot be trained", f"known: {known}", file=str(folder / INDEX))
-    found = {"": str(kind)}
+        raise ModelError(
+            f"is a {printable(kind)}, which cannot be trained", f"known: {known}", file=str(folder / INDEX)
+        )
+    classes = {"": str(kind)}
     for name in (PIPELINES[str(kind)], "vae", *TEXT_ENCODERS):
         entry = index.get(name)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
         if entry[1] not in (*OF_DIFFUSERS, *OF_TRANSFORMERS):
-            what = f"has a {shown(entry[1])} as its {name}, which cannot be loaded"
+            what = f"has a {printable(entry[1])} as its {name}, which cannot be loaded"
             raise ModelError(what, "choose another pipeline", file=str(folder / INDEX))
-        found[name] = str(entry[1])
+        classes[name] = str(entry[1])
     for name in (PIPELINES[str(kind)], "vae", "text_encoder"):
-        if name not in found:
+        if name not in classes:
             raise ModelError(f"names no {name}", "give a complete pipeline", file=str(folder / INDEX))
-    return found
+    return classes
 
 
 def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """The parts of a folder, frozen and in eval mode, in `dtype`; `meta`: without weights. The VAE is in float32, of
-    which half precision would lose too much.
+    """The parts of a folder, frozen and in eval mode, in `dtype`; `meta`: without weights. The VAE is in float32,
+    because half precision is too inaccurate for it.
 
     `trained`: names of the parts that get an adapter. Raises: ModelError.
     """
@@ -164,8 +165,8 @@ def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: 
     kind, parts, configs = classes.pop(""), dict[str, nn.Module](), dict[str, Any]()
     for name, class_name in classes.items():
         configs[name] = read_json(folder / name / "config.json")
-        own = torch.float32 if name == "vae" else dtype
-        parts[name] = _load_part(folder / name, class_name, own, meta).eval().requires_grad_(False)
+        part_dtype = torch.float32 if name == "vae" else dtype
+        parts[name] = _load_part(folder / name, class_name, part_dtype, meta).eval().requires_grad_(False)
     absent = [name for name in trained if name not in parts]
     if absent:
         raise ModelError(f"{kind} has no {absent[0]} to train", "leave it out", key="objective.train_text_encoder")
@@ -176,7 +177,7 @@ def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: 
 
 
 def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """As the section has it: what is trained, and what stays with it. Raises: ModelError."""
+    """The net for a section: its trained parts, and whether the frozen ones stay on the device. Raises: ModelError."""
     trained = section.trained if isinstance(section, PipelineModel) else (PIPELINES[read_index(folder)[""]],)
     net = load_net(folder, trained, dtype, meta=meta)
     net.stays = isinstance(section, PipelineModel) and section.stays
@@ -184,7 +185,7 @@ def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, me
 
 
 def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) -> ModelMixin | PreTrainedModel:
-    diffusers, transformers = imported(), import_module("transformers")
+    diffusers, transformers = import_diffusers(), import_module("transformers")
     from_diffusers = class_name in OF_DIFFUSERS
     kind = getattr(diffusers if from_diffusers else transformers, class_name)
     try:
@@ -197,14 +198,14 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
                     config = of.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
                 with torch.device("meta"):
                     return make(config).to(dtype)
-            given = {"torch_dtype" if from_diffusers else "dtype": dtype}
+            settings = {"torch_dtype" if from_diffusers else "dtype": dtype}
             part, loading = kind.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **given,
+                **settings,
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -217,7 +218,7 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
 
 
 def _width(config: Mapping[str, Any]) -> int:
-    """Of the widest layer."""
+    """Width of the widest layer."""
     widths = config.get("block_out_channels")
     if widths:
         return int(widths[-1])
@@ -225,8 +226,8 @@ def _width(config: Mapping[str, Any]) -> int:
 
 
 def denoising_layers(denoiser: nn.Module) -> NamedModules:
-    """The layers that may be recomputed, in the order in which they run: residual and transformer blocks of a UNet, as
-    diffusers recomputes them, or the blocks of a transformer."""
+    """The layers that may be recomputed, in the order in which they run: a UNet's residual and transformer blocks, as
+    diffusers recomputes them, or a transformer's blocks."""
     blocks = getattr(denoiser, "transformer_blocks", None)
     if isinstance(blocks, nn.ModuleList):
         return [(f"transformer_blocks.{place}", block) for place, block in enumerate(blocks)]
@@ -241,7 +242,8 @@ def denoising_layers(denoiser: nn.Module) -> NamedModules:
 
 
 def _in_order(block: nn.Module, middle: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Residual blocks and, after each (in the middle between two), its transformer blocks."""
+    """Residual blocks, each followed by its transformer blocks (in the middle block only between two residual
+    blocks)."""
     resnets, attentions = (list(getattr(block, name, None) or ()) for name in ("resnets", "attentions"))
     for place, resnet in enumerate(resnets):
         yield f"resnets.{place}", resnet

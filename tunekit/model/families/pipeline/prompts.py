@@ -1,5 +1,5 @@
-"""Prompts as denoisers read them: a net with its text encoders and ids go in; embeddings come out, with a gradient
-where a text encoder is trained. The same as diffusers' encode_prompt of each pipeline."""
+"""Prompt embeddings for denoisers, from ids and the net's text encoders; with a gradient if a text encoder is trained.
+Equal to diffusers' encode_prompt of each pipeline."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from tunekit.model.families.pipeline.processor import T5_LENGTH
 
 
 def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> Tensors:
-    """`prompt` (B, T, D), and of all but Stable Diffusion 1 and 2 `pooled` (B, P). Shapes: ids (B, T) by encoder."""
+    """`prompt` (B, T, D) and, except for Stable Diffusion 1 and 2, `pooled` (B, P). Shapes: ids (B, T) by encoder."""
     encoders = net.text_encoders
     if net.config.model_type == "StableDiffusionPipeline":
         return {"prompt": encoders["text_encoder"](ids["text_encoder"])[0]}

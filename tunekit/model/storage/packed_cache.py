@@ -1,4 +1,4 @@
-"""A packed base kept between runs: which file holds it, and when that file may be used."""
+"""The cache of packed bases: the file of a base, and when that file may be used."""
 
 import os
 import shutil
@@ -13,17 +13,17 @@ from tunekit.model.storage.packing import PackedBase
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.sidecar import Sidecar, open_sidecar, remove_others, write_sidecar
 
-# Whatever decides a packed byte or where it lies.
+# Code that affects a packed byte or its position.
 CODE = ("model/quantized", "model/storage")
 PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
-def can_be_kept(size_bytes: int) -> bool:
-    """Whether a packed base of this size can be kept in a file, as far as the folder and the disk show now."""
+def can_be_cached(size_bytes: int) -> bool:
+    """Whether a packed base of this size can be cached in a file, as far as the folder and the disk show now."""
     folder = _folder()
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return (
-        size_bytes >= files.LEAST_BYTES
+        size_bytes >= files.MIN_BYTES
         and existing.is_dir()
         and os.access(existing, os.W_OK | os.X_OK)
         and (shutil.disk_usage(existing).free >= size_bytes + files.SPARE_BYTES)
@@ -34,9 +34,9 @@ def _folder() -> Path:
     return default_cache_folder() / "bases"
 
 
-def kept_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
-    """Give the net its tensors: from the cache folder, or packed now and kept there if it can be. Returns notes."""
-    if sum(each.size_bytes for each in packed.layout) < files.LEAST_BYTES:
+def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
+    """Give the net its tensors: from the cache, or packed now and written to the cache if possible. Returns notes."""
+    if sum(tensor.size_bytes for tensor in packed.layout) < files.MIN_BYTES:
         packed.fill()
         return None, []
     prefix, key = _names(packed.spec)
@@ -51,7 +51,7 @@ def kept_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
                 opened = None
         except (OSError, TunekitError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            notes = [f"the packed base is not kept for the next run ({reason})"]
+            notes = [f"the packed base is not cached for the next run ({reason})"]
     if opened is None:
         packed.fill()
     else:
@@ -63,7 +63,7 @@ def kept_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
 def _names(spec: BaseSpec) -> tuple[str, str]:
     """The prefix of the names of all files of this base, and the key, which differs wherever a byte could.
 
-    The fingerprint samples the files' data; their times and inodes tell a change that it does not see.
+    The fingerprint only samples the files; their times and inodes reveal other changes.
     """
     section, source = spec.section, spec.source
     how: dict[str, object] = {"quantization": [section.quantization, section.double_quantization]}
