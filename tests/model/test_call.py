@@ -6,8 +6,9 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
-from tunekit.model.call import Call, calling, current_call, seed_for
+from tunekit.model.call import Call, calling, current_call, seed_for, seed_layer
 
 
 def test_calls_nest_and_come_back_also_after_an_error() -> None:
@@ -37,3 +38,13 @@ def test_seeds_are_stable_and_tell_parts_apart() -> None:
     seeds = [seed_for(*each) for each in parts]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_each_seed_step_micro_batch_and_layer_draws_its_own() -> None:
+    def drawn(number: int, **parts: int) -> tuple[float, ...]:
+        seed_layer(Call(**parts), number)
+        return tuple(torch.rand(4).tolist())
+
+    draws = [drawn(0), drawn(1), drawn(0, seed=1), drawn(0, step=1), drawn(0, micro_batch=1)]
+    assert drawn(0) == draws[0]
+    assert len(set(draws)) == len(draws)
