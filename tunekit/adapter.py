@@ -54,8 +54,8 @@ def combine_verb(
     """Write one adapter made of several. Raises: InputError where they, or the options, do not go together."""
     console = Console()
     folders = [adapter_folder(name) for name in adapters]
-    given = _numbers(weights) if weights is not None else (1 / len(folders),) * len(folders)
-    mixture = Mixture(kind, given, density, rank, majority_sign, seed)
+    numbers = _numbers(weights) if weights is not None else (1 / len(folders),) * len(folders)
+    mixture = Mixture(kind, numbers, density, rank, majority_sign, seed)
     check_mixture(mixture, len(folders))
     place = check_new_folder(Path(output), folders)
     configs = [read_adapter_config(folder) for folder in folders]
@@ -70,7 +70,7 @@ def combine_verb(
     else:
         write_linear(place, folders, mixture, facts)
     console.warn(*facts.notes)
-    console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(given, folders, strict=True))}")
+    console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(numbers, folders, strict=True))}")
     console.info(f"written to {place}")
 
 
@@ -237,12 +237,12 @@ def _tell_differences(console: Console, what: str, differences: list[TensorDiffe
     rows = [(d.name, d.left, d.right, d.distance, d.cosine) for d in differences if not d.equal]
     if rows:
         console.table(["name", "|A|", "|B|", "|B - A|", "cosine"], rows)
-    whole = together(differences)
+    overall = together(differences)
     equal = len(differences) - len(rows)
     console.info(f"{len(differences)} {what}: {equal} equal, {len(rows)} different")
-    if rows and whole.left:
-        cosine = "" if whole.cosine is None else f", cosine {whole.cosine:.4f}"
-        console.info(f"|A| {whole.left:.4g}, |B| {whole.right:.4g}, |B - A| {whole.distance:.4g}{cosine}")
+    if rows and overall.left:
+        cosine = "" if overall.cosine is None else f", cosine {overall.cosine:.4f}"
+        console.info(f"|A| {overall.left:.4g}, |B| {overall.right:.4g}, |B - A| {overall.distance:.4g}{cosine}")
 
 
 def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) -> None:
@@ -250,8 +250,8 @@ def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) ->
     ordered = sorted(losses.values(), key=lambda loss: in_order(loss.name))
     rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in ordered]
     console.table(["layer", "norm of the update", "error", "energy kept"], rows)
-    whole = total(losses)
-    error, energy = f"{whole.share:.2%} of the norm of all updates", f"{whole.kept:.2%} of the energy kept"
+    overall = total(losses)
+    error, energy = f"{overall.share:.2%} of the norm of all updates", f"{overall.kept:.2%} of the energy kept"
     console.info(f"rank {rank}: error {error}, {energy}")
 
 

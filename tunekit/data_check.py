@@ -102,11 +102,11 @@ def _rows_text(lines: Sequence[int]) -> str:
     return listed([f"{line:,}" for line in sorted(lines)], SHOWN_ROWS)
 
 
-def _histogram(found: Found, limit: int) -> Iterator[list[object]]:
+def _histogram(findings: Found, limit: int) -> Iterator[list[object]]:
     """A line for each length, with a bar; which of them max_length drops or cuts."""
-    most = max(found.sizes.values(), default=1)
+    most = max(findings.sizes.values(), default=1)
     for low, high in zip(LENGTHS, [*LENGTHS[1:], None], strict=True):
-        if found.sizes[low]:
+        if findings.sizes[low]:
             end = "and more" if high is None else f"to {high - 1:,}"
             mark = "  over data.max_length" if low >= limit else ""
-            yield [f"{low:,} {end}", found.sizes[low], "#" * max(1, round(30 * found.sizes[low] / most)) + mark]
+            yield [f"{low:,} {end}", findings.sizes[low], "#" * max(1, round(30 * findings.sizes[low] / most)) + mark]

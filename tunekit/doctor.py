@@ -90,10 +90,10 @@ def cache_sizes() -> dict[Path, int]:
 
 def _bytes(path: Path) -> int:
     """Of a file, or of all below a folder, a linked one once; one that goes meanwhile counts nothing."""
-    found: dict[tuple[int, int], int] = {}
+    sizes: dict[tuple[int, int], int] = {}
     for place, _, names in os.walk(path):
         for name in (".", *names):
             with contextlib.suppress(OSError):
                 info = os.lstat(os.path.join(place, name))
-                found[info.st_dev, info.st_ino] = info.st_blocks * 512
-    return sum(found.values()) or (path.lstat().st_blocks * 512 if path.is_file() else 0)
+                sizes[info.st_dev, info.st_ino] = info.st_blocks * 512
+    return sum(sizes.values()) or (path.lstat().st_blocks * 512 if path.is_file() else 0)

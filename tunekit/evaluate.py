@@ -91,13 +91,13 @@ def _check_metrics(names: Sequence[str]) -> None:
 
 def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
     """The rows to evaluate: the eval rows of the run or recipe, as overridden, or those that the overrides name."""
-    own = target.data
-    if (own is None or own.eval is None) and not any(text.startswith("data.eval") for text in overrides):
-        whose = "this target has no recipe" if own is None else "the recipe has no data.eval"
+    data = target.data
+    if (data is None or data.eval is None) and not any(text.startswith("data.eval") for text in overrides):
+        whose = "this target has no recipe" if data is None else "the recipe has no data.eval"
         raise InputError(f"there is nothing to evaluate on: {whose}", "give the rows with --data FILE")
     objective = None if target.recipe is None else target.recipe.objective.method
-    section = override_data(own, overrides, objective)
-    if section.chat_template is None and own is None and target.template_file is not None:
+    section = override_data(data, overrides, objective)
+    if section.chat_template is None and data is None and target.template_file is not None:
         return section.model_copy(update={"chat_template": str(target.template_file)})
     return section
 

@@ -130,8 +130,8 @@ def eval_share(look: Look | None) -> str:
 def _labelled(look: Look, asks: bool) -> Look:
     """The look at rows to classify, where they have texts and labels and the user wants that; nobody asked, where the
     column of labels is called so."""
-    found = label_columns(look.sample) if look.format_name == "text" else {}
-    for name, count in found.items():
+    columns = label_columns(look.sample) if look.format_name == "text" else {}
+    for name, count in columns.items():
         usual = "yes" if name.lower() in LABEL_NAMES else "no"
         question = f"The column {name} has {count} values. Is the task to predict them from the text? yes or no"
         if _ask(asks, question, usual).lower().startswith("y"):
@@ -142,7 +142,7 @@ def _labelled(look: Look, asks: bool) -> Look:
             return replace(
                 look, objective=method, format_name=LABELS_FORMAT, columns={name: "label"}, notes=[note, *look.notes]
             )
-    return replace(look, notes=[*look.notes, *map(_label_note, found, found.values())])
+    return replace(look, notes=[*look.notes, *map(_label_note, columns, columns.values())])
 
 
 def _label_note(name: str, count: int) -> str:
@@ -289,15 +289,15 @@ def _rate_text(rate: float) -> str:
 
 def _source_lines(data: str, look: Look | None) -> list[Line]:
     """data.train: a name, and how its columns are renamed where they are."""
-    said = "a file (JSONL, CSV ...) or a hub data set"
+    comment = "a file (JSONL, CSV ...) or a hub data set"
     if look and (medium := look.settings.medium):
-        said = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
+        comment = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
     if not (look and look.columns):
-        return [(f"  train: {_quoted(data)}", said)]
+        return [(f"  train: {_quoted(data)}", comment)]
     columns = ", ".join(f"{_quoted(column)}: {field}" for column, field in look.columns.items())
     return [
         ("  train:", ""),
-        (f"    path: {_quoted(data)}", said),
+        (f"    path: {_quoted(data)}", comment),
         *([(f"    format: {LABELS_FORMAT}", "")] if look.format_name == LABELS_FORMAT else []),
         (f"    columns: {{{columns}}}", "the file's column: the format's field"),
     ]

@@ -33,13 +33,13 @@ def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, i
     section = PipelineModel.of(bare, family=FAMILY.name, trained=parts)
     net = make_meta_model(section, device=CPU).net
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    found = read_foreign(path, linear)
-    trained = tuple(name for name in parts if any(module.startswith(f"{name}.") for module in found.alphas))
+    lora = read_foreign(path, linear)
+    trained = tuple(name for name in parts if any(module.startswith(f"{name}.") for module in lora.alphas))
     net = make_meta_model(PipelineModel.of(bare, family=FAMILY.name, trained=trained), device=CPU).net
-    settings = _settings(found)
+    settings = _settings(lora)
     attached = attach_adapter(net, settings, seed=0, head_name=None, device=CPU, loads_state=True)
     names = {part.file_key(name): name for part in attached.parts() for name in part.file_tensors()}
-    attached.load_state({names[key]: value for key, value in found.tensors.items()}, ("trained", "saved"))
+    attached.load_state({names[key]: value for key, value in lora.tensors.items()}, ("trained", "saved"))
     trains_text = any(name.startswith("text_encoder") for name in trained)
     size_bytes = save_adapter_folder(
         attached,
@@ -51,20 +51,20 @@ def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, i
         objective={"method": "dreambooth", "train_text_encoder": trains_text},
         of_pipeline=True,
     )
-    return len(found.alphas), size_bytes
+    return len(lora.alphas), size_bytes
 
 
-def _settings(found: ForeignLora) -> AdapterSettings:
+def _settings(lora: ForeignLora) -> AdapterSettings:
     """The LoRA that the file holds, each layer by its name."""
-    ranks = {name: len(found.tensors[f"base_model.model.{name}.lora_A.weight"]) for name in found.alphas}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, found.alphas))
+    ranks = {name: len(lora.tensors[f"base_model.model.{name}.lora_A.weight"]) for name in lora.alphas}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, lora.alphas))
     return make_adapter_settings(
         {
             "method": "lora",
             "r": rank,
             "alpha": alpha,
-            "target_modules": list(found.alphas),
+            "target_modules": list(lora.alphas),
             "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
-            "alpha_pattern": {name: each for name, each in found.alphas.items() if each != alpha},
+            "alpha_pattern": {name: each for name, each in lora.alphas.items() if each != alpha},
         }
     )

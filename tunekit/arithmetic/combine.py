@@ -166,8 +166,8 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
     A copy is the base's tensor and a change of it: only with such weights is the sum of copies the base's tensor and
     the sum of the changes. A copy of the base's own embedding must be the same wherever there is one.
     """
-    found: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
-    tensors = list(found.values())
+    copies: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
+    tensors = list(copies.values())
     rows = not key.endswith(TOKEN_ROWS) or all(_tokens(adapter) == _tokens(adapters[0]) for adapter in adapters)
     same = rows and all(tensor.shape == tensors[0].shape and torch.equal(tensor, tensors[0]) for tensor in tensors)
     if same and (len(tensors) == len(adapters) or key.endswith(BASE_COPY)):
@@ -187,7 +187,7 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
         problem = f"is trained whole, and the weights sum to {sum(mixture.weights):g} and not to 1"
     if problem:
         how = "such tensors are averaged by linear, cat and svd, where all adapters have them and the weights sum to 1"
-        raise AdapterError(f"'{key}' {problem}", how, file=next(iter(found)))
+        raise AdapterError(f"'{key}' {problem}", how, file=next(iter(copies)))
     return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
 
 

@@ -61,7 +61,7 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
         raise AdapterError(f"holds a {config.low_rank.method} adapter, and not a LoRA", how, file=config.file)
     path = tensors_path(config.folder)
     header = adapter_header(path)
-    factors, rest = _sort(config, header)
+    factors, other_keys = _sort(config, header)
     parameters = _parameters(config, {module: header[pair["A"]].shape for module, pair in factors.items()})
     _check_shapes(config, factors, header, str(path))
     tensors = read_tensors(config, header)
@@ -71,7 +71,7 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
         a, b = tensors[pair["A"]].float(), tensors[pair["B"]].float()
         updates[module] = LowRank(a, b, scalings.of(module), _is_embedding(pair["A"]))
     conv1d, targets = config.fields.get("fan_in_fan_out") is True, config.fields.get("target_modules")
-    return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d, parameters)
+    return LoraFolder(config, updates, {key: tensors[key] for key in other_keys}, targets, conv1d, parameters)
 
 
 def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> Tensors:

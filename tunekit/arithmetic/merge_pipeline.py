@@ -81,11 +81,13 @@ def _apply(net: nn.Module, changes: Changes) -> None:
         parameter = net.get_parameter(name)
         parameter.copy_(change(parameter.detach()))
     for name, merged in changes.layers.items():
-        own = dict(net.get_submodule(name).named_parameters(recurse=False))
-        weight, bias = merged(own["weight"].detach(), own["bias"].detach() if "bias" in own else None)
-        own["weight"].copy_(weight)
+        parameters = dict(net.get_submodule(name).named_parameters(recurse=False))
+        weight, bias = merged(
+            parameters["weight"].detach(), parameters["bias"].detach() if "bias" in parameters else None
+        )
+        parameters["weight"].copy_(weight)
         if bias is not None:
-            own["bias"].copy_(bias)
+            parameters["bias"].copy_(bias)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -94,12 +94,12 @@ def trained_beside(attached: AttachedAdapter) -> Tensors:
 
 def lora_settings(settings: object, moves_bias: bool) -> LowRankSettings:
     """LoRA's settings with whatever of the method's own says what else is trained."""
-    kept = ("modules_to_save", "trainable_token_indices", "bias")
-    own = {key: getattr(settings, key) for key in kept if hasattr(settings, key)}
-    if moves_bias and own.get("bias", "none") == "none":
-        own["bias"] = "lora_only"
+    names = ("modules_to_save", "trainable_token_indices", "bias")
+    values = {key: getattr(settings, key) for key in names if hasattr(settings, key)}
+    if moves_bias and values.get("bias", "none") == "none":
+        values["bias"] = "lora_only"
     plain: LowRankSettings = plain_lora_method().peft.settings()
-    return plain.model_copy(update=own)
+    return plain.model_copy(update=values)
 
 
 def nearest_update(name: str, delta: Tensor, rank: int, embedding: bool) -> tuple[LowRank, RankLoss]:

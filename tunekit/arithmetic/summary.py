@@ -94,10 +94,10 @@ class AdapterSummary:
 
     def _settings_text(self) -> str:
         """Settings that say something; of long lists and mappings, how long they are."""
-        said = {key: value for key, value in self.settings.items() if value not in (None, [], {}, "", False)}
+        written = {key: value for key, value in self.settings.items() if value not in (None, [], {}, "", False)}
         short = {
             key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
-            for key, value in said.items()
+            for key, value in written.items()
         }
         return ", ".join(f"{key} {value}" for key, value in short.items() if key != "method")
 
@@ -188,12 +188,12 @@ def _layers(
     tensors: list[TensorSummary], factors: Mapping[str, Mapping[str, Tensor]], norms: Mapping[str, float]
 ) -> list[LayerSummary]:
     """By module; what belongs to none (shared tensors, prompts) under its own name."""
-    found: dict[str, list[TensorSummary]] = {}
+    by_module: dict[str, list[TensorSummary]] = {}
     for tensor in tensors:
         module, own = split_name(tensor.name)
-        found.setdefault(module or own, []).append(tensor)
+        by_module.setdefault(module or own, []).append(tensor)
     layers = []
-    for name, held in sorted(found.items(), key=lambda item: in_order(item[0])):
+    for name, held in sorted(by_module.items(), key=lambda item: in_order(item[0])):
         finite = not any(tensor.not_finite for tensor in held)
         rank = factors[name]["A"].shape[0] if "A" in factors.get(name, {}) else None
         parameters = sum(math.prod(tensor.shape) for tensor in held if tensor.dtype in NUMBERS)

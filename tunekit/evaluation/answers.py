@@ -23,14 +23,14 @@ def answer_questions(
     assert answering.write is not None  # the settings of the objective state which metrics it has
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
     chunks = [mine[start : start + limits.batch_size] for start in range(0, len(mine), limits.batch_size)]
-    own, size = len(chunks), devices.world * limits.batch_size
-    chunks += [[0]] * (-(-len(questions) // size) - own)  # so that all ranks write equally often
+    local_chunks, size = len(chunks), devices.world * limits.batch_size
+    chunks += [[0]] * (-(-len(questions) // size) - local_chunks)  # so that all ranks write equally often
     texts: list[str] = []
     with undisturbed(model):
         for number, chunk in enumerate(chunks):
             progress("answers written", number * size, len(questions))
             answers = answering.write(model, [questions[index].prompt for index in chunk], limits)
-            texts += answers if number < own else []
+            texts += answers if number < local_chunks else []
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 
@@ -48,13 +48,13 @@ def text_metrics(
 ) -> dict[str, float]:
     """Each named metric of metrics/ over all pairs, of normalised texts where it asks for them; as NAME_left_out, how
     many pairs it leaves out, where it does."""
-    found = dict[str, float]()
+    metrics = dict[str, float]()
     for name in names:
         metric = import_module(f"tunekit.metrics.{name}")
         pairs = [predictions, references]
         if getattr(metric, "NORMALIZED", False):
             pairs = [[normalized(text) for text in texts] for texts in pairs]
-        found[name] = metric.score(*pairs)
+        metrics[name] = metric.score(*pairs)
         empty = sum(not text.strip() for text in pairs[1]) if getattr(metric, "LEAVES_OUT", False) else 0
-        found |= {f"{name}_left_out": float(empty)} if empty else {}
-    return found
+        metrics |= {f"{name}_left_out": float(empty)} if empty else {}
+    return metrics

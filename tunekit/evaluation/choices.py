@@ -47,12 +47,12 @@ class Choices:
 
     def place_of(self, example: Example) -> int:
         """Which of them is the example's own answer. Raises: DataError where none is."""
-        own, labels = (answer_of(example) or "").strip(), self.labels
-        if not own:
+        answer, labels = (answer_of(example) or "").strip(), self.labels
+        if not answer:
             raise DataError("there is no answer to compare with evaluation.choices", "give a prompt and its answer")
-        if own not in labels:
+        if answer not in labels:
             shown = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
-            what = f"the answer {own[:60]!r} is not among evaluation.choices ({shown})"
+            what = f"the answer {answer[:60]!r} is not among evaluation.choices ({shown})"
             raise DataError(what, "mend it, or add it there")
         if self.content_free_prompt is not None:
             prompt, (start, end) = prompt_of(example), self.around
@@ -60,7 +60,7 @@ class Choices:
                 shown = prompt if len(prompt) <= 60 else f"{prompt[:30]} ... {prompt[-30:]}"
                 what = f"the prompt {shown!r} has not the form of {self.content_free_prompt!r}"
                 raise DataError(what, "mend it, or evaluation.content_free_prompt, where {} is a row's own text")
-        return labels.index(own)
+        return labels.index(answer)
 
     @property
     def around(self) -> tuple[str, str]:
@@ -140,14 +140,14 @@ def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind)
 
 def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
     """What is made of each row. Raises: DataError naming every row of which nothing can be made."""
-    problems, found = Problems(), []
+    problems, results = Problems(), []
     for row in rows:
         try:
-            found.append(make(row))
+            results.append(make(row))
         except DataError as error:
             problems.add_error(row.file, row.line, error)
     problems.raise_if_any()
-    return found
+    return results
 
 
 def choice_scores(
@@ -173,7 +173,7 @@ def choice_scores(
     longest = max(question.longest for question in questions)
     _check_positions(model, questions)
     apart, shared = model.base.family.reads_source, _shares_prompt(model, longest)
-    most, found = batch_size * longest, []
+    most, chunks = batch_size * longest, []
     for start in range(0, len(questions), CHUNK_QUESTIONS):
         chunk = questions[start : start + CHUNK_QUESTIONS]
         progress("questions answered", start, len(questions))
@@ -185,8 +185,8 @@ def choice_scores(
         batches = (kind.collate([[row] for row in group]) for group in _groups(rows, most))
         scorer = replace(objective, rows=kind, loss=loss)
         sums = summed_evaluation(model, scorer, batches, devices, stop, on_split)
-        found.append(torch.tensor(sums.values["scores"], dtype=torch.float64))
-    scores = torch.cat(found)
+        chunks.append(torch.tensor(sums.values["scores"], dtype=torch.float64))
+    scores = torch.cat(chunks)
     if choices.score == "mean_per_token":
         scores = scores / torch.tensor([question.scored for question in questions])
     if choices.score == "mean_per_byte":

@@ -170,10 +170,10 @@ def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[s
     """
     if len(each) < 2:
         return None
-    found = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
+    by_source = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
     return {
         source: {"rows": each[source].rows, **{name: value for name, value in values.items() if math.isfinite(value)}}
-        for source, values in found.items()
+        for source, values in by_source.items()
     }
 
 

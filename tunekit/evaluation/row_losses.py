@@ -41,10 +41,10 @@ class RowLosses:
 
         `earlier`: what was kept of the evaluation before; the losses before training are handed on.
         """
-        found = [_short(losses[number]) for number in range(len(self.rows))]
+        now = [_short(losses[number]) for number in range(len(self.rows))]
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
-        values = {"step": step, **self.names, "losses": found, "before": before if step else None}
-        pairs = zip(found, self.names["units"], strict=True)
+        values = {"step": step, **self.names, "losses": now, "before": before if step else None}
+        pairs = zip(now, self.names["units"], strict=True)
         means = [math.inf if loss is None else loss / (units or 1) for loss, units in pairs]
         order = np.argsort(-np.asarray(means), kind="stable")
         return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}

@@ -65,9 +65,9 @@ def summed_evaluation(
     """The sums of all batches, shared among the ranks.
 
     Sums are in float64, so they do not depend on the batch size beyond a forward's own rounding.
-    `on_split`: told of each batch that ran out of memory and is evaluated in two halves.
+    `on_split`: called for each batch that ran out of memory and is evaluated in two halves.
     Raises: EvaluationStopped where `stop` says so on any rank; ResourceError where a single document does not fit;
-        RewardError, on every rank, where one of them had a reward without a sensible result.
+        RewardError, on all ranks, if a reward had an invalid result on one of them.
     """
     sums: Sums = {}
     stopped, failed = False, None
@@ -79,7 +79,7 @@ def summed_evaluation(
             try:
                 measured = _sums_or_halves(model, objective, batch, on_split)
                 sums = added(sums, measured) if counts else sums
-            except RewardError as error:  # the user's code, of whose failure the other ranks know nothing
+            except RewardError as error:  # the user's code failed; the other ranks do not know it yet
                 failed = error
                 break
     if devices.any(int(stopped)):
@@ -95,16 +95,16 @@ def summed_evaluation(
     return EvaluationSums(values, tokens, rows, losses)
 
 
-def all_together(found: Sequence[EvaluationSums]) -> EvaluationSums:
+def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
     """Sums over several sets of rows as those over all of them."""
-    first = found[0]
-    if len(found) == 1:
+    first = parts[0]
+    if len(parts) == 1:
         return first
-    each = [{name: torch.tensor(value, dtype=torch.float64) for name, value in one.values.items()} for one in found]
+    each = [{name: torch.tensor(value, dtype=torch.float64) for name, value in one.values.items()} for one in parts]
     total: Sums = reduce(added, each)
-    losses = {number: loss for one in found for number, loss in one.row_losses.items()}
+    losses = {number: loss for one in parts for number, loss in one.row_losses.items()}
     values = {name: value.tolist() for name, value in total.items()}
-    return EvaluationSums(values, sum(one.tokens for one in found), sum(one.rows for one in found), losses)
+    return EvaluationSums(values, sum(one.tokens for one in parts), sum(one.rows for one in parts), losses)
 
 
 def added(one: Sums, other: Sums) -> Sums:

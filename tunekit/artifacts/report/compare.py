@@ -122,8 +122,8 @@ def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
 
 
 def _spread(outcome: Outcomes, column: int, members: Sequence[int]) -> str:
-    found = [value for at in members if (value := outcome.values[at][column]) is not None]
-    if len(found) < 2:
+    values = [value for at in members if (value := outcome.values[at][column]) is not None]
+    if len(values) < 2:
         return "–"
     name = outcome.names[column]
-    return f"{number_text(name, fmean(found))} ± {number_text(name, stdev(found))}"
+    return f"{number_text(name, fmean(values))} ± {number_text(name, stdev(values))}"

@@ -74,10 +74,12 @@ def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
 
 def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = None) -> Series:
     """One value of every step, in at most MOST_POINTS means."""
-    found = [(record.count("step"), value) for record in run.steps if (value := record.number(name)) is not None]
-    bins = min(MOST_POINTS, len(found))
-    edges = [round(index * len(found) / bins) for index in range(bins + 1)] if bins else [0]
-    points = [(found[end - 1][0], sum(value for _, value in found[a:end]) / (end - a)) for a, end in pairwise(edges)]
+    all_points = [(record.count("step"), value) for record in run.steps if (value := record.number(name)) is not None]
+    bins = min(MOST_POINTS, len(all_points))
+    edges = [round(index * len(all_points) / bins) for index in range(bins + 1)] if bins else [0]
+    points = [
+        (all_points[end - 1][0], sum(value for _, value in all_points[a:end]) / (end - a)) for a, end in pairwise(edges)
+    ]
     return _series(run.name if many else label or name.replace("_", " "), points, "line", at)
 
 

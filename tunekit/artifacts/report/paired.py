@@ -28,32 +28,32 @@ class PairedDifference:
 
     @property
     def difference(self) -> float:
-        """Of the two losses."""
+        """The difference of the two losses."""
         return self.loss - self.than_loss
 
     def texts(self) -> list[str]:
-        """As a person reads it."""
-        sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "not told apart"
+        """The cells of a table's line."""
+        sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "no clear difference"
         interval = f"{self.low:+.4g} to {self.high:+.4g}"
         return [self.run, f"{self.rows:,}", f"{self.than_loss:.4g}", f"{self.loss:.4g}", interval, sure]
 
 
 def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
-    """Each other run against the first, where both measured the same loss on rows that they share."""
-    found = []
+    """The difference of each run to the first, if both have the same objective and common rows."""
+    results = []
     for run in runs[1:]:
         pairs = _shared(runs[0], run)
         if len(pairs) > 1:
             than_loss, loss, units = pairs.T
             low, high = paired_interval(than_loss, loss, units)
             total = units.sum()
-            than, own = float(than_loss.sum() / total), float(loss.sum() / total)
-            found.append(PairedDifference(run.name, runs[0].name, len(pairs), own, than, low, high))
-    return found
+            than_mean, mean = float(than_loss.sum() / total), float(loss.sum() / total)
+            results.append(PairedDifference(run.name, runs[0].name, len(pairs), mean, than_mean, low, high))
+    return results
 
 
 def heading(than: str) -> list[str]:
-    """Of the columns of `PairedDifference.texts`."""
+    """The headings of the columns of `PairedDifference.texts`."""
     losses = [f"loss of {than} on them", "loss of the run on them"]
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
@@ -67,12 +67,12 @@ def _shared(one: RunValues, other: RunValues) -> Losses:
     return np.array([values for values in both if None not in values and values[2]], np.float64).reshape(-1, 3)
 
 
-def _keyed(kept: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:
-    seen: Counter[str] = Counter()
-    digests = map(str, kept.items_of("digests"))
-    for digest, *loss_and_units in zip(digests, kept.column("losses"), kept.column("units"), strict=True):
-        yield (digest, seen[digest]), loss_and_units
-        seen[digest] += 1
+def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:
+    counts: Counter[str] = Counter()
+    digests = map(str, rows.items_of("digests"))
+    for digest, *loss_and_units in zip(digests, rows.column("losses"), rows.column("units"), strict=True):
+        yield (digest, counts[digest]), loss_and_units
+        counts[digest] += 1
 
 
 def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
@@ -81,11 +81,11 @@ def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, f
     Shapes: (rows,) each: losses, as sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
     intervals (13.3); Koehn 2004 for pairs.
     """
-    rows, generator, found = len(units), np.random.default_rng(0), list[Losses]()
+    rows, generator, ratios = len(units), np.random.default_rng(0), list[Losses]()
     values = np.stack([other - one, units], axis=1)  # (rows, 2)
     for start in range(0, RESAMPLES, AT_A_TIME):
         drawn = generator.integers(0, rows, (min(AT_A_TIME, RESAMPLES - start), rows))  # (resamples, rows)
         sums = values[drawn].sum(axis=1)  # (resamples, 2)
-        found.append(sums[:, 0] / sums[:, 1])
-    low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        ratios.append(sums[:, 0] / sums[:, 1])
+    low, high = np.quantile(np.concatenate(ratios), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

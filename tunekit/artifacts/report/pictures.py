@@ -23,12 +23,12 @@ def picture_name(step: int, number: int) -> str:
 
 def drawn(run: Path) -> dict[int, list[Path]]:
     """Step -> its pictures, in the order of their prompts."""
-    found: dict[int, dict[int, Path]] = {}
+    pictures: dict[int, dict[int, Path]] = {}
     for path in (run / PICTURES).glob("*.png"):
         match = NAME.fullmatch(path.name)
         if match:
-            found.setdefault(int(match[1]), {})[int(match[2])] = path
-    return {step: [each for _, each in sorted(found[step].items())] for step in sorted(found)}
+            pictures.setdefault(int(match[1]), {})[int(match[2])] = path
+    return {step: [each for _, each in sorted(pictures[step].items())] for step in sorted(pictures)}
 
 
 def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) -> list[PictureRow]:

@@ -166,17 +166,17 @@ def _panel_table(panel: Panel, title: str, examples: Sequence[Values]) -> Report
 
 def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
     """The evaluation rows with the highest loss per unit; what is learned of them is marked."""
-    kept, units = run.row_losses, run.shows.units
-    counts, losses, before = map(kept.column, ("units", "losses", "before"))
-    if not kept.parts("worst"):
+    rows, units = run.row_losses, run.shows.units
+    counts, losses, before = map(rows.column, ("units", "losses", "before"))
+    if not rows.parts("worst"):
         return
     head = ["row", units, *(["loss before"] if before else []), "loss", "text, what is trained on marked"]
     lines = []
-    for row in kept.parts("worst"):
+    for row in rows.parts("worst"):
         at = row.count("number")
         means = (_mean(values[at], counts[at]) for values in (before, losses) if values)
         text = [(str(each[0]), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)]
-        lines.append([kept.items_of("rows")[at], counts[at], *means, MarkedText(text)])
+        lines.append([rows.items_of("rows")[at], counts[at], *means, MarkedText(text)])
     why = f"Of {len(counts):,}, by their mean loss over {units}. Look here for wrong labels and odd formats."
     yield ReportSection("Evaluation rows with the highest loss", [why], tables=[ReportTable(head, lines)])
 

@@ -90,7 +90,7 @@ class RunValues:
 
     @property
     def exported_step(self) -> int | None:
-        """Of the evaluation of the exported weights; the last one where the run goes on."""
+        """The step of the exported weights; during a run, the step of the last evaluation."""
         last = max((record.count("step") for record in self.evaluations), default=None)
         return self.report.count("best_step") or last
 
@@ -110,10 +110,10 @@ class RunValues:
 
     @property
     def state(self) -> str:
-        """Whether it is finished, goes on, or why it ended."""
+        """The state of the run: finished, running, or the reason why it ended."""
         if self.report and self.status.get("exit_code") is None:
             return "finished"
-        return printable(str(self.status.get("reason", "not begun")), MOST_NAME)
+        return printable(str(self.status.get("reason", "not started")), MOST_NAME)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
     Raises: RecipeError where a source is too large to be read whole; DataError for a single answer, or too many.
     """
     evaluation = data.eval if isinstance(data.eval, tuple) else ()
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for source in (*data.train, *evaluation):
         if must_stream(source, machine_memory_bytes()):
             what = f"{source.path} is streamed, and its first rows need not have every answer"
@@ -78,8 +78,10 @@ def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
         for _, example in read_examples(source, kind, range(LARGEST_COUNT)):
             text = answer_of(example) or ""
             if text.strip():
-                found.setdefault(text.strip(), text)
-    if not 2 <= len(found) <= MOST_ANSWERS:
-        how = "choosing needs two or more" if len(found) < 2 else f"more than {MOST_ANSWERS}; list those to choose from"
-        raise DataError(f"the rows have {len(found):,} different answers: {how}", key=KEY)
-    return tuple(found[label] for label in sorted(found))
+                answers.setdefault(text.strip(), text)
+    if not 2 <= len(answers) <= MOST_ANSWERS:
+        how = (
+            "choosing needs two or more" if len(answers) < 2 else f"more than {MOST_ANSWERS}; list those to choose from"
+        )
+        raise DataError(f"the rows have {len(answers):,} different answers: {how}", key=KEY)
+    return tuple(answers[label] for label in sorted(answers))

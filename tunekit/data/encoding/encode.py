@@ -42,12 +42,12 @@ def encode_rows(
     outcomes: Iterable[Outcome], kind: RowKind, *, name: str, problems: Problems, counts: SourceCounts
 ) -> Iterator[Encoded]:
     """Every row that can be trained on; what is wrong with the others goes into `problems`."""
-    for number, (line, found) in enumerate(outcomes):
+    for number, (line, outcome) in enumerate(outcomes):
         counts.read += 1
         try:
-            if isinstance(found, Exception):
-                raise found
-            pieces = _pieces(found, kind, counts)
+            if isinstance(outcome, Exception):
+                raise outcome
+            pieces = _pieces(outcome, kind, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
@@ -55,7 +55,7 @@ def encode_rows(
             problems.add_error(name, line, error)
             continue
         counts.kept += 1
-        digest = digest_of(found[-1], kind.layout)
+        digest = digest_of(outcome[-1], kind.layout)
         for piece in pieces:
             yield Encoded(piece, line, number, digest)
 

@@ -49,15 +49,15 @@ def _resampled_in_blocks(samples: torch.Tensor, old: int, new: int, width: int) 
     windows = torch.nn.functional.pad(samples, (width, width + 1)).unfold(0, 2 * width + 1, 1)
     edge = min(old, new) * ROLLOFF / old
     taps = (torch.arange(-width, width + 1, dtype=torch.float64) * edge).float()  # (2 width + 1,)
-    found, size = torch.empty(-(-new * len(samples) // old)), max(BLOCK_TAPS // len(taps), 1)
-    for start in range(0, len(found), size):
-        places = torch.arange(start, min(start + size, len(found)))
+    resampled, size = torch.empty(-(-new * len(samples) // old)), max(BLOCK_TAPS // len(taps), 1)
+    for start in range(0, len(resampled), size):
+        places = torch.arange(start, min(start + size, len(resampled)))
         nearest = places * old // new
         beyond = ((places * old - nearest * new).double() * (edge / new)).float()
         times = (taps - beyond[:, None]).clamp_(-ZEROS, ZEROS)  # (places, 2 width + 1)
         weights = torch.sinc(times).mul_(torch.cos(times.mul_(math.pi / ZEROS / 2)).square_())
-        found[places] = weights.mul_(windows[nearest]).sum(dim=1) * edge
-    return found
+        resampled[places] = weights.mul_(windows[nearest]).sum(dim=1) * edge
+    return resampled
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What becomes of another tool's key: written under our name, said to change nothing, or complained of."""
+"""The result for a foreign tool's key: written under our name, without effect, or a problem."""
 
 from typing import Any
 

@@ -36,29 +36,29 @@ def read_command_line(path: Path) -> Draft:
 
 
 def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
-    """Words with their lines, a line that ends in a backslash going on; a mark ends each command."""
+    """Words with their lines. A backslash at its end continues a line. An empty word ends each command."""
     for number, line in enumerate(text.splitlines(), 1):
-        goes_on = line.rstrip().endswith("\\")
+        continues = line.rstrip().endswith("\\")
         try:
             for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True):
                 yield word, number
         except ValueError as error:
             raise RecipeError(f"cannot be read as a command: {error}", file=file, line=number) from None
-        if not goes_on:
+        if not continues:
             yield "", number
 
 
 def _read_options(draft: Draft, words: list[tuple[str, int]]) -> None:
     """--NAME, --NAME VALUE ... and --NAME=VALUE up to the command's end."""
-    name, line, found = "", 0, list[str]()
+    name, line, values = "", 0, list[str]()
     for word, number in [*words, ("", 0)]:
         if word.startswith("--") or not word:
             if name:
-                _set(draft, name, found, line)
+                _set(draft, name, values, line)
             name, equals, value = word.removeprefix("--").partition("=")
-            line, found = number, [value] if equals else []
+            line, values = number, [value] if equals else []
         elif name:
-            found.append(word)
+            values.append(word)
         if not word:
             return
 

@@ -58,11 +58,11 @@ class Theirs:
 
 def take_all(draft: Draft) -> Theirs:
     """Every key of a draft with sections, out of it; a mapping in a section, or in a list, is one value."""
-    found: dict[str, tuple[Any, Place]] = {}
+    taken: dict[str, tuple[Any, Place]] = {}
     for name, value in draft.values.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{inner}": (value[inner], draft.place((name, inner))) for inner in value}
+            taken |= {f"{name}.{inner}": (value[inner], draft.place((name, inner))) for inner in value}
         else:
-            found[str(name)] = (value, draft.place((name,)))
+            taken[str(name)] = (value, draft.place((name,)))
     draft.values, draft.places = {}, {}
-    return Theirs(draft, found)
+    return Theirs(draft, taken)

@@ -79,10 +79,10 @@ def _rewrite_quantization(draft: Draft) -> None:
     """load_in_4bit, load_in_8bit, quantization_bit and `adapter: qlora` -> model.quantization."""
     bits: dict[str, tuple[int, Place]] = {}
     for name, meaning in (("load_in_4bit", 4), ("load_in_8bit", 8), ("quantization_bit", None)):
-        found = take(draft, name)
-        if found is None:
+        taken = take(draft, name)
+        if taken is None:
             continue
-        value, place = found
+        value, place = taken
         width = _bits(value, meaning)
         if width is None:
             expected = "must be true or false" if meaning else "must be 4 or 8"
@@ -124,10 +124,10 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
 
 def _rewrite_precision(draft: Draft) -> None:
     """bf16 and fp16 -> model.dtype; both off is float32."""
-    found = {name: taken for name in PRECISION_KEYS if (taken := take(draft, name)) is not None}
+    precisions = {name: taken for name in PRECISION_KEYS if (taken := take(draft, name)) is not None}
     names = {("bf16", True): "bfloat16", ("fp16", True): "float16", ("bf16", "auto"): "auto"}
     chosen: list[tuple[str, str]] = []
-    for name, (value, place) in found.items():
+    for name, (value, place) in precisions.items():
         if value is False:
             continue
         dtype = names.get((name, value)) if isinstance(value, bool | str) else None
@@ -136,13 +136,13 @@ def _rewrite_precision(draft: Draft) -> None:
         else:
             chosen.append((name, dtype))
     if len(chosen) > 1:
-        place = found["fp16"][1]
-        complain(draft, place, "fp16", f"contradicts bf16 ({found['bf16'][1]})", "keep one")
+        place = precisions["fp16"][1]
+        complain(draft, place, "fp16", f"contradicts bf16 ({precisions['bf16'][1]})", "keep one")
         return
-    if all(value is False for value, _ in found.values()):
-        chosen = [(name, "float32") for name in found][:1]
+    if all(value is False for value, _ in precisions.values()):
+        chosen = [(name, "float32") for name in precisions][:1]
     for name, dtype in chosen:
-        write(draft, ("model", "dtype"), dtype, found[name][1], name)
+        write(draft, ("model", "dtype"), dtype, precisions[name][1], name)
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
@@ -171,10 +171,10 @@ def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
 
 def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     """A key about every training source -> that field of each."""
-    found = take(draft, name)
-    if found is None:
+    taken = take(draft, name)
+    if taken is None:
         return
-    value, place = found
+    value, place = taken
     sources = draft.get(TRAIN)
     if isinstance(sources, str):
         draft.wrap(TRAIN, "path")
@@ -228,10 +228,10 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
 
 def _rewrite_strategy(draft: Draft, name: str, steps: str) -> None:
     """`epoch` -> what to write; a number of steps beside it is ignored, as there."""
-    if draft.get((name,)) == "epoch" and (found := take(draft, name)) is not None:
+    if draft.get((name,)) == "epoch" and (taken := take(draft, name)) is not None:
         if (ignored := take(draft, steps)) is not None:
             record(draft, ignored[1], steps, f"nothing ({name}: epoch overrules it)")
-        _settle_per_epoch(draft, name, f"training.{steps}", 1, found[1])
+        _settle_per_epoch(draft, name, f"training.{steps}", 1, taken[1])
 
 
 def _write_test_split(draft: Draft, dataset: object, split: tuple[Any, Place] | None, evaluates: Place | None) -> None:
@@ -280,10 +280,10 @@ def file_of_base(draft: Draft, file: str) -> dict[str | int, Any]:
 
 def _rewrite_template(draft: Draft, name: str) -> None:
     """The name of a template -> nothing, where the base's own tokenizer has that template."""
-    found = take(draft, name)
-    if found is None:
+    taken = take(draft, name)
+    if taken is None:
         return
-    value, place = found
+    value, place = taken
     base = str(draft.get(("model", "name_or_path"), draft.get(("model",), ""))).lower()
     bases = [known for start, known in TEMPLATES.items() if str(value).startswith(start)]
     if value == "tokenizer_default" or any(word in base for words in bases for word in words):

@@ -171,7 +171,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("evaluation.max_new_tokens", "eval_max_new_tokens"),
     **dropped("the tokenizer's own class is used", "tokenizer_type"),
     **dropped("rows of an evaluation are never packed", "eval_sample_packing"),
-    **dropped("a loss that rises is told with its rows", "loss_watchdog_threshold", "loss_watchdog_patience"),
+    **dropped("a warning names the rows of a rising loss", "loss_watchdog_threshold", "loss_watchdog_patience"),
     **dropped("no table of answers is sent", "eval_table_size"),
     **dropped("it follows from the layer", "lora_fan_in_fan_out"),
     **nowhere(lost("there is no embedding noise"), "neftune_noise_alpha"),

@@ -137,19 +137,19 @@ def drop_unknown(draft: Draft, tool: str) -> None:
 
 def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
     """What the tool takes for keys that are not written, where that is not what we take; in place."""
-    found = dict(DEFAULTS.get(tool, {}))
+    defaults = dict(DEFAULTS.get(tool, {}))
     if every_weight:
-        found["adapter.method"] = "full"
+        defaults["adapter.method"] = "full"
     method = "full" if every_weight else draft.get(("adapter", "method"))
     if tool == TRL:
         objective = str(draft.get(("objective", "method")))
-        found["training.learning_rate"] = rate_of(objective)
-        found |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
+        defaults["training.learning_rate"] = rate_of(objective)
+        defaults |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
         targets = PEFT_TARGETS.get(file_of_base(draft, "config.json").get("model_type", ""))
-        found["adapter.target_modules"] = "all-linear" if targets is None else list(targets)
+        defaults["adapter.target_modules"] = "all-linear" if targets is None else list(targets)
     if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
-        found["adapter.alpha"] = 2.0 * rank
-    for key, value in found.items():
+        defaults["adapter.alpha"] = 2.0 * rank
+    for key, value in defaults.items():
         section, name = key.split(".")
         other = ONE_OF.get(name)
         written = draft.has((section, name)) or (other is not None and draft.has((section, other)))

@@ -261,37 +261,37 @@ def _section(theirs: Theirs, section: str) -> dict[str, Any]:
 
 def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
     """One data set's arguments -> a source, and our keys that hold for all rows. Raises: NotExact."""
-    given = {name: value for name, value in part.items() if value is not None}
-    builder = _last(given.pop(COMPONENT, ""))
+    arguments = {name: value for name, value in part.items() if value is not None}
+    builder = _last(arguments.pop(COMPONENT, ""))
     if builder not in DATASETS:
         how = f"known: {', '.join(DATASETS)}; write data.train"
         raise NotExact(f"the data set {show(builder)} has no exact translation", how)
     source = dict(DATASETS[builder])
-    on_prompts = given.pop("train_on_input", builder in TRAINS_ON_PROMPTS)
-    of_all: dict[str, object] = {"data.packing": bool(given.pop("packed", False))}
+    on_prompts = arguments.pop("train_on_input", builder in TRAINS_ON_PROMPTS)
+    of_all: dict[str, object] = {"data.packing": bool(arguments.pop("packed", False))}
     if source.get("format") != "preference":
         of_all["data.train_on"] = "all" if on_prompts else "assistant"
-    path, files = given.pop("source", source.get("path")), given.pop("data_files", None)
+    path, files = arguments.pop("source", source.get("path")), arguments.pop("data_files", None)
     if path in FILES and not isinstance(files, str):
         raise NotExact("the files of a data set must be one path", "write data.train")
     source["path"] = files if path in FILES else path
     if builder == "chat_dataset":
-        source["format"] = {"sharegpt": "sharegpt", "openai": "chat"}.get(given.pop("conversation_style", ""))
+        source["format"] = {"sharegpt": "sharegpt", "openai": "chat"}.get(arguments.pop("conversation_style", ""))
         field = "conversations" if source["format"] == "sharegpt" else "messages"
-        column = given.pop("conversation_column", field)
+        column = arguments.pop("conversation_column", field)
         source |= {"columns": {column: field}} if column != field else {}
-    mapped = given.pop("column_map", None) or {}
+    mapped = arguments.pop("column_map", None) or {}
     if builder == "text_completion_dataset":
-        column = given.pop("column", "text")
+        column = arguments.pop("column", "text")
         source |= {"columns": {column: "text"}} if column != "text" else {}
-    split = given.pop("split", "train")
+    split = arguments.pop("split", "train")
     if "[" in str(split):
         raise NotExact(f"a part of a split ({split}) is no source", "write data.eval: a fraction, or max_rows")
     source |= {"split": split} if split != "train" else {}
     if any(name not in FIELDS for name in mapped):
         raise NotExact(f"column_map {show(mapped)} has no exact translation", "write columns under the source")
     source |= {"columns": {column: FIELDS[name] for name, column in mapped.items()}} if mapped else {}
-    others = [name for name, value in given.items() if value not in (None, False)]
+    others = [name for name, value in arguments.items() if value not in (None, False)]
     if others or not source.get("format") or not source.get("path"):
         what = f"'{others[0]}' would be lost" if others else "source or conversation_style is missing"
         raise NotExact(what, "write the source under data.train")
