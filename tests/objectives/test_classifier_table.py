@@ -1,4 +1,4 @@
-"""Classifiers by architecture: the shapes of published encoders made tiny, as they are saved for other tasks.
+"""Classifiers by architecture and problem type: published encoders made tiny, as they are saved for other tasks.
 
 Each cell trains 10 steps as transformers and peft do, and its result is read by the other side.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, Aut
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import losses, losses_of, start_as_ours, texts, train, write_recipe
+from tests.objectives.test_problem_types import KINDS, rows_of, target_of
+from tests.objectives.test_problem_types import write_recipe as write_typed
+from tests.support.classifier_case import check_each_reads_the_other, close
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.errors import ModelError
-from tunekit.merge import merge_verb
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
@@ -31,6 +34,7 @@ from tunekit.targets.target import find_target, load_target
 
 CPU = torch.device("cpu")
 STEPS, ROWS, LABELS = 10, 6, ["no", "perhaps", "yes"]
+SINGLE = "single"  # one label a row; the other kinds are those of test_problem_types
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ALBERT = {"embedding_size": 16, "classifier_dropout_prob": 0.0}
@@ -121,71 +125,77 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ENCODERS}
 
 
-def recipe_of(folder: Path, base: Path, method: str, **adapter: Any) -> Path:
+def recipe_of(folder: Path, base: Path, method: str, kind: str = SINGLE, **adapter: Any) -> Path:
     settings = {"method": method} if method == "full" else {"method": method, **adapter}
     training = {"learning_rate": 2e-3, "epochs": None, "max_steps": STEPS, "eval_steps": 100}
-    path = write_recipe(folder, base, data={"shuffle": False}, training=training)
+    write = write_recipe if kind == SINGLE else partial(write_typed, kind=kind)
+    path = write(folder, base, data={"shuffle": False}, training=training)
     values = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(values | {"adapter": settings}), encoding="utf-8")
     return path
 
 
-def classifier(folder: Path) -> nn.Module:
+def classifier(folder: Path, kind: str = SINGLE) -> nn.Module:
+    head = {"num_labels": 1 if kind == "one" else 3, "problem_type": KINDS.get(kind, "single_label_classification")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float32)
+        net: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **head)
     return net.eval()
 
 
-def texts_as_ids(base: Path) -> list[Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    return [torch.tensor([tokenizer(text)["input_ids"]]) for text, _ in texts(42)]
+def rows_with_targets(base: Path, kind: str) -> list[tuple[Tensor, Tensor]]:
+    """(1, T) ids and the target of each row, as a user of transformers has them."""
+    tokenizer, single = AutoTokenizer.from_pretrained(base), kind == SINGLE
+    rows = [(text, LABELS.index(label) if single else target_of(kind, label)) for text, label in typed(kind)]
+    return [(torch.tensor([tokenizer(text)["input_ids"]]), torch.tensor([target])) for text, target in rows]
+
+
+def typed(kind: str) -> list[tuple[str, Any]]:
+    return texts(42) if kind == SINGLE else rows_of(kind, 42)
 
 
 @torch.no_grad()
-def logits_of(net: nn.Module, rows: list[Tensor]) -> Tensor:
-    return torch.cat([net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in rows[:ROWS]])
+def logits_of(net: nn.Module, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.cat([net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids, _ in rows[:ROWS]])
 
 
-def logits_of_target(folder: Path, base: Path | None, rows: list[Tensor]) -> Tensor:
+def logits_of_target(folder: Path, base: Path | None, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     loaded = load_target(find_target(str(folder), None if base is None else str(base), ["model.dtype=float32"]), CPU)
     return logits_of(loaded.model.base.net, rows)
 
 
-def theirs_of(net: nn.Module, recipe: Path, rows: list[Tensor]) -> list[float]:
-    """Losses of a plain loop over the same rows, as the recipe says."""
-    answers = [LABELS.index(label) for _, label in texts(42)]
+def theirs_of(net: nn.Module, recipe: Path, rows: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """Losses of a plain loop over the same rows, as the recipe says; transformers computes each row's."""
 
     def loss_of(step: int) -> Tensor:
-        total, places = torch.zeros(()), [step % 7 * 6 + number for number in range(6)]
-        for place in places:
-            logits = net(input_ids=rows[place], attention_mask=torch.ones_like(rows[place])).logits
-            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([answers[place]]))
-        return total / len(places)
+        some = rows[step % 7 * 6 : step % 7 * 6 + 6]
+        found = [net(input_ids=ids, attention_mask=torch.ones_like(ids), labels=target).loss for ids, target in some]
+        return torch.stack(found).mean()
 
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
     return losses_of(net, recipe, plan.warmup_steps, STEPS, loss_of)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("kind", [SINGLE, "multi", "one"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_trains_as_transformers_and_peft_do_and_each_reads_the_other(
-    name: str, method: str, bases: dict[str, Path], tmp_path: Path
+    name: str, method: str, kind: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    base, encoder, rows = bases[name], ENCODERS[name], texts_as_ids(bases[name])
-    recipe = recipe_of(tmp_path, base, method, r=4)
+    base, encoder, rows = bases[name], ENCODERS[name], rows_with_targets(bases[name], kind)
+    recipe = recipe_of(tmp_path, base, method, kind, r=4)
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
     (note,) = [note for note in plan.notes if "initialised at random" in note]
     assert all(new in note for new in (*encoder.new, "classifier"))
     run = train(recipe)
     if method == "full":
-        start = train(recipe_of(tmp_path / "start", base, method), "training.max_steps=1")  # its rate is 0
-        assert losses(run) == pytest.approx(theirs_of(classifier(start / "model"), recipe, rows), abs=1e-5)
-        close(logits_of(classifier(run / "model"), rows), logits_of_target(run, None, rows))
+        start = train(recipe_of(tmp_path / "start", base, method, kind), "training.max_steps=1")  # its rate is 0
+        assert losses(run) == pytest.approx(theirs_of(classifier(start / "model", kind), recipe, rows), abs=1e-5)
+        close(logits_of(classifier(run / "model", kind), rows), logits_of_target(run, None, rows))
         return
     theirs = peft.get_peft_model(
-        classifier(base),
+        classifier(base, kind),
         peft.LoraConfig(
             r=4,
             lora_alpha=32,
@@ -196,20 +206,15 @@ def test_every_encoder_trains_as_transformers_and_peft_do_and_each_reads_the_oth
     )
     start_as_ours(theirs, recipe, tmp_path)
     assert losses(run) == pytest.approx(theirs_of(theirs, recipe, rows), abs=1e-5)
-    theirs.eval().save_pretrained(str(tmp_path / "theirs"))
-    close(logits_of_target(tmp_path / "theirs", base, rows), logits_of(theirs, rows))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ours = peft.PeftModel.from_pretrained(classifier(base), str(run / "adapter")).eval()
-    assert not [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
-    expected = logits_of_target(run / "adapter", base, rows)
-    close(logits_of(ours, rows), expected)
-    merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
-    close(logits_of(classifier(tmp_path / "merged"), rows), expected)
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    check_each_reads_the_other(
+        theirs,
+        run,
+        base,
+        tmp_path,
+        partial(classifier, kind=kind),
+        ours=lambda adapter: logits_of_target(adapter, base, rows),
+        logits=lambda net: logits_of(net, rows),
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, encoder in ENCODERS.items() if encoder.new])

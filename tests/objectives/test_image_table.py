@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForImageClassification, Siglip2ImageProcessor, ViTImageProcessor
 
 from tests.objectives.test_image_classify import COLOURS, trained, write
+from tests.support.classifier_case import check_each_reads_the_other, close
 from tests.support.image_case import records
 from tunekit.errors import InputError
-from tunekit.merge import merge_verb
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
@@ -142,11 +142,6 @@ def logits_of_target(folder: Path, base: Path | None, pixels: Tensor) -> Tensor:
     return logits_of(loaded.model.base.net, pixels)
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    scale = max(1.0, float(theirs.abs().max()))
-    torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
-
-
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", NETS)
@@ -174,16 +169,15 @@ def test_every_net_trains_as_transformers_and_peft_do_and_each_reads_the_other(
     theirs = peft.get_peft_model(classifier(base), config).eval()
     peft.set_peft_model_state_dict(theirs, peft.load_peft_weights(str(first / "adapter")))
     assert ours == pytest.approx(theirs_of(theirs, recipe, base, pictures), abs=1e-5)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    close(logits_of_target(tmp_path / "theirs", base, pixels), logits_of(theirs, pixels))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        again = peft.PeftModel.from_pretrained(classifier(base), str(run / "adapter")).eval()
-    assert not [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
-    expected = logits_of_target(run / "adapter", base, pixels)
-    close(logits_of(again, pixels), expected)
-    merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
-    close(logits_of(classifier(tmp_path / "merged"), pixels), expected)
+    check_each_reads_the_other(
+        theirs,
+        run,
+        base,
+        tmp_path,
+        classifier,
+        ours=lambda adapter: logits_of_target(adapter, base, pixels),
+        logits=lambda net: logits_of(net, pixels),
+    )
 
 
 def test_a_net_that_reads_patches_of_any_number_is_refused_by_name(tmp_path: Path, pictures: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import (
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_classifier_table import DEBERTA_2, DROPOUT, ROBERTA, SIZES
 from tests.objectives.test_classify import losses, losses_of, start_as_ours, tensors_of, train, write_recipe
+from tests.support.classifier_case import check_each_reads_the_other
 from tests.support.data_case import tokenizer_of
 from tests.test_data_check import check
 from tunekit.contracts import EncodeOptions, Row
@@ -257,19 +259,20 @@ def test_ten_steps_and_the_result_are_those_of_transformers_and_peft(
         expected = logits_of(classifier_of(written), tokenizer)
         torch.testing.assert_close(our_logits(written, None), expected, atol=1e-5, rtol=1e-5)
         return
-    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
-    read = peft.PeftModel.from_pretrained(plain, str(run / "adapter")).eval()
-    expected = logits_of(read, tokenizer)
-    torch.testing.assert_close(our_logits(run, None), expected, atol=1e-5, rtol=1e-5)
-    read.save_pretrained(str(tmp_path / "theirs"))
-    torch.testing.assert_close(our_logits(tmp_path / "theirs", base), expected, atol=1e-5, rtol=1e-5)
-    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
-    merged = logits_of(classifier_of(tmp_path / "merged"), AutoTokenizer.from_pretrained(tmp_path / "merged"))
-    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+    merged = check_each_reads_the_other(
+        theirs,
+        run,
+        base,
+        tmp_path,
+        partial(classifier_of, num_labels=2),
+        ours=lambda adapter: our_logits(adapter, base),
+        logits=lambda net: logits_of(net, tokenizer),
+    )
+    assert AutoTokenizer.from_pretrained(merged)("good", "bad") == tokenizer("good", "bad")
 
 
-def classifier_of(folder: Path) -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+def classifier_of(folder: Path, **head: Any) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **head).eval()
 
 
 def encoded(tokenizer: Path, *rows: dict[str, Any], **options: Any) -> list[Row]:
