@@ -14,30 +14,6 @@ SITE = REPOSITORY / "scripts" / "site"
 SENTENCE_WORDS, PARAGRAPH_CHARACTERS, SHORT_LIFE = 35, 5 * 125, 3
 BANNED = r"\b(told|said|senseless|sensible|comes in|goes out|goes on|gone on|going on|begun|none of what)\b"
 VAGUE = {"found", "told", "said", "given", "kept", "made", "seen", "every", "own", "whole", "rest", "asked"}
-PLAIN = (
-    "formats",
-    "commands",
-    "cli.py",
-    "memory",
-    "machine",
-    "files",
-    "console",
-    "model",
-    "companions",
-    "talking",
-    "targets",
-    "tuned",
-    "adapters",
-    "contracts",
-    "serve.py",
-    "watch.py",
-    "chat.py",
-    "generate.py",
-    "runs.py",
-    "merge.py",
-    "plan.py",
-    "train.py",
-)  # folders and files of tunekit/ whose words and names are checked; all of them in the end
 TITLES = (
     "Supervised fine-tuning (SFT)",
     "Text classification",
@@ -56,17 +32,15 @@ TITLES = (
 )
 
 
-def modules(*places: str) -> Iterator[tuple[str, ast.Module]]:
-    """Path and syntax tree of the modules of these folders and files, or of all modules."""
-    package = REPOSITORY / "tunekit"
-    roots = [package / place for place in places] or [package]
-    for file in (file for root in roots for file in ([root] if root.suffix else sorted(root.rglob("*.py")))):
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Path and syntax tree of all modules."""
+    for file in sorted((REPOSITORY / "tunekit").rglob("*.py")):
         yield str(file.relative_to(REPOSITORY)), ast.parse(file.read_text(encoding="utf-8"))
 
 
-def texts(*places: str) -> Iterator[tuple[str, str]]:
+def texts() -> Iterator[tuple[str, str]]:
     """Place and text of all strings of the code, docstrings too. Values in f-strings become X."""
-    for file, tree in modules(*places):
+    for file, tree in modules():
         inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
@@ -82,7 +56,7 @@ def sentences(text: str) -> list[str]:
 
 
 def test_banned_words() -> None:
-    hits = [f"{place}: {hit[0]}" for place, text in texts(*PLAIN) for hit in re.finditer(BANNED, text, re.I)]
+    hits = [f"{place}: {hit[0]}" for place, text in texts() for hit in re.finditer(BANNED, text, re.I)]
     assert hits == []
 
 
@@ -99,7 +73,7 @@ def test_sentences_are_short() -> None:
 def test_names_state_their_content() -> None:
     """A vague name may live for a few lines only."""
     vague = []
-    for file, tree in modules(*PLAIN):
+    for file, tree in modules():
         for function in ast.walk(tree):
             lines: dict[str, list[int]] = {}
             for node in ast.walk(function) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) else ():

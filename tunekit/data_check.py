@@ -38,11 +38,11 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     example, limit = recipe.objective.example, recipe.data.max_length
     kind, lengths = _row_kind(recipe)
     console.info(*lengths)
-    seen, held = SimilarityIndex(), SimilarityIndex()
-    held_back = [look_at_rows(source, example, limit, held, None, False, kind) for source in evaluation]
-    known, keep = held if held_back and not recipe.objective.measures_training else None, fix is not None
-    trained = [look_at_rows(source, example, limit, seen, known, keep, kind) for source in recipe.data.train]
-    for each in (*trained, *held_back):
+    train_index, eval_index = SimilarityIndex(), SimilarityIndex()
+    eval_findings = [look_at_rows(source, example, limit, eval_index, None, False, kind) for source in evaluation]
+    known, keep = eval_index if eval_findings and not recipe.objective.measures_training else None, fix is not None
+    trained = [look_at_rows(source, example, limit, train_index, known, keep, kind) for source in recipe.data.train]
+    for each in (*trained, *eval_findings):
         add_other_scripts(each)
         console.info(f"{each.name}: {each.rows:,} rows")
         if each.sizes and recipe.objective.medium is None:
@@ -62,9 +62,9 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         for each, source in zip(trained, recipe.data.train, strict=True):
             if source.max_rows is not None:
                 console.info(f"{each.name}: rows that max_rows ({source.max_rows:,}) left unread are not in {fix}")
-    findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *held_back)]
+    findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *eval_findings)]
     write_result({"files": findings, "fixed": fix})
-    return 2 if any(each.lines for each in (*trained, *held_back)) else 0
+    return 2 if any(each.lines for each in (*trained, *eval_findings)) else 0
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:

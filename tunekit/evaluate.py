@@ -44,22 +44,22 @@ def evaluate_verb(
     if data is not None:
         overrides = [f"data.eval=[{{path: {yaml_scalar(data)}, format: {yaml_scalar(format or 'auto')}}}]", *overrides]
     of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
-    found = find_target(target, base, [text for text in overrides if text not in of_data])
-    section = _data_section(found, of_data)
+    spec = find_target(target, base, [text for text in overrides if text not in of_data])
+    section = _data_section(spec, of_data)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
-    console.info(*found.rewrites)
+    console.info(*spec.rewrites)
     try:
-        console.info(f"loading {found.model.name_or_path} ...")
-        loaded = load_target(found, devices.device)
+        console.info(f"loading {spec.model.name_or_path} ...")
+        loaded = load_target(spec, devices.device)
         load_reference(loaded)
-        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
-        console.info(*rows.notes, *calibration_notes(found.evaluation))
+        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=spec.seed))
+        console.info(*rows.notes, *calibration_notes(spec.evaluation))
         loaded.model.companions = load_companions(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
-        of_run, counting = found.data or section, CountProgress(console)
+        of_run, counting = spec.data or section, CountProgress(console)
         evaluation = evaluate_rows(loaded, rows, metrics, devices, of_run, template, counting)
     finally:
         devices.close()

@@ -78,22 +78,30 @@ def _of_adapter(path: Path) -> Translation:
                 raise RecipeError.of(error.problems, [f"{path}: a configuration of {PEFT}", "lost:"]) from error
             fields = {name: value for name, value in fields.items() if name not in lost}
             problems += error.problems
-    own = {name: setting for name, (setting, _) in method.peft.fields.items()}
+    settings_of = {name: setting for name, (setting, _) in method.peft.fields.items()}
     written = settings.model_dump(mode="json", exclude_defaults=True)
     adapter = {"method": settings.method, **{name: value for name, value in written.items() if name != "method"}}
     base = {"name_or_path": fields.get("base_model_name_or_path") or "BASE"}
     if fields.get("revision"):
         base["revision"] = fields["revision"]
     values: dict[str, Any] = {"model": base, "data": {"train": ROWS}, "adapter": adapter, "output": {"dir": RUN}}
-    told = ("peft_type", *method.peft.claims)  # what says which method it is
-    from_base = {"base_model_name_or_path": "model", "revision": "model", **dict.fromkeys(told, "adapter.method")}
-    kept = [f"{path}: {name} -> adapter.{own[name]}" for name in fields if name in own]
-    kept += [f"{path}: {name} -> {to}" for name, to in from_base.items() if name in fields]
-    others = [f"{path}: {name} -> nothing" for name in fields if name not in own and name not in from_base]
-    asked = f"to be named: data.train (here {ROWS}) and output.dir: an adapter's configuration knows neither"
-    said = [f"{path}: a configuration of {PEFT}", *_titled("kept:", kept), *_titled("without effect here:", others)]
+    identity_fields = ("peft_type", *method.peft.claims)  # what says which method it is
+    from_base = {
+        "base_model_name_or_path": "model",
+        "revision": "model",
+        **dict.fromkeys(identity_fields, "adapter.method"),
+    }
+    kept_lines = [f"{path}: {name} -> adapter.{settings_of[name]}" for name in fields if name in settings_of]
+    kept_lines += [f"{path}: {name} -> {to}" for name, to in from_base.items() if name in fields]
+    others = [f"{path}: {name} -> nothing" for name in fields if name not in settings_of and name not in from_base]
+    missing = f"to be named: data.train (here {ROWS}) and output.dir: an adapter's configuration knows neither"
+    lines = [
+        f"{path}: a configuration of {PEFT}",
+        *_titled("kept:", kept_lines),
+        *_titled("without effect here:", others),
+    ]
     text = as_comments(problems, read_recipe_file(path)) + "\n".join(yaml_lines(values)) + "\n"
-    return text, [*said, asked], problems
+    return text, [*lines, missing], problems
 
 
 def _by_kind(rewrites: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ SAMPLED_ANSWERS: Sequence[Line] = (
 )
 LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 NUMBER_METRICS: Sequence[Line] = (("  metrics: [loss, pearson, spearman]", ""),)
-LENGTH_COMMENT = {False: "tokens; longer rows are dropped, and told", True: "tokens of each piece of a text"}
+LENGTH_COMMENT = {False: "tokens; longer rows are dropped and counted", True: "tokens of each piece of a text"}
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,16 @@ def init_verb(
     share = str(evaluation) if evaluation is not None else _ask(asks, question, eval_share(look))
     first = FirstRecipe(data, model, method, quantization, _share(share), look)
     write_text(target, recipe_text(first, target))
-    said: Sequence[str] = ()
+    results: Sequence[str] = ()
     if named:
         console.info("planning the run, to see whether it fits this machine ...")
         try:
-            first, said = fitted(first, target)
+            first, results = fitted(first, target)
         except TunekitError:
             target.unlink()
             raise
     write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an older one of ours, or another's, stays
-    console.info(*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
+    console.info(*results, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
 
 
 def eval_share(look: Look | None) -> str:
@@ -240,7 +240,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
         *([(f"  eval_steps: {interval}", "")] if first.evaluation else []),
-        (f"  save_steps: {interval}", "tunekit train --resume goes on from there"),
+        (f"  save_steps: {interval}", "tunekit train --resume continues from there"),
         *(_evaluation_lines(objective, needed) if first.evaluation else []),
         ("output:", ""),
         (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
@@ -349,13 +349,13 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         fits = free is None or plan.peak_bytes.total < free
         if fits and not refused:
             break
-    said = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
-    said[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
+    results = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
+    results[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
     if (look := first.look) is not None and look.counted:
-        said.append(f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, by the model's tokenizer")
+        results.append(f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, by the model's tokenizer")
     rows = plan.rows.training
     if rows.dropped:
-        said.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
+        results.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
     if not fits:
-        said.append("warning: that does not fit; set memory.budget, and plan finds a way or says why there is none")
-    return first, [*said, *(f"warning: {text}" for text in refused)]
+        results.append("warning: that does not fit; set memory.budget, and plan finds a way or says why there is none")
+    return first, [*results, *(f"warning: {text}" for text in refused)]

@@ -89,9 +89,11 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
     console.info("", *notes)
     console.warn(*findings)
     if not findings and REFERENCE in kinds:
-        console.info("nothing was found: the rows' own answers are worth more than what says nothing")
+        console.info("no problem was found: reference answers score higher than empty and constant ones")
     elif not findings:
-        console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")
+        console.info(
+            "the reward returned valid numbers; without reference answers, it was not tested on good and bad ones"
+        )
     write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
     return 2 if findings else 0
 
@@ -134,12 +136,12 @@ def known_answers(
     if answers:
         kinds[REFERENCE] = answers
         kinds[SHUFFLED] = [
-            next((text for text in answers[at + 1 :] + answers[:at] if text != own), own)
-            for at, own in enumerate(answers)
+            next((text for text in answers[at + 1 :] + answers[:at] if text != answer), answer)
+            for at, answer in enumerate(answers)
         ]
     distinct = list(dict.fromkeys(answers))
     if len(distinct) > 1:
-        kinds[BURIED] = [_among_others(own, distinct) for own in answers]
+        kinds[BURIED] = [_among_others(answer, distinct) for answer in answers]
     if 1 < len(distinct) <= MOST_LISTED:
         kinds[LISTED] = [", ".join(distinct)] * len(rows)
     kinds[NOTHING] = [""] * len(rows)
@@ -224,10 +226,10 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
         for error, names in places.items()
     ]
     by_name = {each.name: each for each in trials}
-    own = by_name.get(REFERENCE)
-    notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
+    reference = by_name.get(REFERENCE)
+    notes = [] if reference else ["no row has an answer of its own, with which others could be compared"]
     failed = {each.name for each in trials if each.errors}
-    best = np.nan if own is None or own.errors else float(mean(own.total))
+    best = np.nan if reference is None or reference.errors else float(mean(reference.total))
     empty = float(mean(by_name[NOTHING].total)) if NOTHING in by_name else np.nan
     constant = max((float(mean(each.total)) for each in trials if each.name.startswith(COMMON)), default=np.nan)
     much = empty + TOO_MUCH * (best - empty) if empty < best else best
@@ -238,7 +240,7 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
         if (other >= best or fools) and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
             text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
             (notes if each.name == SHUFFLED else findings).append(text)
-    notes += _constant(rewards, trials) if own is not None else ()
+    notes += _constant(rewards, trials) if reference is not None else ()
     for each in trials:
         for source, seconds in zip(rewards.sources, each.seconds, strict=True):
             slow = seconds / max(len(each.completions), 1)
@@ -251,7 +253,7 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     if sampled is not None and not sampled.errors:
         equal = float(teaches_nothing(sampled.total.reshape(-1, size), axis=1).mean())
         notes.append(f"{equal:.0%} of the groups of samples have equal rewards or none: nothing can be learnt of those")
-        if own is not None and mean(sampled.total) >= mean(own.total):
+        if reference is not None and mean(sampled.total) >= mean(reference.total):
             notes.append(
                 f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled"
             )

@@ -92,13 +92,14 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     norms: dict[str, float] = {}
     for name in names:
         members = [index for index, adapter in enumerate(adapters) if name in adapter.updates]
-        own = [adapters[index].updates[name] for index in members]
-        for update, index in zip(own, members, strict=True):
-            if (update.shape, update.embedding) != (own[0].shape, own[0].embedding):
-                what = f"'{name}' is {list(update.shape)} there and {list(own[0].shape)} in {adapters[members[0]].name}"
+        layer_updates = [adapters[index].updates[name] for index in members]
+        for update, index in zip(layer_updates, members, strict=True):
+            if (update.shape, update.embedding) != (layer_updates[0].shape, layer_updates[0].embedding):
+                first = adapters[members[0]].name
+                what = f"'{name}' is {list(update.shape)} there and {list(layer_updates[0].shape)} in {first}"
                 raise AdapterError(what, "only adapters of one base go together", file=adapters[index].name)
-        exact = weighted_sum(own, [mixture.weights[index] for index in members])
-        updates[name] = _combine_layer(name, own, members, exact, mixture)
+        exact = weighted_sum(layer_updates, [mixture.weights[index] for index in members])
+        updates[name] = _combine_layer(name, layer_updates, members, exact, mixture)
         errors[name] = weighted_sum([updates[name], exact], [1.0, -1.0]).norm()
         norms[name] = exact.norm()
     if mixture.kind == "cat" and not any(adapter.config.low_rank.rank_pattern for adapter in adapters):

@@ -1,4 +1,4 @@
-"""One layer's low-rank update D = s B A, and what can be told of it without ever making D.
+"""The low-rank update of one layer, D = s B A, and properties computed without D itself.
 
 Norms and products are taken in float64 from R x R matrices.
 """

@@ -77,13 +77,13 @@ def nearest_lora(
             moved = moved or not bool((new_bias - bias).norm() <= SAME * bias.norm())
         if new_bias is not None and not embedding:
             biases[f"{PREFIX}{name}.base_layer.bias"] = new_bias
-    rest = trained_beside(attached)
+    other_tensors = trained_beside(attached)
     settings = lora_settings(attached.settings, moved)
-    rest |= biases if settings.bias != "none" else {}
+    other_tensors |= biases if settings.bias != "none" else {}
     targets = concrete_targets(list(updates), list(base_modules(attached.net)))
     conv1d = any(target.kind == "conv1d" for target in attached.targets)
     config = replace(config, method=plain_lora_method(), settings=settings)
-    return LoraFolder(config, updates, rest, targets, conv1d), losses
+    return LoraFolder(config, updates, other_tensors, targets, conv1d), losses
 
 
 def trained_beside(attached: AttachedAdapter) -> Tensors:

@@ -141,11 +141,11 @@ class Evaluator:
                 done += len(batch.rows)
                 self.progress("evaluation rows measured", done, len(self.rows))
 
-        found = {}
+        sums = {}
         for name, rows in by_source(self.rows).items():
             batches = evaluation_batches(rows, self.objective.rows, batch_size=self.settings.batch_size)
-            found[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
-        return found
+            sums[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
+        return sums
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
         """The sums over rows of what was chosen."""

@@ -79,12 +79,12 @@ def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Cha
     if training.optimizer == "adamw" and _is_possible(recipe, "training", optimizer="adamw_8bit"):
         section = training.model_copy(update={"optimizer": "adamw_8bit"})
         yield Change(
-            "training.optimizer", "adamw_8bit", lambda given: replace(given, run=replace(given.run, training=section))
+            "training.optimizer", "adamw_8bit", lambda old: replace(old, run=replace(old.run, training=section))
         )
     rank = getattr(forecast.run.adapter, "r", None)
     if isinstance(rank, int) and rank > 1:
         settings = forecast.run.adapter.model_copy(update={"r": rank // 2})
-        yield Change("adapter.r", rank // 2, lambda given: replace(given, run=replace(given.run, adapter=settings)))
+        yield Change("adapter.r", rank // 2, lambda old: replace(old, run=replace(old.run, adapter=settings)))
     yield from _changes_of_rows(recipe, forecast)
 
 

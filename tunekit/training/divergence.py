@@ -12,7 +12,7 @@ from tunekit.training.readings import Reading, rows_text
 from tunekit.training.state import Run
 
 PAST = 50  # steps before this one that are looked at
-LEAST = 8  # of them, for a spike to be told from noise
+LEAST = 8  # of them, to distinguish a spike from noise
 DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above their mean
 LAST = 5  # steps in a row that should be no worse than the first one, whose loss is that before any update
 # A jump is JUMP times the steps just before, of which RECENT are looked at. Losses near zero jitter: it must also reach
@@ -37,8 +37,8 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
     if why is not None:
         rows = rows_text(reading.window.batches, run.devices)
         last = reading.step == run.windows.steps and run.evaluation.best is None
-        goes_on = f"this was the last step, and its weights are exported; {KEEP_BEST}" if last else "training goes on"
-        action = f"{goes_on}; lower training.learning_rate, or look at the rows of this step: {rows}"
+        outcome = f"this was the last step, and its weights are exported; {KEEP_BEST}" if last else "training continues"
+        action = f"{outcome}; lower training.learning_rate, or look at the rows of this step: {rows}"
         state.reactions.append(asdict(Reaction(why, action, reading.step)))
         run.warn(f"step {reading.step}: {why}; {action}")
     state.first_losses = state.first_losses or [loss]
@@ -64,8 +64,8 @@ def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> st
 
     `first`: the loss of the first step; `past`: those of the up to PAST steps before this one. A spike is more than
     SHARE times the mean of the past and more than DEVIATIONS of its standard deviations above it. A rise is LAST steps
-    in a row of more than SHARE times the first loss, or of more than NOISES times the noise above it; it is told when
-    it begins. A jump is told where no step of the past rose so, or it is this run's noise.
+    in a row of more than SHARE times the first loss, or of more than NOISES times the noise above it; it is reported
+    when it starts. A jump is reported unless a past step rose as much, because then it is this run's noise.
     """
     if len(past) >= LEAST:
         mean, deviation = fmean(past), pstdev(past)

@@ -192,7 +192,7 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
     skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
     text = [f"{skipped_text(skipped)}."] if skipped else []
     if not reactions and not skipped:
-        text.append("None: every check at the start passed, and the run did what its plan said.")
+        text.append("None: all checks at the start passed, and the run followed its plan.")
     lines = [[item["probe"], item["action"], item["step"]] for item in reactions]
     tables = [ReportTable(["check", "what was done", "at step"], lines)] if lines else []
     yield ReportSection("Reactions", text, tables=tables)

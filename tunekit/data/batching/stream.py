@@ -65,13 +65,13 @@ class StreamedSource:
                 raise DataError("no row of it can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
-        """Encoded rows of one pass in bounded buffers, each with the share of the shards begun before it ended."""
+        """Encoded rows of one pass in bounded buffers, each with the share of shards started before its end."""
         problems, name = Problems(), self.sharded.source.path
-        begun = [0]
+        started = [0]
         make_example = format_maker(self.format_name, name)
         source = SourceEncoder(make_example, self.kind.counting(), name)
-        found = map(source.outcome, self._raw_rows(seed, epoch, shuffle, problems, begun))
-        encoded = encode_rows(found, self.kind, name=name, problems=problems, counts=SourceCounts())
+        outcomes = map(source.outcome, self._raw_rows(seed, epoch, shuffle, problems, started))
+        encoded = encode_rows(outcomes, self.kind, name=name, problems=problems, counts=SourceCounts())
         buffer: list[Row] = []
         tokens = held = 0
         for row, line, _, _ in encoded:
@@ -80,19 +80,21 @@ class StreamedSource:
             held += sum(part.nbytes for part in row.parts.values())
             if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS or held >= BUFFER_BYTES:
                 problems.raise_if_any()
-                yield buffer, (begun[0] - 1) / len(self.sharded.shards)
+                yield buffer, (started[0] - 1) / len(self.sharded.shards)
                 buffer, tokens, held = [], 0, 0
         problems.raise_if_any()
         if buffer:
-            yield buffer, (begun[0] - 1) / len(self.sharded.shards)
+            yield buffer, (started[0] - 1) / len(self.sharded.shards)
 
-    def _raw_rows(self, seed: int, epoch: int, shuffle: bool, problems: Problems, begun: list[int]) -> Iterator[RawRow]:
+    def _raw_rows(
+        self, seed: int, epoch: int, shuffle: bool, problems: Problems, started: list[int]
+    ) -> Iterator[RawRow]:
         shards = self.sharded.shards
         order = range(len(shards))
         if shuffle:
             order = permutation(len(shards), "shards", seed, self.number, epoch).tolist()
         for index in order:
-            begun[0] += 1
+            started[0] += 1
             yield from self.sharded.read(shards[index], problems)
 
 

@@ -62,16 +62,16 @@ def encode_rows(
 
 def _pieces(rows: Sequence[Row], kind: RowKind, counts: SourceCounts) -> list[Row]:
     """What is trained on of the rows of one example. Raises: Dropped where that is nothing."""
-    kept, reasons = list[Row](), list[Dropped]()
+    pieces, reasons = list[Row](), list[Dropped]()
     for row in rows:
         try:
-            kept += cut_row(row, kind, counts)
+            pieces += cut_row(row, kind, counts)
         except Dropped as reason:
             reasons.append(reason)
-    if not kept:
+    if not pieces:
         raise reasons[-1]
     counts.truncated += bool(reasons)
-    return kept
+    return pieces
 
 
 def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
@@ -90,11 +90,11 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
         raise Dropped(TOO_LONG + kind.room)
     truncates = options.excess_length == "truncate"
     starts = range(0, most if truncates else length, most)
-    kept = [piece for start in starts if (piece := kind.cut(row, start, start + most)).supervised]
-    if not kept:
+    pieces = [piece for start in starts if (piece := kind.cut(row, start, start + most)).supervised]
+    if not pieces:
         raise Dropped(NO_TARGET_LEFT)
     counts.truncated += truncates
-    return kept
+    return pieces
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:

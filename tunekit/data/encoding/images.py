@@ -43,7 +43,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     except ImportError:
         raise InputError("images are read by Pillow, which is not installed", HOW_TO_INSTALL) from None
 
-    told = Counter[str]() if notices is None else notices
+    notices = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
         raise DataError(f"there is no image {file}", "check the path; a relative one is meant from its table's folder")
@@ -56,9 +56,9 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
                 opened.load()
-                told["was turned upright, as its EXIF says"] += opened.getexif().get(ORIENTATION) in range(2, 9)
+                notices["was turned upright, as its EXIF says"] += opened.getexif().get(ORIENTATION) in range(2, 9)
                 ImageOps.exif_transpose(opened, in_place=True)
-                return _as_pixels(opened, told)
+                return _as_pixels(opened, notices)
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -74,35 +74,35 @@ def _named(file: str | None) -> str:
     return "the image" if file is None else file
 
 
-def _as_pixels(image: Any, told: Counter[str]) -> Pixels:
+def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
     """RGB. Raises: Dropped for a tiny picture."""
     if min(image.size) < LEAST_PIXELS:
         raise Dropped(TOO_SMALL)
     block_rows = max(BLOCK_PIXELS // image.width, 1)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    to_rgb = _deep_to_rgb(image, told) if image.mode in DEEP_MODES else _flat_to_rgb(image, told)
+    to_rgb = _deep_to_rgb(image, notices) if image.mode in DEEP_MODES else _flat_to_rgb(image, notices)
     for top in range(0, image.height, block_rows):
         bottom = min(top + block_rows, image.height)
         pixels[top:bottom] = to_rgb(image.crop((0, top, image.width, bottom)))
     return pixels
 
 
-def _deep_to_rgb(image: Any, told: Counter[str]) -> Callable[[Any], Array]:
+def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
     """What makes (H, W, 1) levels of a block of a picture of one deep channel."""
-    told[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
+    notices[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
     scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
-def _flat_to_rgb(image: Any, told: Counter[str]) -> Callable[[Any], Array]:
+def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
     """What makes (H, W, 3) of a block of a picture of 8 bits a channel."""
     from PIL import Image
 
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
-        told[f"is {image.mode}, converted to RGB"] += 1
+        notices[f"is {image.mode}, converted to RGB"] += 1
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return lambda block: np.asarray(block.convert("RGB"))
-    told["is transparent in places, laid on white"] += 1
+    notices["is transparent in places, laid on white"] += 1
     white = (255, 255, 255, 255)
     return lambda block: np.asarray(
         Image.alpha_composite(Image.new("RGBA", block.size, white), block.convert("RGBA")).convert("RGB")

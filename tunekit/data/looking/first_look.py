@@ -87,12 +87,12 @@ def look_at(data: str) -> Look | None:
     if not values:
         raise DataError("there is no row in it", "", file=data)
     objective, format_name, columns = _kind(values[0], data)
-    method, seen = objective.model_fields["method"].default, values[:LOOKED_AT]
-    sample = seen[:: -(-len(seen) // MEASURED)]
+    method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
+    sample = inspected[:: -(-len(inspected) // MEASURED)]
     longest = _longest([sum(map(guessed_tokens, _texts(row))) for row in sample]) + 32
-    fields = tuple(name for name, _ in Counter(name for row in seen for name in row).most_common(6))
+    fields = tuple(name for name, _ in Counter(name for row in inspected for name in row).most_common(6))
     notes = [] if format_name == "text" else _folder_notes(data)
-    return Look(method, format_name, len(seen), seen == values, longest, fields, columns, notes, sample)
+    return Look(method, format_name, len(inspected), inspected == values, longest, fields, columns, notes, sample)
 
 
 def _longest(lengths: Sequence[int]) -> int:

@@ -47,7 +47,7 @@ PATTERNS = (  # kind, what is looked for, and a text without which it cannot be 
     ("secret", KEY, ("-----BEGIN", "AKIA", "ASIA")),
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-MOST_BROKEN = 1000  # things wrong with lines that are told apart
+MOST_BROKEN = 1000  # different problems of lines
 FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # of a row that names a file
 SAMPLES_AT_ONCE = 1 << 20
 EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # what becomes of a longer row
@@ -99,69 +99,69 @@ def look_at_rows(
     source: Source,
     example: str,
     limit: int,
-    seen: SimilarityIndex,
-    held: SimilarityIndex | None,
+    train_index: SimilarityIndex,
+    eval_index: SimilarityIndex | None,
     keep: bool,
     kind: RowKind | None = None,
 ) -> Found:
-    """Every row of one source. `held`: the evaluation rows, where these are to train on; `kind`: how rows are encoded,
-    None where that is not known, so that their lengths are guessed."""
-    found, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
+    """The findings of all rows of one source. `eval_index`: the evaluation rows, if these rows are for training.
+    `kind`: the encoding of rows; None: unknown, so lengths are estimates."""
+    findings, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example = format_maker(format_name, source.path)
     rows, encoded = tee(rows)
     for row, outcome in zip(rows, _outcomes(encoded, make_example, kind, source.path), strict=True):
-        found.rows += 1
+        findings.rows += 1
         text = "\n".join(_texts(row.values))
-        before, made = sum(map(len, found.lines.values())), None
+        before, parsed = sum(map(len, findings.lines.values())), None
         try:
-            made = make_example(row.values)
-            for finding, what in _doubts(made, text, row.line, found):
-                found.add(finding, row.line, what)
+            parsed = make_example(row.values)
+            for finding, what in _doubts(parsed, text, row.line, findings):
+                findings.add(finding, row.line, what)
             if kind is not None and outcome is not None:
-                for finding, what in _fates(outcome, kind, found):
-                    found.add(finding, row.line, what)
-            elif not isinstance(made, FileExample):
+                for finding, what in _fates(outcome, kind, findings):
+                    findings.add(finding, row.line, what)
+            elif not isinstance(parsed, FileExample):
                 size = guessed_tokens(text) - _of_the_shorter(row.values)
-                found.add_size(size)
+                findings.add_size(size)
                 if size > limit:
-                    found.add("long", row.line, f"at most about {size:,} tokens")
+                    findings.add("long", row.line, f"at most about {size:,} tokens")
         except DataError as error:
-            found.add("broken", row.line, error.problems[0].what)
-        label = getattr(made, "label", None)
-        mine = _signed(made, text)
-        leaked, like = None if held is None else held.like(mine), seen.like(mine)
+            findings.add("broken", row.line, error.problems[0].what)
+        label = getattr(parsed, "label", None)
+        mine = _signed(parsed, text)
+        leaked, like = None if eval_index is None else eval_index.like(mine), train_index.like(mine)
         if leaked is not None:
-            found.add("leak", row.line, f"as line {leaked[2]} of {leaked[1]}")
+            findings.add("leak", row.line, f"as line {leaked[2]} of {leaked[1]}")
         if like is not None:
-            finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == found.name else f" of {like[1]}")
+            finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == findings.name else f" of {like[1]}")
             if like[3] != label:
                 finding = "contrary" if finding == "exact" else finding
                 place += f", where it is {like[3]}, not {label}"
-            found.add(finding, row.line, place)
+            findings.add(finding, row.line, place)
         else:
-            seen.add(mine, found.name, row.line, label)
-        if keep and sum(map(len, found.lines.values())) == before:
-            found.passed.append(row.values)
+            train_index.add(mine, findings.name, row.line, label)
+        if keep and sum(map(len, findings.lines.values())) == before:
+            findings.passed.append(row.values)
     for problem in problems.shown:
         for line in [problem.line or 0, *problems.others.get(problem, [])]:
-            found.rows += 1
-            found.add("broken", line, problem.what)
-    return found
+            findings.rows += 1
+            findings.add("broken", line, problem.what)
+    return findings
 
 
-def _signed(made: object, text: str) -> RowSignature:
-    """How a row is compared: by what it says; one that names a file by the file's bytes and what is said of them."""
-    if not isinstance(made, FileExample):
-        if isinstance(made, LabelExample):
-            return signed(made.text) if made.second is None else signed_pair(made.text, made.second)
+def _signed(parsed: object, text: str) -> RowSignature:
+    """The signature that rows are compared by: of the text, or of a file's bytes and its text."""
+    if not isinstance(parsed, FileExample):
+        if isinstance(parsed, LabelExample):
+            return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)
         return signed(text)
-    media = made.audio if isinstance(made, TranscriptExample | AudioLabelExample) else made.image
+    media = parsed.audio if isinstance(parsed, TranscriptExample | AudioLabelExample) else parsed.image
     try:
         content = Path(media.path).read_bytes() if media.data is None else media.data
     except (OSError, ValueError):  # another finding says so
         content = media.path.encode(errors="surrogateescape")
-    return RowSignature(hash((sha256(content).digest(), getattr(made, "text", None))))
+    return RowSignature(hash((sha256(content).digest(), getattr(parsed, "text", None))))
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
@@ -182,7 +182,7 @@ def _outcomes(
     return outcomes(rows, SourceEncoder(make_example, kind.counting(), path))
 
 
-def _fates(outcome: Outcome, kind: RowKind, found: Found) -> Iterator[tuple[str, str]]:
+def _fates(outcome: Outcome, kind: RowKind, findings: Found) -> Iterator[tuple[str, str]]:
     """What training would leave out of one row, as encoding it shows. Raises: DataError where the row is wrong."""
     from tunekit.data.encoding.encode import TOO_LONG, SourceCounts, cut_row
     from tunekit.data.encoding.outcomes import Dropped
@@ -194,7 +194,7 @@ def _fates(outcome: Outcome, kind: RowKind, found: Found) -> Iterator[tuple[str,
         yield "dropped", str(rows)
         return
     size, options = max(kind.layout.length(row.sizes) for row in rows), kind.options
-    found.add_size(size)
+    findings.add_size(size)
     if size > options.max_length:
         yield "long", f"{size:,} tokens: {EXCESS[options.excess_length]}"
     for row in rows if size <= options.max_length or options.excess_length != "error" else ():
@@ -206,43 +206,43 @@ def _fates(outcome: Outcome, kind: RowKind, found: Found) -> Iterator[tuple[str,
         yield "dropped", reasons[-1]
 
 
-def _doubts(made: object, text: str, line: int, found: Found) -> Iterator[tuple[str, str]]:
+def _doubts(parsed: object, text: str, line: int, findings: Found) -> Iterator[tuple[str, str]]:
     """The kinds of findings in one row, and what was found."""
-    if isinstance(made, FileExample):
-        yield from _doubts_of_file(made)
+    if isinstance(parsed, FileExample):
+        yield from _doubts_of_file(parsed)
         return
-    found.scripts.setdefault(_script(text), []).append(line)
+    findings.scripts.setdefault(_script(text), []).append(line)
     for kind, pattern, marks in PATTERNS:
         match = pattern.search(text) if any(mark in text for mark in marks) else None
         if match is not None:
             yield kind, match[0] if kind == "email" else "[secret]" if kind == "secret" else repr(match[0])
     if any(mark in text for mark in ("_", "sk-", "glpat-", "://")) and holds_secret(text):
         yield "secret", "[secret]"
-    if isinstance(made, ChatExample) and all(each.empty for each in made.messages if each.role == "assistant"):
+    if isinstance(parsed, ChatExample) and all(each.empty for each in parsed.messages if each.role == "assistant"):
         yield "empty", "no answer"
-    elif isinstance(made, ChatExample):
-        wrong = _turns(made)
+    elif isinstance(parsed, ChatExample):
+        wrong = _turns(parsed)
         if wrong:
             yield "roles", wrong
-    elif isinstance(made, CompletionExample) and not made.completion.strip():
+    elif isinstance(parsed, CompletionExample) and not parsed.completion.strip():
         yield "empty", "no answer"
 
 
-def _doubts_of_file(made: FileExample) -> Iterator[tuple[str, str]]:
+def _doubts_of_file(parsed: FileExample) -> Iterator[tuple[str, str]]:
     """What is wrong with the recording or the image that a row names. Raises: DataError where it cannot be read."""
-    if not isinstance(made, TranscriptExample | AudioLabelExample):
+    if not isinstance(parsed, TranscriptExample | AudioLabelExample):
         from tunekit.data.encoding.images import read_image  # with torch behind it
         from tunekit.data.encoding.outcomes import Dropped
 
         try:
-            read_image(made.image.path if made.image.data is None else made.image.data)
+            read_image(parsed.image.path if parsed.image.data is None else parsed.image.data)
         except Dropped as error:
             yield "broken", str(error)
         return
-    with opened(made.audio) as sound:
+    with opened(parsed.audio) as sound:
         starts = range(0, sound.samples, SAMPLES_AT_ONCE)
         loudest = max(float(abs(sound.read(start, start + SAMPLES_AT_ONCE)).max()) for start in starts)
-    if isinstance(made, TranscriptExample) and not made.text.strip():
+    if isinstance(parsed, TranscriptExample) and not parsed.text.strip():
         yield "empty", "no transcript"
     elif loudest < SILENCE:
         yield "empty", "a silent recording"
@@ -291,9 +291,9 @@ def _script(text: str) -> str:
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def add_other_scripts(found: Found) -> None:
+def add_other_scripts(findings: Found) -> None:
     """Rows in a writing that hardly any other row has; a finding, but no reason for --fix to leave them out."""
-    for script, lines in found.scripts.items():
-        if script and len(lines) < RARE * found.rows:
+    for script, lines in findings.scripts.items():
+        if script and len(lines) < RARE * findings.rows:
             for line in lines:
-                found.add("script", line, script.lower())
+                findings.add("script", line, script.lower())

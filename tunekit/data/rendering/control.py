@@ -48,7 +48,7 @@ def encode_trusted(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and offsets of `text` in which only the control tokens of `neutral` are control tokens.
 
-    Raises: DataError where the template rewrites the text that spells one, so that the two cannot be told apart.
+    Raises: DataError if the template rewrites text that spells a control token, which hides the difference.
     """
     if neutral == text:
         return tokenizer.encode_with_offsets(text)

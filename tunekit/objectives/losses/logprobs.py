@@ -249,12 +249,14 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
     Shapes: student, teacher (N, V) -> (N,). Of two widths, which only unused rows of a head are, the smaller counts.
     """
     width = min(student.shape[-1], teacher.shape[-1])
-    own, theirs = ((logits[:, :width] / temperature).log_softmax(-1) for logits in (student, teacher))  # (N, V)
+    student_log, teacher_log = (
+        (logits[:, :width] / temperature).log_softmax(-1) for logits in (student, teacher)
+    )  # (N, V)
     if beta in (0, 1):
-        true, said = (theirs, own) if beta == 0 else (own, theirs)
+        true, said = (teacher_log, student_log) if beta == 0 else (student_log, teacher_log)
         return (true.exp() * (true - said)).sum(-1)
-    mixed = torch.logaddexp(own + math.log1p(-beta), theirs + math.log(beta))  # (N, V)
-    taught, learned = ((each.exp() * (each - mixed)).sum(-1) for each in (theirs, own))
+    mixed = torch.logaddexp(student_log + math.log1p(-beta), teacher_log + math.log(beta))  # (N, V)
+    taught, learned = ((each.exp() * (each - mixed)).sum(-1) for each in (teacher_log, student_log))
     return beta * taught + (1 - beta) * learned
 
 

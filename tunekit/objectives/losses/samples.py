@@ -131,11 +131,17 @@ class SampledLoss(LossKind):
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
         """The completions of each row; the draw depends on seed, step, row, completion and token alone."""
-        kind, settings, seen, seeds, prompts = prompt_rows(run), self.settings, Counter[int](), [], list[list[int]]()
+        kind, settings, occurrences, seeds, prompts = (
+            prompt_rows(run),
+            self.settings,
+            Counter[int](),
+            [],
+            list[list[int]](),
+        )
         size = len(kind.answers.sides)
         for row in rows:
-            place = seen[row.number]  # a row may be twice in a step
-            seen[row.number] += 1
+            place = occurrences[row.number]  # a row may be twice in a step
+            occurrences[row.number] += 1
             prompts += [row.parts["prompt"].tolist()] * size
             seeds += [seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)]
         stops = find_stop_ids(run.model.base, self.tokenizer, kind.options.template)

@@ -57,11 +57,11 @@ def make_question(rows: Sequence[Row], right: int = 0) -> Question:
     heads = np.stack([row.parts["ids"][:least] for row in rows])  # (answers, least)
     differ = np.flatnonzero((heads != heads[0]).any(axis=0))
     start = min(start, *differ[:1].tolist(), least)
-    found = []
+    answers = []
     for row, places in zip(rows, trained, strict=True):
         part = slice(start, int(places[-1]) + 1)
-        found.append(Answer(tuple(row.parts["ids"][part].tolist()), tuple(row.parts["trained"][part].tolist())))
-    return Question(rows[0].parts["ids"][:start], tuple(found), rows[0].origin, right)
+        answers.append(Answer(tuple(row.parts["ids"][part].tolist()), tuple(row.parts["trained"][part].tolist())))
+    return Question(rows[0].parts["ids"][:start], tuple(answers), rows[0].origin, right)
 
 
 def split_question(question: Question, number: int, most: int, *, apart: bool) -> Iterator[Row]:

@@ -91,10 +91,10 @@ class Quantities(Labels):
         or fewer than the first."""
         count, first = 0, ""
         for text, origin in texts:
-            found, first = len(self.values_in(text)), first or origin
-            if found != (count := count or found):
+            numbers, first = len(self.values_in(text)), first or origin
+            if numbers != (count := count or numbers):
                 file, _, line = origin.rpartition(":")
-                what = f"the row has {_counted(found)}, and the first row ({first}) has {count}"
+                what = f"the row has {_counted(numbers)}, and the first row ({first}) has {count}"
                 raise DataError(what, "write as many in all rows", file=file, line=int(line))
         return count
 

@@ -199,10 +199,10 @@ class LabelledTexts(RowKind):
             return [Span(row.parts["ids"], np.zeros(len(ids), np.bool_), title=title)]
         spans, types = [], self.types_in(row)
         for name, part in (("first", slice(0, ids.second)), ("second", slice(ids.second, len(ids)))):
-            own, kinds = row.parts["ids"][part], " and ".join(map(str, np.unique(types[part])))
+            text_ids, kinds = row.parts["ids"][part], " and ".join(map(str, np.unique(types[part])))
             marks = f", token type {kinds}" if self.tokenizer.pairing.types else ""
             start = f"{title}; " if name == "first" else ""
-            spans.append(Span(own, np.zeros(len(own), np.bool_), title=f"{start}{name} text{marks}"))
+            spans.append(Span(text_ids, np.zeros(len(text_ids), np.bool_), title=f"{start}{name} text{marks}"))
         return spans
 
 

@@ -52,11 +52,9 @@ def given_labels(
     return LABEL_KINDS[problem_type](tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
-def never_split(whole: str) -> tuple[tuple[str, str, str]]:
+def never_split(unit: str) -> tuple[tuple[str, str, str]]:
     """The allowed options of rows that are never split. `whole`: what has labels, such as a text."""
-    return (
-        ("excess_length", "truncate, drop or error", f"a piece of a {whole} need not have the labels of the whole"),
-    )
+    return (("excess_length", "truncate, drop or error", f"a piece of a {unit} need not have the labels of the whole"),)
 
 
 def utf8(text: str) -> Array:

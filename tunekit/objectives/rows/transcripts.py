@@ -186,7 +186,7 @@ def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[Tra
     start, inside = 0.0, list[Segment]()
     for segment in example.segments:
         if segment.end - segment.start > maximum:
-            what = f"what is said from {segment.start:g} to {segment.end:g} s is longer than {maximum:g} s"
+            what = f"the segment from {segment.start:g} to {segment.end:g} s is longer than {maximum:g} s"
             raise DataError(f"{sound.name}: {what}", "give shorter segments")
         if inside and segment.end - start > maximum:
             cut = _quiet_between(sound, inside[-1].end, max(min(segment.start, start + maximum), inside[-1].end))

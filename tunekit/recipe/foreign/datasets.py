@@ -110,10 +110,10 @@ def _format(name: str, entry: dict[str, Any], tags: dict[str, str]) -> tuple[str
         return judged or "alpaca", ALPACA | JUDGED | {"tools": "tools"}
     if kind not in ("sharegpt", "openai"):
         raise NotExact(f"{name}: the formatting {show(kind)} has no translation", "write data.train: with a format")
-    given = _TAGS["chat" if kind == "openai" else "sharegpt"] | tags
+    names = _TAGS["chat" if kind == "openai" else "sharegpt"] | tags
     for ours, usual in _TAGS.items():
-        if all(given.get(tag) in (value, _TAGS["sharegpt"].get(tag, value)) for tag, value in usual.items()) and all(
-            given[tag] == usual[tag] for tag in SPOKEN
+        if all(names.get(tag) in (value, _TAGS["sharegpt"].get(tag, value)) for tag, value in usual.items()) and all(
+            names[tag] == usual[tag] for tag in SPOKEN
         ):
             messages = {"messages": "messages"} if ours == "chat" and judged is None else {}
             return judged or ours, SHAREGPT | JUDGED | messages
