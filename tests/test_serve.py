@@ -23,7 +23,7 @@ from tests.talking.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import (
-    Completion,
+    Generation,
     bind,
     make_app,
     make_server,
@@ -218,8 +218,8 @@ def test_clients_that_leave_while_they_wait_are_let_go() -> None:
     async def leave() -> None:
         speaker: Any = Slow()
         desk = Desk(speaker, 1)
-        kept = Completion(desk, body_of())
-        left = [Completion(desk, body_of(stream=True)), Completion(desk, body_of())]
+        kept = Generation(desk, body_of())
+        left = [Generation(desk, body_of(stream=True)), Generation(desk, body_of())]
         waits = [asyncio.ensure_future(left[0].wait_for_text(Gone())), asyncio.ensure_future(left[1].result(Gone()))]
         while not all(talk.job.cancelled.is_set() for talk in left):
             await asyncio.sleep(0.01)

@@ -213,7 +213,7 @@ class Labels:
     pad_id: int | None = None
 
     @cached_property
-    def places(self) -> dict[str, int]:
+    def head_rows(self) -> dict[str, int]:
         """The head's row of each label: by its name, by the name in label_text's form, and, for transformers' default
         names, by the row's number."""
         numbers = range(len(self.names))
@@ -221,48 +221,48 @@ class Labels:
         by_number = {str(number): number for number in numbers} if self.names == default_labels(len(self.names)) else {}
         return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
 
-    def named(self, label: str) -> str:
+    def head_name(self, label: str) -> str:
         """The name of a row's label in the head; the label itself if the head has none for it."""
-        place = self.places.get(label)
-        return label if place is None else self.names[place]
+        head_row = self.head_rows.get(label)
+        return label if head_row is None else self.names[head_row]
 
     def check(self, label: str) -> None:
         """Raises: DataError for a label that is not listed."""
-        if self.names and label not in self.places:
+        if self.names and label not in self.head_rows:
             what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
             raise DataError(what, "correct it, or list it under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
         """(N,) the number of each label."""
-        return torch.tensor([self.places[label] for label in labels])
+        return torch.tensor([self.head_rows[label] for label in labels])
 
     def read(self, value: LabelValue) -> str:
-        """The text that a row keeps of its label. Raises: DataError for one of another kind, or that is not listed."""
+        """The text under which a row stores its label. Raises: DataError for another kind or an unlisted label."""
         if isinstance(value, str):
             self.check(value)
             return value
         several = isinstance(value, tuple)
-        texts = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+        texts = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
         what = f"the label {self.text([*map(str, value)]) if isinstance(value, tuple) else value} is "
         what += "a list, and a row has one label here" if several else "a fractional number, and no name of a class"
         wanted = MULTI_LABEL if texts else REGRESSION
         raise DataError(what, f"to learn such labels, write objective.problem_type: {wanted}")
 
     def listed_in(self, text: str) -> list[str]:
-        """The labels that such a text has."""
+        """The labels in a text of `read`."""
         return [text]
 
     def written(self, text: str) -> str:
-        """Such a text as the model answers it."""
-        return self.named(text)
+        """A text of `read` as the model's answer shows it."""
+        return self.head_name(text)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
-        """What the loss compares scores with: (N,) numbers of labels."""
+        """The loss's targets: (N,) the number of each row's label."""
         return self.numbers(texts)
 
     @property
     def placeholder(self) -> str:
-        """The text of a row whose label is not known."""
+        """The label text of rows without labels."""
         return self.names[0]
 
     @staticmethod

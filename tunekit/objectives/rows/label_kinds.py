@@ -37,12 +37,12 @@ class LabelSets(Labels):
 
     def written(self, text: str) -> str:
         """In the order of the head's rows."""
-        named = set(map(self.named, self.listed_in(text)))
+        named = set(map(self.head_name, self.listed_in(text)))
         return json.dumps([name for name in self.names if name in named], ensure_ascii=False)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
         """(R, C) float32: 1 where a row has the label."""
-        numbers = [[self.places[label] for label in self.listed_in(text)] for text in texts]
+        numbers = [[self.head_rows[label] for label in self.listed_in(text)] for text in texts]
         values = torch.zeros(len(numbers), len(self.names))  # (R, C)
         for row, places in enumerate(numbers):
             values[row, places] = 1.0

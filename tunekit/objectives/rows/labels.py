@@ -137,7 +137,7 @@ def _learn(
     if not listed:
         _refuse_no_classes(taught, kind, train)
     known = replace(kind.labels, names=listed or head)
-    same = head if set(head) == set(map(known.named, present)) else ()
+    same = head if set(head) == set(map(known.head_name, present)) else ()
     if unseen and not listed and not same:
         label, row = min(unseen.items(), key=lambda pair: pair[1].number)
         file, _, line = row.origin.rpartition(":")
@@ -150,9 +150,9 @@ def _learn(
         what = f"all rows of data.train have the label '{names[0]}'"
         raise DataError(what, "classification needs two labels or more")
     known = replace(kind.labels, names=names)
-    counts, other = Counter[str](), set(map(known.named, unseen))
+    counts, other = Counter[str](), set(map(known.head_name, unseen))
     for label, count in taught.items():
-        counts[known.named(label)] += count
+        counts[known.head_name(label)] += count
     notes = _notes_of_sets(kind, taught, held) if loss.problem_type == MULTI_LABEL else []
     notes += loss.notes
     notes += [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
@@ -167,7 +167,7 @@ def _learn(
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
     if weights is not None:
-        words = Counter(known.named(label) for row in train for label in kind.labels_of(row))
+        words = Counter(known.head_name(label) for row in train for label in kind.labels_of(row))
         loss = replace(loss, weights=_weights_of(weights, known, [words[name] for name in names]))
         shown = [f"{name} {weight:.4g}" for name, weight in zip(names, loss.weights, strict=True)]
         notes.append(f"weights of the labels in the training loss: {Labels.text(shown)}")
@@ -236,11 +236,11 @@ def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) ->
     """A weight for each label, from how often each is to be learned: as scikit-learn's `balanced`, rows / (labels that
     occur * rows of this one). Raises: RecipeError for a weight of something that is no label."""
     if isinstance(written, Mapping):
-        other = next((label for label in written if label not in labels.places), None)
+        other = next((label for label in written if label not in labels.head_rows), None)
         if other is not None:
             what = f"'{other}' is not among the labels ({Labels.text(labels.names)})"
             raise RecipeError(what, "name labels of the data", key="objective.class_weights")
-        by_name = {labels.named(label): weight for label, weight in written.items()}
+        by_name = {labels.head_name(label): weight for label, weight in written.items()}
         return tuple(by_name.get(name, 1.0) for name in labels.names)
     occurring = sum(map(bool, counts))
     return tuple(sum(counts) / (occurring * count) if count else 1.0 for count in counts)

@@ -56,7 +56,7 @@ class TaggedWords(LabelledTexts):
     def prompt(self, example: TagsExample) -> tuple[list[int], str]:
         """Ids of the words, and their tags with a blank between them."""
         ids = self._cut_words(example.words)
-        return ids, " ".join(map(self.labels.named, self._names(example.tags)[: len(ids.firsts)]))
+        return ids, " ".join(map(self.labels.head_name, self._names(example.tags)[: len(ids.firsts)]))
 
     def question(self, text: str) -> list[int]:
         """Ids of a text whose words are separated by blanks, cut where rows are."""
