@@ -1,4 +1,4 @@
-"""The rows of an objective, from the data section: cached, split, counted."""
+"""Loading the rows of an objective from the data section, with the token cache, the held-out split and the counts."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ OWN_EVALUATION = "name an eval source of its own"
 
 
 class Written(NamedTuple):
-    """An example, and where it was written."""
+    """An example with its file and line."""
 
     file: str
     line: int
@@ -41,7 +41,8 @@ class Written(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A row for generation: its prompt (for text: ids up to its last answer), that answer, and the prompt's text."""
+    """A row for generation. `prompt`: the input (for text, the ids before the last answer). `reference`: the last
+    answer. `text`: the prompt as readable text."""
 
     prompt: object
     reference: str
@@ -50,7 +51,7 @@ class Prompt(NamedTuple):
 
 @dataclass
 class RowSet:
-    """Rows to train on and to evaluate on, with their counts and what to tell the user (`notes`)."""
+    """Training and evaluation rows, with their counts and the notes for the user."""
 
     objective: Objective
     train: Rows
@@ -59,22 +60,22 @@ class RowSet:
     eval_counts: RowCounts | None
     fingerprint: str
     notes: tuple[str, ...]
-    evaluation_examples: Callable[[], Iterator[Written]]  # all evaluation rows, read again from their files
+    evaluation_examples: Callable[[], Iterator[Written]]  # reads all evaluation rows from their files again
     draws: tuple[Share, ...] = ()
     streams: tuple[StreamedSource, ...] = ()
 
     @property
     def template(self) -> str | None:
-        """That of data.chat_template, as it was read."""
+        """The text of the data.chat_template file; None: the tokenizer's own template is used."""
         return self.objective.rows.options.template
 
     @property
     def all(self) -> list[Rows]:
-        """Training rows, and those to evaluate on if there are any."""
+        """The training rows, and the evaluation rows if there are any."""
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
     def evaluation_prompts(self, count: int | None = None) -> list[Prompt]:
-        """Every evaluation row that has an answer, or the first `count` of them, as a prompt with it."""
+        """The evaluation rows that have an answer, as prompts for generation. `count`: return only so many."""
         kind = self.objective.rows.counting()
         prompts: list[Prompt] = []
         for file, line, example in self.evaluation_examples():
@@ -89,14 +90,14 @@ class RowSet:
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
-        """The windows to train on, with the sources' weights."""
+        """The training windows of one rank; each source is drawn by its weight."""
         if self.streams:
             return StreamedWindows(self.streams, self.objective.rows, settings, rank=rank, world=world)
         return TrainingWindows(self.train, self.objective.rows, settings, rank=rank, world=world, draws=self.draws)
 
 
 def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None) -> RowSet:
-    """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
+    """Encoded training and evaluation rows. Raises: DataError listing every wrong row, or if no row is left."""
     data = _with_tables(data)
     objective = _with_options(objective, encode_options(data))
     memory_bytes = machine_memory_bytes()
@@ -132,7 +133,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
 def load_evaluation_rows(
     data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None
 ) -> RowSet:
-    """Only the evaluation rows of a data section; `train` is empty unless they are a fraction of it."""
+    """Only the evaluation rows of a data section. `train` is empty, unless data.eval is a fraction of data.train."""
     data = _with_tables(data)
     if isinstance(data.eval, tuple):
         objective = _with_options(objective, encode_options(data))
@@ -154,7 +155,7 @@ def load_evaluation_rows(
 
 
 def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir: Path | None) -> RowSet:
-    """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
+    """Rows of streamed sources. `train` has only the first rows of each source; all counts are estimated from these."""
     if isinstance(data.eval, float):
         raise RecipeError(f"{STREAMED}, and no fraction can be taken of it", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
@@ -195,7 +196,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
 
 
 def _with_options(objective: Objective, options: EncodeOptions) -> Objective:
-    """The objective with the data section's options. Raises: RecipeError for options that mean nothing to its rows."""
+    """The objective with the data section's options. Raises: RecipeError for options that do not apply to its rows."""
     objective = objective.with_options(options)
     problems = objective.rows.problems()
     if problems:
@@ -204,7 +205,7 @@ def _with_options(objective: Objective, options: EncodeOptions) -> Objective:
 
 
 def _with_tables(data: DataSection) -> DataSection:
-    """The section, each folder with a table being that table."""
+    """The data section, where each folder that has a table is replaced by the path of the table."""
     train, evaluation = tuple(map(with_table, data.train)), data.eval
     evaluation = tuple(map(with_table, evaluation)) if isinstance(evaluation, tuple) else evaluation
     return data.model_copy(update={"train": train, "eval": evaluation})
@@ -215,7 +216,7 @@ def _whole(source: EncodedSource) -> Part:
 
 
 def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> tuple[list[Part], list[Part]]:
-    """Training and held-out rows of each source, by the hash of each row: equal rows fall on the same side."""
+    """Training rows and held-out rows of each source. The hash of a row decides, so equal rows are on the same side."""
     if fraction is None:
         return [_whole(source) for source in sources], []
     train, held = [], []
@@ -227,7 +228,7 @@ def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) 
 
 
 def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) -> None:
-    """Refuse an empty set, saying what became of its rows."""
+    """Raises: DataError if there are no rows, with the reasons why rows were dropped."""
     if len(rows):
         return
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
@@ -245,9 +246,10 @@ def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:
 
 
 def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np.int64] | None = None) -> RowCounts:
-    """What became of the sources' rows; tokens are those of the rows in `order`, of every row once by default.
+    """Counts of the read, trained, dropped and truncated rows of the sources, and of their tokens.
 
-    A row that was split counts once. Rows held out for evaluation are not among those read for training.
+    `order`: the rows whose tokens are counted; by default all rows, once. A row that was split counts once.
+    Held-out evaluation rows do not count as read for training.
     """
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
     lengths, supervised = rows.lengths, rows.supervised  # (rows,)
@@ -266,13 +268,13 @@ def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np
 
 
 def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> tuple[str, ...]:
-    """What the sources have to tell, lost rows among it, each thing once."""
+    """The notes of all sources, with warnings of dropped rows; equal notes appear once."""
     notes = ((*source.notices, *dropped_notes(source.name, source.counts, evaluation=evaluation)) for source in sources)
     return tuple(dict.fromkeys(chain.from_iterable(notes)))
 
 
 def _leaks(data: DataSection, objective: Objective, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
-    """Warnings where rows are both trained and evaluated on."""
+    """Warnings about rows that are used for both training and evaluation."""
     if evaluation is None or objective.measures_training:
         return []
     notes = []

@@ -1,6 +1,6 @@
-"""Order without state: permutations and draws as a pure function of what they are for.
+"""Stateless random order: permutations and draws that are pure functions of a seed and of names such as the epoch.
 
-The same on every machine and with every version of numpy: only the raw Philox stream is used.
+They are the same on every machine and with every version of numpy, because only the raw Philox stream is used.
 """
 
 import hashlib
@@ -13,20 +13,21 @@ Indices = NDArray[np.int64]
 
 
 def draw_raw(count: int, *parts: int | str) -> NDArray[np.uint64]:
-    """`count` random 64-bit numbers named by `parts`."""
+    """`count` random 64-bit numbers. `parts`: the seed and names of the draw, which alone decide the numbers."""
     digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
     return np.asarray(generator.random_raw(count), dtype=np.uint64)  # (count,)
 
 
 def permutation(count: int, *parts: int | str) -> Indices:
-    """The numbers 0 .. count-1 in an order named by `parts`."""
+    """The numbers 0 .. count-1 in random order. `parts`: the seed and names of the draw, which alone decide it."""
     return np.argsort(draw_raw(count, *parts), kind="stable").astype(np.int64)  # (count,)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Rows start .. stop-1 come from one source of weight w: floor(w) whole copies and a draw of the rest an epoch."""
+    """Rows start .. stop-1, which come from one source. An epoch has floor(weight) copies of each of them, and a random
+    draw for the fraction."""
 
     start: int
     stop: int
@@ -49,7 +50,7 @@ def epoch_rows(shares: tuple[Share, ...], *, seed: int, epoch: int, shuffle: boo
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """(rows,) which rows are held out: the nearest whole number of rows to the fraction, one at least.
+    """(rows,) whether each row is held out. Their number is the fraction, rounded to whole rows, and at least one.
 
     Rows are ordered by a seeded hash of their content. A group of equal rows at the border goes to training.
     """

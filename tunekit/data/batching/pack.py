@@ -6,15 +6,15 @@ from tunekit.errors import DataError
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each row goes into the first pack with room for it; packs in order of their first row.
+    """The packs, as indices into `lengths`. Each row goes into the first pack that has room for it.
 
-    A tournament tree over the packs' room finds that pack in O(log packs).
+    A tournament tree over the free room of the packs finds this pack in O(log packs).
     Raises: DataError if a row is longer than the capacity.
     """
     size = 1
     while size < len(lengths):
         size *= 2
-    room = [capacity] * (2 * size)  # room[1] is the root, room[size + pack] a pack; unopened packs have all the room
+    room = [capacity] * (2 * size)  # room[1] is the root, room[size + pack] is a pack; empty packs have full capacity
     packs: list[list[int]] = []
     for position, length in enumerate(lengths):
         if length > capacity:

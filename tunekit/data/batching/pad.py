@@ -1,6 +1,6 @@
-"""Ways to bring rows of several sizes into one tensor: end to end, and padded on the right.
+"""Ways to put rows of several sizes into one tensor: end to end, and padded on the right.
 
-Padding is masked by size, never by id.
+The mask follows from the sizes, never from the id of the padding token.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Arrays = Sequence[Sequence[NDArray[Any]]]
 
 
 def lay_end_to_end(sequences: Arrays, fill: int, kind: type[np.generic] = np.int64) -> Tensor:
-    """(B, T): the arrays of each sequence one after the other, then `fill`."""
+    """(B, T): the arrays of each sequence, one after the other, padded with `fill`."""
     widths = [sum(map(len, arrays)) for arrays in sequences]
     laid = np.full((len(widths), max(widths, default=0)), fill, dtype=kind)  # (B, T)
     for line, arrays, width in zip(laid, sequences, widths, strict=True):
@@ -25,8 +25,10 @@ def lay_end_to_end(sequences: Arrays, fill: int, kind: type[np.generic] = np.int
 
 
 def positions(sizes: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """(B, T) int64: counting from 0, or from `firsts`, in each of a sequence's parts, whose sizes are given, and from 0
-    in its padding."""
+    """(B, T) int64: the positions in each part of a sequence, counted from 0 or from `firsts`. Padding counts from 0.
+
+    `sizes`: the sizes of the parts of each sequence.
+    """
     width = max((sum(parts) for parts in sizes), default=0)
     firsts = [[0] * len(parts) for parts in sizes] if firsts is None else firsts
     counted = [
@@ -37,5 +39,5 @@ def positions(sizes: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]] | 
 
 
 def real_positions(widths: Sequence[int]) -> Tensor:
-    """(B, T) bool: which positions of sequences of these sizes are no padding."""
+    """(B, T) bool: False at padding. `widths`: the size of each sequence."""
     return torch.arange(max(widths, default=0))[None] < torch.tensor(widths)[:, None]

@@ -1,12 +1,12 @@
-"""A micro-batch cut into two that hold the same rows: its loss and its gradient are the sum of theirs."""
+"""Splitting of a micro-batch into two halves. The losses and gradients of the halves add up to those of the whole."""
 
 from tunekit.contracts import Batch, Row, RowKind
 
 
 def split_batch(batch: Batch, kind: RowKind) -> tuple[Batch, Batch] | None:
-    """The first and the second half, by sequences, or by rows of a single sequence; None for a single row.
+    """The first and the second half of the sequences, or of the rows of a single sequence; None for a single row.
 
-    Each half is as wide as its longest row. Rows keep their order, so that each is in exactly one half.
+    Each half is padded to its own longest sequence. The rows keep their order.
     """
     sequences = batch.sequences
     if len(sequences) > 1:
@@ -20,7 +20,7 @@ def split_batch(batch: Batch, kind: RowKind) -> tuple[Batch, Batch] | None:
 
 
 def cut_batch(batch: Batch, kind: RowKind, *, sequences: int | None = None, size: int | None = None) -> Batch:
-    """The first sequences, and of each what lies within a size."""
+    """The first `sequences` sequences of a batch, each cut after `size` tokens."""
     shortened: list[list[Row]] = []
     for rows in batch.sequences[:sequences]:
         left, cut = batch.tokens if size is None else size, []

@@ -1,7 +1,7 @@
-"""Training on data larger than memory: encoded as it is read, shuffled by shard and buffer.
+"""Training on data larger than memory: rows are encoded as they are read, and shuffled by shard and by buffer.
 
-Memory holds one buffer a source.
-The order is a pure function of (sources, settings, seed); to resume, everything before a step is encoded once more.
+Memory holds one buffer per source.
+The order is a pure function of (sources, settings, seed). A resumed run encodes all rows before its step again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,25 +25,25 @@ from tunekit.data.reading.shards import Sharded
 from tunekit.errors import DataError
 
 BUFFER_ROWS = 10_000
-BUFFER_TOKENS = 1_000_000  # some shards, and a few seconds of encoding before the first step
-BUFFER_BYTES = 256_000_000  # of rows that are no texts: those are far smaller
-PACKED_WINDOWS = 8  # rows of so many windows are packed at a time
+BUFFER_TOKENS = 1_000_000  # a few shards; filling the buffer takes some seconds before the first step
+BUFFER_BYTES = 256_000_000  # reached by images and sound only: rows of text are far smaller
+PACKED_WINDOWS = 8  # the rows of this number of windows are packed together
 DRAWS = 4096
 
 
 class StreamedRow(NamedTuple):
-    """A row, and how often its source had been read through when it came."""
+    """A row, and how many epochs of its source had been read before it."""
 
     row: Row
     epoch: float
 
 
-StreamedSequence = tuple[StreamedRow, ...]  # what fills one row of a batch: one row, or a pack
+StreamedSequence = tuple[StreamedRow, ...]  # one sequence of a batch: one row, or a pack of rows
 
 
 @dataclass(frozen=True)
 class StreamedSource:
-    """A source read again and again, in another order each time."""
+    """A source that is read once per epoch, in a different order each time."""
 
     sharded: Sharded
     format_name: str
@@ -51,7 +51,10 @@ class StreamedSource:
     kind: RowKind
 
     def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
-        """Rows without end. Raises: DataError with the wrong rows of a buffer, or where nothing can be trained on."""
+        """Endless rows, each with its epoch.
+
+        Raises: DataError listing the wrong rows of a buffer, or if no row can be trained on.
+        """
         for epoch in count():
             has_rows = False
             for number, (buffer, done) in enumerate(self._buffers(seed, epoch, shuffle)):
@@ -65,7 +68,7 @@ class StreamedSource:
                 raise DataError("no row of it can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
-        """Encoded rows of one pass in bounded buffers, each with the share of shards started before its end."""
+        """Buffers with the encoded rows of one epoch, each with the share of the epoch's shards that were read."""
         problems, name = Problems(), self.sharded.source.path
         started = [0]
         make_example = format_maker(self.format_name, name)
@@ -99,7 +102,7 @@ class StreamedSource:
 
 
 class StreamedWindows:
-    """A WindowSource over streamed sources, drawn from in proportion to their weights."""
+    """A WindowSource over streamed sources. Rows are drawn in proportion to the weights of the sources."""
 
     def __init__(
         self,
@@ -155,7 +158,7 @@ class StreamedWindows:
         return self._kind.collate(sequences)
 
     def _rows(self) -> Iterator[StreamedRow]:
-        """Rows of all sources: each position draws its source by the weights."""
+        """Rows of all sources, in training order. The source of each row is drawn by the weights."""
         settings = self._settings
         streams = [source.rows(settings.seed, settings.shuffle) for source in self._sources]
         weights = np.cumsum([source.sharded.source.weight for source in self._sources])  # (sources,)
@@ -167,7 +170,7 @@ class StreamedWindows:
                 yield StreamedRow(replace(row, number=block * DRAWS + offset), epoch)
 
     def _groups(self) -> Iterator[StreamedSequence]:
-        """Single rows, or packs of the rows of a few windows at a time."""
+        """Sequences of a single row; with packing, packs made from the rows of PACKED_WINDOWS windows."""
         settings = self._settings
         if not settings.packing:
             for row in self._rows():

@@ -1,7 +1,7 @@
-"""Which rows are trained together, and when: epochs to packs to micro-batches to windows of one optimizer step.
+"""Batches of rows in memory: an epoch is cut into packs, then micro-batches, then windows of one optimizer step.
 
 The order is a pure function of (rows, settings, seed): a window never depends on the number of ranks, and
-`windows(first_step)` gives exactly the windows that an uninterrupted run would have seen from there on.
+`windows(first_step)` yields exactly the windows that an uninterrupted run has from this step on.
 """
 
 import math
@@ -19,14 +19,15 @@ from tunekit.errors import DataError
 
 Group = tuple[int, ...]  # the rows of one sequence: one row, or a pack
 MicroBatch = tuple[Group, ...]
-Sizes = tuple[int, ...]  # of a sequence, part by part
-Cut = TypeVar("Cut")  # a group of rows, in whatever form
+Sizes = tuple[int, ...]  # the size of each part of a sequence
+Cut = TypeVar("Cut")  # the type of a group of rows
 STEP_ROUNDING = 1e-9  # 0.1 * 30 is not quite 3
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What decides the windows. Exactly one of micro_batch_size and micro_batch_tokens, and of epochs and max_steps."""
+    """The settings that decide the windows. Either micro_batch_size or micro_batch_tokens is set, and either epochs or
+    max_steps."""
 
     micro_batch_size: int | None
     micro_batch_tokens: int | None
@@ -38,18 +39,18 @@ class BatchSettings:
     epochs: float | None
     max_steps: int | None
     updates_per_sampling: int = 1  # consecutive steps with the same rows
-    end_to_end: bool = False  # rows that are not packed lie in one sequence, as documents of their own: no padding
+    end_to_end: bool = False  # the unpacked rows of a micro-batch form one sequence, as separate documents: no padding
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
-    """Sequences of one row each, or packs. `lengths` are those of `order`."""
+    """Sequences of one row each, or packs. `order`: the rows. `lengths`: the length of each row in `order`."""
     if not settings.packing:
         return [(int(row),) for row in order]
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
 
 
 def collate(rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: bool = False) -> Batch:
-    """The batch whose sequence b holds the rows groups[b]; `end_to_end`: all of them in one sequence."""
+    """The batch whose sequence b contains the rows groups[b]. `end_to_end`: put all rows into one sequence."""
     groups = [tuple(index for group in groups for index in group)] if end_to_end else groups
     return kind.collate([[rows[index] for index in group] for group in groups])
 
@@ -57,7 +58,8 @@ def collate(rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: b
 def cut_micro_batches(
     groups: Iterable[Cut], sizes_of: Callable[[Cut], Sizes], settings: BatchSettings
 ) -> Iterator[tuple[Cut, ...]]:
-    """Consecutive groups: micro_batch_size of them, or as many as fit micro_batch_tokens padded tokens (at least 1)."""
+    """Micro-batches of consecutive groups. Each has micro_batch_size groups, or as many groups (at least 1) as fit into
+    micro_batch_tokens, padding included."""
     budget = settings.micro_batch_tokens
     current: list[Cut] = []
     widest: Sizes = ()
@@ -80,7 +82,7 @@ def cut_by_key(
     sizes_of: Callable[[Cut], Sizes],
     settings: BatchSettings,
 ) -> list[tuple[Cut, ...]]:
-    """The micro-batches of a step cut again, so that each holds groups with one key; the step's rows stay the same."""
+    """The rows of a step in new micro-batches, so that all groups of a micro-batch have the same key."""
     keys: dict[bytes, list[Cut]] = {}
     for group in chain.from_iterable(micro_batches):
         keys.setdefault(key_of(group), []).append(group)
@@ -117,7 +119,7 @@ class TrainingWindows:
         self.steps = settings.max_steps if settings.max_steps is not None else self._count_steps(settings.epochs or 1.0)
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
-        """Every micro-batch of an epoch, in order."""
+        """All micro-batches of an epoch, in order."""
         if self._last is None or self._last[0] != epoch:
             settings = self._settings
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
@@ -147,7 +149,7 @@ class TrainingWindows:
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
 
     def steps_of(self, epoch: int) -> Iterator[Sequence[MicroBatch]]:
-        """The micro-batches of each step of an epoch that has rows of its own."""
+        """The micro-batches of each step of an epoch; consecutive steps with the same rows count once."""
         size = self._settings.gradient_accumulation_steps
         yield from (self._step(epoch, place) for place in range(math.ceil(len(self.micro_batches(epoch)) / size)))
 
@@ -162,7 +164,7 @@ class TrainingWindows:
         return self._kind.layout.key_of(self._rows[group[0]])
 
     def _epoch_steps(self, epoch: int) -> int:
-        """Steps of an epoch: the last, partial window counts. Packs differ from epoch to epoch, so steps may."""
+        """Number of steps of an epoch, with the last, partial window. Packs, and so steps, can differ by epoch."""
         while len(self._steps_of) <= epoch:
             if self._steps_of and not self._varies:
                 self._steps_of.append(self._steps_of[0])
@@ -179,7 +181,7 @@ class TrainingWindows:
         return (settings.shuffle or drawn) and (settings.packing or settings.micro_batch_tokens is not None)
 
     def _count_steps(self, epochs: float) -> int:
-        """Whole epochs, and of the last one the part asked for, rounded up."""
+        """Number of steps of `epochs` epochs; the fraction of the last epoch is rounded up to whole steps."""
         complete = int(epochs)
         steps = sum(self._epoch_steps(epoch) for epoch in range(complete))
         part = epochs - complete
@@ -187,7 +189,7 @@ class TrainingWindows:
 
 
 def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:
-    """Every row once, longest first (least padding, and a batch that does not fit fails at once)."""
+    """Batches of all rows, longest first: padding is small, and if memory is too small, the first batch fails."""
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     waiting: dict[bytes, list[Group]] = {}
     for index in order.tolist():
@@ -202,7 +204,7 @@ def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterato
 
 
 def largest_evaluation_batch(rows: Rows, kind: RowKind, *, batch_size: int) -> Batch:
-    """None of the evaluation's batches needs more."""
+    """The evaluation batch that needs the most memory."""
     if kind.layout.batch_key is None:
         return next(evaluation_batches(rows, kind, batch_size=batch_size))
     largest = rows[int(np.argmax(rows.lengths))]
@@ -210,13 +212,14 @@ def largest_evaluation_batch(rows: Rows, kind: RowKind, *, batch_size: int) -> B
 
 
 def filled_batch(rows: Rows, kind: RowKind, settings: BatchSettings) -> Batch:
-    """A micro-batch of sequences of exactly max_length, made of the longest rows; of a stream none is larger."""
+    """A micro-batch of sequences of exactly max_length, made of the longest rows. It bounds the micro-batches of a
+    stream, whose rows are not known in advance."""
     capacity = settings.max_length
     count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
     longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
     source = (rows[index] for index in cycle(longest))
     parts = kind.layout.sizes
     filled = [kind.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
-    if kind.layout.batch_key is not None:  # none of another kind is larger
+    if kind.layout.batch_key is not None:  # only equal keys share a micro-batch, so the largest sequence is repeated
         filled = [max(filled, key=lambda rows: rows[0].size)] * count
     return kind.collate(filled)

@@ -1,4 +1,4 @@
-"""The last answer of an example and its prompt: read, or with another text; and all answers of a data section."""
+"""Reading and replacing the last answer of an example and its prompt, and listing all answers of a data section."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ KEY, MOST_ANSWERS = "evaluation.choices", 1000
 
 
 def answer_of(example: Example) -> str | None:
-    """Its text; None of running text, and of a conversation without an answer."""
+    """The text of the example's last answer; None for plain text and for a conversation without an answer."""
     if isinstance(example, ChatExample):
         index = last_answer(example)
         return None if index is None else example.messages[index].content
@@ -23,10 +23,10 @@ def answer_of(example: Example) -> str | None:
 
 
 def with_answer(example: Example, text: str) -> Example:
-    """The example with `text` for its last answer, which ends it."""
+    """The example with `text` as its last answer. Later turns are removed."""
     if isinstance(example, CompletionExample):
         return replace(example, completion=text)
-    assert isinstance(example, ChatExample)  # of others answer_of is None
+    assert isinstance(example, ChatExample)  # other examples have no answer
     index, plain = last_answer(example), example.without_template
     assert index is not None
     answer = replace(example.messages[index], content=text, weight=1.0)
@@ -35,7 +35,7 @@ def with_answer(example: Example, text: str) -> Example:
 
 
 def prompt_of(example: Example) -> str:
-    """The text that the last answer is given to: of a conversation the user's last turn before it."""
+    """The prompt of the last answer; in a conversation, the user's last turn before this answer."""
     if isinstance(example, ChatExample):
         index = _last_question(example)
         return "" if index is None else example.messages[index].content
@@ -43,7 +43,7 @@ def prompt_of(example: Example) -> str:
 
 
 def with_own_text(example: Example, start: str, end: str, text: str) -> Example:
-    """The example whose prompt is `start`, `text` and `end`, where its own text was between them."""
+    """The example with `text` in its prompt, in place of the text between `start` and `end`."""
     if isinstance(example, CompletionExample):
         return replace(example, prompt=f"{start}{text}{end}")
     assert isinstance(example, ChatExample)
@@ -59,15 +59,16 @@ def with_own_text(example: Example, start: str, end: str, text: str) -> Example:
 
 
 def _last_question(example: ChatExample) -> int | None:
-    """The user's last turn before the last answer."""
+    """The index of the user's last turn before the last answer; None if there is no such turn."""
     turns = enumerate(example.messages[: last_answer(example)])
     return max((index for index, message in turns if message.role == "user"), default=None)
 
 
 def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
-    """All answers of the training and evaluation examples of this kind, sorted, each once, without regard to blanks.
+    """The sorted, different answers of all training and evaluation examples; blanks around an answer are ignored.
 
-    Raises: RecipeError where a source is too large to be read whole; DataError for a single answer, or too many.
+    `kind`: the kind of the examples.
+    Raises: RecipeError for a source too large to read completely; DataError for fewer than two answers, or too many.
     """
     evaluation = data.eval if isinstance(data.eval, tuple) else ()
     answers: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""A picture changed another way by each seed: pixels and settings go in, pixels of the trained size come out.
+"""Image augmentation: random changes that depend on a seed only, and give pixels of the trained size.
 
-torchvision's transforms draw from torch's own generator, which is seeded for the length of a call and then as before.
+torchvision's transforms use torch's global generator. It is seeded for a call, and then restored.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tunekit.errors import InputError
 
 
 def transforms() -> Any:
-    """torchvision's transforms. Raises: InputError where it is not installed."""
+    """torchvision's transforms module. Raises: InputError if torchvision is not installed."""
     try:
         from torchvision.transforms import v2
     except ImportError:
@@ -25,8 +25,8 @@ def transforms() -> Any:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures are changed. `crop_scale`: shares of a picture that a crop may have; None: it has the size already,
-    and all of it is seen."""
+    """Settings of the augmentation. `crop_scale`: minimum and maximum share of the image's area in a random crop; None:
+    no crop, because images already have the trained size."""
 
     resolution: int
     crop_scale: tuple[float, float] | None
@@ -37,7 +37,7 @@ class Augmentation:
 
     @cached_property
     def steps(self) -> Any:
-        """The transforms of a picture (3, H, W)."""
+        """The transforms of an image (3, H, W)."""
         v2, side = transforms(), self.resolution
         steps = [v2.Identity() if self.crop_scale is None else v2.RandomResizedCrop(side, self.crop_scale)]
         steps += [v2.RandomHorizontalFlip()] if self.random_flip else []
@@ -46,7 +46,7 @@ class Augmentation:
         return v2.Compose(steps)
 
     def changed(self, pixels: Pixels, seed: int) -> Pixels:
-        """(side, side, 3) as this seed has it."""
+        """(side, side, 3) the augmented image; equal seeds give equal images."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             found = self.steps(torch.tensor(pixels.copy()).permute(2, 0, 1))  # (3, side, side)

@@ -1,6 +1,6 @@
-"""The token cache: encoded rows of a source, kept under a hash of everything that decides them.
+"""The token cache: encoded rows of a source, stored under a hash of everything that decides them.
 
-An entry is written beside its place and renamed into it; one that does not match its own checksums is made anew.
+An entry is written to a temporary folder, which is then renamed. An entry with wrong checksums is encoded again.
 """
 
 import json
@@ -16,7 +16,7 @@ from tunekit.data.reading.data_file import content_hash
 from tunekit.files.durable import atomic_folder
 
 SourceFacts = dict[str, Any]
-# Whatever decides an id or a mask of an encoded row, wherever it lies.
+# All code that decides the ids or masks of encoded rows.
 CODE = ("data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text", "model/speech")
 PACKAGES = ("tunekit", "transformers", "tokenizers", "jinja2")
 Fill = Callable[[StoreWriter], SourceFacts]
@@ -25,14 +25,14 @@ Fill = Callable[[StoreWriter], SourceFacts]
 def cached_store(
     folder: Path, key: str, layout: RowLayout, fill: Fill, facts: Sequence[str] = ()
 ) -> tuple[TokenStore, SourceFacts]:
-    """The entry `key`, made by `fill` if it is absent, damaged or without one of these `facts`, as a process that began
-    with older code may have left it; kept in memory if the folder cannot be written."""
+    """The cache entry `key`. `fill` encodes it again if it is absent, damaged or lacks one of `facts`, because older
+    code wrote it. If the folder cannot be written, the entry stays in memory."""
     place = folder / "tokens" / key
     found = _load_entry(place, layout, facts)
     if found is not None:
         return found
-    shutil.rmtree(place, ignore_errors=True)  # a damaged one
-    with suppress(OSError), atomic_folder(place) as work:  # a full disk, or another process that was faster
+    shutil.rmtree(place, ignore_errors=True)  # a damaged entry
+    with suppress(OSError), atomic_folder(place) as work:  # the disk is full, or another process was faster
         _fill_folder(work, layout, fill)
     return _load_entry(place, layout, facts) or _fill_memory(layout, fill)
 
@@ -52,7 +52,7 @@ def _fill_folder(work: Path, layout: RowLayout, fill: Fill) -> None:
 
 
 def _load_entry(place: Path, layout: RowLayout, names: Sequence[str]) -> tuple[TokenStore, SourceFacts] | None:
-    """The entry if it is whole: every file has the checksum noted for it, and every name its fact."""
+    """The entry, or None unless all files have the stored checksums and the facts `names` are present."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
         if any(content_hash(place / name) != meta["sha256"][name] for name in files_of(layout)):

@@ -1,4 +1,4 @@
-"""A source's rows as they are trained on: cut to data.max_length, and counted."""
+"""Encoding of the rows of a source: rows are cut to data.max_length, and counted."""
 
 import hashlib
 from collections import Counter
@@ -20,7 +20,8 @@ TOO_LONG = "longer than max_length"
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `dropped` by reason, `longest_tokens` the size of the longest before a cut."""
+    """Counts of a source's rows. `dropped`: the number of dropped rows by reason. `longest_tokens`: the length of the
+    longest row before truncation."""
 
     read: int = 0
     kept: int = 0
@@ -30,18 +31,18 @@ class SourceCounts:
 
 
 class Encoded(NamedTuple):
-    """A row or a piece of one, and where it was written: several rows of a JSON array may share a line."""
+    """A row or a piece of a split row, with its place in the source. Rows of a JSON array can share a line."""
 
     row: Row
     line: int
-    number: int  # of the row in its source, from 0
-    digest: int  # of the whole row, so that its pieces stay together
+    number: int  # index of the row in its source, from 0
+    digest: int  # hash of the complete row: its pieces are held out together
 
 
 def encode_rows(
     outcomes: Iterable[Outcome], kind: RowKind, *, name: str, problems: Problems, counts: SourceCounts
 ) -> Iterator[Encoded]:
-    """Every row that can be trained on; what is wrong with the others goes into `problems`."""
+    """The rows that can be trained on. Errors in other rows are added to `problems`, dropped rows to `counts`."""
     for number, (line, outcome) in enumerate(outcomes):
         counts.read += 1
         try:
@@ -61,7 +62,7 @@ def encode_rows(
 
 
 def _pieces(rows: Sequence[Row], kind: RowKind, counts: SourceCounts) -> list[Row]:
-    """What is trained on of the rows of one example. Raises: Dropped where that is nothing."""
+    """The pieces of one example's rows that can be trained on. Raises: Dropped if there are no such pieces."""
     pieces, reasons = list[Row](), list[Dropped]()
     for row in rows:
         try:
@@ -75,7 +76,10 @@ def _pieces(rows: Sequence[Row], kind: RowKind, counts: SourceCounts) -> list[Ro
 
 
 def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
-    """The row as it is, cut, or in pieces. Raises: Dropped with the reason; DataError where longer rows are errors."""
+    """The pieces of a row: the row itself if it fits, else truncated or split as data.excess_length says.
+
+    Raises: Dropped with the reason; DataError for a row that is too long, if excess_length is error.
+    """
     if row.supervised == 0:
         raise Dropped(NO_TARGET)
     options = kind.options
@@ -98,8 +102,7 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:
-    """64 bits of a row's ids, and of what else tells rows apart: equal rows have equal digests, whatever file they
-    stand in."""
+    """A 64-bit hash of a row's ids and its other identifying parts. Equal rows have equal digests in all files."""
     digest = hashlib.blake2b(digest_size=8)
     for part in layout.token_parts:
         digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())

@@ -1,7 +1,7 @@
-"""Pictures as rows take them: a file's path or its bytes go in; upright RGB pixels, 8 bits a channel, come out.
+"""Reading of images, from a file or from bytes, as upright RGB pixels with 8 bits per channel.
 
-What the picture had to lose on the way (ink, depth, transparency) is counted for the user; what cannot be trained on is
-dropped by count; what cannot be read is an error that names the file.
+Lossy conversions (of colour space, depth or transparency) are counted for the user. Images that cannot be trained on
+are dropped and counted. Images that cannot be read raise an error with the file's name.
 """
 
 import io
@@ -19,13 +19,13 @@ from tunekit.errors import DataError, InputError
 
 HOW_TO_INSTALL = "run: pip install 'tunekit[images]'"
 Size = tuple[int, int]  # height and width in pixels
-BILINEAR = 2  # PIL's number of it
+BILINEAR = 2  # PIL's number for this filter
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
-FORMATS = (  # PIL's names of what is read; others, such as EPS, start programs, whatever the file is called
+FORMATS = (  # PIL's names of the formats that are read; other formats, such as EPS, make PIL start programs
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "QOI", "ICO", "PCX"),
 )
-BLOCK_PIXELS = 2**20  # that are converted at a time, because PIL and numpy hold several copies meanwhile
-LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left
+BLOCK_PIXELS = 2**20  # converted at a time, because PIL and numpy hold several copies of a block
+LEAST_PIXELS = 16  # minimum of the shorter side: smaller images show nothing
 ANIMATED = "animated image"
 TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -33,10 +33,10 @@ BIT_DEPTH_STEP = 257.0  # 65535 / 255
 
 
 def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixels:
-    """(H, W, 3) upright pixels of a file or of its bytes; what was converted is counted in `notices`.
+    """(H, W, 3) the upright pixels of an image. `source`: the path or the bytes. `notices`: counts of conversions.
 
-    Raises: Dropped for an animated picture and a tiny one; DataError for what is no whole picture; InputError without
-        Pillow.
+    Raises: Dropped for an animated or tiny image; DataError for a damaged image or another file; InputError if Pillow
+        is not installed.
     """
     try:
         from PIL import Image, ImageOps
@@ -64,7 +64,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         what = "has more pixels than an image of its kind should"
         raise DataError(f"{_named(file)} {what}", "make it smaller") from None
-    except Exception as error:  # what PIL's decoders raise of damaged files is of every kind
+    except Exception as error:  # PIL's decoders raise all kinds of exceptions for damaged files
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
         raise DataError(what, f"mend it, or take it out; what is read is {', '.join(FORMATS)}") from None
@@ -75,7 +75,7 @@ def _named(file: str | None) -> str:
 
 
 def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
-    """RGB. Raises: Dropped for a tiny picture."""
+    """(H, W, 3) the RGB pixels of a PIL image. Raises: Dropped for a tiny image."""
     if min(image.size) < LEAST_PIXELS:
         raise Dropped(TOO_SMALL)
     block_rows = max(BLOCK_PIXELS // image.width, 1)
@@ -88,14 +88,14 @@ def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
 
 
 def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """What makes (H, W, 1) levels of a block of a picture of one deep channel."""
+    """A function that converts a block of an image with one channel of over 8 bits to (H, W, 1) levels of 8 bits."""
     notices[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
     scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
 def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """What makes (H, W, 3) of a block of a picture of 8 bits a channel."""
+    """A function that converts a block of an image with 8 bits per channel to (H, W, 3) RGB pixels."""
     from PIL import Image
 
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
@@ -110,15 +110,17 @@ def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
 
 
 def covering(pixels: Pixels, size: Size) -> Pixels:
-    """(H, W, 3) as small as it can be without being smaller than `size` on a side, in its own aspect ratio; of a square
-    as torchvision's Resize(side) makes it of a PIL image."""
+    """(H, W, 3) the image, resized to the smallest size that covers `size`. The aspect ratio stays the same.
+
+    For a square `size`, the result equals that of torchvision's Resize(side) for a PIL image.
+    """
     height, width = pixels.shape[:2]
-    is_wide = size[0] * width >= size[1] * height  # for the size, so that heights are to agree
+    is_wide = size[0] * width >= size[1] * height  # wider than `size`, so the height decides the scale
     return resized(pixels, (size[0], size[0] * width // height) if is_wide else (size[1] * height // width, size[1]))
 
 
 def resized(pixels: Pixels, size: Size, resample: int = BILINEAR) -> Pixels:
-    """(H, W, 3) of this size, whatever its aspect ratio; `resample`: PIL's number of a filter."""
+    """(H, W, 3) the image, stretched to `size`. `resample`: PIL's number of the filter."""
     from PIL import Image
 
     if pixels.shape[:2] == tuple(size):
@@ -127,7 +129,10 @@ def resized(pixels: Pixels, size: Size, resample: int = BILINEAR) -> Pixels:
 
 
 def cropped(pixels: Pixels, size: Size, corner: Size | None = None) -> tuple[Pixels, Size]:
-    """(*size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
+    """(*size, 3) a crop of the image, and its top left corner.
+
+    `corner`: this corner; None: crop the centre, as torchvision's CenterCrop does.
+    """
     (height, width), (high, wide) = pixels.shape[:2], size
     top, left = corner or (round((height - high) / 2.0), round((width - wide) / 2.0))
     return pixels[top : top + high, left : left + wide], (top, left)

@@ -1,6 +1,6 @@
-"""What the user should know of a source: how it is read, what its rows have in common, which of them are lost.
+"""Notes for the user about a source: its format, remarks on its rows, and the dropped rows.
 
-Lines that begin with "warning: " need attention.
+Notes that begin with "warning: " need attention.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,10 @@ NEARLY = 0.85  # likeness from which on a column is a field misspelt
 
 
 def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
-    """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
+    """A note with the source's format and its unread columns; a warning if one of these may have been meant as a field.
+
+    `reason`: why the source has this format.
+    """
     facts = facts_of("formats", format_name)
     aliases = [alias for alias, field in getattr(facts, "ALIASES", {}).items() if field not in columns]
     known = columns if getattr(facts, "KEEPS_COLUMNS", False) else (*facts.FIELDS, *aliases)
@@ -35,12 +38,12 @@ def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]
 
 
 def filled_columns(values: Mapping[str, Any]) -> list[str]:
-    """The columns of a row that hold something."""
+    """The columns of a row that are not None."""
     return [name for name, value in values.items() if value is not None]
 
 
 def drawn_notes(name: str, source: Source) -> list[str]:
-    """Which rows max_rows took of a source."""
+    """A note that says which rows max_rows selects from a source; empty without max_rows."""
     if source.max_rows is None:
         return []
     if source.draw_seed is None:
@@ -52,13 +55,13 @@ def drawn_notes(name: str, source: Source) -> list[str]:
 
 
 def counted_note(name: str, number: int, what: str) -> str:
-    """What `number` rows of a source have in common; `what` begins with "warning: " where it is one."""
+    """A note about `number` rows of a source. `what`: the remark, which begins with "warning: " if it is a warning."""
     start = WARNING if what.startswith(WARNING) else ""
     return f"{start}{name}: {number:,} {what.removeprefix(WARNING)}"
 
 
 def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
-    """Warnings of dropped rows, with the cure: of any row to evaluate on, and of many to train on."""
+    """Warnings about dropped rows, with the remedy. Training rows are mentioned only if many are dropped."""
     longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens)"
     cures = {TOO_LONG: f"{longer}, or set data.excess_length: truncate or split", NO_TARGET_LEFT: longer}
     cures |= {reason: f"{longer}, or lower the other" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")}

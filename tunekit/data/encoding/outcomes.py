@@ -1,4 +1,4 @@
-"""Raw rows to encoded ones, in their order: one after the other, or those of a long source on every core."""
+"""Encoding of raw rows, in order: in this process, or for a long source in one process per core."""
 
 import os
 import signal
@@ -20,15 +20,15 @@ from tunekit.data.reading.first import MakeExample
 from tunekit.data.reading.lines import RawRow
 from tunekit.errors import DataError, ResourceError
 
-LONG_ROWS = 8_000  # from here on processes, which take some seconds to begin, end earlier than one alone
+LONG_ROWS = 8_000  # from this number on several processes are faster, although they take some seconds to start
 CHUNK_ROWS = 500
-MAX_PROCESSES = 61  # that Windows can wait for
+MAX_PROCESSES = 61  # Windows cannot wait for more
 FORKS = "forkserver" in get_all_start_methods()
 MASKS_SIGNALS = hasattr(signal, "pthread_sigmask")
 
 
 class Dropped(Exception):
-    """A row that cannot be trained on, and is counted under this reason."""
+    """Raised with the reason why a row is dropped from training; rows are counted by reason."""
 
 
 Outcome = tuple[int, list[Row] | Dropped | DataError]
@@ -36,14 +36,14 @@ Outcome = tuple[int, list[Row] | Dropped | DataError]
 
 @dataclass(frozen=True)
 class SourceEncoder:
-    """What makes rows of one source's raw rows; `name` is the source's, in the rows' origins."""
+    """Encodes the raw rows of one source. `name`: the source's name, used in the rows' origins."""
 
     make_example: MakeExample
     kind: RowKind
     name: str
 
     def outcome(self, raw: RawRow) -> Outcome:
-        """The row's line, and what became of it."""
+        """The line of a raw row with its encoded rows, or with the reason why it has none."""
         try:
             examples = self.kind.examples(self.make_example(raw.values))
             return raw.line, [self.kind.encode(example, f"{self.name}:{raw.line}") for example in examples]
@@ -52,7 +52,10 @@ class SourceEncoder:
 
 
 def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]:
-    """The outcome of each row; the notices of `source.kind` are complete at the end. Raises: ResourceError."""
+    """The outcome of each row. The notices of `source.kind` are complete after the last row.
+
+    Raises: ResourceError if an encoding process was killed.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     first = list(islice(rows, LONG_ROWS))
     if len(first) < LONG_ROWS or cores == 1:
@@ -60,7 +63,7 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]
         return
     arguments = (source.make_example, source.kind.counting(), source.name)
     context = get_context("forkserver" if FORKS else "spawn")
-    if FORKS:  # imports once for all of them, before it has threads
+    if FORKS:  # the fork server imports this module once for all processes, before it has threads
         context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(min(cores, MAX_PROCESSES), mp_context=context, initializer=_begin, initargs=arguments)
     try:
@@ -77,7 +80,7 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]
 def _in_order(
     pool: ProcessPoolExecutor, rows: Iterable[RawRow], ahead: int
 ) -> Iterator[tuple[list[Outcome], Counter[str]]]:
-    """Chunk after chunk, with so many on their way at a time."""
+    """Encoded chunks with their notices, in order. `ahead`: how many chunks are encoded at the same time."""
     pending: deque[Future[tuple[list[Outcome], Counter[str]]]] = deque()
     rest = iter(rows)
     for chunk in iter(lambda: list(islice(rest, CHUNK_ROWS)), []):
@@ -91,7 +94,7 @@ def _in_order(
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A new process inherits what is blocked: Ctrl-C in a terminal, which reaches it too, is this one's to obey."""
+    """Block SIGINT in the processes started here, which inherit the mask: only the main process handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if MASKS_SIGNALS else None
     try:
         yield
@@ -100,19 +103,19 @@ def _interrupts_blocked() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_source: list[SourceEncoder] = []  # of this process, which encodes for another
+_source: list[SourceEncoder] = []  # the encoder of a worker process
 
 
 def _begin(make_example: MakeExample, kind: RowKind, name: str) -> None:
     if not MASKS_SIGNALS:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)  # of an image's processor: there is a process for each core
+    torch.set_num_threads(1)  # for image processing in torch: there is already one process per core
     _source.append(SourceEncoder(make_example, kind, name))
     Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Its end, however it came, is this process's too."""
+    """End this worker process when its parent process ends for any reason."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""The first rows of a streamed source, encoded, to show and to estimate from."""
+"""Encoding of the first rows of a streamed source, for estimates and for preview."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,9 +21,9 @@ SAMPLE_ROWS = 1000
 
 
 def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedSource, EncodedSource]:
-    """A source that is streamed, and its first rows, with the counts of the whole source as far as its length is known.
+    """A streamed source, and its first rows. Their counts are scaled to the whole source if its length is known.
 
-    Raises: DataError where its first rows are wrong.
+    Raises: DataError if the first rows are wrong.
     """
     sharded = shard_source(source)
     problems, counts = Problems(), SourceCounts()
@@ -53,7 +53,7 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
 
 
 def _scaled(counts: SourceCounts, scale: float) -> SourceCounts:
-    """Counts of the whole source, estimated from those of its sample."""
+    """Counts of the whole source, estimated from the counts of its sample."""
     return SourceCounts(
         read=round(counts.read * scale),
         kept=round(counts.kept * scale),

@@ -1,4 +1,4 @@
-"""Samples as a model hears them: one channel, another rate, pieces that end where it is quiet."""
+"""Conversion of recordings for a model: mixing to one channel, resampling, and cutting at quiet moments."""
 
 import math
 from collections.abc import Iterator
@@ -9,25 +9,25 @@ import torch
 
 from tunekit.data.reading.sound import Sound
 
-ZEROS, ROLLOFF = 6, 0.99  # of the low-pass filter: zero crossings to each side, and its edge as a share of Nyquist's
-KERNEL_TAPS = 2**22  # of a filter that is kept for all phases; one of two odd rates would take gigabytes
-BLOCK_TAPS = 2**18  # that are computed at a time where it is not kept
-QUIET_SECONDS = 0.1  # over which loudness is measured
-SEARCHED = 1 / 3  # of a piece, at its end: where the quietest moment is looked for
+ZEROS, ROLLOFF = 6, 0.99  # the low-pass filter's zero crossings on each side, and its cutoff as a share of Nyquist's
+KERNEL_TAPS = 2**22  # maximum of a filter kept in memory for all phases: two odd rates would need gigabytes
+BLOCK_TAPS = 2**18  # computed at a time if the filter is too large to be kept
+QUIET_SECONDS = 0.1  # loudness is measured over windows of this length
+SEARCHED = 1 / 3  # share of a piece, at its end, that is searched for the quietest moment
 
 
 def mixed(sound: Sound, start: int, stop: int) -> torch.Tensor:
-    """(samples,) of samples start .. stop-1: the mean of the channels."""
+    """(samples,) the mean of the channels of samples start .. stop-1."""
     return torch.cat([_mean(torch.from_numpy(np.ascontiguousarray(block))) for block in sound.blocks(start, stop)])
 
 
 def _mean(samples: torch.Tensor) -> torch.Tensor:
-    """(samples,) of the channels. Shapes: (samples, channels)."""
+    """(samples,) the mean of the channels. Shapes: (samples, channels)."""
     return samples[:, 0].clone() if samples.shape[1] == 1 else samples.mean(dim=1)
 
 
 def resampled(samples: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
-    """(wanted samples,) y[n] = sum_k x[k] h(n / wanted - k / rate), h a sinc that a Hann window cuts off.
+    """(wanted samples,) y[n] = sum_k x[k] h(n / wanted - k / rate), where h is a sinc with a Hann window.
 
     Shapes: (samples,).    Source: Smith 2002, digital audio resampling; the filter of torchaudio's `resample`.
     """
@@ -45,7 +45,7 @@ def resampled(samples: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
 
 
 def _resampled_in_blocks(samples: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
-    """The same sum, whose filter is computed for each sample where it is not 0. Shapes: (samples,)."""
+    """The sum of `resampled`, with the filter computed anew for each block of samples. Shapes: (samples,)."""
     windows = torch.nn.functional.pad(samples, (width, width + 1)).unfold(0, 2 * width + 1, 1)
     edge = min(old, new) * ROLLOFF / old
     taps = (torch.arange(-width, width + 1, dtype=torch.float64) * edge).float()  # (2 width + 1,)
@@ -71,12 +71,15 @@ def _kernel(old: int, new: int, width: int) -> torch.Tensor:
 
 
 def heard(sound: Sound, start: int, stop: int, wanted: int) -> torch.Tensor:
-    """(samples,) of samples start .. stop-1 of a recording, in one channel and at the rate that is wanted."""
+    """(samples,) samples start .. stop-1 of a recording, mixed to one channel and resampled to the rate `wanted`."""
     return resampled(mixed(sound, start, stop), sound.rate, wanted)
 
 
 def quietest(samples: torch.Tensor, rate: int, first: int, last: int) -> int:
-    """The sample between two of them around which it is quietest, the later one of equals. Shapes: (samples,)."""
+    """The quietest place between samples `first` and `last`, as the index of a sample; of equal places, the last one.
+
+    Shapes: (samples,).
+    """
     width = max(round(QUIET_SECONDS * rate), 1)
     around = samples[max(first - width // 2, 0) : last + width // 2].double()
     if len(around) <= width:
@@ -87,7 +90,10 @@ def quietest(samples: torch.Tensor, rate: int, first: int, last: int) -> int:
 
 
 def pieces(sound: Sound, seconds: float) -> Iterator[tuple[int, int]]:
-    """Samples of a recording's pieces, none longer than `seconds`, cut where the end of the longest is quietest."""
+    """(start, stop) of a recording's pieces. No piece is longer than `seconds`.
+
+    Each cut is at the quietest moment in the last third of the longest possible piece.
+    """
     start, most = 0, int(seconds * sound.rate)
     while sound.samples - start > most:
         window = mixed(sound, start, start + most)

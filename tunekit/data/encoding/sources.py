@@ -1,4 +1,4 @@
-"""One source, encoded: from the token cache if nothing that decides its ids has changed."""
+"""Loading of encoded sources, from the token cache unless something that decides their ids has changed."""
 
 import hashlib
 from collections import Counter
@@ -27,12 +27,12 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.reading.names import formats_of
 
 LONGEST_TEMPLATE_BYTES = 2**20
-FACTS = ("format", "reason", "columns", "counts", "notices")  # of a source, kept beside its rows
+FACTS = ("format", "reason", "columns", "counts", "notices")  # of a source, stored with its rows
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """A source's rows, what became of them, and what to tell the user."""
+    """The encoded rows of a source, with their counts and the notices for the user."""
 
     source: Source
     store: TokenStore
@@ -49,7 +49,7 @@ def encode_options(data: DataSection) -> EncodeOptions:
 
 
 def read_template(path: Path) -> str:
-    """The text of a chat template. Raises: RecipeError where there is none."""
+    """The text of a chat template file. Raises: RecipeError if the file cannot be read as a template."""
     try:
         if not path.is_file() or path.stat().st_size > LONGEST_TEMPLATE_BYTES:
             raise RecipeError("this is no template file", "name a Jinja file", file=str(path), key="data.chat_template")
@@ -60,7 +60,7 @@ def read_template(path: Path) -> str:
 
 
 def load_sources(sources: Sequence[Source], kind: RowKind, cache_dir: Path | None) -> list[EncodedSource]:
-    """Every source, encoded; the problems of all are raised together."""
+    """All sources, encoded. Raises: DataError with the problems of all sources."""
     folder = cache_dir or default_cache_folder()
     loaded: list[EncodedSource] = []
     problems: list[Problem] = []
@@ -76,7 +76,7 @@ def load_sources(sources: Sequence[Source], kind: RowKind, cache_dir: Path | Non
 
 
 def load_source(source: Source, kind: RowKind, *, cache_folder: Path) -> EncodedSource:
-    """The encoded rows of a source. Raises: DataError with every wrong row found, by file and line."""
+    """The encoded rows of a source. Raises: DataError listing the wrong rows by file and line."""
     fingerprint = source_fingerprint(source, kind)
     name = Path(source.path).name
     key = hash_of([fingerprint, code_version(CODE, PACKAGES)])
@@ -92,8 +92,10 @@ def load_source(source: Source, kind: RowKind, *, cache_folder: Path) -> Encoded
 
 
 def source_fingerprint(source: Source, kind: RowKind) -> str:
-    """sha256 over the source's content, that of the files its rows name, and everything that decides how it is encoded;
-    its path is no part of it."""
+    """sha256 over the source's content, the files that its rows name, and everything that decides their encoding.
+
+    The path is not included.
+    """
     path = Path(source.path)
     if is_data_set(source.path):
         content = hub_fingerprint(source)
@@ -108,8 +110,10 @@ def source_fingerprint(source: Source, kind: RowKind) -> str:
 
 
 def _media_hash(source: Source, example: str) -> str | None:
-    """sha256 of the files that the rows name, in their order; None where they name none. One that is not there counts
-    as such: the row says so when it is encoded."""
+    """sha256 of the files that the rows name, in order; None if the rows name no files.
+
+    A missing file is skipped here; encoding its row raises the error.
+    """
     if not any(media_fields(name) for name in formats_of(example)):
         return None
     rows, _, format_name, _ = open_rows(source, example, Problems())
@@ -126,7 +130,7 @@ def _media_hash(source: Source, example: str) -> str | None:
 
 
 def encoding_facts(source: Source, kind: RowKind) -> list[object]:
-    """Everything besides the content that decides ids: how it is read, the kind of rows, tokenizer and options."""
+    """Everything besides the content that decides ids: reading options, kind of rows, tokenizer, encoding options."""
     reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
     if source.max_rows is not None and source.draw_seed is not None:
         reading["draw_seed"] = source.draw_seed
@@ -147,7 +151,8 @@ def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> SourceFa
 
 
 def read_examples(source: Source, kind: str, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
-    """Some examples of a source, of this kind, by their numbers from 0, each with its line."""
+    """Selected examples of a source, each with its line. `kind`: the kind of the examples. `numbers`: the indices of
+    their rows, from 0."""
     problems = Problems()
     rows, _, format_name, _ = open_rows(source, kind, problems)
     make_example = format_maker(format_name, source.path)

@@ -1,4 +1,4 @@
-"""Encoded rows as flat arrays: one for each part, and one record a row. In memory, or mapped from a file."""
+"""Storage of encoded rows in flat arrays, one per part, and one record per row; in memory, or mapped from files."""
 
 import hashlib
 import io
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from tunekit.contracts import Row, RowLayout, Rows
 
 RECORDS = "rows.bin"
-Files = dict[str, np.dtype[Any]]  # file name -> what it holds
+Files = dict[str, np.dtype[Any]]  # file name -> dtype of its values
 
 
 def files_of(layout: RowLayout) -> Files:
-    """One file for each part of a row, and one of records."""
+    """The files of a store: one for each part of a row, and one for the records."""
     lengths, sizes = (len(layout.parts),), (layout.sizes,)
     plain = [(name, "<i8") for name in ("supervised", "line", "number")]
     record = np.dtype([("lengths", "<i8", lengths), ("sizes", "<i8", sizes), *plain, ("digest", "<u8")])
@@ -25,9 +25,15 @@ def files_of(layout: RowLayout) -> Files:
 
 
 class TokenStore:
-    """Rows of one source. A record has the `lengths` of a row's parts, its `sizes` and what is `supervised` in it;
-    `line` is where it began, `number` its place among the rows as written, from 0, and `digest` a hash of the whole row
-    of which it may be a piece.
+    """Rows of one source, as arrays of values and one record per row.
+
+    The fields of a record are:
+    - `lengths`: the number of values in each part of the row
+    - `sizes`: the row's sizes
+    - `supervised`: the number of supervised elements
+    - `line`: the line where the row begins
+    - `number`: the index of the complete row in the source, from 0
+    - `digest`: the hash of the complete row, of which this row can be a piece
     """
 
     def __init__(self, layout: RowLayout, arrays: Sequence[NDArray[Any]]) -> None:
@@ -40,7 +46,7 @@ class TokenStore:
         return len(self.records)
 
     def row(self, index: int, name: str, number: int) -> Row:
-        """One row, as copies; `number` of all rows of the run."""
+        """One row, with copied arrays. `number`: the row's number among all rows of the run."""
         bounds = self.offsets[index : index + 2].T.tolist()
         parts = {
             part: np.array(values[start:stop])
@@ -52,7 +58,7 @@ class TokenStore:
 
 
 def map_store(folder: Path, layout: RowLayout) -> TokenStore:
-    """The store written in a folder, without reading its tokens."""
+    """The store in a folder, mapped into memory: tokens are read when they are used."""
     return TokenStore(layout, [_map(folder / name, kind) for name, kind in files_of(layout).items()])
 
 
@@ -63,14 +69,14 @@ def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
 
 
 class StoreWriter:
-    """Appends rows to one stream a file and keeps their sha256; in files, memory does not grow with the rows."""
+    """Appends rows to one stream per file and updates the sha256 of each file."""
 
     def __init__(self, layout: RowLayout, streams: Sequence[IO[bytes]]) -> None:
         self._parts, self._files, self._streams = tuple(layout.parts), files_of(layout), streams
         self._hashes = [hashlib.sha256() for _ in streams]
 
     def add(self, row: Row, line: int, number: int, digest: int) -> None:
-        """One row more."""
+        """Append one row."""
         parts = [row.parts[name] for name in self._parts]
         lengths = tuple(map(len, parts))
         record = np.array([(lengths, row.sizes, row.supervised, line, number, digest)], dtype=self._files[RECORDS])
@@ -86,19 +92,19 @@ class StoreWriter:
 
 
 def memory_streams(layout: RowLayout) -> list[io.BytesIO]:
-    """Streams for a store that is kept in memory."""
+    """The streams for a store in memory."""
     return [io.BytesIO() for _ in files_of(layout)]
 
 
 def store_from_memory(layout: RowLayout, streams: Sequence[io.BytesIO]) -> TokenStore:
-    """The store that was written to memory."""
+    """The store that was written to `memory_streams`."""
     pairs = zip(streams, files_of(layout).values(), strict=True)
     return TokenStore(layout, [np.frombuffer(stream.getvalue(), dtype=kind) for stream, kind in pairs])
 
 
 @dataclass(frozen=True)
 class Part:
-    """Chosen rows of one store, under the name that their origins carry."""
+    """Selected rows of one store. `name`: the source's name in the rows' origins."""
 
     store: TokenStore
     chosen: NDArray[np.int64]  # (rows,), ascending
@@ -106,13 +112,13 @@ class Part:
 
     @property
     def written_rows(self) -> int:
-        """Rows as they were written: the pieces of a split row count once."""
+        """Number of rows in the source; the pieces of a split row count once."""
         numbers = self.store.records["number"][self.chosen]  # (rows,), ascending
         return int(np.count_nonzero(np.diff(numbers))) + bool(len(numbers))
 
 
 class ChosenRows:
-    """Rows over parts of several stores, one after the other, numbered from `first` on."""
+    """The rows of several parts, one part after the other. `first`: the number of the first row."""
 
     def __init__(self, parts: Sequence[Part], first: int = 0) -> None:
         self.parts, self.first = tuple(parts), first
@@ -135,28 +141,30 @@ class ChosenRows:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(rows, sizes) of each row's parts."""
+        """(rows, sizes) the sizes of each row."""
         return self._column("sizes", np.int64)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(rows,) the sizes of each row, added up."""
+        """(rows,) the sum of each row's sizes."""
         return self.sizes.sum(axis=-1)
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """(rows,) what the loss sums over in each row."""
+        """(rows,) the number of elements over which the loss of each row is summed."""
         return self._column("supervised", np.int64)
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """(rows,) hash of the whole row: equal rows, and pieces of one, have equal ones."""
+        """(rows,) the hash of each complete row. Equal rows have equal hashes, and so have the pieces of one row."""
         return self._column("digest", np.uint64)
 
 
 def by_source(rows: Rows) -> dict[str, Rows]:
-    """The rows of each source that has any, under its name, numbered where a file is several; all of them where they
-    come of none."""
+    """The rows of each source, by its name; sources of equal names are numbered, and empty sources are left out.
+
+    Rows without sources are returned under the name "".
+    """
     if not isinstance(rows, ChosenRows):
         return {"": rows}
     filled = [(part, first) for part, first in zip(rows.parts, rows.starts.tolist(), strict=False) if len(part.chosen)]
