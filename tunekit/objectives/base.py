@@ -1,4 +1,4 @@
-"""How an objective is found: `objective: sft` is sft.py, whose function `make` composes it."""
+"""Objectives by name: `objective: sft` is made by the function `make` in sft.py."""
 
 import importlib
 
@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 def row_fingerprint(settings: ObjectiveSettings, processor: Processor | Tokenizer) -> str:
-    """The fingerprint of rows that all settings decide."""
+    """The fingerprint of rows whose content depends on all settings."""
     return hash_of([settings.model_dump(mode="json"), processor.fingerprint])
 
 
@@ -17,7 +17,7 @@ def make_objective(
 ) -> Objective:
     """The objective named by `settings.method`.
 
-    `facts`: those that the objective of a trained adapter had; `options`: how its rows are encoded.
+    `facts`: the facts that were saved with a trained adapter; `options`: how the rows are encoded.
     """
     module = importlib.import_module(f"tunekit.objectives.{settings.method}")
     return module.make(settings, processor, facts or {}, options or EncodeOptions())

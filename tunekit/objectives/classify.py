@@ -1,4 +1,4 @@
-"""`objective: classify`: sequence classification and regression, one label for each text, or several, or numbers."""
+"""`objective: classify`: sequence classification and regression. Each text has one label, several labels or numbers."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
@@ -10,7 +10,7 @@ from tunekit.recipe.objectives.classify import ClassifySettings
 
 
 def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Texts with labels, and the loss of the problem type."""
+    """The objective: texts with labels, and the loss of the problem type."""
     settings = settings_of_head(settings, facts)
     labels = given_labels(settings, facts, tokenizer.pad_id, settings.problem_type)
     fingerprint = hash_of([row_fingerprint(settings, tokenizer), repr(tokenizer.pairing)])

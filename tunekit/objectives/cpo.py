@@ -1,4 +1,4 @@
-"""`objective: cpo`: preferred against rejected answers by the policy's own scores, without a reference."""
+"""`objective: cpo`: preference tuning that compares the policy's scores of two answers, without a reference model."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from tunekit.recipe.objectives.cpo import CpoSettings
 
 
 def make(settings: CpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Pairs, and a loss of the difference of two scores."""
+    """The objective: pairs of answers, and a loss of the difference of their scores."""
     formula, averages = partial(contrastive, settings=settings), settings.loss_type == "ipo"
     loss = PairLoss(formula, settings.beta, averages=averages, likelihood=settings.cpo_alpha)
     return pair_objective(settings, tokenizer, options, loss)

@@ -11,7 +11,7 @@ TEACHER = "objective.teacher"
 
 
 def make(settings: DistillSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Sequences, a divergence, and a teacher. The rows are the same for every teacher."""
+    """The objective: sequences, a divergence, and a teacher. The rows do not depend on the teacher."""
     rows = SequenceRows(tokenizer, hash_of([settings.method, tokenizer.fingerprint]), options)
     teacher = CompanionSpec("teacher", TEACHER, settings)
     loss, answering = DivergenceLoss(settings, TEACHER), text_answering(tokenizer)

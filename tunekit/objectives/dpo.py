@@ -1,4 +1,4 @@
-"""`objective: dpo`: of two answers the policy learns the preferred one, compared with the model at step 0.
+"""`objective: dpo`: the policy learns the preferred one of two answers, compared with the model at step 0.
 
 Source: Rafailov et al. 2023.
 """
@@ -13,7 +13,7 @@ from tunekit.recipe.objectives.dpo import DpoSettings
 
 
 def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Pairs, a weighted sum of losses, and the reference's scores."""
+    """The objective: pairs of answers, a weighted sum of losses, and the reference's scores."""
     loss = PairLoss(
         partial(weighted_losses, settings=settings),
         settings.beta,

@@ -1,4 +1,4 @@
-"""`objective: dreambooth`: subject-driven generation, a diffusion model learns what a few images show."""
+"""`objective: dreambooth`: subject-driven generation. A diffusion model learns the subject of a few images."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,12 @@ from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 # settings without which an adapter's folder cannot be used
 FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction_type")
-CUT = "images of one bucket pass through the network together: a micro-batch that holds several becomes several"
+CUT = "a micro-batch with images of several buckets is split: a pass through the network takes images of one bucket"
 
 
 def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """Images with prompts, and the noise in them to predict. Raises: RecipeError for settings that the pipeline cannot
-    obey; ModelError for a pipeline of a different kind."""
+    """The objective: images with prompts, and the loss of the predicted noise. Raises: RecipeError for settings that do
+    not fit the pipeline; ModelError for a pipeline of a different kind."""
     settings = _completed(settings, processor, facts)
     if settings.prediction_type != "auto" and not processor.flows:
         processor = replace(processor, predicts=settings.prediction_type)
@@ -28,7 +28,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
         raise RecipeError.of(problems)
     processor.check()
     buckets, smaller = buckets_of(settings, processor), smaller_buckets(settings, processor)
-    decides = (settings.method, settings.instance_prompt, buckets, *smaller)  # what a row is made of
+    decides = (settings.method, settings.instance_prompt, buckets, *smaller)  # all that a row depends on
     fingerprint = hash_of([*decides, processor.fingerprint])
     stated = {name: getattr(settings, name) for name in FACTS}
     if isinstance(settings.aspect_ratio_buckets, tuple):
@@ -49,7 +49,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
 
 
 def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
-    """The settings with what an adapter's folder states instead of a recipe, and with a resolution."""
+    """The settings, with the facts in an adapter's folder in place of the recipe's values, and with a resolution."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):
         stated["aspect_ratio_buckets"] = tuple((high, wide) for high, wide in buckets)
@@ -66,7 +66,7 @@ def _schedule(processor: PipelineProcessor) -> NoiseSchedule:
 def _section(
     settings: DreamboothSettings, processor: PipelineProcessor, model: ModelSection, seed: int = 0
 ) -> ModelSection:
-    """The pipeline with the parts that are trained."""
+    """The model section of the pipeline, which names the trained parts."""
     encoders = [name for name in processor.tokenizers if name != "text_encoder_3"]
     parts = (PIPELINES[processor.kind], *(encoders if settings.train_text_encoder else ()))
     return PipelineModel.of(model, family=settings.family, trained=parts, stays=not settings.caches)

@@ -1,4 +1,5 @@
-"""`objective: grpo`: of its own completions to a prompt, the model learns those of higher reward."""
+"""`objective: grpo`: reinforcement learning. The model learns from its own completions which of them get higher
+rewards."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.advantages import CLIPPED
@@ -8,6 +9,6 @@ from tunekit.recipe.objectives.grpo import GrpoSettings
 
 
 def make(settings: GrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Prompts whose completions are compared with their group."""
+    """The objective: prompts, and a loss that compares each completion with its group."""
     clipped = ("cispo_clip_ratio",) if settings.loss_type == "cispo" else CLIPPED
     return sampled_objective(GroupRelative.of(settings, tokenizer, clipped), options)

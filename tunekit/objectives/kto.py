@@ -13,7 +13,8 @@ from tunekit.recipe.objectives.kto import KtoSettings
 
 
 def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Answers with their label; it learns whether the weights balance them, and how long they are."""
+    """The objective: single answers with a label. `learning` reads from all rows how long they are, and whether the
+    weights balance good and bad answers."""
     rows = AnswerRows(
         tokenizer,
         row_fingerprint(settings, tokenizer),

@@ -10,7 +10,8 @@ from tunekit.recipe.objectives.orpo import OrpoSettings
 
 
 def make(settings: OrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Pairs whose chosen prompts are predicted too, as in trl, and their odds."""
+    """The objective: pairs of answers, and the loss of their odds. Prompts of chosen answers are predicted too, as in
+    trl."""
     formula = partial(odds_ratio, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=1.0, prompts=True)
     return pair_objective(settings, tokenizer, options, loss, prompts=True)

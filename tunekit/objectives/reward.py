@@ -1,4 +1,4 @@
-"""`objective: reward`: a reward model, which gives each answer a score, the preferred one of two the higher one."""
+"""`objective: reward`: a reward model, which gives the preferred one of two answers the higher score."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,8 @@ LABEL = "LABEL_0"  # transformers' name for the one score of a head
 
 
 def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Pairs and their scores. `facts`: the labels of its head's rows, or of the base's own head."""
+    """The objective: pairs of answers, and the loss of their scores. `facts`: the label of the trained head, or of the
+    base's head."""
     head = facts.get("labels") or facts.get("head", ())
     labels = tuple(head) if len(head) == 1 else (LABEL,)
     return Objective(

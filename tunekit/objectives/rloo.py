@@ -1,4 +1,5 @@
-"""`objective: rloo`: the reward of a completion less the mean reward of the others to its prompt."""
+"""`objective: rloo`: reinforcement learning. A completion's advantage is its reward less the mean reward of the other
+completions of its prompt."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.rloo import LeaveOneOut
@@ -7,5 +8,5 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 
 
 def make(settings: RlooSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Prompts whose completions are compared with the others of their group."""
+    """The objective: prompts, and a loss that compares each completion with the others of its group."""
     return sampled_objective(LeaveOneOut.of(settings, tokenizer), options)

@@ -9,6 +9,6 @@ from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
 
 def make(settings: Seq2seqSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Sources with answers, and cross entropy."""
+    """The objective: sources with answers, and cross entropy."""
     rows = SourceRows(tokenizer, row_fingerprint(settings, tokenizer), options)
     return Objective(settings.method, settings.family, rows, TokenLoss(own_positions), text_answering(tokenizer))

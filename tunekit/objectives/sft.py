@@ -9,6 +9,6 @@ from tunekit.recipe.objectives.sft import SftSettings
 
 
 def make(settings: SftSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Sequences and cross entropy."""
+    """The objective: sequences, and cross entropy."""
     rows = SequenceRows(tokenizer, row_fingerprint(settings, tokenizer), options)
     return Objective(settings.method, settings.family, rows, TokenLoss(), text_answering(tokenizer))

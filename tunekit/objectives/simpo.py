@@ -1,4 +1,5 @@
-"""`objective: simpo`: mean log-probabilities of two answers, a margin apart, without a reference."""
+"""`objective: simpo`: preference tuning that sets the mean log-probabilities of two answers a margin apart, without a
+reference model."""
 
 from functools import partial
 
@@ -10,7 +11,7 @@ from tunekit.recipe.objectives.simpo import SimpoSettings
 
 
 def make(settings: SimpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """Pairs, and a loss of their mean log-probabilities."""
+    """The objective: pairs of answers, and a loss of their mean log-probabilities."""
     formula = partial(simple, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=settings.cpo_alpha)
     return pair_objective(settings, tokenizer, options, loss)

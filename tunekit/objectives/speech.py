@@ -15,7 +15,7 @@ from tunekit.recipe.objectives.speech import SpeechSettings
 
 
 def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """Recordings with transcripts, and cross entropy. `facts`: the settings of a trained adapter.
+    """The objective: recordings with transcripts, and cross entropy. `facts`: the settings of a trained adapter.
 
     Raises: RecipeError for a language that the model does not know.
     """
@@ -38,7 +38,7 @@ def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts, opt
 
 def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts) -> SpeechSettings:
     settings = settings.model_copy(update={key: facts[key] for key in SpeechSettings.model_fields if key in facts})
-    if settings.language is None and processor.multilingual:  # those of a model that an adapter was merged into
+    if settings.language is None and processor.multilingual:  # a merged model states its language and task
         own = {key: processor.generation.get(key) for key in ("language", "task")}
         settings = settings.model_copy(update={key: value for key, value in own.items() if value is not None})
     try:
@@ -53,7 +53,7 @@ def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts)
 
 
 def _generation(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping[str, Any]:
-    """A merged model begins its answers as it was trained to."""
+    """Generation settings of a merged model, so that its answers start with the language and task that were trained."""
     if not processor.padded:
         return {}
     if not processor.multilingual or settings.language is None:
@@ -63,5 +63,5 @@ def _generation(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping
 
 
 def _normalized(processor: SpeechProcessor, text: str) -> str:
-    """The words of a text in one spelling."""
+    """The text with the spelling of its words made uniform, as the model's own normaliser does."""
     return str(processor.normalize(text)).strip()

@@ -1,5 +1,5 @@
-"""Numbers over completions: sums, means and spreads of rewards, what is logged of a step, and the tokens that a policy
-gradient reads. NaN: no reward."""
+"""Sums, means and standard deviations of rewards, the metrics of a step, and the tokens that a policy gradient reads. A
+reward of NaN means that the completion has no reward."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,25 +36,26 @@ def mean(values: Rewards, axis: int | None = None) -> Rewards:
 
 
 def teaches_nothing(rewards: Rewards, axis: int | None = None) -> NDArray[np.bool_]:
-    """Whether rewards are equal, or fewer than two are numbers."""
+    """Whether the rewards are all equal, or fewer than two of them are not NaN."""
     deviation = spread(rewards, axis)
     return np.isnan(deviation) | np.isclose(deviation, 0.0)
 
 
 def scaled(values: Rewards, deviation: Rewards) -> Rewards:
-    """Advantages over a standard deviation, which may be 0."""
+    """Advantages divided by a standard deviation, which may be 0."""
     return values / (deviation + MINIMUM_SPREAD)
 
 
 def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
-    """Weighted sums over reward functions without those that are NaN; NaN if all are. Shapes: (..., F) -> (...)."""
+    """Weighted sums over reward functions. Rewards of NaN are left out; the sum is NaN if all are. Shapes: (..., F) ->
+    (...)."""
     total = np.nansum(scores * np.array(weights, np.float64), axis=-1)
     return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
 
 
 def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]) -> dict[str, float]:
-    """Mean and spread of the reward, and of each function in its sum; the share of groups that teach nothing, and of
-    completions without a reward.
+    """Mean and standard deviation of the total reward and of each reward function; the share of groups that teach
+    nothing, and the share of completions without a reward.
 
     Shapes: scores (A, G, F), total (A, G), equal (A,).
     """
@@ -66,7 +67,8 @@ def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal:
 
 
 def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str, float]:
-    """Tokens of the step's completions, and the share of them that did not end. Shapes: (A, G) each."""
+    """Lengths of the step's completions in tokens, and the share of completions that have no stop token. Shapes: (A, G)
+    each."""
     complete = lengths[ended]
     return {
         "completions_mean_length": float(lengths.mean()),
@@ -78,7 +80,7 @@ def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str,
 
 
 def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """The ratios that have no gradient because they are clipped."""
+    """Marks of the ratios that are clipped and so have no gradient."""
     below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     return dict(zip(CLIPPED, (below, above, below | above), strict=True))
 
@@ -86,8 +88,9 @@ def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict
 class Tokens(NamedTuple):
     """The tokens of a batch's completions: (N,) each, in the order of `counts` (G P,).
 
-    `log_ratio`: log of the policy over the policy at sampling; `share`: the weight of a token in a mean over tokens;
-    `prepared`: what `prepare` added, of tokens or completions.
+    `log_ratio`: the log-probability less the log-probability at sampling; `share`: the weight of a token in a mean over
+    tokens;
+    `prepared`: the values that `prepare` added, for tokens or completions.
     """
 
     logps: Tensor
@@ -99,7 +102,7 @@ class Tokens(NamedTuple):
 
 
 def read_tokens(output: ModelOutput, batch: Batch, temperature: float) -> Tokens:
-    """Shapes: output.hidden (B, T, D) -> (N,) with gradient."""
+    """The tokens of the batch's completions, with gradient. Shapes: output.hidden (B, T, D) -> (N,)."""
     assert output.hidden is not None
     device, counts = output.hidden.device, batch.targets["counts"]
     names = (*PER_TOKEN, *PER_COMPLETION, "share")
@@ -112,10 +115,10 @@ def read_tokens(output: ModelOutput, batch: Batch, temperature: float) -> Tokens
 
 
 def by_token(values: Tensor, counts: Tensor) -> Tensor:
-    """The number of each completion, repeated for each of its tokens. Shapes: values (S,), counts (S,) -> (N,)."""
+    """The value of each completion, repeated for each of its tokens. Shapes: values (S,), counts (S,) -> (N,)."""
     return torch.cat([value.expand(count) for value, count in zip(values, counts.tolist(), strict=True)])
 
 
 def summed(values: Tensor) -> Tensor:
-    """() the sum of a logged number, without gradient."""
+    """() the sum of the values of a metric, without gradient."""
     return values.detach().sum(dtype=summing_dtype(values.device))

@@ -15,7 +15,8 @@ from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
 class AnswerLoss(LossKind):
     """loss = sum over rows of `compared`, divided by the step's number of rows.
 
-    What depends on other rows is prepared for the window of all ranks: micro-batches and splits change nothing.
+    Values that depend on other rows are prepared for the whole step on all ranks, so that micro-batches and splits do
+    not change the loss.
     """
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
@@ -35,13 +36,14 @@ class AnswerLoss(LossKind):
 
 
 def predicted(output: ModelOutput, batch: Batch, temperature: float = 1.0, entropies: Tensor | None = None) -> Tensor:
-    """(N,) log-probability of every predicted token; `entropies` (N,): filled with those of the distributions."""
+    """(N,) log-probability of every predicted token; `entropies` (N,) is filled with the entropies of the
+    distributions."""
     tempered = at_temperature(output, temperature)
     return log_probabilities(tempered, batch.targets["index"], batch.targets["ids"], entropies)
 
 
 def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums of consecutive stretches, each in a fixed order on every device.
+    """The sum of the values of each sequence, added in a fixed order on every device.
 
     Shapes: values (N,), counts (S,) -> (S,).
     """
@@ -49,16 +51,15 @@ def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def by_row(scores: Tensor, sides: int) -> Array:
-    """Scores as a part of each row. Shapes: (S P,) -> (P, S)."""
+    """The scores as a part of each row. Shapes: (S P,) -> (P, S)."""
     return scores.numpy().reshape(sides, -1).T
 
 
 def reference_scores(
     run: RunView, batches: Sequence[Batch], read: Read, *, keeps: bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
-    """(S P,) the reference's scores of each batch, then of the `further` ones, which are of this step alone.
-
-    `keeps`: each row is scored once and by itself, so that its scores do not depend on when that is.
+    """(S P,) the reference's scores of each batch, then of the `further` batches, whose scores are never cached.
+    `keeps`: each row is scored once, alone in its batch, so that its scores do not depend on the step; they are cached.
     """
     if not keeps:
         return run.reference([*batches, *further], read)
@@ -72,5 +73,5 @@ def reference_scores(
 
 
 def _key(row: Row, run: RunView) -> bytes:
-    """Equal for rows with the same scores."""
+    """A key that is equal for rows with the same scores."""
     return blake2b(b"".join(row.parts[name].tobytes() for name in run.rows.layout.parts), digest_size=16).digest()

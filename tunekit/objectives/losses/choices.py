@@ -1,4 +1,4 @@
-"""The score of each answer to choose from: the sum of its tokens' log-probabilities."""
+"""Scores of answers to choose from: an answer's score is the sum of its tokens' log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from tunekit.objectives.losses.logprobs import losses_of_positions
 
 @dataclass(frozen=True)
 class ChoiceLoss(LossKind):
-    """It only measures. `shape`: (questions, answers) of the scores."""
+    """The scores of answers, for evaluation only. `shape`: the shape of the scores, (questions, answers)."""
 
     shape: tuple[int, int]
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """scores (questions, answers): the sum of each answer's log-probabilities, 0 for those of other batches."""
+        """scores (questions, answers): the sum of each answer's log-probabilities, 0 for answers of other batches."""
         losses = losses_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,)
         cells = to_device(batch.targets["cells"], losses.device)
         scores = torch.zeros(self.shape, dtype=summing_dtype(losses.device), device=losses.device)

@@ -1,4 +1,4 @@
-"""Scores of labels go in; out come the sums that accuracy, F1 and calibration are made of."""
+"""Sums from which accuracy, F1 and calibration of label scores are computed."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ MOST_CONFUSED = 1000  # labels of a confusion matrix, which grows with their squ
 
 
 def label_sums(scores: Tensor, labels: Tensor) -> Sums:
-    """correct, units; labelled (2,): right rows, and rows; label_counts (C, 3): rows of each label predicted right,
-    predicted, and labelled; confusion (C, C), where labels are not too many: rows are true labels, columns predicted
-    ones; calibration (bins, 3): of each bin of the largest probability its rows, the sum of those probabilities, and
-    how many rows are right.
+    """Sums of a batch: correct, units; labelled (2,): the numbers of right rows and of all rows; label_counts (C, 3):
+    for each label, the numbers of rows predicted right, predicted, and labelled; confusion (C, C), unless labels are
+    too many: a row for each true label, a column for each predicted one; calibration (bins, 3): for each bin of the
+    largest probability, the number of its rows, the sum of their largest probabilities, and the number of right rows.
 
     Shapes: scores (R, C), whose softmax is each label's probability; labels (R,).
     """

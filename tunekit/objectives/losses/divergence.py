@@ -15,13 +15,13 @@ from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_p
 from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
 from tunekit.recipe.objectives.distill import DistillSettings
 
-HIDDEN = "teacher"  # part of a prepared row: the teacher's last hidden states at its supervised tokens, (N, D)
+HIDDEN = "teacher"  # part of a prepared row: the teacher's last hidden states at the row's supervised tokens, (N, D)
 
 
 @dataclass(frozen=True)
 class DivergenceLoss(LossKind):
     """loss = sum over supervised tokens of w (k D(teacher, student) - (1 - k) log p(token)), k = kd_ratio; divided by
-    the sum of the step's w.
+    the step's sum of w.
 
     D: KL(t | s) at beta 0, KL(s | t) at beta 1, else beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t;
     both distributions at `temperature`.    Source: Agarwal et al. 2024, eq. 1.
@@ -32,9 +32,8 @@ class DivergenceLoss(LossKind):
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Each row with the teacher's last hidden states: its logits are computed where the loss reads them, in chunks.
-
-        The teacher reads each row by itself, so that it need not keep documents of one sequence apart.
+        """The window, each row with the teacher's last hidden states. The loss computes the teacher's logits from them,
+        in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask.
         """
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
         hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
@@ -66,7 +65,7 @@ class DivergenceLoss(LossKind):
         }
 
     def _divergences(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(N,) of the supervised tokens, each times its weight."""
+        """(N,) the divergence at each supervised token, times the token's weight."""
         settings, (index, _, weights) = self.settings, next_tokens(batch)
         values = divergences(
             output,
@@ -84,7 +83,7 @@ def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def _raw(hidden: Tensor) -> Tensor:
-    """bfloat16 as the int16 of the same bits: numpy has no bfloat16."""
+    """The tensor, with bfloat16 viewed as int16: numpy has no bfloat16."""
     return hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
 
 

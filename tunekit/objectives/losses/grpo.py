@@ -1,4 +1,4 @@
-"""Group relative policy optimization: the model learns those of its completions to a prompt that have higher rewards.
+"""Group relative policy optimization: the model learns from its own completions which of them get higher rewards.
 
 Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRPO), MiniMax 2025 (CISPO), Zheng et al.
 2025 (GSPO); names and formulas are those of trl 1.16.  Different by design: a batch is the whole step, on all ranks,
@@ -34,14 +34,16 @@ from tunekit.recipe.objectives.grpo import GrpoSettings
 class GroupRelative(SampledLoss):
     """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
 
-    r is the probability of the token over that at sampling, A the completion's advantage, KL = exp(d) - d - 1 with d
-    the reference's log-probability less the policy's (k3), times r where its gradient is to be unbiased.
+    r is the ratio of the token's probability to its probability at sampling, A the completion's advantage, and KL =
+    exp(d) - d - 1 with d the reference's log-probability less the policy's (k3), times r with use_bias_correction_kl,
+    which makes its gradient unbiased.
     """
 
     settings: GrpoSettings
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """(r - mean of the group) / (s + 1e-4), s the standard deviation of the group, or of the step; or 1."""
+        """(reward - mean of the group) / (s + 1e-4), s the standard deviation of the group or of the step; no division
+        if scale_rewards is none."""
         centred = local - mean(local, axis=1)[:, None]
         scale = self.settings.scale_rewards
         if scale == "none":
@@ -50,21 +52,22 @@ class GroupRelative(SampledLoss):
         return scaled(centred, deviation)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """Of the groups; of the whole step if advantages are divided by its standard deviation."""
+        """Which groups teach nothing; one value for the whole step if advantages are divided by its standard
+        deviation."""
         if self.settings.scale_rewards == "batch":
             return teaches_nothing(step)[None]
         return super().equal_groups(step)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """grpo: 1 / tokens of the completion; dr_grpo: 1 / max_completion_length; dapo, cispo: 1 / those of the average
-        completion of the step."""
+        """grpo: 1 / tokens of the completion; dr_grpo: 1 / max_completion_length; dapo, cispo: 1 / mean tokens of the
+        step's completions."""
         if self.settings.loss_type == "grpo":
             return 1 / np.maximum(counts, 1.0)
         longest = float(self.settings.max_completion_length)
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
-        """Each completion's tokens with the reference's log-probabilities."""
+        """The window, each completion with the reference's log-probabilities of its tokens."""
         scores = run.reference(window.batches, self.token_scores)
         return prompt_rows(run).with_tokens(window, "reference", scores), None
 
@@ -93,7 +96,7 @@ class GroupRelative(SampledLoss):
         return Loss(total[None], metrics=metrics | self._clipped(ratio, advantages, None if by_completion else share))
 
     def _losses(self, ratio: Tensor, advantages: Tensor, logps: Tensor, counts: Tensor) -> Tensor:
-        """(N,), or (G P,) if there is one ratio for each completion."""
+        """The losses of tokens (N,), or of completions (G P,) if there is one ratio for each completion."""
         settings = self.settings
         if settings.loss_type == "cispo":
             capped = torch.clamp(ratio, max=settings.clip_high).detach() * advantages
@@ -102,7 +105,7 @@ class GroupRelative(SampledLoss):
         return -torch.min(ratio * advantages, clipped * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor, share: Tensor | None) -> Sums:
-        """How many ratios are clipped: of tokens, which count `share` each, or of completions."""
+        """How many ratios are clipped. Ratios of tokens count `share` each, ratios of completions 1 each."""
         settings = self.settings
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}

@@ -21,8 +21,9 @@ ReadScores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
 
 
 def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A head that reads rows gives their scores; any other is called at the `last` token of each row, so that rows may
-    lie end to end. Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores (R, C), labels (R,)."""
+    """Scores and labels of rows. The model either returns a row's scores itself, or its head is applied at the `last`
+    token of each row, so that rows can be packed. Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores
+    (R, C), labels (R,)."""
     if output.logits is not None:
         return output.logits.float(), to_device(batch.targets["labels"], output.logits.device)
     scores = logits_at(output, batch.targets["last"])
@@ -30,8 +31,8 @@ def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The head reads the mean of a row's hidden states. Shapes: output.hidden (B, F, D) -> scores (B, C), labels
-    (B,)."""
+    """Scores and labels of rows whose head reads the mean of their hidden states. Shapes: output.hidden (B, F, D) ->
+    scores (B, C), labels (B,)."""
     assert output.hidden is not None
     assert output.head is not None
     mean = output.hidden.mean(dim=1)  # (B, D)
@@ -47,10 +48,11 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LabelLoss(LossKind):
-    """`scores`: gives (N, C) float32 scores of the batch's labels and their (N,) numbers, on the device.
-    `problem_type`: transformers' name of this loss, which a merged model's configuration has.
-    `weights`: of each label, none: 1 each; `smoothing`: share of a target that is spread over all labels. Both are of
-    torch's cross_entropy, and of training alone: what evaluation measures can be compared between runs."""
+    """`scores`: the function that returns the scores (N, C) float32 and the labels' numbers (N,), on the device.
+    `problem_type`: transformers' name of this loss, which is written to a merged model's configuration.
+    `weights`: the weight of each label, 1 each if empty; `smoothing`: the share of a target that is spread over all
+    labels. Both are passed to torch's cross_entropy in training only, so that evaluation losses can be compared between
+    runs."""
 
     scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()
@@ -61,11 +63,11 @@ class LabelLoss(LossKind):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader of its metrics must know."""
+        """Notes that are needed to read the metrics."""
         return ()
 
     def evaluation_copy(self) -> Self:
-        """Plain cross entropy."""
+        """The loss without weights and smoothing."""
         return replace(self, weights=(), smoothing=0.0)
 
     def units(self, batch: Batch) -> Tensor:
@@ -83,30 +85,30 @@ class LabelLoss(LossKind):
         return Loss(entropy(scores, labels, weights, reduction="sum", label_smoothing=smoothing)[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, and those of label_sums."""
+        """loss, and the sums of label_sums."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
         return {**loss_sums(losses, batch), **label_sums(scores, labels)}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each label."""
+        """The table of metrics for each label."""
         return class_table(self.labels, sums["label_counts"], sums.get("confusion"))
 
     def answers(self, scores: Tensor) -> list[str]:
-        """What is answered for each row of scores (N, C): the likeliest label."""
+        """The most likely label for each row of scores (N, C)."""
         return [self.labels[number] for number in scores.argmax(dim=-1).tolist()]
 
 
 @dataclass(frozen=True)
 class TagLoss(LabelLoss):
-    """Labels are tags of words, which form spans (B-PER I-PER)."""
+    """The loss of tags of words. Tags form spans, such as B-PER I-PER."""
 
     scores: ReadScores = word_scores
     metrics: Sequence[str] = ("loss", "token_accuracy", "span_f1")
     problem_type: str | None = None
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """Those of labels, and spans (kinds, 3): predicted right, predicted, true."""
+        """The sums of labels, and spans (kinds, 3): the numbers predicted right, predicted, and true."""
         scores, _ = self.scores(output, batch)
         kinds = kinds_of(self.labels)
         spans = torch.zeros(len(kinds), 3, dtype=torch.float64)
@@ -121,5 +123,5 @@ class TagLoss(LabelLoss):
         return {**super().sums(output, batch), "spans": spans}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each kind of span."""
+        """The counts for each kind of span."""
         return {"labels": kinds_of(self.labels), "counts": [[int(count) for count in row] for row in sums["spans"]]}

@@ -1,4 +1,4 @@
-"""Binary cross entropy of each label: rows have any number of labels."""
+"""Binary cross entropy of each label, for rows with any number of labels."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +20,11 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class MultiLabelLoss(LabelLoss):
-    """Loss of a row: the mean over the labels of -y log p - (1 - y) log(1 - p), p = sigmoid(score). Its units are rows,
-    so that a step's loss is transformers' mean over labels and rows.
+    """The loss of a row is the mean of -y log p - (1 - y) log(1 - p) over the labels, p = sigmoid(score). The step's
+    sum is divided by the number of rows, which gives the same mean over labels and rows as transformers.
 
-    A label is predicted where its probability is at least its threshold: `thresholds` (C,), or 0.5. `fits`: evaluations
-    choose them first, on all of their rows."""
+    A label is predicted where its probability is at least its threshold: `thresholds` (C,), or 0.5. `fits`: each
+    evaluation first chooses the thresholds on all of its rows."""
 
     metrics: Sequence[str] = ("loss", "micro_f1", "macro_f1")
     problem_type: str | None = MULTI_LABEL
@@ -38,12 +38,12 @@ class MultiLabelLoss(LabelLoss):
 
     @property
     def notes(self) -> Sequence[str]:
-        """That F1 on the rows which chose the thresholds is too high."""
+        """A note that F1 is too high on the evaluation rows, because the thresholds are chosen on them."""
         chosen = "thresholds of labels are chosen on these evaluation rows, so that F1 on other rows is lower"
         return (chosen,) if self.fits else ()
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> Self:
-        """With the thresholds of best F1 on all evaluation rows, if they are to be chosen."""
+        """The loss with the thresholds that give the best F1 on all evaluation rows, if `fits`."""
         if not self.fits:
             return self
 
@@ -63,8 +63,8 @@ class MultiLabelLoss(LabelLoss):
         return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, units; label_counts (C, 3): rows of each label predicted right, predicted, and labelled; labelled (2,):
-        rows all of whose labels are right, and rows."""
+        """loss, units; label_counts (C, 3): for each label, the numbers of rows predicted right, predicted, and
+        labelled; labelled (2,): the numbers of rows with all labels right, and of all rows."""
         scores, labels = self.scores(output, batch)
         predicted, true = for_sums(self.predicted(scores)), for_sums(labels)  # (R, C) each
         counts = torch.stack([predicted * true, predicted, true]).sum(dim=1).T  # (C, 3)
@@ -80,7 +80,7 @@ class MultiLabelLoss(LabelLoss):
         return torch.sigmoid(scores) >= thresholds
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each label."""
+        """The table of metrics for each label."""
         return {**class_table(self.labels, sums["label_counts"]), **self.measured_facts}
 
     def answers(self, scores: Tensor) -> list[str]:
@@ -91,8 +91,7 @@ class MultiLabelLoss(LabelLoss):
 
 
 def best_threshold(probabilities: Tensor, true: Tensor) -> float:
-    """The threshold of best F1, between two of the probabilities; 0.5 where none is better, or where no row has the
-    label.
+    """The threshold that gives the best F1, half-way between two probabilities; 0.5 if no other threshold is better.
 
     Shapes: (R,) each.
     """
@@ -108,5 +107,5 @@ def best_threshold(probabilities: Tensor, true: Tensor) -> float:
 
 
 def _row_losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Shapes: (R, C) each -> (R,)."""
+    """The loss of each row. Shapes: (R, C) each -> (R,)."""
     return torch.nn.functional.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(dim=-1)

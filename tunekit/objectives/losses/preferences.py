@@ -1,8 +1,9 @@
-"""Formulas of preference optimization: DPO and its variants, CPO, SimPO, ORPO. Scores -> (P,) losses.
+"""Formulas of preference optimization: DPO and its variants, CPO, SimPO, ORPO. Each takes Scores and returns (P,)
+losses.
 
-Names and formulas are those of trl 1.16.  Different by design: a batch is the whole step, on all ranks, where trl takes
-each micro-batch by itself (aot, sft, mean losses), so that micro-batches change nothing; an answer ends with the
-end-of-turn token; the reference is computed without dropout, and dropout of the policy is the recipe's.
+Names and formulas are those of trl 1.16.  Different by design: aot, sft and mean losses are computed over the whole
+step on all ranks, so that micro-batches do not change them; trl computes them for each micro-batch; an answer ends with
+the end-of-turn token; the reference is computed without dropout, and dropout of the policy is the recipe's.
 """
 
 import math
@@ -30,7 +31,8 @@ def hinge(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def ipo(scores: Scores, settings: DpoSettings) -> Tensor:
-    """(m' - 1 / (2 beta))^2, where m' is of the means over each answer's tokens. Azar et al. 2023, eq. 17."""
+    """(m' - 1 / (2 beta))^2, where m' is m computed from the means over each answer's tokens. Azar et al. 2023, eq.
+    17."""
     means = scores.chosen_ratio / scores.chosen_tokens - scores.rejected_ratio / scores.rejected_tokens
     return (means - 1 / (2 * settings.beta)) ** 2
 
@@ -56,12 +58,12 @@ def nca_pair(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def apo_zero(scores: Scores, settings: DpoSettings) -> Tensor:
-    """1 - s(c) + s(r): for answers better than the model's own. D'Oosterlinck et al. 2024, eq. 7."""
+    """1 - s(c) + s(r): for data whose answers are better than the model's. D'Oosterlinck et al. 2024, eq. 7."""
     return 1 - (settings.beta * scores.chosen_ratio).sigmoid() + (settings.beta * scores.rejected_ratio).sigmoid()
 
 
 def apo_down(scores: Scores, settings: DpoSettings) -> Tensor:
-    """s(c) + 1 - s(b m): for answers worse than the model's own. D'Oosterlinck et al. 2024, eq. 8."""
+    """s(c) + 1 - s(b m): for data whose answers are worse than the model's. D'Oosterlinck et al. 2024, eq. 8."""
     return (settings.beta * scores.chosen_ratio).sigmoid() + 1 - (settings.beta * scores.margin).sigmoid()
 
 
@@ -73,14 +75,14 @@ def discopop(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def sppo_hard(scores: Scores, settings: DpoSettings) -> Tensor:
-    """(c' - 1 / (2 beta))^2 + (r' + 1 / (2 beta))^2 of the log-ratios themselves. Wu et al. 2024, eq. 4.7."""
+    """(c' - 1 / (2 beta))^2 + (r' + 1 / (2 beta))^2 where c' and r' are the log-ratios. Wu et al. 2024, eq. 4.7."""
     half = 0.5 / settings.beta
     return (scores.chosen_ratio - half) ** 2 + (scores.rejected_ratio + half) ** 2
 
 
 def aot(scores: Scores, settings: DpoSettings) -> Tensor:
-    """The smoothed sigmoid loss of the policy's preference, compared with the reference's preference of the same rank
-    in the step. Melnyk et al. 2024."""
+    """The smoothed sigmoid loss of the policy's preference, compared with the reference's preference that has the same
+    rank in the step, when each is sorted. Melnyk et al. 2024."""
     return smoothed(settings.beta * (scores.chosen - scores.rejected - scores.matched), settings.label_smoothing)
 
 
@@ -109,8 +111,8 @@ def shorter_first(counts: Tensor, alpha: float) -> Tensor:
 
 
 def contrastive(scores: Scores, settings: CpoSettings) -> Tensor:
-    """CPO of x = chosen - rejected: smoothed(beta x), max(0, 1 - beta x), or of means over tokens
-    (x - 1 / (2 beta))^2. Xu et al. 2024."""
+    """CPO, with x = chosen - rejected. sigmoid: smoothed(beta x); hinge: max(0, 1 - beta x); ipo: (x - 1 / (2 beta))^2,
+    scores being means over tokens. Xu et al. 2024."""
     beta, apart = settings.beta, scores.chosen - scores.rejected
     if settings.loss_type == "ipo":
         return (apart - 1 / (2 * beta)) ** 2
@@ -133,7 +135,8 @@ def odds_ratio(scores: Scores, settings: OrpoSettings) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log p - log(1 - p), each side of p = 1/2 by the formula that is exact there; p = 1 is kept off by a rounding."""
+    """log p - log(1 - p), with a different exact formula below and above p = 1/2. p is at most 1 - eps, so that the
+    result is finite."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.where(logp < -math.log(2), torch.log1p(-logp.exp()), (-torch.expm1(logp)).log())
 

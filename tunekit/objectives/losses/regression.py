@@ -1,4 +1,4 @@
-"""Squared error: rows have one number or several."""
+"""Squared error, for rows with one number or several."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from tunekit.objectives.rows.label_kinds import numbers_text
 
 @dataclass(frozen=True)
 class RegressionLoss(LabelLoss):
-    """Loss of a row: the mean over its numbers of (score - number)^2. Its units are rows, so that a step's loss is
-    transformers' mean over numbers and rows."""
+    """The loss of a row is the mean of (score - number)^2 over its numbers. The step's sum is divided by the number of
+    rows, which gives the same mean over numbers and rows as transformers."""
 
     metrics: Sequence[str] = ("loss", "pearson", "spearman")
     problem_type: str | None = REGRESSION
@@ -29,21 +29,21 @@ class RegressionLoss(LabelLoss):
         return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, units; and the scores and the numbers of each row (R, 2 C), of which correlations need all."""
+        """loss, units, and the scores and numbers of each row (R, 2 C): correlations need them for all rows."""
         scores, values = self.scores(output, batch)
         units = torch.tensor(float(len(values)), dtype=torch.float64)
         both = torch.cat([for_sums(scores), for_sums(values)], dim=-1)  # (R, 2 C)
         return {**loss_sums(_row_losses(scores, values), batch), "units": units, ROW_VALUES: both}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each number."""
+        """The table of metrics for each number."""
         return {"per_class": output_table(self.labels, sums[ROW_VALUES])}
 
     def answers(self, scores: Tensor) -> list[str]:
-        """The numbers of each row."""
+        """The predicted numbers of each row, as text."""
         return [numbers_text(row) for row in scores.tolist()]
 
 
 def _row_losses(scores: Tensor, values: Tensor) -> Tensor:
-    """Shapes: (R, C) each -> (R,)."""
+    """The loss of each row. Shapes: (R, C) each -> (R,)."""
     return torch.nn.functional.mse_loss(scores, values, reduction="none").mean(dim=-1)

@@ -1,4 +1,4 @@
-"""The loss of reward models: a score for each answer; the preferred one of two should have the higher score.
+"""The loss of reward models: the preferred one of two answers should have the higher score.
 
 Source: Bradley and Terry 1952; names and formulas are those of trl 1.16.  The lowest and highest score of a batch are
 not logged, because they are not sums over pairs.
@@ -53,7 +53,8 @@ def score_sequences(pad_id: int, model: Model, sequences: Sequence[Sequence[int]
 
 
 def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
-    """Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32.
+    """The score at the last token of each answer. Shapes: output.hidden (B, T, D), last (N,) into its flattened
+    positions -> (N,) float32.
 
     Raises: ModelError for an encoder.
     """

@@ -1,4 +1,5 @@
-"""REINFORCE leave-one-out: a completion's advantage is its reward less the mean reward of the others to its prompt.
+"""REINFORCE leave-one-out: a completion's advantage is its reward less the mean reward of the other completions of its
+prompt.
 
 Source: Ahmadian et al. 2024; names and formulas are those of trl 1.16: the KL, summed over the tokens of a completion,
 is subtracted from its reward, and the ratio is that of the whole completion.
@@ -20,14 +21,14 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 
 @dataclass(frozen=True)
 class LeaveOneOut(SampledLoss):
-    """loss = sum over completions of -min(r A, clip(r, 1 - e, 1 + e') A), r the probability of the completion over that
-    at sampling, A its advantage."""
+    """loss = sum over completions of -min(r A, clip(r, 1 - e, 1 + e') A), r the ratio of the completion's probability
+    to its probability at sampling, A its advantage."""
 
     settings: RlooSettings
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """r less the mean of the others in its group; with normalize_advantages, over the step to mean 0 and deviation
-        1."""
+        """Each reward less the mean of the other rewards in its group. With normalize_advantages they are scaled to
+        mean 0 and standard deviation 1 over the step."""
         plain = _less_the_others(local)
         if not self.settings.normalize_advantages:
             return plain
@@ -35,7 +36,8 @@ class LeaveOneOut(SampledLoss):
         return scaled(plain - mean(of_step), spread(of_step))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
-        """beta times the KL of each completion, k1: the policy's log-probability less the reference's."""
+        """The window with each token's KL, and beta times the KL of each completion. The KL is k1: the policy's
+        log-probability less the reference's."""
         rows, read = prompt_rows(run), self.token_scores
         policy, reference = run.score(window.batches, read), run.reference(window.batches, read)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each
@@ -58,7 +60,8 @@ class LeaveOneOut(SampledLoss):
 
 
 def _less_the_others(rewards: Rewards) -> Rewards:
-    """Each less the mean of the others that can be judged; NaN if there is none. Shapes: (P, G) -> (P, G)."""
+    """Each reward less the mean of the other rewards in its group, without those that are NaN; NaN if no other is left.
+    Shapes: (P, G) -> (P, G)."""
     count = np.sum(~np.isnan(rewards), axis=1, keepdims=True) - 1  # (P, 1)
     others = (np.nansum(rewards, axis=1, keepdims=True) - rewards) / np.where(count > 0, count, np.nan)
     return rewards - others

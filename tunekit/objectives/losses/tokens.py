@@ -9,19 +9,19 @@ from torch import Tensor
 from tunekit.contracts import IGNORED, Batch, Loss, LossKind, ModelOutput, Sums
 from tunekit.objectives.losses.logprobs import loss_of_positions, sums_of_positions, supervised_positions
 
-# (N,) positions in the flattened (B, T) that predict a supervised token, those tokens, and their weights; None: 1 each
+# (N,) positions in the flattened (B, T) that predict supervised tokens; these tokens; their weights, None if all are 1
 Supervised = tuple[Tensor, Tensor, Tensor | None]
 
 
 def next_tokens(batch: Batch) -> Supervised:
-    """For labels that are the inputs themselves: position t predicts labels[t + 1]."""
+    """The supervised positions of a causal model, whose labels are its inputs: position t predicts labels[t + 1]."""
     index, targets = supervised_positions(batch.targets["labels"])
     weights = batch.targets.get("weights")
     return index, targets, None if weights is None else weights.flatten()[index + 1]
 
 
 def own_positions(batch: Batch) -> Supervised:
-    """For a decoder whose position t predicts labels[t]."""
+    """The supervised positions of a decoder whose position t predicts labels[t]."""
     labels, weights = batch.targets["labels"], batch.targets.get("weights")  # (B, A)
     rows, columns = torch.nonzero(labels != IGNORED, as_tuple=True)
     weight = None if weights is None else weights[rows, columns]
@@ -30,8 +30,8 @@ def own_positions(batch: Batch) -> Supervised:
 
 @dataclass(frozen=True)
 class TokenLoss(LossKind):
-    """loss = sum over supervised tokens of -w log p(token | tokens before it). w is 1, or what the row states: `weight`
-    of a message times `sample_weight` of the row. It is divided by the step's sum of w."""
+    """loss = sum over supervised tokens of -w log p(token | tokens before it). w is the `weight` of a message times the
+    `sample_weight` of the row, 1 by default. The loss is divided by the step's sum of w."""
 
     supervised: Callable[[Batch], Supervised] = next_tokens
     metrics: Sequence[str] = ("loss", "perplexity")
