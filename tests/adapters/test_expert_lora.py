@@ -200,10 +200,10 @@ def test_files_are_refused_by_name(mixture: Path, tmp_path: Path) -> None:
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())
     for changes, message in (
-        ({"target_parameters": ["down_proj"]}, "no tensor of this adapter"),
+        ({"target_parameters": ["down_proj"]}, "is not a tensor of this adapter"),
         ({"target_parameters": ["q_proj.weight"]}, "q_proj.lora_A.weight' is missing"),
         ({"target_parameters": ["missing.weight"]}, "target_parameters"),
-        ({"target_parameters": None}, "no tensor of this adapter"),
+        ({"target_parameters": None}, "is not a tensor of this adapter"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"r": 4}, "has shape"),
     ):

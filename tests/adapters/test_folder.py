@@ -149,7 +149,7 @@ def test_an_adapter_folder_is_replaced_whole_and_others_never(tmp_path: Path) ->
     with pytest.raises(AdapterError, match=r"contains other files \(notes\.txt\)"):
         save(make_adapter(), folder)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(AdapterError, match="in the way"):
+    with pytest.raises(AdapterError, match="exists and is not a folder"):
         save(make_adapter(), tmp_path / "file")
 
 
@@ -429,12 +429,12 @@ def test_non_finite_tensors_are_refused(value: float, good: Path, tmp_path: Path
 def test_a_changed_file_and_another_base_are_refused(good: Path, tmp_path: Path) -> None:
     folder = save(make_adapter(), tmp_path / "a")
     change_tensors(folder, lambda tensors: tensors[Q0].add_(1))
-    refuse(folder, "is not the file that tunekit wrote")
+    refuse(folder, "is different from the file that tunekit wrote")
     (folder / FACTS).unlink()
     attach_adapter_folder(make_llama(), folder, head_name="lm_head")
-    with pytest.raises(AdapterError, match="was trained on another base"):
+    with pytest.raises(AdapterError, match="was trained on a different base"):
         attach_adapter_folder(make_llama(), good, head_name="lm_head", base_fingerprint="other")
-    with pytest.raises(AdapterError, match="was trained on another base"):
+    with pytest.raises(AdapterError, match="was trained on a different base"):
         load_into(make_adapter(), good, base_fingerprint="other")
     attach_adapter_folder(make_llama(), good, head_name="lm_head", base_fingerprint="abc")
 

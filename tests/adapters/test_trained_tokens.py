@@ -163,7 +163,7 @@ def test_a_file_with_other_rows_is_refused(tiny_llama: Path, tmp_path: Path) -> 
         ([40], "has shape"),
         ([40, 10**6], "has no row"),
         ([40, -1], "malformed"),
-        (None, "no tensor"),
+        (None, "is not a tensor of this adapter"),
     ):
         path.write_text(json.dumps(config | {"trainable_token_indices": value}))
         with pytest.raises(AdapterError, match=message):

@@ -78,7 +78,7 @@ def test_what_is_no_checkpoint_is_said_with_those_that_there_are(stopped: Path, 
         find_target(str(stopped), None, [])
     with pytest.raises(InputError, match="names no checkpoint; write RUN@120"):
         export_checkpoint_verb(str(stopped), None, str(tmp_path / "adapter"))
-    with pytest.raises(RunFolderError, match="was trained on another base"):
+    with pytest.raises(RunFolderError, match="was trained on a different base than"):
         find_target(f"{stopped}@1", str(write_tiny_llama(tmp_path / "other", seed=1)), [])
 
 

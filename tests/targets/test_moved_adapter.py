@@ -95,5 +95,5 @@ def test_a_changed_template_is_refused_and_peft_reads_the_folder(run: Path, tiny
 
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), run / "adapter")
     (run / "adapter" / "chat_template.jinja").write_text("other", encoding="utf-8")
-    with pytest.raises(AdapterError, match=r"chat_template\.jinja.*is not the file that tunekit wrote"):
+    with pytest.raises(AdapterError, match=r"chat_template\.jinja.*is different from the file that tunekit wrote"):
         load_target(find_target(str(run), None, []), make_devices().device)

@@ -128,7 +128,7 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
         faults += [str(problem) for problem in error.problems]
     layers = _layers(tensors, factors, norms)
     not_finite = [tensor.name for tensor in tensors if tensor.not_finite]
-    faults += [f"{name} holds NaN or infinity" for name in not_finite]
+    faults += [f"{name} contains NaN or infinity" for name in not_finite]
     settings = config.settings.model_dump(mode="json", exclude={"init_from"}) if config else {}
     return AdapterSummary(
         folder=str(folder),

@@ -117,7 +117,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
     fingerprint = base_fingerprint(section)
     if fingerprint != saved.facts["fingerprint"]["base"]:
-        what = f"{checkpoint} was trained on a base different from {section.name_or_path} (their fingerprints differ)"
+        what = f"{checkpoint} was trained on a different base than {section.name_or_path} (their fingerprints differ)"
         raise RunFolderError(what, "name the right base with --base")
     base, settings = make_meta_model(section, device=cpu), type(recipe.adapter).model_validate(facts["settings"])
     adapter = attach_adapter(
