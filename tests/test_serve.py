@@ -137,7 +137,7 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"temperature": 3}, 400, "'temperature' must be a number"),
         ({"max_tokens": 0}, 400, "'max_tokens' must be a number"),
         ({"n": 2}, 400, "'n' is not supported"),
-        ({"extra_body": {"top_z": 1}}, 400, "'top_z' is not known"),
+        ({"extra_body": {"top_z": 1}}, 400, "'top_z' is not a known field"),
         ({"messages": []}, 400, "one message or more"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "needs a role"),
         ({"messages": [{"role": "user", "content": "x" * 900}]}, 400, "reads at most 512"),
@@ -160,7 +160,7 @@ def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None
         status, reply = ask_raw(port, "/v1/chat/completions", body)
         assert status == (413 if len(body) > 4_000_000 else 400)
         assert json.loads(reply)["error"]["message"]
-    assert b"not known here" in ask_raw(port, "/v1/chat/completions", b'{"\\ud800": 1}')[1]
+    assert b"is not a known field" in ask_raw(port, "/v1/chat/completions", b'{"\\ud800": 1}')[1]
     assert ask_raw(port, "/nothing", None)[0] == 404
     status, reply = ask_raw(port, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "Hi"}]}')
     assert (status, b"'model' is required; there are: " in reply) == (404, True)

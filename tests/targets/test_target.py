@@ -34,12 +34,12 @@ def test_a_name_that_is_nothing_says_what_was_looked_for(monkeypatch: pytest.Mon
     with pytest.raises(InputError) as caught:
         evaluate_verb("nosuch", None, None, None, [], None, [])
     text = str(caught.value)
-    for words in ("nosuch is no folder", "recipe (.yaml)", ".gguf file", "the hub cannot be reached", "check the path"):
+    for words in ("nosuch is neither a folder", "recipe (.yaml)", ".gguf file", "the hub cannot be reached", "check the path"):
         assert words in text
 
 
 def test_a_path_that_is_nothing_says_so_without_the_hub() -> None:
-    with pytest.raises(InputError, match=r"^\./nosuch is no folder .* there is no folder or file \./nosuch"):
+    with pytest.raises(InputError, match=r"^\./nosuch is neither a folder, .* there is no folder or file \./nosuch"):
         find_target("./nosuch", None, [])
 
 
