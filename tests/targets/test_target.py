@@ -34,7 +34,13 @@ def test_a_name_that_is_nothing_says_what_was_looked_for(monkeypatch: pytest.Mon
     with pytest.raises(InputError) as caught:
         evaluate_verb("nosuch", None, None, None, [], None, [])
     text = str(caught.value)
-    for words in ("nosuch is neither a folder", "recipe (.yaml)", ".gguf file", "the hub cannot be reached", "check the path"):
+    for words in (
+        "nosuch is neither a folder",
+        "recipe (.yaml)",
+        ".gguf file",
+        "the hub cannot be reached",
+        "check the path",
+    ):
         assert words in text
 
 
