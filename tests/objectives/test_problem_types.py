@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import write_recipe as write_labelled
 from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_vit import write_tiny_vit
+from tunekit.adapter import combine_verb
 from tunekit.data.looking.first_look import look_at
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
@@ -405,6 +407,23 @@ def test_fitted_thresholds_go_with_the_result(bert: Path, tmp_path: Path) -> Non
     assert result_of(tmp_path / "merged" / "config.json")["thresholds"] == thresholds
     evaluate_verb(str(tmp_path / "merged"), None, str(half), "labels", [], str(tmp_path / "merged.json"), [])
     assert result_of(tmp_path / "merged.json")["classes"]["thresholds"] == thresholds
+    # A run that starts from the merged model and fits none answers from 0.5 on, and so does its result.
+    again = train(write_recipe(tmp_path / "again", tmp_path / "merged", "multi", training=training))
+    merge_verb(str(again), str(tmp_path / "twice"), None, None, [])
+    assert "thresholds" not in result_of(tmp_path / "twice" / "config.json")
+    # Combined adapters have other scores, so that no thresholds fit them; and scores of one meaning go together.
+    folder, other = run / "adapter", Path(shutil.copytree(run / "adapter", tmp_path / "other"))
+    combine_verb([str(folder), str(other)], None, "linear", None, None, "total", 0, None, str(tmp_path / "combined"))
+    labels = {"labels": sorted(WORDS)}
+    assert result_of(tmp_path / "combined" / "tunekit.json")["objective"] == {
+        "method": "classify",
+        "problem_type": MULTI,
+        **labels,
+    }
+    facts = result_of(other / "tunekit.json") | {"objective": {"method": "classify", **labels}}
+    (other / "tunekit.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(TunekitError, match=r"single_label_classification, and .* for multi_label_classification"):
+        combine_verb([str(folder), str(other)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
     before = tensors_of(run), result_of(run / "adapter" / "tunekit.json")
     (run / "status.json").unlink()
     (run / "adapter").rename(tmp_path / "taken")

@@ -19,6 +19,7 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import printable, read_small
+from tunekit.formats.labels import SINGLE_LABEL
 from tunekit.targets.target import base_override
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
@@ -84,20 +85,33 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         **known,
         task_type=next(iter(tasks), None),
         chat_template=templates[0],
-        objective=next((config.objective for config in configs if config.objective), None),
+        objective=_objective_of(configs),
         notes=tuple(notes),
     )
 
 
+def _objective_of(configs: Sequence[AdapterConfig]) -> Mapping[str, Any] | None:
+    """That of the first folder which has one; of several without thresholds, which fit the scores of one adapter."""
+    objective = next((config.objective for config in configs if config.objective), None)
+    if objective is None or len(configs) == 1:
+        return objective
+    return {name: value for name, value in objective.items() if name != "thresholds"}
+
+
 def refuse_other_labels(configs: Sequence[AdapterConfig]) -> None:
-    """Raises: AdapterError where two of the folders name labels, and not the same in the same order."""
-    named = [
-        (config, config.objective["labels"]) for config in configs if config.objective and "labels" in config.objective
-    ]
-    for config, labels in named[1:]:
-        if labels != named[0][1]:
-            what = f"has the labels {printable(labels)}, and {named[0][0].folder} has {printable(named[0][1])}"
+    """Raises: AdapterError where two of the folders name labels, and not the same in the same order, or where their
+    scores mean different things."""
+    named = [(config, config.objective) for config in configs if config.objective and "labels" in config.objective]
+    for config, objective in named[1:]:
+        first, expected = named[0]
+        labels, expected_labels = objective["labels"], expected["labels"]
+        if labels != expected_labels:
+            what = f"has the labels {printable(labels)}, and {first.folder} has {printable(expected_labels)}"
             raise AdapterError(what, "only adapters of the same labels go together", file=str(config.folder))
+        meaning, expected_meaning = (each.get("problem_type", SINGLE_LABEL) for each in (objective, expected))
+        if meaning != expected_meaning:
+            what = f"was trained for {printable(meaning)}, and {first.folder} for {printable(expected_meaning)}"
+            raise AdapterError(what, "only adapters of one problem type go together", file=str(config.folder))
 
 
 def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | None) -> None:

@@ -81,6 +81,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         config.label2id = {label: number for number, label in enumerate(section.labels)}
         if section.problem_type is not None:
             config.problem_type = section.problem_type
+        vars(config).pop("thresholds", None)  # those of an earlier head
         if section.thresholds:
             config.thresholds = list(section.thresholds)
         pad_id = getattr(config, "pad_token_id", None)
