@@ -35,7 +35,7 @@ from tunekit.merge import merge_verb
 from tunekit.metrics import mse, pearson, spearman
 from tunekit.metrics.outputs import ROW_VALUES, output_table
 from tunekit.objectives.losses.confusion import label_sums
-from tunekit.objectives.losses.multi_label import best_threshold
+from tunekit.objectives.losses.multi_label import MultiLabelLoss, best_threshold
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -380,6 +380,13 @@ def test_a_threshold_is_the_one_of_best_f1() -> None:
         assert score(found) == pytest.approx(max(score(each / 200) for each in range(1, 200)))
         assert score(found) > score(0.5) or found == 0.5
     assert best_threshold(torch.tensor([0.9, 0.1]), torch.zeros(2)) == 0.5
+
+
+def test_a_threshold_tells_probabilities_near_one_apart() -> None:
+    scores, true = torch.tensor([[12.0], [12.002]]), torch.tensor([0.0, 1.0])
+    threshold = best_threshold(torch.sigmoid(scores[:, 0].double()), true)
+    loss = MultiLabelLoss(labels=("a",), thresholds=(threshold,))
+    assert loss.predicted(scores).tolist() == [[False], [True]]
 
 
 def test_fitted_thresholds_go_with_the_result(bert: Path, tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ class MultiLabelLoss(LabelLoss):
 
     def predicted(self, scores: Tensor) -> Tensor:
         """Shapes: scores (R, C) -> (R, C) whether each label is predicted."""
-        thresholds = torch.tensor(self.thresholds or THRESHOLD, device=scores.device)  # (C,) or ()
-        return torch.sigmoid(scores) >= thresholds
+        probabilities = torch.sigmoid(for_sums(scores))  # (R, C); in float32 those near 1 are equal
+        return probabilities >= probabilities.new_tensor(self.thresholds or THRESHOLD)  # (C,) or ()
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """The table of metrics for each label."""
