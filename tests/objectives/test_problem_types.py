@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import peft
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -223,11 +224,18 @@ def test_a_csv_file_has_the_same_rows(kind: str, llama: Path, tmp_path: Path) ->
     assert parts[0] == parts[1]
 
 
-def test_classes_of_parquet_are_names_and_none_is_a_row(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True])
+def test_classes_of_parquet_are_names_and_none_is_a_row(older: bool, llama: Path, tmp_path: Path) -> None:
     rows = {"text": ["a b", "c", "d"], "label": [[1, 0], [], [2]]}
     classes = datasets.Sequence(datasets.ClassLabel(names=["low", "mid", "high"]))
     features = datasets.Features({"text": datasets.Value("string"), "label": classes})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    if older:  # [ClassLabel(...)], as datasets wrote it before version 4
+        table = pyarrow.parquet.read_table(tmp_path / "train.parquet")
+        stated = json.loads(table.schema.metadata[b"huggingface"])
+        stated["info"]["features"]["label"] = [stated["info"]["features"]["label"]["feature"]]
+        table = table.replace_schema_metadata({"huggingface": json.dumps(stated)})
+        pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     recipe = write_recipe(tmp_path, llama, "multi", data={"train": "train.parquet", "eval": None})
     _, prepared = make_plan(load_recipe(recipe), device=CPU)
     objective, train = prepared.rows.objective, prepared.rows.train

@@ -12,12 +12,19 @@ def class_names(features: object) -> ClassNames:
     """The names that the features of a data set state, also of lists of classes (tags), by column."""
     named: ClassNames = {}
     for column, feature in features.items() if isinstance(features, Mapping) else ():
-        while isinstance(feature, Mapping) and "feature" in feature:
-            feature = feature["feature"]
+        while (inner := _of_each(feature)) is not None:
+            feature = inner
         names = feature.get("names") if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel" else None
         if isinstance(names, Sequence) and not isinstance(names, str):
             named[str(column)] = [str(name) for name in names]
     return named
+
+
+def _of_each(feature: object) -> object:
+    """The feature of a list's members, written `{"feature": ...}` or `[...]`; None where it is no list."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return feature[0]
+    return feature.get("feature") if isinstance(feature, Mapping) else None
 
 
 def stored_class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
