@@ -261,6 +261,8 @@ SECOND = "train.jsonl:2: "
         (MULTI, [["a"], ["a", None]], SECOND + "'label' must be a text or a number, or a list of them, not null"),
         (MULTI, [["a"], [["a"]]], SECOND + "'label' must be a text or a number, or a list of them, not list"),
         (MULTI, [["a"], "[a"], SECOND + r"the label '\[a' begins as a list and is not one; write it as JSON"),
+        (None, ["a", "b\ud800"], SECOND + "'label' contains the lone surrogate"),
+        (MULTI, [["a"], ["b\ud800"]], SECOND + "'label' contains the lone surrogate"),
         (MULTI, [["a"], ["1"], ["1.0"]], "train.jsonl:3: the label '1.0' is the same number as the label '1'"),
         (MULTI, [[], []], "no row of data.train has a label"),
         (NUMBERS, [1, "much"], SECOND + "the label 'much' is not a number"),

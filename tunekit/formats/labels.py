@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunekit.errors import DataError
-from tunekit.formats.fields import Fields, read_text, read_value
+from tunekit.formats.fields import Fields, check_text, read_text, read_value
 
 ALIASES = dict.fromkeys(("labels", "category", "intent"), "label")
 DESCRIPTION = (
@@ -75,6 +75,7 @@ def _one_label(label: object, field: str) -> str | float:
             f"'{field}' must be a text or a number, or a list of them, not {found}", "write the row's label"
         )
     name = label_text(int(label) if isinstance(label, float) else label)
+    check_text(name, field)
     if not name:
         raise DataError(f"'{field}' is empty", "name a class, or leave the row out")
     return name
