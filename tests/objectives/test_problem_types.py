@@ -268,6 +268,7 @@ SECOND = "train.jsonl:2: "
         (NUMBERS, [1, "much"], SECOND + "the label 'much' is not a number"),
         (NUMBERS, [1, "nan"], SECOND + "the label nan is not a finite number"),
         (NUMBERS, [1, 1e200], SECOND + "the label 1e.200 is not a finite number"),
+        (NUMBERS, [1, 1e20], SECOND + "the label 1e.20 is not a finite number that can be learned"),
         (NUMBERS, [1, True], SECOND + "the label 'true' is not a number"),
         (NUMBERS, [1, None], SECOND + "'label' must be a text or a number, or a list of them, not null"),
         (NUMBERS, [[1, 2], [1]], SECOND + r"the row has 1 number, and the first row \(.*train.jsonl:1\) has 2"),
@@ -371,6 +372,8 @@ def test_correlations_are_those_of_numpy_and_ties_share_their_rank() -> None:
     turned = {ROW_VALUES: sums[ROW_VALUES][::-1]}
     for metric in (mse, pearson, spearman):
         assert metric.from_sums(turned) == metric.from_sums(sums), "the order of rows does not matter"
+    for metric in (pearson, spearman):
+        assert metric.from_sums({ROW_VALUES: [[1.0, 3.0], [2.0, 5.0], [3.0, 7.0]]}) == 1.0
     lines = output_table(["a", "b"], [[1.0, 2.0, 3.0, 4.0], [1.0, 5.0, 3.0, 5.0]])
     assert (lines[0]["pearson"], lines[0]["mse"]) == (None, 4.0), "nothing correlates with a constant"
     assert math.isnan(pearson.from_sums({ROW_VALUES: [[1.0, 3.0], [1.0, 4.0]]}))

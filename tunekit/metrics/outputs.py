@@ -53,8 +53,8 @@ def pearson(scores: Column, values: Column) -> float:
         return nan
     first, second = (_less_mean(each) for each in (scores, values))
     both = fsum(one * other for one, other in zip(first, second, strict=True))
-    lengths = (sqrt(fsum(each**2 for each in some)) for some in (first, second))
-    return max(-1.0, min(1.0, both / (next(lengths) * next(lengths))))
+    squares = (fsum(each**2 for each in some) for some in (first, second))
+    return max(-1.0, min(1.0, both / sqrt(next(squares) * next(squares))))
 
 
 def spearman(scores: Column, values: Column) -> float:

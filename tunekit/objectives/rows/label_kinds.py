@@ -11,7 +11,7 @@ from tunekit.contracts import Labels
 from tunekit.errors import DataError
 from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LabelValue, label_value
 
-LARGEST = 1e30  # of a number to learn: its square must be a float32
+LARGEST = 1e18  # of a number to learn: a micro-batch's sum of squares must be a float32
 
 
 class LabelSets(Labels):
