@@ -549,12 +549,16 @@ def test_pairs_have_numbers_too_and_minus_one_is_one(llama: Path, tmp_path: Path
         ("a", "objective: classify", "[loss, accuracy, macro_f1]"),
     ],
 )
-def test_init_writes_the_problem_type(label: Any, written: str, metrics: str, llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_init_writes_the_problem_type(
+    name: str, label: Any, written: str, metrics: str, llama: Path, tmp_path: Path
+) -> None:
     lines = [json.dumps({"text": f"text {number}", "label": label}) + "\n" for number in range(10)]
-    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    first = FirstRecipe(
-        str(tmp_path / "rows.jsonl"), str(llama), "lora", "none", 0.2, look_at(str(tmp_path / "rows.jsonl"))
-    )
+    if name == "rows.csv":
+        cell = (label if isinstance(label, str) else json.dumps(label)).replace('"', '""')
+        lines = ["text,label\n", *(f'text {number},"{cell}"\n' for number in range(10))]
+    (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    first = FirstRecipe(str(tmp_path / name), str(llama), "lora", "none", 0.2, look_at(str(tmp_path / name)))
     (tmp_path / "recipe.yaml").write_text(text := recipe_text(first, tmp_path / "recipe.yaml"), encoding="utf-8")
     assert written in text
     assert f"metrics: {metrics}" in text
