@@ -159,7 +159,7 @@ def test_a_triplet_at_work_between_two_changes_is_in_the_file(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ({"model.layers.7.self_attn.q_proj.lora_E": [True] * 6}, "names no adapted layer"),
+        ({"model.layers.7.self_attn.q_proj.lora_E": [True] * 6}, "is not an adapted layer"),
         ({"model.layers.0.self_attn.q_proj.lora_E": [True] * 5}, "has 5 entries"),
         ({"model.layers.0.self_attn.q_proj.lora_E": [1] * 6}, "malformed"),
         ({"model.layers.0.self_attn.q_proj.lora_E": [True] * 5 + [False]}, "has shape"),

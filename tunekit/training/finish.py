@@ -35,7 +35,7 @@ def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
 
 
 def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
-    """What to do about a verdict: how to train otherwise, and how to get at weights before the last step."""
+    """The remedy for a verdict: how to train differently, and where earlier weights are."""
     how = "lower training.learning_rate, train less, or look at the rows"
     if saved_best:
         return how
