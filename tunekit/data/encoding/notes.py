@@ -14,7 +14,7 @@ from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
 MANY_DROPPED = 0.05  # of a source's rows
-NEARLY = 0.85  # likeness from which on a column is a field misspelt
+NEARLY = 0.85  # minimum similarity of a column's name to a field that it may misspell
 
 
 def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:

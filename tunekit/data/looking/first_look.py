@@ -1,4 +1,4 @@
-"""A first look at data: which objective their rows are for, in which format, and how long they are."""
+"""A first look at a data file: the objective that fits its rows, their format, and their lengths."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of, known_names, objective_class
 
-if TYPE_CHECKING:  # with torch behind it
+if TYPE_CHECKING:  # imports torch
     from tunekit.contracts import RowKind
 
-LOOKED_AT, MEASURED = 20_000, 2000  # rows; those whose tokens are counted
+LOOKED_AT, MEASURED = 20_000, 2000  # rows that are read; rows whose tokens are counted
 LABELS_FORMAT = "labels"
 LABEL_NAMES = ("labels", "category", "class", "intent", "sentiment", "target", "topic", "emotion", "tag", "y")
-SHARE_KEPT = 0.995  # of the rows, by length
-LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
-ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> what a row is
-QUESTIONS_FORMAT = "prompt_completion"  # of which columns of questions and answers are renamed
+SHARE_KEPT = 0.995  # share of the rows that fit into the proposed length
+LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # maximum characters of a label; minimum rows per label, on average
+ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> the word for a row
+QUESTIONS_FORMAT = "prompt_completion"  # columns with questions and answers are renamed to the fields of this format
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the rows of a data file are like."""
+    """A summary of the rows of a data file."""
 
     objective: str
     format_name: str
     rows: int
-    complete: bool  # whether these are all of them
-    longest: int  # tokens of all rows but the very longest
+    complete: bool  # whether `rows` counts all rows of the file
+    longest: int  # tokens that SHARE_KEPT of the rows do not exceed
     fields: tuple[str, ...]
-    columns: Mapping[str, str]  # how the recipe renames them, where no format has these names
-    notes: Sequence[str] = ()  # what the user may have meant instead
-    sample: Sequence[Mapping[str, object]] = field(default=(), repr=False)  # rows to count the tokens of
-    counted: bool = False  # by the model's tokenizer; else `longest` is a bound
+    columns: Mapping[str, str]  # how the recipe renames columns whose names fit no format
+    notes: Sequence[str] = ()  # files of the folder that are not read
+    sample: Sequence[Mapping[str, object]] = field(default=(), repr=False)  # rows whose tokens are counted
+    counted: bool = False  # whether the model's tokenizer counted `longest`; else `longest` is an upper estimate
 
     @property
     def settings(self) -> type[ObjectiveSettings]:
@@ -54,7 +54,7 @@ class Look:
         return objective_class(self.objective)
 
     def text(self) -> str:
-        """In a line."""
+        """The look as one line of text."""
         unit = ROWS_NAME[self.settings.medium] + ("" if self.rows == 1 else "s")
         about = f"{self.rows:,} {unit}" if self.complete else f"more than {self.rows:,} {unit}"
         sizes = (
@@ -65,15 +65,15 @@ class Look:
 
 
 def proposed_objectives() -> list[type[ObjectiveSettings]]:
-    """The settings classes of the objectives that rows are tried for, in order."""
+    """The settings classes of the objectives that `look_at` can propose, in the order in which it tries them."""
     known = [each for each in map(objective_class, known_names("objectives")) if each.first_order is not None]
     return sorted(known, key=lambda each: each.first_order or 0)
 
 
 def look_at(data: str) -> Look | None:
-    """What the first rows of a file are like; None of a name on the hub, whose rows are not here.
+    """A look at the first rows of a file; None for the name of a hub data set, which is not downloaded.
 
-    Raises: DataError where it cannot be read or is of no known format.
+    Raises: DataError if the file cannot be read or has no known format.
     """
     if not Path(data).exists():
         if data.count("/") == 1 and not is_like_path(data) and not Path(data).suffix:
@@ -101,8 +101,8 @@ def _longest(lengths: Sequence[int]) -> int:
 
 
 def measured(look: Look, source: Source, kind: RowKind) -> Look:
-    """The look with the tokens counted as training counts them; `kind`: how the rows are encoded."""
-    from tunekit.data.encoding.outcomes import SourceEncoder  # with torch behind it
+    """The look with tokens counted as in training. `kind`: the encoding of the rows."""
+    from tunekit.data.encoding.outcomes import SourceEncoder  # imports torch
 
     encoder = SourceEncoder(format_maker(look.format_name, source.path), kind, source.path)
     rows = (RawRow(number, rename_columns(dict(row), source.columns)) for number, row in enumerate(look.sample, 1))
@@ -112,15 +112,17 @@ def measured(look: Look, source: Source, kind: RowKind) -> Look:
 
 
 def _names(kind: str, value: object) -> bool:
-    """Whether it is a file of this kind, or holds one: a recording or an image."""
+    """Whether a value is a file of this kind ("audio" or "image"), by its name, or contains the bytes of one."""
     if isinstance(value, Mapping):
         return "bytes" in value and is_media(str(value.get("path") or f"x{MEDIA[kind][0]}"), kind)
     return isinstance(value, str) and is_media(value, kind)
 
 
 def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
-    """The columns beside the text that have few values, each of them in many rows, with the number of values; those
-    that are called as labels are come first."""
+    """The columns that may contain labels, with the number of their different values. Usual names of labels come first.
+
+    Such a column is not the text, and has few different, short values, which are each in several rows on average.
+    """
     counts = {}
     for name in (name for name in rows[0] if name != "text"):
         short = all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
@@ -130,7 +132,7 @@ def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
 
 
 def _folder_notes(data: str) -> list[str]:
-    """Of a folder without a table: files of it that are no rows."""
+    """The note about unread files, if `data` is a folder without a table."""
     others = passed_over(Path(data)) if is_folder(with_table(Source(path=str(Path(data).absolute()))).path) else None
     return [] if others is None else [others]
 
@@ -144,7 +146,7 @@ def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], s
     folder, lacks = bool(medium and medium in row), list[str]()
     known = proposed_objectives()
     for objective in known:
-        if objective.medium != medium and (objective.medium or folder):  # of a folder of files no text is to be learnt
+        if objective.medium != medium and (objective.medium or folder):  # a folder of files has no text to learn
             continue
         try:
             name = choose_format("auto", row, objective.example)[0]
@@ -161,7 +163,7 @@ def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], s
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Every text in a row."""
+    """All texts in a row."""
     if isinstance(value, str):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,4 +1,4 @@
-"""The rows of a source go in; what is doubtful in each, by kind and line, comes out."""
+"""Search for doubtful rows in a source. Findings are listed by kind, with their lines."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from tunekit.formats.labels import LabelExample
 from tunekit.formats.transcript import TranscriptExample
 from tunekit.recipe.data import Source
 
-if TYPE_CHECKING:  # with torch behind them
+if TYPE_CHECKING:  # these import torch
     from tunekit.contracts import RowKind
     from tunekit.data.encoding.outcomes import Outcome
     from tunekit.data.reading.first import MakeExample
     from tunekit.data.reading.lines import RawRow
 
-RARE = 0.02  # share of the rows that another writing has at most, to be remarked on
+RARE = 0.02  # rows in a script that fewer rows than this share have are a finding
 EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
 KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 GARBLED = re.compile("\ufffd|Ã[\u0080-\u00bf]|â€[\u0080-\u2122\u0153]|Â[\u00a0-\u00bf]")  # UTF-8 misread
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MARKUP = re.compile(r"(?m)<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|^### (?:Instruction|Response)")
-PATTERNS = (  # kind, what is looked for, and a text without which it cannot be there
+PATTERNS = (  # kind, pattern, and texts of which every match contains one: a quick test before the pattern
     ("garbled", GARBLED, ("\ufffd", "Ã", "â€", "Â")),
     ("control", CONTROLS, ("",)),
     ("markup", MARKUP, ("<|", "[INST", "<start_of", "###")),
@@ -47,12 +47,12 @@ PATTERNS = (  # kind, what is looked for, and a text without which it cannot be 
     ("secret", KEY, ("-----BEGIN", "AKIA", "ASIA")),
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-MOST_BROKEN = 1000  # different problems of lines
-FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # of a row that names a file
+MOST_BROKEN = 1000  # maximum number of different problems of unreadable lines
+FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # examples that name a file
 SAMPLES_AT_ONCE = 1 << 20
-EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # what becomes of a longer row
+EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # excess_length -> words
 
-KINDS = {  # of findings: what it is, in the words of the table
+KINDS = {  # kind of finding -> its description in the table
     "broken": "rows that cannot be read",
     "empty": "rows with nothing to learn",
     "exact": "rows that repeat an earlier one",
@@ -73,24 +73,24 @@ KINDS = {  # of findings: what it is, in the words of the table
 
 @dataclass
 class Found:
-    """Findings of one file, by kind: the lines of the rows, and what the first one says."""
+    """The findings in one file. `lines`: the lines of the rows by kind. `first`: the details of the first row by kind."""
 
     name: str
     rows: int = 0
     lines: dict[str, list[int]] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
-    sizes: Counter[int] = field(default_factory=Counter)  # rows by the lower end of their length in tokens
-    scripts: dict[str, list[int]] = field(default_factory=dict)  # lines of the rows in each writing
-    passed: list[dict[str, Any]] = field(default_factory=list)  # only where they are asked for
+    sizes: Counter[int] = field(default_factory=Counter)  # lower end of an interval of LENGTHS -> number of rows
+    scripts: dict[str, list[int]] = field(default_factory=dict)  # script -> lines of the rows
+    passed: list[dict[str, Any]] = field(default_factory=list)  # rows without findings; only if `keep` is set
 
     def add_size(self, tokens: int) -> None:
-        """The length of one row."""
+        """Count one row by its length."""
         self.sizes[max(low for low in LENGTHS if low <= tokens)] += 1
 
     def add(self, kind: str, line: int, what: str = "") -> None:
-        """One row with a finding."""
+        """Add a row with a finding. `what`: the details."""
         lines = self.lines.setdefault(kind, [])
-        if line not in lines[-1:]:  # two patterns may find the same in one row
+        if line not in lines[-1:]:  # two patterns can give the same finding for one row
             lines.append(line)
         self.first.setdefault(kind, what)
 
@@ -104,8 +104,12 @@ def look_at_rows(
     keep: bool,
     kind: RowKind | None = None,
 ) -> Found:
-    """The findings of all rows of one source. `eval_index`: the evaluation rows, if these rows are for training.
-    `kind`: the encoding of rows; None: unknown, so lengths are estimates."""
+    """The findings in all rows of one source.
+
+    `example`: the kind of the examples. `limit`: data.max_length. `train_index`: the rows so far, to which these rows
+    are added. `eval_index`: the evaluation rows, if these rows are for training. `keep`: collect the rows without
+    findings. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
+    """
     findings, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example = format_maker(format_name, source.path)
@@ -151,7 +155,7 @@ def look_at_rows(
 
 
 def _signed(parsed: object, text: str) -> RowSignature:
-    """The signature that rows are compared by: of the text, or of a file's bytes and its text."""
+    """The signature of a row for comparisons, from its text, or from the bytes of its file and its text."""
     if not isinstance(parsed, FileExample):
         if isinstance(parsed, LabelExample):
             return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)
@@ -159,13 +163,14 @@ def _signed(parsed: object, text: str) -> RowSignature:
     media = parsed.audio if isinstance(parsed, TranscriptExample | AudioLabelExample) else parsed.image
     try:
         content = Path(media.path).read_bytes() if media.data is None else media.data
-    except (OSError, ValueError):  # another finding says so
+    except (OSError, ValueError):  # the finding "broken" reports this row
         content = media.path.encode(errors="surrogateescape")
     return RowSignature(hash((sha256(content).digest(), getattr(parsed, "text", None))))
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
-    """Tokens of the shorter answer of a pair, which is a sequence of its own, guessed; 0 where there is one answer."""
+    """Estimated tokens of the shorter answer of a preference pair, which are not part of the longer sequence; 0 for
+    rows with one answer."""
     if "rejected" not in values:
         return 0
     return min(guessed_tokens("\n".join(_texts(values.get(side)))) for side in ("chosen", "rejected"))
@@ -174,16 +179,16 @@ def _of_the_shorter(values: dict[str, Any]) -> int:
 def _outcomes(
     rows: Iterator[RawRow], make_example: MakeExample, kind: RowKind | None, path: str
 ) -> Iterator[Outcome | None]:
-    """Each row encoded; None where it is not known how."""
+    """The encoded rows; None for each row if `kind`, the encoding, is unknown."""
     if kind is None:
         return (None for _ in rows)
-    from tunekit.data.encoding.outcomes import SourceEncoder, outcomes  # with torch behind it
+    from tunekit.data.encoding.outcomes import SourceEncoder, outcomes  # imports torch
 
     return outcomes(rows, SourceEncoder(make_example, kind.counting(), path))
 
 
 def _fates(outcome: Outcome, kind: RowKind, findings: Found) -> Iterator[tuple[str, str]]:
-    """What training would leave out of one row, as encoding it shows. Raises: DataError where the row is wrong."""
+    """Findings about an encoded row that training would cut or drop. Raises: DataError if the row is wrong."""
     from tunekit.data.encoding.encode import TOO_LONG, SourceCounts, cut_row
     from tunekit.data.encoding.outcomes import Dropped
 
@@ -207,7 +212,7 @@ def _fates(outcome: Outcome, kind: RowKind, findings: Found) -> Iterator[tuple[s
 
 
 def _doubts(parsed: object, text: str, line: int, findings: Found) -> Iterator[tuple[str, str]]:
-    """The kinds of findings in one row, and what was found."""
+    """The findings in one row, as pairs of kind and details."""
     if isinstance(parsed, FileExample):
         yield from _doubts_of_file(parsed)
         return
@@ -229,9 +234,9 @@ def _doubts(parsed: object, text: str, line: int, findings: Found) -> Iterator[t
 
 
 def _doubts_of_file(parsed: FileExample) -> Iterator[tuple[str, str]]:
-    """What is wrong with the recording or the image that a row names. Raises: DataError where it cannot be read."""
+    """The findings in the recording or image of a row. Raises: DataError if the file cannot be read."""
     if not isinstance(parsed, TranscriptExample | AudioLabelExample):
-        from tunekit.data.encoding.images import read_image  # with torch behind it
+        from tunekit.data.encoding.images import read_image  # imports torch
         from tunekit.data.encoding.outcomes import Dropped
 
         try:
@@ -249,7 +254,7 @@ def _doubts_of_file(parsed: FileExample) -> Iterator[tuple[str, str]]:
 
 
 def _turns(example: ChatExample) -> str:
-    """What is wrong with the order of turns; "" where nothing is."""
+    """The fault in the order of the turns; "" if there is none."""
     roles = [message.role for message in example.messages if message.role not in ("tool", "function")]
     if "system" in roles[1:]:
         return "a system prompt that is not first"
@@ -265,7 +270,7 @@ def _turns(example: ChatExample) -> str:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Every text in a row, but for names of roles."""
+    """All texts in a row, except the names of roles and ids."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -284,7 +289,7 @@ def _writing(letter: str) -> str:
 
 
 def _script(text: str) -> str:
-    """That of most of the first letters; "" where there are few."""
+    """The script of most of the first letters of a text; "" for a text without letters."""
     if text.isascii():
         return "LATIN"
     counts = Counter(_writing(letter) for letter in text[:400] if letter.isalpha())
@@ -292,7 +297,7 @@ def _script(text: str) -> str:
 
 
 def add_other_scripts(findings: Found) -> None:
-    """Rows in a writing that hardly any other row has; a finding, but no reason for --fix to leave them out."""
+    """Add a finding for each row in a script that few other rows have. --fix keeps these rows."""
     for script, lines in findings.scripts.items():
         if script and len(lines) < RARE * findings.rows:
             for line in lines:

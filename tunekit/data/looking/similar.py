@@ -1,7 +1,7 @@
-"""Rows that repeat or nearly repeat an earlier one.
+"""Detection of rows that are equal or nearly equal to an earlier row.
 
-Near duplicates are found by MinHash (Broder 1997) over pairs of words: PERMUTATIONS hashes in BANDS bands; rows that
-share a band are compared by their whole signatures.
+Near duplicates are found by MinHash (Broder 1997) over pairs of words, with PERMUTATIONS hashes in BANDS bands. Rows
+that share a band are compared by their complete signatures.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import Protocol
 
 PERMUTATIONS, BANDS = 60, 12
 NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
-FEWEST_WORDS = 8  # of a row whose nearness says something
-UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: writings without spaces
+FEWEST_WORDS = 8  # shorter rows are only compared for equality
+UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: scripts without spaces
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # the same of a text in ASCII, in a third of the time
-UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # the rest of equal texts is equal: accents too
-RowLabel = str | bool | None  # of a whole row, where it has one
+PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # WORD for texts in ASCII, in a third of the time
+UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # ignored in comparisons; accents are not ignored
+RowLabel = str | bool | None  # the label of a row; None: the row has no label
 
 
 class WordPairs(Protocol):
     """The MinHash of a row's word pairs."""
 
     def jaccard(self, other: object) -> float:
-        """The estimated share of what both have."""
+        """The estimated Jaccard similarity of two rows' word pairs."""
 
 
 @dataclass
 class SimilarityIndex:
-    """Rows by their text and by the bands of their signature."""
+    """An index of rows, by their texts and by the bands of their signatures."""
 
     texts: dict[int, tuple[str, int, RowLabel]] = field(default_factory=dict)  # key of a row -> file, line and label
     bands: list[dict[int, int]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
     signatures: list[tuple[WordPairs | None, str, int, RowLabel]] = field(default_factory=list)
 
     def like(self, row: RowSignature) -> tuple[str, str, int, RowLabel] | None:
-        """("exact" or "near", file, line, label) of a row like this one; None where there is none."""
+        """("exact" or "near", file, line, label) of an indexed row that is similar to `row`; None if there is none."""
         if row.key in self.texts:
             return "exact", *self.texts[row.key]
         tried: set[int] = set()
@@ -51,7 +51,7 @@ class SimilarityIndex:
         return None
 
     def add(self, row: RowSignature, name: str, line: int, label: RowLabel = None) -> None:
-        """Remember a row."""
+        """Add a row to the index. `name`: the name of its file."""
         self.texts[row.key] = name, line, label
         if row.bands:
             for band, part in zip(self.bands, row.bands, strict=True):
@@ -61,7 +61,8 @@ class SimilarityIndex:
 
 @dataclass(frozen=True)
 class RowSignature:
-    """A row as it is compared: the hash of what it says, the signature of its word pairs, and the hash of each band."""
+    """The signature of a row. `key`: the hash of its plain text. `signature`: the MinHash of its word pairs. `bands`:
+    the hash of each band of the MinHash."""
 
     key: int
     signature: WordPairs | None = None
@@ -69,8 +70,10 @@ class RowSignature:
 
 
 def signed(text: str, beside: str = "") -> RowSignature:
-    """Of a short text only what repeats it counts: all but case, spaces and the marks of sentences. `beside`: what a
-    row that is nearly equal must have too."""
+    """The signature of a text. Case, spaces and punctuation are ignored; a short text has no near duplicates.
+
+    `beside`: a second text, which near duplicates must share.
+    """
     from rensa import RMinHash
 
     lower, key = text.lower(), hash(_plain(text))
@@ -84,12 +87,15 @@ def signed(text: str, beside: str = "") -> RowSignature:
 
 
 def signed_pair(first: str, second: str) -> RowSignature:
-    """Two texts: a pair repeats one with equal texts, in their order. It is near one with an equal longer text and a
-    nearly equal shorter one, in any order: many pairs share one long text, such as the premise."""
+    """The signature of two texts. Equal pairs have equal texts in the same order.
+
+    Nearly equal pairs share the longer text and have nearly equal shorter texts, in any order. A long text, such as a
+    premise, is often part of many pairs, so it must not decide alone.
+    """
     shorter, longer = sorted((first, second), key=len)
     return replace(signed(shorter, f"{_plain(longer)}\n"), key=hash((_plain(first), _plain(second))))
 
 
 def _plain(text: str) -> str:
-    """A text without case, marks of sentences and double spaces."""
+    """The text in lower case, without punctuation and double spaces."""
     return " ".join(text.lower().translate(UNSPOKEN).split()) or text.strip()

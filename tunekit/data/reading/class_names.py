@@ -1,15 +1,15 @@
-"""Names of classes: a data set's own description (ClassLabel of datasets) gives one to each number of a column."""
+"""Names of classes, from the ClassLabel features of data sets of the `datasets` library."""
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-ClassNames = dict[str, Sequence[str]]  # of a column, in the order of its numbers
+ClassNames = dict[str, Sequence[str]]  # column -> names of its classes, in the order of their numbers
 
 
 def class_names(features: object) -> ClassNames:
-    """The names that the features of a data set state, also of lists of classes (tags), by column."""
+    """Class names by column, from the features of a data set. Columns with lists of classes (tags) are included."""
     named: ClassNames = {}
     for column, feature in features.items() if isinstance(features, Mapping) else ():
         while (inner := _of_each(feature)) is not None:
@@ -28,14 +28,14 @@ def _of_each(feature: object) -> object:
 
 
 def stored_class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
-    """The names that datasets wrote into the schema of a Parquet file; none where it is not from there."""
+    """Class names by column, from the schema of a Parquet file that `datasets` wrote; {} for other Parquet files."""
     with suppress(ValueError, TypeError, KeyError, RecursionError):
         return class_names(json.loads((metadata or {})[b"huggingface"])["info"]["features"])
     return {}
 
 
 def with_class_names(values: dict[str, Any], names: ClassNames) -> dict[str, Any]:
-    """The row with names in place of the numbers of classes; None for a number without one (-1: not labelled)."""
+    """The row with class names in place of class numbers; None for a number without a name (-1 means unlabelled)."""
     return {**values, **{column: _named(values[column], names[column]) for column in names if column in values}}
 
 

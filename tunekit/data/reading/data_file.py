@@ -1,6 +1,7 @@
-"""Data files before their rows are read: is it a regular file, which kind is it, and is that what its name says?
+"""Checks of a data file before its rows are read: it is a regular file, and its content is of the kind that its name
+says.
 
-What could block (a pipe, a device) is never opened.
+Pipes and devices, which could block, are never opened.
 """
 
 import errno
@@ -37,7 +38,7 @@ _KNOWN = "known endings: .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parqu
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that was looked at: its kind by name, confirmed by its first bytes."""
+    """A checked data file. `kind`: the kind by the file's name, which the first bytes confirm."""
 
     path: Path
     kind: str
@@ -46,7 +47,7 @@ class DataFile:
 
 
 def inspect_file(path: Path) -> DataFile:
-    """What the file is. Raises: DataError naming what is wrong with it, without having opened anything but a file."""
+    """The checked data file at a path. Raises: DataError if it is no regular file, is empty, or is of another kind."""
     size = _regular_size(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
@@ -93,7 +94,7 @@ def _why_unreachable(path: Path, error: OSError | ValueError) -> str:
 
 
 def open_bytes(file: DataFile) -> IO[bytes]:
-    """The content, decompressed."""
+    """An open stream of the file's decompressed content."""
     try:
         stream = gzip.open(file.path, "rb") if file.compressed else file.path.open("rb")  # noqa: SIM115 (returned)
     except OSError as error:
@@ -102,7 +103,7 @@ def open_bytes(file: DataFile) -> IO[bytes]:
 
 
 def _check_content(file: DataFile) -> None:
-    """Refuse a name that the first bytes contradict."""
+    """Raises: DataError if the first bytes contradict the kind that the name says."""
     name = str(file.path)
     with open_bytes(DataFile(file.path, file.kind, False, file.size_bytes)) as stream:
         start = stream.read(PEEK_BYTES)
@@ -129,7 +130,7 @@ def _check_content(file: DataFile) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of the file's bytes. Raises: OSError for something else than a file, whose bytes may never end."""
+    """sha256 of the file's bytes. Raises: OSError unless it is a regular file: a device may never end."""
     if not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()

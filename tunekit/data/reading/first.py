@@ -1,6 +1,6 @@
-"""The first row of a source decides its format.
+"""Choice of a source's format by its first row.
 
-It imports neither numpy nor torch, because validate uses it too.
+This module imports neither numpy nor torch, because validate uses it too.
 """
 
 import importlib
@@ -28,7 +28,10 @@ ASKED, TOLD = ("question", "query", "input", "prompt"), ("answer", "response", "
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:
-    """The raw rows of a source, the first of them, its format and why. Raises: DataError where there is no row."""
+    """The raw rows of a source, the first of these rows, the format, and the reason for this format.
+
+    Raises: DataError if there is no row.
+    """
     rows = read_source(source, problems)
     first = next(rows, None)
     if first is None:
@@ -47,16 +50,18 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
 
 
 def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    """Each pair as two rows, of the good answer and of the bad one."""
+    """The rows, with each preference pair as two rows: one for the chosen answer and one for the rejected answer."""
     for row in rows:
         labels = ({"label": label} for label in (True, False)) if is_pair(row.values) else ({},)
         yield from (RawRow(row.line, {**row.values, **label}) for label in labels)
 
 
 def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
-    """The format of a source and why, from its first row; of those that give this kind of example.
+    """The format of a source and the reason for this format.
 
-    Raises: DataError listing the formats' fields.
+    `named`: the format that the recipe names, or "auto". `values`: the first row. `example`: the kind of example that
+    the format must give.
+    Raises: DataError listing the fields of the formats.
     """
     fitting = formats_of(example)
     if named not in ("auto", *fitting):
@@ -81,8 +86,10 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
 
 
 def format_maker(name: str, source: str = "") -> MakeExample:
-    """The function that turns a row of the format into an Example, its weight included; files that rows name are looked
-    for beside `source`."""
+    """The function that turns a row of the format into an Example with its weight.
+
+    `source`: the path of the source; paths in its rows are relative to its folder.
+    """
     module = importlib.import_module(f"tunekit.formats.{name}")
     fields = media_fields(name)
     if not fields:
@@ -91,7 +98,7 @@ def format_maker(name: str, source: str = "") -> MakeExample:
 
 
 def media_fields(name: str) -> tuple[str, ...]:
-    """Fields of the format under which rows name files, or hold them."""
+    """The fields of the format that contain files or their paths."""
     return getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
 
 
@@ -110,15 +117,15 @@ def _weighted(make: MakeExample, row: Fields) -> Example:
 
 
 def columns_meant(values: Fields) -> dict[str, str]:
-    """The columns that by their names hold a question and its answer: the field of each; {} where none do."""
+    """The columns with a question and its answer, guessed by their names: column -> field; {} if there are none."""
     asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
     return {asked: "prompt", told: "completion"} if asked and told else {}
 
 
 def _mapped(values: Fields, fitting: Sequence[str]) -> str:
-    """How to read a row of such columns: by a mapping that its names suggest, if they do."""
+    """Advice on how to read a row whose columns fit no format: a mapping of columns to fields, or missing fields."""
     kind = next((kind for kind in MEDIA if is_media(str(values.get(kind) or ""), kind)), "")
-    if set(values) <= {kind, "label"}:  # rows made of a folder's files, of which each must say more
+    if set(values) <= {kind, "label"}:  # rows made from the files of a folder, which lack fields
         wanted = [facts_of("formats", name).REQUIRED for name in fitting]
         for field in (field for each in wanted if kind in each for field in each if field not in values):
             folders = ", or one folder a class with its files" if field == "label" else ""

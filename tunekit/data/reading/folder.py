@@ -1,4 +1,4 @@
-"""A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class."""
+"""Folders as sources, with a table of their files (metadata.jsonl, .csv or .parquet) or with one folder per class."""
 
 import hashlib
 import os
@@ -10,12 +10,12 @@ from tunekit.errors import DataError, listed
 from tunekit.recipe.data import Source
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv", "metadata.json")
-SAVED = "state.json"  # of a data set that datasets wrote with save_to_disk
+SAVED = "state.json"  # a file in folders that `datasets` writes with save_to_disk
 MEDIA = {
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
-# Images all the same.
+# Image formats that are not read: the user must convert the files.
 CONVERTED = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw")
 SHOWN_NAMES = 4
 WARNING = "warning: "
@@ -23,7 +23,7 @@ HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"
 
 
 def is_folder(path: str) -> bool:
-    """Whether a source is a folder of files; one that datasets saved is a data set."""
+    """Whether a source is a folder of files. A folder saved by `datasets` is a data set instead."""
     try:
         return os.path.isdir(path) and not is_saved(path)
     except ValueError:
@@ -31,12 +31,12 @@ def is_folder(path: str) -> bool:
 
 
 def is_saved(path: str) -> bool:
-    """Whether datasets wrote this folder with save_to_disk."""
+    """Whether `datasets` wrote this folder with save_to_disk."""
     return os.path.isabs(path) and os.path.isfile(os.path.join(path, SAVED))
 
 
 def with_table(source: Source) -> Source:
-    """The source, a folder with a table being that table."""
+    """The source; if it is a folder with a table, the source with the path of the table."""
     if not is_folder(source.path):
         return source
     tables = [name for name in TABLES if os.path.isfile(os.path.join(source.path, name))]
@@ -46,19 +46,19 @@ def with_table(source: Source) -> Source:
 
 
 def media_folder(path: str) -> Path:
-    """Seen from where the rows of a source name files."""
+    """The folder that relative paths in the rows of a source start from."""
     return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
 def is_media(name: str, kind: str | None = None) -> bool:
-    """Whether a file's name says that it is a recording or an image, or that it is of this kind of the two."""
+    """Whether a file is a recording or an image, by its name. `kind`: accept only "audio" or only "image"."""
     return any(name.lower().endswith(endings) for each, endings in MEDIA.items() if kind in (None, each))
 
 
 def read_classes(folder: Path) -> Iterator[RawRow]:
-    """Each file of a folder, sorted; of one in a folder inside, with that folder's name as its label.
+    """One row for each recording or image of a folder, sorted. The name of the file's subfolder, if any, is the label.
 
-    Raises: DataError where there is none, or where recordings and images are mixed.
+    Raises: DataError if there is no such file, or if recordings and images are mixed.
     """
     kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
     files = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
@@ -75,7 +75,7 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Its files and those of folders in it, sorted; hidden ones are nobody's data."""
+    """The files in the folder and its subfolders, sorted, without hidden files."""
     return [
         place
         for inner in sorted(folder.iterdir())
@@ -86,7 +86,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """Of a folder without a table: its files that are not read, as they are of no kind that is."""
+    """A note listing the files of a folder that are not read, because they are no recordings or images; None if all
+    are read."""
     others = [place for place in _files(folder) if not is_media(place.name)]
     if not others:
         return None
@@ -99,6 +100,6 @@ def passed_over(folder: Path) -> str | None:
 
 
 def names_hash(folder: Path) -> str:
-    """sha256 of the names of the files that read_classes gives."""
+    """sha256 over the file names in the rows of read_classes."""
     names = [str(row.values) for row in read_classes(folder)]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,4 +1,4 @@
-"""JSON Lines, JSON arrays and plain text, read strictly and split at \\n alone."""
+"""Strict reading of JSON Lines, JSON arrays and plain text. Lines end at \\n only."""
 
 import json
 import re
@@ -17,33 +17,33 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as written; `line` counts lines from 1 (rows, in a Parquet file or a hub data set)."""
+    """One row of a source. `line`: the number of its line, from 1 (of the row, in a Parquet file or a hub data set)."""
 
     line: int
     values: dict[str, Any]
 
 
 class JsonFault(Exception):
-    """Why a JSON text is refused."""
+    """An error in a JSON text."""
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
 
 
 def parse_json(text: str, position: int = 0) -> tuple[Any, int]:
-    """A value and where it ends. Raises: JsonFault."""
+    """The JSON value at a position, and the position of its end. Raises: JsonFault."""
     try:
         return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise JsonFault(f"not valid JSON: {error.msg} (character {error.pos - position + 1})") from None
     except RecursionError:
         raise JsonFault("nested too deeply") from None
-    except ValueError as error:  # a key twice, NaN, an integer of thousands of digits
+    except ValueError as error:  # a repeated key, NaN, or an integer of thousands of digits
         raise JsonFault(str(error).partition("; use sys.")[0]) from None
 
 
 def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """One object a line; blank lines are skipped."""
+    """Rows of a JSON Lines file, with one object per line; blank lines are skipped."""
     name = str(file.path)
     with open_bytes(file) as stream:
         for number in count(1):
@@ -62,7 +62,7 @@ def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterator[RawRow]:
-    """The object of one line, if there is one and nothing is wrong with it."""
+    """The row of one line; nothing for a blank line, or for a wrong line, which is added to `problems`."""
     text = decode(raw.removeprefix(BOM) if number == 1 else raw, name, number, problems)
     stripped = (text or "").strip(" \t\r\n")
     if not stripped:
@@ -81,7 +81,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
 
 
 def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None:
-    """UTF-8 text without NUL, or None and a problem."""
+    """The text of UTF-8 bytes; None, with a problem added, for NUL bytes or invalid UTF-8."""
     if b"\x00" in raw:
         problems.add(name, number, "contains a NUL byte", "is the file UTF-16, or not text at all?")
         return None
@@ -94,7 +94,7 @@ def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None
 
 
 def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """The objects of one JSON array, each with the line where it begins. JSON Lines named .json are read as such."""
+    """The objects of a JSON array, each with the line where it begins. A .json file with JSON Lines is read too."""
     name = str(file.path)
     with open_bytes(file) as stream:
         text = decode(stream.read().removeprefix(BOM), name, 1, problems)
@@ -129,7 +129,7 @@ def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def _read_objects(file: DataFile, text: str, position: int, problems: Problems) -> Iterator[RawRow]:
-    """A .json file that is no array: JSON Lines under another name, or refused."""
+    """Rows of a .json file that is not an array. It is read as JSON Lines if its first line is an object."""
     first = text[position:].split("\n", 1)[0].strip()
     try:
         value, end = parse_json(first)
@@ -144,19 +144,19 @@ def _read_objects(file: DataFile, text: str, position: int, problems: Problems) 
 
 
 def skip_space(text: str, position: int) -> int:
-    """The first position that is no JSON whitespace."""
+    """The first position, from `position` on, without JSON whitespace."""
     match = re.compile(r"[ \t\r\n]*").match(text, position)
     return match.end() if match else position
 
 
 def kind_of(value: object) -> str:
-    """A JSON value's kind in words."""
+    """The kind of a JSON value in words, such as "a list"."""
     kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
 def read_text(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """A .txt file is one row, byte for byte."""
+    """A .txt file as one row, byte for byte."""
     with open_bytes(file) as stream:
         raw = stream.read().removeprefix(BOM)
     lines = enumerate(raw.split(b"\n"), 1)

@@ -1,4 +1,4 @@
-"""What is wrong with a file's rows, collected into one error: each problem once, at most twenty."""
+"""Collection of the problems in a file's rows, so that one error shows up to twenty different ones."""
 
 from dataclasses import dataclass, field, replace
 
@@ -10,15 +10,15 @@ MOST_LINES = 5
 
 @dataclass
 class Problems:
-    """Problems of one reading of the data."""
+    """The problems that were found in one pass over a file."""
 
-    most: int = MOST_SHOWN  # that are told apart
+    most: int = MOST_SHOWN  # maximum number of different problems to show
     shown: list[Problem] = field(default_factory=list)
     count: int = 0
-    others: dict[Problem, list[int]] = field(default_factory=dict)  # lines beyond the first that have the same
+    others: dict[Problem, list[int]] = field(default_factory=dict)  # more lines with the same problem
 
     def add(self, file: str, line: int, what: str, how: str = "", key: str | None = None) -> None:
-        """One problem at a place."""
+        """Add one problem. `what`: the fault. `how`: the remedy."""
         problem = Problem(what, how, file, line, key)
         same = next((known for known in self.shown if replace(known, line=line) == problem), None)
         if same is not None:
@@ -29,12 +29,12 @@ class Problems:
             self.shown.append(problem)
 
     def add_error(self, file: str, line: int, error: TunekitError) -> None:
-        """The problems of an error that does not know where it happened."""
+        """Add the problems of an error, with the file and line where it happened."""
         for problem in error.problems:
             self.add(file, line, problem.what, problem.how, problem.key)
 
     def raise_if_any(self) -> None:
-        """One DataError with every problem shown, by line."""
+        """Raises: DataError with the collected problems, sorted by line, if there are any."""
         if not self.shown:
             return
         in_order = sorted(self.shown, key=lambda problem: problem.line or 0)
@@ -45,7 +45,7 @@ class Problems:
 
 
 def _counted(problem: Problem, others: list[int]) -> Problem:
-    """The problem of one row, with how many other rows have it and where the first of them stand."""
+    """The problem, with the number of other rows that have it, and the first of their lines."""
     if not others:
         return problem
     lines = ", ".join(map(str, others[:MOST_LINES])) + (", ..." if len(others) > MOST_LINES else "")

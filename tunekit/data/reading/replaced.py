@@ -1,4 +1,4 @@
-"""A file that a command writes must not replace one that the recipe reads."""
+"""Check that a command does not overwrite a file that the recipe reads."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from tunekit.recipe.reading.paths import named_paths
 
 
 def refuse_to_replace(option: str, name: str | None, loaded: LoadedRecipe) -> None:
-    """Raises: InputError where the file of an option is the recipe, or one that it names."""
+    """Raises: InputError if the file of an option is the recipe, or a file that the recipe names."""
     refuse_to_replace_named(option, name, loaded.recipe.model_dump(mode="json"), loaded.path)
 
 
 def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, object], file: Path) -> None:
-    """`refuse_to_replace` for some sections of a recipe, as plain values, and the recipe file."""
+    """`refuse_to_replace` for plain values. `values`: sections of the recipe. `file`: the recipe's file."""
     if name is None or name == "-":
         return
     if _same(Path(name), file):
@@ -27,7 +27,7 @@ def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, 
 
 
 def _used_files(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:
-    """Every file that the values name, with its key, and the tables of folders that are sources."""
+    """All files that the values name, with their keys. For a folder as a source, its possible tables are included."""
     for path in named_paths(values):
         yield dotted(path.key), path.file
         if path.key[0] == "data":
@@ -35,5 +35,5 @@ def _used_files(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:
 
 
 def _same(target: Path, other: Path) -> bool:
-    """Whether both names are of one file, also through links."""
+    """Whether both paths lead to the same file, also through links."""
     return target.resolve() == other.resolve() or (target.exists() and other.exists() and target.samefile(other))

@@ -1,7 +1,7 @@
-"""Large sources in pieces that can be read on their own and in any order.
+"""Shards of large sources, which can be read separately and in any order.
 
-JSON Lines is cut at line ends, Parquet at its row groups, a folder of classes file by file. What cannot be entered in
-the middle (CSV, a compressed file, a hub data set, a source cut short by max_rows) is one shard, read from its start.
+JSON Lines is cut at line ends, Parquet at row groups, and a folder of classes at files. A source that must be read
+from its start (CSV, a compressed file, a hub data set, a source with max_rows) is a single shard.
 """
 
 import hashlib
@@ -20,12 +20,15 @@ from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
 SHARD_BYTES = 2**20
-STREAM_SHARE = 0.25  # of the machine's memory: a larger file is streamed
+STREAM_SHARE = 0.25  # files that are larger than this share of the machine's memory are streamed
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Bytes start .. stop-1 of a JSON Lines file, or Parquet row group `start`; `before` lines (rows) precede it."""
+    """Bytes start .. stop-1 of a JSON Lines file, or row group `start` of a Parquet file.
+
+    `before`: the number of lines (or rows) before the shard.
+    """
 
     start: int
     stop: int
@@ -34,14 +37,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sharded:
-    """A source in shards; `lines` of all of them, where known, and the sha256 of the file (of the name, for a hub)."""
+    """A source with its shards. `lines`: the number of lines, if known. `content`: the sha256 of the file, or of the
+    name of a hub data set."""
 
     source: Source
     file: DataFile | None
     shards: tuple[Shard, ...]
     lines: int | None
     content: str
-    rows: tuple[RawRow, ...] = ()  # of a folder: they only name files
+    rows: tuple[RawRow, ...] = ()  # rows of a folder, which only name files
 
     def read(self, shard: Shard, problems: Problems) -> Iterator[RawRow]:
         """The raw rows of one shard."""
@@ -57,17 +61,17 @@ class Sharded:
 
 
 def must_stream(source: Source, memory_bytes: int) -> bool:
-    """Whether a source is read on the fly: where the recipe says so, or its file is a quarter of memory or more."""
+    """Whether a source is streamed: the recipe says so, or its file is at least STREAM_SHARE of memory."""
     if source.streaming:
         return True
     try:
         return Path(source.path).is_file() and os.stat(source.path).st_size >= STREAM_SHARE * memory_bytes
     except (OSError, ValueError):
-        return False  # reading it will say why
+        return False  # reading the file raises the error
 
 
 def shard_source(source: Source) -> Sharded:
-    """The source's shards, after one pass over its bytes. Raises: DataError for what cannot be streamed at all."""
+    """The shards of a source, after one pass over its bytes. Raises: DataError if the file cannot be streamed."""
     if is_data_set(source.path):
         name = hashlib.sha256(f"{source.path}@{source.revision}/{source.split}".encode()).hexdigest()
         return Sharded(source, None, (Shard(0, -1, 0),), None, name)
@@ -89,7 +93,7 @@ def shard_source(source: Source) -> Sharded:
 
 
 def _scan(file: DataFile) -> tuple[tuple[Shard, ...], int, str]:
-    """Shards cut at the first line end after each SHARD_BYTES, the number of lines, sha256 of the bytes."""
+    """The shards, the number of lines and the sha256 of a file. Shards end at the first line end after SHARD_BYTES."""
     digest = hashlib.sha256()
     shards: list[Shard] = []
     start = position = lines = before = 0
@@ -127,6 +131,6 @@ def _read_lines(file: DataFile, shard: Shard, problems: Problems) -> Iterator[Ra
 
 
 def first_rows(sharded: Sharded, count: int, problems: Problems) -> list[RawRow]:
-    """The first rows of the source, in its own order."""
+    """The first `count` rows of the source, in the order of its file."""
     rows = (row for shard in sharded.shards for row in sharded.read(shard, problems))
     return list(islice(rows, count))

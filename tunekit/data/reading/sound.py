@@ -1,6 +1,6 @@
-"""Recordings of files, or held in rows, a piece at a time.
+"""Reading of recordings, from files or from bytes in rows, in blocks.
 
-The only door to soundfile.
+Only this module imports soundfile.
 """
 
 import io
@@ -17,15 +17,15 @@ from tunekit.errors import DataError, InputError
 from tunekit.formats.media import Media
 
 SILENCE = 1e-4  # the largest sample of a silent recording: -80 dB
-RATES = (100, 768_000)  # samples a second: no recorder has others, so that a header with another one is damaged
-BLOCK_VALUES = 2**22  # that are read at a time
-STREAMED = 0x7F000000  # from here on a RIFF header's size says that it was not known when it was written
+RATES = (100, 768_000)  # possible samples per second: a header with another rate is damaged
+BLOCK_VALUES = 2**22  # read at a time
+STREAMED = 0x7F000000  # a larger size in a RIFF header means that the size was unknown when the header was written
 HOW_TO_INSTALL = "run: pip install 'tunekit[speech]'"
 
 
 @dataclass(frozen=True)
 class Sound:
-    """An open recording. `rate`: samples a second."""
+    """An open recording. `rate`: the number of samples per second."""
 
     stream: Any
     name: str
@@ -35,21 +35,22 @@ class Sound:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Length of the recording in seconds."""
         return self.samples / self.rate
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """(samples, channels) of samples start .. stop-1. Raises: DataError where the file is cut short or damaged."""
+        """(samples, channels) samples start .. stop-1. Raises: DataError if the file is cut short or damaged."""
         return np.concatenate(list(self.blocks(start, stop)))
 
     def blocks(self, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
-        """`read` in blocks of BLOCK_VALUES: a small file can hold, or claim to hold, gigabytes of many channels."""
+        """Samples start .. stop-1 in blocks of BLOCK_VALUES, because even a small file can decode to gigabytes."""
         stop, size = max(min(stop, self.samples), start), max(BLOCK_VALUES // self.channels, 1)
         for first in range(start, stop, size) or [start]:
             yield self._block(first, min(size, stop - first), seek=first == start)
 
     def _block(self, start: int, count: int, *, seek: bool) -> NDArray[np.float32]:
-        """The next samples. `seek`: a decoder that continues needs no search, which can change what it decodes."""
+        """`count` samples from `start` on. `seek`: move to `start`; not if the last block ended there, because seeking
+        can change the decoded samples."""
         import soundfile
 
         try:
@@ -68,9 +69,9 @@ class Sound:
 
 @contextmanager
 def opened(media: Media) -> Iterator[Sound]:
-    """The recording, closed at the end of the block.
+    """The open recording; a context manager that closes it.
 
-    Raises: DataError for what is no recording, or an empty one; InputError without soundfile.
+    Raises: DataError if the file is no recording, or is empty; InputError if soundfile is not installed.
     """
     try:
         import soundfile
@@ -100,7 +101,7 @@ def opened(media: Media) -> Iterator[Sound]:
 
 
 def _require_whole(media: Media, name: str) -> None:
-    """Raises: DataError where a RIFF file ends before its header says, which soundfile passes over."""
+    """Raises: DataError if a RIFF file is shorter than its header says, because soundfile does not check this."""
     if media.data is None:
         size = Path(media.path).stat().st_size
         with open(media.path, "rb") as file:
@@ -114,5 +115,5 @@ def _require_whole(media: Media, name: str) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """What soundfile says, without the path."""
+    """The message of soundfile's error, without the path."""
     return str(error).strip().partition("\n")[0].rpartition(": ")[2] or type(error).__name__

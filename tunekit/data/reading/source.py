@@ -1,6 +1,6 @@
-"""One source of the recipe, row by row: a file, or a data set of the hub.
+"""Reading of one source of the recipe, row by row: a file, a folder, or a data set of the hub.
 
-The only door to pyarrow and datasets, each imported where it is used.
+Only this module imports pyarrow and datasets, inside the functions that use them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def is_hub_name(path: str) -> bool:
     """Whether a path names a data set of the hub.
 
-    Local paths are absolute by now, or begin with a dot: what the working directory holds of that name is not meant.
+    Local paths are already absolute, or begin with a dot; files of this name in the working directory do not count.
     """
     return bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in (*KINDS, ".gz")
 
 
 def is_data_set(path: str) -> bool:
-    """Whether datasets reads it: from the hub, or from a folder that it wrote."""
+    """Whether the `datasets` library reads this source: from the hub, or from a folder that it wrote."""
     return is_hub_name(path) or is_saved(path)
 
 
 def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
-    """The rows, max_rows of them at most, in their order; columns renamed.
+    """The rows of a source in order, at most max_rows, with renamed columns.
 
-    Raises: DataError where the source cannot be read at all.
+    Raises: DataError if the source cannot be read at all.
     """
     source = with_table(source)
     rows = _all_rows(source, problems)
@@ -62,8 +62,8 @@ def _all_rows(source: Source, problems: Problems) -> Iterator[RawRow]:
 
 
 def _drawn(source: Source) -> Iterable[bool]:
-    """Of each row: whether it is drawn; each is equally likely, wherever it is in the source."""
-    from tunekit.data.batching.order import permutation  # numpy, which reading a recipe does without
+    """Whether each row of the source is one of the max_rows drawn rows. All rows are equally likely."""
+    from tunekit.data.batching.order import permutation  # imports numpy, which is not needed to read a recipe
 
     order = permutation(_count_rows(source), "max_rows", str(source.draw_seed))
     chosen = order < 0  # (rows,)
@@ -72,7 +72,7 @@ def _drawn(source: Source) -> Iterable[bool]:
 
 
 def _count_rows(source: Source) -> int:
-    """The rows of a source, after a pass over it. Raises: DataError for one that is read over a network."""
+    """Number of rows of a source, after a pass over it. Raises: DataError for a source streamed over the network."""
     if is_data_set(source.path):
         if source.streaming and not is_saved(source.path):
             what = "max_rows draws from all rows, and those of a streamed data set of the hub cannot be counted"
@@ -84,7 +84,7 @@ def _count_rows(source: Source) -> int:
 
 
 def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
-    """Columns renamed. Raises: DataError where the first row lacks a column that is mapped."""
+    """The rows with renamed columns. Raises: DataError if the first row lacks a column that `columns` names."""
     for index, row in enumerate(rows):
         if index == 0:
             _check_columns(source, row)
@@ -92,7 +92,7 @@ def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
 
 
 def rename_columns(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under the format's field names; a mapped column displaces a column of that name."""
+    """The row with renamed columns. A renamed column replaces a column that already has its new name."""
     renamed = {columns[name]: value for name, value in values.items() if name in columns}
     kept = {name: value for name, value in values.items() if name not in columns and name not in renamed}
     return {**kept, **renamed}
@@ -111,7 +111,7 @@ def _check_columns(source: Source, row: RawRow) -> None:
 
 
 def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """Rows of a file by its kind."""
+    """The rows of a file, read as its kind requires."""
     readers = {
         "jsonl": read_json_lines,
         "json": read_json_array,
@@ -123,7 +123,7 @@ def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """Rows under the header's names; a row begins at the line it is named by."""
+    """The rows of a CSV file, by the header's names. The line of a row is the line where it begins."""
     name = str(file.path)
     tabs = ".tsv" in [suffix.lower() for suffix in file.path.suffixes]
     csv.field_size_limit(sys.maxsize)
@@ -156,7 +156,7 @@ def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def _line_of_bad_byte(file: DataFile) -> int:
-    """The first line that is not UTF-8."""
+    """The number of the first line that is not UTF-8."""
     with open_bytes(file) as stream:
         for number, raw in enumerate(stream, 1):
             try:
@@ -178,7 +178,7 @@ def _check_header(cells: list[str], name: str) -> list[str]:
 def read_row_groups(
     file: DataFile, problems: Problems, groups: list[int] | None = None, before: int = 0
 ) -> Iterator[RawRow]:
-    """Rows of some row groups of a Parquet file, or of all; `before` rows precede them."""
+    """The rows of a Parquet file. `groups`: only these row groups. `before`: the number of rows before these groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -195,7 +195,7 @@ def read_row_groups(
 
 
 def row_group_sizes(file: DataFile) -> list[int]:
-    """Rows of each row group of a Parquet file. Raises: DataError where it is damaged."""
+    """The number of rows in each row group of a Parquet file. Raises: DataError if the file is damaged."""
     import pyarrow
     import pyarrow.parquet
 
@@ -207,7 +207,7 @@ def row_group_sizes(file: DataFile) -> list[int]:
 
 
 def _read_hub(source: Source) -> Iterator[RawRow]:
-    """Rows of a hub data set; a streamed one is read over the network as it is used."""
+    """The rows of a hub data set; a streamed data set is read over the network while it is used."""
     rows = _load_hub(source, streaming=source.streaming)
     features = getattr(rows, "features", None)
     names = class_names(None if features is None else features.to_dict())
@@ -219,35 +219,35 @@ def _read_hub(source: Source) -> Iterator[RawRow]:
 
 
 class HubRows(Protocol):
-    """A data set as `datasets` gives it."""
+    """The part of a `datasets` data set that is used here."""
 
     _fingerprint: str
 
     def __iter__(self) -> Iterator[Fields]:
-        """Its rows."""
+        """The rows."""
 
     def __len__(self) -> int:
-        """Their number; only of one that is not streamed."""
+        """The number of rows; not available for a streamed data set."""
 
     def cast_column(self, name: str, feature: object) -> HubRows:
-        """The same with another way to read a column."""
+        """The data set with a column that is read as another feature."""
 
 
 def hub_fingerprint(source: Source) -> str:
-    """What changes when the data set's content changes, as datasets itself computes it."""
+    """The fingerprint that `datasets` computes from the data set's content."""
     return str(_load_hub(source, streaming=False)._fingerprint)
 
 
 def _load_hub(source: Source, *, streaming: bool) -> HubRows:
-    """The data set; without a network, the copy that datasets has kept of it. Raises: DataError."""
+    """The data set; without a network, the copy in the cache of `datasets`. Raises: DataError."""
     import datasets
 
     datasets.disable_progress_bars()
     path = source.path
     if Path(path).exists() and not is_saved(path):
-        path = f"hf://datasets/{path}"  # which is no folder here
+        path = f"hf://datasets/{path}"  # so that `datasets` does not read the local folder of this name
     printed = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # of each retry, a line
+    logging.disable(logging.CRITICAL)  # else every retry is logged
     try:
         if is_saved(path):
             rows = datasets.load_from_disk(path)
@@ -262,7 +262,7 @@ def _load_hub(source: Source, *, streaming: bool) -> HubRows:
 
 
 def _undecoded(rows: HubRows) -> HubRows:
-    """The data set with its recordings and images as {bytes, path}, however they were kept."""
+    """The data set with its recordings and images as {bytes, path}, not decoded."""
     import datasets
 
     for name, feature in (getattr(rows, "features", None) or {}).items():

@@ -1,4 +1,4 @@
-"""Control tokens come from the template alone: text of the data that spells one stays text."""
+"""Encoding that lets only the chat template make control tokens: data that spells a control token stays text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from tunekit.contracts import Tokenizer
 from tunekit.errors import DataError
 
-PLACEHOLDER = "\ue000"  # a private-use character; no tokenizer's special token holds it
+PLACEHOLDER = "\ue000"  # a private-use character, which no special token contains
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer: their ids, and where a text spells one."""
+    """The special tokens of a tokenizer, with a search for texts that spell them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.ids = frozenset(tokenizer.special_ids)
@@ -27,11 +27,11 @@ class ControlTokens:
         return text if self._pattern is None else re.sub(rf"(?:{self._pattern.pattern})\Z", "", text)
 
     def neutral_fields(self, values: Mapping[str, object]) -> dict[str, object]:
-        """The fields of an object, likewise."""
+        """The fields of an object, neutralized as in `neutralized`."""
         return {str(self.neutralized(key)): self.neutralized(part) for key, part in values.items()}
 
     def neutralized(self, value: object) -> object:
-        """`value` with every spelled control token replaced by as many placeholders."""
+        """`value` with every character of a spelled control token replaced by a placeholder."""
         if self._pattern is None:
             return value
         if isinstance(value, str):
@@ -46,9 +46,10 @@ class ControlTokens:
 def encode_trusted(
     text: str, neutral: str, tokenizer: Tokenizer, control: ControlTokens
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and offsets of `text` in which only the control tokens of `neutral` are control tokens.
+    """Ids and offsets of `text`. Only the control tokens that are also in `neutral` are encoded as control tokens.
 
-    Raises: DataError if the template rewrites text that spells a control token, which hides the difference.
+    `neutral`: the text, with placeholders where the data spells control tokens.
+    Raises: DataError if the template rewrote text that spells a control token, so that the texts cannot be compared.
     """
     if neutral == text:
         return tokenizer.encode_with_offsets(text)

@@ -1,7 +1,7 @@
-"""Example to ids and a mask: which tokens are trained on is known from message spans, never from searching ids.
+"""Rendering of examples as ids with loss weights. The spans of the messages decide which tokens are trained on.
 
-A conversation is rendered whole, once more up to each assistant turn (turns.py finds the spans), and tokenized with
-offsets.  Text of the data that spells a special token stays text: only the template makes control tokens.
+A conversation is rendered completely, rendered again up to each assistant turn (turns.py finds the spans), and
+tokenized with offsets. Data that spells a special token stays text: only the template makes control tokens.
 """
 
 import re
@@ -31,8 +31,8 @@ SPELLED = (
     "warning: rows that spell a special token, which stays text: only a chat template makes special tokens; "
     "write conversations as messages (format chat)"
 )
-PIECE_CHARACTERS, CUT_TOKENS = 8192, 16  # of a text that is measured, and what cutting it may add to one piece
-UNSAID = ("name", "tool_call_id", "tool_calls")  # need not be written; of tool_calls, turns.py sees to it
+PIECE_CHARACTERS, CUT_TOKENS = 8192, 16  # length of a measured piece; tokens that cutting can add to a piece
+UNSAID = ("name", "tool_call_id", "tool_calls")  # fields that a template may ignore; turns.py checks tool_calls
 WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all does not read"
 AS_GIVEN = "rows whose earlier answers the chat template rewrites: each answer is trained on as it was given"
 MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
@@ -40,7 +40,7 @@ MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last charact
 
 @dataclass
 class Renderer:
-    """Renders examples for one tokenizer, one template and one `train_on`; counts what the user should know."""
+    """Renders examples for one tokenizer, one template and one `train_on`. `notices`: counts of remarks for the user."""
 
     tokenizer: Tokenizer
     train_on: str
@@ -57,10 +57,10 @@ class Renderer:
         return self.template is not None or self.tokenizer.chat_template is not None
 
     def sequence(self, example: Example) -> tuple[list[int], Weights]:
-        """Ids of the whole row, and how much the loss of each counts: 1 unless the row says otherwise, 0 where nothing
-        is to be learned.
+        """The ids of a row, and the loss weight of each: 0 for tokens that are not trained on, else 1 or the row's
+        weight.
 
-        Raises: Dropped where nothing can be trained on; DataError where the row is wrong.
+        Raises: Dropped if nothing can be trained on; DataError if the row is wrong.
         """
         example = self._readable(example)
         if isinstance(example, ChatExample):
@@ -74,8 +74,11 @@ class Renderer:
         return ids, weights * np.float32(example.weight)
 
     def as_given(self, example: Example) -> list[Example]:
-        """A conversation up to each of its answers, which alone is trained on, where the template writes earlier ones
-        differently once more turns follow; else the example as it is."""
+        """The examples that train on each answer of a conversation in its original form.
+
+        Some templates rewrite earlier answers when more turns follow. Then the conversation becomes one example per
+        answer, which ends with this answer and trains on it only. Other examples are returned unchanged.
+        """
         if not isinstance(example, ChatExample) or not self.has_template:
             return [example]
         wanted = answer_indices(example.messages, self.train_on)
@@ -89,7 +92,7 @@ class Renderer:
         ]
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
-        """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
+        """The ids before the last answer, as a prompt for generation, and the answer's text; None for plain text."""
         source = self.source(example)
         if source is None:
             return None
@@ -97,7 +100,10 @@ class Renderer:
         return (self._plain(text) if ids is None else ids), answer
 
     def source(self, example: Example) -> tuple[str, list[int] | None, str] | None:
-        """What comes before the last answer, and the answer's text: plain text, or a rendered conversation's ids."""
+        """(text, ids, answer): the prompt of the last answer, and the answer's text; None if there is no answer.
+
+        A conversation has ids, and "" as its text. Other examples have their prompt's text, and None as ids.
+        """
         example = self._readable(example)
         if isinstance(example, ChatExample):
             index = last_answer(example)
@@ -109,37 +115,37 @@ class Renderer:
         return prompt, None, completion
 
     def question(self, text: str) -> list[int]:
-        """Ids of a user's turn up to where the answer begins; of the plain text where there is no template."""
+        """The ids of a user's turn, up to the start of the answer; the ids of the plain text without a template."""
         return self.turns([Message("user", text)]) if self.has_template else self._plain(text)
 
     def turns(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
-        """Ids of a conversation up to where its next answer begins.
+        """The ids of a conversation, up to the start of its next answer.
 
-        Raises: DataError where there is no template, or where it has more than `most` tokens for certain.
+        Raises: DataError if there is no template, or if the conversation certainly has more than `most` tokens.
         """
         return self._turns_before(ChatExample(tuple(messages)), len(messages), most)
 
     def _readable(self, example: Example) -> Example:
-        """The example, or how it is written where the tokenizer has no chat template."""
+        """The example; for a tokenizer without a chat template, its form as plain prompt and answer."""
         if self.has_template or not isinstance(example, ChatExample) or example.without_template is None:
             return example
         self.notices[NO_TEMPLATE] += 1
         return replace(example.without_template, weight=example.weight)
 
     def _plain(self, text: str) -> list[int]:
-        """Ids of text without a template, and without an end token."""
+        """The ids of a text without a template and without an end-of-sequence token."""
         begin, text = self._begun(text)
         return begin + self.tokenizer.encode(text, special_tokens_in_text=False)
 
     def _begun(self, text: str) -> tuple[list[int], str]:
-        """The beginning-of-sequence token where this tokenizer puts it before text, and the text without it."""
+        """The beginning-of-sequence token, if the tokenizer adds it, and the text without this token at its start."""
         bos = self.tokenizer.bos_id
         if bos is None or not self.tokenizer.adds_bos:
             return [], text
         return [bos], text.removeprefix(self.tokenizer.decode([bos]))
 
     def _unended(self, text: str) -> str:
-        """The text without the end-of-sequence token that it may end with."""
+        """The text without an end-of-sequence token at its end."""
         eos = self.tokenizer.eos_id
         return text if eos is None else text.removesuffix(self.tokenizer.decode([eos]))
 
@@ -148,9 +154,9 @@ class Renderer:
             self.notices[SPELLED] += 1
 
     def _turns_before(self, example: ChatExample, index: int, most: int | None = None) -> list[int]:
-        """Ids of the turns before one, and of what the template writes where an answer begins."""
+        """The ids of the turns before turn `index`, with the template's generation prompt."""
         self._need_template(example)
-        if most is not None and index > most:  # each has a token or more
+        if most is not None and index > most:  # each turn has at least one token
             raise too_long(f"more than {most:,}", most)
         text = self._turns.render(example.messages[:index], example.tools, add_generation_prompt=True)
         if most is not None:
@@ -159,10 +165,10 @@ class Renderer:
         return encode_trusted(text, neutral, self.tokenizer, self._control)[0]
 
     def _check_length(self, text: str, most: int) -> None:
-        """Refuse a text that is too long for certain, without reading more of it than that takes.
+        """Raises: DataError if the text certainly has more than `most` tokens.
 
-        It is read in pieces, since a tokenizer lets no other thread run meanwhile. A piece may have a few tokens more
-        than its share of the whole text's, of the word that is cut at its ends; what spells a special token counts one.
+        The text is tokenized in pieces, because a tokenizer blocks all other threads. Cutting can add a few tokens to
+        a piece, up to CUT_TOKENS, which are subtracted.
         """
         count = 0
         for start in range(0, len(text), PIECE_CHARACTERS):
@@ -172,7 +178,7 @@ class Renderer:
                 raise too_long(f"more than {most:,}", most)
 
     def _need_template(self, example: ChatExample) -> None:
-        """Refuse a conversation without a template, or with fields that the template does not read."""
+        """Raises: DataError if there is no template, or if the messages have fields that the template does not read."""
         written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
         if written is None:
             raise DataError("a conversation, but the tokenizer has no chat template", "name a Jinja file", key=key)
@@ -199,7 +205,7 @@ class Renderer:
         ends = {*self._control.ids, eos}
         for span, weight in zip(spans, conversation.weights, strict=True):
             marks = mark_spans(offsets, [span])
-            if any(ids[place] not in ends for place in np.flatnonzero(marks)):  # else no character is read
+            if any(ids[place] not in ends for place in np.flatnonzero(marks)):  # else the answer has no text
                 weights[marks] = weight
         if not weights.any():
             raise Dropped(EMPTY_ANSWER)
@@ -209,9 +215,11 @@ class Renderer:
         return ids, weights
 
     def _plain_sequence(self, prompt: str, trained_text: str, empty: str) -> tuple[list[int], Weights]:
-        """Text that no template wrote, with the tokens that begin and end a sequence; the last of them is trained on.
+        """Ids and loss weights of a prompt and a text to train on, without a template.
 
-        The text may spell these two itself. Whatever else in it spells a special token stays text.
+        The beginning-of-sequence and end-of-sequence tokens are added, unless the text already spells them there. The
+        end-of-sequence token is trained on. Other special tokens that the text spells stay text.
+        `empty`: the reason for dropping the row if nothing is left to train on.
         """
         if not trained_text:
             raise Dropped(empty)
@@ -227,25 +235,25 @@ class Renderer:
             trained = mark_spans(filled, [TurnSpan(start, len(text))])
             if any(first < start < end for first, end in filled):
                 self.notices[MERGED_BOUNDARY] += 1
-        if text[start:] and not trained.any():  # the tokenizer leaves nothing of it
+        if text[start:] and not trained.any():  # the tokenizer removes the whole text
             raise Dropped(empty)
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return [*begin, *ids, *end], np.concatenate([[0] * len(begin), trained, [1] * len(end)]).astype(np.float32)
 
 
 def too_long(tokens: str, most: int) -> DataError:
-    """Of a conversation with so many tokens."""
+    """The error for a conversation that is too long. `tokens`: its number of tokens, in words. `most`: the maximum."""
     what = f"the conversation has {tokens} tokens, and the model reads at most {most:,}"
     return DataError(what, "shorten it, or begin a new one")
 
 
 def reads_field(template: str, name: str) -> bool:
-    """Whether a template names a field: `message.name`, `message['name']`, `'name' in message`."""
+    """Whether a template reads a field, as `message.name`, `message['name']` or `'name' in message`."""
     return re.search(rf"[.'\"]{re.escape(name)}\b", template) is not None
 
 
 def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets that cover the text: some tokenizers leave a token's own leading spaces out of its offsets."""
+    """Offsets without gaps, so that they cover the text: some tokenizers leave leading spaces out of the offsets."""
     filled: list[tuple[int, int]] = []
     last = 0
     for start, end in offsets:
@@ -255,7 +263,7 @@ def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[TurnSpan]) -> NDArray[np.bool_]:
-    """(T,) true for every token that holds a character of a span; spans are in order and apart."""
+    """(T,) True for each token that contains a character of a span. Spans are in order and do not overlap."""
     marks = np.zeros(len(offsets), dtype=np.bool_)  # (T,)
     starts = np.array([start for start, _ in offsets], dtype=np.int64)  # (T,)
     ends = np.array([end for _, end in offsets], dtype=np.int64)  # (T,)

@@ -1,7 +1,8 @@
-"""Where the assistant's turns are in a rendered conversation.
+"""Finding the assistant's turns in a rendered conversation.
 
-A template with {% generation %} markers says so itself.  Any other is rendered up to each turn: the turn lies between
-"everything before, with the generation prompt" and "everything including it", if both are prefixes of the whole text.
+A template with {% generation %} markers marks the turns itself. Any other template renders the conversation twice per
+turn: before the turn with the generation prompt, and up to the turn's end. If both texts are prefixes of the complete
+text, the turn is between their ends.
 """
 
 import re
@@ -21,18 +22,18 @@ ONLY_LAST = (
     "(data.rewritten_answers: each trains on all of them)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template does not write"
-REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one thing, as several models name it
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # the field of the reasoning, by model
 THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
 SHORTENED = "answers that the chat template does not write as they are"
 _OPENING, _CLOSING = "\ue001", "\ue002"
-Tools = Sequence[JsonObject] | None  # of a row
+Tools = Sequence[JsonObject] | None  # the tools of a row
 _PROBE = "\ue003tunekit\ue003"
 _MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True)
 class TurnSpan:
-    """Characters [start, end) to train on."""
+    """The characters [start, end) of a turn to train on."""
 
     start: int
     end: int
@@ -40,35 +41,38 @@ class TurnSpan:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation; `neutral` is the same with special tokens spelled in the data blotted out."""
+    """A rendered conversation. `neutral`: its text, with placeholders where the data spells special tokens."""
 
     text: str
     neutral: str
     spans: tuple[TurnSpan, ...]
-    weights: tuple[float, ...]  # of the loss of each span's tokens
+    weights: tuple[float, ...]  # the loss weight of each span's tokens
     empty_answers: int
 
     def ends_open(self, closed: Sequence[TurnSpan], last_id: int, control: ControlTokens, eos_id: int | None) -> bool:
-        """Whether the text ends with a trained turn that the template closes with no control token."""
+        """Whether the text ends with a trained turn after which the template writes no control token."""
         at_end = bool(closed) and closed[-1].end == len(self.text)
         return at_end and eos_id is not None and last_id != eos_id and last_id not in control.ids
 
 
 def answer_indices(messages: Sequence[Message], train_on: str) -> list[int]:
-    """The turns to train on: all of the assistant or the last, without empty ones and those that the row excludes."""
+    """The indices of the turns to train on: all assistant turns, or only the last.
+
+    Empty turns and turns that the row excludes are left out.
+    """
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     chosen = answers[-1:] if train_on == "last" else answers
     return [index for index in chosen if messages[index].weight and not messages[index].empty]
 
 
 def last_answer(example: ChatExample) -> int | None:
-    """The last assistant turn that says something, for generation."""
+    """The index of the last assistant turn with content; None if there is none."""
     indices = [index for index in answer_indices(example.messages, "assistant") if example.messages[index].content]
     return indices[-1] if indices else None
 
 
 class TurnFinder:
-    """Finds the turns of one tokenizer and template."""
+    """Finds the assistant's turns for one tokenizer and template."""
 
     def __init__(
         self, tokenizer: Tokenizer, control: ControlTokens, template: str | None, notices: Counter[str]
@@ -84,7 +88,7 @@ class TurnFinder:
         return self._render([message.as_dict() for message in messages], tools, add_generation_prompt, self._template)
 
     def render_neutral(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False) -> str:
-        """The same with special tokens that the data spells blotted out."""
+        """The conversation as text, with placeholders where the data spells special tokens."""
         rows = [{**self._control.neutral_fields(message.as_dict()), "role": message.role} for message in messages]
         neutral = None if tools is None else [self._control.neutral_fields(tool) for tool in tools]
         return self._render(rows, neutral, add_generation_prompt, self._template)
@@ -95,7 +99,7 @@ class TurnFinder:
         return self._tokenizer.render(rows, tools=tools, add_generation_prompt=add_generation_prompt, template=template)
 
     def find(self, example: ChatExample, train_on: str) -> Conversation:
-        """The text and the spans of its answers. Raises: DataError where they cannot be found for certain."""
+        """The rendered conversation with the spans of its answers. Raises: DataError if a span cannot be determined."""
         messages, tools = example.messages, example.tools
         text = self.render(messages, tools)
         wanted = answer_indices(messages, train_on) if train_on != "all" else []
@@ -120,12 +124,12 @@ class TurnFinder:
         return Conversation(text, neutral, placed, tuple(messages[index].weight for index in wanted), empty)
 
     def rewrites(self, example: ChatExample, wanted: Sequence[int]) -> bool:
-        """Whether an answer cannot be found as it was given once the later turns are written."""
+        """Whether the template changes an answer when later turns follow, so that its original text is not found."""
         text = self.render(example.messages, example.tools)
         return any(self._turn(example.messages, index, example.tools, text) is None for index in wanted)
 
     def _marked_spans(self, example: ChatExample, text: str, wanted: Sequence[int]) -> list[TurnSpan | None] | None:
-        """Spans by the template's own markers, if it has one for each answer."""
+        """The spans by the template's {% generation %} markers; None unless the template marks each answer."""
         if self._marked is None or not wanted:
             return None
         rows = [message.as_dict() for message in example.messages]
@@ -144,14 +148,14 @@ class TurnFinder:
         return [span for index, span in zip(answers, spans, strict=True) if index in wanted]
 
     def _turn(self, messages: Sequence[Message], index: int, tools: Tools, text: str) -> TurnSpan | None:
-        """The span of one turn, or None where the texts are not prefixes of each other."""
+        """The span of one turn; None if the text up to the turn is not a prefix of the complete text."""
         complete = index + 1 == len(messages)
         try:
             upto = text if complete else self.render(messages[: index + 1], tools)
         except DataError:
             return None
         if not text.startswith(upto):
-            upto = self._control.without_last(upto)  # which may end the whole conversation, as in Phi-3's template
+            upto = self._control.without_last(upto)  # this token can end the whole conversation, as in Phi-3
         if not text.startswith(upto):
             return None
         start = self._answer_start(messages, index, tools, upto)
@@ -164,7 +168,7 @@ class TurnFinder:
         except DataError:
             if index:
                 return None
-            before = bare = ""  # nothing comes before the first message, and many templates refuse to render that
+            before = bare = ""  # many templates refuse to render an empty conversation
         if bare is not None and index:
             self.prompts = before != bare
         if before != bare and upto.startswith(before):
@@ -176,7 +180,10 @@ class TurnFinder:
         return self._after_header(place, upto, len(bare), before)
 
     def _content_place(self, messages: Sequence[Message], tools: Tools, upto: str) -> int:
-        """Where the last message's content begins, found by writing another content there; -1 if that changes more."""
+        """The position of the last message's content; -1 if it is not found.
+
+        It is found by rendering the conversation with a probe in place of this content.
+        """
         probe = replace(messages[-1], content=_PROBE)
         try:
             place = self.render([*messages[:-1], probe], tools).find(_PROBE)
@@ -187,7 +194,7 @@ class TurnFinder:
         return place if there else -1
 
     def _after_header(self, place: int, upto: str, bare: int, before: str) -> int:
-        """Start of an answer whose header ("<|im_start|>assistant") is no generation prompt, or another one."""
+        """The start of an answer whose header ("<|im_start|>assistant") differs from the generation prompt."""
         if len(before) > bare:
             shared = common_prefix(before, upto)
             return min(shared, place) if place >= 0 else shared
@@ -196,7 +203,10 @@ class TurnFinder:
     def _check(
         self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[TurnSpan], text: str, tools: Tools
     ) -> None:
-        """What the row says and the template leaves out is an error, or counted."""
+        """Check that the template writes everything that the row contains; other omissions than tool calls are counted.
+
+        Raises: DataError if the template leaves out tool calls.
+        """
         for index, span in zip(wanted, spans, strict=True):
             turn = text[span.start : span.end]
             for call in messages[index].extra.get("tool_calls", ()):
@@ -213,9 +223,9 @@ class TurnFinder:
             self._notices[TOOLS_IGNORED] += 1
 
     def close(self, span: TurnSpan, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> TurnSpan:
-        """The span up to its end-of-turn token: whitespace that the template writes after it is not the model's.
+        """The span up to its end-of-turn token, without the whitespace that the template writes after this token.
 
-        Where a turn has none, as in GLM-4's template, the control token that opens the next turn ends it.
+        If a turn has no such token, as in GLM-4's template, the control token that opens the next turn ends it.
         """
         first = bisect_right([end for _, end in offsets], span.start)
         stop = bisect_left([start for start, _ in offsets], span.end)
@@ -231,13 +241,13 @@ class TurnFinder:
 
 
 def common_prefix(one: str, other: str) -> int:
-    """How many characters two texts share at their start."""
+    """Length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (first, second) in pairs if first != second), min(len(one), len(other)))
 
 
 def mark_generation(template: str) -> str | None:
-    """The template with its {% generation %} blocks turned into visible marks; None if it has none."""
+    """The template with visible marks in place of its {% generation %} blocks; None if it has no such blocks."""
     if not _MARKER.search(template):
         return None
 
