@@ -73,7 +73,7 @@ KINDS = {  # kind of finding -> its description in the table
 
 @dataclass
 class Found:
-    """The findings in one file. `lines`: the lines of the rows by kind. `first`: the details of the first row by kind."""
+    """The findings in one file. `lines`: the lines of the rows by kind. `first`: details of the first row by kind."""
 
     name: str
     rows: int = 0

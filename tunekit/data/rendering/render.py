@@ -40,7 +40,7 @@ MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last charact
 
 @dataclass
 class Renderer:
-    """Renders examples for one tokenizer, one template and one `train_on`. `notices`: counts of remarks for the user."""
+    """Renders examples for one tokenizer, one template and one `train_on`. `notices`: counts of notes for the user."""
 
     tokenizer: Tokenizer
     train_on: str
