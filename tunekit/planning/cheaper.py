@@ -1,6 +1,7 @@
-"""What to change in a recipe that does not fit its budget: each change is simulated, the cheapest three are named.
+"""Advice for a recipe that needs too much memory: possible changes are simulated, and the three cheapest are listed.
 
-Cheap is what costs least in quality or speed: the order of `_changes`, from a recomputation to shorter rows.
+The cost of a change is its loss of quality or speed. `_changes` lists the changes by cost, from recomputation to
+shorter rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +20,13 @@ from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
 SHOWN = 3
-LEAST_SHARE = 0.01  # of the need: a change that saves less is none
+LEAST_SHARE = 0.01  # changes that save less than this share of the needed memory are not proposed
 
 
 @dataclass(frozen=True)
 class Change:
-    """One changed key: what the recipe is then, what is simulated then, and how choices differ."""
+    """One change of the recipe. `key`, `value`: the changed key and its new value. `forecast`, `choice`: functions that
+    apply the change to a forecast and to a choice."""
 
     key: str
     value: str | int
@@ -33,12 +35,15 @@ class Change:
 
 
 def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed: int, limit: int) -> str:
-    """Up to three changes as a text, those that suffice by themselves before others, cheapest first."""
+    """A text that lists up to three changes, cheapest first. Changes that suffice alone are preferred.
+
+    `needed`: the bytes that the run needs with `choice`. `limit`: the available bytes.
+    """
     changes = ((change, _needs([change], forecast, choice)) for change in _changes(recipe, forecast, choice))
     most = (1 - LEAST_SHARE) * needed
     tried = [(change, needs) for change, needs in changes if needs is not None and needs <= most]
     if not tried:
-        return "no change of the recipe that plan knows of saves memory; choose a smaller base"
+        return "no setting would save enough memory; use a smaller base model"
     chosen = sorted(tried, key=lambda one: one[1] > limit)[:SHOWN]  # sorting keeps the order of cost
     chosen.sort(key=tried.index)
     texts = [_text(change, needs, needed, limit) for change, needs in chosen]
@@ -55,17 +60,17 @@ def _text(change: Change, needs: int, needed: int, limit: int) -> str:
 
 
 def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | None:
-    """Bytes at the peak with the changes; None where they cannot be made."""
+    """Peak bytes with the changes; None if the changes cannot be simulated."""
     try:
         for change in changes:
             forecast, choice = change.forecast(forecast), change.choice(choice)
         return forecast.peak(choice).total
-    except Exception:  # a model's own code, a section that does not allow it: then this is no change to propose
+    except Exception:  # an error in the model's own code, or a value that a section refuses: not proposed
         return None
 
 
 def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Change]:
-    """Every change that this recipe could make, from the cheapest on."""
+    """All possible changes of this recipe, cheapest first."""
     layers = forecast.base.facts.layers
     if choice.checkpointed_layers < layers:
         every = partial(replace, checkpointed_layers=layers)
@@ -107,7 +112,7 @@ def _base_change(name: str, value: str, device: torch.device) -> Change:
 
 
 def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
-    """Shorter rows; where micro-batches are cut by tokens, fewer of them."""
+    """The change to shorter rows, or to smaller micro-batches if these are cut by tokens."""
     if recipe.training.micro_batch_tokens is not None:
         tokens = recipe.training.micro_batch_tokens // 2
         if len(forecast.largest_batch(None).sequences) > 1:
@@ -120,7 +125,7 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
 
 
 def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
-    """Whether the recipe would be obeyed with other values in a section."""
+    """Whether the recipe with these values in a section would be supported."""
     changed = getattr(recipe, section).model_copy(update=values)
     other = recipe.model_copy(update={section: changed})
     return not refuse_unsupported(other) and not list(library_problems(other))

@@ -1,7 +1,7 @@
-"""What may be chosen, a way to predict a peak and an ordered cost go in; the fastest Choice that fits comes out.
+"""Search for the fastest Choice that fits into memory.
 
-The cost orders settings; it predicts no seconds. Every setting computes the same sums in another order, so the choice
-is one of speed and memory alone.
+The estimated time only orders the settings; it is not in seconds. All settings compute the same sums in a different
+order, so the choice affects only speed and memory.
 """
 
 import itertools
@@ -11,28 +11,31 @@ from dataclasses import dataclass, field, replace
 
 from tunekit.records import Choice
 
-# A product of T rows costs as if it had so many more: weights are read (and unpacked) for each product, and kernels are
-# launched. From 2 bytes per weight at 3 TB/s against 450 TFLOP/s, NF4 unpacked, and for a CPU 10 GB/s against 0.2.
+# Fixed cost of each product, in rows: weights are read (and unpacked), and kernels are launched. Computed from 2 bytes
+# per weight at 3 TB/s and 450 TFLOP/s, with NF4 unpacked; for a CPU, from 10 GB/s and 0.2 TFLOP/s.
 OVERHEAD_TOKENS = {"cpu": 32}
 ON_ACCELERATOR = 256
-TOLERANCE = 0.02  # of the time: the rule is not worth more, and each look costs a second
-RECOMPUTED = 1 / 2  # of a step: one more forward of 2 N FLOPs a token beside 4 N, the base being frozen
+TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and each predicted peak costs a second
+RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What may be chosen, fastest first in each list. `micro_batches`: (rows, micro-batches of a step)."""
+    """The settings that plan can choose from, fastest first in each list.
+
+    `micro_batches`: pairs of rows per micro-batch and micro-batches per step.
+    """
 
     micro_batches: Sequence[tuple[int | None, int]]
     logits_chunks: Sequence[int]
-    gradient_checkpointing: str | bool | int  # as the recipe says: auto leaves the number free
+    gradient_checkpointing: str | bool | int  # the recipe's value; with auto, plan chooses the number of layers
     layers: int
     tiers: Sequence[str] = ("off",)  # values of memory.streaming
-    passes: Sequence[int] = ()  # micro-batches of a pass, where that is not free
-    written: Choice = field(default_factory=Choice)  # with what the recipe alone decides
+    passes: Sequence[int] = ()  # micro-batches per pass; (): plan chooses
+    written: Choice = field(default_factory=Choice)  # the settings that only the recipe decides
 
     def grid(self, tier: str) -> list[Choice]:
-        """Every choice of a tier, with the fewest layers recomputed; what needs the least memory comes last."""
+        """All choices of a tier with the minimum number of recomputed layers. The last one needs the least memory."""
         fewest = self.layer_range()[0] if tier == "off" else 0
         return [
             replace(
@@ -49,20 +52,24 @@ class SearchSpace:
         ]
 
     def deeper(self, start: Choice) -> list[Choice]:
-        """The choice with its own and every higher number of recomputed layers; where weights are streamed, every layer
-        is recomputed in any case."""
+        """The choice with each possible number of recomputed layers, from its present number up.
+
+        With streamed weights, all layers are recomputed anyway, and only the choice itself is returned.
+        """
         if start.streaming != "off":
             return [start]
         most = self.layer_range()[1]
         return [replace(start, checkpointed_layers=count) for count in range(start.checkpointed_layers, most + 1)]
 
     def smallest(self, tier: str) -> Choice:
-        """What needs the least memory in a tier, whatever it costs."""
+        """The choice of a tier that needs the least memory."""
         return self.deeper(self.grid(tier)[-1])[-1]
 
     def layer_range(self) -> tuple[int, int]:
-        """The fewest and the most layers that plan may recompute: of itself never the last, whose recomputation would
-        come at once."""
+        """The minimum and maximum number of layers that plan can recompute.
+
+        With auto, the last layer is never recomputed: its backward pass follows at once, so no memory is saved.
+        """
         if self.gradient_checkpointing == "auto":
             return 0, max(self.layers - 1, 0)
         written = self.layers if self.gradient_checkpointing is True else int(self.gradient_checkpointing)
@@ -71,10 +78,10 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the cost of a choice depends on besides the choice.
+    """Properties of a run that the cost of a choice depends on.
 
-    `row_tokens`: padded tokens of one row of a micro-batch; `step_tokens`: tokens of an optimizer step; `head_share`:
-    of all parameters.
+    `row_tokens`: padded tokens of one row of a micro-batch. `step_tokens`: tokens of an optimizer step. `head_share`:
+    the output head's share of all parameters.
     """
 
     device: str
@@ -84,9 +91,10 @@ class Workload:
     head_share: float
 
     def relative_time(self, choice: Choice) -> float:
-        """Time of a step over that of the fastest setting there could be: nothing recomputed, all rows at once.
+        """Time of a step, relative to the fastest imaginable setting, which recomputes nothing and takes all rows at
+        once.
 
-        A streamed step counts as if it only waited for copies of the weights, of which each pass needs the same number.
+        A streamed step is assumed to wait only for copies of the weights. Each pass needs the same number of copies.
         """
         overhead = OVERHEAD_TOKENS.get(self.device, ON_ACCELERATOR)
         tokens = (choice.micro_batch_size or 1) * self.row_tokens
@@ -99,22 +107,30 @@ class Workload:
 
 
 def pass_sizes(tier: str, accumulation: int) -> list[int]:
-    """Micro-batches of a pass, most first: all of a step, and halves of that."""
+    """Possible numbers of micro-batches per pass, largest first: all micro-batches of a step, half of them, and so on.
+
+    `accumulation`: the number of micro-batches per step.
+    """
     if tier == "off":
         return [1]
     return sorted({max(1, accumulation >> shift) for shift in range(accumulation.bit_length())}, reverse=True)
 
 
 def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int | None, int]]:
-    """(rows, micro-batches of a step) with the same rows in each step, in the same order, the written ones first."""
-    if rows is None:  # cut by tokens: fewer tokens would end windows at other rows
+    """Pairs of rows per micro-batch and micro-batches per step that leave the rows of each step unchanged.
+
+    The recipe's pair comes first.
+    """
+    if rows is None:  # micro-batches are cut by tokens, and fewer tokens would change the rows of each step
         return [(None, accumulation)]
     return [(size, accumulation * rows // size) for size in range(rows, 0, -1) if rows % size == 0]
 
 
 def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callable[[Choice], float]) -> Choice | None:
-    """The choice with the least time that fits (`excess`: bytes of its peak beyond the limit), of the first tier in
-    which one does; None if none does."""
+    """The fastest choice that fits, from the first tier that has such a choice; None if no choice fits.
+
+    `time`: the relative time of a choice. `excess`: the bytes by which a choice's peak exceeds the limit.
+    """
     found = (_fastest_of_tier(space, tier, time, excess) for tier in space.tiers)
     return next((choice for choice in found if choice is not None), None)
 
@@ -122,9 +138,11 @@ def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callabl
 def _fastest_of_tier(
     space: SearchSpace, tier: str, time: Callable[[Choice], float], excess: Callable[[Choice], float]
 ) -> Choice | None:
-    """A peak is dear to predict, so few are asked for. First comes a choice that fits: the fastest of those that
-    recompute least, or the smallest of all with as many layers as it needs. Then, for every other grid point, the most
-    layers with which it would still be faster (by more than the cost is worth) decide whether it is looked at further.
+    """The fastest choice of a tier that fits. Predicting a peak is slow, so few peaks are predicted.
+
+    First a choice that fits is found: the fastest with the minimum of recomputed layers, or else the smallest setting
+    with as many recomputed layers as it needs. Then each other grid point is taken with the most recomputed layers that
+    leave it faster than the best choice so far. Only if this fits, the grid point is searched further.
     """
     grid = space.grid(tier)
     starts, smallest = sorted(grid, key=time), grid[-1]
@@ -150,14 +168,16 @@ def _fastest_of_tier(
 
 
 def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float]) -> Choice | None:
-    """The first of choices with falling peaks that fits, by guesses along the line between two peaks, and by halves in
-    turn, since a peak need not fall evenly."""
+    """The first choice that fits, from choices whose peaks fall; None if no choice fits.
+
+    The search alternates between linear interpolation of the peaks and bisection, because peaks can fall unevenly.
+    """
     low, high = 0, len(choices) - 1
     if excess(choices[high]) > 0:
         return None
     if excess(choices[low]) <= 0:
         return choices[low]
-    for turn in itertools.count():  # low does not fit, high does
+    for turn in itertools.count():  # choice `low` does not fit, choice `high` fits
         if high - low <= 1:
             break
         above, below = excess(choices[low]), -excess(choices[high])
@@ -168,7 +188,7 @@ def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float])
 
 
 def _needs_no_less(choice: Choice, other: Choice) -> bool:
-    """Whether a choice of the same tier is at least as large as another in every axis."""
+    """Whether a choice certainly needs as much memory as `other`, a choice of the same tier: no setting is smaller."""
     return (
         choice.pass_micro_batches >= other.pass_micro_batches
         and (choice.micro_batch_size or 0) >= (other.micro_batch_size or 0)

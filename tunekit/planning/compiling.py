@@ -1,4 +1,4 @@
-"""Whether a run compiles its layers and uses other kernels, and why not."""
+"""Decisions about compiling the layers of a run and using special kernels, with the reasons."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from tunekit.adapters.kernels.liger import liger_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 
-LEAST_STEPS = 500  # below it a run ends before compiling has paid
+LEAST_STEPS = 500  # shorter runs end before compiling has saved time
 KEY = "training.compile"
 
 
 def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether layers are compiled, and why."""
+    """Whether layers are compiled, and the reason."""
     if isinstance(setting, bool):
         return setting, "as the recipe says"
     if device.type == "cpu":
@@ -32,7 +32,7 @@ def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tu
 
 
 def compile_notes(setting: str | bool, device: torch.device, steps: int) -> list[str]:
-    """What plan says of it, where the recipe asked."""
+    """A note that says whether layers are compiled; empty if the recipe says `compile: false`."""
     if setting is False:
         return []
     compiled, reason = planned_compile(setting, device, steps)
@@ -41,7 +41,7 @@ def compile_notes(setting: str | bool, device: torch.device, steps: int) -> list
 
 
 def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: bool) -> Iterator[Problem]:
-    """Why layers could not be compiled."""
+    """Problems that prevent the compilation of layers."""
     if not compiled:
         return
     if whole_model_adapter:
@@ -55,7 +55,7 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
 
 
 def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
-    """Why the recipe's kernels cannot be used."""
+    """Problems that prevent the use of the recipe's kernels."""
     if kernels == "none":
         return
     if not kind_of(device).own_memory:
@@ -66,6 +66,6 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
 
 
 def kernel_notes(kernels: str, net: nn.Module) -> Iterator[str]:
-    """What they will compute."""
+    """A note that says which computations the kernels replace."""
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where one computation does the MLP"

@@ -1,4 +1,4 @@
-"""Whether the base was ever trained on the token with which answers end: a frozen head cannot learn it."""
+"""Check that the base was trained on the token that ends answers, because a frozen head cannot learn it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Target
 
-SAMPLED_ROWS = 4096  # of the matrix, evenly spaced
-READ_ROWS = 64  # of the data: an end of turn is in nearly each
-NEAR = 0.3  # of the usual distance from the mean: where training never pulled a row away from it
+SAMPLED_ROWS = 4096  # evenly spaced rows of the output matrix
+READ_ROWS = 64  # rows of the data: nearly all of them contain an end of turn
+NEAR = 0.3  # untrained rows are nearer to the mean than this share of the usual distance
 
 
 def end_notes(
@@ -35,7 +35,8 @@ def end_notes(
     adapter: AdapterSettings,
     targets: Sequence[Target],
 ) -> Iterator[str]:
-    """A warning for an end token that rows have, the base never learnt and the adapter does not train."""
+    """A warning for each end token in the rows that the base was never trained on and that the adapter does not
+    train."""
     head = base.family.head_name(base.net)
     if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
         return
@@ -56,7 +57,8 @@ def end_notes(
 
 
 def _cure(net: nn.Module, head: str, end: int) -> str:
-    """Both matrices where the head has one of its own: PEFT's plain list is of the embedding."""
+    """The adapter key that trains the end token. An untied head is named too, because a plain list covers only the
+    embedding in PEFT."""
     modules = base_modules(net)
     embedding = next((name for name, module in modules.items() if module is input_embedding(net)), "")
     if not embedding or embedding in tied_with(modules, head):
@@ -65,14 +67,14 @@ def _cure(net: nn.Module, head: str, end: int) -> str:
 
 
 def _ids(rows: RowSet) -> set[int]:
-    """Tokens of the first rows."""
+    """The token ids in the first rows."""
     parts = rows.objective.rows.layout.token_parts
     first = (rows.train[number] for number in range(min(len(rows.train), READ_ROWS)))
     return {token for row in first for part in parts for token in row.parts[part].tolist()}
 
 
 def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
-    """(V, D) as it is stored; None where it is not here, or not as a plain matrix."""
+    """(V, D) the head's stored weight; None if the model is not downloaded, or the weight is no plain matrix."""
     try:
         source = find_source(model, weights=False)
         headers = {} if source.gguf_file is not None else read_headers(source.folder)
@@ -84,7 +86,7 @@ def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
 
 
 def _is_untrained(matrix: Tensor, token: int) -> bool:
-    """Whether the token's row is far nearer to the mean than rows are."""
+    """Whether the token's row is much nearer to the mean of all rows than usual."""
     rows = matrix[:: max(1, len(matrix) // SAMPLED_ROWS)].float()  # (S, D)
     mean = rows.mean(dim=0)  # (D,)
     usual = torch.linalg.vector_norm(rows - mean, dim=1).median()

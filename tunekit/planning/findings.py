@@ -1,4 +1,4 @@
-"""What is wrong with a run, collected from every part before it begins, so that all is shown at once."""
+"""Collection of all problems of a run before it starts, so that the user sees them together."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -11,25 +11,25 @@ Made = TypeVar("Made")
 
 
 class Findings:
-    """Problems of every part, collected so that all are shown at once."""
+    """The problems of a run, from all parts of the plan."""
 
     def __init__(self, loaded: LoadedRecipe) -> None:
         self._loaded = loaded
         self.problems: list[Problem] = []
-        self._lacks: list[Problem] = []  # of them, those of memory
+        self._lacks: list[Problem] = []  # the problems in which memory is too small
         self._errors: list[TunekitError] = []
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Note problems; one without a file is the recipe's."""
+        """Add problems. A problem without a file gets the recipe's file and line."""
         self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
 
     def lack(self, problem: Problem) -> None:
-        """Note that there is too little memory: nothing in the recipe is wrong by itself."""
+        """Add the problem that memory is too small; it has a different exit code than an error in the recipe."""
         self.add([problem])
         self._lacks.append(self.problems[-1])
 
     def attempt(self, work: Callable[[], Made]) -> Made | None:
-        """The result of `work`, or None and its problems noted."""
+        """The result of `work`; None if it raises, and then its problems are added."""
         try:
             return work()
         except TunekitError as error:
@@ -38,13 +38,13 @@ class Findings:
             return None
 
     def error(self) -> TunekitError:
-        """All problems as one error, of the kind that all of them are."""
+        """All problems as one error. Its class is that of the raised errors if they agree, else RecipeError."""
         kinds = {type(error) for error in self._errors}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         return kind.of(self.problems)
 
     def refusals(self) -> list[Refusal]:
-        """The problems as a plan holds them."""
+        """The problems, as the refusals of a plan."""
         return [self._refusal(problem) for problem in self.problems]
 
     def _refusal(self, problem: Problem) -> Refusal:
@@ -54,10 +54,7 @@ class Findings:
 
 
 def raise_refusals(plan: Plan) -> None:
-    """Raise what the plan refuses, if it refuses anything.
-
-    Raises: RecipeError with every refusal, each with its file and line; ResourceError if all are of memory.
-    """
+    """Raises: RecipeError with all refusals of the plan, if there are any; ResourceError if all concern memory."""
     if not plan.refusals:
         return
     kinds = {refusal.exit_code for refusal in plan.refusals}

@@ -1,4 +1,4 @@
-"""The peak memory of a run with some Choice: its largest batches are simulated, and its base is loaded on paper."""
+"""Prediction of a run's peak memory: the largest batches are simulated, and the memory of loading is computed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,17 +34,17 @@ from tunekit.planning.simulated.tracker import Simulation
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.records import Choice, PeakBytes
 
-EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
-SAMPLED_ROWS = 20_000  # for the ids that occur
+EXAMINED_EPOCHS = 8  # packs differ by epoch, but hardly in size
+SAMPLED_ROWS = 20_000  # rows that are searched for token ids
 
 
 def largest_batch(
     windows: TrainingWindows, rows: Rows, kind: RowKind, settings: BatchSettings, *, by_scores: bool = False
 ) -> Batch:
-    """The micro-batch with most tokens, padding included, among those that the run will really make.
+    """The micro-batch of the run with the most tokens, padding included.
 
-    `by_scores`: the one with most attention scores, which grow with the square of a document; of batches cut by tokens
-    that is another one: a single long row.
+    `by_scores`: instead the micro-batch with the most attention scores, whose number grows with the square of a
+    document's length. For micro-batches cut by tokens, this is often a single long row.
     """
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     lengths = sizes.sum(axis=1)  # (rows,)
@@ -70,7 +70,7 @@ def largest_batch(
 
 
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:
-    """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
+    """Number of supervised tokens in the whole run; for streamed sources, estimated from the sample."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
     if not isinstance(windows, TrainingWindows):
         tokens = windows.steps * per_step * (settings.micro_batch_size or 1)
@@ -86,12 +86,13 @@ def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, se
 
 @dataclass(frozen=True)
 class Forecast:
-    """What decides a run's memory. `largest_batch`: of micro-batches of so many rows (None: as written, by tokens).
+    """Everything that decides a run's memory.
 
-    `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
-    `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
-    `companion_bytes`: weights of companions that are in memory all the time and that no simulation counts.
-    `any_token`: whether the run may read embeddings of tokens that no row has.
+    `largest_batch`: gives the largest micro-batch for a number of rows; None: micro-batches are cut by tokens.
+    `answer_tokens`: length of the longest prompt with its answer; 0: the run generates no answers.
+    `start_bytes`: maximum memory of the adapter's start besides the base; it is freed before the optimizer is made.
+    `companion_bytes`: weights of companions that are always in memory and are not part of the simulations.
+    `any_token`: whether the run can read embeddings of tokens that are not in the rows.
     """
 
     run: SimulatedRun
@@ -108,7 +109,7 @@ class Forecast:
     _rehearsals: list[Simulation | None] = field(default_factory=list, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
-        """Of the run with this choice: the one function that every search for a setting asks."""
+        """Peak memory of the run with this choice. All searches for settings use this function."""
         run = replace(self.run, choice=choice)
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
         simulations, device = (self._step(choice), self._evaluation(run), self._rehearsal(run)), self.run.device
@@ -119,7 +120,7 @@ class Forecast:
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
 
     def offloaded_bytes(self, choice: Choice) -> int:
-        """Pinned memory of the host beside a GPU's, where inputs of recomputed layers wait."""
+        """Bytes of pinned host memory for the offloaded inputs of recomputed layers."""
         return self._step(choice).offloaded
 
     def _step(self, choice: Choice) -> Simulation:
@@ -130,7 +131,7 @@ class Forecast:
         return self._steps[choice]
 
     def without_activations(self) -> PeakBytes:
-        """What is known of a model whose own code does not run without values."""
+        """Peak memory without activations, for a model whose own code fails on the meta device."""
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         load = self._load_bytes if self.run.choice.streaming == "off" else self._streamed_load_bytes
@@ -138,7 +139,7 @@ class Forecast:
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
     def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
-        """What companions need while they act (sampling, drawing images); no choice changes it."""
+        """The simulation of companions while they run (sampling, drawing images). It does not depend on the choice."""
         if not any(companion.rehearses for companion in run.companions.values()):
             return None
         if not self._rehearsals:
@@ -146,7 +147,7 @@ class Forecast:
         return self._rehearsals[0]
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
-        """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
+        """The simulation of the longest evaluation batch; of the choice, only logits chunk and tier change it."""
         if self.evaluation_batch is None:
             return None
         known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
@@ -156,7 +157,7 @@ class Forecast:
 
     @cached_property
     def _cache_bytes(self) -> int:
-        """Keys and values of all layers at the end of an answer."""
+        """Bytes of the keys and values of all layers at the end of an answer."""
         if not self.answer_tokens or self.evaluation_batch is None:
             return 0
         heads, width = heads_and_width(text_config(self.base.net))
@@ -165,7 +166,7 @@ class Forecast:
 
     @cached_property
     def _stored(self) -> StoredBase | None:
-        """The base's files; what the configuration says of them, where they are not here yet."""
+        """The stored base, from the headers of its files; from the configuration if it is not downloaded yet."""
         source = find_source(self.run.model, weights=False)
         if source.gguf_file is not None:
             return StoredBase((source.folder / source.gguf_file).stat().st_size, False, gguf=True)
@@ -193,17 +194,17 @@ class Forecast:
 
     @cached_property
     def _kept(self) -> bool:
-        """Whether the packed base will be mapped from a sidecar: nothing of it stays in memory while it is packed."""
+        """Whether the packed base is mapped from a cache file, so that none of it stays in memory during packing."""
         return self.base.packed_while_read and can_be_cached(stored_bytes(self.base.net))
 
     @cached_property
     def _streamed_load_bytes(self) -> int:
-        """Of a base that stays in its files: the largest matrix, as it is read and as it is packed."""
+        """Load memory of a base that stays in its files: the largest matrix, as read and as packed."""
         packed = packed_layers(self.base.net).values()
         return max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
 
     def _without_unread(self, simulation: Simulation, streaming: str) -> Simulation:
-        """Without the rows of a mapped embedding that no token reads; on the host only."""
+        """The simulation without the rows of a mapped embedding that no token reads; only on a CPU."""
         unread = self._unread_bytes(streaming)
         peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
         return replace(simulation, peak=peak, total=simulation.total - unread)
@@ -226,7 +227,7 @@ class Forecast:
 
 
 def _ids(rows: Rows, parts: Sequence[str]) -> NDArray[np.int64]:
-    """(ids,) that occur in these parts of the rows (in the first of very many)."""
+    """(ids,) the token ids in these parts of the first SAMPLED_ROWS rows."""
     sampled = map(rows.__getitem__, range(min(len(rows), SAMPLED_ROWS)))
     ids = {token for row in sampled for part in parts for token in row.parts[part].tolist()}
     return np.array(sorted(ids), dtype=np.int64)

@@ -1,9 +1,8 @@
-"""A Forecast and what the recipe asks for and leaves free go in; what is chosen for memory's sake comes out (rows at a
-time, recomputed layers, logits at a time), and whether the run fits.
+"""Choice of the settings that save memory: rows per micro-batch, recomputed layers, size of logits chunks, streaming.
 
-Only memory.budget changes micro-batches and logits chunks: the free memory of the moment must not decide what a resumed
-run cannot repeat bit by bit. Without a budget it decides how many layers are recomputed, which changes no bit, and
-whether weights are streamed.
+Micro-batches and logits chunks change only with memory.budget: otherwise a resumed run with more or less free memory
+would not be bitwise equal. Without a budget, free memory only decides how many layers are recomputed, which changes no
+bit, and whether weights are streamed.
 """
 
 import math
@@ -21,38 +20,39 @@ from tunekit.planning.forecast import Forecast
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, PeakBytes, bytes_text
 
-DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
-MARGIN = {"cpu": 0.10}  # of what may be used: as far off as a prediction is promised not to be
+# On a GPU, a logits chunk takes at least 1/128 of the memory: smaller products only wait for the head's weights.
+DEVICE_SHARE = 128
+MARGIN = {"cpu": 0.10}  # share of the usable memory that is left free: the promised accuracy of predictions
 MARGIN_OF_A_GPU = 0.05
-NEARLY_FULL = 0.8  # of the free memory of a CPU: from there on the longest batch is tried before step 1
+NEARLY_FULL = 0.8  # if the peak exceeds this share of a CPU's free memory, the longest batch is tried before step 1
 
 
 def device_chunk_tokens(vocabulary_size: int, device: torch.device) -> int:
-    """Positions projected at a time where nothing is scarce; the vocabulary and the kind of device alone decide."""
+    """The default number of positions per logits chunk. It depends only on the vocabulary and the device."""
     total = total_bytes(device) if device.type != "cpu" else None
     return logits_chunk_tokens(vocabulary_size, max(CHUNK_BYTES, (total or 0) // DEVICE_SHARE))
 
 
 def margin_of(device: torch.device) -> float:
-    """The share of what may be used that is left free."""
+    """The share of the usable memory that is left free."""
     return MARGIN.get(device.type, MARGIN_OF_A_GPU)
 
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """The choice and why, the peak with it, and whether the longest batch is tried before step 1 (and why)."""
+    """The chosen settings with the reasons, their peak, and whether the longest batch is tried before step 1."""
 
     choice: Choice
     reasons: tuple[str, ...]
     peak: PeakBytes
     tries_longest: bool
     trial_reason: str
-    offloaded_bytes: int = 0  # pinned memory of the host beside a GPU's peak
-    largest_tokens: int = 0  # of a micro-batch, padding included
+    offloaded_bytes: int = 0  # pinned host memory, which is not part of a GPU's peak
+    largest_tokens: int = 0  # tokens of the largest micro-batch, padding included
 
 
 class Peaks:
-    """The forecast's peak of each choice, asked for once; `unknown`: why activations are not in it."""
+    """A cache of the forecast's peaks by choice. `unknown`: errors because of which activations are not included."""
 
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast
@@ -60,7 +60,7 @@ class Peaks:
         self._known: dict[Choice, PeakBytes] = {}
 
     def of(self, choice: Choice) -> PeakBytes:
-        """Peak bytes by part."""
+        """Peak bytes of a choice, by part."""
         if choice not in self._known:
             try:
                 self._known[choice] = self.forecast.peak(choice)
@@ -70,7 +70,7 @@ class Peaks:
         return self._known[choice]
 
     def total(self, choice: Choice) -> int:
-        """Bytes at the peak of the run."""
+        """Total peak bytes of a choice."""
         return self.of(choice).total
 
 
@@ -81,11 +81,11 @@ def plan_memory(
     findings: Findings,
     cheaper: Callable[[Choice, int, int], str],
 ) -> PlannedMemory:
-    """Simulate the largest batches and choose.
+    """Simulate the largest batches, and choose the settings.
 
-    `tiers`: values of memory.streaming among which there is a choice, fastest first.
-    `resumed`: what the plan of a resumed run had chosen; only the recomputed layers, which change no bit, are anew.
-    `cheaper`: from a choice, the bytes that it needs and those there may be, what to change in the recipe.
+    `tiers`: the allowed values of memory.streaming, fastest first.
+    `resumed`: the choice of the run that is resumed. Only the recomputed layers, which change no bit, are chosen again.
+    `cheaper`: gives advice on the recipe from a choice, the bytes it needs and the bytes that are available.
     """
     run = forecast.run
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
@@ -117,8 +117,10 @@ def plan_memory(
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
-    """What the choice is to fit in: a budget less a margin, else what is free, of a GPU less a margin too. A host has
-    room that it does not count as free; a GPU has none."""
+    """The bytes that the choice must fit into: the budget less a margin, else the free memory.
+
+    The free memory of a GPU is reduced by a margin too. A host can free more memory than it reports as free.
+    """
     if budget is not None:
         return int(budget * (1 - margin_of(device)))
     if available is None or device.type == "cpu":
@@ -127,7 +129,7 @@ def usable_bytes(device: torch.device, budget: int | None, available: int | None
 
 
 def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
-    """What plan may choose: all axes within a budget, else layers and tier alone."""
+    """The settings that plan can choose from: all settings within a budget, otherwise only layers and tier."""
     run, base = forecast.run, forecast.base
     written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
     vocabulary = 0 if base.text is None else base.text.vocabulary_size
@@ -147,7 +149,7 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
 
 
 def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
-    """Which layers are recomputed where there is no budget, and why."""
+    """A text that says which layers are recomputed in a run without a budget, and why."""
     if choice.streaming != "off":
         return "every one: its weights are there only for a while"
     if space.gradient_checkpointing != "auto":
@@ -162,7 +164,7 @@ def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int |
 def _budget_reasons(
     choice: Choice, forecast: Forecast, space: SearchSpace, workload: Workload, has_margin: bool
 ) -> Iterator[str]:
-    """What was chosen within a budget, and what stays as it is written, and why."""
+    """Notes on the settings that were chosen within a budget, and on the settings that could not be chosen."""
     run = forecast.run
     margin = f"{margin_of(run.device):.0%} of it is left free"
     note = f"{margin}, since a prediction may be off by as much"
@@ -181,7 +183,7 @@ def _budget_reasons(
 
 
 def make_workload(forecast: Forecast) -> Workload:
-    """What the cost of a choice depends on, from the largest batch."""
+    """The workload of the run, from its largest batch."""
     training, facts = forecast.run.training, forecast.base.facts
     batch, text = forecast.largest_batch(training.micro_batch_size), forecast.base.text
     vocabulary = 0 if text is None else text.vocabulary_size
@@ -195,7 +197,7 @@ def make_workload(forecast: Forecast) -> Workload:
 
 
 def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
-    """What was chosen, beside the recipe's own numbers."""
+    """The chosen settings as text, with the recipe's numbers if they differ."""
     parts, rows, steps = [], choice.micro_batch_size, choice.gradient_accumulation_steps
     if rows is not None:
         parts.append(f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of size {rows:,} a step")
@@ -210,7 +212,7 @@ def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
 
 
 def trial_reason(device: torch.device, needed: int, available: int | None, budget: int | None) -> tuple[bool, str]:
-    """Whether the longest batch is tried before step 1, and why."""
+    """Whether the longest batch is tried before step 1, and the reason."""
     if device.type != "cpu":
         return True, "a GPU loses little time by it"
     if budget is not None:

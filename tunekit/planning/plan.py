@@ -1,4 +1,4 @@
-"""Everything decided before a weight is loaded: recipe -> Plan."""
+"""Making of the Plan: all decisions about a run, from its recipe, before weights are loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,20 +55,20 @@ Windows = TrainingWindows | StreamedWindows
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the recipe names, read as far as it can be without a weight."""
+    """The model, data and adapter of the recipe, read without weights."""
 
-    model: ModelSection  # as the objective has the base loaded
+    model: ModelSection  # the recipe's section, changed by the objective
     base: LoadedModel
     processor: Processor
     rows: RowSet
     targets: list[Target]
-    adapter: AdapterSettings  # with its texts as token ids
+    adapter: AdapterSettings  # with token ids in place of its texts
     companions: dict[str, Companion]
     companion_facts: list[CompanionFacts]
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the adapter puts before each row."""
+        """Number of virtual tokens that the adapter puts before each row."""
         model = load_method(self.adapter.method).model
         return 0 if model is None else model.virtual_tokens(self.adapter)
 
@@ -80,11 +80,11 @@ def make_plan(
     check_folder: bool = False,
     previous: Choice | None = None,
 ) -> tuple[Plan, RunInputs]:
-    """Decide everything; what would make the run fail is in `plan.refusals`.
+    """The plan of a run, and the inputs for training. Problems that would make the run fail are in `plan.refusals`.
 
-    `check_folder`: look at output.dir too (train holds it already).
-    `previous`: what the plan of a resumed run had chosen; only the recomputed layers, which change no bit, are anew.
-    Raises: TunekitError with every problem found, where model, data or targets cannot be read at all.
+    `check_folder`: check output.dir too; `train` has already made and locked it.
+    `previous`: the choice of the resumed run. Only the recomputed layers, which change no bit, are chosen again.
+    Raises: TunekitError with all problems, if model, data or targets cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
     findings = Findings(loaded)
@@ -126,13 +126,13 @@ def make_plan(
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
-    """Batch settings with the chosen micro-batches: each step holds the same rows, in the same order."""
+    """Batch settings with the chosen micro-batches. Each step has the same rows in the same order as before."""
     rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
     return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
-    """Model, processor, rows and targets; the problems of all of them are noted."""
+    """The inputs of the plan; None if one cannot be read. The problems of all of them are added to `findings`."""
     family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = base = None
     with parsed_once(model.name_or_path):
@@ -146,7 +146,7 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
             findings.attempt(partial(check_choices, rows, recipe.evaluation, recipe.data))
-        if processor is not None or make_family(family).reads_ids:  # else it is of another kind, which was said
+        if processor is not None or make_family(family).reads_ids:  # else the error is reported already
             base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if processor is not None:
         text, with_tokenizer = processor.tokenizer, load_method(recipe.adapter.method).with_tokenizer
@@ -173,14 +173,17 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
 
 
 def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> PlanContext:
-    """What companions may know of the run."""
+    """The facts about the run that companions can use."""
     rows, sections = inputs.rows, (recipe.memory, recipe.training, recipe.evaluation)
     data = (inputs.processor, rows.objective, rows.all, bool(rows.streams))
     return PlanContext(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
-    """The adapter with these modules trained whole beside it. Raises: RecipeError where its method trains none."""
+    """The adapter's settings, with these modules in modules_to_save.
+
+    Raises: RecipeError if the adapter's method cannot train other modules.
+    """
     saved = getattr(adapter, "modules_to_save", None)
     if saved is None and names:
         what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[-1]}'"
@@ -192,7 +195,7 @@ def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> Adapte
 
 
 def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
-    """Whether an adapter of the whole model can enter this one."""
+    """Whether the adapter fits the model. If not, the problem is added to `findings`."""
     model_method = load_method(adapter.method).model
     if model_method is not None and not adapter.trains_base and not base.family.reads_ids:
         what = f"{adapter.method} puts vectors among those of token ids, and {base.family.text} reads none"
@@ -202,7 +205,7 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
 
 
 def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:
-    """Whether rows are packed, and why."""
+    """Whether rows are packed, and the reason."""
     if not recipe.data.packing:
         return False, "a step has the rows that the recipe says"
     obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.rows, inputs.virtual_tokens > 0)
@@ -212,7 +215,7 @@ def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, 
 
 
 def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
-    """Rows that are not packed still need no padding where the model takes a micro-batch as documents of one row."""
+    """The batch settings of the run. Unpacked rows are put end to end, without padding, if the model allows this."""
     apart = inputs.rows.objective.rows.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
     training, data = recipe.training, recipe.data
     return BatchSettings(
@@ -231,7 +234,7 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
 
 
 def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
-    """Settings that a run of so many steps cannot obey."""
+    """Problems of settings that a run of this number of steps cannot follow."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
@@ -260,7 +263,7 @@ def _forecast(
 
 
 def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
-    """What the recipe alone decides; the rest is as it is where nothing is scarce."""
+    """The choice with the settings that only the recipe decides, and defaults for the other settings."""
     training, memory = recipe.training, recipe.memory
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -277,7 +280,7 @@ def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
 def _largest_batch(
     inputs: Inputs, windows: Windows, settings: BatchSettings, run: SimulatedRun, micro_batch_size: int | None
 ) -> Batch:
-    """The micro-batch of this many rows that needs most memory."""
+    """The micro-batch that needs the most memory. `micro_batch_size`: rows per micro-batch."""
     rows = inputs.rows
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
@@ -293,7 +296,7 @@ def _largest_batch(
 def _cut_anew(
     inputs: Inputs, windows: Windows, settings: BatchSettings, micro_batch_size: int | None
 ) -> tuple[Windows, BatchSettings]:
-    """With micro-batches of this many rows; each step has the same rows as in `windows`."""
+    """Windows and settings with micro-batches of `micro_batch_size` rows. Each step keeps its rows."""
     written = settings.micro_batch_size
     if micro_batch_size is None or written is None or micro_batch_size == written:
         return windows, settings
@@ -343,7 +346,7 @@ def _assemble(
 
 
 def _trained_numbers(inputs: Inputs) -> int:
-    """In the adapter's layers, in copies, and in what is of the whole model."""
+    """Number of trained parameters: of the adapter's layers, of trained copies, and of a whole-model adapter."""
     net, settings, targets = inputs.base.net, inputs.adapter, inputs.targets
     method = load_method(settings.method)
     whole = 0 if method.model is None else slot_count(method.model.slots(settings, net).values())

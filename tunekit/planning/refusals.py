@@ -1,4 +1,4 @@
-"""What would make a run fail or surprise, found before a weight is loaded."""
+"""Problems that would make a run fail, and notes about surprising behaviour, found before weights are loaded."""
 
 import os
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
 
-HIGHEST_RATE = 0.3  # with which Lester et al. 2021 tune prompts; other methods take far less
-LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
-RATE_STEPS = 1000  # more than so many never sum to nothing
+HIGHEST_RATE = 0.3  # the learning rate of prompt tuning in Lester et al. 2021; other methods need far less
+LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # stateful layers in a configuration's layer_types
+RATE_STEPS = 1000  # the learning rates of longer runs never sum to nearly 0
 LEAST_RATES = 0.1
 
 
 def library_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Libraries that the recipe needs and that are not installed."""
+    """Problems with libraries that the recipe needs but that are not installed."""
     if find_spec("bitsandbytes") is None:
         free = ("none", "int8_weight_only", "fp8", *FOUR_BIT)
         if recipe.model.quantization not in free:
@@ -51,7 +51,7 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
-    """What the device cannot do."""
+    """Problems with settings that the device does not support."""
     if recipe.model.quantization == "fp8" and device.type != "cpu" and not computes_fp8(device):
         what = f"this device has no float8 products (an NVIDIA GPU from {'.'.join(map(str, CAPABILITY))} on has)"
         yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
@@ -66,7 +66,7 @@ def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
 
 
 def folder_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Why `train` could not begin in output.dir; looks only, and makes nothing."""
+    """Problems that would prevent `train` from starting in output.dir. No file is written."""
     path = Path(recipe.output.dir)
     key = "output.dir"
     if path.exists() and not path.is_dir():
@@ -83,7 +83,7 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:
-    """Rows longer than what the model was trained for, where positions are computed and not looked up."""
+    """A warning if rows are longer than the model was trained for, unless its position embeddings are learned."""
     longest = max(longest_tokens(some, rows.objective.rows.layout) for some in rows.all) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
@@ -94,8 +94,10 @@ def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iter
 
 
 def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
-    """Warnings of a rate that no method needs, and where the learning rates of the whole run sum to nearly nothing: a
-    warm-up's first rate is 0."""
+    """Warnings about a very high learning rate, and about learning rates that sum to nearly 0 in the whole run.
+
+    The sum can be small because the first rate of a warm-up is 0.
+    """
     if training.learning_rate > HIGHEST_RATE:
         yield (
             f"warning: a learning rate of {training.learning_rate:g} is very high: AdamW moves each trained number by "
@@ -111,7 +113,7 @@ def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
 
 
 def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool) -> str | None:
-    """Why rows cannot be packed, or None."""
+    """The reason why rows cannot be packed; None if they can."""
     config = text_config(base.net)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     if not kind.packable:
@@ -130,7 +132,7 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
 
 
 def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
-    """What holds only with reservations."""
+    """Notes about restrictions: waits for the device, approximations, and settings without effect."""
     training = recipe.training
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:

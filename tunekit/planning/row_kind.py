@@ -1,4 +1,4 @@
-"""How the rows of a recipe are encoded, before its model is loaded."""
+"""The encoding of a recipe's rows, without loading the model."""
 
 from tunekit.contracts import RowKind
 from tunekit.data.encoding.sources import encode_options
@@ -11,10 +11,10 @@ from tunekit.targets.labels import start_facts
 
 
 def row_kind_at_hand(recipe: Recipe) -> RowKind | None:
-    """The rows of the objective, with the model's tokenizer (or processor) and the chat template; None where they would
-    have to be downloaded first.
+    """The row kind of the objective, with the model's tokenizer (or processor) and the chat template.
 
-    Raises: TunekitError where they cannot be read, or where options mean nothing to these rows.
+    None if the tokenizer must be downloaded first.
+    Raises: TunekitError if these files cannot be read, or if options do not apply to these rows.
     """
     if not is_here(recipe.model):
         return None

@@ -1,4 +1,5 @@
-"""A training step and an evaluation without values: what the run's own network, engine and optimizer would keep."""
+"""Simulation of a training step and an evaluation on the meta device, with the run's real network, engine and
+optimizer, to measure their memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,14 +30,14 @@ from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
-MOMENTS = 2  # AdamW's, which torch makes in its first step
-SIMULATED = 3  # micro-batches of a pass: from the second on, each adds as many bytes as the one before
-UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
+MOMENTS = 2  # moments of AdamW, which torch makes in the first step
+SIMULATED = 3  # maximum of simulated micro-batches per pass: from the second on, each adds the same number of bytes
+UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # optimizers with state of the same size
 
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What decides a run's memory; `device` is the one it is planned for."""
+    """The settings that decide a run's memory. `device`: the device that the run is planned for."""
 
     model: ModelSection
     adapter: AdapterSettings
@@ -46,13 +47,13 @@ class SimulatedRun:
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
     companions: Mapping[str, Companion] = field(default_factory=dict)
-    bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made already
+    bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made before
 
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
-        """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist.
+        """Simulation of the forward, backward and update of one micro-batch, while gradients and moments exist.
 
-        `micro_batches`: how many of this size pass through the layers together, where weights are streamed. If they are
-        more than SIMULATED, the difference between the last two simulated ones is added for each further one.
+        `micro_batches`: number of micro-batches that pass through streamed layers together. Beyond SIMULATED, each one
+        adds the difference between the last two simulated numbers.
         """
         simulation = self._step(batch, min(micro_batches, SIMULATED))
         if micro_batches <= SIMULATED:
@@ -79,23 +80,23 @@ class SimulatedRun:
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
-        own = kind_of(self.device).own_memory  # else the bytes on the host are counted already
+        own = kind_of(self.device).own_memory  # on other devices the tracker counts the host's bytes already
         return replace(tracker.result(), offloaded=tuned.boundaries.host_bytes if own else 0)
 
     def needs_more(self, batch: Batch, other: Batch) -> bool:
-        """Whether a step of one batch needs more memory than one of another; False where neither can be simulated."""
+        """Whether a step with `batch` needs more memory than a step with `other`; False if simulation is impossible."""
         try:
             return self.training_step(batch).total > self.training_step(other).total
         except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the model's own code
             return False
 
     def before_a_step(self) -> dict[str, int]:
-        """Bytes by part of what exists before the first step."""
+        """Bytes that exist before the first step, by part."""
         with self._tracked() as (_, tracker, _):
             return dict(tracker.live)
 
     def evaluation(self, batch: Batch) -> Simulation:
-        """The forward of one evaluation batch, with the optimizer's state beside it."""
+        """Simulation of the forward of one evaluation batch, while the optimizer's state is in memory."""
         held_out = self.objective.evaluation_copy()
         with self._tracked() as (tuned, tracker, _), undisturbed(tuned):
             batch = prepared(tuned, held_out, batch)
@@ -103,7 +104,10 @@ class SimulatedRun:
         return tracker.result()
 
     def rehearsals(self, batch: Batch) -> Simulation | None:
-        """The companion that needs most while it acts, beside the net and its optimizer; None if none acts."""
+        """Simulation of the companion that needs the most memory while it runs, with the net and its optimizer.
+
+        None if no companion runs anything.
+        """
         simulations = []
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
             with self._tracked() as (tuned, tracker, _):
@@ -117,7 +121,7 @@ class SimulatedRun:
 
     @contextmanager
     def _tracked(self) -> Iterator[tuple[TunedModel, StorageTracker, Optimizer]]:
-        """The network, what counts its memory from then on, and the optimizer, whose state exists for that long."""
+        """The network, the tracker that counts its memory inside the block, and the optimizer with its state."""
         tuned, tracker = self._tuned(), StorageTracker(self.device)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
@@ -125,9 +129,9 @@ class SimulatedRun:
             yield tuned, tracker, optimizer
 
     def _base(self) -> LoadedModel:
-        """The model without weights and without adapter: made once (a GGUF file takes seconds to read), then copied."""
+        """A copy of the base on the meta device, without adapter. It is made once, because GGUF files take seconds."""
         if self.model.quantization == "int8" and codec.has_bitsandbytes():
-            codec.import_bitsandbytes()  # the run's products do, and what a library takes is no part of a run's growth
+            codec.import_bitsandbytes()  # imported now, so that the library does not count as growth of the run
         if self.model not in self.bases:
             self.bases[self.model] = make_meta_model(self.model, device=self.device)
         base = self.bases[self.model]
@@ -142,11 +146,11 @@ class SimulatedRun:
         return tuned
 
     def _adopt(self, tracker: StorageTracker, tuned: TunedModel) -> Optimizer:
-        """Count what exists before the step: the adapter's state, everything else of the network, the optimizer."""
+        """Count the memory that exists before the step: adapter state, network and optimizer."""
         assert tuned.adapter is not None
         net, slots = tuned.base.net, tuned.slots
         part = trained_part(tuned.adapter)
-        with tracker.counting_as(part):  # where state() detaches a tensor, that alone brings it to notice
+        with tracker.counting_as(part):  # if state() detaches a tensor, the tracker sees it first here
             tracker.adopt(tuned.adapter.state().values(), part)
             if needs_reference_state(self.objective, self.adapter):
                 tuned.keep_reference()
@@ -155,7 +159,7 @@ class SimulatedRun:
         tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
-        frozen_parts = tuned.base.family.frozen_parts(net)  # on a GPU only while they are needed
+        frozen_parts = tuned.base.family.frozen_parts(net)  # on a GPU only while they run
         for module in frozen_parts if self.device.type == "cpu" or getattr(net, "stays", False) else ():
             weights += [*module.parameters(), *module.buffers()]
         with tracker.counting_as("weights"):
@@ -170,12 +174,12 @@ class SimulatedRun:
 
 
 def trained_part(adapter: AttachedAdapter) -> str:
-    """As which part of the peak the trained tensors count."""
+    """The part of the peak that trained tensors count as."""
     return "weights" if adapter.settings.trains_base else "adapter"
 
 
 def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
-    """The real optimizer, whose flat buffers replace the adapter's own tensors; AdamW's moments made at once."""
+    """The real optimizer, with AdamW's moments already made. Its flat buffers replace the adapter's tensors."""
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
     with tracker.counting_as("optimizer"):
         optimizer = make_optimizer(training, adapter)
@@ -188,12 +192,12 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
 
 
 def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Objective:
-    """For a model of text, the objective whose `loss` and `sums` are counted as logits; other models have none."""
+    """The objective, whose memory in `loss` and `sums` counts as logits; unchanged for a model without text."""
     return objective if tuned.base.text is None else replace(objective, loss=_CountedLoss(objective.loss, tracker))
 
 
 class _CountedLoss(LossKind):
-    """A loss that is counted as logits."""
+    """A loss whose memory counts as logits."""
 
     def __init__(self, counted: LossKind, tracker: StorageTracker) -> None:
         self.counted, self.tracker = counted, tracker

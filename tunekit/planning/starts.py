@@ -1,4 +1,4 @@
-"""What plan finds out about an adapter's initialisation: problems, the bytes it keeps until step 1, and notes."""
+"""Checks of an adapter's initialisation in plan: problems, its memory until step 1, and notes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart
 from tunekit.records import Target, bytes_text
 
-DECOMPOSITION_BYTES = 4 * 8  # for each number of the largest matrix: it, and what it is decomposed into, in float64
+DECOMPOSITION_BYTES = 4 * 8  # per element of the largest matrix: the matrix and its factors in float64
 
 
 def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Iterator[Problem]:
-    """Layers that the pass before step 1 does not see."""
+    """A problem if the start needs statistics of the output head, which its pass over the data cannot collect."""
     start, head = settings.calibration, base.family.head_name(base.net)
     if start is not None and head in [target.name for target in targets]:
         what = f"{start.method} looks at each layer's {start.looks_at}, and '{head}' only runs in chunks with the loss"
@@ -25,7 +25,7 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
 
 
 def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
-    """Raises: AdapterError where init_from names no folder, or that of a different adapter."""
+    """Raises: AdapterError if init_from is no adapter folder, or has an adapter of different settings."""
     if settings.init_from is not None:
         adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
         adapter.head_name = base.family.head_name(base.net)
@@ -33,7 +33,7 @@ def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Seque
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """The most that a start keeps and works with, beside the base; all of it is gone before step 1."""
+    """Maximum memory of a start besides the base. It is freed before step 1."""
     start, linear = settings.initialisation, [target for target in targets if target.kind in LINEAR]
     if start is None or not start.decomposes or not linear:
         return 0
@@ -48,7 +48,7 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 
 
 def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
-    """The pass over the data that will be made, and what the reference model is."""
+    """Notes about the reference model, and about the start's pass over the data."""
     if needs_reference_state(objective, settings):
         yield "the reference model is the base with the adapter as it is at step 0; a frozen copy of that is kept"
     start = settings.calibration

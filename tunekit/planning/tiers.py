@@ -1,4 +1,4 @@
-"""Where the base's weights and its activations may wait during a step, and what that costs."""
+"""Choice of the tiers (device, host, disk) where weights and activations can wait during a step, with their cost."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,13 +16,13 @@ from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
 KEY = "memory.streaming"
-HOST_SHARE = 0.8  # of the free memory of the host, that the base's layers may take there
+HOST_SHARE = 0.8  # maximum share of the host's free memory for the base's layers
 
 
 def streaming_obstacle(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
 ) -> str | None:
-    """Why this base's weights cannot be streamed, or None."""
+    """The reason why this base's weights cannot be streamed; None if they can."""
     obstacles = [base_obstacle(base, recipe.model), *(facts.streaming_obstacle for facts in companions)]
     if any(obstacles):
         return next(filter(None, obstacles))
@@ -36,7 +36,7 @@ def streaming_obstacle(
 def allowed_tiers(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts] = ()
 ) -> tuple[list[str], list[Problem]]:
-    """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
+    """The tiers that plan can choose from, fastest first, and the problems of the recipe's tier."""
     written = recipe.memory.streaming
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
@@ -61,7 +61,7 @@ def allowed_tiers(
 
 
 def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tokens: int) -> Iterator[str]:
-    """How a streamed run goes about it, and how fast it can be. `tokens`: of a micro-batch, padding included."""
+    """Notes about a streamed run and its speed. `tokens`: the tokens of a micro-batch, padding included."""
     if choice.streaming == "off":
         return
     size, count = layer_bytes(base), choice.pass_micro_batches
@@ -80,7 +80,10 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
 
 
 def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:
-    """`layers`: how many are recomputed. `offloaded_bytes`: of pinned memory."""
+    """Notes about offloaded activations and MLP tiles.
+
+    `layers`: the number of recomputed layers. `offloaded_bytes`: the bytes of pinned host memory.
+    """
     if offloaded_bytes:
         yield f"the inputs of recomputed layers wait in {bytes_text(offloaded_bytes)} of the host's pinned memory"
     elif memory.activation_offload is True and layers < 2:

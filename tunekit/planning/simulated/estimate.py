@@ -1,4 +1,4 @@
-"""The peak of a run from its simulated work: live bytes, the loading of the base, and what a device adds to them."""
+"""The peak of a run, from simulated live bytes, the loading of the base, and the overhead of the device."""
 
 import torch
 
@@ -8,9 +8,9 @@ from tunekit.planning.simulated.tracker import Simulation
 from tunekit.records import PeakBytes
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
-# What a run on a CPU keeps resident beside live tensors (a GPU's allocator counts those alone): libraries and small
-# objects; the kernels that products in 16 bits are compiled to for AVX-512; and freed blocks that malloc keeps, a share
-# of all that is not the base's weights, within a bound: blocks too large for malloc's heap are given back.
+# Resident memory of a run on a CPU besides live tensors (a GPU's allocator counts only tensors): libraries and small
+# objects; the kernels that are compiled for products in 16 bits with AVX-512; and freed blocks that malloc keeps. The
+# latter are a share of everything but the base's weights, up to a bound, because malloc returns very large blocks.
 # Source: scripts/results/memory.md.
 PROCESS_BYTES, COMPILED_BYTES = 100_000_000, 15_000_000
 KEPT_SHARE = 0.20
@@ -27,11 +27,10 @@ def peak_bytes(
     cache_bytes: int = 0,
     load_bytes: int = 0,
 ) -> PeakBytes:
-    """Parts are what is live at the highest moment of a step, an evaluation or of sampling; `total` is the peak of the
-    run.
+    """The peak of the run. Its parts are the live bytes at the highest moment of a step, an evaluation or sampling.
 
-    `dtype`: in which it computes.    `cache_bytes`: keys and values of generated answers, beside an evaluation.
-    `load_bytes`: the most that loading the base takes, of the host's memory.
+    `dtype`: the dtype of the computation. `cache_bytes`: keys and values of generated answers, added to an evaluation.
+    `load_bytes`: the peak of host memory during the loading of the base.
     """
     evaluated = 0 if evaluation is None else evaluation.total
     highest = max((each for each in (step, evaluation, sampling) if each is not None), key=lambda each: each.total)

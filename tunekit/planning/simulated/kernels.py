@@ -1,4 +1,4 @@
-"""Attention and grouped products on the meta device, computed without values as the real device would compute them."""
+"""Attention and grouped products on the meta device, with the kernels that the real device would use."""
 
 import os
 import re
@@ -21,16 +21,16 @@ FLASH_BACKWARD = (
     "torch_attn::_varlen_attn_backward",
 )
 FLASH_ROWS = 128
-UNITS = 132  # of a GPU that is not here: an H100's
+UNITS = 132  # multiprocessors of an H100, assumed for a GPU that is not in this machine
 THREADS = 2
 
 
 @contextmanager
 def kernels_as_on(device: torch.device) -> Iterator[None]:
-    """Inside the block the meta device takes `device`'s kernels: for attention, where torch would take the one that
-    makes all scores, and for the product of grouped rows (experts), where it knows bfloat16 only.
+    """Inside the block, the meta device uses `device`'s kernels for attention and for grouped products (experts).
 
-    The functions themselves are exchanged, because a torch function mode is not active in recomputation.
+    Without this, torch would use the attention that stores all scores, and grouped products only in bfloat16. The
+    functions themselves are replaced, because a torch function mode is not active in recomputation.
     """
     attend = partial(_attend, functional.scaled_dot_product_attention, device)
     product = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
@@ -40,7 +40,10 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
 
 
 def _multiply(original: Callable[..., Tensor], rows: Tensor, matrices: Tensor, **named: object) -> Tensor:
-    """Shapes: rows (S, I), matrices (E, I, O) -> (S, O): the size of the product with any one of them."""
+    """The grouped product; on the meta device, a product with the first matrix, which has the same shape.
+
+    Shapes: rows (S, I), matrices (E, I, O) -> (S, O).
+    """
     return rows @ matrices[0] if rows.is_meta else original(rows, matrices, **named)
 
 
@@ -56,7 +59,8 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D)."""
+    """Attention with the kernel that `device` would use. Shapes: query (B, H, T, D), key and value (B, G, S, D) ->
+    (B, H, T, D)."""
     if not query.is_meta:
         choice = SDPBackend.MATH  # torch chooses
     elif not is_here(device):
@@ -85,8 +89,10 @@ def _attend(
 
 
 def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
-    """What torch takes on a GPU that is planned for and is not here: flash attention knows half precision and no mask,
-    the other kernel as many heads of keys as of queries.
+    """The kernel that torch would use on a GPU that is not in this machine.
+
+    Flash attention needs half precision and no mask. The memory-efficient kernel needs as many heads of keys as of
+    queries.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp.
     """
@@ -96,8 +102,10 @@ def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBacken
 
 
 def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> list[int]:
-    """Bytes that flash attention's backward pass on CUDA takes for itself: the queries' gradient in float32, by rows
-    rounded up to 128 and heads to 32, a float32 for each row and head, and the gradient of repeated keys and values.
+    """Bytes of the internal buffers of flash attention's backward pass on CUDA.
+
+    These are the gradient of the queries in float32, with rows rounded up to 128 and head sizes to 32; a float32 for
+    each row and head; and the gradient of repeated keys and values.
 
     Source: ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd, mha_varlen_bwd).
     """
@@ -108,7 +116,7 @@ def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> 
         batch, heads, rows, size = query.shape
         rows, keys = batch * -(-rows // FLASH_ROWS) * FLASH_ROWS, batch * key.shape[2]
         of_keys = key.shape[1]
-    else:  # (T, H, D), and where documents begin and end
+    else:  # (T, H, D), with the bounds of documents in another input
         batch = inputs[6].shape[0] - 1
         rows, heads, size = query.shape
         rows, (keys, of_keys, _) = rows + FLASH_ROWS * batch, key.shape
@@ -121,7 +129,7 @@ def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> 
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """What cuBLAS keeps: a workspace for the thread of the forward and for that of the backward pass.
+    """Bytes of cuBLAS's workspaces: one for the thread of the forward pass and one for the backward pass.
 
     Source: ATen/cuda/CublasHandlePool.cpp (getChosenWorkspaceSize).
     """
@@ -134,7 +142,7 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def _untouched(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """A tensor of the same layout on `device` whose memory nobody reads or writes: torch chooses by layout alone."""
+    """An uninitialised tensor of the same layout on `device`. It is enough for torch's choice of a kernel."""
     if tensor is None:
         return None
     real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -1,7 +1,7 @@
-"""Outputs of operations on meta tensors, worked out once for all inputs of the same shapes, strides and types.
+"""A cache of the outputs of operations on meta tensors, by the shapes, strides and types of the inputs.
 
-torch works them out in Python, which takes a quarter of a millisecond an operation; layers, steps and the settings that
-a plan compares repeat the same few hundred.
+torch computes these outputs in Python, which takes a quarter of a millisecond per operation. Layers, steps and the
+settings that a plan compares repeat the same few hundred operations.
 """
 
 from functools import cache
@@ -48,7 +48,8 @@ def meta_output(func: OpOverload, args: OperationInputs, kwargs: dict[str, Any])
 
 @cache
 def _kind(func: OpOverload) -> str | None:
-    """Whether it makes "new" tensors or changes its first input "in place"; None: neither, such as a view."""
+    """ "new" for an operation that makes new tensors, "in place" for one that changes its first input; None for others,
+    such as views."""
     schema = func._schema
     shared = [place for place, argument in enumerate(schema.arguments) if argument.alias_info is not None]
     if CHANGING & set(func.tags) or any(str(value.type) != "Tensor" for value in schema.returns):
@@ -61,7 +62,7 @@ def _kind(func: OpOverload) -> str | None:
 
 
 def _described(values: tuple[object, ...] | list[object]) -> list[object]:
-    """For each input, the properties that decide the output; None for a tensor with values or of a subclass."""
+    """The properties of each input that decide the output; None for a real tensor or a tensor subclass."""
     descriptions: list[object] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -76,7 +77,7 @@ def _described(values: tuple[object, ...] | list[object]) -> list[object]:
 
 
 def _layouts_of(output: object, inputs: object) -> list[_Layout]:
-    """Layouts of the outputs. Empty if one of them shares a storage, or fills only a part of it."""
+    """Layouts of the outputs; empty if an output shares its storage, or fills only a part of it."""
     tensors = output if isinstance(output, tuple) else (output,)
     storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
     layouts: list[_Layout] = []

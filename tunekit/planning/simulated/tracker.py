@@ -1,7 +1,7 @@
-"""Follows every live storage of a computation, real or without values on the meta device, and keeps the highest sum.
+"""Tracking of all live storages of a computation, real or on the meta device, to find the peak of their sum.
 
-A storage counts from the operation that makes it until it is freed; views count once, and a storage resized in place
-counts with its new size.
+A storage counts from the operation that makes it until it is freed. Views do not count again. A storage that is resized
+in place counts with its new size.
 """
 
 import weakref
@@ -27,7 +27,7 @@ CUDA_BLOCK_BYTES = 512  # the caching allocators of CUDA and XPU round every all
 
 @dataclass(frozen=True)
 class Simulation:
-    """Highest sum of live bytes, and its parts. `offloaded`: bytes of the host's pinned memory beside a GPU's."""
+    """The peak of live bytes, with its parts. `offloaded`: bytes of pinned host memory, which the peak excludes."""
 
     peak: dict[str, int]
     total: int
@@ -35,9 +35,9 @@ class Simulation:
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Live bytes by part, and their largest sum since `start`.
+    """Counts live bytes by part, and their peak since `start`.
 
-    `device`: where the computation will really run; it decides rounding and kernel workspaces.
+    `device`: the device where the computation will really run; it decides rounding and kernel workspaces.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def counting_as(self, part: str) -> Iterator[None]:
-        """What is allocated inside the block belongs to `part`."""
+        """Count the memory that is allocated inside the block as `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -67,7 +67,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.part = before
 
     def move(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Count tensors under another part than they were made in."""
+        """Count existing tensors as `part` from now on."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             old, size = self._known[key]
@@ -76,17 +76,17 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live[part] += size
 
     def pass_through(self, sizes: Iterable[int]) -> None:
-        """Count blocks that exist together for a moment."""
+        """Count temporary blocks that exist at the same time, and are freed at once."""
         together = sum(self._rounded(size) for size in sizes)
         self._add(self.part, together)
         self._add(self.part, -together)
 
     def start(self) -> None:
-        """Start a new peak from what is live now."""
+        """Reset the peak to the bytes that are live now."""
         self.peak, self.peak_total = dict(self.live), self.total
 
     def result(self) -> Simulation:
-        """What was seen since `start`."""
+        """The peak since `start`."""
         return Simulation(dict(self.peak), self.peak_total)
 
     def __torch_dispatch__(
@@ -99,7 +99,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
         self.pass_through(backward_buffers(func._schema.name, args, self.device))
-        if func is torch.ops.aten.logsumexp.default:  # makes exp(x - max(x)) inside: ATen/native/ReduceOps.cpp
+        if func is torch.ops.aten.logsumexp.default:  # makes a temporary exp(x - max(x)): ATen/native/ReduceOps.cpp
             self.pass_through([args[0].nbytes])
         return output
 

@@ -1,7 +1,7 @@
-"""Values of the small integer and bool tensors of a simulated computation, as `.item()` would read them.
+"""Real values of the small integer and bool tensors of a simulated computation, as `.item()` would read them.
 
-Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So these, and only
-these, are computed for real beside the simulation: the mask of packed rows is then the one that the real run builds.
+Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So only ids, positions
+and masks are computed with values during the simulation. This way packed rows have the same mask as in the real run.
 """
 
 from collections.abc import MutableMapping
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tunekit.planning.simulated.outputs import OperationInputs, meta_output
 
 SIZED_BY_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.unique_consecutive.default)
-LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; beyond it a value is unknown and read as zero
+LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; values of larger tensors are unknown and read as zero
 
 
 class IntegerValues:
@@ -26,7 +26,7 @@ class IntegerValues:
         self._twins: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def run(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
-        """The output of an operation; where known values decide its size, of that size."""
+        """The output of an operation on the meta device. If known values decide its size, it has this size."""
         if func in SIZED_BY_VALUES and args[0] in self._twins:
             output = tree_map(_without_values, func(self._twins[args[0]], *args[1:], **kwargs))
         else:
@@ -37,12 +37,12 @@ class IntegerValues:
         return output
 
     def _places(self, index: Tensor | None) -> list[Tensor | None]:
-        """A mask of known values as the places that it selects."""
+        """The indices that a mask selects, if its values are known; else the index itself."""
         mask = None if index is None or index.dtype != torch.bool else self._twins.get(index)
         return [index] if mask is None else [*map(_without_values, mask.nonzero(as_tuple=True))]
 
     def _follow(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any], output: object) -> None:
-        """Compute the twin of `output`, where it is an integer and every input has a twin or a value."""
+        """Compute the twin of `output`, if it is integer or bool and all inputs have values or twins."""
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not outputs or not all(self._wanted(tensor) for tensor in outputs):
             return
@@ -56,7 +56,7 @@ class IntegerValues:
             self._twins[tensor] = value
 
     def scalar(self, tensor: Tensor) -> float:
-        """The value of a one-element tensor; zero where it is unknown."""
+        """The value of a one-element tensor; zero if the value is unknown."""
         twin = self._twins.get(tensor)
         return torch.zeros((), dtype=tensor.dtype).item() if twin is None else twin.item()
 
