@@ -253,7 +253,7 @@ class ClassImages:
 
 
 def _processor(run: RunView) -> PipelineProcessor:
-    """The one that made the rows."""
+    """The processor of the run's rows."""
     assert isinstance(run.rows, PictureRows)
     return run.rows.processor
 

@@ -92,13 +92,13 @@ def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | No
 
 
 def last_jump(losses: Sequence[float]) -> str | None:
-    """That a run ended on a jump, or None: the exported weights are those right after it."""
+    """The message for a run that ended on a jump, or None: its exported weights are those right after the jump."""
     why = jump(losses[:1], losses[:-1], losses[-1]) if losses else None
     return None if why is None else f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is {why}"
 
 
 def rise(losses: Sequence[float]) -> str | None:
-    """That a whole run ended worse than it began, or None; for a run that nothing else compared with its base.
+    """The message for a run that ended worse than it began, or None; for runs that nothing else compares with the base.
 
     The mean of the last tenth of the steps is compared with the loss of the first step, which is that before any
     update: worse by more than LEAST_RISE of it, and by more than NOISES times the noise, which few steps do not show:

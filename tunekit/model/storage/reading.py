@@ -235,12 +235,12 @@ class _StoredNames:
 
 
 def _modules_of(heads: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """Those modules (given with a dot at the end) that contain one of these tensors."""
+    """The modules, of these names with a dot at the end, that contain one of these tensors."""
     return tuple(head.removesuffix(".") for head in heads if any(name.startswith(head) for name in names))
 
 
 def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: Iterable[str]) -> tuple[str, ...]:
-    """Those modules of which the files lack a tensor in the net's shape."""
+    """The modules with a tensor that the files lack in the net's shape."""
     stored, tensors = _StoredNames(net, headers), net.state_dict(keep_vars=True)
     absent = [name for name, tensor in tensors.items() if stored.take(name, tuple(tensor.shape)) is None]
     return _modules_of([f"{name}." for name in modules], absent)

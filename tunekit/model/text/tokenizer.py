@@ -209,7 +209,7 @@ def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _range_of(owners: Sequence[int | None], text: int) -> tuple[int, int]:
-    """Where a text begins and ends among the tokens that these texts own; where there is none of it, nowhere."""
+    """The range of tokens of a text; `owners`: each token's text. An empty range if the text has no token."""
     places = [at for at, owner in enumerate(owners) if owner == text]
     return (places[0], places[-1] + 1) if places else (len(owners), 0)
 
