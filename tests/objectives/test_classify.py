@@ -179,6 +179,16 @@ def test_the_untuned_base_of_a_recipe_is_measured_with_the_labels_of_its_rows(ba
     assert before["loss"] == pytest.approx(math.log(3), rel=0.3), "a drawn head knows nothing"
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_packed_pooler_of_the_base_is_not_new(quantization: str, bert: Path, tmp_path: Path) -> None:
+    training = {"epochs": None, "max_steps": 2}
+    run = train(write_recipe(tmp_path, bert, model={"quantization": quantization}, training=training))
+    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "found.json"), [])
+    found = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    assert found["loss"] == pytest.approx(report["evaluations"][-1]["eval"]["loss"], rel=1e-6)
+
+
 def test_padding_is_not_taken_for_the_end_that_a_head_looks_for(t5: Path, tmp_path: Path) -> None:
     shutil.copytree(t5, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(t5)

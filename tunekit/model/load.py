@@ -19,7 +19,7 @@ from tunekit.model.families import Family, text_config
 from tunekit.model.families.structure import modules_with_statistics
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
-from tunekit.model.quantized.weights import adopt_packed, element_count
+from tunekit.model.quantized.weights import PackedLinear, adopt_packed, element_count
 from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.mapped import mapped_net
@@ -161,8 +161,10 @@ def _load_indexed(
 
 
 def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
-    """Names of the head's modules that the base's files lack."""
-    names = spec.family.new_head(spec.section, net)
+    """Names of the head's modules that the base's files lack. A module with packed layers was read from them."""
+    packed = tuple(name for name, module in net.named_modules() if isinstance(module, PackedLinear))
+    heads = spec.family.new_head(spec.section, net)
+    names = [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in packed)]
     return missing_modules(net, _headers(spec.source), names) if names else ()
 
 
