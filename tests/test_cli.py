@@ -450,7 +450,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     assert "theirs.yaml:5: lora_rank -> adapter.r" in err, "what was rewritten is shown while problems stand"
     assert err.index("without effect here:") < err.index("lost, or to be settled:") < err.index("theirs.yaml:16:")
     assert "theirs.yaml:16: deepspeed: is a key of another tool and would be lost" in err
-    assert "theirs.yaml:17: chat_template: the template 'vicuna' has no name here" in err
+    assert "theirs.yaml:17: chat_template: tunekit does not know the template 'vicuna'" in err
 
 
 def test_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

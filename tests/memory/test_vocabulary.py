@@ -112,7 +112,7 @@ def test_it_is_refused_where_the_base_is_trained(tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "base", layers=2)
     (tmp_path / "run").mkdir()
     recipe = write_recipe(tmp_path / "run", folder, memory={"streamed_head": True})
-    with pytest.raises(TunekitError, match="trains the base's own weights, the output projection's too"):
+    with pytest.raises(TunekitError, match="trains the base's own weights, and a streamed head is read-only"):
         train_verb(
             load_recipe(
                 recipe, ["~adapter.r", "~adapter.dropout", "adapter.method=full", f"output.dir={tmp_path / 'full'}"]

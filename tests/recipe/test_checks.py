@@ -42,7 +42,7 @@ def test_unknown_keys_of_inner_mappings_are_suggested(tmp_path: Path) -> None:
 def test_a_draw_needs_a_number_of_rows(tmp_path: Path) -> None:
     text = "model: m\ndata:\n  train: {path: a, draw_seed: null}\noutput: {dir: out}\n"
     assert problems_of(text, tmp_path) == [
-        "recipe.yaml:3: data.train.0.draw_seed: says which rows max_rows takes, and there is no max_rows; remove it"
+        "recipe.yaml:3: data.train.0.draw_seed: selects the rows of max_rows, and max_rows is not written; remove it"
     ]
     recipe = load(text.replace("path: a", "path: a, max_rows: 5"), tmp_path)
     assert recipe.data.train[0].draw_seed is None
@@ -108,11 +108,11 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
     each = "data.rewritten_answers=each"
     assert load(SMALL, tmp_path, each).data.rewritten_answers == "each"
     assert problems_of(f"{SMALL}objective: dpo\n", tmp_path, each) == [
-        "command line: data.rewritten_answers: a row of this objective has one answer to train on, or none; remove it"
+        "command line: data.rewritten_answers: a row of this objective has at most one answer to train on; remove it"
     ]
     for train_on in ("last", "all"):
         assert problems_of(SMALL, tmp_path, each, f"data.train_on={train_on}") == [
-            f"command line: data.rewritten_answers: each is of data.train_on: assistant, which is {train_on}; remove it"
+            f"command line: data.rewritten_answers: each needs data.train_on: assistant, not {train_on}; remove it"
         ]
 
 
@@ -142,8 +142,8 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
             "evaluation: {metrics: [exact_match], generate: false}",
             "recipe.yaml:4: evaluation.generate: the metric exact_m",
         ),
-        ("token: hf_" + "a" * 34, "recipe.yaml:4: token: holds what looks like a secret"),
-        ("adapter: {start: ghp_" + "a" * 36 + "}", "recipe.yaml:4: adapter.start: holds what looks like a secret"),
+        ("token: hf_" + "a" * 34, "recipe.yaml:4: token: looks like a secret"),
+        ("adapter: {start: ghp_" + "a" * 36 + "}", "recipe.yaml:4: adapter.start: looks like a secret"),
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
         (
             "training: {scheduler: cosine, scheduler_settings: {min_lr: 1e-5}}",
@@ -186,20 +186,23 @@ def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
     ("data", "expected"),
     [
         ("{train: [{path: a, streaming: true}]}", "data.train.0.streaming: a streamed source has no known length"),
-        ("{train: {path: a, streaming: true}, eval: 0.1}", "data.eval: no fraction can be taken of a streamed source"),
-        ("{train: a, eval: [{path: b, weight: 2}]}", "data.eval.0.weight: evaluation rows are each counted once"),
+        (
+            "{train: {path: a, streaming: true}, eval: 0.1}",
+            "data.eval: a fraction of a streamed source cannot be split off",
+        ),
+        ("{train: a, eval: [{path: b, weight: 2}]}", "data.eval.0.weight: every evaluation row counts once"),
         ("{train: a, eval: [{path: b, streaming: true}]}", "data.eval.0.streaming: evaluation rows are read whole"),
         ("{train: {path: a, format: chta}}", "data.train.0.format: unknown format 'chta'; did you mean 'chat'?"),
         (
             "{train: {path: a, format: text, columns: {q: prompt}}}",
-            "data.train.0.columns.q: 'prompt' is no field of the",
+            "data.train.0.columns.q: 'prompt' is not a field of the",
         ),
         (
             "{train: {path: a, columns: {q: text, p: text}}}",
             "data.train.0.columns.p: a second column for the field 'text'",
         ),
         ("{train: []}", "data.train: must not be empty"),
-        ("{train: 'https://me:pass@host/x.jsonl'}", "data.train.0.path: holds what looks like a secret"),
+        ("{train: 'https://me:pass@host/x.jsonl'}", "data.train.0.path: looks like a secret"),
     ],
 )
 def test_sources(data: str, expected: str, tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_a_budget_is_a_size(text: str, count: int, tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("training.epochs: 3", "recipe.yaml:4: training.epochs: unknown key; write training: {epochs: ...}"),
-        ('"a\\nb": 1', "recipe.yaml:4: the key 'a\\nb' is no name; write KEY: VALUE"),
+        ('"a\\nb": 1', "recipe.yaml:4: the key 'a\\nb' is not a name; write KEY: VALUE"),
         ("? \n: x", "recipe.yaml:4: an empty key; write KEY: VALUE"),
         ("adapter: {method: [lora]}", "recipe.yaml:4: adapter.method: unknown adapter a list; known adapters: "),
         (

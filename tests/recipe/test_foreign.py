@@ -241,7 +241,7 @@ def test_llama_factory(folder: Path, changes: list[str], expected: list[Any]) ->
     method = {"pt": "sft", "rm": "reward"}
     stage = next((each.split(": ")[1] for each in changes if each.startswith("stage")), "sft")
     assert recipe.objective.method == method.get(stage, stage)
-    assert any("dataset_info.json says)" in line for line in loaded.rewrites)
+    assert any("dataset_info.json)" in line for line in loaded.rewrites)
     if stage == "pt":
         assert (recipe.data.packing, recipe.data.excess_length) == (True, "split")
 
@@ -267,7 +267,7 @@ def test_dora_is_a_method(folder: Path) -> None:
 
 def test_the_folder_of_the_descriptions_is_named(folder: Path) -> None:
     (folder / "data").rename(folder / "elsewhere")
-    with pytest.raises(RecipeError, match=r"dataset: names data sets of dataset_info\.json, which is not in .*/data"):
+    with pytest.raises(RecipeError, match=r"dataset: names data sets in dataset_info\.json, which is not in .*/data"):
         load(folder, FACTORY, "dataset: plain")
     loaded = load(folder, FACTORY, "dataset: plain", "dataset_dir: elsewhere", "eval_dataset: talks")
     assert loaded.recipe.data.train[0].path == str(folder / "elsewhere" / "alpaca.jsonl")
@@ -279,7 +279,7 @@ def test_the_folder_of_the_descriptions_is_named(folder: Path) -> None:
     [
         ("plane", r"has no data set 'plane'; did you mean 'plain'\?"),
         ("pictures", r"pictures: columns\.images would be lost: only text is read"),
-        ("odd", "odd: messages tagged .* are read by no format"),
+        ("odd", "odd: no format reads messages with the tags"),
         ("elsewhere", "elsewhere is neither a file nor on the Hugging Face hub"),
         ("part", "part: subset would be lost"),
     ],
@@ -331,14 +331,20 @@ def test_axolotl(folder: Path, changes: list[str], expected: tuple[str, dict[str
     assert [(each.format, each.columns) for each in loaded.recipe.data.train] == [expected]
     assert (loaded.recipe.adapter.r, loaded.recipe.training.micro_batch_size, loaded.recipe.data.eval) == (24, 4, 0.15)  # type: ignore[attr-defined]
     said = "\n".join(loaded.rewrites)
-    assert "evals_per_epoch -> nothing (it goes by steps: write training.eval_steps: ROWS / 12 / 5, rounded up" in said
-    assert "saves_per_epoch -> nothing (it goes by steps: write training.save_steps: ROWS / 12 / 2, rounded up" in said
+    assert (
+        "evals_per_epoch -> nothing (tunekit counts steps: write training.eval_steps: ROWS / 12 / 5, rounded up" in said
+    )
+    assert (
+        "saves_per_epoch -> nothing (tunekit counts steps: write training.save_steps: ROWS / 12 / 2, rounded up" in said
+    )
     assert "special_tokens -> nothing" in said
 
 
 def test_what_axolotl_would_do_otherwise_is_refused(folder: Path) -> None:
     rows = "datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"
-    with pytest.raises(RecipeError, match="goes by steps here, and early stopping depends on it; write"):
+    with pytest.raises(
+        RecipeError, match="tunekit counts steps, not epochs, and early stopping depends on them; write"
+    ):
         load(folder, AXOLOTL, rows, "early_stopping_patience: 3")
     with pytest.raises(RecipeError, match="special_tokens: eos_token is taken from the base's tokenizer"):
         load(folder, AXOLOTL.replace("  pad_token:", "  eos_token:"), rows)

@@ -194,7 +194,7 @@ def test_torchtune_without_a_limit_is_said_to_lose_tokens(
 ) -> None:
     recipe, said = imported(folder, "theirs.yaml", changed(TORCHTUNE, {"  max_seq_len: 640\n": line}), capsys)
     assert values(recipe, "data.max_length", "data.excess_length") == [2048, "truncate"]
-    assert "tokenizer.max_seq_len -> data.max_length: 2048 (no row is truncated there, and longer ones are" in said
+    assert "tokenizer.max_seq_len -> data.max_length: 2048 (torchtune has no limit; tunekit drops or truncates" in said
     assert "write data.max_length: the tokens of the longest row" in said
     assert "max_length: 2048" in (folder / "recipe.yaml").read_text(encoding="utf-8")
 
@@ -280,7 +280,7 @@ def test_torchtune(
     [
         ({"max_steps_per_epoch: null": "max_steps_per_epoch: few"}, "max_steps_per_epoch: .* would be lost"),
         ({"llama3_2.lora_llama3_2_1b": "phi3.lora_phi3_mini"}, "have other names in transformers' model"),
-        ({"llama3_2.lora_llama3_2_1b": "llama3_2_vision.lora_11b"}, "is no model of text alone"),
+        ({"llama3_2.lora_llama3_2_1b": "llama3_2_vision.lora_11b"}, "is not a text-only model"),
         ({"loss.LinearCrossEntropyLoss": "loss.SimPOLoss"}, "the loss 'SimPOLoss' has no exact translation"),
         ({"epochs: 2": f"epochs: 2\n{TEACHER.replace('ForwardKL', 'SymmetricKL')}"}, "'SymmetricKLWith.* has no exact"),
         ({"alpaca_cleaned_dataset": "samsum_dataset"}, "the data set 'samsum_dataset' has no exact translation"),
@@ -355,11 +355,11 @@ def test_unsloths_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "run.sh:9: quantization -> nothing (run `tunekit merge` or `tunekit export` on the result)" in said
     for change, what in (
         ({"--save_model": "--raw_text_file"}, "raw_text_file: .* texts are cut to data.max_length"),
-        ({"--r 24": "--r $RANK"}, r"run.sh:5: r: \$RANK is for a shell to put in"),
+        ({"--r 24": "--r $RANK"}, r"run.sh:5: r: \$RANK is replaced by a shell"),
     ):
         with pytest.raises(RecipeError, match=what):
             import_verb(str(_written(folder, "run.sh", changed(SCRIPT, change))), None)
-    with pytest.raises(RecipeError, match="holds no training command that is known"):
+    with pytest.raises(RecipeError, match="contains no known training command"):
         import_verb(str(_written(folder, "run.sh", "ls --all\n")), None)
 
 
@@ -410,7 +410,7 @@ def test_trls_commands(
     [
         ("qwen2", "", ("q_proj", "v_proj"), "default of TRL -> adapter.target_modules: [q_proj, v_proj]"),
         ("gpt2", "", ("c_attn",), "default of TRL -> adapter.target_modules: [c_attn]"),
-        ("unheard_of", "", "all-linear", "adapter.target_modules: 'all-linear', where PEFT adapts fewer layers"),
+        ("unheard_of", "", "all-linear", "adapter.target_modules: 'all-linear'; PEFT adapts fewer layers"),
         ("qwen2", "--lora_target_modules k_proj o_proj", ("k_proj", "o_proj"), "-> adapter.target_modules"),
     ],
 )
@@ -435,7 +435,7 @@ def test_trl_without_target_modules_adapts_those_of_peft(
         ("someone/rows", "--eval_strategy steps --eval_steps 30", "test", "eval_strategy -> data.eval"),
         ("someone/rows", "--eval_strategy epoch", "test", "eval_strategy -> data.eval"),
         ("someone/rows", "--eval_strategy steps --dataset_test_split dev", "dev", "dataset_test_split -> data.eval"),
-        ("someone/rows", "--dataset_test_split dev", None, "nothing (eval_strategy evaluates nothing)"),
+        ("someone/rows", "--dataset_test_split dev", None, "nothing (eval_strategy is off)"),
         ("rows.jsonl", "--eval_strategy steps --eval_steps 30", None, "no evaluation rows: write data.eval: FILE"),
     ],
 )
@@ -454,7 +454,7 @@ def test_trl_evaluates_on_a_split_of_its_data_set(
 
 def test_a_split_of_a_file_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "trl sft --model_name_or_path org/base --dataset_name rows.jsonl --eval_strategy steps"
-    with pytest.raises(RecipeError, match="dataset_test_split: is a split of a data set of the hub, and none is named"):
+    with pytest.raises(RecipeError, match="dataset_test_split: is a split of a hub data set, and none is named"):
         imported(folder, "run.sh", f"{command} --dataset_test_split dev", capsys)
 
 
@@ -478,10 +478,10 @@ GRPO = (
     ("more", "said"),
     [
         ("--reward_funcs accuracy_reward", r"reward_funcs: .* write objective\.reward: \[\{function: FILE\.py:NAME"),
-        ("--use_vllm", "use_vllm: .* the trained model itself samples"),
-        ("--max_prompt_length 512", "max_prompt_length: .* a prompt that is cut asks something else"),
+        ("--use_vllm", "use_vllm: .* the trained model generates the samples"),
+        ("--max_prompt_length 512", "max_prompt_length: .* a truncated prompt asks another question"),
         ("--steps_per_generation 4", "steps_per_generation: .* each step samples its own completions"),
-        ("--per_device_train_batch_size 3", r"3 completions a step \(3 x 1\) are no whole groups of 4"),
+        ("--per_device_train_batch_size 3", r"3 completions per step \(3 x 1\) is not a multiple of the group size 4"),
         ("", r"objective\.reward: is required; write reward: "),
     ],
 )
@@ -638,17 +638,17 @@ output_dir: out
             {},
             "push_to_hub -> nothing (nothing is uploaded; `hf upload` takes the finished folder)",
         ),
-        ("fsdp: [full_shard]\nfsdp_config: {a: 1}", {}, "fsdp_config -> nothing (each device holds the whole base;"),
+        ("fsdp: [full_shard]\nfsdp_config: {a: 1}", {}, "fsdp_config -> nothing (every device has the whole base;"),
         (
             "save_strategy: epoch",
             {},
-            "save_strategy -> nothing (it goes by steps: write training.save_steps: the steps",
+            "save_strategy -> nothing (tunekit counts steps: write training.save_steps: the steps",
         ),
         ("eval_strategy: epoch\neval_steps: 7", {"training.eval_steps": 100}, "eval_steps -> nothing (eval_strategy: "),
         ("save_strategy: 'no'", {}, "save_strategy -> nothing"),
         ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has it)"),
         ("special_tokens: {eos_token: <|im_end|>, pad_token: x}", {}, "special_tokens -> nothing"),
-        ("max_steps: 9", {"training.max_steps": 9}, "num_epochs -> nothing (training.max_steps overrules it there)"),
+        ("max_steps: 9", {"training.max_steps": 9}, "num_epochs -> nothing (training.max_steps takes precedence)"),
         ("warmup_ratio: 0.1\nwarmup_steps: 0", {"training.warmup_ratio": 0.1}, "warmup_steps -> nothing (training.wa"),
         (
             "val_set_size: 0.1\nload_best_model_at_end: true",

@@ -176,7 +176,7 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
     [
         (
             "num_epochs: 3\ntraining: {epochs: 2}",
-            "recipe.yaml:4: num_epochs: num_epochs and training.epochs (recipe.yaml:5) are",
+            "recipe.yaml:4: num_epochs: num_epochs and training.epochs (recipe.yaml:5) mean",
         ),
         (
             "num_epochs: 3\nnum_train_epochs: 3",
@@ -185,7 +185,10 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
         ("num_epochs: abc", "recipe.yaml:4: training.epochs (written num_epochs): must be a number, not 'abc'"),
         ("optim: adafactor", "recipe.yaml:4: optim: 'adafactor' has no exact translation"),
         ("lr_scheduler: one_cycle", "recipe.yaml:4: lr_scheduler: 'one_cycle' has no exact translation"),
-        ("lr_scheduler: constant\nwarmup_steps: 5", "recipe.yaml:4: lr_scheduler: constant ignores the warm-up there"),
+        (
+            "lr_scheduler: constant\nwarmup_steps: 5",
+            "recipe.yaml:4: lr_scheduler: the other tool's constant ignores the warm-up",
+        ),
         ("val_set_size: 200", "recipe.yaml:4: val_set_size: is a number of rows; write a fraction"),
         (
             "load_in_4bit: true\nload_in_8bit: true",
@@ -197,7 +200,7 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
         ("bf16: true\nfp16: true", "recipe.yaml:5: fp16: contradicts bf16 (recipe.yaml:4)"),
         (
             "base_model: x",
-            "recipe.yaml:4: base_model: base_model and model.name_or_path (recipe.yaml:1) are two spellings",
+            "recipe.yaml:4: base_model: base_model and model.name_or_path (recipe.yaml:1) mean the same setting",
         ),
         ("deepspeed: zero3.json", "recipe.yaml:4: deepspeed: is a key of another tool and would be lost"),
         (
@@ -209,7 +212,7 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
             "max_steps: 5\nnum_epochs: 3",
             "recipe.yaml:5: training.epochs (written num_epochs): excludes training.max_steps",
         ),
-        ("lora_r: 8\nadapter: 5", "recipe.yaml:4: lora_r: adapter (recipe.yaml:5) is no mapping"),
+        ("lora_r: 8\nadapter: 5", "recipe.yaml:4: lora_r: adapter (recipe.yaml:5) is not a mapping"),
     ],
 )
 def test_aliases_that_do_not_translate(text: str, expected: str, tmp_path: Path) -> None:

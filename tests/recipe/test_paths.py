@@ -230,7 +230,7 @@ def test_a_backslash_in_double_quotes_is_explained(tmp_path: Path) -> None:
     assert "after a backslash in double quotes; use single quotes, or / in paths" in problem
     (problem,) = problems_of('model: a\ndata: {train: x.jsonl}\noutput: {dir: "C:\\runs"}\n', tmp_path)
     assert problem == (
-        "recipe.yaml:3: output.dir: holds the character U+000D; in double quotes a backslash begins an escape: use "
+        "recipe.yaml:3: output.dir: contains the character U+000D; in double quotes a backslash begins an escape: use "
         "single quotes, or / in paths"
     )
 

@@ -60,12 +60,12 @@ def test_what_is_wrong_is_named(adapter: str, expected: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("start", "model", "expected"),
     [
-        ("pissa", "{name_or_path: org/base, quantization: nf4}", "would have to be quantized anew"),
-        ("olora", "{name_or_path: org/base, quantization: int8}", "would have to be quantized anew"),
-        ("corda", "{name_or_path: org/base, quantization: fp4}", "would have to be quantized anew"),
-        ("lora_ga", "{name_or_path: org/base, quantization: int8_weight_only}", "would have to be quantized anew"),
+        ("pissa", "{name_or_path: org/base, quantization: nf4}", "would have to be quantized again"),
+        ("olora", "{name_or_path: org/base, quantization: int8}", "would have to be quantized again"),
+        ("corda", "{name_or_path: org/base, quantization: fp4}", "would have to be quantized again"),
+        ("lora_ga", "{name_or_path: org/base, quantization: int8_weight_only}", "would have to be quantized again"),
         ("loftq", "{name_or_path: org/base}", "this base is not quantized"),
-        ("loftq", "{name_or_path: base.gguf, quantization: nf4}", "a GGUF file need not hold them"),
+        ("loftq", "{name_or_path: base.gguf, quantization: nf4}", "a GGUF file may not contain them"),
         ("eva", "{name_or_path: org/base, quantization: nf4}", None),
         ("loftq", "{name_or_path: org/base, quantization: nf4}", None),
         ("pissa", "{name_or_path: org/base}", None),

@@ -451,8 +451,8 @@ def test_a_run_that_died_in_its_export_writes_it_again(run: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.quantization=nf4", "full trains the base's own weights, and packed ones \\(nf4\\) have no gradient"),
-        ("memory.streaming=disk", "full trains the base's own weights, which a streamed base only reads"),
+        ("model.quantization=nf4", "full trains the base's own weights, and nf4 weights have no gradient"),
+        ("memory.streaming=disk", "full trains the base's own weights, and a streamed base is read-only"),
         ("training.loraplus_ratio=4", "there is no B that could be faster than A"),
         ("adapter.init_from=old", "there is no adapter to continue; name the model in model.name_or_path"),
     ],

@@ -1,4 +1,4 @@
-"""What a name of another tool means: a key of ours and how its value is translated, or why there is none."""
+"""The meaning of another tool's key: tunekit's key and the translation of the value, or why there is none."""
 
 from dataclasses import dataclass
 
@@ -8,28 +8,28 @@ from tunekit.recipe.reading.draft import KeyPath
 
 @dataclass(frozen=True)
 class Alias:
-    """Where a foreign key goes and how its value is translated; no target: it never writes anything."""
+    """The translation of another tool's key. `target`: tunekit's key; None: nothing is ever written."""
 
     target: KeyPath | None
     translate: Translate
-    why: str = "it changes nothing here"  # a value that says nothing says nothing
+    why: str = "it changes nothing here"  # printed for values without effect
 
 
 def to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
-    """Names of one of our keys."""
+    """Table entries: other tools' names for one of tunekit's keys. `by`: translates the values."""
     return dict.fromkeys(names, Alias(tuple(dotted_key.split(".")), by))
 
 
 def same_names(section: str, *names: str) -> dict[str, Alias]:
-    """Keys of one of our sections that bear our names there too."""
+    """Table entries: keys that have the same name in other tools and in this section of a recipe."""
     return {name: Alias((section, name), same) for name in names}
 
 
 def nowhere(by: Translate, *names: str) -> dict[str, Alias]:
-    """Names of keys that say nothing here, or cannot be obeyed."""
+    """Table entries: keys without a counterpart. `by`: decides whether a value has no effect or is a problem."""
     return dict.fromkeys(names, Alias(None, by))
 
 
 def dropped(why: str, *names: str) -> dict[str, Alias]:
-    """Names of keys of which no result depends, whatever their values."""
+    """Table entries: keys that never change a result, with any value. `why`: the reason, printed with the rewrite."""
     return dict.fromkeys(names, Alias(None, always_so, why))

@@ -1,4 +1,4 @@
-"""The result for a foreign tool's key: written under our name, without effect, or a problem."""
+"""Rewrites one key of another tool: to tunekit's key, to nothing (if it has no effect), or to a problem."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ UNTRANSLATED = "it has no translation"
 
 
 def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
-    """One foreign key by its table entry; an empty value says nothing, as in those tools."""
+    """Rewrite one key of another tool by its table entry. An empty value has no effect, as in those tools."""
     place, value = draft.place(key), draft.get(key)
     inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
     draft.remove(key)
@@ -25,7 +25,7 @@ def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
 
 
 def settle(draft: Draft, key: KeyPath, alias: Alias, value: object, place: Place) -> KeyPath | None:
-    """A key that was taken out, by its table entry -> where its value is written; None where it is not."""
+    """Translate the value of a removed key, and write it. Returns the key that was written, or None."""
     spelled = dotted(key)
     try:
         ours = alias.translate(value)
@@ -40,18 +40,18 @@ def settle(draft: Draft, key: KeyPath, alias: Alias, value: object, place: Place
 
 
 def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool = True) -> bool:
-    """Write our key, unless it is written already. False where it was not written."""
+    """Write one of tunekit's keys. If the key is already written, add a problem and return False."""
     if draft.has(target):
         other = draft.place(target)
-        what = f"{spelled} and {other.spelled or dotted(target)} ({other}) are two spellings of one thing"
+        what = f"{spelled} and {other.spelled or dotted(target)} ({other}) mean the same setting"
         complain(draft, place, spelled, what, "keep one")
         return False
     holder = draft.values.get(str(target[0]), {})
     if not isinstance(holder, dict):
-        complain(draft, place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping")
+        complain(draft, place, spelled, f"{target[0]} ({draft.place(target[:1])}) is not a mapping")
         return False
     draft.set(target, value, Place(place.file, place.line, spelled))
-    if draft.places[target[:1]].spelled:  # a section that only an alias opened was not spelled by anyone
+    if draft.places[target[:1]].spelled:  # an alias created the section, so it has no spelling
         draft.places[target[:1]] = place
     text = "null" if value is None else show(value)  # as the recipe has it
     shown = f": {text}" if translated and not isinstance(value, list | dict) else ""
@@ -60,7 +60,7 @@ def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: s
 
 
 def take(draft: Draft, name: str) -> tuple[Any, Place] | None:
-    """Remove a top-level key; None where it is absent or empty."""
+    """Remove a top-level key. Returns its value and place; None if it is absent or empty."""
     if not draft.has((name,)):
         return None
     place = draft.place((name,))

@@ -1,6 +1,6 @@
-"""A shell file with a training command goes in; its options come out, as a Draft of keys with their lines.
+"""Reads a training command from a shell file: its options become the keys of a Draft, with their lines.
 
-A value that the shell would put in (`$NAME`) is a problem: only what is written can be translated.
+A value with a shell variable (`$NAME`) is a problem, because its content is unknown.
 """
 
 import shlex
@@ -16,7 +16,7 @@ ENDING = ".sh"
 
 
 def read_command_line(path: Path) -> Draft:
-    """The options of the first command that trains. Raises: RecipeError where there is none."""
+    """The options of the first training command in a file. Raises: RecipeError if the file has none."""
     file = str(path)
     draft = Draft(file)
     words = list(_words(read_text(path), file))
@@ -32,11 +32,11 @@ def read_command_line(path: Path) -> Draft:
             _read_options(draft, words[at + 1 + (word == "trl") :])
             return draft
     how = f"known: unsloth-cli.py, {', '.join(f'trl {name}' for name in TRL_COMMANDS)}"
-    raise RecipeError("holds no training command that is known", how, file=file)
+    raise RecipeError("contains no known training command", how, file=file)
 
 
 def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
-    """Words with their lines. A backslash at its end continues a line. An empty word ends each command."""
+    """The words of all commands with their lines. A backslash continues a line. An empty word ends a command."""
     for number, line in enumerate(text.splitlines(), 1):
         continues = line.rstrip().endswith("\\")
         try:
@@ -49,7 +49,7 @@ def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
 
 
 def _read_options(draft: Draft, words: list[tuple[str, int]]) -> None:
-    """--NAME, --NAME VALUE ... and --NAME=VALUE up to the command's end."""
+    """Write the options of one command to the draft: --NAME, --NAME VALUE ... and --NAME=VALUE."""
     name, line, values = "", 0, list[str]()
     for word, number in [*words, ("", 0)]:
         if word.startswith("--") or not word:
@@ -67,4 +67,4 @@ def _set(draft: Draft, name: str, words: list[str], line: int) -> None:
     key, values = (name.replace("-", "_"),), [read_scalar(word) for word in words] or [True]
     draft.set(key, values[0] if len(values) == 1 else values, Place(draft.file, line))
     for word in [word for word in words if "$" in word or "`" in word][:1]:
-        draft.add_problem(key, f"{word} is for a shell to put in", "write the value itself")
+        draft.add_problem(key, f"{word} is replaced by a shell", "write the value itself")

@@ -1,5 +1,5 @@
-"""LLaMA-Factory's data sets: names in `dataset`, and what dataset_info.json says of each, become sources.
-What has no exact translation is a problem.
+"""LLaMA-Factory's data sets: names in `dataset`, described in dataset_info.json, become sources of the recipe.
+An entry without an exact translation is a problem.
 
 Source: LLaMA-Factory's data/README.md.
 """
@@ -22,17 +22,17 @@ JUDGED = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag"}
 MEDIA = ("images", "videos", "audios")
 _ENTRY_KEYS = ("hf_hub_url", "file_name", "split", "num_samples", "formatting", "ranking", "columns", "tags")
 _ELSEWHERE = ("ms_hub_url", "om_hub_url")  # other hubs' copies
-_TAGS = {  # of {from, value} and of {role, content}
+_TAGS = {  # messages {from, value} and messages {role, content}
     "sharegpt": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
     "chat": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
 }
-SPOKEN = tuple(_TAGS["chat"])  # the others need not occur
+SPOKEN = tuple(_TAGS["chat"])  # the other tags are optional
 _TAGS["sharegpt"] |= {"observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
 _TAGS["chat"] |= {"observation_tag": "tool", "function_tag": "tool_calls", "system_tag": "system"}
 
 
 def name_sources(draft: Draft) -> None:
-    """Replace names of dataset_info.json in `dataset` and `eval_dataset` by sources, in place."""
+    """Replace the names of data sets in `dataset` and `eval_dataset` by sources, in place."""
     folder = draft.get((FOLDER_KEY,))
     for key in ("dataset", "eval_dataset"):
         value = draft.get((key,))
@@ -51,7 +51,7 @@ def name_sources(draft: Draft) -> None:
             continue
         draft.set((key,), sources, place)
         shown = ", ".join(f"{name}: {Path(source['path']).name}" for name, source in zip(names, sources, strict=True))
-        draft.rewrites.append(f"{place}: {key} -> {shown} (as {path} says)")
+        draft.rewrites.append(f"{place}: {key} -> {shown} (from {path})")
     if folder is not None:
         place = draft.place((FOLDER_KEY,))
         draft.remove((FOLDER_KEY,))
@@ -59,25 +59,28 @@ def name_sources(draft: Draft) -> None:
 
 
 def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
-    """What dataset_info.json says, and where it was found: relative to the configuration, else to the shell."""
+    """The content and the path of dataset_info.json.
+
+    Its folder is relative to the configuration, or to the working folder. Raises: NotExact if it cannot be read.
+    """
     beside = Path(os.path.abspath(draft.file)).parent
     asked = [str(folder)] if folder is not None else [".", "data"]
     places = [base / os.path.expanduser(name) / DESCRIPTIONS for base in (beside, Path.cwd()) for name in asked]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        what = f"names data sets of {DESCRIPTIONS}, which is not in {' or '.join(str(p.parent) for p in places[:2])}"
+        what = f"names data sets in {DESCRIPTIONS}, which is not in {' or '.join(str(p.parent) for p in places[:2])}"
         raise NotExact(what, f"write {FOLDER_KEY}: its folder, or data.train: FILE or hub name")
     try:
         known = json.loads(path.read_bytes()) if path.stat().st_size <= MOST_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise NotExact(f"{path} cannot be read ({error})", "mend it") from error
     if not isinstance(known, dict):
-        raise NotExact(f"{path} is no table of data sets", "mend it")
+        raise NotExact(f"{path} is not a mapping of data sets", "mend it")
     return known, Path(os.path.normpath(path))
 
 
 def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> dict[str, Any]:
-    """One data set as a source. `raw_text`: the pre-training stage reads the prompt alone."""
+    """The source of one data set. `raw_text`: read only the prompt (pre-training). Raises: NotExact."""
     if name.endswith(DATA_ENDINGS):
         return {"path": name}
     entry = known.get(name)
@@ -103,7 +106,7 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
 
 
 def _format(name: str, entry: dict[str, Any], tags: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Our format, and its field for each of their columns."""
+    """tunekit's format of a data set, and the field of that format for each key of `columns`. Raises: NotExact."""
     kind, columns = entry.get("formatting", "alpaca"), entry.get("columns") or {}
     judged = "preference" if entry.get("ranking") else "unpaired" if columns.get("kto_tag") else None
     if kind == "alpaca":
@@ -117,4 +120,4 @@ def _format(name: str, entry: dict[str, Any], tags: dict[str, str]) -> tuple[str
         ):
             messages = {"messages": "messages"} if ours == "chat" and judged is None else {}
             return judged or ours, SHAREGPT | JUDGED | messages
-    raise NotExact(f"{name}: messages tagged {show(tags)} are read by no format", "rename the keys of its messages")
+    raise NotExact(f"{name}: no format reads messages with the tags {show(tags)}", "rename the keys of its messages")

@@ -1,5 +1,5 @@
-"""Configurations with sections of another tool, torchtune's or Unsloth's -> tunekit's keys.
-What has no exact translation is a problem.
+"""Configurations with sections (torchtune's and Unsloth's) -> tunekit's keys. A key without an exact translation is a
+problem.
 """
 
 from collections.abc import Mapping
@@ -13,38 +13,41 @@ from tunekit.recipe.reading.draft import Draft, Place
 
 @dataclass
 class Theirs:
-    """Keys of another tool, `section.key`, with values and places; each is taken once."""
+    """The keys of another tool's configuration, as `section.key`, that are not translated yet.
+
+    `values`: value and place of each remaining key; `places`: the places of keys that were removed (taken).
+    """
 
     draft: Draft
     values: dict[str, tuple[Any, Place]]
-    places: dict[str, Place] = field(default_factory=dict)  # of those that were taken
+    places: dict[str, Place] = field(default_factory=dict)
 
     def get(self, name: str, default: object = None) -> Any:
-        """The value; `default` where it is absent or empty."""
+        """The value of a key; `default` if it is absent or empty."""
         value = self.values.get(name, (None, None))[0]
         return default if value is None else value
 
     def take(self, name: str, default: object = None) -> Any:
-        """The value, which is dealt with now."""
+        """Remove a key and return its value; `default` if it is absent or empty."""
         value, place = self.values.pop(name, (None, Place(self.draft.file)))
         self.places[name] = place
         return default if value is None else value
 
     def write(self, name: str, target: str, value: object) -> None:
-        """Our key, for a key of theirs."""
+        """Write tunekit's key `target` for the other tool's key `name`."""
         place = self.places.get(name) or self.values.get(name, (None, Place(self.draft.file)))[1]
         write(self.draft, tuple(target.split(".")), value, place, name)
 
     def record(self, name: str, what: str) -> None:
-        """Say what became of a key that was taken."""
+        """Record the result for a key that was taken."""
         record(self.draft, self.places[name], name, what)
 
     def complain(self, name: str, what: str, how: str = "") -> None:
-        """Say that a key that was taken would be lost."""
+        """Add a problem about a key that was taken."""
         complain(self.draft, self.places[name], name, what, how)
 
     def settle(self, table: Mapping[str, Alias]) -> None:
-        """Every key that is left, by the table; one that is not there would be lost."""
+        """Translate every remaining key by the table. A key that is not in the table is a problem."""
         for name in list(self.values):
             value = self.take(name)
             alias = table.get(name) or table.get(f"{name.partition('.')[0]}.*")
@@ -57,7 +60,7 @@ class Theirs:
 
 
 def take_all(draft: Draft) -> Theirs:
-    """Every key of a draft with sections, out of it; a mapping in a section, or in a list, is one value."""
+    """Remove and return all keys of a draft with sections. A mapping inside a section or a list counts as one value."""
     taken: dict[str, tuple[Any, Place]] = {}
     for name, value in draft.values.items():
         if isinstance(value, dict):

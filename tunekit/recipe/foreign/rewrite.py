@@ -1,5 +1,5 @@
-"""Other tools' keys -> tunekit's, each rewrite recorded with its place.
-Two spellings of one thing, and a value without an exact translation, are problems.
+"""Other tools' keys -> tunekit's keys. Each rewrite is recorded with its place.
+Two keys for the same setting are a problem, and so is a value without an exact translation.
 """
 
 import json
@@ -32,9 +32,9 @@ _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
 
 def rewrite_aliases(draft: Draft) -> None:
-    """Replace every foreign key of the draft, in place."""
+    """Replace every key of another tool in the draft, in place."""
     name_sources(draft)
-    if draft.get(("stage",)) == "pt":  # LLaMA-Factory joins its texts and cuts them to equal lengths
+    if draft.get(("stage",)) == "pt":  # LLaMA-Factory joins texts and cuts them to equal lengths
         write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
         if not draft.has(("packing",)):
             write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
@@ -49,11 +49,14 @@ def rewrite_aliases(draft: Draft) -> None:
         _rewrite_strategy(draft, name, steps)
     if draft.get(("load_best_model_at_end",)) is True and draft.has(("metric_for_best_model",)):
         record(
-            draft, draft.place(("load_best_model_at_end",)), "load_best_model_at_end", "nothing (the metric says it)"
+            draft,
+            draft.place(("load_best_model_at_end",)),
+            "load_best_model_at_end",
+            "nothing (metric_for_best_model is used)",
         )
         draft.remove(("load_best_model_at_end",))
     if evaluates is not None and draft.has(("eval_strategy",)):
-        draft.remove(("eval_strategy",))  # what becomes of it depends on data.eval
+        draft.remove(("eval_strategy",))  # its result depends on data.eval, see below
     _settle_special_tokens(draft)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
@@ -123,7 +126,7 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
 
 
 def _rewrite_precision(draft: Draft) -> None:
-    """bf16 and fp16 -> model.dtype; both off is float32."""
+    """bf16 and fp16 -> model.dtype. If both are false, model.dtype is float32."""
     precisions = {name: taken for name in PRECISION_KEYS if (taken := take(draft, name)) is not None}
     names = {("bf16", True): "bfloat16", ("fp16", True): "float16", ("bf16", "auto"): "auto"}
     chosen: list[tuple[str, str]] = []
@@ -146,18 +149,18 @@ def _rewrite_precision(draft: Draft) -> None:
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
-    """`constant` of those tools ignores any warm-up (constant_with_warmup does not); ours warms up."""
+    """Write warmup_ratio: 0 for `constant`. In the other tools, `constant` ignores a warm-up; in tunekit it has one."""
     place = draft.place(("training", "scheduler"))
     written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
     if any(draft.get(("training", name)) for name in written):
         how = "write constant_with_warmup, or remove the warm-up"
-        complain(draft, place, spelled, "constant ignores the warm-up there", how)
+        complain(draft, place, spelled, "the other tool's constant ignores the warm-up", how)
     elif not written:
         write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
 
 
 def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
-    """DoRA is a switch of LoRA there and a method here."""
+    """use_dora -> adapter.method: dora. In the other tools DoRA is a switch of LoRA."""
     method = draft.get(METHOD, "lora")
     if method not in ("lora", "dora"):
         complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
@@ -170,7 +173,7 @@ def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
 
 
 def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
-    """A key about every training source -> that field of each."""
+    """Rewrite a key that applies to all training sources to `field` of every source."""
     taken = take(draft, name)
     if taken is None:
         return
@@ -187,11 +190,11 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
         for index, _ in enumerate(draft.get(TRAIN)):
             theirs = {str(value): "text"} if field == "columns" else value
             if write(draft, (*TRAIN, index, field), theirs, place, name) and field == "max_rows":
-                write(draft, (*TRAIN, index, "draw_seed"), None, place, name)  # the first rows, as there
+                write(draft, (*TRAIN, index, "draw_seed"), None, place, name)  # the tool uses the first rows
 
 
 def _rewrite_pissa(draft: Draft) -> None:
-    """LLaMA-Factory's pissa_init and pissa_iter (16 where it is not written, -1 for the exact one) -> adapter.start."""
+    """LLaMA-Factory's pissa_init and pissa_iter -> adapter.start. pissa_iter is 16 by default; -1: exact."""
     wanted, iterations = take(draft, "pissa_init"), take(draft, "pissa_iter")
     if wanted is not None and wanted[0] is True:
         count = 16 if iterations is None else iterations[0]
@@ -203,8 +206,11 @@ def _rewrite_pissa(draft: Draft) -> None:
 
 
 def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: Place) -> None:
-    """Evaluations or checkpoints an epoch -> what to write: rows are counted by plan. No result depends on it, unless
-    evaluations decide when a run stops or what it keeps."""
+    """Evaluations or checkpoints per epoch -> a note that says how many steps to write.
+
+    The number of rows is not known here. It is a problem if evaluations decide when the run stops or which checkpoint
+    is best; otherwise no result depends on the setting.
+    """
     if value == 0 and not isinstance(value, bool):
         return record(draft, place, name, "nothing (0 is never)")
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -222,40 +228,43 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
         how = f"write {ours}: {count}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
     best = ("early_stopping_patience", "metric_for_best_model", "load_best_model_at_end")
     if ours == "training.eval_steps" and any(draft.get((chosen,)) for chosen in best):
-        return complain(draft, place, name, "goes by steps here, and early stopping depends on it", how)
-    return record(draft, place, name, f"nothing (it goes by steps: {how})")
+        return complain(draft, place, name, "tunekit counts steps, not epochs, and early stopping depends on them", how)
+    return record(draft, place, name, f"nothing (tunekit counts steps: {how})")
 
 
 def _rewrite_strategy(draft: Draft, name: str, steps: str) -> None:
-    """`epoch` -> what to write; a number of steps beside it is ignored, as there."""
+    """Rewrite the value `epoch` of eval_strategy or save_strategy. A number of steps is then ignored."""
     if draft.get((name,)) == "epoch" and (taken := take(draft, name)) is not None:
         if (ignored := take(draft, steps)) is not None:
-            record(draft, ignored[1], steps, f"nothing ({name}: epoch overrules it)")
+            record(draft, ignored[1], steps, f"nothing ({name}: epoch takes precedence)")
         _settle_per_epoch(draft, name, f"training.{steps}", 1, taken[1])
 
 
 def _write_test_split(draft: Draft, dataset: object, split: tuple[Any, Place] | None, evaluates: Place | None) -> None:
-    """TRL evaluates on a split of dataset_name, test unless dataset_test_split names another, if eval_strategy says so:
-    data.eval, where that is a data set of the hub. `evaluates`: the place of such an eval_strategy."""
+    """Write data.eval for TRL, which evaluates on a split of dataset_name (default: test) if eval_strategy is set.
+
+    `dataset`: the value of dataset_name, which must be a data set of the hub; `split`: the value of
+    dataset_test_split; `evaluates`: the place of eval_strategy, None if it is off.
+    """
     if evaluates is None:
         if split is not None:
-            record(draft, split[1], "dataset_test_split", "nothing (eval_strategy evaluates nothing)")
+            record(draft, split[1], "dataset_test_split", "nothing (eval_strategy is off)")
         return
     spelled = "eval_strategy" if split is None else "dataset_test_split"
     name, place = split or ("test", evaluates)
     hub = isinstance(dataset, str) and not (is_like_path(dataset) or dataset.endswith(DATA_ENDINGS))
     if split is None and draft.has(EVAL):
-        record(draft, place, spelled, "nothing (data.eval is measured)")
+        record(draft, place, spelled, "nothing (data.eval is evaluated)")
     elif hub and not (Path(draft.file).parent / str(dataset)).exists():
         write(draft, EVAL, [{"path": dataset, "split": name}], place, spelled)
     elif split is None:
         record(draft, place, spelled, f"nothing (there are no evaluation rows: {EVAL_ROWS})")
     else:
-        complain(draft, place, spelled, "is a split of a data set of the hub, and none is named", EVAL_ROWS)
+        complain(draft, place, spelled, "is a split of a hub data set, and none is named", EVAL_ROWS)
 
 
 def _settle_special_tokens(draft: Draft) -> None:
-    """Special tokens that are those of the base's own tokenizer -> nothing."""
+    """Remove special tokens that are equal to those of the base's tokenizer."""
     written = [key for key in SPECIAL_TOKENS if draft.get(key) is not None]
     own = file_of_base(draft, "tokenizer_config.json") if written else {}
     for key in written:
@@ -266,7 +275,7 @@ def _settle_special_tokens(draft: Draft) -> None:
 
 
 def file_of_base(draft: Draft, file: str) -> dict[str | int, Any]:
-    """A JSON file of a base that is a folder; nothing of one that is not, or that cannot be read."""
+    """The content of a JSON file in the base's folder. Empty if the base is not a folder or the file cannot be read."""
     names = (("base_model",), ("model_name_or_path",), ("model_name",), ("model", "name_or_path"), ("model",))
     base = next((name for name in map(draft.get, names) if isinstance(name, str)), "")
     path = Path(draft.file).parent / os.path.expanduser(base) / file
@@ -279,7 +288,7 @@ def file_of_base(draft: Draft, file: str) -> dict[str | int, Any]:
 
 
 def _rewrite_template(draft: Draft, name: str) -> None:
-    """The name of a template -> nothing, where the base's own tokenizer has that template."""
+    """Remove the name of a template if the base's tokenizer has that template; otherwise add a problem."""
     taken = take(draft, name)
     if taken is None:
         return
@@ -289,12 +298,12 @@ def _rewrite_template(draft: Draft, name: str) -> None:
     if value == "tokenizer_default" or any(word in base for words in bases for word in words):
         record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")
     else:
-        what = f"the template {show(value)} has no name here, and the base's tokenizer need not have it"
+        what = f"tunekit does not know the template {show(value)}, and the base's tokenizer may have another one"
         complain(draft, place, name, what, "write data.chat_template: FILE, or remove it")
 
 
 def _bits(value: object, meaning: int | None) -> int | None:
-    """4 or 8, 0 for off, None for a value that is neither."""
+    """The number of bits: 4, 8, or 0 for off; None for an invalid value. `meaning`: the bits that `true` stands for."""
     if meaning is None:
         return value if value in (4, 8) and not isinstance(value, bool) else None
     return (meaning if value else 0) if isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""The keys of TRL's GRPOConfig and RLOOConfig, and what a micro-batch counts there."""
+"""The keys of TRL's GRPOConfig and RLOOConfig, and the conversion of micro-batches, which count completions in TRL."""
 
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.values import exactly, lost, one_of
@@ -7,8 +7,8 @@ from tunekit.recipe.reading.names import known_names, settings_class
 
 SIZE: KeyPath = ("training", "micro_batch_size")
 STEPS: KeyPath = ("training", "gradient_accumulation_steps")
-OUR_STEPS = 8  # where no accumulation is written
-OF_COMPLETIONS = ("per_device_train_batch_size", "micro_batch_size")  # TRL's, and Axolotl's, which hands it to TRL
+OUR_STEPS = 8  # default of training.gradient_accumulation_steps
+OF_COMPLETIONS = ("per_device_train_batch_size", "micro_batch_size")  # TRL's and Axolotl's name
 _SCALES = {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}
 
 OF_SAMPLES: dict[str, Alias] = {
@@ -21,14 +21,14 @@ OF_SAMPLES: dict[str, Alias] = {
         lost("a reward is named by its file", "write objective.reward: [{function: FILE.py:NAME, allow_code: true}]"),
         *("reward_funcs", "reward_model_name_or_path", "reward_processing_classes"),
     ),
-    **nowhere(lost("a weight stands beside its reward", "write weight: in objective.reward"), "reward_weights"),
+    **nowhere(lost("each reward has its weight", "write weight: in objective.reward"), "reward_weights"),
     **nowhere(
-        lost("a prompt that is cut asks something else", "write data.max_length, of a prompt with its completion"),
+        lost("a truncated prompt asks another question", "write data.max_length: the limit of prompt plus completion"),
         "max_prompt_length",
     ),
-    **nowhere(lost("the trained model itself samples, in this process", "write use_vllm: false"), "use_vllm"),
+    **nowhere(lost("the trained model generates the samples, without vLLM", "write use_vllm: false"), "use_vllm"),
     **dropped(
-        "vLLM samples nothing here",
+        "tunekit does not use vLLM",
         *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host"),
         *("vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization"),
         *("vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction"),
@@ -36,10 +36,10 @@ OF_SAMPLES: dict[str, Alias] = {
         *("vllm_importance_sampling_clip_min", "use_transformers_continuous_batching", "use_transformers_paged"),
     ),
     **nowhere(
-        lost("each step samples its own completions", "write objective.num_iterations, steps that learn from the same"),
+        lost("each step samples its own completions", "write objective.num_iterations: steps per sample"),
         *("steps_per_generation", "generation_batch_size"),
     ),
-    **nowhere(lost("an evaluation measures one greedy completion of each prompt"), "num_generations_eval"),
+    **nowhere(lost("an evaluation generates one greedy completion per prompt"), "num_generations_eval"),
     **nowhere(exactly("sum_then_normalize"), "multi_objective_aggregation"),
     **nowhere(exactly(1.0), "repetition_penalty", "top_entropy_quantile"),
     **nowhere(lost("samples are drawn by temperature, top_p and top_k"), "min_p", "generation_kwargs"),
@@ -49,9 +49,10 @@ OF_SAMPLES: dict[str, Alias] = {
 
 
 def count_prompts(draft: Draft, of_tool: bool) -> None:
-    """Micro-batches of completions, as TRL counts them -> micro-batches of prompts, each step with as many; in place.
+    """Convert TRL's micro-batches, which count completions, to micro-batches of prompts, in place. A step has as many
+    prompts as before.
 
-    `of_tool`: whether what is written is another tool's, whatever it is spelled.
+    `of_tool`: whether the whole configuration is another tool's; if not, only that tool's spelling is converted.
     """
     method, written = draft.get(("objective", "method")), draft.get(SIZE)
     spelled = draft.place(SIZE).spelled if draft.has(SIZE) else None
@@ -63,11 +64,11 @@ def count_prompts(draft: Draft, of_tool: bool) -> None:
     default = settings.model_fields["num_generations"].default
     group, steps = draft.get(("objective", "num_generations"), default), draft.get(STEPS, OUR_STEPS)
     if not (isinstance(group, int) and isinstance(steps, int) and min(group, steps, written) > 0):
-        return  # what is wrong with them is told where they are checked
+        return  # invalid values are reported by other checks
     place, rows = draft.place(SIZE), written * steps
     if rows % group:
-        what = f"{rows} completions a step ({written} x {steps}) are no whole groups of {group}"
-        draft.add_problem(SIZE, what, "write training.micro_batch_size and gradient_accumulation_steps, of prompts")
+        what = f"{rows} completions per step ({written} x {steps}) is not a multiple of the group size {group}"
+        draft.add_problem(SIZE, what, "write training.micro_batch_size and gradient_accumulation_steps in prompts")
         return
     prompts = rows // group
     size = max(each for each in range(1, prompts + 1) if prompts % each == 0 and (each * group <= written or each == 1))

@@ -23,13 +23,13 @@ _OPTIMIZERS = one_of(
 _SWITCH = these(True, False)
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
 _STRATEGY = one_of({"steps": NOTHING, "epoch": NOTHING, "no": NOTHING, "best": NOTHING, False: NOTHING})
-_SHARDED = "each device holds the whole base; memory.streaming and model.quantization make it smaller"
+_SHARDED = "every device has the whole base; memory.streaming and model.quantization make it smaller"
 _UPLOADED = "nothing is uploaded; `hf upload` takes the finished folder"
 _TOKENS = "rows end with the end token of the base's tokenizer, and chat turns as its template ends them"
 PRECISION_KEYS = ("bf16", "fp16")
 SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
 TEMPLATE_KEYS = ("template", "chat_template")
-TEMPLATES = {  # what names of templates begin with: what is in the names of bases whose tokenizer has it
+TEMPLATES = {  # start of a template's name -> words in the names of bases that have this template
     **{name: (name,) for name in ("llama", "qwen", "gemma", "mistral", "phi", "deepseek", "falcon", "glm", "granite")},
     "chatml": ("qwen", "smollm", "yi-"),
     "command": ("command", "aya"),
@@ -46,7 +46,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("model.attention", "eager_attention", by=switch("eager")),
     **to("model.attention", "flash_attn", by=_ATTENTION),
     **to("model.double_quantization", "double_quantization", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"),
-    # The keys of the next three lines are read together (rewrite.py), for other tools spread one decision over several.
+    # rewrite.py reads the keys of the next three lines together, because other tools use several keys for one setting.
     **to("model.quantization", "load_in_4bit", "load_in_8bit", "quantization_bit"),
     **to("model.quantization", "bnb_4bit_quant_type", "quantization_type"),
     **to("model.dtype", *PRECISION_KEYS),
@@ -63,7 +63,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("data.train_on", "train_on_inputs", "train_on_prompt", by=one_of({False: "assistant", True: "all"})),
     **to("data.train_on", "mask_history", by=switch("last")),
     **to("data.train_on", "assistant_only_loss", "completion_only_loss", by=one_of({True: "assistant", False: "all"})),
-    **to("data.chat_template", "chat_template_path", *TEMPLATE_KEYS),  # the last two: rewrite.py
+    **to("data.chat_template", "chat_template_path", *TEMPLATE_KEYS),  # rewrite.py handles the last two
     **{name: Alias(("data", "train", 0, field), same) for name, field in SOURCE_KEYS.items()},  # rewrite.py
     **to("data.shuffle", "shuffle_merged_datasets"),
     **to("data.shuffle", "disable_shuffling", by=values.negated),
@@ -78,7 +78,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("adapter.use_rslora", "use_rslora", "peft_use_rslora"),
     **to("adapter.init_from", "lora_model_dir", "adapter_name_or_path"),
     **to("adapter.modules_to_save", "lora_modules_to_save"),
-    **nowhere(lost("it is an adapter of its own", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
+    **nowhere(lost("DoRA is a method of its own", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
     **to("objective.method", "stage", by=values.stage),
     **to("objective.method", "rl", by=these(*known_names("objectives"))),
     **to("objective.beta", "beta", "rl_beta", "pref_beta"),
@@ -89,7 +89,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("objective.desirable_weight", "desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),
     **to("objective.undesirable_weight", "undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
     **to("objective.center_rewards_coefficient", "center_rewards_coefficient"),
-    **nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
+    **nowhere(lost("it averages per answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
     **OF_SAMPLES,
     **to("objective.precompute_ref_log_probs", "precompute_ref_log_probs"),
     **nowhere(exactly("reverse_kl"), "f_divergence_type"),
@@ -130,10 +130,10 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("metrics.jsonl holds every number", "trackio_project_name", "trackio_run_name", "wandb_mode"),
     **dropped("the run folder holds everything", "logging_dir"),
     **dropped("padding changes no result", "pad_to_sequence_len", "pad_to_multiple_of"),
-    **dropped("rows lie end to end without padding", "group_by_length", "length_column_name", "padding_free"),
+    **dropped("sequences are concatenated without padding", "group_by_length", "length_column_name", "padding_free"),
     **dropped("it changes no result", "strict", "local_rank", "debug", "ddp_timeout", "use_cache"),
     **dropped("checkpoints are safetensors", "save_safetensors", "save_only_model"),
-    **dropped("`tunekit train --overwrite` says so", "overwrite_output_dir"),
+    **dropped("use `tunekit train --overwrite`", "overwrite_output_dir"),
     **dropped("matrix products keep their precision", "tf32"),
     **dropped("gradients are summed without DistributedDataParallel", "ddp_find_unused_parameters"),
     **dropped("the fast tokenizer is always used", "use_fast_tokenizer"),
@@ -142,14 +142,14 @@ TOP_LEVEL: dict[str, Alias] = {
         "deepspeed",
     ),
     **dropped(_SHARDED, "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap"),
-    **nowhere(lost("models that read pictures and write text are not trained"), "processor_type"),
+    **nowhere(lost("tunekit does not train models that read images and write text"), "processor_type"),
     **nowhere(lost("rows are always prepared"), "skip_prepare_dataset"),
-    **nowhere(lost("whole modules are trained, never parts", "write adapter"), "unfrozen_parameters"),
+    **nowhere(lost("tunekit trains whole modules only", "write adapter"), "unfrozen_parameters"),
     **nowhere(same, "evals_per_epoch", "saves_per_epoch", "dataset_dir"),  # rewrite.py, datasets.py
     **nowhere(same, "pissa_init", "pissa_iter"),  # rewrite.py
     **dropped("run `tunekit adapter convert` on the result", "pissa_convert"),
     **nowhere(values.tokens_of_padding, "special_tokens"),
-    **nowhere(lost(_TOKENS, "remove it if that is the same; else set eos_token in the base's files"), "eos_token"),
+    **nowhere(lost(_TOKENS, "remove it if it is the same token; else set eos_token in the base's files"), "eos_token"),
     **nowhere(same, "dataset_test_split"),  # rewrite.py
     **nowhere(exactly("default", how="write the source under data.train"), "dataset_config"),
     **nowhere(exactly("bfd", how="write data.excess_length: split"), "packing_strategy"),
@@ -161,26 +161,28 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("kernels change no result, and memory.kernels chooses them", "liger_rope", "liger_rms_norm"),
     **dropped("kernels change no result, and memory.kernels chooses them", "liger_layer_norm", "liger_swiglu"),
     **dropped("kernels change no result, and memory.kernels chooses them", "liger_glu_activation", "use_liger_kernel"),
-    **dropped("logits are never whole", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy"),
-    **dropped("LoRA's products are joined anyway", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+    **dropped(
+        "logits are computed in chunks", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy"
+    ),
+    **dropped("tunekit always fuses the products of LoRA", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
     **nowhere(exactly("bnb", "bitsandbytes"), "quantization_method"),
     **nowhere(values.model_class, "model_type"),
     **nowhere(exactly("concat", how="write weight: under each source"), "mix_strategy"),
-    **nowhere(lost("attention is not shifted", "remove it"), "s2_attention"),
-    **nowhere(lost("it is another attention"), "xformers_attention"),
+    **nowhere(lost("tunekit has no shifted attention", "remove it"), "s2_attention"),
+    **nowhere(lost("tunekit does not use xformers"), "xformers_attention"),
     **to("evaluation.max_new_tokens", "eval_max_new_tokens"),
     **dropped("the tokenizer's own class is used", "tokenizer_type"),
     **dropped("rows of an evaluation are never packed", "eval_sample_packing"),
     **dropped("a warning names the rows of a rising loss", "loss_watchdog_threshold", "loss_watchdog_patience"),
-    **dropped("no table of answers is sent", "eval_table_size"),
-    **dropped("it follows from the layer", "lora_fan_in_fan_out"),
-    **nowhere(lost("there is no embedding noise"), "neftune_noise_alpha"),
+    **dropped("no table of answers is uploaded", "eval_table_size"),
+    **dropped("the layer determines it", "lora_fan_in_fan_out"),
+    **nowhere(lost("tunekit has no embedding noise"), "neftune_noise_alpha"),
     **dropped(_UPLOADED, "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
     **dropped("the environment's HF_TOKEN is used", "hub_token"),
-    **dropped("the metric itself says so", "greater_is_better"),
+    **dropped("the metric determines it", "greater_is_better"),
     **to("evaluation.best", "load_best_model_at_end", by=switch("eval.loss")),
     **nowhere(exactly(True, False), "do_eval"),
-    **nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
+    **nowhere(lost("resuming is an option of the command", "run `tunekit train --resume`"), "resume_from_checkpoint"),
 }
 IN_ADAPTER: dict[str, Alias] = {
     **to("adapter.method", "peft_type", by=one_of({"LORA": "lora"})),
@@ -188,20 +190,20 @@ IN_ADAPTER: dict[str, Alias] = {
     **to("adapter.dropout", "lora_dropout"),
     **nowhere(exactly("CAUSAL_LM"), "task_type"),
     **nowhere(exactly(True, how="write adapter.start"), "init_lora_weights"),
-    **dropped("it follows from the layer", "fan_in_fan_out"),
+    **dropped("the layer determines it", "fan_in_fan_out"),
     **nowhere(exactly(False), "inference_mode"),
     "use_dora": TOP_LEVEL["use_dora"],
 }
 
 
 def alias_target(name: str) -> KeyPath | None:
-    """tunekit's key for a foreign name; None where it is no alias, or has no key here."""
+    """tunekit's key for another tool's name; None if the name is unknown or tunekit has no such key."""
     alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
     return alias.target if alias else None
 
 
 def meaning(name: str, value: object) -> tuple[KeyPath, object] | None:
-    """tunekit's key and value for a foreign name and its value, wherever they stand; None where nothing is exact."""
+    """tunekit's key and value for another tool's name and value; None if there is no exact translation."""
     if name in ("load_in_4bit", "load_in_8bit", "quantization_bit"):
         return (("model", "quantization"), "int8" if value == 8 or "8bit" in name else "nf4") if value else None
     alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
@@ -215,7 +217,7 @@ def meaning(name: str, value: object) -> tuple[KeyPath, object] | None:
 
 
 def is_alias(key: KeyPath) -> bool:
-    """Whether a written key is another tool's."""
+    """Whether a key is another tool's name."""
     if len(key) == 2 and key[0] == "adapter":
         return key[1] in IN_ADAPTER
     return len(key) == 1 and key[0] in TOP_LEVEL

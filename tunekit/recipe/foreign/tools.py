@@ -1,4 +1,4 @@
-"""A configuration as read goes in; whose it is comes out, and what that tool takes where a key is not written.
+"""Detects which tool a configuration belongs to, and writes the defaults of that tool for keys that it does not write.
 
 Sources of the defaults: TRL's SFTConfig, DPOConfig, RewardConfig and ModelConfig, transformers' TrainingArguments,
 LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders of torchtune.
@@ -17,7 +17,7 @@ from tunekit.recipe.reading.suggest import show
 AXOLOTL, FACTORY, PEFT, TORCHTUNE, TRL, UNSLOTH = "Axolotl", "LLaMA-Factory", "PEFT", "torchtune", "TRL", "Unsloth"
 SCRIPT = "Unsloth's script"
 OURS = ("model", "data", "training", "memory", "evaluation", "output", "objective", "adapter")
-SIGNS = {  # keys by which the flat ones are told, in this order
+SIGNS = {  # keys that identify the tool of a flat configuration; the first match counts
     PEFT: ("peft_type",),
     AXOLOTL: ("base_model", "micro_batch_size", "sequence_len"),
     FACTORY: ("finetuning_type", "stage", "cutoff_len", "lora_target", "lora_rank", "template"),
@@ -25,8 +25,8 @@ SIGNS = {  # keys by which the flat ones are told, in this order
 }
 _TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "training.gradient_accumulation_steps": 1}
 _TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
-_RATES = {**dict.fromkeys(("dpo", "kto", "grpo", "rloo"), 1e-6), "reward": 1e-4}  # of TRL's trainers; SFTTrainer: 2e-5
-_UNSLOTH = {  # what its command and its script have in common
+_RATES = {**dict.fromkeys(("dpo", "kto", "grpo", "rloo"), 1e-6), "reward": 1e-4}  # TRL's trainers; SFTTrainer has 2e-5
+_UNSLOTH = {  # defaults of both its command and its script
     "training.optimizer": "adamw_8bit",
     "training.scheduler": "linear",
     "training.warmup_steps": 5,
@@ -37,7 +37,7 @@ _UNSLOTH = {  # what its command and its script have in common
     "adapter.alpha": 16.0,
     "output.dir": "outputs",
 }
-DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is meant by a key that is not written
+DEFAULTS: dict[str, dict[str, Any]] = {  # tunekit's key -> the tool's default, where it differs
     TRL: {**_TRAINER, "data.max_length": 1024, "adapter.dropout": 0.05, "output.dir": "trainer_output"},
     FACTORY: {**_TRAINER, "training.learning_rate": 5e-5, "adapter.r": 8},
     AXOLOTL: {
@@ -55,10 +55,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is 
         "training.gradient_accumulation_steps": 1,
     },
 }
-# of objectives that sample, which cut no prompt
+# for objectives that sample: prompts are never truncated
 OF_SAMPLING = {"objective.max_completion_length": 512, "data.excess_length": "error", "data.max_length": 2048}
 _ATTENTION = ("q_proj", "v_proj")
-PEFT_TARGETS: dict[str, tuple[str, ...]] = {  # by model_type: the layers that PEFT adapts where none are named
+PEFT_TARGETS: dict[str, tuple[str, ...]] = {  # model_type -> PEFT's default target modules
     **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2"), _ATTENTION),
     **dict.fromkeys(("gemma3_text", "qwen2", "qwen3", "opt", "gptj", "gpt_neo", "bart"), _ATTENTION),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
@@ -68,15 +68,15 @@ PEFT_TARGETS: dict[str, tuple[str, ...]] = {  # by model_type: the layers that P
     "deberta-v2": ("query_proj", "value_proj"),
     "phi": (*_ATTENTION, "fc1", "fc2"),
 }
-PEFT_CHOOSES = (  # beside our default, where the base is not a folder whose architecture is in that table
-    ", where PEFT adapts fewer layers, by the architecture (q_proj and v_proj of llama, mistral, gemma and qwen2): "
-    "write adapter.target_modules: [q_proj, v_proj] for those"
+PEFT_CHOOSES = (  # printed with our default if the base's architecture is not known
+    "; PEFT adapts fewer layers of some architectures (q_proj and v_proj of llama, mistral, gemma and qwen2): "
+    "for these, write adapter.target_modules: [q_proj, v_proj]"
 )
 ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
 
 
 def tool_of(draft: Draft) -> str | None:
-    """Whose configuration this is; None for a recipe of ours, whatever spellings are in it."""
+    """The tool whose configuration this is; None for a recipe, even if it has some keys of other tools."""
     values = draft.values
     sections = [value for value in values.values() if isinstance(value, dict)]
     if any(COMPONENT in section for section in sections):
@@ -90,22 +90,22 @@ def tool_of(draft: Draft) -> str | None:
     return next((tool for tool, signs in SIGNS.items() if any(sign in values for sign in signs)), None)
 
 
-WHOLE = {TORCHTUNE: rewrite_torchtune, UNSLOTH: rewrite_sections, SCRIPT: rewrite_options}  # those that are not flat
+WHOLE = {TORCHTUNE: rewrite_torchtune, UNSLOTH: rewrite_sections, SCRIPT: rewrite_options}  # not flat
 
 
 def rate_of(method: str) -> float:
-    """The learning rate that TRL's trainer for this objective takes where none is written."""
+    """The default learning rate of TRL's trainer for this objective."""
     return _RATES.get(method, 2e-5)
 
 
 def trains_base(draft: Draft, tool: str | None) -> bool:
-    """Whether the tool, asked for no adapter, would train every weight; of a draft as read."""
+    """Whether the tool would train every weight, because the configuration has no adapter. `draft`: as it was read."""
     asked = draft.get(("adapter",)) if tool == AXOLOTL else draft.get(("use_peft",)) is True
     return tool in (AXOLOTL, TRL) and not asked
 
 
 def drop_empty(draft: Draft) -> None:
-    """Keys that nothing is known of, and that say nothing, in place: examples list many such."""
+    """Remove unknown keys with empty values, in place. Example configurations contain many."""
     for name in [name for name in draft.values if name not in OURS and name not in TOP_LEVEL]:
         if draft.values[name] in (None, False, "", [], {}):
             record(draft, draft.place((name,)), str(name), "nothing (it is empty)")
@@ -115,19 +115,19 @@ def drop_empty(draft: Draft) -> None:
 
 
 def drop_overruled(draft: Draft) -> None:
-    """Of two keys of which these tools obey one, the other; in place."""
+    """Remove epochs if max_steps is set, and warmup_ratio if warmup_steps is set, in place: other tools ignore them."""
     for used, ignored in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
         if draft.get(("training", used)) == 0:
             used, ignored = ignored, used
         keys: tuple[KeyPath, KeyPath] = (("training", used), ("training", ignored))
         if all(draft.get(key) is not None for key in keys):
             spelled = draft.place(keys[1]).spelled or dotted(keys[1])
-            record(draft, draft.place(keys[1]), spelled, f"nothing (training.{used} overrules it there)")
+            record(draft, draft.place(keys[1]), spelled, f"nothing (training.{used} takes precedence)")
             draft.remove(keys[1])
 
 
 def drop_unknown(draft: Draft, tool: str) -> None:
-    """Keys that are neither ours nor in the table would be lost; in place."""
+    """Remove keys that have no translation, in place. Each is a problem, because the import would lose it."""
     for name in [name for name in draft.values if name not in OURS]:
         complain(
             draft, draft.place((name,)), str(name), f"is a key of {tool} and would be lost: {UNTRANSLATED}", "remove it"
@@ -136,7 +136,7 @@ def drop_unknown(draft: Draft, tool: str) -> None:
 
 
 def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
-    """What the tool takes for keys that are not written, where that is not what we take; in place."""
+    """Write the tool's defaults that differ from tunekit's, in place. `every_weight`: whether the base is trained."""
     defaults = dict(DEFAULTS.get(tool, {}))
     if every_weight:
         defaults["adapter.method"] = "full"

@@ -1,4 +1,4 @@
-"""torchtune's configurations, whose sections name a component and its arguments -> tunekit's keys.
+"""torchtune's configurations -> tunekit's keys. Their sections name a component and its arguments.
 
 Source: torchtune's recipes/configs, and the arguments of the builders that they name.
 """
@@ -16,15 +16,15 @@ from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
 COMPONENT = "_component_"
-UNLIMITED = DataSection.model_fields["max_length"].default  # written where torchtune has no limit
+UNLIMITED = DataSection.model_fields["max_length"].default  # used if torchtune has no limit
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-HEAD, TAIL = re.compile(r"(\w+)\[:(\d+)%\]"), re.compile(r"(\w+)\[(\d+)%:\]")  # parts of a split
+HEAD, TAIL = re.compile(r"(\w+)\[:(\d+)%\]"), re.compile(r"(\w+)\[(\d+)%:\]")  # such as train[:95%]
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 MLP = ("gate_proj", "up_proj", "down_proj")
-FUSED = ("phi3", "phi4")  # whose modules have other names in transformers
+FUSED = ("phi3", "phi4")  # their modules have other names in transformers
 NOT_TEXT = ("vision", "clip", "flamingo")
 PAIRED = {"question": "prompt", "response_j": "chosen", "response_k": "rejected"}
-DATASETS: dict[str, dict[str, Any]] = {  # what a builder without arguments reads
+DATASETS: dict[str, dict[str, Any]] = {  # the source of a builder without arguments
     "alpaca_dataset": {"path": "tatsu-lab/alpaca", "format": "alpaca"},
     "alpaca_cleaned_dataset": {"path": "yahma/alpaca-cleaned", "format": "alpaca"},
     "slimorca_dataset": {"path": "Open-Orca/SlimOrca-Dedup", "format": "sharegpt"},
@@ -39,8 +39,8 @@ DATASETS: dict[str, dict[str, Any]] = {  # what a builder without arguments read
     "text_completion_dataset": {"format": "text"},
 }
 FIELDS = {"input": "prompt", "output": "completion", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-TRAINS_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")  # unless told not to
-FILES = ("json", "csv", "parquet", "text")  # sources that are kinds of files
+TRAINS_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")  # unless train_on_input is false
+FILES = ("json", "csv", "parquet", "text")  # values of `source` that name a file type
 OPTIMIZERS = {
     "torch.optim.AdamW": "adamw",
     "bitsandbytes.optim.AdamW8bit": "adamw_8bit",
@@ -48,7 +48,7 @@ OPTIMIZERS = {
     "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
 }
 SCHEDULE, SCHEDULES = f"lr_scheduler.{COMPONENT}", {"get_cosine_schedule_with_warmup": "cosine"}
-DIVERGENCES = {  # objective.beta of each, in whole or in chunks
+DIVERGENCES = {  # divergence loss -> objective.beta
     f"{name}{chunks}Loss": beta
     for name, beta in {"ForwardKL": 0.0, "ReverseKL": 1.0}.items()
     for chunks in ("", "WithChunkedOutput")
@@ -63,7 +63,7 @@ LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "Come
 
 
 def component(known: Mapping[str, object], how: str, what: str = "") -> Translate:
-    """A component by the last part of its name, such as `torchtune.rlhf.loss.DPOLoss`."""
+    """A translation of a component by the last part of its name, such as DPOLoss in `torchtune.rlhf.loss.DPOLoss`."""
 
     def translate(value: object) -> object:
         if (name := _last(value)) in known:
@@ -74,13 +74,13 @@ def component(known: Mapping[str, object], how: str, what: str = "") -> Translat
 
 
 def optimizer(value: object) -> object:
-    """A class by its whole name: those of torch and of bitsandbytes have the same last part."""
+    """Translate an optimizer class by its full name. Raises: NotExact for other classes."""
     if isinstance(value, str) and value in OPTIMIZERS:
         return OPTIMIZERS[value]
     raise NotExact(f"{show(value)} has no exact translation", f"known: {', '.join(OPTIMIZERS)}")
 
 
-SAME = {  # keys that mean what the same key of flat configurations means; learning_rate: where a file refers to one
+SAME = {  # keys with the same meaning as in flat configurations
     "": ("seed", "gradient_accumulation_steps", "output_dir", "resume_from_checkpoint", "learning_rate"),
     "model.": ("lora_rank", "lora_alpha", "lora_dropout"),
     "optimizer.": ("weight_decay",),
@@ -116,20 +116,20 @@ TABLE: dict[str, Alias] = {
     **to("training.warmup_steps", "lr_scheduler.num_warmup_steps"),
     **nowhere(lost("an adapter is continued by adapter.init_from", "write it"), "checkpointer.adapter_checkpoint"),
     **nowhere(lost("the tokenizer's own template is used", "write data.chat_template"), "tokenizer.prompt_template"),
-    **nowhere(lost("weights are not trained as if quantized"), "quantizer.*"),
-    **dropped("the teacher's own files say so", "teacher_model.*", "teacher_checkpointer.*"),
-    **dropped("logits are never whole", "kd_loss.*"),
+    **nowhere(lost("tunekit has no quantization-aware training"), "quantizer.*"),
+    **dropped("the teacher's files define it", "teacher_model.*", "teacher_checkpointer.*"),
+    **dropped("logits are computed in chunks", "kd_loss.*"),
     **dropped(
         TOP_LEVEL["fsdp"].why, "fsdp.*", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "custom_sharded_layers"
     ),
     **nowhere(exactly(1, how="run torchrun"), "tensor_parallel_dim", "context_parallel_dim"),
-    **dropped("the model's own files say so", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
+    **dropped("the model's files define it", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
     **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram", "loss.*"),
-    **dropped("say --device", "device"),
+    **dropped("use --device", "device"),
     **dropped("every step is logged", "log_every_n_steps", "log_peak_memory_stats", "log_level", "metric_logger.*"),
     **nowhere(lost("training.max_steps counts the steps of all epochs", "write it"), "max_steps_per_epoch"),
     **dropped("the run folder holds everything", "save_adapter_weights_only"),
-    **dropped("report.json says where time and memory went", "profiler.*"),
+    **dropped("report.json has the time and memory of each part", "profiler.*"),
 }
 
 
@@ -144,11 +144,11 @@ def rewrite_torchtune(draft: Draft) -> None:
     if theirs.get(DISTILLATION) is not None:
         theirs.write(DISTILLATION, "objective.method", "distill")
         if theirs.get("kd_ratio") is None:
-            theirs.write(DISTILLATION, "objective.kd_ratio", 0.5)  # of torchtune's recipe
+            theirs.write(DISTILLATION, "objective.kd_ratio", 0.5)  # default of torchtune's recipe
     _write_steps(theirs)
     _write_sources(theirs)
     if theirs.get("optimizer.weight_decay") is None:
-        theirs.write(f"optimizer.{COMPONENT}", "training.weight_decay", 0.01)  # torch's own
+        theirs.write(f"optimizer.{COMPONENT}", "training.weight_decay", 0.01)  # torch's default
     if theirs.get(SCHEDULE) is None:
         theirs.write(SCHEDULE, "training.scheduler", "constant")
         theirs.write(SCHEDULE, "training.warmup_ratio", 0.0)
@@ -159,18 +159,18 @@ def rewrite_torchtune(draft: Draft) -> None:
 
 
 def _write_max_length(theirs: Theirs) -> None:
-    """Without a length torchtune cuts no row; here every recipe has one, so the loss is stated."""
+    """Write data.max_length if torchtune has no limit, with a note that longer rows are not used whole."""
     key = "tokenizer.max_seq_len"
     if theirs.get(key) is None:
         theirs.take(key)
-        lost = f"{UNLIMITED} (no row is truncated there, and longer ones are here)"
+        lost = f"{UNLIMITED} (torchtune has no limit; tunekit drops or truncates longer rows)"
         theirs.draft.set(("data", "max_length"), UNLIMITED, theirs.places[key])
         how = "write data.max_length: the tokens of the longest row (`tunekit data check` counts them)"
         theirs.record(key, f"data.max_length: {lost}; {how}")
 
 
 def _referred(theirs: Theirs, value: object) -> object:
-    """A value with what `${key}` stands for in it."""
+    """The value with every `${key}` replaced by the value of that key."""
     if not isinstance(value, str):
         return value
     if whole := REFERENCE.fullmatch(value):
@@ -187,7 +187,7 @@ def _write_method(theirs: Theirs) -> None:
     key = f"model.{COMPONENT}"
     builder = str(theirs.take(key, ""))
     if any(word in builder for word in NOT_TEXT):
-        theirs.complain(key, f"{show(builder)} is no model of text alone", "choose another base")
+        theirs.complain(key, f"{show(builder)} is not a text-only model", "choose another base")
     name = _last(builder)
     trained, quantized = name.startswith(("lora_", "qlora_")), theirs.take("model.quantize_base", False)
     dora = theirs.take("model.use_dora", False)
@@ -209,7 +209,7 @@ def _write_method(theirs: Theirs) -> None:
 
 
 def _write_steps(theirs: Theirs) -> None:
-    """So many steps of each epoch -> the steps of all: the schedule is the same, but the rows are not drawn anew."""
+    """max_steps_per_epoch and epochs -> training.max_steps. The schedule is the same, but the order of rows differs."""
     steps, epochs = theirs.get("max_steps_per_epoch"), theirs.get("epochs", 1)
     if not (isinstance(steps, int) and isinstance(epochs, int)) or min(steps, epochs) < 1:
         return
@@ -220,7 +220,7 @@ def _write_steps(theirs: Theirs) -> None:
 
 
 def _write_sources(theirs: Theirs) -> None:
-    """dataset (one, or a list of them), datasets and dataset_val -> data.train, data.eval, packing, train_on."""
+    """Translate dataset, datasets and dataset_val to data.train, data.eval, data.packing and data.train_on."""
     _write_share(theirs)
     for section, target in (("dataset", "data.train"), ("datasets", "data.train"), ("dataset_val", "data.eval")):
         listed = theirs.take(section)
@@ -241,7 +241,7 @@ def _write_sources(theirs: Theirs) -> None:
 
 
 def _write_share(theirs: Theirs) -> None:
-    """`train[:95%]` to train on and `train[95%:]` to evaluate: a fraction, which is drawn and not cut off the end."""
+    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval, drawn at random."""
     head, tail = HEAD.fullmatch(theirs.get("dataset.split", "")), TAIL.fullmatch(theirs.get("dataset_val.split", ""))
     if head is None or tail is None or head.groups() != tail.groups():
         return
@@ -252,7 +252,7 @@ def _write_share(theirs: Theirs) -> None:
 
 
 def _section(theirs: Theirs, section: str) -> dict[str, Any]:
-    """The arguments of one section."""
+    """Remove one section, and return its arguments by name."""
     names = [name for name in theirs.values if name.startswith(f"{section}.")]
     if names:
         theirs.places[section] = theirs.values[names[0]][1]
@@ -260,7 +260,7 @@ def _section(theirs: Theirs, section: str) -> dict[str, Any]:
 
 
 def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
-    """One data set's arguments -> a source, and our keys that hold for all rows. Raises: NotExact."""
+    """Translate the arguments of one data set to a source, and to keys that apply to all sources. Raises: NotExact."""
     arguments = {name: value for name, value in part.items() if value is not None}
     builder = _last(arguments.pop(COMPONENT, ""))
     if builder not in DATASETS:
@@ -286,7 +286,7 @@ def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
         source |= {"columns": {column: "text"}} if column != "text" else {}
     split = arguments.pop("split", "train")
     if "[" in str(split):
-        raise NotExact(f"a part of a split ({split}) is no source", "write data.eval: a fraction, or max_rows")
+        raise NotExact(f"a part of a split ({split}) cannot be a source", "write data.eval: a fraction, or max_rows")
     source |= {"split": split} if split != "train" else {}
     if any(name not in FIELDS for name in mapped):
         raise NotExact(f"column_map {show(mapped)} has no exact translation", "write columns under the source")

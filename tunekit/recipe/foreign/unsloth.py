@@ -13,11 +13,11 @@ from tunekit.recipe.reading.draft import Draft
 FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
 _RECOMPUTED = one_of({"unsloth": True, "true": True, True: True, "none": False, False: False})
 _LOFTQ = switch("loftq")
-_IMAGES = "models that read pictures and write text are not trained"
+_IMAGES = "tunekit does not train models that read images and write text"
 
 
 def unset_by_zero(value: object) -> object:
-    """0 stands there for a key that is not written."""
+    """NOTHING for 0, which means "not set" in Unsloth; other values do not change."""
     return NOTHING if value == 0 and not isinstance(value, bool) else value
 
 
@@ -58,9 +58,9 @@ SECTIONS: dict[str, Alias] = {
         )
     },
     **dropped("metrics.jsonl holds every number", "logging.*"),
-    **dropped("`tunekit chat` and `generate` take their own", "inference.*"),
+    **dropped("`tunekit chat` and `generate` have their own options", "inference.*"),
 }
-OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
+OPTIONS: dict[str, Alias] = {  # options of unsloth-cli.py: TRL's keys and these
     **TOP_LEVEL,
     **to("model.quantization", "load_in_4bit", by=switch("nf4")),
     **to("model.dtype", "dtype", by=_dtype),
@@ -70,7 +70,7 @@ OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
     **to("data.train", "dataset", by=lambda value: [{"path": value, "format": "alpaca"}]),
     **to("adapter.start", "loftq_config", by=lambda value: NOTHING if value in ("None", "none") else "loftq"),
     **to("memory.gradient_checkpointing", "use_gradient_checkpointing", by=_RECOMPUTED),
-    **dropped("training.seed draws the adapter's first weights too", "random_state"),
+    **dropped("training.seed is also the seed of the adapter's initialisation", "random_state"),
     **dropped("run `tunekit merge` or `tunekit export` on the result", "save_model", "save_method", "save_gguf"),
     **dropped("run `tunekit merge` or `tunekit export` on the result", "save_path", "quantization"),
     **dropped(TOP_LEVEL["push_to_hub"].why, "push_model", "push_gguf", "hub_path"),
@@ -79,23 +79,23 @@ OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
 
 
 def rewrite_sections(draft: Draft) -> None:
-    """Replace every key of a configuration with sections, in place."""
+    """Replace every key of Unsloth's configuration, which has sections, in place."""
     theirs = take_all(draft)
     _write_sources(theirs)
     if theirs.get("training.training_type") == "full":
         for name in [name for name in theirs.values if name.startswith("lora.")]:
             theirs.take(name)
-            theirs.record(name, "nothing (every weight of the base is trained)")
+            theirs.record(name, "nothing (training_type: full trains every weight)")
     theirs.settle(SECTIONS)
 
 
 def rewrite_options(draft: Draft) -> None:
-    """Replace every option of the script, in place."""
+    """Replace every option of Unsloth's script, in place."""
     take_all(draft).settle(OPTIONS)
 
 
 def _write_sources(theirs: Theirs) -> None:
-    """data.dataset, a hub name, and data.local_dataset, files, with one format for all."""
+    """Write data.train: the hub data set of data.dataset and the files of data.local_dataset, with the same format."""
     kind = theirs.take("data.format_type", "auto")
     if kind not in FORMATS:
         theirs.complain("data.format_type", f"{kind!r} has no exact translation", f"known: {', '.join(FORMATS)}")

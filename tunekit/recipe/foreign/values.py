@@ -1,5 +1,6 @@
-"""Values of other tools -> tunekit's values, exactly or not at all.
-NOTHING: the value changes nothing here. NotExact: what would be lost.
+"""Translations of other tools' values to tunekit's values.
+
+NOTHING: the value changes nothing in tunekit. NotExact: the value has no exact translation.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,12 @@ Translate = Callable[[object], object]
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 _DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
 _DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.ultra"), "preference")  # Axolotl's
-_DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or of kto
+_DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or KTO
 _DATASET_KEYS = (
     *("path", "type", "ds_type", "split", "field", "field_messages", "field_chosen", "field_rejected", "revision"),
     *("message_field_role", "message_field_content", "message_property_mappings", "roles", "trust_remote_code"),
 )
-_SPEAKERS = {"chat": ("role", "content"), "sharegpt": ("from", "value")}  # keys of a message, of either format
+_SPEAKERS = {"chat": ("role", "content"), "sharegpt": ("from", "value")}  # the keys of a message in both formats
 _ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
 
 
@@ -26,7 +27,7 @@ KERNEL_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin")
 
 
 class NotExact(Exception):
-    """A value that has no exact translation: what is lost, and how to mend it."""
+    """A value has no exact translation. `what`: what would be lost; `how`: how to mend it."""
 
     def __init__(self, what: str, how: str = "") -> None:
         super().__init__(what)
@@ -34,12 +35,12 @@ class NotExact(Exception):
 
 
 def same(value: object) -> object:
-    """Only the name differs."""
+    """The value itself: only the name of the key differs."""
     return value
 
 
 def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
-    """A table of values; true and false are never taken for 1 and 0."""
+    """A translation by a table of values. true and false are not equal to 1 and 0."""
 
     def translate(value: object) -> object:
         for known, ours in choices.items():
@@ -52,27 +53,27 @@ def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
 
 
 def switch(ours: object) -> Translate:
-    """A switch that is one of our values if it is on, and changes nothing if it is off."""
+    """A translation of a switch: true becomes `ours`, false changes nothing."""
     return one_of({True: ours, False: NOTHING})
 
 
 def exactly(*known: object, how: str = "") -> Translate:
-    """Only these values, which change nothing."""
+    """A translation that accepts only these values. They change nothing."""
     return one_of(dict.fromkeys(known, NOTHING), how)
 
 
 def these(*choices: str | bool) -> Translate:
-    """Only these values, which stay as they are."""
+    """A translation that accepts only these values and does not change them."""
     return one_of({choice: choice for choice in choices})
 
 
 def always_so(value: object) -> object:
-    """Any value: the setting changes no result here."""
+    """NOTHING for any value: the setting changes no result."""
     return NOTHING
 
 
 def lost(why: str, how: str = "") -> Translate:
-    """Only false (or empty) can be translated: tunekit has nothing like it."""
+    """A translation that accepts only false and empty values, because tunekit has no such setting."""
 
     def translate(value: object) -> object:
         if value is False or value == "" or value == [] or value == {}:
@@ -83,7 +84,7 @@ def lost(why: str, how: str = "") -> Translate:
 
 
 def tokens_of_padding(value: object) -> object:
-    """Axolotl's special_tokens: which token pads changes nothing, for padding is masked."""
+    """Translate Axolotl's special_tokens. The padding token changes nothing, because padding is masked."""
     others = [name for name, token in value.items() if name != "pad_token" and token] if isinstance(value, dict) else []
     if others:
         raise NotExact(f"{others[0]} is taken from the base's tokenizer", "remove it if it is the same there")
@@ -91,7 +92,7 @@ def tokens_of_padding(value: object) -> object:
 
 
 def plugins(value: object) -> object:
-    """Axolotl's plugins: those of kernels alone change no result."""
+    """Translate Axolotl's plugins. Plugins that only replace kernels change no result."""
     others = [name for name in value or () if not str(name).endswith(KERNEL_PLUGINS)] if isinstance(value, list) else []
     if others or not isinstance(value, list):
         raise NotExact(f"{show(others[0] if others else value)} would be lost: plugins are not run", "remove it")
@@ -99,34 +100,34 @@ def plugins(value: object) -> object:
 
 
 def model_class(value: object) -> object:
-    """Axolotl's model_type: a causal language model is what sft loads anyway."""
+    """Translate Axolotl's model_type. A causal language model needs no key, because sft always loads one."""
     if str(value).endswith("ForCausalLM"):
         return NOTHING
-    raise NotExact(f"{show(value)} is no causal language model", "write model.family")
+    raise NotExact(f"{show(value)} is not a causal language model", "write model.family")
 
 
 def turned_off_by_zero(value: object) -> object:
-    """max_grad_norm 0 is no clipping: null here."""
+    """Translate max_grad_norm: 0 means no clipping, which is null in tunekit."""
     return None if value == 0 and not isinstance(value, bool) else value
 
 
 def unset_by_negative(value: object) -> object:
-    """max_steps -1 is unset there."""
+    """Translate max_steps: -1 means "not set" in the other tools."""
     return NOTHING if value == -1 and not isinstance(value, bool) else value
 
 
 def stage(value: object) -> object:
-    """LLaMA-Factory's name of a reward model is rm; pre-training is sft on plain text."""
+    """Translate LLaMA-Factory's stage: rm is a reward model, and pt (pre-training) is sft on plain text."""
     return {"rm": "reward", "pt": "sft"}.get(value, value) if isinstance(value, str) else value
 
 
 def negated(value: object) -> object:
-    """A switch with the opposite sense."""
+    """Translate a switch with the opposite meaning."""
     return not value if isinstance(value, bool) else value
 
 
 def evaluation_share(value: object) -> object:
-    """val_set_size: a fraction of the rows; 0 is none; a number of rows has no translation."""
+    """Translate val_set_size: a fraction of the rows, or 0 for no evaluation. A number of rows has no translation."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if value == 0:
@@ -137,7 +138,7 @@ def evaluation_share(value: object) -> object:
 
 
 def lora_targets(value: object) -> object:
-    """LLaMA-Factory: `all`, or names separated by commas."""
+    """Translate LLaMA-Factory's lora_target: `all`, or names separated by commas."""
     if not isinstance(value, str):
         return value
     if value in ("all", "all-linear"):
@@ -146,21 +147,21 @@ def lora_targets(value: object) -> object:
 
 
 def trackers(value: object) -> object:
-    """report_to: a name, a list of names, none."""
+    """Translate report_to: a name, a list of names, or none."""
     if value in ("none", ["none"]):
         return []
     return [value] if isinstance(value, str) else value
 
 
 def best_metric(value: object) -> object:
-    """metric_for_best_model: loss and eval_loss are eval.loss."""
+    """Translate metric_for_best_model: loss and eval_loss become eval.loss."""
     if not isinstance(value, str):
         return value
     return f"eval.{value.removeprefix('eval_')}"
 
 
 def dataset_files(value: object) -> object:
-    """LLaMA-Factory's `dataset`: names of files; those of dataset_info.json are sources already (datasets.py)."""
+    """Translate LLaMA-Factory's `dataset`: file names. datasets.py has already replaced names of dataset_info.json."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
@@ -170,7 +171,7 @@ def dataset_files(value: object) -> object:
 
 
 def dataset_list(value: object) -> object:
-    """Axolotl's and TRL's `datasets`: a list of {path, type, ...}."""
+    """Translate the `datasets` of Axolotl and TRL: a list of {path, type, ...}."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise NotExact("must be a list of {path: ..., type: ...}", "write data.train: FILE")
     return [_dataset(item) for item in value]
@@ -199,11 +200,11 @@ def _dataset(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_messages(item: dict[str, Any], source: dict[str, Any]) -> None:
-    """Axolotl's keys and roles of messages: those of our two formats. Raises: NotExact for others."""
+    """Check Axolotl's keys and roles of messages, and set the source's format. Raises: NotExact."""
     mapped = mapping_of(item, "message_property_mappings")
     keys = tuple(item.get(f"message_field_{name}") or mapped.get(name, name) for name in ("role", "content"))
     if keys not in _SPEAKERS.values() or set(mapped) - {"role", "content"}:
-        raise NotExact(f"messages with {' and '.join(map(str, keys))} are read by no format", "rename their keys")
+        raise NotExact(f"no format reads messages with {' and '.join(map(str, keys))}", "rename their keys")
     if source.get("format") == "chat" and keys == _SPEAKERS["sharegpt"]:
         source["format"] = "sharegpt"
     for role, names in mapping_of(item, "roles").items():
@@ -214,7 +215,7 @@ def _read_messages(item: dict[str, Any], source: dict[str, Any]) -> None:
 
 
 def mapping_of(item: dict[str, Any], key: str) -> dict[Any, Any]:
-    """The mapping under this key, empty where there is none. Raises: NotExact for anything else."""
+    """The mapping under this key; empty if the key is absent. Raises: NotExact if the value is not a mapping."""
     value = item.get(key) or {}
     if not isinstance(value, dict):
         raise NotExact(f"{key} must be a mapping, not {show(value)}", "mend it")

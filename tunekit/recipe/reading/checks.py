@@ -1,4 +1,4 @@
-"""What contradicts what: checks across keys, made before anything is loaded."""
+"""Checks that need more than one key of the recipe. They run before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +25,8 @@ ANSWER_METRIC = "exact_match"
 
 
 def settle_pairs(draft: Draft) -> None:
-    """Of two keys that exclude each other, writing one voids the other's default; writing both is a problem."""
+    """If the recipe writes one of two keys that exclude each other, the other one loses its default. Writing both is a
+    problem."""
     training = draft.values.get("training")
     if not isinstance(training, dict):
         return
@@ -52,7 +53,7 @@ def settle_generation(draft: Draft) -> None:
         return
     generated = [name for name in metrics if name in known_names("metrics") and needs_generation(name)]
     if not generated and evaluation.get("generate") is True:
-        evaluation["metrics"] = [*metrics, ANSWER_METRIC]  # answers that nobody scores would be made for nothing
+        evaluation["metrics"] = [*metrics, ANSWER_METRIC]  # generated answers without a metric would be wasted
     if generated and "generate" not in evaluation:
         evaluation["generate"] = True
     elif generated and evaluation["generate"] is False:
@@ -61,7 +62,8 @@ def settle_generation(draft: Draft) -> None:
 
 
 def settle_learning_rate(draft: Draft) -> None:
-    """Where no learning rate is written, the objective's published one, or else the adapter's, if either has one."""
+    """If the recipe writes no learning rate, use the published rate of the objective, else that of the adapter. Neither
+    need have one."""
     training = draft.values.get("training", {})
     if not isinstance(training, dict) or "learning_rate" in training:
         return
@@ -76,14 +78,14 @@ def settle_learning_rate(draft: Draft) -> None:
 
 
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
-    """Every check that needs valid sections; a section with problems of its own is absent and is not checked."""
+    """Check the keys of several sections together. `sections`: the valid sections by name; others are not checked."""
     data, evaluation = sections.get("data"), sections.get("evaluation")
     objective, written = _objective_class(draft), sections.get("objective")
     for name, how in objective.required.items():
         if written is not None and not getattr(written, name):
             draft.add_problem(("objective", name), "is required", how)
     if isinstance(data, DataSection):
-        unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded
+        unknown = draft.values.get("objective", "") is None  # the objective is known only after the model is loaded
         _check_rewritten_answers(draft, objective)
         _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
         if not draft.has(("data", "eval")) and draft.get(("training", "eval_steps")) is not None:
@@ -102,22 +104,23 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
     """Refuse access tokens and passwords: a run saves its recipe as it is."""
     value = draft.values if not key else value
     if isinstance(value, str) and holds_secret(value):
-        draft.add_problem(key, "holds what looks like a secret, and runs save their recipe", "set HF_TOKEN instead")
+        draft.add_problem(key, "looks like a secret, and a run saves its recipe", "set HF_TOKEN instead")
     for part, inner in inner_items(value):
         check_secrets(draft, inner, (*key, part))
 
 
 def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
-    """Only a row of one sequence may be several, and only where all of its answers are trained on, and they alone."""
+    """rewritten_answers: each makes several rows of one row. This needs an objective with one sequence per row, and a
+    loss on all answers and nothing else."""
     key, train_on = ("data", "rewritten_answers"), draft.get(("data", "train_on")) or "assistant"
     if draft.get(key) == "each" and not objective.one_sequence:
-        draft.add_problem(key, "a row of this objective has one answer to train on, or none", "remove it")
+        draft.add_problem(key, "a row of this objective has at most one answer to train on", "remove it")
     elif draft.get(key) == "each" and train_on != "assistant":
-        draft.add_problem(key, f"each is of data.train_on: assistant, which is {train_on}", "remove it")
+        draft.add_problem(key, f"each needs data.train_on: assistant, not {train_on}", "remove it")
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
-    """Of the objective that the recipe names; of the default where it names none that is known."""
+    """The settings class of the recipe's objective, or of the default objective if the recipe names no known one."""
     written = draft.values.get("objective")
     method = written.get("method") if isinstance(written, dict) else written
     return objective_class(method if method in known_names("objectives") else DEFAULT_METHOD["objective"])
@@ -135,19 +138,20 @@ def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> N
         if source.streaming:
             draft.add_problem(("data", "eval", index, "streaming"), "evaluation rows are read whole", "use max_rows")
         if source.weight != 1:
-            draft.add_problem(("data", "eval", index, "weight"), "evaluation rows are each counted once", "remove it")
+            draft.add_problem(("data", "eval", index, "weight"), "every evaluation row counts once", "remove it")
 
 
 def _check_streaming(draft: Draft, key: KeyPath, data: DataSection) -> None:
     if draft.get(("training", "max_steps")) is None:
         draft.add_problem(key, "a streamed source has no known length", "set training.max_steps")
     if isinstance(data.eval, float):
-        draft.add_problem(("data", "eval"), "no fraction can be taken of a streamed source", "name an eval source")
+        what = "a fraction of a streamed source cannot be split off"
+        draft.add_problem(("data", "eval"), what, "name an evaluation source")
 
 
 def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[str]) -> None:
     if source.max_rows is None and source.draw_seed != Source.model_fields["draw_seed"].default:
-        draft.add_problem((*key, "draw_seed"), "says which rows max_rows takes, and there is no max_rows", "remove it")
+        draft.add_problem((*key, "draw_seed"), "selects the rows of max_rows, and max_rows is not written", "remove it")
     if source.format != "auto" and source.format not in formats:
         known = source.format in known_names("formats")
         what = "the objective does not learn from the format" if known else "unknown format"
@@ -160,7 +164,7 @@ def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[
     for column, field in source.columns.items():
         if field not in fields:
             how = did_you_mean(field, fields, "its fields are")
-            draft.add_problem((*key, "columns", column), f"'{field}' is no field of the format {source.format}", how)
+            draft.add_problem((*key, "columns", column), f"'{field}' is not a field of the format {source.format}", how)
         elif field in taken:
             draft.add_problem((*key, "columns", column), f"a second column for the field '{field}'", "keep one")
         taken.add(field)
@@ -171,7 +175,7 @@ def _check_metrics(
 ) -> None:
     known, chosen = known_names("metrics"), evaluation.choices is not None
     if chosen and objective.example != "text":
-        what = "answers are chosen of rows with a prompt and an answer, and this objective has others"
+        what = "choices need rows with a prompt and an answer, and this objective has other rows"
         draft.add_problem(("evaluation", "choices"), what, "remove it, or write objective: sft or seq2seq")
     if evaluation.content_free_prompt is not None and not chosen:
         what, how = "there are no choices to calibrate", "write evaluation.choices, or remove it"

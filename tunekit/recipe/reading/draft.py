@@ -1,4 +1,4 @@
-"""A recipe while it is being read: plain values, and for every written key the place it was written."""
+"""A recipe while it is being read: its plain values, and the place of every written key."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key was written; `spelled` is the other tool's name where an alias was written."""
+    """The place of a key. `spelled`: the name that was written, if it is another tool's name of the key."""
 
     file: str
     line: int | None = None
@@ -23,23 +23,23 @@ class Place:
 
 @dataclass
 class Draft:
-    """Values (dicts, lists, scalars) with their places, the problems so far and the rewrites made."""
+    """Values (dicts, lists, scalars) with their places, and the problems and rewrites so far."""
 
     file: str
     values: Any = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
-    defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
-    program: str | None = None  # of a command line, whose options are the keys
-    untranslated: set[KeyPath] = field(default_factory=set)  # keys an alias meant but could not write: not "missing"
+    defaults: list[str] = field(default_factory=list)  # sentences about defaults that depend on other keys
+    program: str | None = None  # the training command, if the keys are its options
+    untranslated: set[KeyPath] = field(default_factory=set)  # keys that an alias could not write; not "missing"
 
     def has(self, key: KeyPath) -> bool:
-        """Whether the key is written (also as null)."""
+        """Whether the key is written. A key that is written as null counts."""
         return key in self.places
 
     def get(self, key: KeyPath, default: object = None) -> Any:
-        """The value at a key, `default` where it is not written."""
+        """The value of a key, or `default` if the key is not written."""
         value = self.values
         for part in key:
             if not has_item(value, part):
@@ -48,14 +48,14 @@ class Draft:
         return value
 
     def place(self, key: KeyPath) -> Place:
-        """The place of a key, or of the nearest written key that holds it."""
+        """The place of a key. If it is not written, the place of the nearest written mapping or list around it."""
         for length in range(len(key), 0, -1):
             if key[:length] in self.places:
                 return self.places[key[:length]]
         return Place(self.file)
 
     def set(self, key: KeyPath, value: object, place: Place) -> None:
-        """Write a value (its inner keys get the same place); the mappings on the way are made where absent."""
+        """Write a value. Its inner keys get the same place; missing mappings around the key are created."""
         self.forget(key)
         holder = self.values
         for length, part in enumerate(key[:-1], 1):
@@ -69,7 +69,7 @@ class Draft:
         self._mark(key, value, place)
 
     def remove(self, key: KeyPath) -> Any:
-        """Take a written key out and return its value."""
+        """Remove a written key and return its value."""
         holder = self.get(key[:-1])
         value = holder.pop(key[-1])
         self._unmark(key, value)
@@ -78,22 +78,22 @@ class Draft:
         return value
 
     def forget(self, key: KeyPath) -> None:
-        """Forget the places of a key and of everything in it."""
+        """Forget the places of a key and of all keys inside it."""
         self._unmark(key, self.get(key))
 
     def wrap(self, key: KeyPath, inner: str | int) -> None:
-        """Put the value at `key` one level down, under `inner`, places included: x -> {inner: x} or [x]."""
+        """Move a value and its places one level down: x becomes {inner: x}, or [x] if `inner` is a number."""
         value, place = self.get(key), self.place(key)
         moved = {(*key, inner, *known[len(key) :]): at for known, at in self.places.items() if known[: len(key)] == key}
         self.set(key, {inner: value} if isinstance(inner, str) else [value], place)
         self.places.update(moved)
 
     def add_problem(self, key: KeyPath, what: str, how: str = "") -> None:
-        """Record what is wrong at a key."""
+        """Record a problem with a key. `what`: what is wrong; `how`: how to mend it."""
         self.problems.append(self.problem(key, what, how))
 
     def problem(self, key: KeyPath, what: str, how: str = "") -> Problem:
-        """A problem at a key, with the place and the spelling the user wrote."""
+        """A problem with a key, with the place and the spelling that the user wrote."""
         place = self.place(key)
         name = dotted(key)
         if place.spelled and place.spelled != name:
@@ -119,7 +119,7 @@ class Draft:
             self._unmark((*key, part), inner)
 
     def _close_gap(self, key: KeyPath) -> None:
-        """After an item of a list is removed, the places of the later items move up by one."""
+        """Move the places of the later items of a list up by one, after the item `key` was removed."""
         *prefix, removed = key
         depth = len(prefix)
         places, self.places = self.places, {}
@@ -131,14 +131,14 @@ class Draft:
 
 
 def has_item(value: object, part: str | int) -> bool:
-    """Whether a mapping has this key, or a list this index."""
+    """Whether a mapping has this key, or a list has this index."""
     if isinstance(value, list):
         return isinstance(part, int) and 0 <= part < len(value)
     return isinstance(value, dict) and part in value
 
 
 def inner_items(value: object) -> list[tuple[str | int, Any]]:
-    """The (key or index, value) pairs of a mapping or list; none for a scalar."""
+    """The (key or index, value) pairs of a mapping or list; a scalar has no pairs."""
     if isinstance(value, dict):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""Recipe -> YAML text, every key written, for the run folder. Texts that YAML readers could take for something else are
+"""Recipe -> YAML text with every key, for the run folder. Texts that a YAML reader could take for another type are
 quoted."""
 
 import json
@@ -15,29 +15,31 @@ from tunekit.records import JsonObject
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 MAX_COMMENT = 300  # characters of a line
-_BREAKS = {ord(mark): " " for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"}  # that may end a comment
+_BREAKS = {ord(mark): " " for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"}  # would end a comment
 _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 1.1
 _ESCAPED = re.compile(
     "[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
-)  # some turn a terminal's text around
+)  # some reverse the text of a terminal
 
 
 def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
-    """The recipe as YAML, without its defaults where `written_only`; absolute paths are written relative to the folder
-    the new file will stand in."""
+    """The recipe as YAML. Absolute paths are written relative to the folder of the new file.
+
+    `written_only`: leave out keys that have their defaults because nobody wrote them.
+    """
     return _dump(recipe.model_dump(mode="json", exclude_unset=written_only), relative_to)
 
 
 def dump_draft(draft: Draft, problems: Sequence[Problem], relative_to: Path) -> str:
     """A draft as YAML, without the keys that have problems."""
-    for problem in reversed(problems):  # the last item of a list first, so that the others keep their numbers
+    for problem in reversed(problems):  # last item of a list first: the numbers of the others stay
         if draft.has(key := _key(problem, spelled=False)):
             draft.remove(key)
     return _dump(draft.values, relative_to)
 
 
 def as_comments(problems: Sequence[Problem], written: Draft) -> str:
-    """Each problem and its key, as it was `written`, as comments of YAML."""
+    """YAML comments: each problem, with the lines of its key. `written`: the draft as the user wrote it."""
     lines: list[str] = []
     for problem in problems[:MAX_LINES]:
         lines.append(str(problem))
@@ -49,7 +51,7 @@ def as_comments(problems: Sequence[Problem], written: Draft) -> str:
 
 
 def _key(problem: Problem, *, spelled: bool) -> KeyPath:
-    """Of `training.epochs (written num_epochs)` the name of the recipe, or the one that was written."""
+    """The key of a problem. For `training.epochs (written num_epochs)`, the second name if `spelled`."""
     name, _, other = (problem.key or "").removesuffix(")").partition(" (written ")
     return tuple(int(part) if part.isdecimal() else part for part in ((spelled and other) or name).split("."))
 
@@ -61,7 +63,7 @@ def _dump(values: JsonObject, relative_to: Path) -> str:
 
 
 def yaml_scalar(value: object) -> str:
-    """One scalar as YAML text that reads back as itself."""
+    """One scalar as YAML text. Reading that text gives the same value."""
     if isinstance(value, str):
         bare = (
             _BARE.fullmatch(value) and value.lower() not in _TAKEN_FOR_BOOLEAN and isinstance(read_scalar(value), str)
@@ -83,7 +85,7 @@ def yaml_lines(values: JsonObject, indent: str = "") -> list[str]:
             lines += [start, *yaml_lines(value, f"{indent}  ")]
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             lines.append(start)
-            for item in value:  # a wrong value that a draft quotes may have items of two kinds
+            for item in value:  # an invalid list can mix mappings and scalars
                 mapping = isinstance(item, dict) and item
                 first, *rest = yaml_lines(item, f"{indent}    ") if mapping else [yaml_scalar(item)]
                 lines += [f"{indent}  - {first.strip()}", *rest]

@@ -1,5 +1,5 @@
-"""Names in a recipe are file names: which adapters, objectives, families, formats and metrics exist, and their
-settings. A new file is a new name; there is no other list."""
+"""The names that a recipe can use: adapters, objectives, starts, families, formats and metrics, with their settings
+classes. The names are file names: a new file adds a name, and there is no other list."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,11 @@ _STATES_FAMILY = re.compile(r"^FAMILY\b[^=\n]*=", re.MULTILINE)
 
 @cache
 def known_names(kind: Kind) -> tuple[str, ...]:
-    """Every name of a kind, sorted: the files of recipe/KIND/; of formats and metrics those that state DESCRIPTION, of
-    families those that state FAMILY, which are read as text because they import torch."""
+    """Every name of a kind, sorted.
+
+    Adapters, objectives and starts are the files of recipe/KIND/. Formats and metrics are files that define
+    DESCRIPTION. Families are files that define FAMILY; they are searched as text because they import torch.
+    """
     if kind == "families":
         files = sorted((Path(__file__).parents[2] / "model" / kind).glob("*.py"))
         return tuple(file.stem for file in files if _STATES_FAMILY.search(file.read_text("utf-8")))
@@ -33,7 +36,7 @@ def known_names(kind: Kind) -> tuple[str, ...]:
 
 
 def facts_of(kind: Kind, name: str) -> ModuleType:
-    """The torch-free file of a known name."""
+    """The module of a known name. It does not import torch."""
     folder = kind if kind in ("formats", "metrics") else f"recipe.{kind}"
     return import_module(f"tunekit.{folder}.{name}")
 
@@ -50,20 +53,23 @@ def objective_class(name: str) -> type[ObjectiveSettings]:
 
 
 def adapter_class(name: str) -> type[AdapterSettings]:
-    """The settings class of a known method."""
+    """The settings class of a known adapter."""
     return settings_class("adapters", name)  # type: ignore[return-value]
 
 
 def formats_of(example: str) -> list[str]:
-    """The formats that give this kind of example."""
+    """The names of the formats whose rows become this kind of example."""
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
 
 
 def unmeasurable(
     metric: str, objective: type[ObjectiveSettings], facts: Mapping[str, Any], *, chosen: bool
 ) -> tuple[str, str] | None:
-    """What is wrong with a known metric of an objective, with choices or without, and how to mend it; None where it is
-    measured. `facts`: the settings of the objective, or the facts of a trained one."""
+    """Why an objective cannot measure a known metric, and how to mend it; None if it can.
+
+    `facts`: the settings of the objective, or the facts of a trained model; `chosen`: whether the answers are chosen
+    from a list (evaluation.choices).
+    """
     sums = {*objective.sums_of(facts), *(CHOICE_SUMS if chosen else ())}
     if _follows(metric, sums):
         return None
@@ -76,15 +82,15 @@ def unmeasurable(
 
 
 def _follows(metric: str, sums: Iterable[str]) -> bool:
-    """Whether a known metric follows from these sums, or from answers alone."""
+    """Whether a known metric can be computed from these sums, or from the answers alone."""
     return set(getattr(facts_of("metrics", metric), "NEEDS", ())) <= set(sums)
 
 
 def shows_of(objective: str) -> Shows:
-    """What progress, report and preview show about an objective."""
+    """The facts about an objective that progress, report and preview show."""
     return objective_class(objective).shows
 
 
 def needs_generation(metric: str) -> bool:
-    """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
+    """Whether a known metric compares generated answers with references. Other metrics use an objective's sums."""
     return hasattr(facts_of("metrics", metric), "score")

@@ -1,5 +1,6 @@
-"""KEY=VALUE and ~KEY of the command line -> changes of the Draft, under the same rules as the file.
-Values are read as YAML; keys are dotted, list items by index, other tools' names allowed.
+"""Overrides of the command line, KEY=VALUE and ~KEY -> changes of the Draft, under the same rules as the file.
+
+Values are read as YAML. Keys are dotted; a number in a key is the index of a list item. Other tools' names are allowed.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ HERE = Place(COMMAND_LINE)
 
 
 def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
-    """Apply each override in order; a later one may change what an earlier one wrote, but not repeat its key."""
+    """Apply the overrides in order. A later override may change keys inside an earlier one, but not repeat its key."""
     changed: set[KeyPath] = set()
     foreign = Draft(COMMAND_LINE)
     for text in overrides:
@@ -32,7 +33,7 @@ def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
     rewrite_aliases(foreign)
     draft.problems.extend(foreign.problems)
     draft.rewrites.extend(foreign.rewrites)
-    for key, place in foreign.places.items():  # every alias writes a key of a section: two parts
+    for key, place in foreign.places.items():  # aliases write keys of two parts, SECTION.KEY
         if len(key) == 2 and _is_new(draft, key, changed):
             _set(draft, key, foreign.get(key), place)
     expand_shorthands(draft)
@@ -62,7 +63,7 @@ def _assign(draft: Draft, foreign: Draft, text: str, changed: set[KeyPath]) -> N
 
 
 def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
-    """Write one value where the values on the way can hold it."""
+    """Write one value. It is a problem if a value on the way to the key is neither a mapping nor a long enough list."""
     holder = draft.values
     for length, part in enumerate(key):
         in_list = isinstance(holder, list) and isinstance(part, int) and part <= len(holder)
@@ -99,9 +100,9 @@ def _remove(draft: Draft, name: str, changed: set[KeyPath]) -> None:
 
 
 def parse_key(name: str, draft: Draft) -> KeyPath | None:
-    """`data.train.0.path` -> ("data", "train", 0, "path"); None where a part is empty.
+    """`data.train.0.path` -> ("data", "train", 0, "path"); None if a part is empty.
 
-    Below a key whose value maps free names (rank_pattern, columns) the rest is one name, dots and all.
+    rank_pattern and columns map names that may contain dots, so the text after such a key is one name.
     """
     parts = name.split(".")
     if not all(parts) or not name.isprintable() or any(part != part.strip() for part in parts):
@@ -117,7 +118,7 @@ def parse_key(name: str, draft: Draft) -> KeyPath | None:
 
 
 def _is_new(draft: Draft, key: KeyPath, changed: set[KeyPath]) -> bool:
-    """Whether the command line names this key for the first time; a second time is a problem."""
+    """Whether the command line names this key for the first time. Naming it twice is a problem."""
     if key in changed:
         _complain(draft, dotted(key), "is given twice", "keep one")
         return False

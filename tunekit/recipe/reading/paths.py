@@ -1,5 +1,7 @@
-"""Paths in a recipe are relative to the recipe file, those of the command line to the working folder: made absolute on
-reading, relative to the new file on writing. Hub names stay as they are; `~` is the home folder; `$VAR` stays.
+"""Paths in a recipe: made absolute when a recipe is read, and relative to the new file when one is written.
+
+Paths in a file are relative to that file, and paths on the command line to the working folder. `~` is the home folder.
+Hub names and `$VAR` are not changed.
 """
 
 import os
@@ -22,7 +24,7 @@ LONGEST_PATH_BYTES = 4096
 
 @dataclass(frozen=True)
 class NamedPath:
-    """A path in a recipe's plain values: its key, its text, and the mapping that it is in."""
+    """A path in a recipe's plain values: its key, its text, and the mapping that contains it (`holder`)."""
 
     key: KeyPath
     mark: PathMark
@@ -31,12 +33,12 @@ class NamedPath:
 
     @property
     def file(self) -> Path:
-        """The file or folder: of FILE.py:NAME the file."""
+        """The file or folder. For FILE.py:NAME this is FILE.py."""
         return Path(self.text.rpartition(":")[0] if self.mark.expected == "code" else self.text)
 
 
 def named_paths(values: Mapping[str, Any]) -> list[NamedPath]:
-    """Every path that a recipe's plain values hold, hub names among them."""
+    """Every path in a recipe's plain values, including hub names."""
     return [
         NamedPath((*key, name), mark, holder[name], holder)
         for key, owner, holder in sections_in(values)
@@ -47,7 +49,7 @@ def named_paths(values: Mapping[str, Any]) -> list[NamedPath]:
 
 @cache
 def path_marks(owner: type[Section]) -> dict[str, PathMark]:
-    """The keys of a settings class whose texts are paths."""
+    """The keys of a settings class that are paths, with their marks."""
     marks = {
         name: next(
             (part for part in (*field.metadata, *types_in(field.annotation)) if isinstance(part, PathMark)), None
@@ -58,7 +60,7 @@ def path_marks(owner: type[Section]) -> dict[str, PathMark]:
 
 
 def path_mark(key: str, values: Mapping[str, object]) -> PathMark | None:
-    """The mark of a dotted key in a recipe's flat values; None where its text is no path."""
+    """The mark of a dotted key in a recipe's flat values; None if the key is not a path."""
     first, *places, name = key.split(".")
     owner = section_class(first, {"method": values.get(f"{first}.method")})
     for place in places:
@@ -68,7 +70,7 @@ def path_mark(key: str, values: Mapping[str, object]) -> PathMark | None:
 
 
 def resolve_paths(draft: Draft, folder: Path) -> None:
-    """Make every local path of the draft absolute, in place; a path that no system can hold is a problem."""
+    """Make every local path of the draft absolute, in place. A text that cannot be a file name is a problem."""
     for path in named_paths(draft.values):
         fault = _fault(path.text)
         if fault:
@@ -81,12 +83,12 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
 
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:
-    """Whether a text is a path by its looks, and no name on the hub."""
+    """Whether a text looks like a path, not like a name on the hub."""
     return is_like_path(text) or text.lower().endswith(endings)
 
 
 def relative_path(path: str, folder: Path) -> str:
-    """An absolute path as written in a recipe inside `folder`; anything else (a hub name) unchanged."""
+    """An absolute path, rewritten relative to `folder`. Hub names and other texts are not changed."""
     if not os.path.isabs(path):
         return path
     relative = relative_to(path, folder)
@@ -94,16 +96,16 @@ def relative_path(path: str, folder: Path) -> str:
 
 
 def _fault(text: str) -> str | None:
-    """Why no file can have this name, or none is meant to."""
+    """Why a text cannot be a file name, or is probably a mistake; None if it can be one."""
     if "\0" in text:
-        return "a path cannot hold NUL"
+        return "a path cannot contain NUL"
     if control := _CONTROL.search(text):
         escape = "in double quotes a backslash begins an escape: use single quotes, or / in paths"
-        return f"holds the character U+{ord(control.group()):04X}; {escape}"
+        return f"contains the character U+{ord(control.group()):04X}; {escape}"
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
-        return "holds characters that no file name can have"
+        return "contains characters that no file name can have"
     if len(encoded) > LONGEST_PATH_BYTES or any(
         len(os.fsencode(part)) > LONGEST_NAME_BYTES for part in Path(text).parts
     ):

@@ -1,4 +1,4 @@
-"""pydantic's findings -> our words: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`."""
+"""pydantic's errors -> our messages: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ _KINDS = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
     "tuple_type": "must be a list",
 }
-# what people write from habit: the key, or the value, that is meant
+# keys and values that people write from habit -> the ones that they mean
 _MEANT_KEYS = {
     "lr": "learning_rate",
     "rank": "r",
@@ -49,7 +49,7 @@ _MEANT_VALUES = {
 
 
 def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
-    """Every finding of one section's validation, in our words."""
+    """Every error of one section's validation, as our problems."""
     findings = error.errors(include_url=False)
     return [_problem(finding, section, draft) for finding in findings if not _is_echo(finding, section, draft)]
 
@@ -78,7 +78,7 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
 
 
 def _leaf_elsewhere(name: str, of_item: bool) -> KeyPath | None:
-    """Where a key of exactly this name exists in another section; `of_item`: it is an item's of some list."""
+    """A key of exactly this name in any section; None if there is none. `of_item`: the written key is inside a list."""
     for section in Recipe.model_fields:
         owner = section_class(section, None)
         if owner and name in owner.model_fields:
@@ -87,7 +87,8 @@ def _leaf_elsewhere(name: str, of_item: bool) -> KeyPath | None:
 
 
 def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
-    """A list whose items are all wrong is not also too short; what an alias failed to write is not also missing."""
+    """Whether an error only repeats another one: a list is too short because its items are wrong, or a key is missing
+    because an alias could not write it."""
     if finding["type"] == "missing":
         return (*section, *finding["loc"]) in draft.untranslated
     return finding["type"] == "too_short" and len(finding["input"]) > 0
@@ -102,21 +103,19 @@ def _problem(finding: ErrorDetails, section: KeyPath, draft: Draft) -> Problem:
         return missing_key(key, draft)
     if kind in ("too_short", "string_too_short"):
         return draft.problem(key, "must not be empty")
-    of_section = not finding["loc"] or isinstance(finding["loc"][-1], int)  # or of an item that is one
-    if kind == "value_error" and of_section and isinstance(value, dict):  # its first word names the key
+    of_section = not finding["loc"] or isinstance(finding["loc"][-1], int)  # the error is about a whole section
+    if kind == "value_error" and of_section and isinstance(value, dict):  # the error's first word is the key
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))
-    if len(key) == 2 or (
-        len(key) == 3 and isinstance(key[2], int)
-    ):  # a key whose form is seldom guessed has an example
+    if len(key) == 2 or (len(key) == 3 and isinstance(key[2], int)):  # some keys have an example of their form
         owner = section_class(str(key[0]), draft.values.get(str(key[0])))
         how = getattr(owner, "required", {}).get(key[1], how)
     return draft.problem(key, f"{what}, not {show(value)}", how)
 
 
 def _words(kind: str, context: dict[str, Any], value: object, message: str) -> tuple[str, str]:
-    """What is wrong with a value, and how to mend it."""
+    """The two parts of a message: what is wrong with a value, and how to mend it."""
     if kind in _COMPARISONS:
         words, bound = _COMPARISONS[kind]
         return f"{words} {context[bound]}", ""
@@ -132,7 +131,7 @@ def _words(kind: str, context: dict[str, Any], value: object, message: str) -> t
 
 
 def _mend(what: str, value: object) -> str:
-    """How to write what was probably meant."""
+    """Advice on how to write the value that was probably meant; empty if unknown."""
     if value is None:
         return "write a value or remove the key"
     if "must be text" in what:
@@ -149,7 +148,7 @@ def _mend(what: str, value: object) -> str:
 
 
 def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -> KeyPath:
-    """pydantic's location without the union members it names on the way."""
+    """pydantic's location of an error, without the names of union members that pydantic adds to it."""
     value = draft.values
     key: list[str | int] = []
     for position, part in enumerate(loc):
@@ -162,7 +161,7 @@ def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -
 
 
 def missing_key(key: KeyPath, draft: Draft) -> Problem:
-    """A required key that is not there, with an example."""
+    """The problem of a required key that is missing, with an example of it."""
     examples = {
         "name_or_path": "a local folder or a hub id",
         "path": "a file or a hub data set",

@@ -1,4 +1,4 @@
-"""What a recipe may hold, for editors (JSON Schema) and for people (reference text)."""
+"""The keys that a recipe can have, as a JSON Schema for editors and as a reference text for people."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the reference."""
+    """A recipe key as the reference text shows it; all fields are text."""
 
     name: str
     type: str
@@ -31,7 +31,7 @@ class Key:
 
 
 def schema_text() -> str:
-    """The JSON Schema as a file holds it."""
+    """The JSON Schema as the text of a file."""
     return json.dumps(make_schema(), indent=1) + "\n"
 
 
@@ -60,7 +60,7 @@ def make_schema() -> JsonSchema:
 
 
 def make_reference() -> str:
-    """Each key with its type, default and meaning, a line each, section by section."""
+    """The reference text: one line per key, with its type, default and meaning, section by section."""
     lines: list[str] = []
     for name, section in _sections():
         methods = known_names(kind_of(name)) if name in DEFAULT_METHOD else ()
@@ -82,22 +82,24 @@ def make_reference() -> str:
 
 
 def _sections() -> Iterator[tuple[str, type[Section]]]:
-    """Each section with its settings class; of adapter and objective that of the default method."""
+    """Each section's name and settings class. adapter and objective have the class of their default method."""
     for name in Recipe.model_fields:
         if (owner := section_class(name, None)) is not None:
             yield name, owner
 
 
 def _schema_of(owner: type[Section], definitions: JsonSchema) -> JsonSchema:
-    """One section's schema; what it refers to goes into the definitions."""
+    """The schema of one section. The schemas that it refers to are added to `definitions`."""
     schema: JsonSchema = _in_standard_words(owner.model_json_schema())
     definitions.update(schema.pop("$defs", {}))
     return schema
 
 
 def _in_standard_words(schema: object) -> Any:
-    """Bounds that pydantic leaves in its own words, because a validator stands before them, in JSON Schema's; without
-    the titles that it makes of the keys' names."""
+    """The schema with bounds renamed from pydantic's words (`ge`) to JSON Schema's (`minimum`), and without titles.
+
+    pydantic keeps its own words for fields with a validator, and makes a title from the name of each key.
+    """
     if isinstance(schema, list):
         return [_in_standard_words(item) for item in schema]
     if not isinstance(schema, dict):
@@ -107,7 +109,8 @@ def _in_standard_words(schema: object) -> Any:
 
 
 def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
-    """`adapter` and `objective`: a name, or the settings of one method; the default method need not be named."""
+    """The schema of `adapter` or `objective`: a name, or the settings of one method. A mapping without `method` has the
+    default method."""
     methods = known_names(kind_of(name))
     choices = [_schema_of(settings_class(kind_of(name), method), definitions) for method in methods]
     for method, choice in zip(methods, choices, strict=True):
@@ -123,7 +126,7 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
 
 
 def _with_shorthand(field: JsonSchema) -> JsonSchema:
-    """A model may be its name alone, and a list of mappings one of them."""
+    """The schema of a field with its short forms: a name for a model section, one mapping for a list of mappings."""
     described = {key: text for key, text in field.items() if key == "description"}
     if field.get("$ref") == "#/$defs/ModelSection":
         return {**described, "anyOf": [TEXT, {"$ref": field["$ref"]}]}
@@ -133,7 +136,7 @@ def _with_shorthand(field: JsonSchema) -> JsonSchema:
 
 
 def _add_source_shorthands(data: JsonSchema) -> None:
-    """A path, a source, or a list of either."""
+    """Allow short forms of data.train and data.eval: a path, a source, or a list of paths and sources."""
     source = {"$ref": "#/$defs/Source"}
     several = {"type": "array", "minItems": 1, "items": {"anyOf": [TEXT, source]}}
     fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
@@ -148,14 +151,14 @@ def _alias_schema(name: str) -> JsonSchema:
 
 
 def _reference_of(title: str, owner: type[Section]) -> list[str]:
-    """One section of the reference text."""
+    """The lines of one section in the reference text."""
     keys = reference_keys(owner)
     lines = [f"  {key.name:<28} {key.type:<52} {key.default:<12} {key.meaning}".rstrip() for key in keys]
     return [f"{title}: {first_line(owner)}", *lines, ""]
 
 
 def reference_keys(owner: type[Section]) -> list[Key]:
-    """Every key of a section or of a method's settings, in words."""
+    """Every key of a settings class, as the reference text shows it."""
     schema, keys = owner.model_json_schema(), list[Key]()
     for name, field in schema["properties"].items():
         value = field.get("default", {})
@@ -166,7 +169,7 @@ def reference_keys(owner: type[Section]) -> list[Key]:
 
 
 def first_line(owner: type[Section]) -> str:
-    """What a section or a method's settings say of themselves: the first paragraph."""
+    """The first paragraph of a settings class's docstring, as one line."""
     return " ".join(str(owner.model_json_schema().get("description", "")).partition("\n\n")[0].split())
 
 

@@ -1,4 +1,4 @@
-"""Which settings class is behind each place of a recipe, found from the classes' own fields."""
+"""The settings class of each mapping in a recipe, derived from the fields of the settings classes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
@@ -13,12 +13,12 @@ from tunekit.records import JsonObject
 
 
 def kind_of(section: str) -> SettingsKind:
-    """The folder of names behind a section: adapter -> adapters."""
+    """The kind of names that a section uses: adapter -> adapters, objective -> objectives."""
     return "adapters" if section == "adapter" else "objectives"
 
 
 def section_class(name: str, values: object) -> type[Section] | None:
-    """The settings class of a section; None where it names a method that does not exist."""
+    """The settings class of a section; None if its method is unknown. `values`: the section's values in the recipe."""
     if name not in DEFAULT_METHOD:
         return inner_class(Recipe.model_fields[name], values) if name in Recipe.model_fields else None
     method = values.get("method", DEFAULT_METHOD[name]) if isinstance(values, dict) else DEFAULT_METHOD[name]
@@ -26,8 +26,10 @@ def section_class(name: str, values: object) -> type[Section] | None:
 
 
 def inner_class(field: FieldInfo, value: object) -> type[Section] | None:
-    """The settings class of a key's value, or of the members of the list that it is, such as objective.teacher; of
-    several classes the one that the value names. None where there is none."""
+    """The settings class of a key's value, or of the items if the value is a list; for example of objective.teacher.
+
+    If the key allows several classes, the `method` in the value selects one. None if no class fits.
+    """
     classes = [kind for kind in types_in(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
     if len(classes) < 2:
         return classes[0] if classes else None
@@ -36,14 +38,14 @@ def inner_class(field: FieldInfo, value: object) -> type[Section] | None:
 
 
 def types_in(kind: object) -> Iterator[object]:
-    """A type, the types within it, and what is written beside them in Annotated."""
+    """A type, the types inside it, and the metadata of Annotated."""
     yield kind
     for inner in get_args(kind):
         yield from types_in(inner)
 
 
 def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, FieldInfo]:
-    """The known keys at a place of the recipe; none where the place is no section."""
+    """The known keys of the section at this place of the recipe; empty if no section is there."""
     if not section:
         return Recipe.model_fields
     owner = section_class(str(section[0]), draft.values.get(str(section[0])))
@@ -52,13 +54,13 @@ def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, FieldInfo]:
             continue
         field = owner.model_fields.get(name)
         owner = inner_class(field, draft.get(section[:length])) if field else None
-        if owner is None and field and isinstance(field.default, Section):  # several classes, and none that is named
+        if owner is None and field and isinstance(field.default, Section):  # no class is named: use the default
             owner = type(field.default)
     return owner.model_fields if owner else {}
 
 
 def sections_in(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, type[Section], JsonObject]]:
-    """Every mapping in a recipe's plain values that is a section, with its place and its settings class."""
+    """Every section and inner section in a recipe's plain values: its key, settings class and mapping."""
     for name in Recipe.model_fields:
         yield from _sections_at((name,), section_class(name, values.get(name)), values.get(name))
 

@@ -1,20 +1,21 @@
-"""Where the shipped recipes, their data and their schema lie: inside an installed package, or beside it in a clone."""
+"""The folder of the shipped recipes, their data and their schema: inside an installed package, or next to it in a
+clone."""
 
 from pathlib import Path
 
 from tunekit.errors import InputError
 
-RUNS = "runs"  # where the recipes of a clone leave their run folders, each with a recipe.yaml of its own
+RUNS = "runs"  # run folders of a clone's recipes; their recipe.yaml files are not shipped
 
-SCHEMA_NAME = "recipe.schema.json"  # beside the recipes whose first line names it
-SCHEMA_MARK = "# yaml-language-server: $schema="  # which editors with that server look for
+SCHEMA_NAME = "recipe.schema.json"  # the first line of each recipe names it
+SCHEMA_MARK = "# yaml-language-server: $schema="  # editors with that server look for it
 SCHEMA_LINE = SCHEMA_MARK + SCHEMA_NAME
 
 
 def shipped_folder() -> Path:
     """The folder of shipped recipes: `tunekit/shipped_recipes` of a wheel, else `recipes` of the clone.
 
-    Raises: InputError where neither exists.
+    Raises: InputError if neither exists.
     """
     package = Path(__file__).resolve().parents[2]
     for folder in (package / "shipped_recipes", package.parent / "recipes"):
@@ -24,14 +25,14 @@ def shipped_folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Every shipped recipe by name, sorted: "sft-lora", or "folder/name" in a folder below."""
+    """The files of all shipped recipes by name, sorted. A name is "sft-lora", or "folder/name" in a subfolder."""
     folder = shipped_folder()
     files = {file.relative_to(folder): file for file in sorted(folder.rglob("*.yaml"))}
     return {name.with_suffix("").as_posix(): file for name, file in files.items() if name.parts[0] != RUNS}
 
 
 def first_comment(recipe: Path) -> str:
-    """What a recipe says of itself: its first line, or the one below the schema's, if that is a comment."""
+    """The comment in a recipe's first line, after the line that names the schema; empty if that line is no comment."""
     with recipe.open(encoding="utf-8") as opened:
         lines = (line.strip() for line in opened)
         line = next((line for line in lines if not line.startswith(SCHEMA_MARK)), "")

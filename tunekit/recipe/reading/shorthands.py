@@ -1,4 +1,4 @@
-"""Shorthands of structure -> the full form: `model: NAME`, `adapter: lora`, `train: rows.jsonl`, ..."""
+"""Short forms -> full forms of a recipe's structure: `model: NAME`, `adapter: lora`, `train: rows.jsonl`, ..."""
 
 from typing import get_origin
 
@@ -14,8 +14,8 @@ TRACKERS: KeyPath = ("output", "report_to")
 
 
 def expand_shorthands(draft: Draft) -> None:
-    """Write every shorthand out, in place: a text in place of a section, one section in place of a list of them. What
-    is in full form already stays."""
+    """Replace every short form by its full form, in place. Short forms are a text for a section, and one section for a
+    list of sections."""
     for name in Recipe.model_fields:
         _wrap_text(draft, (name,), section_class(name, None))
         _expand(draft, (name,), section_class(name, draft.values.get(name)))
@@ -25,32 +25,32 @@ def expand_shorthands(draft: Draft) -> None:
 
 
 def _wrap_text(draft: Draft, key: KeyPath, owner: type[Section] | None) -> None:
-    """A text -> {the key that it stands for: text}."""
+    """Replace the text at `key`, if there is one, by a mapping: NAME -> {name_or_path: NAME} for a model."""
     if owner is not None and owner.short and isinstance(draft.get(key), str):
         draft.wrap(key, owner.short)
 
 
 def _expand(draft: Draft, key: KeyPath, owner: type[Section] | None) -> None:
-    """The shorthands within one section."""
+    """Replace the short forms inside one section."""
     values = draft.get(key)
     if owner is None or not isinstance(values, dict):
         return
     for name in [name for name in values if name in owner.model_fields]:
         field = owner.model_fields[name]
-        inner = inner_class(field, values[name])  # None of an unknown name too, which is refused as it is
+        inner = inner_class(field, values[name])  # None for unknown names, which are refused later
         if inner is not None:
             _expand_value(draft, (*key, name), field, inner)
 
 
 def _expand_value(draft: Draft, key: KeyPath, field: FieldInfo, owner: type[Section]) -> None:
-    """The value of a key that takes a section, or a list of them."""
+    """Replace the short forms in the value of a key whose type is a section or a list of sections."""
     value, types = draft.get(key), list(types_in(field.annotation))
     if not any(get_origin(kind) is tuple for kind in types):
         _wrap_text(draft, key, owner)
         _expand(draft, key, owner)
         return
     if isinstance(value, str) and float in types and not isinstance(read_scalar(value), str):
-        return  # "0.05" in quotes is no file name but a mistake, and is refused as it is
+        return  # "0.05" in quotes is a mistake, not a file name; it is refused later
     if isinstance(value, dict) or (isinstance(value, str) and owner.short):
         draft.wrap(key, 0)
     members = draft.get(key)

@@ -1,4 +1,4 @@
-"""Did you mean: the nearest known name, and how a wrong value is shown in a message."""
+"""Suggestions of known names ("did you mean"), and wrong values as messages show them."""
 
 from collections.abc import Iterable
 
@@ -6,25 +6,25 @@ from tunekit.errors import redact
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name closest to `word`, None where nothing is close."""
-    from difflib import get_close_matches  # only a mistake pays for this import
+    """The known name that is most similar to `word`; None if no name is similar."""
+    from difflib import get_close_matches  # imported only if there is a mistake
 
     names = {name.lower(): name for name in known}
     word = word.lower().replace("-", "_")
     found = get_close_matches(word, names, cutoff=0.7)
-    found.sort(key=lambda name: sorted(name) != sorted(word))  # letters that changed places come first
+    found.sort(key=lambda name: sorted(name) != sorted(word))  # names with the same letters come first
     return names[found[0]] if found else None
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
-    """`did you mean 'epochs'?`, or `otherwise: a, b, c` where nothing is near."""
+    """`did you mean 'epochs'?`, or `otherwise: a, b, c` if no known name is similar."""
     names = list(known)
     found = nearest(word, names)
     return f"did you mean '{found}'?" if found else f"{otherwise}: {', '.join(names)}"
 
 
 def show(value: object) -> str:
-    """A value as a message shows it: its kind and a short, secret-free form."""
+    """A value as a message shows it: short, and without secrets."""
     if value is None:
         return "empty"
     if isinstance(value, bool):

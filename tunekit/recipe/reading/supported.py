@@ -1,4 +1,4 @@
-"""What the recipe's grammar knows but this version cannot do: refused by name, never read and ignored."""
+"""Combinations of valid keys that tunekit cannot run. They are refused by name, never ignored."""
 
 from collections.abc import Iterator
 
@@ -8,13 +8,13 @@ from tunekit.recipe.recipe import Recipe
 
 
 def refuse_unsupported(recipe: Recipe) -> list[Problem]:
-    """Every written option that could not be obeyed."""
+    """One problem for every option that this recipe cannot combine with its other options."""
     beside = _problems_of_a_trained_base(recipe)
     return [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
 
 
 def _family_problems(recipe: Recipe) -> Iterator[Problem]:
-    """A base of another family than the objective trains."""
+    """The problem of a base whose family the objective cannot train."""
     trained = recipe.objective.family
     if recipe.model.family not in ("auto", trained):
         what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
@@ -23,7 +23,7 @@ def _family_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
-    """What cannot be had where the base's own weights are trained."""
+    """Problems of options that do not work if the base's own weights are trained."""
     adapter, quantization = recipe.adapter, recipe.model.quantization
     if not adapter.trains_base:
         return
@@ -32,9 +32,9 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
     dense = "write quantization: none, or train an adapter of it, lora for one"
     base = "name the model in model.name_or_path"
     checks = (
-        ("model.quantization", quantization != "none", f", and packed ones ({quantization}) have no gradient", dense),
-        ("memory.streaming", streams, ", which a streamed base only reads", "write off, or train an adapter"),
-        ("memory.streamed_head", recipe.memory.streamed_head, ", the output projection's too", "write false"),
+        ("model.quantization", quantization != "none", f", and {quantization} weights have no gradient", dense),
+        ("memory.streaming", streams, ", and a streamed base is read-only", "write off, or train an adapter"),
+        ("memory.streamed_head", recipe.memory.streamed_head, ", and a streamed head is read-only", "write false"),
         ("training.loraplus_ratio", ratio is not None, ": there is no B that could be faster than A", "remove it"),
         ("adapter.init_from", adapter.init_from is not None, ": there is no adapter to continue", base),
     )
@@ -44,33 +44,33 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
-    """What may be traded for activations, where there is nothing to trade or it would change results."""
+    """Problems of settings that save the memory of activations: they have no effect, or they would change results."""
     memory = recipe.memory
     recomputed = memory.gradient_checkpointing
     if memory.activation_offload is True and recomputed is not True and recomputed in (0, 1):  # False is 0
-        what = "the inputs of recomputed layers wait on the host, the last one's excepted, and that leaves none"
+        what = "this offloads the inputs of recomputed layers except the last, and no such layer is left"
         how = "write auto, or memory.gradient_checkpointing: auto"
         yield Problem(what, how, key="memory.activation_offload")
     if memory.mlp_tile_tokens is not None and recipe.model.quantization == "int8":
-        what = "LLM.int8 rounds over all tokens that it is given, so that tiles would change what it computes"
+        what = "LLM.int8 rounds over all tokens of a call, so tiles would change its results"
         how = "remove it, or write model.quantization: int8_weight_only"
         yield Problem(what, how, key="memory.mlp_tile_tokens")
 
 
 def _start_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Starts of the LoRA family that do not fit how the base is stored."""
+    """Problems of a LoRA initialisation (`start`) that does not fit the base's quantization."""
     start, quantization = getattr(recipe.adapter, "start", None), recipe.model.quantization
     if not isinstance(start, StartSettings):
         return
     if start.moves_weights and quantization != "none":
         what = (
-            f"{start.method} moves a part of each weight into the adapter, and what is left of a {quantization} base "
-            "would have to be quantized anew"
+            f"{start.method} moves a part of each weight into the adapter, and the rest of a {quantization} base "
+            "would have to be quantized again"
         )
         yield Problem(what, "write start: loftq, or quantization: none", key="adapter.start")
     if start.looks_at == "original" and quantization == "none":
-        what = f"{start.method} makes up for what quantization took, and this base is not quantized"
+        what = f"{start.method} corrects the errors of quantization, and this base is not quantized"
         yield Problem(what, "write model.quantization: nf4, or another start", key="adapter.start")
     elif start.looks_at == "original" and recipe.model.name_or_path.endswith(".gguf"):
-        what = f"{start.method} needs the weights from before quantization, and a GGUF file need not hold them"
+        what = f"{start.method} needs the weights before quantization, and a GGUF file may not contain them"
         yield Problem(what, "give the safetensors folder of the base, or another start", key="adapter.start")

@@ -32,7 +32,7 @@ _NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-
 def read_recipe_file(path: Path) -> Draft:
     """Read a recipe file into a Draft.
 
-    Raises: RecipeError where it is no readable YAML mapping.
+    Raises: RecipeError if the file is not a readable YAML mapping.
     """
     file = str(path)
     draft = read_yaml(read_text(path), file)
@@ -53,12 +53,12 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(text: str, file: str) -> Draft:
-    """Read one YAML document; `values` of the Draft may be any value.
+    """Read one YAML document. `values` of the Draft can be any value, not only a mapping.
 
     Raises: RecipeError at a syntax error.
     """
     if bad := _NOT_TEXT.search(text):
-        what = f"the character U+{ord(bad.group()):04X} cannot stand in YAML"
+        what = f"the character U+{ord(bad.group()):04X} is not allowed in YAML"
         raise RecipeError(what, "remove it", file=file, line=text.count("\n", 0, bad.start()) + 1)
     reader = _Reader(file)
     try:
@@ -89,7 +89,7 @@ def read_scalar(text: str) -> object:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file of bounded size; nothing else is ever opened."""
+    """The bytes of a file of bounded size. Folders, pipes and devices are never opened."""
     file = str(path)
     try:
         facts = path.stat()
@@ -133,7 +133,7 @@ _Node = yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.AliasEvent
 
 
 class _Reader:
-    """Builds plain values from parser events, noting the line of every key."""
+    """Builds plain values from parser events, and records the line of every key."""
 
     def __init__(self, file: str) -> None:
         self.draft = Draft(file)
@@ -171,7 +171,7 @@ class _Reader:
     def _text(self, event: yaml.ScalarEvent, key: KeyPath) -> str:
         bad = _NOT_TEXT.search(event.value)
         if bad and (bad.group() == "\0" or "\ud800" <= bad.group() <= "\udfff"):
-            self._note(event, key, f"holds the character U+{ord(bad.group()):04X}, which is no text", "remove it")
+            self._note(event, key, f"contains the character U+{ord(bad.group()):04X}, which is not text", "remove it")
         return event.value
 
     def _list(self, key: KeyPath) -> list[object]:
@@ -188,7 +188,9 @@ class _Reader:
             name = self._name(event, key)
             inner = (*key, name)
             if not name.isprintable() or not name:
-                self._note(event, key, f"the key {name!r} is no name" if name else "an empty key", "write KEY: VALUE")
+                self._note(
+                    event, key, f"the key {name!r} is not a name" if name else "an empty key", "write KEY: VALUE"
+                )
                 self._skip(next(self._events))
             elif name == "<<" and event.style is None:
                 self._note(event, inner, "merge keys are not allowed", "write the keys out")
@@ -203,7 +205,7 @@ class _Reader:
         return values
 
     def _name(self, event: yaml.Event, key: KeyPath) -> str:
-        """A key is the text of a scalar, whatever it looks like: `no`, `1` and `true` are names too."""
+        """The name of a key: the text of a scalar. `no`, `1` and `true` are names too."""
         if not isinstance(event, yaml.ScalarEvent):
             self._fail(event, "a key must be a name, not a list, mapping or alias", "write KEY: VALUE")
         if event.anchor is not None or event.tag is not None:
@@ -211,7 +213,7 @@ class _Reader:
         return event.value
 
     def _skip(self, event: yaml.Event) -> None:
-        """Read past a value whose key was refused."""
+        """Skip the value of a key that was refused."""
         depth = int(isinstance(event, yaml.CollectionStartEvent))
         while depth:
             event = next(self._events)
