@@ -1,5 +1,5 @@
-"""Every error a user can meet: where it is (file, line, key), what is wrong, how to mend it, and the exit code; and
-the filter for secrets that all printed text passes.
+"""All errors for users: the place (file, line, key), what is wrong, how to mend it, and the exit code. It also has the
+filter that removes secrets from printed text.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # of access tokens
+_PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # prefixes of access tokens
 _PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
 EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
-MAX_LINES = 100  # of one list of problems or notes; nobody reads more
+MAX_LINES = 100  # of one list of problems or notes
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_PASSWORD}")
 _SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}")  # longer: a folder may be called hf_checkpoints
@@ -24,25 +24,25 @@ def redact(text: str) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether text holds what is an access token by its length, or an address with a user and password."""
+    """Whether a text contains an access token, or an address with user and password."""
     return _SURE_SECRET.search(text) is not None
 
 
 def first_lines(lines: Sequence[object]) -> list[str]:
-    """The lines, of which so many are shown and the others counted."""
+    """The first MAX_LINES lines, and a line with the number of the others."""
     shown = [str(line) for line in lines[:MAX_LINES]]
     return shown if len(lines) <= MAX_LINES else [*shown, f"... and {len(lines) - MAX_LINES:,} more like these"]
 
 
 def listed(names: Sequence[object], most: int) -> str:
-    """The first names, and how many more there are."""
+    """The first `most` names, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{', '.join(map(str, names[:most]))}{more}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, as one line: `file:line: key: what; how to mend`."""
+    """One problem, printed as one line: `file:line: key: what; how`. `how`: how to mend it."""
 
     what: str
     how: str = ""
@@ -57,15 +57,15 @@ class Problem:
 
 
 class TunekitError(Exception):
-    """Base of all errors meant for a user; `problems` holds every problem found, not only the first.
+    """Base class of all errors for users. `problems`: all problems, not only the first one.
 
-    Make one with the words of a single problem, `DataError("row is not an object", "write {...}", file=f, line=3)`,
-    or with several: `RecipeError.of(problems)`.
+    Create it from the words of one problem, `DataError("row is not an object", "write {...}", file=f, line=3)`,
+    or from several problems, `RecipeError.of(problems)`.
     """
 
     exit_code = 1
     alone = False  # whether one of several ranks has this error, and no other rank prints it
-    notes: tuple[str, ...] = ()  # said before the problems, such as the spellings of other tools that were rewritten
+    notes: tuple[str, ...] = ()  # printed before the problems, such as rewritten keys of other tools
 
     def __init__(
         self, what: str, how: str = "", *, file: str | None = None, line: int | None = None, key: str | None = None
@@ -75,8 +75,8 @@ class TunekitError(Exception):
 
     @classmethod
     def of(cls, problems: Sequence[Problem], notes: Sequence[str] = ()) -> TunekitError:
-        """Wrap every problem of one pass in one error."""
-        problems = tuple(dict.fromkeys(problems))  # two parts may have found the same one
+        """One error with all these problems."""
+        problems = tuple(dict.fromkeys(problems))  # two checks may report the same problem
         first = problems[0]
         error = cls(first.what, first.how, file=first.file, line=first.line, key=first.key)
         error.problems, error.notes = problems, tuple(notes)
@@ -96,33 +96,33 @@ class InputError(TunekitError):
 
 
 class RecipeError(InputError):
-    """The recipe: syntax, keys, values, contradictions."""
+    """The recipe is wrong: its syntax, a key, a value, or a contradiction."""
 
 
 class DataError(InputError):
-    """A data file or row."""
+    """A data file or a row is wrong."""
 
 
 class ModelError(InputError):
-    """A base model folder, its configuration or its tokenizer."""
+    """A base model's folder, configuration or tokenizer is wrong."""
 
 
 class AdapterError(InputError):
-    """An adapter folder, or an adapter that does not fit its base."""
+    """An adapter folder is wrong, or an adapter does not fit its base."""
 
 
 class RewardError(InputError):
-    """A reward: its file, or what it gave back."""
+    """A reward is wrong: its file, or a value that it returned."""
 
     resume_advice = "continue with --resume; if you repaired the reward's file, add --accept-changed objective.reward"
 
 
 class RunFolderError(InputError):
-    """The run folder: a held lock, a refused resume, a finished run in the way."""
+    """The run folder cannot be used: it is locked, a resume is refused, or it contains a finished run."""
 
 
 class NumericsError(TunekitError):
-    """The numbers went wrong: non-finite loss or gradient, a collapsed loss scale."""
+    """The numbers are invalid: a non-finite loss or gradient, or a collapsed loss scale."""
 
     exit_code = 3
 
@@ -141,11 +141,11 @@ class Stopped(TunekitError):
         self.exit_code = 128 + signal_number
 
 
-MEMORY_MESSAGES = (  # of errors that have no class of their own: the host's, a driver's, a library's on the device
+MEMORY_MESSAGES = (  # messages of errors without a class of their own
     *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
     *("CUDA error: out of memory", "HIP error: out of memory", "MPS backend out of memory", "OUT_OF_DEVICE_MEMORY"),
     *("BLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "miopenStatusAllocFailed"),
-    # cuDNN's, if no algorithm's workspace fits: accelerate takes them for the same
+    # cuDNN: no algorithm's workspace fits; accelerate treats these messages in the same way
     *("CUDNN_STATUS_NOT_SUPPORTED", "valid cuDNN algorithm", "unable to find an engine to execute this computation"),
 )
 

@@ -1,20 +1,19 @@
-"""Plain records that pass between folders: what an objective shows, the plan and its parts, a step, an evaluation, the
-facts of a report.
+"""Plain records that several folders use: the plan and its parts, a step, an evaluation, the facts of a report.
 
-Frozen dataclasses of plain values (str, int, float, bool, None, lists and dicts of those) and of each other, so that
-every record can be written as JSON by `dataclasses.asdict`.
+They are frozen dataclasses of plain values and of other records, so that `dataclasses.asdict` makes JSON of them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-JsonObject = dict[str, Any]  # plain values by name, as JSON and YAML have them
+JsonObject = dict[str, Any]  # a JSON object
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The number of each step that progress, the first chart and the report show; `rises`: when training goes well."""
+    """The main number of a step, which progress, the first chart and the report show. `rises`: whether it rises when
+    training goes well."""
 
     name: str = "loss"
     title: str = "Training loss"
@@ -23,7 +22,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Panel:
-    """A table of the report: the examples that some step records hold under `key`.
+    """A table of the report with the examples that some step records have under `key`.
 
     `columns`: label and key of each column; a value that is a mapping has one column per name.
     """
@@ -35,7 +34,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Stall:
-    """A logged share that is 1 in `steps` steps in a row when nothing is learned: its meaning, and what to do."""
+    """A sign that nothing is learned: the logged share `metric` is 1 in `steps` consecutive steps. `action`: what to
+    do."""
 
     metric: str
     steps: int
@@ -45,23 +45,23 @@ class Stall:
 
 @dataclass(frozen=True)
 class Shows:
-    """What progress, report and preview show about an objective."""
+    """The facts about an objective that progress, report and preview show."""
 
-    unit: str = "supervised token"  # what its loss sums over
-    size_unit: str = "token"  # what the sizes of its rows count
+    unit: str = "supervised token"  # the unit that the loss sums over
+    size_unit: str = "token"  # the unit of a row's size
     headline: Headline = Headline()
-    draws: str = ""  # if its model draws pictures: the key of their prompts in the objective's section
+    draws: str = ""  # for models that generate images: the objective's key with their prompts
     panels: tuple[Panel, ...] = ()
     stalled: tuple[Stall, ...] = ()
 
     @property
     def units(self) -> str:
-        """supervised tokens, pairs, labels."""
+        """The plural of `unit`, such as "supervised tokens" or "pairs"."""
         return f"{self.unit}s"
 
     @property
     def sizes(self) -> str:
-        """tokens, frames, pixels."""
+        """The plural of `size_unit`, such as "tokens" or "frames"."""
         return f"{self.size_unit}s"
 
 
@@ -70,8 +70,11 @@ DEFAULT_SHOWS = Shows()
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why `train` would refuse: the recipe key, its line (None if not written), the message with its mend, the
-    file of that line (the recipe, another input, or `command line`), and the exit code (4: too little memory)."""
+    """A reason why `train` would refuse the recipe.
+
+    `line`: the line of `key`, None if it is not written; `message`: what is wrong and how to mend it; `file`: the
+    recipe, another input, or `command line`; `exit_code`: 4 means too little memory.
+    """
 
     key: str
     line: int | None
@@ -91,15 +94,16 @@ class Target:
     trainable_parameters: int
     r: int | None = None
     alpha: float | None = None
-    experts: int | None = None  # of a fused 3-D parameter (experts, out, in)
+    experts: int | None = None  # number of experts in a fused parameter (experts, out, in)
     has_bias: bool = False
-    transposed: bool = False  # of a fused parameter: stored as (experts, in, out)
-    wrapped: int = 0  # of a fused parameter: how many adapted ones of the same module come after it
+    transposed: bool = False  # whether a fused parameter is stored as (experts, in, out)
+    wrapped: int = 0  # the number of adapted fused parameters after it in the same module
 
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """Predicted peak memory in bytes, by part; `total` is the peak of the whole step, not of each part alone."""
+    """The predicted peak memory of each part, in bytes. `total`: the peak of the whole step, not the sum of the
+    parts."""
 
     weights: int
     adapter: int
@@ -111,7 +115,8 @@ class PeakBytes:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of the sources; supervised tokens are loss tokens of one epoch."""
+    """How many rows were read, trained on, dropped and truncated. `supervised_tokens`: tokens with a loss in one
+    epoch."""
 
     read: int
     trained: int
@@ -126,7 +131,7 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the base is, resolved: never `auto`."""
+    """The facts of the base model. They have final values, never `auto`."""
 
     name_or_path: str
     revision: str | None
@@ -152,15 +157,17 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the run computes what the recipe asks for. `micro_batch_size` None: micro-batches are cut by tokens.
+    """The settings that plan chose for computing a step. `micro_batch_size`: None if micro-batches are limited by
+    tokens.
 
-    `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
-    layer before the next. `streamed_head`: the output projection waits there too.
+    `streaming`: the storage of the base's weights: off (the device), host or disk. `pass_micro_batches`: how many
+    micro-batches use a streamed layer before the next layer is copied. `streamed_head`: whether the output projection
+    is streamed too.
     """
 
     micro_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
-    logits_chunk_tokens: int = 0  # 0: as many as the vocabulary allows
+    logits_chunk_tokens: int = 0  # 0: chosen by the size of the vocabulary
     checkpointed_layers: int = 0
     streaming: str = "off"
     streamed_head: bool = False
@@ -173,7 +180,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """The rows that are trained on and evaluated, and how an epoch of them is cut; None where a stream has no end."""
+    """The counts of training and evaluation rows, and of micro-batches and steps per epoch (None for a stream)."""
 
     training: RowCounts
     evaluation: RowCounts | None
@@ -185,12 +192,12 @@ class PlannedRows:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before a weight is loaded; saved as plan.json and obeyed by train."""
+    """All decisions that are made before weights are loaded. It is saved as plan.json, and train follows it."""
 
     tunekit_version: str
     recipe: dict[str, dict[str, object]]
     model: ModelFacts
-    text: TextFacts | None  # None: a family without text
+    text: TextFacts | None  # None if the family has no text
     device: str
     targets: list[Target]
     trainable_parameters: int
@@ -204,7 +211,7 @@ class Plan:
     refusals: list[Refusal]
     notes: list[str] = field(default_factory=list)
     budget_bytes: int | None = None
-    tries_longest_batch: bool = False  # before step 1
+    tries_longest_batch: bool = False  # whether train tries the longest micro-batch before step 1
     trial_reason: str = ""
 
     @property
@@ -215,7 +222,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Results of preparing a step: numbers to log, over all ranks; seconds by part; samples of the model."""
+    """The results of preparing a step. `metrics`: numbers to log, over all ranks; `seconds`: time by part; `samples`:
+    completions of the model."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -224,7 +232,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step as metrics.jsonl holds it; `loss` is the step's own token-weighted mean, unsmoothed."""
+    """One optimizer step, as in metrics.jsonl. `loss`: the mean over the units of this step, not smoothed."""
 
     step: int
     epoch: float
@@ -236,15 +244,15 @@ class StepRecord:
     seconds: float
     tokens_per_second: float
     peak_bytes: int
-    metrics: dict[str, float] = field(default_factory=dict)  # means over the step of what its objective logs
-    samples: list[Mapping[str, object]] | None = None  # of the model's completions, of some steps
+    metrics: dict[str, float] = field(default_factory=dict)  # the objective's other numbers, as means over the step
+    samples: list[Mapping[str, object]] | None = None  # completions of the model; only some steps have them
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One evaluation: metrics by name (`loss` always), at a step; counts of each label where rows have some; where
-    answers are generated, those to the first rows as {prompt, reference, answer}; of several sources the metrics of
-    each one's rows, and how many `rows` it has."""
+    """One evaluation. `metrics`: numbers by name, always with `loss`; `classes`: counts of each label; `samples`:
+    generated answers to the first rows, as {prompt, reference, answer}; `sources`: the metrics and number of `rows` of
+    each source, if there are several."""
 
     step: int
     metrics: dict[str, float]
@@ -255,7 +263,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Reaction:
-    """What acted as plan announced: what was found and what was done, at which step (0 before the first)."""
+    """An action of train that plan had announced. `probe`: the measurement; `step`: 0 means before the first step."""
 
     probe: str
     action: str
@@ -264,7 +272,7 @@ class Reaction:
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What report.json holds; a value that was not measured is None and is left out of the file."""
+    """The content of report.json. A value that was not measured is None, and is not in the file."""
 
     peak_requested_bytes: int | None
     peak_allocated_bytes: int | None
@@ -287,18 +295,20 @@ class ReportFacts:
     final_loss: float | None
     base_eval_loss: float | None  # before training
     eval_loss: float | None  # of the exported weights
-    verdict: str | None  # in words: that the second is larger, or that the training loss rose or ended on a spike
+    verdict: str | None  # a sentence, if a loss rose or the training loss ended on a spike
     evaluations: list[dict[str, object]]
     reactions: list[Reaction]
-    skipped_steps: int | None = None  # whose gradients overflowed in float16
+    skipped_steps: int | None = None  # steps whose gradients overflowed in float16
     calibration: Mapping[str, object] | None = None
     budget_bytes: int | None = None
-    headline: Mapping[str, float] = field(default_factory=dict)  # first_NAME and final_NAME, if it is not the loss
-    classes: Mapping[str, object] | None = None  # of each label what the exported weights made of it
+    headline: Mapping[str, float] = field(
+        default_factory=dict
+    )  # first_NAME and final_NAME, if the headline is not the loss
+    classes: Mapping[str, object] | None = None  # counts of each label, with the exported weights
 
 
 def calibration_text(facts: Mapping[str, object]) -> str:
-    """What the pass over the data before step 1 was and cost, in a sentence."""
+    """A sentence about the pass over the data before step 1: its size and its time."""
     backward = f" and {facts['backward_passes']:,} backward" if facts["backward_passes"] else ""
     return (
         f"start: {facts['start']} looked at {facts['micro_batches']:,} micro-batches ({facts['tokens']:,} tokens) "
@@ -307,18 +317,19 @@ def calibration_text(facts: Mapping[str, object]) -> str:
 
 
 def skipped_text(steps: int) -> str:
-    """That steps changed nothing, in a sentence."""
+    """A sentence about the steps that changed no weight."""
     return f"{steps:,} steps changed no weight: their gradients overflowed in float16"
 
 
 def short_name(name: str) -> str:
-    """What a module is called in its layer; of one in a list the number alone says nothing: to_out.0."""
+    """The name of a module within its layer, such as q_proj. If it is an item of a list, with the list's name:
+    to_out.0."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes as a person reads it: 1536 -> "1.5 KiB"."""
+    """A number of bytes with its unit: 1536 -> "1.5 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Checkpoints: everything an exact resume needs, written whole or not at all, verified before it is believed.
+"""Checkpoints: the complete state for an exact resume. They are written atomically, and verified before use.
 
 checkpoints/step-000100/ contains tensors.safetensors, state.json and manifest.json.
 """
@@ -42,7 +42,7 @@ REPLACED_NAME = re.compile(r"\.replaced-(step-\d{6,})-\d+(-\d+)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: CPU tensors by name and the facts saved beside them."""
+    """A verified checkpoint. `tensors`: CPU tensors by name; `facts`: the other values of the state."""
 
     step: int
     tensors: Tensors
@@ -59,10 +59,10 @@ def save_checkpoint(
     keep: int,
     protect: Collection[int] = (),
 ) -> Path:
-    """Write the state after `step`, then drop old checkpoints but the `keep` newest and those of `protect`.
+    """Write the state after `step`, then delete old checkpoints except the `keep` newest and the steps in `protect`.
 
-    Order: temporary folder, files flushed, manifest last, rename, parent flushed, and only then rotation.
-    Raises: ResourceError where the disk is full; what was there before is untouched.
+    Order: write a temporary folder, flush its files, write the manifest last, rename, flush the parent, then rotate.
+    Raises: ResourceError if the disk is full; older checkpoints do not change.
     """
     folder, parent = run.checkpoints / checkpoint_name(step), run.checkpoints
     if not durable.is_real_folder(parent):
@@ -84,7 +84,8 @@ def save_checkpoint(
 
 
 def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Tensors, state and then the manifest, each flushed; the manifest's presence says that the others are whole."""
+    """Write and flush the tensors, the state and then the manifest. If the manifest exists, the other files are
+    complete."""
     size, digest = write_tensors(folder / TENSORS, tensors)
     files = {TENSORS: {"bytes": size, "sha256": digest}}
     with durable.DurableFile(folder / STATE) as file:
@@ -96,13 +97,14 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: 
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
-    """Rename into place; an older checkpoint of the same step is moved aside first, and back if this fails."""
+    """Rename the temporary folder to its final name. An older checkpoint of this step is moved aside first, and moved
+    back if the rename fails."""
     if not os.path.lexists(folder):
         durable.rename(temporary, folder)
         return
     if not is_ours(folder):
         aside = _free_name(folder.with_name(f"damaged-{folder.name}"))
-        run.warn(f"{folder} is in the way and not a whole checkpoint; it is kept as {aside.name}")
+        run.warn(f"{folder} is not a complete checkpoint; it is renamed to {aside.name}")
         durable.rename(folder, aside)
         durable.rename(temporary, folder)
         return
@@ -127,13 +129,14 @@ def _free_name(path: Path) -> Path:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove a folder that was never in place, if all it holds is ours."""
+    """Remove a temporary folder, if tunekit wrote all of its files."""
     if durable.is_real_folder(folder) and {entry.name for entry in folder.iterdir()} <= OUR_NAMES:
         durable.remove_tree(folder)
 
 
 def tidy_checkpoints(run: RunFolder) -> None:
-    """After a kill: remove half-written and half-deleted folders, put back one that had been moved aside."""
+    """Repair the folder after a killed run: remove half-written and half-deleted checkpoints, and move a checkpoint
+    back that was moved aside."""
     if not durable.is_real_folder(run.checkpoints):
         return
     for entry in sorted(run.checkpoints.iterdir()):
@@ -144,11 +147,11 @@ def tidy_checkpoints(run: RunFolder) -> None:
             _remove_temporary(entry)
 
 
-# --- what is there -------------------------------------------------------------------------------------------------
+# --- finding them --------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything named like a checkpoint, newest first; says nothing about its being whole."""
+    """(step, folder) of every entry with the name of a checkpoint, newest first. The checkpoints are not verified."""
     if not durable.is_real_folder(checkpoints):
         return []
     found = [(int(match[1]), entry) for entry in checkpoints.iterdir() if (match := STEP_NAME.fullmatch(entry.name))]
@@ -156,9 +159,9 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(name: str) -> Path | None:
-    """The folder that RUN@120, RUN@best, RUN@last, or its own path names; None where the name is of another kind.
+    """The checkpoint folder for RUN@120, RUN@best, RUN@last or the path of a checkpoint; None for other names.
 
-    Raises: RunFolderError where the run has no such checkpoint.
+    Raises: RunFolderError if the run has no such checkpoint.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -186,7 +189,7 @@ def find_checkpoint(name: str) -> Path | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Verify one checkpoint and read it.
 
-    Raises: RunFolderError where it is damaged or a newer tunekit wrote it.
+    Raises: RunFolderError if it is damaged or was written by a newer tunekit.
     """
     try:
         return _load(folder)
@@ -195,7 +198,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _load(folder: Path) -> Checkpoint:
-    """As load_checkpoint, but raises DamagedError, after which load_newest tries another."""
+    """Verify one checkpoint and read it. Raises: DamagedError, so that load_newest can try an older one."""
     manifest = read_manifest(folder)
     try:
         verify(folder, manifest)
@@ -208,9 +211,9 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def load_newest(run: RunFolder) -> Checkpoint | None:
-    """The newest whole checkpoint, or None where there is none at all.
+    """The newest complete checkpoint, or None if the run has no checkpoint.
 
-    A damaged one is named and passed over for the one before it. Raises: RunFolderError where only damaged ones exist.
+    A damaged checkpoint is skipped with a warning. Raises: RunFolderError if all checkpoints are damaged.
     """
     tidy_checkpoints(run)
     damaged = []

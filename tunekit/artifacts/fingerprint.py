@@ -1,5 +1,5 @@
-"""What must be the same for a resume to go on bit by bit, and how a difference is reported. The number
-of processes is not part of it: no window depends on it.
+"""The fingerprint of a run: the facts that must not change, so that a resumed run repeats every bit; and messages about
+differences. The number of processes is not included, because results do not depend on it.
 """
 
 import os
@@ -24,8 +24,11 @@ def make_fingerprint(
     threads: int,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
-    """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda, `code`
-    sha256 of files that it runs, and of a teacher's, by key."""
+    """The fingerprint of one run.
+
+    `recipe`: Recipe.model_dump(mode="json"); `device`: cpu or cuda; `code`: recipe key -> sha256 of a Python file that
+    the run executes or of the teacher's files.
+    """
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
         "recipe": recipe_values(recipe),
@@ -47,7 +50,7 @@ def recipe_values(recipe: Mapping[str, object]) -> dict[str, object]:
 
 
 def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
-    """Whether its kernels compute: 4 bits on a CPU are our own code's."""
+    """Whether the run uses kernels of bitsandbytes. On a CPU, tunekit's own code computes 4-bit weights."""
     quantization = _part(recipe, "model").get("quantization", "none")
     optimizer = _part(recipe, "training").get("optimizer", "adamw")
     kernels = ("int8",) if device == "cpu" else ("int8", "nf4", "fp4")
@@ -60,8 +63,10 @@ def _part(values: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iterator[tuple[str, object]]:
-    """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself. `free`:
-    keys that are left out."""
+    """(dotted key, plain value) of every value in nested mappings and lists. An empty mapping or list is a value.
+
+    `free`: the dotted keys to leave out.
+    """
     if key in free:
         return
     if isinstance(value, Mapping) and value:
@@ -75,7 +80,7 @@ def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iter
 
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
-    """(what, how it differs) for all differences that forbid a resume; empty if a resume is allowed."""
+    """(key, description) of every difference that forbids a resume; empty if a resume is allowed."""
     now = _part(new, "recipe")
     differences = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
@@ -94,13 +99,15 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
 
 
 def changed_files(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """The keys whose files (code, models) have other content; they alone may be accepted."""
-    read = [key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)]  # known once read
+    """The keys whose files (code, models) have changed. --accept-changed can allow these and no other differences."""
+    read = [
+        key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)
+    ]  # files that both runs have read
     return list(dict.fromkeys([*(key for key, _, _ in _changes(old, new, "code")), *read]))
 
 
 def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) -> Iterator[tuple[str, object, object]]:
-    """(key, old value, new value) of everything that differs in a part, in the order of the keys."""
+    """(key, old value, new value) of every difference in one part of two fingerprints, sorted by key."""
     before, now = _part(old, part), _part(new, part)
     for key in sorted(set(before) | set(now)):
         was, is_ = before.get(key, MISSING), now.get(key, MISSING)
@@ -109,8 +116,8 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) ->
 
 
 def _is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, object]) -> bool:
-    """Whether only the place of a file changed: its content is in the data's or the base's fingerprint, or already in
-    the state."""
+    """Whether a difference is only the new path of a file. Its content is compared elsewhere: in the fingerprint of the
+    data or of the base, or it is part of the saved state."""
     if not (isinstance(was, str) and isinstance(is_, str) and os.path.isabs(was) and os.path.isabs(is_)):
         return False
     mark = path_mark(key, recipe)
@@ -123,7 +130,8 @@ def _shown(value: object) -> str:
 
 
 def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Differences that are only reported: another model of accelerator may change results in their last digits."""
+    """Notes about differences that do not forbid a resume: a different GPU model may change the last digits of
+    results."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
     what = f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}"
@@ -138,10 +146,9 @@ def require_same(
     file: str,
     accepted: Collection[str] = (),
 ) -> list[str]:
-    """Refuse a resume whose recipe, data, base or versions changed; returns the keys whose changed files are `accepted`
-    (keys, or sections of keys).
+    """Refuse a resume if the recipe, data, base or versions changed. Returns the keys whose changed files are accepted.
 
-    Raises: RunFolderError naming each difference.
+    `accepted`: keys, or sections of keys, from --accept-changed. Raises: RunFolderError that names all differences.
     """
     files = changed_files(old, new)
     allowed = [key for key in files if any(f"{key}.".startswith(f"{name}.") for name in accepted)]

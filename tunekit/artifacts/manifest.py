@@ -1,4 +1,5 @@
-"""The manifest of a checkpoint: its presence says that the other files are whole, its sha256 that they still are."""
+"""The manifest of a checkpoint. It is written last, so the other files are complete if it exists. It contains their
+sha256, which shows later damage."""
 
 import json
 from pathlib import Path
@@ -15,25 +16,25 @@ OUR_NAMES = {MANIFEST, TENSORS, STATE}
 
 
 class Manifest(TypedDict):
-    """`files`: bytes and sha256 of each, by name."""
+    """The content of manifest.json. `files`: file name -> its bytes and sha256."""
 
     step: int
     files: dict[str, dict[str, object]]
 
 
 class DamagedError(Exception):
-    """Why one checkpoint folder cannot be believed; load_newest then tries the one before."""
+    """A checkpoint folder is damaged; load_newest then tries an older one."""
 
 
 def checkpoint_name(step: int) -> str:
-    """step-000100."""
+    """The folder name of a checkpoint, such as step-000100."""
     return f"step-{step:06d}"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
-    Raises: DamagedError; RunFolderError where a newer tunekit wrote it.
+    Raises: DamagedError if it is missing or invalid; RunFolderError if a newer tunekit wrote it.
     """
     if not durable.is_real_folder(folder):
         raise DamagedError("is not a folder of its own (a symbolic link is not followed)")
@@ -56,12 +57,12 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION or not complete or not all(isinstance(facts, dict) for facts in files.values()):
         raise DamagedError(f"{MANIFEST} is incomplete")
     if not isinstance(step, int) or checkpoint_name(step) != folder.name:
-        raise DamagedError(f"{MANIFEST} is of step {step}")
+        raise DamagedError(f"{MANIFEST} belongs to step {step}")
     return cast(Manifest, manifest)
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder has our manifest and nothing that we did not write."""
+    """Whether a folder has a tunekit manifest, and all of its files were written by tunekit."""
     try:
         read_manifest(folder)
         return {entry.name for entry in folder.iterdir()} <= OUR_NAMES
@@ -70,7 +71,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def has_sizes(folder: Path) -> bool:
-    """A quick look: every file is there with the size its manifest says."""
+    """Whether every file exists and has the size in its manifest. This is quick, because nothing is hashed."""
     files = read_manifest(folder)["files"]
     return all(
         durable.is_real_file(folder / name) and (folder / name).stat().st_size == expected.get("bytes")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, appended as the run goes, and read back."""
+"""metrics.jsonl: one JSON object per line, appended during a run. This module writes and reads it."""
 
 import json
 import math
@@ -13,13 +13,14 @@ from tunekit.files.untrusted import RUN_RECORD, open_regular
 from tunekit.records import EvaluationRecord, JsonObject, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
-Record = JsonObject  # a line: `step`, and of a step its numbers by name, of an evaluation `eval` and more
-LoggedLine = tuple[int, Record]  # where the line ends in the file, and its record
-BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
+Record = JsonObject  # one line: `step`, and the numbers of a step or the `eval` of an evaluation
+LoggedLine = tuple[int, Record]  # the offset of the line's end in the file, and its record
+BESIDE = ("classes", "samples", "sources")  # fields of an evaluation in addition to its metrics
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
-    """A record as its line: a step's fields flat, an evaluation as {step, eval: {...}} without what is not finite."""
+    """The line of a record: a step is a flat object, an evaluation is {step, eval: {...}} without non-finite
+    numbers."""
     if isinstance(record, EvaluationRecord):
         finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
         value: Record = {"step": record.step, "eval": finite}
@@ -35,7 +36,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one whole line or nothing: a partial line on a full disk is cut off again."""
+    """Append one line, completely or not at all: if the disk is full, a partial line is removed again."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     number = durable.effect("create", path, lambda: durable.open_file(path, flags))
     try:
@@ -52,9 +53,9 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
-    """(offset of the line's end, record) for every whole line from `offset` on; a torn last line ends the file.
+    """(offset of the line's end, record) of every complete line from `offset` on. An incomplete last line is ignored.
 
-    Raises: RunFolderError where a line is damaged, naming it if all lines are read.
+    Raises: RunFolderError if a line is damaged, with its number if `offset` is 0.
     """
     data, all_lines = b"", offset == 0
     if path.exists():
@@ -80,15 +81,16 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All whole records, in order.
+    """All complete records, in order.
 
-    Raises: RunFolderError naming the line where one in the middle is damaged.
+    Raises: RunFolderError with the line number if a line in the middle is damaged.
     """
     return [record for _, record in records_from(path)]
 
 
 def truncate_metrics(path: Path, step: int) -> int:
-    """Cut the file at its first record after `step` (and a torn last line); returns the number of records kept."""
+    """Truncate the file at its first record after `step`, or at an incomplete last line. Returns the number of
+    remaining records."""
     if not path.exists():
         return 0
     end, remaining = 0, 0

@@ -1,5 +1,5 @@
-"""The run folder: taken by one process, checked before a model loads, written so that a kill leaves it readable. In a
-run of several ranks only rank 0 has one.
+"""The run folder. One process locks it, checks it before a model loads, and writes it so that it stays readable after a
+kill. In a run with several ranks, only rank 0 has a run folder.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.files.untrusted import RUN_RECORD, read_small
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
-ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, of the weights that would be exported now
+ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, from the weights to export
 REPORTS = ("report.json", "report.md", "report.html")
 FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", ROWS_NAME, *REPORTS)
-PICTURES = "pictures"  # what the model drew at each evaluation
+PICTURES = "pictures"  # images that the model generated at each evaluation
 FOLDERS = ("checkpoints", "adapter", "model", "tracking", PICTURES)
 RUN_SIGNS = ("plan.json", "checkpoints")
-PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it
-RESULT_FILES = {  # folder of a result -> what its files are called
+PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # temporary files, and old folders moved aside for them
+RESULT_FILES = {  # result folder -> names of its files
     "adapter": re.compile(
         r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.safetensors|tunekit\.json|chat_template\.jinja"
     ),
@@ -38,12 +38,12 @@ RESULT_FILES = {  # folder of a result -> what its files are called
 
 
 def print_warning(text: str) -> None:
-    """Where warnings go when the caller names no place."""
+    """Print a warning to standard error; the default of `warn`."""
     print(visible(redact(text)), file=sys.stderr)
 
 
 class RunFolder:
-    """A run folder that this process holds. Make one with `open_new` or `open_resume`."""
+    """A run folder that this process has locked. Create one with `open_new` or `open_resume`."""
 
     def __init__(self, path: Path, lock: FolderLock, warn: Callable[[str], None]) -> None:
         self.path = path
@@ -54,9 +54,9 @@ class RunFolder:
     def open_new(
         cls, path: Path | str, *, overwrite: bool = False, warn: Callable[[str], None] = print_warning
     ) -> RunFolder:
-        """Lock a folder that holds no run yet; with `overwrite` one that is there is moved aside first.
+        """Lock a folder for a new run. `overwrite`: move an old run aside first.
 
-        Raises: RunFolderError where it does, or where another process has it.
+        Raises: RunFolderError if the folder contains a run, or if another process has locked it.
         """
         if overwrite:
             _move_aside(Path(os.path.abspath(path)), warn)
@@ -64,21 +64,22 @@ class RunFolder:
 
     @classmethod
     def open_resume(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
-        """Lock the folder of a run to be resumed; one without a run is treated as new."""
+        """Lock the folder of a run to resume. A folder without a run is opened as a new one."""
         return _open(Path(path), resume=True, warn=warn)
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoint.py writes."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics_path(self) -> Path:
-        """metrics.jsonl."""
+        """The path of metrics.jsonl."""
         return self.path / metrics_log.METRICS_NAME
 
     def require_free_bytes(self, estimated_bytes: int) -> None:
-        """Refuse to start without room for twice this: an old checkpoint stays until the new one is whole."""
+        """Refuse to start if the disk has less than twice these bytes free: an old checkpoint stays until the new one
+        is complete. Raises: ResourceError."""
         free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
         if free < needed:
             what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)}"
@@ -90,7 +91,7 @@ class RunFolder:
         durable.write_text(self.path / name, text)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write one file of the run folder, whole or not at all, its own folder too."""
+        """Write one file of the run folder, whole or not at all. Its parent folder is created if needed."""
         (self.path / name).parent.mkdir(exist_ok=True)
         durable.write_bytes(self.path / name, data)
 
@@ -99,7 +100,7 @@ class RunFolder:
         durable.write_json(self.path / name, value)
 
     def read_json(self, name: str) -> Any | None:
-        """A JSON file of the run folder, or None where it is absent."""
+        """The content of a JSON file in the run folder; None if it is absent."""
         return read_json(self.path / name)
 
     def append_metrics(self, record: StepRecord | EvaluationRecord) -> None:
@@ -107,15 +108,15 @@ class RunFolder:
         metrics_log.append_line(self.metrics_path, metrics_log.record_line(record))
 
     def truncate_metrics(self, step: int) -> int:
-        """Remove records after `step`, as a resume from there must; returns how many stay."""
+        """Remove the records after `step`, from which a run resumes. Returns the number of remaining records."""
         return metrics_log.truncate_metrics(self.metrics_path, step)
 
     def read_metrics(self) -> list[metrics_log.Record]:
-        """All records of metrics.jsonl, over all legs of the run."""
+        """All records of metrics.jsonl, including those before a resume."""
         return metrics_log.read_metrics(self.metrics_path)
 
     def sync_metrics(self) -> None:
-        """Make metrics.jsonl durable; a checkpoint calls it, so that the log is never behind a checkpoint."""
+        """Flush metrics.jsonl to disk. save_checkpoint calls this, so that the log is never older than a checkpoint."""
         if self.metrics_path.exists():
             durable.sync(self.metrics_path)
 
@@ -124,7 +125,7 @@ class RunFolder:
         self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason)})
 
     def close(self) -> None:
-        """Let another process in."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> RunFolder:
@@ -135,9 +136,9 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any | None:
-    """A JSON file, or None where it is absent.
+    """The content of a JSON file; None if it is absent.
 
-    Raises: RunFolderError where it cannot be read.
+    Raises: RunFolderError if it cannot be read.
     """
     try:
         return json.loads(read_small(path, RUN_RECORD))
@@ -149,19 +150,20 @@ def read_json(path: Path) -> Any | None:
 
 
 def is_finished(path: Path | str) -> bool:
-    """Whether a run ended well there: its status says 0, which is written after everything else."""
+    """Whether the run in this folder has finished: its exit code in status.json is 0. This is written last."""
     status = read_json(Path(path) / "status.json")
     return isinstance(status, dict) and status.get("exit_code") == 0
 
 
 def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
-    """Rename the folder of an earlier run to PATH.1, or the first of PATH.2 ... that is free; nothing in it changes."""
+    """Rename the folder of an earlier run to PATH.1, or to the first free name of PATH.2, PATH.3 ...; its files
+    stay."""
     if not any(os.path.lexists(path / name) for name in RUN_SIGNS):
         return
     aside = next(each for number in count(1) if not os.path.lexists(each := path.with_name(f"{path.name}.{number}")))
     lock = FolderLock(path)
     if not durable.IS_POSIX:
-        lock.release()  # whose file is in the folder
+        lock.release()  # its lock file is in the folder
     try:
         durable.rename(path, aside)
     except OSError as error:
@@ -172,8 +174,7 @@ def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
 
 
 def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
-    """Check the folder, make and lock it, check it again, try to write, remove leftovers; the lock comes before any
-    file."""
+    """Check, create and lock the folder. Then check it again, try to write, and remove leftovers of killed runs."""
     path = Path(os.path.abspath(path))
     new_folders: list[Path] = []
     lock = None
@@ -197,7 +198,10 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
 
 
 def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> None:
-    """Raises: RunFolderError where a run cannot have this folder. `ours`: this process has locked it."""
+    """Check that a run can use this folder. `ours`: whether this process has locked it.
+
+    Raises: RunFolderError if it cannot.
+    """
     if path.is_symlink() and not path.exists():
         raise RunFolderError(f"{path} is a symbolic link that leads nowhere", "remove it or mend it")
     if path.exists() and not path.is_dir():
@@ -222,7 +226,7 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
 
 
 def _make_folders(path: Path, new_folders: list[Path]) -> None:
-    """Make the folder and its missing parents; adds those it made to `made`, outermost first."""
+    """Create the folder and its missing parents. Adds the created folders to `new_folders`, outermost first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         try:
@@ -236,7 +240,7 @@ def _make_folders(path: Path, new_folders: list[Path]) -> None:
 
 
 def _probe(path: Path) -> None:
-    """Write, flush and remove a small file: a folder that cannot be written to is found now, not at the first save."""
+    """Write, flush and remove a small file, so that a folder without write access fails now, not at the first save."""
     probe = path / f".probe.part-{os.getpid()}"
     if durable.is_real_file(probe):
         durable.unlink(probe)
@@ -250,7 +254,8 @@ def _probe(path: Path) -> None:
 
 
 def _tidy(path: Path) -> None:
-    """Remove what killed runs left half done: only under names we give, and folders only if all in them is ours."""
+    """Remove unfinished files and folders of killed runs. Only tunekit's temporary names are removed, and folders only
+    if tunekit wrote all of their files."""
     for entry in sorted(path.iterdir()):
         part = PART.fullmatch(entry.name)
         if part is None:
@@ -259,12 +264,12 @@ def _tidy(path: Path) -> None:
             durable.unlink(entry)
         elif durable.is_real_folder(entry) and part["name"] in RESULT_FILES and _holds_only(entry, part["name"]):
             if part["old"] and not os.path.lexists(path / part["name"]):
-                durable.rename(entry, path / part["name"])  # the old result, whose new one is not there
+                durable.rename(entry, path / part["name"])  # the old result: the new one is missing
             else:
                 durable.remove_tree(entry)
 
 
 def _holds_only(folder: Path, result: str) -> bool:
-    """Whether a folder holds regular files of such a result and nothing else."""
+    """Whether a folder contains only regular files with the names of this kind of result."""
     names = RESULT_FILES[result]
     return all(names.fullmatch(entry.name) and durable.is_real_file(entry) for entry in folder.iterdir())

@@ -1,6 +1,6 @@
-"""Experiment trackers next to metrics.jsonl, through accelerate's: a run named, tagged, and ended as it ended.
+"""Experiment trackers in addition to metrics.jsonl, through accelerate. Each gets the run's name, tag, numbers and end.
 
-A tracker that fails during the run is named once and left out from then on; it never ends a run.
+A tracker that fails during the run is reported once and then no longer used. It never ends a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tunekit.files.durable import write_json
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-PROJECT = "tunekit"  # where the tracker's own environment variable names no other
+PROJECT = "tunekit"  # the default if the tracker's environment variable is not set
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,28 @@ class TrackedRun:
     """The facts of a run that trackers receive."""
 
     name: str
-    folder: Path  # for what a tracker keeps on this disk
-    values: Mapping[str, object]  # the recipe's, by their dotted keys
-    first_step: int  # the last one that is done already
+    folder: Path  # for local files of trackers
+    values: Mapping[str, object]  # dotted key of the recipe -> value
+    first_step: int  # the last step that is already done: 0, or the step of the resume
 
     @property
     def recipe_hash(self) -> str:
-        """Equal for runs of equal values: sixteen hex digits."""
+        """A hash of the values in sixteen hex digits; runs with equal values have equal hashes."""
         text = json.dumps(self.values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def tag(self) -> str:
-        """Of trackers whose tags are words."""
+        """The run's tag, for trackers with tags."""
         return f"recipe-{self.recipe_hash}"
 
 
 class Trackers:
-    """The trackers of one run. Made on the main rank only; a block that ends them as the run ends."""
+    """The trackers of one run, on the main rank only. As a context manager, it ends them when the run ends."""
 
     def __init__(self, names: tuple[str, ...], run: TrackedRun, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._ids_file = run.folder / "ids.json"  # by which a resumed run is found again
+        self._ids_file = run.folder / "ids.json"  # tracker -> id of the run, for a resume
         ids = read_json(self._ids_file)
         self._ids: dict[str, str] = ids if isinstance(ids, dict) else {}
         self._trackers: dict[str, GeneralTracker] = {}
@@ -61,7 +61,7 @@ class Trackers:
             self._trackers[name] = self._start(name, run)
 
     def _start(self, name: str, run: TrackedRun) -> GeneralTracker:
-        """Raises: RecipeError where it is not installed, InputError where it cannot begin."""
+        """Start one tracker. Raises: RecipeError if it is not installed, InputError if it cannot start."""
         from accelerate import tracking
 
         kinds = {str(getattr(kind, "value", kind)) for kind in tracking.get_available_trackers()}
@@ -76,14 +76,14 @@ class Trackers:
         except Exception as error:
             self.close(error)
             what = f"{name} could not begin: {' '.join(str(error).split())[:300] or type(error).__name__}"
-            raise InputError(what, "see its own documentation, or leave it out", key="output.report_to") from error
+            raise InputError(what, "see its documentation, or remove it", key="output.report_to") from error
         if identity is not None and self._ids.get(name) != identity:
             self._ids[name] = identity
             write_json(self._ids_file, self._ids)
         return tracker
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Hand numbers to every tracker; what is not finite to none."""
+        """Send numbers to every tracker. Non-finite numbers are left out."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         for name, tracker in list(self._trackers.items()):
             with self._without_stopping(name):
@@ -96,7 +96,7 @@ class Trackers:
         self.close(error)
 
     def close(self, error: BaseException | None = None) -> None:
-        """End every tracker's run: finished, or failed with what went wrong."""
+        """End the run in every tracker: as finished, or as failed with `error`."""
         for name, tracker in list(self._trackers.items()):
             with self._without_stopping(name):
                 _finish(name, tracker, error)
@@ -104,7 +104,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _without_stopping(self, name: str) -> Iterator[None]:
-        """A block in which a tracker may fail; it is left out then."""
+        """A block in which a tracker can fail. If it fails, it is reported and no longer used."""
         try:
             with _beside_results():
                 yield
@@ -122,20 +122,20 @@ def _beside_results() -> Iterator[None]:
 
 
 def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, object]:
-    """Arguments of accelerate's class of this name. `identity`: id of a resumed run."""
+    """The arguments of accelerate's tracker class. `identity`: the tracker's id of a resumed run."""
     folder, values = str(run.folder), dict(run.values)
     named = {"name": run.name, "config": values | {"recipe_hash": run.recipe_hash}}
     resumed = {"id": identity, "resume": "allow"} if identity else {}
     project = {"run_name": os.environ.get(f"{name.upper()}_PROJECT", PROJECT)}
     match name:
-        case "tensorboard":  # events after the checkpoint are hidden by those that come anew
+        case "tensorboard":  # hide events after the checkpoint; they are written again
             return {"run_name": name, "logging_dir": folder, "purge_step": run.first_step + 1}
         case "wandb":
             from wandb import Settings
 
             quiet = Settings(console="off")  # else it wraps the standard streams to keep a copy of the progress line
             return {**project, **named, **resumed, "tags": [run.tag], "dir": folder, "settings": quiet}
-        case "trackio":  # found by its name
+        case "trackio":  # it finds runs by name
             return {**project, **named, "name": identity or run.name, "resume": "allow" if identity else "never"}
         case "mlflow":
             return {"experiment_name": PROJECT, "run_name": run.name, "run_id": identity}
@@ -165,7 +165,7 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, obje
 
 
 def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None:
-    """Send the tags and values that the start did not take; returns the id by which a resume finds the run."""
+    """Send the tags and values that the start could not send. Returns the id for a resume; None if there is no id."""
     native, values = tracker.tracker, dict(run.values) | {"recipe_hash": run.recipe_hash}
     match name:
         case "tensorboard":
@@ -192,7 +192,7 @@ def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None
 
 
 def _finish(name: str, tracker: GeneralTracker, error: BaseException | None) -> None:
-    """End it; accelerate knows good ends only."""
+    """End the run in one tracker. accelerate can only end a run as finished, so failures use the tracker's own API."""
     stopped = isinstance(error, Stopped | KeyboardInterrupt)
     if error is not None and name == "clearml":
         tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))
