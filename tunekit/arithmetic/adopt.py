@@ -1,4 +1,4 @@
-"""The LoRA of a diffusion pipeline, from the file of another program, as an adapter folder."""
+"""Import of a diffusion pipeline's LoRA from the file of another program into an adapter folder."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,9 +22,10 @@ CPU = torch.device("cpu")
 
 
 def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, int]:
-    """Write the folder; the number of layers, and of bytes. `base`: the pipeline, as keys of the model section.
+    """Write the adapter folder `place`. Returns its number of layers and its size in bytes.
 
-    Raises: InputError where file and pipeline do not go together.
+    `base`: the pipeline, as keys of the model section.
+    Raises: InputError if the file does not fit the pipeline.
     """
     bare = ModelSection.model_validate({**base, "dtype": "float32"})
     whole = make_meta_model(bare, device=CPU).net
@@ -55,7 +56,7 @@ def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, i
 
 
 def _settings(lora: ForeignLora) -> AdapterSettings:
-    """The LoRA that the file holds, each layer by its name."""
+    """The settings of the LoRA in the file, with all of its layers by name."""
     ranks = {name: len(lora.tensors[f"base_model.model.{name}.lora_A.weight"]) for name in lora.alphas}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, lora.alphas))
     return make_adapter_settings(

@@ -1,4 +1,7 @@
-"""Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter."""
+"""Combination of several adapters of one base into one, with the methods of PEFT's add_weighted_adapter.
+
+The results have the same digits as PEFT's.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +18,15 @@ from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, InputError
 from tunekit.model.call import seed_for
 
-OF_MATRICES = tuple(f"{kind}_svd" for kind in PRUNING)  # the sum is taken of s B A, and cut to a rank
-KINDS = ("linear", "cat", "svd", *PRUNING, *OF_MATRICES)  # linear and PRUNING: of A and of B, each by itself
-MAY_ADD_COPIES = ("linear", "cat", "svd")  # sums in which a trained copy has a meaning without the base
+OF_MATRICES = tuple(f"{kind}_svd" for kind in PRUNING)  # sum the matrices s B A, and reduce the sum to a rank
+KINDS = ("linear", "cat", "svd", *PRUNING, *OF_MATRICES)  # linear and PRUNING sum the factors A and B separately
+MAY_ADD_COPIES = ("linear", "cat", "svd")  # methods that can combine trained copies without the base
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How to combine. `rank`: of the svd kinds; None: the largest of the adapters'. `seed`: of the random choices."""
+    """Settings of a combination. `rank`: the rank of the svd methods; None: the largest rank of the adapters. `seed`:
+    the seed of random pruning."""
 
     kind: str
     weights: tuple[float, ...]
@@ -34,8 +38,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Combined:
-    """The new updates and other tensors. `distance`: |new - sum of w D| / |sum of w D| over all layers; `worst`: the
-    layer that is furthest off, and by how much."""
+    """The new updates and other tensors.
+
+    `distance`: the relative error |new - sum of w D| / |sum of w D| over all layers. `worst`: the layer with the
+    largest relative error, and this error.
+    """
 
     updates: dict[str, LowRank]
     rest: Tensors
@@ -43,7 +50,10 @@ class Combined:
     worst: tuple[str, float]
 
     def like(self, adapters: Sequence[LoraFolder]) -> LoraFolder:
-        """An adapter with the settings of the new one: of the first with its layers, else of the first."""
+        """An adapter with the settings of the new adapter, from the first adapter that has the same layers.
+
+        If no adapter has the same layers, the settings are those of the first adapter.
+        """
         same = (adapter for adapter in adapters if adapter.updates.keys() == self.updates.keys())
         conv1d = any(adapter.fan_in_fan_out for adapter in adapters)
         parameters = frozenset[str]().union(*(adapter.parameters for adapter in adapters))
@@ -51,10 +61,7 @@ class Combined:
 
 
 def check_mixture(mixture: Mixture, count: int) -> None:
-    """Refuse what cannot be meant.
-
-    Raises: InputError naming the option.
-    """
+    """Raises: InputError with the option, if the settings of a combination are invalid."""
     if mixture.kind not in KINDS:
         raise InputError(f"'{mixture.kind}' is no way to combine", f"choose {', '.join(KINDS)}", key="--method")
     if count < 2:
@@ -79,10 +86,10 @@ def check_mixture(mixture: Mixture, count: int) -> None:
 
 
 def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
-    """Make one adapter of several.
+    """Combine several adapters into one.
 
-    A layer that only some of them adapt is the sum of those alone.
-    Raises: AdapterError where ranks, shapes or other tensors do not go together.
+    A layer that only some adapters change is the sum of their updates.
+    Raises: AdapterError if ranks, shapes or other tensors do not fit together.
     """
     check_mixture(mixture, len(adapters))
     mixture = replace(mixture, rank=mixture.rank or max(update.rank for a in adapters for update in a.updates.values()))
@@ -115,7 +122,7 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
 def _combine_layer(
     name: str, updates: Sequence[LowRank], members: Sequence[int], exact: LowRank, mixture: Mixture
 ) -> LowRank:
-    """One layer's new update."""
+    """The combined update of one layer. `exact`: the exact weighted sum of its updates."""
     if mixture.kind == "cat":
         return exact
     rank = mixture.rank or 1
@@ -138,7 +145,10 @@ def _combine_layer(
 def _factor_wise(
     name: str, updates: Sequence[LowRank], weights: Sequence[float], members: Sequence[int], mixture: Mixture
 ) -> LowRank:
-    """A from all A and B from all B: either takes the root of w s, A the sign as well."""
+    """An update whose A is the sum of all A, and whose B is the sum of all B.
+
+    A and B are each weighted by the square root of |w s|; A also takes the sign of w s.
+    """
     scales = [weight * update.scaling for weight, update in zip(weights, updates, strict=True)]
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
@@ -157,15 +167,15 @@ def _weighted(
 
 
 def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generator:
-    """The random choices of one tensor depend on nothing but the seed, its name, and which adapter it is of."""
+    """The random generator of one tensor. It depends only on the seed, the tensor's name and the adapter's index."""
     return torch.Generator().manual_seed(seed_for("combine", mixture.seed, name, factor, index))
 
 
 def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:
-    """A trained copy or bias. One that is the same in all stays; others need weights that sum to 1.
+    """The combination of a trained copy or bias. If it differs between adapters, the weights must sum to 1.
 
-    A copy is the base's tensor and a change of it: only with such weights is the sum of copies the base's tensor and
-    the sum of the changes. A copy of the base's own embedding must be the same wherever there is one.
+    A copy is the base's tensor plus a change. Only if the weights sum to 1, the sum of copies is the base's tensor plus
+    the sum of the changes. An untrained copy of the base's embedding must be equal in all adapters that have it.
     """
     copies: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
     tensors = list(copies.values())

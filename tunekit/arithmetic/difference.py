@@ -1,6 +1,6 @@
-"""How far two adapters are from each other, layer by layer, and the LoRA of B minus A.
+"""Comparison of two adapters A and B, layer by layer, and extraction of B - A as a LoRA.
 
-Their base is read only where a method needs it.
+The base is read only if an adapter's method needs it.
 """
 
 import math
@@ -19,15 +19,16 @@ from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
 from tunekit.targets.target import trained_base
 
-PIECE = 2**22  # numbers
-Update = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
+PIECE = 2**22  # elements that are summed at a time
+Update = LowRank | Tensor  # the update of one layer, as factors or as a matrix (O, I)
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Two tensors or updates: |A|, |B|, |B - A|, and the cosine of the angle between them, where neither is 0.
+    """The difference of two tensors or updates A and B: |A|, |B|, |B - A|, and the cosine of their angle.
 
-    None stands for what is missing on one side, or has another shape there.
+    `left`, `right`: None if the tensor is missing. `distance`: None if A and B cannot be compared, because one is
+    missing or their shapes differ. `cosine`: None if they cannot be compared, or one is 0.
     """
 
     name: str
@@ -38,14 +39,16 @@ class TensorDifference:
 
     @property
     def equal(self) -> bool:
-        """No number differs."""
+        """Whether A and B are equal."""
         return self.distance == 0.0
 
 
 @dataclass(frozen=True)
 class AdapterChanges:
-    """An adapter's updates by module, and what else it trains. `of`: one layer's update, made when it is asked for;
-    None where the adapter has none."""
+    """The updates of an adapter by module, and its other trained tensors (`rest`).
+
+    `of`: a function that computes the update of one layer; it returns None for a layer without update.
+    """
 
     config: AdapterConfig
     names: frozenset[str]
@@ -56,9 +59,9 @@ class AdapterChanges:
 
 
 def read_changes(folder: Path, base: str | None) -> AdapterChanges:
-    """LoRA from its file alone; other methods on their base, read matrix by matrix.
+    """The changes of an adapter folder. LoRA is read from its file; other methods also need the matrices of the base.
 
-    Raises: AdapterError, ModelError as reading them does.
+    Raises: AdapterError or ModelError if the adapter or the base cannot be read.
     """
     config = read_adapter_config(folder)
     if config.method is plain_lora_method():
@@ -81,12 +84,12 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
 
 
 def compare(name: str, left: Update | None, right: Update | None) -> TensorDifference:
-    """Two updates of one layer, or two tensors of one name; of factors without making the whole."""
+    """The difference of two updates of a layer, or of two tensors. Updates with factors are not multiplied out."""
     if left is None or right is None or left.shape != right.shape:
         return TensorDifference(name, _norm(left), _norm(right), None, None)
     if isinstance(left, LowRank) and isinstance(right, LowRank):
         if torch.equal(left.a, right.a) and torch.equal(left.b, right.b) and left.scaling == right.scaling:
-            norm = left.norm()  # of equal factors the difference is 0, and not what rounding leaves
+            norm = left.norm()  # equal factors have distance 0; computing it would leave a rounding error
             return TensorDifference(name, norm, norm, 0.0, 1.0 if norm else None)
         inner, distance = left.inner(right), weighted_sum([right, left], [1.0, -1.0]).norm()
     else:
@@ -104,13 +107,13 @@ def _norm(change: Update | None) -> float | None:
 
 
 def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The sum of `of` over all numbers in float64, a piece at a time, so that no copy of the whole is made."""
+    """The sum of `of` over all elements in float64, computed in pieces, so that the tensors are never copied whole."""
     pieces = zip(torch.split(left.reshape(-1), PIECE), torch.split(right.reshape(-1), PIECE), strict=True)
     return sum(float(of(one.double(), two.double()).sum()) for one, two in pieces)
 
 
 def together(differences: list[TensorDifference]) -> TensorDifference:
-    """All layers as one; what is missing on a side counts as 0 there."""
+    """The difference over all layers together. A missing update counts as 0."""
     left = math.hypot(*(d.left or 0.0 for d in differences))
     right = math.hypot(*(d.right or 0.0 for d in differences))
     distance = math.hypot(*(d.distance if d.distance is not None else (d.left or d.right or 0.0) for d in differences))
@@ -119,9 +122,9 @@ def together(differences: list[TensorDifference]) -> TensorDifference:
 
 
 def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The LoRA of that rank nearest to B - A, layer by layer, and what each layer lost; equal layers have none.
+    """The LoRA that is nearest to B - A at a rank, and the error of each layer. Equal layers get no update.
 
-    Raises: AdapterError where a layer has several shapes, or nothing differs.
+    Raises: AdapterError if the shapes of a layer differ, or if nothing differs.
     """
     nearest: dict[str, tuple[LowRank, RankLoss]] = {}
     for name in sorted(left.names | right.names):
@@ -140,8 +143,10 @@ def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[Lor
 def plain_lora(
     nearest: Mapping[str, tuple[LowRank, RankLoss]], *, conv1d: bool, target_modules: Sequence[str] | str | None = None
 ) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """A LoRA of these updates and nothing else, and what each lost; without `target_modules` its layers are named in
-    full."""
+    """A LoRA with only these updates, and the error of each layer.
+
+    `target_modules`: the value in the configuration; None: the full names of the layers.
+    """
     method = plain_lora_method()
     config = AdapterConfig(Path(), method, method.peft.settings(), None, None, None)
     updates = {name: update for name, (update, _) in nearest.items()}

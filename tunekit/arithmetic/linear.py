@@ -1,4 +1,4 @@
-"""Methods other than LoRA whose update is linear in their tensors: there a weighted sum of adapters is an adapter."""
+"""Weighted sums of adapters for methods whose update is linear in their tensors, other than LoRA."""
 
 import math
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import printable, same_value
 
-NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what a finished adapter computes
+NOT_COMPARED = {"init_from", "dropout"}  # settings that do not change the output of a trained adapter
 
 
-LinearFolder = tuple[AdapterConfig, Tensors]  # an adapter of such a method by itself
+LinearFolder = tuple[AdapterConfig, Tensors]  # an adapter of such a method, without its base
 
 
 def read_linear(folder: Path) -> LinearFolder:
-    """Read a folder whole.
+    """The configuration and all tensors of an adapter folder.
 
-    Raises: AdapterError where the method is not one of these, or a tensor is none of its.
+    Raises: AdapterError if the method is not linear, or if the file has a tensor that does not belong to it.
     """
     config = read_adapter_config(folder)
     if not config.method.is_linear(config.settings):
@@ -41,9 +41,9 @@ def read_linear(folder: Path) -> LinearFolder:
 
 
 def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> Tensors:
-    """Tensors whose update is the sum of w D: n + sum of w (t - n), n the method's neutral value.
+    """Tensors whose update is the sum of w D: n + sum of w (t - n), with the method's neutral value n.
 
-    Raises: AdapterError where settings or tensors differ in anything but the trained numbers.
+    Raises: AdapterError if the adapters differ in more than their trained values.
     """
     for other in adapters[1:]:
         _refuse_difference(adapters[0], other)
@@ -64,9 +64,9 @@ def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -
 
 
 def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: BaseFacts) -> None:
-    """Write the weighted sum of the folders' adapters, which are of one method.
+    """Write the weighted sum of adapters of one method into the folder `place`.
 
-    Raises: AdapterError where the method's adapters cannot be combined so.
+    Raises: AdapterError if adapters of this method cannot be combined in this way.
     """
     parts = [read_linear(folder) for folder in folders]
     config, _ = parts[0]
@@ -89,9 +89,9 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     for key in sorted(tensors.keys() | other_tensors.keys()):
         left, right = tensors.get(key), other_tensors.get(key)
         if left is None or right is None or left.shape != right.shape:
-            raise AdapterError(f"'{key}' is missing, or of another shape, in one of it and {name}", file=file)
+            raise AdapterError(f"'{key}' is missing or has a different shape in this adapter or in {name}", file=file)
         if not left.is_floating_point() and not torch.equal(left, right):
-            what = f"'{key}' names other places than in {name}"
+            what = f"'{key}' has different indices than in {name}"
             raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R", file=file)
 
 

@@ -1,4 +1,4 @@
-"""LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles."""
+"""Strict reading of LoRA folders, of tunekit or PEFT, without their base: the configuration must allow all tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import printable
 
 PREFIX = AdapterPart.file_prefix
-FACTORS = {  # suffix -> which factor, and whether of an embedding
+FACTORS = {  # suffix -> the factor, and whether the layer is an embedding
     ".lora_A.weight": ("A", False),
     ".lora_B.weight": ("B", False),
     ".lora_embedding_A": ("A", True),
@@ -28,14 +28,14 @@ SHOWN_PROBLEMS = 6
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """A LoRA adapter by itself. `rest`: trained copies, biases and the base's own embeddings, by file key."""
+    """A LoRA adapter without its base. `rest`: trained copies, biases and the base's embeddings, by file key."""
 
     config: AdapterConfig
     updates: dict[str, LowRank]
     rest: Tensors = field(default_factory=dict)
-    target_modules: Sequence[str] | str | None = None  # as the file states them
-    fan_in_fan_out: bool = False  # peft's mark for Conv1D layers
-    parameters: frozenset[str] = frozenset()  # of the updated layers, those that the file names as `NAME.weight`
+    target_modules: Sequence[str] | str | None = None  # as in the configuration
+    fan_in_fan_out: bool = False  # PEFT's mark for Conv1D layers
+    parameters: frozenset[str] = frozenset()  # layers that the configuration names as parameters, `NAME.weight`
 
     @property
     def name(self) -> str:
@@ -44,16 +44,16 @@ class LoraFolder:
 
 
 def plain_lora_method() -> Method:
-    """LoRA itself, the one method that the arithmetic of updates reads and writes."""
+    """The method LoRA, whose folders the arithmetic reads and writes."""
     return load_method("lora")
 
 
 def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFolder:
-    """Read a LoRA folder whole; factors in float32.
+    """Read a LoRA folder completely, with factors in float32.
 
-    `instead`: as read_adapter_config.
-    Raises: AdapterError for another method than LoRA, and for every tensor that is missing, extra, misshaped, of
-    another type, or not finite.
+    `instead`: fields that replace those of the file, as in read_adapter_config.
+    Raises: AdapterError for a method other than LoRA, and for all tensors that are missing, unexpected, of a wrong
+    shape or type, or not finite.
     """
     config = read_adapter_config(folder, instead=instead)
     if config.method is not plain_lora_method():
@@ -75,9 +75,9 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
 
 
 def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> Tensors:
-    """Every tensor of the folder's file.
+    """All tensors of the folder's file.
 
-    Raises: AdapterError where the file is not the one that tunekit wrote, or holds NaN or infinity.
+    Raises: AdapterError if the file was changed after tunekit wrote it, or contains NaN or infinity.
     """
     path = tensors_path(config.folder)
     config.check_files()
@@ -91,7 +91,10 @@ def _is_embedding(key: str) -> bool:
 
 
 def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module -> factor -> key, and the keys of all else that the configuration allows."""
+    """Module -> factor -> key, and the keys of all other tensors.
+
+    Raises: AdapterError for tensors that the configuration does not allow.
+    """
     factors: dict[str, dict[str, str]] = {}
     others: list[str] = []
     for key in header:
@@ -114,7 +117,10 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
 
 
 def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> bool:
-    """A copy of a module in modules_to_save, trained rows or biases, or the base's own embedding."""
+    """Whether the configuration allows this tensor besides LoRA's factors.
+
+    Allowed are copies of modules in modules_to_save, trained rows and biases, and copies of the base's embedding.
+    """
     if not key.startswith(PREFIX):
         return False
     module = key.removeprefix(PREFIX).rpartition(".")[0]
@@ -129,7 +135,7 @@ def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> b
 
 
 def _parameters(config: AdapterConfig, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
-    """Layers that the configuration names as parameters. Raises: AdapterError where one of these is fused experts."""
+    """Layers that the configuration names as parameters. Raises: AdapterError if one of them is fused experts."""
     ranks, entries = Resolved(config, "rank_pattern"), config.low_rank.target_parameters
     named = {module for module in shapes if any(f".{module}.weight".endswith(f".{entry}") for entry in entries)}
     of_layers = all(entry.endswith(".weight") for entry in entries)
@@ -142,7 +148,7 @@ def _parameters(config: AdapterConfig, shapes: Mapping[str, Sequence[int]]) -> f
 def _check_shapes(
     config: AdapterConfig, factors: Mapping[str, Mapping[str, str]], header: Mapping[str, TensorEntry], file: str
 ) -> None:
-    """Both factors have the rank that the configuration gives the layer, and a floating type."""
+    """Raises: AdapterError unless all factors have the rank of their layer, and a floating-point dtype."""
     ranks, wrong = Resolved(config, "rank_pattern"), []
     for module, pair in factors.items():
         a, b, rank = header[pair["A"]], header[pair["B"]], ranks.of(module, config.low_rank.r)
@@ -163,7 +169,8 @@ def _raise(wrong: list[str], file: str) -> None:
 
 
 class Resolved:
-    """rank_pattern or alpha_pattern of a file, as every reader understands it: patterns that differ may not meet."""
+    """The values of rank_pattern or alpha_pattern by layer. Patterns with different values must not match one layer,
+    because readers would choose differently."""
 
     def __init__(self, config: AdapterConfig, key: str) -> None:
         self.values: Mapping[str, float] = getattr(config.settings, key)
@@ -172,9 +179,9 @@ class Resolved:
     def of(self, module: str, default: float) -> float:
         """The value for a module.
 
-        Raises: AdapterError where two patterns give it different ones.
+        Raises: AdapterError if two matching patterns have different values.
         """
-        names = (module, f"{module}.weight")  # a layer that is named as a parameter has the latter
+        names = (module, f"{module}.weight")  # a layer named as a parameter has the second name
         matching = [p for p in self.values if any(self.patterns.matches_ending(p, name) for name in names)]
         values = {self.values[pattern] for pattern in matching}
         if len(values) > 1:
@@ -184,14 +191,14 @@ class Resolved:
 
 
 class Scalings:
-    """s of each layer of a LoRA folder: alpha / r, or alpha / sqrt(r)."""
+    """The scaling s of each layer of a LoRA folder: alpha / r, or alpha / sqrt(r) with rsLoRA."""
 
     def __init__(self, config: AdapterConfig) -> None:
         self.settings = config.low_rank
         self.ranks, self.alphas = Resolved(config, "rank_pattern"), Resolved(config, "alpha_pattern")
 
     def of(self, module: str) -> float:
-        """s."""
+        """The scaling of a module."""
         rank = self.ranks.of(module, self.settings.r)
         alpha = self.alphas.of(module, self.settings.alpha)
         return alpha / (rank**0.5 if self.settings.use_rslora else rank)

@@ -1,6 +1,6 @@
-"""The low-rank update of one layer, D = s B A, and properties computed without D itself.
+"""The low-rank update of one layer, D = s B A, and computations that do not need the matrix D.
 
-Norms and products are taken in float64 from R x R matrices.
+Norms and inner products are computed in float64 from R x R matrices.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LARGE_SIDE = 2048  # a matrix without a side up to this is not decomposed whole, but through random projections
-EXTRA_DIRECTIONS, POWER_STEPS = 32, 8  # of those projections
+LARGE_SIDE = 2048  # if both sides of a matrix are larger, it is decomposed through random projections
+EXTRA_DIRECTIONS, POWER_STEPS = 32, 8  # settings of the random projections
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """D = s B A.    Shapes: A (R, I); B (O, R); D (O, I), of an embedding stored as D^T."""
+    """The update D = s B A. Shapes: A (R, I); B (O, R); D (O, I). An embedding's matrix is changed by D^T."""
 
     a: Tensor
     b: Tensor
@@ -27,20 +27,23 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank R."""
         return self.a.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I)."""
+        """The shape (O, I) of D."""
         return self.b.shape[0], self.a.shape[1]
 
     def dense(self) -> Tensor:
-        """D (O, I), float32."""
+        """The matrix D (O, I), float32."""
         return self.b @ self.a * self.scaling
 
     def inner(self, other: LowRank) -> float:
-        """The sum over all numbers of D * E, E = s' B' A': the sum of (B^T B') * (A A'^T) times s s'."""
+        """The sum of all elements of D * E, with the other update E = s' B' A'.
+
+        It is computed as s s' times the sum of (B^T B') * (A A'^T).
+        """
         left = self.b.double().t() @ other.b.double()  # (R, R')
         right = self.a.double() @ other.a.double().t()  # (R, R')
         return float((left * right).sum()) * self.scaling * other.scaling
@@ -50,11 +53,11 @@ class LowRank:
         return math.sqrt(max(self.inner(self), 0.0))
 
     def folded(self) -> LowRank:
-        """The same D with s = 1: B takes s."""
+        """The same D with s = 1; B is multiplied by s."""
         return LowRank(self.a, self.b * self.scaling, 1.0, self.embedding) if self.scaling != 1.0 else self
 
     def padded(self, rank: int) -> LowRank:
-        """The same D at a higher rank, filled with zeros; s is kept."""
+        """The same D at a higher rank, with zeros in the factors and the same s."""
         more = rank - self.rank
         a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
         b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
@@ -62,9 +65,9 @@ class LowRank:
 
 
 def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Sum of w_i D_i, exactly: the factors side by side, rank the sum of the ranks, s = 1.
+    """The exact sum of w_i D_i, with concatenated factors. Its rank is the sum of the ranks, and its s is 1.
 
-    A takes w_i s_i, as PEFT's `cat` has it.
+    The parts of A are multiplied by w_i s_i, as in PEFT's `cat`.
     """
     a = torch.cat([update.a * (weight * update.scaling) for update, weight in zip(updates, weights, strict=True)])
     b = torch.cat([update.b for update in updates], dim=1)
@@ -72,9 +75,9 @@ def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
 
 
 def reduce_rank(update: LowRank, rank: int) -> LowRank:
-    """The nearest update of that rank: the singular values of B A through QR of both factors, D itself is not made.
+    """The nearest update of rank `rank`, from the singular values of s B A, computed by QR of both factors.
 
-    The root of each singular value goes to either side; s = 1.
+    Both new factors contain the square roots of the singular values; s = 1. The matrix D is not computed.
     """
     left, upper = torch.linalg.qr(update.b.double())  # (O, R), (R, R)
     right, lower = torch.linalg.qr(update.a.double().t())  # (I, R), (R, R)
@@ -83,10 +86,10 @@ def reduce_rank(update: LowRank, rank: int) -> LowRank:
 
 
 def decompose(matrix: Tensor, rank: int, *, embedding: bool = False) -> LowRank:
-    """The nearest update of that rank to a matrix (O, I): its truncated singular value decomposition, s = 1.
+    """The update of rank `rank` that is nearest to a matrix (O, I): its truncated singular value decomposition, s = 1.
 
-    Beyond LARGE_SIDE on both sides it is found through random projections, always the same ones (Halko et al. 2011):
-    the caller measures the error in any case.
+    If both sides exceed LARGE_SIDE, it is approximated through fixed random projections (Halko et al. 2011). The caller
+    measures the error.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= LARGE_SIDE:
@@ -99,7 +102,7 @@ def decompose(matrix: Tensor, rank: int, *, embedding: bool = False) -> LowRank:
 
 
 def _balanced(u: Tensor, values: Tensor, vh: Tensor, rank: int, embedding: bool) -> LowRank:
-    """U S V^T cut to `rank`, float32."""
+    """The update U S V^T, truncated to `rank`, float32."""
     root = values[:rank].clamp_min(0).sqrt()
     a, b = (vh[:rank] * root[:, None]).float(), (u[:, :rank] * root).float()
     return LowRank(a.contiguous(), b.contiguous(), 1.0, embedding)

@@ -1,4 +1,4 @@
-"""Base plus adapter as one model or pipeline folder, and how far it is from the running adapter."""
+"""Merging of an adapter into its base, as a model or pipeline folder, with a comparison to the running adapter."""
 
 import gc
 from dataclasses import replace
@@ -24,8 +24,8 @@ from tunekit.recipe.model import ModelSection
 from tunekit.targets.target import LoadedTarget, TargetSpec, family_of, load_target, processor_of, with_objective
 from tunekit.tuned.network import prepare_network
 
-SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
-NetInputs = dict[str, torch.Tensor]  # what a net is called with for one row
+SPARE_SHARE = 1.5  # needed memory, relative to the float32 weights: activations, logits and a temporary matrix
+NetInputs = dict[str, torch.Tensor]  # the inputs of a net for one row
 MAX_ROWS, MAX_TOKENS = 8, 64
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -36,11 +36,11 @@ TEXTS = (
 
 
 def merge(target: TargetSpec, output: Path, onto: str | None = None, dtype: torch.dtype | None = None) -> MergeResult:
-    """Write the merged base next to `output`, measure it, and rename it into place; after any failure nothing stays.
+    """Write the merged base to a temporary folder, measure it, and rename the folder to `output`.
 
-    `dtype`: of the written weights; by default each as the base has it.
-    Raises: AdapterError where the method is no change of weights; InputError for a choice or a folder that cannot be;
-    ResourceError where the disk is too small.
+    After a failure, the temporary folder is removed. `dtype`: the dtype of the written weights; None: that of the base.
+    Raises: AdapterError if the adapter does not change weights; InputError for an invalid option or folder;
+    ResourceError if the disk is too small.
     """
     if target.adapter is None and target.kind == "run":
         what = f"there is nothing to merge: the run trained its base, and the result is {target.model.name_or_path}"
@@ -83,9 +83,9 @@ def _merge_model(
 
 
 def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
-    """What to merge onto, and why, in words.
+    """The kind of base weights to merge onto ("full", "dequantized" or "quantized"), and the reason.
 
-    Raises: InputError where the base is not quantized, or not to 4 bits.
+    Raises: InputError if `onto` does not fit the quantization of the base.
     """
     kind = target.model.quantization
     if kind == "none":
@@ -104,7 +104,10 @@ def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
 
 
 def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:
-    """Run both models on the same rows, one after the other, so that only one is in memory."""
+    """The difference of the logits of the running adapter and the merged model on the same rows.
+
+    Only one of the two models is in memory at a time.
+    """
     device, requantized = torch.device("cpu"), rewriter.onto == "quantized"
     loaded = load_target(target, device)
     running = loaded.model.base
@@ -136,8 +139,11 @@ def _without_rounding(
     changes: Changes,
     rows: list[NetInputs],
 ) -> LogitDifference:
-    """The difference with what of it is rounding: the merged model as written, before its cast, and the base with the
-    running adapter, all in float32; as it is where the memory is too small for that, or the vocabulary grew."""
+    """The difference, extended by the share that is due to rounding of the weights.
+
+    The merged model as written, the merged model before rounding, and the running adapter are compared in float32.
+    The difference is returned unchanged if memory is too small, or if the vocabulary grew.
+    """
     device = torch.device("cpu")
     free = available_bytes(device)
     small = free is not None and free < SPARE_SHARE * sum(each.numel() for each in rewriter.tensors.meta.values()) * 4
@@ -161,8 +167,11 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 
 
 def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
-    """What the net is called with for up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else
-    fixed texts, or one row of noise where it reads no text."""
+    """The inputs of the rows for the comparison, and a description of these rows.
+
+    They are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. Without evaluation rows they are
+    fixed texts, or one row of noise for a model that reads no text.
+    """
     base, objective = loaded.model.base, loaded.objective
     family = base.family
     if target.data is not None and target.data.eval is not None:
@@ -186,7 +195,7 @@ def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], st
 
 @torch.no_grad()
 def _logits(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
-    """What the head makes of each row: (T, V) float32."""
+    """The logits of each row, (T, V) float32."""
     cast = [
         {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()} for row in rows
     ]
@@ -210,7 +219,7 @@ def _compare(
 
 
 def _loss(rows: list[NetInputs], logits: list[torch.Tensor]) -> float:
-    """Mean loss of the next token over all rows."""
+    """The mean next-token loss over all rows."""
     predicted = torch.cat([each[:-1] for each in logits])  # (N, V)
     targets = torch.cat([row["input_ids"][0, 1:] for row in rows])  # (N,)
     return float(torch.nn.functional.cross_entropy(predicted, targets))

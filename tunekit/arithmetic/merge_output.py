@@ -1,4 +1,4 @@
-"""The files and the report that merging a model and merging a pipeline have in common."""
+"""Checks, weight changes and the report that are shared by merging a model and merging a pipeline."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,43 +15,47 @@ from tunekit.files.durable import free_bytes, write_json
 from tunekit.model.storage.rewrite import Changes
 from tunekit.records import bytes_text
 
-ParameterChange = Callable[[torch.Tensor], torch.Tensor]  # of a whole parameter
+ParameterChange = Callable[[torch.Tensor], torch.Tensor]  # old parameter -> new parameter
 REPORT = "merge_report.json"
-SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
+SPARE_BYTES = 64 * 2**20  # disk space for configuration, tokenizer and report
 
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Absolute differences of logits, with the spread of the logits to compare them with, and mean token losses."""
+    """Absolute differences of logits between the running adapter and the merged model, with the mean token losses.
+
+    `spread`: the standard deviation of the logits, for comparison.
+    """
 
     largest: float
     mean: float
     spread: float
-    rows: str  # which rows, in words
+    rows: str  # a description of the rows
     tokens: int
-    running_loss: float | None = None  # of the next token; None of models that predict none
+    running_loss: float | None = None  # next-token loss; None for models that do not predict tokens
     merged_loss: float | None = None
-    # largest, all computed in float32: of the merge as written; before its weights are rounded; of rounding them
-    written: float | None = None
-    unrounded: float | None = None
-    rounding: float | None = None
+    # The largest differences if everything is computed in float32:
+    written: float | None = None  # of the written weights
+    unrounded: float | None = None  # of the merged weights before rounding
+    rounding: float | None = None  # between these two
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, onto what and why, and how far the result is from the running adapter."""
+    """The result of a merge. `onto`, `reason`: the kind of base weights, and why. `difference`: the difference to the
+    running adapter."""
 
     folder: Path
     onto: str
     reason: str
-    dtype: str  # of the written weights
+    dtype: str  # dtype of the written weights
     computed_in: str
     difference: LogitDifference
-    note: str = ""  # how the model must be called, where other programs would not do it by themselves
+    note: str = ""  # how to call the model, if other programs do not do so by default
 
 
 def check_output(output: Path, sources: list[Path]) -> None:
-    """A new or empty folder, apart from base and adapter."""
+    """Raises: InputError or AdapterError unless `output` is new or empty, and separate from base and adapter."""
     for source in sources:
         real, place = source.resolve(), output.resolve()
         if place == real or real in place.parents or place in real.parents:
@@ -60,7 +64,7 @@ def check_output(output: Path, sources: list[Path]) -> None:
 
 
 def check_space(output: Path, weight_bytes: int) -> None:
-    """Raises: ResourceError where the disk has no room for them."""
+    """Raises: ResourceError if the disk of `output` has too little space for the weights."""
     wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
     if wanted > free:
         what = f"{output} needs {bytes_text(wanted)}, and {bytes_text(free)} are free there"
@@ -68,9 +72,9 @@ def check_space(output: Path, weight_bytes: int) -> None:
 
 
 def collect_changes(attached: AttachedAdapter) -> Changes:
-    """The adapter as changes of layers and parameters.
+    """The changes of layers and parameters by the adapter.
 
-    Raises: AdapterError for a method that changes what goes in or out and not the weights.
+    Raises: AdapterError for a method that changes inputs or outputs instead of weights.
     """
     if attached.model_adapter is not None:
         raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
@@ -78,7 +82,7 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     for copy in attached.copies.values():
         parameters |= {name: partial(_replaced, tensor.detach()) for name, tensor in copy.state().items()}
     for name, tokens in attached.tokens.items():
-        together = (name, *attached.tied_tokens.get(name, ()))  # one and the same change, so that they stay tied
+        together = (name, *attached.tied_tokens.get(name, ()))  # tied matrices get the same change
         parameters |= {f"{each}.weight": tokens.merged for each in together}
     for name, rows in attached.added_rows.items():
         parameters[f"{name}.weight"] = partial(_enlarged, rows, parameters.get(f"{name}.weight"))
@@ -89,7 +93,7 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
 
 
 def _enlarged(rows: torch.Tensor, then: ParameterChange | None, old: torch.Tensor) -> torch.Tensor:
-    """The matrix with rows added below, and changed after that."""
+    """The matrix with `rows` appended, then changed by `then`."""
     larger = torch.cat([old, rows.to(old)])
     return larger if then is None else then(larger)
 
@@ -99,7 +103,7 @@ def _replaced(new: torch.Tensor, _old: torch.Tensor) -> torch.Tensor:
 
 
 def write_report(folder: Path, result: MergeResult) -> None:
-    """Write REPORT into the folder of a merge."""
+    """Write the report of a merge into its folder."""
     difference = result.difference
     measured = {
         "largest_logit_difference_in_float32": difference.written,

@@ -1,4 +1,4 @@
-"""A diffusion pipeline plus adapter as one folder, and how far what it predicts is from the running adapter."""
+"""Merging of an adapter into its diffusion pipeline, with a comparison of predictions to the running adapter."""
 
 import shutil
 from dataclasses import replace
@@ -21,13 +21,13 @@ from tunekit.model.storage.source import find_source
 from tunekit.model.transformers_guard import quiet
 from tunekit.targets.target import LoadedTarget, TargetSpec, load_target
 
-PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # of what is compared
+PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # inputs of the compared predictions
 
 
 def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch.dtype | None) -> MergeResult:
-    """Write the merged pipeline next to `output`, measure it, and rename it; after any failure nothing stays.
+    """Write the merged pipeline to a temporary folder, measure it, and rename the folder to `output`.
 
-    Raises: InputError, AdapterError and ResourceError as merge.
+    After a failure, the temporary folder is removed. Raises: InputError, AdapterError and ResourceError, as `merge`.
     """
     output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
     merge_output.check_output(output, [base, adapter])
@@ -40,9 +40,10 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
 
 
 def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None) -> MergeResult:
-    """Fill a folder with the pipeline: the trained parts merged, all else as it is. `loaded`: computed in float32.
+    """Write the pipeline with merged trained parts into a folder; other parts are copied.
 
-    `dtype`: of the written parts; by default each as its files have it.
+    `loaded`: the pipeline with the adapter, in float32. `dtype`: the dtype of the written parts; None: that of their
+    files.
     """
     net, processor = loaded.model.base.net, loaded.processor
     assert isinstance(net, PipelineNet)
@@ -91,14 +92,14 @@ def _apply(net: nn.Module, changes: Changes) -> None:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """Of the first tensor of its files."""
+    """The dtype of the first tensor in the folder's files."""
     file = sorted(folder.glob("*.safetensors"))[0]
     return next(entry.dtype for entry in read_tensor_header(file, MODEL_FILE).values())
 
 
 @torch.no_grad()
 def _predicted(net: PipelineNet, processor: PipelineProcessor) -> torch.Tensor:
-    """(B, C, H, W) of noise at some times, for one prompt."""
+    """(B, C, H, W) predictions for noise at TIMES, for one prompt."""
     side, count = processor.multiple * 2, len(TIMES)
     generator = torch.Generator("cpu").manual_seed(SEED)
     ids = {f"{IDS}{name}": torch.from_numpy(each).repeat(count, 1) for name, each in processor.ids(PROMPTS).items()}

@@ -1,4 +1,4 @@
-"""How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other."""
+"""Comparison of two models A and B, tensor by tensor, and extraction of B - A as a LoRA."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,8 @@ from tunekit.model.storage.shards import ShardReader
 
 
 def compare_models(left: Path, right: Path) -> Iterator[TensorDifference]:
-    """Every tensor of either folder, in the order of A's files. Whole numbers (packed weights) have no norm."""
+    """The differences of all tensors of both folders, in the order of A's files. Integer tensors (packed weights) have
+    no norm."""
     one, two = ShardReader(left), ShardReader(right)
     for name in [*one, *(name for name in two if name not in one.headers)]:
         yield _compare_tensors(name, _read(one, name), _read(two, name))
@@ -38,12 +39,11 @@ def _compare_tensors(name: str, left: Tensor | None, right: Tensor | None) -> Te
 
 
 def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFolder, dict[str, RankLoss], list[str]]:
-    """The LoRA of that rank nearest to B - A, for every linear layer, embedding and head that differs; what each layer
-    lost; and the tensors that differ but are no matrices of layers.
+    """The LoRA of rank `rank` that is nearest to B - A, the error of each layer, and the differing tensors left out.
 
-    A tied head that changes with its embedding gets an update of its own, as an adapter of an embedding leaves the
-    head alone.
-    Raises: AdapterError where the two have other modules, or no matrix differs.
+    All linear layers, embeddings and heads that differ get an update; other tensors that differ are left out.
+    A tied head gets a separate update, because an adapter of the embedding does not change the head.
+    Raises: AdapterError if the models have different modules, or if no matrix differs.
     """
     modules = base_modules(left.net)
     if modules.keys() != base_modules(right.net).keys():
@@ -54,7 +54,7 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFold
     for name, kind in sorted(kinds.items()):
         try:
             one, two = left.base_weight(name).float(), right.base_weight(name).float()
-        except KeyError:  # one of them stores the layer in another form
+        except KeyError:  # one of the models stores the layer in a different form
             left_out.append(f"{name}.weight")
             continue
         if one.shape != two.shape:

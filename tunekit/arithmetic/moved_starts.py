@@ -1,7 +1,7 @@
-"""LoRA folders of PEFT whose initialisation moved a part of the base into the adapter, as plain LoRA of twice the rank.
+"""Conversion of PEFT's LoRA folders whose initialisation moved a part of the base into the adapter, to plain LoRA.
 
-The base was W - s B0 A0 when training began. The trained adapter adds s (B A - B0 A0) to W, which is the low-rank
-update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversion writes the same.
+The base was W - s B0 A0 at the start of training. So the trained adapter adds s (B A - B0 A0) to W. This is a low-rank
+update with the factors [B, -B0] and [A; A0], of twice the rank, as in PEFT's path_initial_model_for_weight_conversion.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ HOW = "give --initial DIR, the adapter as it was saved before training"
 
 
 def _starts() -> dict[str, StartSettings]:
-    """Our settings of every initialisation, by name; PEFT's names begin so."""
+    """Our settings of all initialisations, by name. PEFT's names begin with ours."""
     known = [settings_class("starts", name)(method=name) for name in known_names("starts")]
     return {start.method: start for start in known if isinstance(start, StartSettings)}
 
 
 def start_of(folder: Path) -> str | None:
-    """The folder's start, in small letters, where it moved weights of the base; else None.
+    """The folder's start, in lower case, if it moved weights of the base; else None.
 
-    Raises: AdapterError for LoftQ, which rather replaced them.
+    Raises: AdapterError for LoftQ, which replaced the weights of the base.
     """
     fields = read_fields(folder)
     start = fields.get(START)
@@ -48,30 +48,34 @@ def start_of(folder: Path) -> str | None:
 
 
 def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowRank]:
-    """s (B A - B0 A0) of each layer.
+    """The update s (B A - B0 A0) of each layer.
 
-    Raises: AdapterError where the two are not of one adapter, or `initial` starts from nothing.
+    Raises: AdapterError if the two folders are not of one adapter, or if all B0 are zero.
     """
     here, there = trained.updates, initial.updates
     for name in sorted(here.keys() | there.keys()):
         left, right = here.get(name), there.get(name)
         facts = [update and (update.shape, update.rank, update.scaling) for update in (left, right)]
         if None in facts or facts[0] != facts[1]:
-            what = f"'{name}' is missing, or has another shape, rank or scaling, in one of it and {trained.name}"
+            what = f"'{name}' is missing in this adapter or in {trained.name}, or its shape, rank or scaling differs"
             raise AdapterError(what, HOW, file=initial.name)
     if not any(bool(update.b.any()) for update in there.values()):
-        raise AdapterError("is no such start: every B is zero", HOW, file=initial.name)
+        raise AdapterError("is not the start of this adapter: every B is zero", HOW, file=initial.name)
     return {name: difference(update, there[name]) for name, update in here.items()}
 
 
 def difference(trained: LowRank, initial: LowRank) -> LowRank:
-    """s (B A - B0 A0) = s [B, -B0] [A; A0]."""
+    """The update s (B A - B0 A0) = s [B, -B0] [A; A0]."""
     a, b = torch.cat([trained.a, initial.a]), torch.cat([trained.b, -initial.b], dim=1)
     return LowRank(a, b, trained.scaling, trained.embedding)
 
 
 def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
-    """The same with the start computed again from the base's matrices (O, I), float32; embeddings start plainly."""
+    """The update s (B A - B0 A0) of each layer, with B0 and A0 computed again from the base.
+
+    `matrix_of`: gives the base's matrix (O, I) of a layer in float32. Updates of embeddings are unchanged, because
+    these starts initialise embeddings like plain LoRA.
+    """
     if trained.fan_in_fan_out and start.depends_on_layout:
         raise AdapterError("OLoRA of Conv1D layers cannot be computed again", HOW, file=trained.config.file, key=START)
     updates = {}
@@ -93,9 +97,9 @@ def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callabl
 def untouched_updates(
     lora: LoraFolder, start: str | None, initial: Path | None, base: Mapping[str, str]
 ) -> tuple[dict[str, LowRank], str | None]:
-    """The updates of the base as it is before any start, and where the start is taken from. `base`: as --base names it.
+    """The updates relative to the original base, and a note that says where the start was taken from.
 
-    Raises: AdapterError where the start can neither be read nor computed.
+    `base`: the base that --base names. Raises: AdapterError if the start can neither be read nor computed.
     """
     if initial is not None:
         note = f"what the start moved into the adapter is taken from {initial}"

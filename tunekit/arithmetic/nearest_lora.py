@@ -1,6 +1,6 @@
-"""The LoRA of a given rank that is nearest to an adapter of any method that changes weights.
+"""Conversion of an adapter of any method that changes weights to the nearest LoRA of a given rank.
 
-One matrix of the base is in memory at a time.
+Only one matrix of the base is in memory at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,12 +20,12 @@ from tunekit.errors import AdapterError
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
-SAME = 1e-6  # a bias that differs by less than this share of itself was only rounded
+SAME = 1e-6  # a smaller relative change of a bias is rounding
 
 
 @dataclass(frozen=True)
 class RankLoss:
-    """One layer's update D against its LoRA L: |D|, |D - L|."""
+    """The error of a LoRA L that replaces a layer's update D: |D| and |D - L|."""
 
     name: str
     norm: float
@@ -33,19 +33,19 @@ class RankLoss:
 
     @property
     def share(self) -> float:
-        """|D - L| / |D|."""
+        """The relative error |D - L| / |D|."""
         return self.error / self.norm if self.norm else 0.0
 
     @property
     def kept(self) -> float:
-        """The part of |D|^2 that L holds."""
+        """The share of |D|^2 that L contains."""
         return 1.0 - self.share**2
 
 
 def layer_change(
     attached: AttachedAdapter, name: str, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """One layer's update (O, I), float32 (of an embedding (D, V)), and its new bias (O,)."""
+    """The update (O, I) of one layer in float32 (for an embedding (D, V)), and its new bias (O,)."""
     layer = attached.layers[name]
     changed, new_bias = layer.merged(weight, bias)
     delta = (changed - weight).t() if layer.target.kind == "embedding" else changed - weight
@@ -55,7 +55,7 @@ def layer_change(
 def nearest_lora(
     attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int
 ) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The LoRA of that rank for every layer, and what each loses; trained copies, rows and biases are handed on.
+    """The nearest LoRA of rank `rank`, and the error of each layer. Trained copies, rows and biases are copied.
 
     Raises: AdapterError for methods that change something other than the weights of layers.
     """
@@ -87,13 +87,13 @@ def nearest_lora(
 
 
 def trained_beside(attached: AttachedAdapter) -> Tensors:
-    """Trained copies and rows, by file key."""
+    """The trained copies and token rows of an adapter, by file key."""
     parts = [*attached.copies.values(), *attached.tokens.values()]
     return {part.file_key(name): tensor.detach() for part in parts for name, tensor in part.state().items()}
 
 
 def lora_settings(settings: object, moves_bias: bool) -> LowRankSettings:
-    """LoRA's settings with whatever of the method's own says what else is trained."""
+    """LoRA's settings, with the method's settings for trained copies, token rows and biases."""
     names = ("modules_to_save", "trainable_token_indices", "bias")
     values = {key: getattr(settings, key) for key in names if hasattr(settings, key)}
     if moves_bias and values.get("bias", "none") == "none":
@@ -103,7 +103,7 @@ def lora_settings(settings: object, moves_bias: bool) -> LowRankSettings:
 
 
 def nearest_update(name: str, delta: Tensor, rank: int, embedding: bool) -> tuple[LowRank, RankLoss]:
-    """The update L of that rank that is nearest to D, and |D| and |D - L|, measured on the matrices themselves."""
+    """The update L of rank `rank` that is nearest to the matrix D (`delta`), and its error."""
     update = decompose(delta, rank, embedding=embedding)
     norm, error = (
         float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (delta, delta - update.dense())
@@ -112,11 +112,11 @@ def nearest_update(name: str, delta: Tensor, rank: int, embedding: bool) -> tupl
 
 
 def loss_between(name: str, update: LowRank, lower: LowRank) -> RankLoss:
-    """The same of an update that has factors itself."""
+    """The error of `lower` in place of `update`; both have factors."""
     return RankLoss(name, update.norm(), weighted_sum([update, lower], [1.0, -1.0]).norm())
 
 
 def total(losses: Mapping[str, RankLoss]) -> RankLoss:
-    """All layers as one."""
+    """The error over all layers together."""
     norm = sum(loss.norm**2 for loss in losses.values()) ** 0.5
     return RankLoss("all layers", norm, sum(loss.error**2 for loss in losses.values()) ** 0.5)

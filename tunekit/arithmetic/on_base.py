@@ -1,4 +1,4 @@
-"""An adapter folder together with its base, whose weights are not loaded: one matrix is read at a time."""
+"""Attaching of an adapter folder to its base on the meta device; the base's matrices are read one at a time."""
 
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from tunekit.tuned.network import prepare_network
 
 
 def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter, Rewriter]:
-    """The adapter in a net without weights, and the reader of those weights."""
+    """The adapter, attached to its base on the meta device, and a reader of the base's weights."""
     rewriter = Rewriter(section, "full" if section.quantization == "none" else "dequantized")
     return attach_without_weights(folder, section, rewriter), rewriter
 
 
 def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewriter) -> AttachedAdapter:
-    """The adapter in a net without weights: its tensors are real, the base's are not."""
+    """The adapter with its real tensors, attached to its base on the meta device."""
     cpu = torch.device("cpu")
     base = make_meta_model(section, device=cpu)
     attach = partial(

@@ -1,6 +1,6 @@
-"""Weighted sums of tensors that were changed first: pruned by size or at random, or freed of conflicting signs.
+"""Weighted sums of tensors after pruning by size or at random, or after removal of conflicting signs.
 
-The definitions, with their order of operations, are those of PEFT's add_weighted_adapter.
+The definitions and the order of operations equal those of PEFT's add_weighted_adapter.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ def weighted(
     majority_sign: str = "total",
     generators: Sequence[Generator] = (),
 ) -> Tensor:
-    """The sum of w_i t_i, each t_i as `kind` changes it.
+    """The sum of w_i t_i, where `kind` changes the tensors t_i first:
 
-    linear             as it is
-    magnitude_prune    only the largest numbers, a share `density` of them
-    dare_linear        only numbers drawn with probability `density`, divided by it (Yu et al. 2023)
-    ties               pruned by size; then of each place only those tensors that have the majority's sign, and their
-                       mean in place of the sum (Yadav et al. 2023)
-    dare_ties          the same after the random choice
-    `generators`: one for each tensor, of the random choices.
+    linear             no change
+    magnitude_prune    a share `density` of the elements, with the largest absolute values, is kept
+    dare_linear        elements are kept with probability `density`, and divided by it (Yu et al. 2023)
+    ties               pruned as in magnitude_prune; then each element is the mean, not the sum, over the tensors that
+                       have the majority's sign there (Yadav et al. 2023)
+    dare_ties          as ties, but pruned as in dare_linear
+    `generators`: the random generator of each tensor.
     """
     changed = list(tensors)
     if kind in ("magnitude_prune", "ties"):
@@ -45,7 +45,7 @@ def weighted(
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """Zero all but the share `density` of largest size, rounded down."""
+    """The tensor with only a share `density` of its elements, those with the largest absolute values; others are 0."""
     if density >= 1:
         return tensor
     mask = torch.zeros_like(tensor).reshape(-1)
@@ -54,7 +54,7 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def keep_random(tensor: Tensor, density: float, generator: Generator) -> Tensor:
-    """Zero each number with probability 1 - density and divide by density, so that the mean stays."""
+    """The tensor, divided by `density`, with each element set to 0 with probability 1 - density: its mean stays."""
     if density >= 1:
         return tensor
     mask = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
@@ -62,7 +62,10 @@ def keep_random(tensor: Tensor, density: float, generator: Generator) -> Tensor:
 
 
 def has_majority_sign(stack: Tensor, method: str) -> Tensor:
-    """Whether each number has the sign of its place's sum (total), or the commoner sign there (frequency)."""
+    """Whether each element has the majority's sign. Shapes: stack (tensors, ...).
+
+    `method`: "total": the sign of the sum over the tensors; "frequency": the more frequent sign.
+    """
     signs = stack.sign()
     votes = stack.sum(0) if method == "total" else signs.sum(0)
     return signs == torch.where(votes >= 0, 1, -1)

@@ -1,6 +1,6 @@
-"""The content of an adapter folder of any method, without its base, also of a folder that cannot be loaded.
+"""Summary of an adapter folder of any method, without its base. Faulty folders are summarised too.
 
-Files are read as strictly as for loading, but faults are reported and not refused.
+Files are read as strictly as for loading, but faults are reported instead of raised.
 """
 
 import math
@@ -30,25 +30,25 @@ from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import printable
 from tunekit.records import JsonObject, bytes_text
 
-LISTED = 12  # entries that a line prints of a list; a JSON file has them all
-NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
+LISTED = 12  # lists with more entries are printed as their length; the JSON output has all entries
+NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # dtypes that have norms and NaN
 
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """One tensor of the file; `norm` (Frobenius) is None where it has none."""
+    """One tensor of the file. `norm`: the Frobenius norm; None for integers and for values that are not finite."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     norm: float | None
-    zero: bool  # every number is 0
-    not_finite: int  # how many are NaN or infinite
+    zero: bool  # whether all elements are 0
+    not_finite: int  # number of elements that are NaN or infinite
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One module's part of the adapter; `update_norm` is that of s B A, of LoRA alone."""
+    """The part of the adapter that belongs to one module. `update_norm`: the norm of s B A, for LoRA only."""
 
     name: str
     rank: int | None
@@ -59,7 +59,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Everything that `show` tells. `faults`: why tunekit would not load the folder, as far as it can be known here."""
+    """Everything that `show` prints. `faults`: the reasons why tunekit refuses to load the folder, if any are found."""
 
     folder: str
     method: str
@@ -70,7 +70,7 @@ class AdapterSummary:
     ranks: dict[int, int]  # rank -> number of layers
     settings: JsonObject
     parameters: int
-    tensor_bytes: int  # of the file on the disk
+    tensor_bytes: int  # size of the tensor file
     tensors: list[TensorSummary]
     layers: list[LayerSummary]
     dead: list[str]
@@ -79,7 +79,7 @@ class AdapterSummary:
 
     @property
     def facts(self) -> dict[str, object]:
-        """The whole in a few lines."""
+        """The summary in a few lines: label -> value."""
         ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())
         return {
             "method": f"{self.method} (peft type {self.peft_type})",
@@ -93,7 +93,7 @@ class AdapterSummary:
         }
 
     def _settings_text(self) -> str:
-        """Settings that say something; of long lists and mappings, how long they are."""
+        """The settings that are not empty or false, as text. Long lists and mappings are given by their length."""
         written = {key: value for key, value in self.settings.items() if value not in (None, [], {}, "", False)}
         short = {
             key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
@@ -103,9 +103,9 @@ class AdapterSummary:
 
 
 def summarise_adapter(folder: Path) -> AdapterSummary:
-    """Read the folder's files and every tensor once.
+    """The summary of an adapter folder. Each tensor is read once.
 
-    Raises: AdapterError where there is no such folder, or a file of it is no JSON or no safetensors file.
+    Raises: AdapterError if the folder does not exist, or its files are not JSON and safetensors files.
     """
     fields = read_fields(folder)
     refuse_pickle(folder)
@@ -123,7 +123,7 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
         if config is not None and getattr(config.settings, "target_parameters", None):
             factors = _without_experts(factors, config)
         norms = _update_norms(factors, config)
-    except AdapterError as error:  # patterns that nobody can read
+    except AdapterError as error:  # ambiguous patterns
         norms = {}
         faults += [str(problem) for problem in error.problems]
     layers = _layers(tensors, factors, norms)
@@ -150,7 +150,7 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
 
 
 def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
-    """The configuration as loading reads it, or why it is refused; and files that are not those that were written."""
+    """The configuration, or None, and its faults: the reasons for refusing it, and files that were changed later."""
     try:
         config = read_adapter_config(folder)
         changed = config.changed_files()
@@ -172,13 +172,14 @@ def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
 
 @cache
 def _own_names() -> frozenset[str]:
-    """How names of tensors begin that have several parts after the module's name: those of methods, and of wrappers."""
+    """The first parts of those tensor names that have several parts after the module's name."""
     names = [name for method in all_methods() for name in method.tensors]
     return frozenset({"base_layer"} | {name.partition(".")[0] for name in names if "." in name})
 
 
 def split_name(key: str) -> tuple[str, str]:
-    """A file's key -> (module of the base, the tensor's own name): the module ends where a method's own name begins."""
+    """The module of the base and the tensor's name, from a key of the file. The method's names show where the module
+    ends."""
     parts = key.removeprefix(PREFIX).removeprefix("base_model.").split(".")
     first = next((index for index, part in enumerate(parts) if part in _own_names()), len(parts) - 1)
     return ".".join(parts[:first]), ".".join(parts[first:])
@@ -187,7 +188,7 @@ def split_name(key: str) -> tuple[str, str]:
 def _layers(
     tensors: list[TensorSummary], factors: Mapping[str, Mapping[str, Tensor]], norms: Mapping[str, float]
 ) -> list[LayerSummary]:
-    """By module; what belongs to none (shared tensors, prompts) under its own name."""
+    """The summaries by module. Tensors without a module (shared tensors, prompts) are listed under their own names."""
     by_module: dict[str, list[TensorSummary]] = {}
     for tensor in tensors:
         module, own = split_name(tensor.name)
@@ -203,18 +204,18 @@ def _layers(
 
 
 def _without_experts(factors: dict[str, Tensors], config: AdapterConfig) -> dict[str, Tensors]:
-    """Those of layers: the factors of fused experts lie in one tensor, whose first side is no rank."""
+    """The factors of plain layers. Fused experts are left out: one tensor contains the factors of all experts."""
     ranks, r = Resolved(config, "rank_pattern"), config.low_rank.r
     return {name: pair for name, pair in factors.items() if "A" in pair and len(pair["A"]) == ranks.of(name, r)}
 
 
 def in_order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 9 before layer 10."""
+    """A key for sorting names, which puts layer 9 before layer 10."""
     return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
 def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig | None) -> dict[str, float]:
-    """|s B A| of each layer of a LoRA whose factors fit each other and are finite."""
+    """The norm |s B A| of each LoRA layer whose factors have matching shapes and finite values."""
     if config is None or config.method is not plain_lora_method():
         return {}
     scalings = Scalings(config)
@@ -228,7 +229,7 @@ def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterCo
 
 
 def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int, int]:
-    """Rank -> how many layers; of other methods than LoRA what their setting r says of all of them."""
+    """Rank -> number of layers. For methods other than LoRA, all layers have the rank of the setting `r`."""
     counted = Counter(layer.rank for layer in layers if layer.rank is not None)
     rank = getattr(config.settings, "r", None) if config is not None else None
     if not counted and isinstance(rank, int):

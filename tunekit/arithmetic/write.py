@@ -1,4 +1,4 @@
-"""Writes an adapter that was made of other folders, with their facts of the base."""
+"""Writing of an adapter that was computed from other adapter folders, with their facts about the base."""
 
 import os
 import re
@@ -27,7 +27,7 @@ BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_qua
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the new folder says of its base. `notes`: what the folders it came from disagree on."""
+    """The facts about the base in the new folder. `notes`: facts in which the source folders differ."""
 
     name: str | None  # a hub id, or an absolute path
     revision: str | None = None
@@ -42,9 +42,9 @@ class BaseFacts:
 
 
 def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
-    """The absolute path of a folder that is new or empty, and apart from the sources.
+    """The absolute path of `output`.
 
-    Raises: AdapterError.
+    Raises: AdapterError unless it is new or an empty folder, and does not contain one of the sources.
     """
     output = Path(os.path.abspath(output.expanduser()))
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -58,9 +58,9 @@ def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
 
 
 def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
-    """The one base of all these adapters; `named` (--base) stands for what they call it.
+    """The common base of all these adapters. `named`: the value of --base, which replaces the name in the adapters.
 
-    Raises: AdapterError where they belong to different bases, or do different tasks.
+    Raises: AdapterError if the adapters have different bases or tasks.
     """
     first, notes = configs[0], []
     for other in configs[1:]:
@@ -99,8 +99,8 @@ def _objective_of(configs: Sequence[AdapterConfig]) -> Mapping[str, Any] | None:
 
 
 def refuse_other_labels(configs: Sequence[AdapterConfig]) -> None:
-    """Raises: AdapterError where two of the folders name labels, and not the same in the same order, or where their
-    scores mean different things."""
+    """Raises: AdapterError if two of the adapters have different labels, labels in a different order, or scores of
+    different meaning."""
     named = [(config, config.objective) for config in configs if config.objective and "labels" in config.objective]
     for config, objective in named[1:]:
         first, expected = named[0]
@@ -127,7 +127,7 @@ def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | 
 
 
 def _located(config: AdapterConfig) -> str | None:
-    """The base's hub id, or its absolute path, whether it is there or not."""
+    """The hub id of the base, or its absolute path, even if it does not exist."""
     name = config.base_name_or_path
     return config.base_location() or (name and os.path.abspath(config.folder / Path(name).expanduser()))
 
@@ -135,7 +135,10 @@ def _located(config: AdapterConfig) -> str | None:
 def write_without_base(
     output: Path, base: BaseFacts, config: AdapterConfig, tensors: Mapping[str, Tensor], fields: PeftConfig
 ) -> int:
-    """Write the folder; `fields` are PEFT's that the settings do not contain. Returns its bytes."""
+    """Write the adapter folder, without reading the base. Returns its size in bytes.
+
+    `fields`: PEFT's fields that do not follow from the settings.
+    """
     name, path = (None, None) if base.name is None else base_names(base.name, output)
     peft, settings = config.method.peft, config.settings
     written = {**peft.write(settings), **fields, "base_model_name_or_path": name, "revision": base.revision}
@@ -150,9 +153,10 @@ def write_without_base(
 
 
 def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping[str, LowRank]) -> int:
-    """Write plain LoRA of these updates; targets as in `like` where it has the same layers, and its other tensors.
+    """Write a plain LoRA with these updates. Returns its size in bytes.
 
-    alpha is chosen so that a reader that knows no patterns scales every layer right.
+    `like`: the adapter with the settings and the other tensors; its target_modules are used if its layers are the same.
+    alpha is chosen so that programs that ignore patterns scale all layers correctly.
     """
     scaled, alpha = _with_one_scaling(updates)
     ranks = {name: update.rank for name, update in scaled.items()}
@@ -181,9 +185,9 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:
-    """The updates with one alpha for all, a whole number, where they are of one rank and scaling; else all with s = 1.
+    """The updates, and one alpha for all of them; None: the updates have s = 1, and alpha is the rank.
 
-    None stands for alpha = rank.
+    One alpha is possible if all updates have the same rank and scaling, and it is a whole number.
     """
     kinds = Counter((update.rank, update.scaling) for update in updates.values())
     rank, scaling = next(iter(kinds))
@@ -193,6 +197,6 @@ def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank
 
 
 def _keys(name: str, update: LowRank) -> Tensors:
-    """Tensors by file key, float32."""
+    """The factors of an update by file key, float32."""
     suffixes = {factor: suffix for suffix, (factor, embedding) in FACTORS.items() if embedding == update.embedding}
     return {f"{PREFIX}{name}{suffixes['A']}": update.a.float(), f"{PREFIX}{name}{suffixes['B']}": update.b.float()}

@@ -1,4 +1,4 @@
-"""Recognises, by its code, an MLP that computes exactly down(act(gate(x)) * up(x))."""
+"""Detection of an MLP that computes exactly down(act(gate(x)) * up(x)), by its code."""
 
 import ast
 import inspect
@@ -43,6 +43,6 @@ def _computes_gated(kind: type[nn.Module]) -> bool:
 
 
 def _forms(expression: str) -> list[str]:
-    """Equivalent statements."""
+    """The code of function bodies that return the expression."""
     named = [f"{name} = {expression}\nreturn {name}" for name in ("down_proj", "output", "hidden_states", "x")]
     return [f"return {expression}", *named]

@@ -1,8 +1,8 @@
-"""LoRA of neighbouring projections as one autograd function each: queries, keys and values; the gated MLP.
+"""Autograd functions for the LoRA of neighbouring layers: one for queries, keys and values, one for the gated MLP.
 
-The function gives the same products with less memory and fewer passes over it. The backward pass saves the input and a
-handle of the base layer, and for the MLP also gate and up. It never saves a dense W of a packed layer, a base output,
-a low-rank product, or a value between gate and down; these are recomputed.
+The functions give the same products with less memory and fewer memory accesses. For the backward pass they save the
+input and a handle of the base layer, and for the MLP also gate and up. They never save a dense W of a packed layer, a
+base output, a low-rank product, or a value between gate and down; these are recomputed.
 Results equal the plain path up to the order of sums, with the same dropout masks. A module that does not fit, such as
 one with hooks, takes the plain path: its own forward.
 """
@@ -24,23 +24,23 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target, short_name
 
-JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, if they have the same input
-CROSS = ("encoder_attn",)  # attention modules whose keys and values have another input than their queries
+JOINED = ("q_proj", "k_proj", "v_proj")  # layers of one attention module that have the same input
+CROSS = ("encoder_attn",)  # attention modules whose queries have a different input than their keys and values
 GATED = ("gate_proj", "up_proj", "down_proj")
 LayerGroup = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
 class JoinedProducts:
-    """The kernel of a method whose layers are y = W x + s B A x. `layer`: its class; a layer with more state than A
-    and B takes the plain path."""
+    """The kernel of a method whose layers compute y = W x + s B A x. `layer`: the class of these layers. A layer with
+    other tensors than A and B takes the plain path."""
 
     layer: type[LayerAdapter[Any]]
 
     def groups(
         self, net: nn.Module, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]
     ) -> list[LayerGroup]:
-        """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
+        """The groups of layers that are computed together. `modules`: target name -> layer of the base."""
         children: dict[str, set[str]] = {}
         for target in targets:
             plain = target.kind == "linear" and set(self.layer.slots(settings, target)) == {"A", "B"}
@@ -69,7 +69,7 @@ class JoinedProducts:
         targets: Sequence[Target],
         casts: Casts,
     ) -> list[LayerGroup]:
-        """Let the attached layers of `net` compute in groups; returns the groups."""
+        """Make the attached layers of `net` compute in groups. Returns the groups."""
         groups = self.groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
         for group in groups:
             members = [layers[name] for name in group]
@@ -107,7 +107,7 @@ def _has_hooks(layer: LayerAdapter[LowRankSettings]) -> bool:
 
 
 class JoinedLayers:
-    """Layers with the same input: the first one that is called computes all of them, the others take its results."""
+    """Layers with the same input. The first layer that is called computes the outputs of all of them."""
 
     def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.layers, self.casts = list(layers), casts
@@ -124,7 +124,7 @@ class JoinedLayers:
         if not self.together:
             return products(self.single[id(layer)], x, _factors([layer]), _dropout(layer))[0]
         if self._input is not x or id(layer) not in self._results:
-            if self._results:  # a layer got another input, so they are not a group
+            if self._results:  # a layer got a different input, so the layers are no group
                 self.together, self._input, self._results = False, None, {}
                 return self.product(layer, x)
             outputs = products(self.group, x, _factors(self.layers))

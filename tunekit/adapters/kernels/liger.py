@@ -1,5 +1,4 @@
-"""Replaces a network's norms and gated products by liger-kernel's functions; on the meta device by stand-ins that save
-the same tensors."""
+"""Use of liger-kernel for norms and gated products; on the meta device, substitutes save the same tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tunekit.model.autograd import Context
 
 @dataclass(frozen=True, eq=False)
 class LigerGated(Gated):
-    """SwiGLU by liger-kernel: one kernel per direction; the gradients overwrite gate and up."""
+    """SwiGLU by liger-kernel, with one kernel for forward and one for backward. The gradients overwrite gate and up."""
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         if gate.is_meta:
@@ -45,7 +44,7 @@ def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def use_liger(net: nn.Module) -> None:
-    """Compute these modules with liger's kernels, on a GPU; the adapter must be attached."""
+    """Make norms and fused MLPs use liger's kernels, on a GPU. The adapter must be attached before."""
     norms, mlps = liger_places(net)
     for norm in norms:
         norm.forward = partial(_liger_norm, norm)
@@ -65,7 +64,7 @@ def _liger_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class _SimulatedNorm(torch.autograd.Function):
-    """Saves x (..., D) and a float32 number for each of its rows."""
+    """A substitute for liger's norm on the meta device, which saves x (..., D) and one float32 number per row."""
 
     @staticmethod
     def forward(ctx: Context[None], x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The autograd functions of joined_lora.py: several adapted products of one input, and a gated MLP.
 
-Inputs: base layers with scalings, x (..., I) and factors A (R, I) and B (O, R) in float32; outputs (..., O) each. With
-y = W x + s B A x and g = dL/dy: dx = g W + s (g B) A, dB = s g^T (x A^T), dA = s (g B)^T x.
-With dropout p each layer has its own mask m: m x replaces x as A's input, and s / (1 - p) replaces s. Masks are saved,
-one byte per element: drawing them again would take a CPU longer than all other work of dropout.
+The inputs are base layers with scalings, x (..., I), and factors A (R, I) and B (O, R) in float32. Each output is
+(..., O). With y = W x + s B A x and g = dL/dy: dx = g W + s (g B) A, dB = s g^T (x A^T), dA = s (g B)^T x.
+With dropout p, each layer has a separate mask m: m x replaces x as A's input, and s / (1 - p) replaces s. Masks are
+saved with one byte per element, because drawing them again is slow on a CPU.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,14 +21,14 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 
 @dataclass(frozen=True, eq=False)
 class DropMasks:
-    """Dropout masks of the layers' input: (N, I) bool for each layer, or none without dropout."""
+    """Dropout masks of the layers' input: (N, I) bool for each layer; () without dropout."""
 
     masks: tuple[Tensor, ...] = ()
     scale: float = 1.0  # 1 / (1 - p)
 
 
 def draw_masks(x: Tensor, dropout: float, count: int) -> DropMasks:
-    """Masks for x (..., I), drawn like torch's own dropout, one after the other."""
+    """`count` dropout masks for x (..., I), drawn one after the other, as torch's dropout draws them."""
     if not dropout:
         return DropMasks()
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
@@ -49,7 +49,7 @@ class Products:
         self.casts = casts
 
     def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(sum of R, I): every A, stacked along the rows."""
+        """(sum of R, I) all A, stacked along the rows."""
         if len(self.bases) == 1:
             return self._cast(factors[0], (id(self), "a"), dtype)
         return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
@@ -62,7 +62,7 @@ class Products:
         return self._cast(factors[2 * index + 1], (id(self), index), dtype)
 
     def forward(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
-        """Shapes: x (..., I) -> (..., O) of each layer."""
+        """The output of each layer. Shapes: x (..., I) -> (..., O)."""
         outputs = []
         for index, (base, low) in enumerate(zip(self.bases, self._lows(x, factors, masks), strict=True)):
             bias: Tensor | None = getattr(base, "bias", None)
@@ -73,7 +73,7 @@ class Products:
         return outputs
 
     def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
-        """A x of each layer, (N, R); a single product if there are no masks."""
+        """(N, R) A x of each layer. Without masks, one product computes all of them."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
         if masks.masks:
             return [
@@ -130,8 +130,11 @@ class Products:
 
 
 def _no_view(output: Tensor) -> Tensor:
-    """The output as a tensor of its own: torch lets nobody change a view in place that an autograd function returns, as
-    DeBERTa does, and a linear layer with a bias gives a view of its product."""
+    """The output as a tensor that is not a view.
+
+    A linear layer with a bias returns a view. torch does not allow in-place changes of a view that an autograd function
+    returns, but DeBERTa makes such changes.
+    """
     return torch.ops.aten._unsafe_view(output, output.shape)
 
 
@@ -188,7 +191,7 @@ class Gated:
 
 
 class _Gated(torch.autograd.Function):
-    """Saves x, gate and up; the activation and its product with up are recomputed."""
+    """The gated MLP. It saves x, gate and up; the activation and its product with up are recomputed."""
 
     @staticmethod
     def forward(ctx: Context[tuple[Gated, float]], gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Forward values are equal to those of the module's own code, bit for bit.
 
   y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
 
-Computed in float32, as in transformers. If the weight is trained, or nothing is, the module's own code runs. Modules
-that compute this are recognised by their code.
+The computation is in float32, as in transformers. If the weight is trained, or no gradient is needed, the module's own
+code runs. Modules that compute this are recognised by their code.
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ return self.weight * hidden_states.to(input_dtype)"""
 
 
 def lighten_norms(net: nn.Module) -> None:
-    """Replace the forward of all such norms."""
+    """Replace the forward of all norms that `computes_rms_norm` recognises."""
     for module in net.modules():
         if computes_rms_norm(module):
             module.forward = LightNorm(module)
@@ -42,7 +42,7 @@ def _computes_body(kind: type[nn.Module]) -> bool:
 
 
 class LightNorm:
-    """Replaces the module's forward."""
+    """A replacement for the forward of a norm."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
@@ -55,7 +55,7 @@ class LightNorm:
 
 
 class _LightNorm(torch.autograd.Function):
-    """Saves x and r (..., 1)."""
+    """The norm as an autograd function that saves x and r (..., 1)."""
 
     @staticmethod
     def forward(ctx: Context[None], x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

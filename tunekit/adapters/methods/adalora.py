@@ -18,8 +18,8 @@ from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
 
 FACTORS = ("A", "E", "B")
-SPREAD = 0.02  # of A and B at the start
-SAME_RANK = 1e-5  # PEFT adds it to the rank in the divisor
+SPREAD = 0.02  # initial standard deviation of A and B
+SAME_RANK = 1e-5  # PEFT adds this to the rank in the divisor
 
 
 class Adalora(LowRankLayer[AdaloraSettings]):
@@ -74,7 +74,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Update the moving averages after a step: |value * gradient|, and its distance from its average."""
+        """Update the moving averages after a step: of |value * gradient|, and of its distance from its average."""
         for factor in FACTORS:
             parameter, gradient = getattr(self, factor), getattr(self, factor).grad
             sensitivity, uncertainty = getattr(self, f"{factor}_sensitivity"), getattr(self, f"{factor}_uncertainty")
@@ -152,15 +152,15 @@ FIXED: Fixed = {
 
 
 class RankBudget(SharedPart[AdaloraSettings]):
-    """Removes ranks from all layers together, the least important first, in whichever layer they are.
+    """Removes the least important ranks of all layers together.
 
-    The budget is every rank up to step `tinit`, the target from step total - tfinal on, and between them target +
-    (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. Meanwhile, a removed triplet may grow again
-    until the next allocation; after the last allocation it stays zero. With tfinal 0 the last step reaches the target.
+    Until step `tinit`, the budget is all ranks. From step total - tfinal on, it is the target. Between these steps, it
+    is target + (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. A removed triplet can grow again
+    until the next allocation; after the last allocation it stays zero. With tfinal 0, the last step reaches the target.
     Source: Zhang et al. 2023, eq. 12; ties are removed together, as in PEFT's RankAllocator.
     """
 
-    layers: list[Adalora]  # those that share the budget
+    layers: list[Adalora]  # the layers that share the budget
     total_steps: Tensor  # (1,), 0 before the first step; written to PEFT's file
 
     @classmethod
@@ -180,7 +180,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
         if step == min(end, total_steps - 1):
             self._allocate(target)
         elif step > end:
-            if sum(int(layer.kept.sum()) for layer in self.layers) > target:  # that step was skipped
+            if sum(int(layer.kept.sum()) for layer in self.layers) > target:  # the last allocation was skipped
                 self._allocate(target)
             self._clear()
         elif step > settings.tinit and step % settings.deltaT == 0:

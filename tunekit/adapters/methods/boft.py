@@ -39,7 +39,7 @@ class Boft(LayerAdapter[BoftSettings]):
         }
 
     def rotate(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """x R, or x R^T."""
+        """x R; x R^T if `transposed`."""
         factors, blocks, size, _ = self.q.shape
         rotations = cayley((self.q - self.q.transpose(-1, -2)) / 2).to(x.dtype)  # (m, blocks, b, b)
         for index in range(factors) if transposed else reversed(range(factors)):
@@ -59,13 +59,14 @@ class Boft(LayerAdapter[BoftSettings]):
 
 
 def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tensor:
-    """The order of the inputs before the blocks of factor `index` (0-based) are cut: (I,) int64.
+    """The order of the inputs in which the blocks of factor `index` (from 0) are consecutive: (I,) int64.
 
-    Runs of b 2^index inputs are cut into halves of blocks; those with even numbers come first, then the odd ones.
+    Runs of b 2^index inputs are cut into halves of blocks. Halves with even numbers come first, then those with odd
+    numbers.
     """
     if index == 0 and size % 2:
         return torch.arange(inputs, device=device)
-    halves = torch.arange(2 ** (index + 1), device=device)  # of one run; the first factor's run has two
+    halves = torch.arange(2 ** (index + 1), device=device)  # the halves of one run; a run of the first factor has two
     order = torch.cat([halves[::2], halves[1::2]])
     run = torch.arange(size * 2**index, device=device).reshape(len(halves), size // 2)[order].flatten()
     starts = torch.arange(0, inputs, len(run), device=device)

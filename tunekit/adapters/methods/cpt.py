@@ -16,11 +16,11 @@ from tunekit.files.untrusted import printable
 from tunekit.machine.placing import to_device
 from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 
-TYPES = 4  # input template, input, output template, output; the next example's types are higher by 4
-INPUT, OUTPUT = 2, 0  # type modulo 4
-SMALLEST = 1e-10  # PEFT's bound for vectors that do not move
+TYPES = 4  # types of an example: input template, input, output template, output; each example adds 4 to them
+INPUT, OUTPUT = 2, 0  # types modulo 4
+SMALLEST = 1e-10  # PEFT's bound for vectors that must not change
 HOW = "write adapter.examples as a list of {input: ..., output: ...}"
-PAPER_WIDTH = 2048  # the width for which the bounds are meant
+PAPER_WIDTH = 2048  # the hidden size for which the paper gives the bounds
 
 
 class Cpt(prompts.VirtualTokens[CptSettings]):
@@ -91,7 +91,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
 
 
 def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings:
-    """The settings with their examples as ids and types, piece by piece."""
+    """The settings with the examples as token ids, and the type of each token."""
     if settings.token_ids is not None:
         return settings
     if not settings.examples:
@@ -103,7 +103,7 @@ def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings
 
 
 def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
-    """Each text with its type."""
+    """The texts of the examples in order, each with its type."""
     for number, example in enumerate(settings.examples):
         first = TYPES * number + 1
         for template, text, kind in (
@@ -146,7 +146,7 @@ METHOD = Method(
             "num_transformer_submodules": (1,),
             "num_virtual_tokens": (None, ANY),
             "cpt_mask": (None, ANY),  # PEFT never reads it
-            "opt_weighted_loss_type": ("none", ANY),  # of the training
+            "opt_weighted_loss_type": ("none", ANY),  # this and the next field are only for training
             "opt_loss_decay_factor": (1.0, ANY),
             "tokenizer_name_or_path": (None, ANY),
             "modules_to_save": (None, []),

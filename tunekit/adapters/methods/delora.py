@@ -9,7 +9,7 @@ from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.delora import DeloraSettings
 from tunekit.records import Target
 
-SMALLEST_NORM = 1e-4  # of a factor: B starts at 0
+SMALLEST_NORM = 1e-4  # smaller norms of factors are raised to this value, because B starts at 0
 
 
 class Delora(LowRankLayer[DeloraSettings]):

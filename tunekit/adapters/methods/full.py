@@ -16,7 +16,8 @@ from tunekit.recipe.adapters.full import FullSettings
 
 
 class BaseWeights(ModelAdapter[FullSettings]):
-    """The base's own parameters, tied ones once. There is no copy of the original values, so nothing can be bypassed.
+    """The parameters of the base, with tied parameters once. The original values are not kept, so the adapter cannot be
+    bypassed.
 
     A float32 parameter is trained in place. A 16-bit parameter has a float32 master: its gradient is added to the
     master's as soon as it is computed, and after each update it gets the master's rounded value.
@@ -49,7 +50,7 @@ class BaseWeights(ModelAdapter[FullSettings]):
             self.register_parameter(attribute, master)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Nothing to do: the values are the base's."""
+        """Do nothing: the values are those of the base."""
 
     @torch.no_grad()
     def check_state(self) -> None:
@@ -68,8 +69,8 @@ def _move_gradient(master: nn.Parameter, parameter: Tensor) -> None:
 
 
 def chosen_parameters(net: nn.Module, settings: FullSettings) -> dict[str, nn.Parameter]:
-    """The parameters in the chosen modules, each under its first name, without those that the model's class does not
-    train."""
+    """The parameters in the chosen modules, each under its first name. Parameters that the model's class keeps fixed
+    are left out."""
     modules = {name: module for name, module in net.named_modules() if next(module.parameters(), None) is not None}
     names = [*chosen_names(list(modules), settings.target_modules, "all-weights", "module with weights")]
     names += named_copies(modules, settings.modules_to_save)

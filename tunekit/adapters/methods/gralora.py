@@ -17,8 +17,8 @@ from tunekit.records import Target
 class Gralora(LayerAdapter[GraloraSettings]):
     """Low-rank blocks: block (j, n) of the update is s B_jn A_jn, s = alpha / (r + hybrid_r), each of rank R / k.
 
-    Shapes: x (..., I) -> y (..., O); A (k, I / k, R): input block n, its numbers, (output block j, rank); B (k, R, O /
-    k): output block j, (input block n, rank), its numbers. With hybrid_r also a plain LoRA, (H, I) and (O, H).
+    Shapes: x (..., I) -> y (..., O); A (k, I / k, R): (input block n, its inputs, output block j and rank); B (k, R, O
+    / k): (output block j, input block n and rank, its outputs). hybrid_r adds a plain LoRA, (H, I) and (O, H).
     Starts as the identity: B = 0. Raises: AdapterError if k does not divide. Source: Jung et al. 2025, eq. 6.
     """
 
@@ -50,7 +50,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """The scaling s."""
         return self.settings.alpha / (self.settings.r + self.settings.hybrid_r)
 
     def _blockwise(self, x: Tensor) -> Tensor:

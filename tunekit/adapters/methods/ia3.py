@@ -15,7 +15,7 @@ from tunekit.records import Target
 
 
 class Ia3(LayerAdapter[Ia3Settings]):
-    """A scale of each output, y = l * (W x + b), or in the feed-forward block of each input, y = W (l * x) + b.
+    """Scaled outputs, y = l * (W x + b); in the feed-forward block scaled inputs, y = W (l * x) + b.
 
     Shapes: x (..., I) -> y (..., O); l (O, 1), or (1, I). Starts as the identity: l = 1. The product is computed in
     float32: a scale of 1.003 is 1 in bfloat16. Source: Liu et al. 2022, section 3.3.
@@ -44,8 +44,8 @@ class Ia3(LayerAdapter[Ia3Settings]):
 
 @lru_cache(maxsize=65536)
 def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
-    """Whether the layer's inputs are scaled, with PEFT's rule: any ending of the name, or an expression for the full
-    name."""
+    """Whether the layer's inputs are scaled. As in PEFT, entries are endings of the name, or one regular expression for
+    the full name."""
     if isinstance(entries, str):
         return Patterns().matches(entries, name)
     return name.endswith(entries or ())

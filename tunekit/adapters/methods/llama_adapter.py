@@ -24,11 +24,11 @@ from tunekit.model.call import current_call
 from tunekit.model.families import text_config
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 
-MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # of the families that PEFT supports
+MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # for the families that PEFT supports
 
 
 class FileLlamaAdapterSettings(LlamaAdapterSettings):
-    """A folder's settings, and its name of the attention modules."""
+    """The settings of a folder, with the folder's name for attention modules."""
 
     _target_modules: str | None = None
 
@@ -84,7 +84,7 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
         return add
 
     def _prompt_attention(self, place: SelfAttention, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, hidden) that the layer's trained tokens add."""
+        """(B, T, hidden) the attention to the layer's trained tokens, which is added to the layer's own attention."""
         module: Any = place.module
         projected = self._projected.pop(place.layer)
         prompt = getattr(self, f"prompt_{place.layer}").to(projected.dtype)
@@ -122,9 +122,9 @@ def _rotate(query: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention]:
-    """The attention of the chosen layers.
+    """The attention modules of the upper layers that the settings choose.
 
-    Raises: ModelError, RecipeError or AdapterError with the fault.
+    Raises: ModelError, RecipeError or AdapterError if the base or the settings do not fit.
     """
     kind = text_config(net).model_type
     if kind not in MODULE_NAMES:

@@ -42,6 +42,6 @@ FIXED: Fixed = {
     "init_weights": (True, False),
     "module_dropout": (0.0, ANY),  # used only in peft's training, like the next one
     "rank_dropout": (0.0, ANY),
-    "use_effective_conv2d": (False, True),  # of convolutions, which are not adapted
+    "use_effective_conv2d": (False, True),  # for convolutions, which are not adapted
 }
 METHOD = Method(peft=PeftSide("LOHA", LohaSettings, same_names(r=8, alpha=8), FIXED), layer=Loha)

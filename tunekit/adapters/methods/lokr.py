@@ -32,7 +32,7 @@ class Lokr(LayerAdapter[LokrSettings]):
         return slots | _slots("w2", more_rows, more_columns, rank if rank < large / 2 else 0)
 
     def matrix(self, name: str) -> Tensor:
-        """C (w1) or D (w2)."""
+        """The matrix C (`name` w1) or D (w2)."""
         if name in self.declared:
             return self.get_parameter(name)
         return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
@@ -52,7 +52,7 @@ class Lokr(LayerAdapter[LokrSettings]):
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
-    """A full matrix, or its two factors."""
+    """The slots of a full matrix, or of its two factors if `rank` is not 0."""
     first = 0.0 if name == "w1" else None
     if not rank:
         return {name: Slot(f"lokr_{name}", (rows, columns), first=first)}
@@ -61,8 +61,10 @@ def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
 
 
 def divisors(size: int, bound: int) -> tuple[int, int]:
-    """m <= n with m n = size: m is `bound` if that divides, otherwise the largest divisor up to it and to
-    sqrt(size)."""
+    """Two numbers m and n with m n = size.
+
+    m is `bound` if it divides `size`. Otherwise m is the largest divisor up to `bound` (-1: no bound) and sqrt(size).
+    """
     if bound > 0 and size % bound == 0:
         return bound, size // bound
     highest = math.isqrt(size) if bound == -1 else min(bound, math.isqrt(size))
@@ -76,6 +78,6 @@ FIXED: Fixed = {
     "module_dropout": (0.0, ANY),  # used only in peft's training, like the next two
     "rank_dropout": (0.0, ANY),
     "rank_dropout_scale": (False, True),
-    "use_effective_conv2d": (False, True),  # of convolutions, which are not adapted
+    "use_effective_conv2d": (False, True),  # for convolutions, which are not adapted
 }
 METHOD = Method(peft=PeftSide("LOKR", LokrSettings, FIELDS, FIXED), layer=Lokr)

@@ -33,7 +33,7 @@ class Lora(LayerAdapter[LowRankSettings]):
     update_bias: nn.Parameter  # (O,) b, with lora_bias: y = W x + s (B A x + b)
     start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
     start_B: Tensor
-    joined: JoinedLayers | None = None  # how the kernel computes this layer together with its neighbours
+    joined: JoinedLayers | None = None  # the group of layers that the kernel computes together with this layer
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> Slots:
@@ -73,7 +73,7 @@ class Lora(LayerAdapter[LowRankSettings]):
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """The scaling s."""
         return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -101,11 +101,11 @@ class Lora(LayerAdapter[LowRankSettings]):
         return delta.t() if self.target.kind == "embedding" else delta
 
     def effective_bias(self) -> Tensor | None:
-        """The bias in use (O,)."""
+        """The bias (O,) that is used: the trained bias, else the base's."""
         return self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
 
     def base_output(self, x: Tensor) -> Tensor:
-        """W x with the bias in use, (..., O)."""
+        """W x plus `effective_bias`, (..., O)."""
         y = super().base_output(x)
         return y + (self.own_bias - self.base_layer.bias).to(y.dtype) if "own_bias" in self.declared else y
 

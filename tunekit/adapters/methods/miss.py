@@ -39,7 +39,7 @@ class Miss(LayerAdapter[MissSettings]):
         return {"s": Slot("miss_block", shape)}
 
     def shard(self) -> Tensor:
-        """S (R, O)."""
+        """The matrix S (R, O)."""
         return self.s.repeat(1, self.target.out_features // self.s.shape[1])
 
     def update(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MissSide(PeftSide[MissSettings]):
-    """PEFT names the variant in init_weights; the plain one is true (or false, which only initialises differently)."""
+    """PEFT's fields; init_weights is the variant. true is the plain variant, and false only initialises differently."""
 
     def write(self, settings: MissSettings) -> PeftConfig:
         written = super().write(settings)

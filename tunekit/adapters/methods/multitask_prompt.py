@@ -66,7 +66,9 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
 
     def continued_state(self, tensors: Tensors) -> Tensors:
-        """Implements PEFT's EXACT_SOURCE_TASK (a number), AVERAGE_SOURCE_TASKS and ONLY_SOURCE_SHARED (none).
+        """The initial state from the tensors of a folder, by `init_from_tasks`.
+
+        A number is PEFT's EXACT_SOURCE_TASK, "average" is AVERAGE_SOURCE_TASKS, and "none" is ONLY_SOURCE_SHARED.
 
         Raises: AdapterError if the folder has no such task.
         """
@@ -84,7 +86,7 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         return {**tensors, **{name: tensors[name][chosen : chosen + 1] for name in factors}}
 
     def file_tensors(self) -> Tensors:
-        """The trained factors: a file serves all tasks."""
+        """The trained tensors of all tasks."""
         return self.state(("trained",))
 
 

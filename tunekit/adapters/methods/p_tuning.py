@@ -13,7 +13,7 @@ from tunekit.adapters.method import Method
 from tunekit.contracts import Tensors
 from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
 
-GATES = 4  # of an LSTM's cell
+GATES = 4  # gates of an LSTM cell
 
 
 class PTuning(prompts.VirtualTokens[PTuningSettings]):
@@ -55,7 +55,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         return self._encode(self.settings.encoder_dropout if self.net.training else 0.0)
 
     def _encode(self, dropout: float) -> Tensor:
-        """(P, D)."""
+        """(P, D) the vectors that the encoder computes."""
         if self.from_folder:
             return self.prompt
         rows: Tensor = self.table
@@ -72,7 +72,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         return rows
 
     def file_tensors(self) -> Tensors:
-        """Without dropout, in train and eval mode."""
+        """The prompt vectors, computed without dropout in all modes."""
         return {prompts.IN_FILES: self._encode(0.0).detach()}
 
     def file_fields(self) -> PeftConfig:
@@ -83,7 +83,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
 
 
 def _lstm(settings: PTuningSettings, width: int, hidden: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """torch's names and shapes of a bidirectional LSTM, in torch's order."""
+    """The names and shapes of a bidirectional LSTM's parameters, in torch's order."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer in range(settings.encoder_num_layers):
         for direction, ending in enumerate(("", "_reverse")):

@@ -1,8 +1,8 @@
-"""Prefix tuning: every layer attends to P trained keys and values before those of its tokens.
+"""Prefix tuning: each layer attends to P trained keys and values, which come before the keys and values of its tokens.
 
 o_t = softmax(q_t [K_prefix; K_1..t]^T) [V_prefix; V_1..t], with the tokens at the positions P, P + 1 and so on.
-Shapes: (P, L * 2 * H * D) for L layers of H key heads of width D; one row is a virtual token: layer by layer its keys,
-then its values. If initialised from a text, it starts as the base after that text. Source: Li and Liang 2021.
+Shapes: (P, L * 2 * H * D) for L layers of H key heads of width D. A row contains the keys and values of one virtual
+token, layer by layer. If initialised from a text, it starts as the base after that text. Source: Li and Liang 2021.
 
 With a projection the trained state is an embedding E (P, H * D) and two layers: prefix = W2 tanh(W1 E + b1) + b2;
 checkpoints contain it. PEFT's files contain the resulting prefix, and are read without a projection.
@@ -30,13 +30,13 @@ SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_sub
 
 
 class FilePrefixSettings(PrefixSettings):
-    """A folder's settings, and its facts about the base, which are only compared."""
+    """The settings of a folder, with its facts about the base, which are compared with the real base."""
 
     _facts: tuple[tuple[str, int], ...] = ()
 
 
 class Prefix(ModelAdapter[PrefixSettings]):
-    """Keys and values before every layer's own. It belongs to no layer, so one tensor contains all of them."""
+    """Trained keys and values of all layers, in one tensor."""
 
     starts_as_identity = False
 
@@ -92,16 +92,16 @@ class Prefix(ModelAdapter[PrefixSettings]):
         self._computed_prefix = self._compute() if self.projected and not current_call().bypassed else None
 
     def _compute(self) -> Tensor:
-        """(P, L * 2 * H * D), as in files."""
+        """The prefix (P, L * 2 * H * D), as in files."""
         if not self.projected:
             return self.prefix
         return F.linear(torch.tanh(F.linear(self.embedding, self.inner, self.inner_bias)), self.outer, self.outer_bias)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(H, P, D) keys and values of one layer.
+        """The keys and values of one layer, each (H, P, D).
 
-        In an encoder-decoder PEFT assigns the rows to self-attention and cross-attention in turn and ignores the
-        latter's, so that layer i has the rows 2 i (modulo the number of layers).
+        In an encoder-decoder, PEFT assigns the rows to self-attention and cross-attention in turn, and ignores those of
+        cross-attention. So layer i has the rows 2 i (modulo the number of layers).
         """
         prefix = self._computed_prefix
         if prefix is None or (torch.is_grad_enabled() and not prefix.requires_grad):  # computed without a gradient
@@ -136,7 +136,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
             nn.init.uniform_(bias, -bound, bound, generator=generator)
 
     def _from_text(self) -> Tensor:
-        """(P, L * 2 * H * D): the base's own keys and values of the tokens, repeated or cut to P."""
+        """(P, L * 2 * H * D) the base's keys and values for the text's tokens, which are repeated or cut to P."""
         ids = self.settings.init_ids
         if ids is None:
             what = "the prefix's text has not been tokenized"

@@ -10,7 +10,7 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 
 
 class PromptTuning(prompts.VirtualTokens[PromptSettings]):
-    """Trains the vectors themselves; in an encoder-decoder they are for the encoder.
+    """Prompt tuning: the prompt vectors are trained directly. An encoder-decoder has them before the encoder's input.
 
     Shapes: (P, D). Not the identity at the start, because vectors come before each row. Source: Lester et al. 2021.
     """

@@ -16,8 +16,11 @@ from tunekit.records import Target
 
 
 class RandloraProjections(SharedPart[RandloraSettings]):
-    """The frozen random A (R, 1, S) and B (L, N, R). S and L are the smaller and the larger of the maximum input and
-    output size; N matrices of rank R together have rank S. Both are scaled to a standard deviation of 1."""
+    """The frozen random A (R, 1, S) and B (L, N, R), scaled to a standard deviation of 1.
+
+    S is the smaller and L the larger of the maximum input size and the maximum output size. N matrices of rank R
+    together have rank S.
+    """
 
     A: Tensor
     B: Tensor
@@ -48,9 +51,9 @@ class RandloraProjections(SharedPart[RandloraSettings]):
 class Randlora(LayerAdapter[RandloraSettings]):
     """Scaled sums of random updates: y = W x + (alpha / r) B (lambda * A * gamma) x, transposed if O < I.
 
-    Shapes: x (..., I) -> y (..., O); s the smaller and l the larger of I and O; N = s / R rounded up; lambda (R, N);
-    gamma (N, s); lambda * A * gamma (R N, s); B (l, N R). Starts as the identity: lambda = 0. Source: Albert et al.
-    2025, eq. 4.
+    Shapes: x (..., I) -> y (..., O); lambda (R, N); gamma (N, s); lambda * A * gamma (R N, s); B (l, N R). s is the
+    smaller and l the larger of I and O; N is s / R rounded up. Starts as the identity: lambda = 0. Source: Albert et
+    al. 2025, eq. 4.
     """
 
     shared: RandloraProjections

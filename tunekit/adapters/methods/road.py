@@ -12,14 +12,14 @@ from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.records import Target
 
-NUMBERS_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # of angles, and equally many scales
+NUMBERS_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # number of angles per pair, and number of scales
 
 
 class Road(LayerAdapter[RoadSettings]):
     """Rotated and scaled pairs of outputs: y = R (W x + b), R (p, q) = a (cos(t) p - sin(t) q, sin(t) p + cos(t) q).
 
-    p is an output of the first half of a group, q its partner in the second half. road_1: one a and t per pair;
-    road_2: one for each of the two results; road_4: one for each of the four terms.
+    p is an output of the first half of a group, and q is its partner in the second half. The scale a and the angle t
+    are shared by a pair (road_1), separate for its two results (road_2), or separate for the four terms (road_4).
     Shapes: x (..., I) -> y (..., O). Starts as the identity: t = 0, a = 1. Computed in float32, like IA3's scale.
     Source: Liao and Monz 2024, eq. 3 and 4.
     """
@@ -34,7 +34,7 @@ class Road(LayerAdapter[RoadSettings]):
         return {"theta": Slot("road_theta", (size,), decays=False), "alpha": alpha}
 
     def columns(self) -> tuple[Tensor, Tensor]:
-        """The factors (O,) of an output itself, and of its partner."""
+        """The factors (O,) of each output and of its partner."""
         half = self.settings.group_size // 2
         theta: Tensor = self.theta
         alpha: Tensor = self.alpha

@@ -46,7 +46,7 @@ class Shira(DeltaLayer[ShiraSettings]):
             raise AdapterError(f"'{self.module_name}.shira_indices' contains positions outside of the matrix")
 
     def make(self, values: Tensor) -> Tensor:
-        """S (O, I)."""
+        """The sparse matrix S (O, I)."""
         rows, columns = self.places.long()
         flat = values.new_zeros(self.target.out_features * self.target.in_features)
         flat = flat.index_put((rows * self.target.in_features + columns,), values, accumulate=True)
@@ -56,7 +56,7 @@ class Shira(DeltaLayer[ShiraSettings]):
 FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False),
-    "mask_type": ("random", ANY),  # how the positions were drawn: the file contains them; also for the next field
+    "mask_type": ("random", ANY),  # this and the next field say how the positions in the file were drawn
     "random_seed": (None, ANY),
 }
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
