@@ -35,7 +35,7 @@ def read_linear(folder: Path) -> LinearFolder:
     endings = tuple(f".{name}" for name in config.method.tensors)
     foreign = [key for key in header if not key.startswith(PREFIX) or not key.endswith(endings)]
     if foreign or not header:
-        what = f"'{printable(foreign[0], 200)}' is no tensor of this adapter" if foreign else "holds no tensors"
+        what = f"'{printable(foreign[0], 200)}' is not a tensor of this adapter" if foreign else "holds no tensors"
         raise AdapterError(what, file=str(path))
     return config, read_tensors(config, header)
 

@@ -105,7 +105,9 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
         else:
             others.append(key)
     wrong = [
-        f"'{printable(key, 200)}' is no tensor of this adapter" for key in others if not _may_be(key, config, factors)
+        f"'{printable(key, 200)}' is not a tensor of this adapter"
+        for key in others
+        if not _may_be(key, config, factors)
     ]
     for module, pair in sorted(factors.items()):
         if len(pair) != 2 or _is_embedding(pair["A"]) != _is_embedding(pair["B"]):
