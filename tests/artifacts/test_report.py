@@ -262,7 +262,7 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
     page = written(run, facts, plan)
     assert "not compared with its base: there are no evaluation rows" in page
     assert " pairs." in page
-    assert "None" not in page.replace("None: every check", "")
+    assert "None" not in page.replace("None: all checks", "")
     assert "nan" not in page.lower()
     assert "those after step 4, the last" in page
     assert "merge" not in page

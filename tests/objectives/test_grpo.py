@@ -411,7 +411,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(base: Path, tmp_pat
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"reward": [{"function": "rewards.py:letters"}]}, r"reward\.0: function needs allow_code: true"),
+    ({"reward": [{"function": "rewards.py:letters"}]}, r"reward\.0\.function: needs allow_code: true"),
     ({"reward": [{"function": "absent.py:letters", "allow_code": True}]}, r"absent\.py: no such file; check the path"),
     ({"reward": [{"function": "rewards.py", "allow_code": True}]}, r"must be FILE\.py:NAME"),
     ({"reward": [{"regex": "("}]}, "must be a regular expression"),
@@ -423,7 +423,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
     ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),
     ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so that micro-batches would change"),
-    ({"loss_type": "cispo"}, "what cispo caps the ratio itself at; write it"),
+    ({"loss_type": "cispo"}, "cispo needs epsilon_high, the cap of the ratio"),
     ({"temperature": 0.0}, "must be greater than 0"),
 ]
 
