@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.objectives.test_classify import CPU, losses, losses_of, start_as_ours, tensors_of, train
@@ -563,3 +564,15 @@ def test_init_writes_the_problem_type(
     assert written in text
     assert f"metrics: {metrics}" in text
     load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_head_starts_at_the_labels_frequencies_or_the_mean_number(kind: str, bert: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, bert, kind)
+    train(recipe, "training.learning_rate=0", "training.max_steps=1", "training.epochs=null")
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    (bias,) = (tensor for name, tensor in tensors.items() if name.endswith("classifier.bias"))
+    values = torch.tensor([target_of(kind, label) for _, label in rows_of(kind, 42)]).double()
+    count = values.sum(dim=0)
+    expected = torch.log((count + 0.5) / (42 - count + 0.5)) if kind == "multi" else values.mean(dim=0)
+    assert bias.double().tolist() == pytest.approx(expected.tolist(), abs=1e-6)

@@ -55,7 +55,8 @@ class HeadedModel(ModelSection):
 
     `new_head`: the head in the base's files has other labels, and is not used; `head_seed`: seed of a new head;
     `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task;
-    `thresholds`: the probability from which on each label is answered, if rows have several and it is not 0.5.
+    `thresholds`: the probability from which on each label is answered, if rows have several and it is not 0.5;
+    `head_bias`: the biases of a new head's scores before training, 0 where it is empty.
     """
 
     labels: tuple[str, ...]
@@ -64,6 +65,7 @@ class HeadedModel(ModelSection):
     head_pad_id: int | None = None
     problem_type: str | None = None
     thresholds: Several[float] = ()
+    head_bias: Several[float] = ()
 
 
 class PipelineModel(ModelSection):

@@ -19,6 +19,7 @@ from tunekit.model.families.heads import (
     make_head,
     modules_after_base,
     scores_tokens,
+    set_bias,
 )
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
 from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
@@ -153,6 +154,8 @@ class Family:
             other_labels = section.new_head and name == self.head_name(net)
             if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
                 draw_module(net, name, section.head_seed, dtype)
+                if section.head_bias and name == self.head_name(net):
+                    set_bias(net.get_submodule(name), section.head_bias)
 
     def frozen_parts(self, net: nn.Module) -> list[nn.Module]:
         """Modules outside the net that are needed only at times, and otherwise stay on the host."""

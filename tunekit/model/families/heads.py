@@ -1,5 +1,6 @@
 """The modules after the last layer: hidden states -> logits in float32, equal to the model's own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,3 +109,11 @@ def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> Non
             vars(module)["_is_hf_initialized"] = False
             as_pretrained(net)._init_weights(module)
     drawn.to(dtype)
+
+
+def set_bias(head: nn.Module, values: Sequence[float]) -> None:
+    """Set the bias of the head's last projection, if it has one."""
+    projection = [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]
+    for module in projection:
+        if module.bias is not None:
+            module.bias.data = torch.tensor(values).to(module.bias)

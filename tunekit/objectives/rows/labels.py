@@ -1,5 +1,6 @@
 """Labels of rows: listed, or learned from all rows together; and objectives whose head has one score for each label."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -89,8 +90,10 @@ def _with_labels(
     unlabelled: str,
     weights: ClassWeights = None,
     notes: Sequence[str] = (),
+    bias: Sequence[float] = (),
 ) -> Objective:
-    """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong."""
+    """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong. `bias`: of a new
+    head."""
     labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
     rows = replace(objective.rows, labels=labels, fingerprint=hash_of([unlabelled, *names]))  # type: ignore[type-var]
     labelled = replace(
@@ -98,7 +101,7 @@ def _with_labels(
         rows=rows,
         loss=loss,
         answering=replace(objective.answering, write=partial(_write, rows, loss), labels=names),  # type: ignore[type-var]
-        section=partial(headed_section, objective.family, labels, loss),
+        section=partial(headed_section, objective.family, labels, loss, bias=tuple(bias)),
         complete=bool(names),
         facts={**objective.facts, "labels": list(names)},
         notes=tuple(notes),
@@ -108,13 +111,18 @@ def _with_labels(
 
 
 def headed_section(
-    family: str, labels: Labels, loss: LabelLoss | None, model: ModelSection, seed: int = 0
+    family: str,
+    labels: Labels,
+    loss: LabelLoss | None,
+    model: ModelSection,
+    seed: int = 0,
+    bias: tuple[float, ...] = (),
 ) -> ModelSection:
     """The base with a head of one score for each label: its own if that is for these labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
     meaning = {} if loss is None else {"problem_type": loss.problem_type, **loss.measured_facts}
-    return HeadedModel.of(model, family=family, **meaning, **head)
+    return HeadedModel.of(model, family=family, head_bias=bias, **meaning, **head)
 
 
 def _learn(
@@ -171,7 +179,9 @@ def _learn(
         loss = replace(loss, weights=_weights_of(weights, known, [words[name] for name in names]))
         shown = [f"{name} {weight:.4g}" for name, weight in zip(names, loss.weights, strict=True)]
         notes.append(f"weights of the labels in the training loss: {Labels.text(shown)}")
-    return _with_labels(objective, loss, names, unlabelled, weights, notes)
+    odds = [(counts[name] + 0.5) / (len(train) - counts[name] + 0.5) for name in names]
+    bias = [math.log(each) for each in odds] if loss.problem_type == MULTI_LABEL else []
+    return _with_labels(objective, loss, names, unlabelled, weights, notes, bias)
 
 
 def _learn_outputs(
@@ -185,11 +195,11 @@ def _learn_outputs(
     notes = [f"the head of the base is kept: {Labels.text(names)}"] if labels.head == names else []
     if labels.head and labels.head != names:
         notes.append(f"the base's own head ({Labels.text(labels.head)}) is not used, and a new one trained")
+    mean = labels.targets(text for text, _ in train).double().mean(dim=0)  # (C,)
     if held:
-        mean = labels.targets(text for text, _ in train).double().mean(dim=0)  # (C,)
         squares = (labels.targets(text for text, _ in held[0]).double() - mean).square().mean()
         notes.append(f"always answering the mean of the training rows has an eval.mse of {float(squares):.4g}")
-    return _with_labels(objective, loss, names, unlabelled, None, notes)
+    return _with_labels(objective, loss, names, unlabelled, None, notes, mean.tolist())
 
 
 def _notes_of_sets(kind: RowKind, taught: Counter[str], held: Sequence[Row]) -> list[str]:
