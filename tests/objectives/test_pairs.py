@@ -295,8 +295,26 @@ def test_columns_have_the_usual_names(names: tuple[str, str], tokenizers: dict[s
     assert ours.parts["ids"].tolist() == theirs["input_ids"]
 
 
-def test_a_text_alone_is_no_pair() -> None:
-    assert choose_format("auto", {"text": "good", "label": "yes", "title": "bad"}, "label")[0] == "labels"
+@pytest.mark.parametrize("others", [{"title": "bad"}, {"sentence": "bad"}, {"question": "a", "sentence": "bad"}])
+def test_a_text_alone_is_no_pair(others: dict[str, str]) -> None:
+    assert choose_format("auto", {"text": "good", "label": "yes", **others}, "label")[0] == "labels"
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        ({"question": "good so", "sentence": "bad", "label": "entailment"}, "entailment"),  # QNLI
+        ({"sentence1": "good so", "sentence2": "bad", "gold_label": "neutral", "label1": "x"}, "neutral"),  # SNLI
+        ({"question1": "good so", "question2": "bad", "is_duplicate": 1}, "1"),  # QQP
+        ({"sentence1": "good so", "sentence2": "bad", "score": 3.8}, 3.8),  # STS-B
+        ({"score": 0.9, "premise": "good so", "hypothesis": "bad", "category": "yes", "question": "which?"}, "yes"),
+    ],
+)
+def test_columns_of_published_sets_have_their_names(row: dict[str, Any], label: str | float) -> None:
+    assert make_example(row) == LabelExample("good so", label, "bad")
+    name, reason = choose_format("auto", row, "label")
+    read = next(key for key in row if row[key] == label or str(row[key]) == label)
+    assert (name, f"'{read}'" in reason) == ("label_pairs", True)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +325,8 @@ def test_a_text_alone_is_no_pair() -> None:
         ({"sentence1": "good", "sentence2": None, "label": "yes"}, "'sentence2' must be text, not null"),
         ({"sentence1": "good", "label": "yes"}, "no field 'sentence2'; this row has 'sentence1', 'label'"),
         ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "sentence1 may be 'text' or 'premise'"),
-        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which files of pairs (GLUE, SNLI)"),
+        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which GLUE's files write"),
+        ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -, which SNLI's files write"),
     ],
 )
 def test_a_pair_that_is_none_is_refused_with_its_line(

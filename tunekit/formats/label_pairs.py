@@ -13,10 +13,13 @@ NAMES = (
     *(("text_a", "text_b"), ("sentence_a", "sentence_b"), ("sentence_A", "sentence_B")),
 )
 TEXTS = ("sentence1", "sentence2")
-ALIASES = labels.ALIASES | {name: field for pair in NAMES for name, field in zip(pair, TEXTS, strict=True)}
+WEAKER_TEXTS = ("question", "sentence")  # QNLI's: only both together, and where no other column is called as texts are
+ALIASES = {name: field for pair in NAMES for name, field in zip(pair, TEXTS, strict=True)}
+ALIASES |= labels.ALIASES | dict.fromkeys(labels.PAIR_LABELS, "label")
 DESCRIPTION = (
     "sentence1 and sentence2 (or premise and hypothesis, question1 and question2, text and text_pair, text1 and text2, "
-    "text_a and text_b, sentence_a and sentence_b), and label (or labels, category, intent): of both together"
+    "text_a and text_b, sentence_a and sentence_b, question and sentence), and label (or labels, category, intent, "
+    "gold_label, is_duplicate, score): of both together"
 )
 FIELDS = (*TEXTS, "label")
 REQUIRED = FIELDS
@@ -26,12 +29,20 @@ EXAMPLE = "label"
 def make_example(row: Fields) -> LabelExample:
     """Both texts and their label. Raises: DataError for a text that is absent or empty."""
     first, second = read_pair(row)
-    return LabelExample(first, read_label(row), second)
+    return LabelExample(first, read_label(row, labels.PAIR_LABELS), second)
 
 
 def names_pair(row: Fields) -> bool:
     """Whether a row has two texts."""
-    return {ALIASES.get(name, name) for name in row} >= set(TEXTS)
+    aliases = aliases_of(row)
+    return {aliases.get(name, name) for name in row} >= set(TEXTS)
+
+
+def aliases_of(row: Fields) -> dict[str, str]:
+    """The names that columns of such a row may have, and the field that each stands for."""
+    weaker = dict(zip(WEAKER_TEXTS, TEXTS, strict=True))
+    others = any(name in TEXTS or ALIASES.get(name) in TEXTS for name in row)
+    return ALIASES if others or not row.keys() >= weaker.keys() else ALIASES | weaker
 
 
 def read_pair(row: Fields) -> tuple[str, str]:
@@ -41,7 +52,8 @@ def read_pair(row: Fields) -> tuple[str, str]:
 
 
 def _read_side(row: Fields, field: str) -> str:
-    named = [field] if field in row else [name for name in row if ALIASES.get(name) == field]
+    aliases = aliases_of(row)
+    named = [field] if field in row else [name for name in row if aliases.get(name) == field]
     if len(named) > 1:
         what = f"the text {field} may be '{named[0]}' or '{named[1]}'"
         raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: {field}}}")

@@ -17,6 +17,7 @@ DESCRIPTION = (
 FIELDS = ("text", "label")
 REQUIRED = ("text", "label")
 EXAMPLE = "label"
+PAIR_LABELS = ("gold_label", "is_duplicate", "score")  # of pairs, where no other column is called as labels are
 
 # transformers' names of what the scores of a head mean
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -44,18 +45,19 @@ def label_text(value: str | int) -> str:
     return text.lower() if text.lower() in ("true", "false") else text
 
 
-def label_field(row: Fields) -> str:
-    """The column with the label. Raises: DataError where it could be one of two."""
+def label_field(row: Fields, weaker: Sequence[str] = ()) -> str:
+    """The column with the label; the first of the `weaker` names if there is no other. Raises: DataError where it could
+    be one of two."""
     named = ["label"] if "label" in row else [name for name in row if name in ALIASES]
     if len(named) > 1:
         what = f"the label may be '{named[0]}' or '{named[1]}'"
         raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: label}}")
-    return named[0] if named else "label"
+    return next(iter([*named, *(name for name in weaker if name in row)]), "label")
 
 
-def read_label(row: Fields) -> LabelValue:
-    """The label of a row; names as text."""
-    field = label_field(row)
+def read_label(row: Fields, weaker: Sequence[str] = ()) -> LabelValue:
+    """The label of a row, from the column that `label_field` names; names as text."""
+    field = label_field(row, weaker)
     return label_value(read_value(row, field), field)
 
 

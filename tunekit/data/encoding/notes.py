@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, SourceCounts
-from tunekit.data.reading.first import NAMED
+from tunekit.data.reading.first import NAMED, aliases_in
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of
 
@@ -23,7 +23,8 @@ def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]
     `reason`: why the source has this format.
     """
     facts = facts_of("formats", format_name)
-    aliases = [alias for alias, field in getattr(facts, "ALIASES", {}).items() if field not in columns]
+    names = aliases_in(facts, dict.fromkeys(columns))
+    aliases = [alias for alias, field in names.items() if field not in columns]
     known = columns if getattr(facts, "KEEPS_COLUMNS", False) else (*facts.FIELDS, *aliases)
     others = [column for column in columns if column not in known]
     unread = ", ".join(f"'{column}'" for column in others)

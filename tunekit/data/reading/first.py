@@ -4,11 +4,12 @@ This module imports neither numpy nor torch, because validate uses it too.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 from tunekit.data.reading.folder import MEDIA, is_media, media_folder
 from tunekit.data.reading.lines import RawRow
@@ -73,16 +74,23 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
         raise DataError(what, "choose an objective that learns from them, such as dpo")
     for name in fitting:
         facts = facts_of("formats", name)
-        aliases, required = getattr(facts, "ALIASES", {}), facts.REQUIRED
-        columns = {aliases.get(field, field): field for field in values} | {field: field for field in values}
+        aliases = aliases_in(facts, values)
+        columns = {field: name for name, field in reversed([*aliases.items()]) if name in values}
+        columns, required = columns | {field: field for field in values}, facts.REQUIRED
         stands_for = getattr(facts, "STANDS_FOR", {})
-        present = [field if field in columns else stands_for.get(field) for field in required]
+        present = [field if field in columns else stands_for.get(field, field) for field in required]
         if columns.keys() >= set(present):
             said = " and ".join(f"'{columns[field]}'" for field in present)
             return name, f"the first row has {said}" if said else "the objective learns from no other"
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
     raise DataError(f"the first row has {there}, which is no known format ({wanted})", _mapped(values, fitting))
+
+
+def aliases_in(facts: ModuleType, values: Fields) -> Mapping[str, str]:
+    """Other names that the columns of a row may have in a format, and the field that each stands for."""
+    aliases: Mapping[str, str] = getattr(facts, "ALIASES", {})
+    return facts.aliases_of(values) if hasattr(facts, "aliases_of") else aliases
 
 
 def format_maker(name: str, source: str = "") -> MakeExample:

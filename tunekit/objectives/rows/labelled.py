@@ -34,7 +34,7 @@ from tunekit.objectives.rows.pairs import PairIds, join_texts, sized_pair, types
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
-UNLABELLED = "-1"
+UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # labels of pairs that have none, and whose files write them
 JOINED = (
     "warning: pairs whose second text follows without a mark: this tokenizer puts nothing between two texts; "
     "let the rows write a mark, such as a line break at the end of the first text"
@@ -86,9 +86,9 @@ class LabelledTexts(RowKind):
 
     def _check_pair(self, label: str) -> None:
         """Raises: DataError for a pair that nobody labelled."""
-        if UNLABELLED in self.labels.listed_in(label) and UNLABELLED not in self.labels.names:
-            what = f"the label is {UNLABELLED}, which files of pairs (GLUE, SNLI) write for a pair without a label"
-            raise DataError(what, f"leave the row out, or list '{UNLABELLED}' under objective.labels if it is a class")
+        for name in UNLABELLED.keys() & set(self.labels.listed_in(label)) - set(self.labels.names):
+            what = f"the label is {name}, which {UNLABELLED[name]}'s files write for a pair without a label"
+            raise DataError(what, f"leave the row out, or list '{name}' under objective.labels if it is a class")
         if not self.tokenizer.pairing.between:
             self.notices[JOINED] += 1
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, label_field, label_text
+from tunekit.formats.labels import MULTI_LABEL, PAIR_LABELS, REGRESSION, SINGLE_LABEL, label_field, label_text
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, Several, Text
 from tunekit.records import Shows
@@ -115,7 +115,7 @@ class HeadSettings(ObjectiveSettings):
 
     @classmethod
     def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
-        labels = [_as_json(row.get(label_field(row))) for row in rows]
+        labels = [_as_json(row.get(label_field(row, PAIR_LABELS))) for row in rows]
         several = [label for label in labels if isinstance(label, list)]
         numbers = [each for label in labels for each in (label if isinstance(label, list) else [label])]
         if any(isinstance(each, float) and not each.is_integer() for each in numbers):
