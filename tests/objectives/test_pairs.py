@@ -57,6 +57,7 @@ from tunekit.train import train_verb
 CPU = torch.device("cpu")
 STEPS, ROWS, LABELS = 10, 6, ["no", "yes"]
 WORDS = ("good", "bad", "odd", "so", "very", "Ünï", "x,y")
+ONE_STEP = {"epochs": None, "max_steps": 1}
 LETTERS = "abcdefghijklmnopqrstuvwxyzü"
 
 
@@ -315,6 +316,39 @@ def test_columns_of_published_sets_have_their_names(row: dict[str, Any], label: 
     name, reason = choose_format("auto", row, "label")
     read = next(key for key in row if row[key] == label or str(row[key]) == label)
     assert (name, f"'{read}'" in reason) == ("label_pairs", True)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "regression"])
+@pytest.mark.parametrize("first", ["text", "pair"])
+def test_single_texts_and_pairs_in_one_run_are_refused(
+    first: str, problem_type: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    sources = [{"path": "train.jsonl"}, {"path": "texts.jsonl"}]
+    data = {"train": sources if first == "pair" else sources[::-1], "eval": None}
+    recipe = write_pairs(
+        tmp_path, bases["t5"], data=data, objective={"method": "classify", "problem_type": problem_type}
+    )
+    write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": 1}, {"text": "bad", "label": 2}])
+    write_rows(tmp_path / "train.jsonl", [{"sentence1": "so", "sentence2": "bad", "label": 2}])
+    with pytest.raises(TunekitError) as refused:
+        make_plan(load_recipe(recipe), device=CPU)
+    (problem,) = refused.value.problems
+    names = ("train.jsonl", "texts.jsonl") if first == "pair" else ("texts.jsonl", "train.jsonl")
+    assert (problem.file, problem.line) == (names[1], 1)
+    wrong, others = ("one text", "a pair of texts") if first == "pair" else ("a pair of texts", "one text")
+    assert problem.what == f"the row is {wrong}, and the first row ({names[0]}:1) is {others}"
+
+
+def test_a_text_in_a_stream_of_pairs_is_refused(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.data.encoding.sample.SAMPLE_ROWS", 10)
+    streamed = {"train": [{"path": "train.jsonl", "format": "label_pairs", "streaming": True}], "eval": "texts.jsonl"}
+    objective = {"method": "classify", "labels": LABELS}
+    recipe = write_pairs(tmp_path, bases["bert"], data=streamed, objective=objective, training=ONE_STEP)
+    write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": "yes"}])
+    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, and the rows that the model learns"):
+        make_plan(load_recipe(recipe), device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -172,10 +172,11 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
     counts = _count(samples, rows)
     trained = sum(sample.counts.kept for sample in samples)
     scale = trained / counts.trained
+    objective = objective.learn([rows])
     evaluation = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), evaluation.fingerprint if evaluation else None, "streamed"]
     return RowSet(
-        objective=objective.learn([rows]),
+        objective=objective,
         train=rows,
         evaluation=evaluation.evaluation if evaluation else None,
         counts=replace(

@@ -30,7 +30,7 @@ from tunekit.errors import DataError, InputError
 from tunekit.formats.labels import LabelExample
 from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.rows.labels import label_of, never_split, utf8
-from tunekit.objectives.rows.pairs import PairIds, join_texts, sized_pair, types_of
+from tunekit.objectives.rows.pairs import PairIds, is_pair, join_texts, other_kind, sized_pair, types_of
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
@@ -58,6 +58,7 @@ class LabelledTexts(RowKind):
     fingerprint: str
     options: EncodeOptions
     labels: Labels
+    pairs: bool | None = None  # whether every row has two texts; None before all rows are seen
     notices: Counter[str] = field(default_factory=Counter)
 
     @cached_property
@@ -76,6 +77,8 @@ class LabelledTexts(RowKind):
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped for a text without a token of its own; DataError for a label that is not listed."""
         assert isinstance(example, LabelExample)
+        if self.pairs not in (None, example.second is not None):
+            raise DataError(*other_kind(not self.pairs, "the rows that the model learns from are each"))
         ids = self._ids_of(example.text, example.second)
         if not example.text.strip() or len(ids) == sum(map(len, self.around)):
             raise Dropped(EMPTY_TEXT)
@@ -169,7 +172,7 @@ class LabelledTexts(RowKind):
             len(rows) == 1 for rows in sequences
         ):  # a mask would hide where packed rows begin
             inputs["attention_mask"] = real_positions([sum(each) for each in sizes]).long()
-        if any(_is_pair(row) for rows in sequences for row in rows) and self.tokenizer.pairing.types:
+        if any(is_pair(row) for rows in sequences for row in rows) and self.tokenizer.pairing.types:
             inputs["token_type_ids"] = lay_end_to_end([list(map(self.types_in, rows)) for rows in sequences], 0)
         places = []
         for line, rows in enumerate(sequences):
@@ -206,14 +209,10 @@ class LabelledTexts(RowKind):
         return spans
 
 
-def _is_pair(row: Row) -> bool:
-    return len(row.parts.get("second", ())) > 0
-
-
 def _ids_in(row: Row) -> PairIds | list[int]:
     """The ids of a row, which know whether they are two texts."""
     ids = row.parts["ids"]
-    return PairIds(ids, int(row.parts["second"][0])) if _is_pair(row) else ids.tolist()
+    return PairIds(ids, int(row.parts["second"][0])) if is_pair(row) else ids.tolist()
 
 
 def _parts(ids: Sequence[int] | Array, label: Array) -> dict[str, Array]:

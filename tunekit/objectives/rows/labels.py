@@ -30,6 +30,7 @@ from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from tunekit.metrics.classes import f1
 from tunekit.objectives.losses.labels import LabelLoss
 from tunekit.objectives.rows.label_kinds import LABEL_KINDS, Quantities
+from tunekit.objectives.rows.pairs import are_pairs
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
@@ -133,6 +134,7 @@ def _learn(
     Raises: DataError for fewer than two, for one number in two spellings, or for a label that no training row has and
     nothing else names.
     """
+    objective = _with_pairs(objective, rows) if objective.rows.reads_pairs else objective
     kind = objective.rows
     if isinstance(kind.labels, Quantities):
         return _learn_outputs(objective, loss, kind.labels, unlabelled, rows)
@@ -182,6 +184,16 @@ def _learn(
     odds = [(counts[name] + 0.5) / (len(train) - counts[name] + 0.5) for name in names]
     bias = [math.log(each) for each in odds] if loss.problem_type == MULTI_LABEL else []
     return _with_labels(objective, loss, names, unlabelled, weights, notes, bias)
+
+
+def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
+    """With what the rows are: pairs of texts, which the adapter's folder then states, or single texts.
+
+    Raises: DataError where they are mixed.
+    """
+    pairs = are_pairs(some[index] for some in rows for index in range(len(some)))
+    facts = {**objective.facts, "pairs": True} if pairs else objective.facts
+    return replace(objective, rows=replace(objective.rows, pairs=pairs), facts=facts)  # type: ignore[type-var]
 
 
 def _learn_outputs(

@@ -1,13 +1,15 @@
 """Two texts as one sequence, joined and cut as the tokenizer does it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tunekit.contracts import Array, Pairing, Tokenizer
+from tunekit.contracts import Array, Pairing, Row, Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
+from tunekit.errors import DataError
 
 NO_TOKEN = "a text of the pair has no token"
+KINDS = {False: "one text", True: "a pair of texts"}
 
 
 class PairIds(list[int]):
@@ -16,6 +18,30 @@ class PairIds(list[int]):
     def __init__(self, ids: Sequence[int] | Array, second: int) -> None:
         super().__init__(int(each) for each in ids)
         self.second = second
+
+
+def is_pair(row: Row) -> bool:
+    """Whether a row has two texts."""
+    return len(row.parts.get("second", ())) > 0
+
+
+def are_pairs(rows: Iterable[Row]) -> bool | None:
+    """Whether the rows are pairs of texts; None without rows. Raises: DataError where only some are, because they would
+    share micro-batches in which heads and token types differ."""
+    first: Row | None = None
+    for row in rows:
+        first = first or row
+        if is_pair(row) != is_pair(first):
+            file, _, line = row.origin.rpartition(":")
+            what, how = other_kind(is_pair(row), f"the first row ({first.origin}) is")
+            raise DataError(what, how, file=file, line=int(line))
+    return None if first is None else is_pair(first)
+
+
+def other_kind(pair: bool, others: str) -> tuple[str, str]:
+    """What is wrong with a row that is a pair, or is one text, where `others` are not; and how to mend it."""
+    how = "write both texts in every row, as sentence1 and sentence2, or one text in every row"
+    return f"the row is {KINDS[pair]}, and {others} {KINDS[not pair]}", how
 
 
 def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
