@@ -13,6 +13,7 @@ def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options
     """The objective: texts with labels, and the loss of the problem type."""
     settings = settings_of_head(settings, facts)
     labels = given_labels(settings, facts, tokenizer.pad_id, settings.problem_type)
-    fingerprint = hash_of([row_fingerprint(settings, tokenizer), repr(tokenizer.pairing)])
-    rows = LabelledTexts(settings, tokenizer, fingerprint, options, labels)
+    pairs = facts.get("pairs")  # only a trained adapter's folder states it
+    decisive = [row_fingerprint(settings, tokenizer), repr(tokenizer.pairing), *(["pairs"] if pairs else [])]
+    rows = LabelledTexts(settings, tokenizer, hash_of(decisive), options, labels, pairs)
     return label_objective(settings, rows, label_loss(settings, facts))

@@ -35,6 +35,7 @@ from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
 UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # labels of pairs that have none, and whose files write them
+TWO_TEXTS = 'give both texts with --prompts FILE.jsonl: {"sentence1": "...", "sentence2": "..."} in each line'
 JOINED = (
     "warning: pairs whose second text follows without a mark: this tokenizer puts nothing between two texts; "
     "let the rows write a mark, such as a line break at the end of the first text"
@@ -108,7 +109,9 @@ class LabelledTexts(RowKind):
         return self.cut_ids(ids), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> list[int]:
-        """Ids of a text as the tokenizer lays it out, cut where rows are."""
+        """Ids of a text as the tokenizer lays it out, cut where rows are. Raises: InputError if rows are pairs."""
+        if self.pairs:
+            raise InputError("the prompt is one text, and the model was trained on pairs of texts", TWO_TEXTS)
         return self.cut_ids(self.tokenizer.encode_source(text))
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
