@@ -241,7 +241,7 @@ NO_SIZES = r"must be auto, or sizes in pixels, such as \[\[512, 512\], \[512, 76
 @pytest.mark.parametrize(
     ("kind", "buckets", "message"),
     [
-        ("sd", [[16, 18]], r"aspect_ratio_buckets: \[16, 18\]: a side is no multiple of 4"),
+        ("sd", [[16, 18]], r"aspect_ratio_buckets: \[16, 18\]: a side is not a multiple of 4"),
         ("sd", [[16, 32], [24, 48]], r"\[24, 48\] has the aspect ratio of \[16, 32\]"),
         ("sd3", [[16, 128]], "the denoiser has positions for 64 pixels of a side"),
         ("sd", [], NO_SIZES),

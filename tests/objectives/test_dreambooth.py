@@ -344,8 +344,8 @@ def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Pa
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"resolution": 18}, "objective.resolution: 18 is no multiple of 4"),
-        ({"weighting_scheme": "mode"}, "objective.weighting_scheme: is of flow matching"),
+        ({"resolution": 18}, "objective.resolution: 18 is not a multiple of 4"),
+        ({"weighting_scheme": "mode"}, "objective.weighting_scheme: applies to flow matching"),
         ({"cache_latents": True, "random_flip": True}, "objective.cache_latents: random crops and flips"),
         ({"class_prompt": "a dog"}, "prior preservation needs class_prompt"),
         ({"instance_prompt": None}, "the image has no 'text'"),

@@ -449,7 +449,7 @@ def test_features_without_room_are_made_in_each_step(
     monkeypatch.setattr("tunekit.objectives.rows.recordings.free_bytes", lambda path: 10**9)
     capsys.readouterr()
     assert losses(train(recipe, f"output.dir={tmp_path / 'made'}")) == kept
-    assert "12 recordings are heard anew in each step" in capsys.readouterr().out
+    assert "12 recordings are read again in each step" in capsys.readouterr().out
     (files,) = (tmp_path / "other" / "tokens").iterdir()
     assert (files / "features.bin").stat().st_size == 0
 

@@ -1,9 +1,9 @@
 """Kahneman-Tversky optimization: single answers, each marked as good or bad, compared with the model at step 0.
 
-Source: Ethayarajh et al. 2024, eq. 7; names and formulas are those of trl 1.16.  Different by design: the KL is one
-number for the whole step of all ranks (of an evaluation, for all of its rows), where trl has one for each micro-batch;
-for it, each prompt is followed by the answer of the row before it in the files' order, not in that of the batch; the
-policy's KL is computed without dropout.
+Source: Ethayarajh et al. 2024, eq. 7; names and formulas are those of trl 1.16.  Different by design: one KL is
+estimated for the whole step on all ranks, or for all rows of an evaluation; trl estimates one for each micro-batch. Its
+mismatched rows are a prompt with the answer of the previous row in the files' order, not in the batch. The policy's KL
+is computed without dropout.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
 
-MOST_RATIO = 4 / 3  # of the weighted numbers of good and bad rows; eq. 8
+MOST_RATIO = 4 / 3  # largest ratio of the weighted numbers of good and bad rows; eq. 8
 SIDE = "completion"
 IdsAndMarks = tuple[Array, Array]  # (T,) ids and marks
 
 
 @dataclass(frozen=True)
 class KtoLoss(AnswerLoss):
-    """loss = sum over rows of w s(beta (kl - r)) of a good answer, of w s(beta (r - kl)) of a bad one.
-
-    s is the logistic function, r log of policy over reference, w the weight of its side; kl 0 with apo_zero_unpaired.
-    `balance`: the facts of all evaluation rows together; None: those of a step are computed for it.
-    `lengths`: of all prompts and of all answers, longest first; a simulated step has mismatched rows of these.
+    """loss = sum over rows: w s(beta (kl - r)) for a good answer, w s(beta (r - kl)) for a bad one. s is the logistic
+    function, r the log-ratio of policy to reference, w the weight of good or bad answers. kl is 0 with
+    apo_zero_unpaired.
+    `balance`: the KL and the two factors of `_balance` for all evaluation rows; None: `prepare` computes them for each
+    step.
+    `lengths`: the lengths of all prompts and of all answers, longest first. A simulated step makes mismatched rows of
+    these lengths.
     """
 
     settings: KtoSettings
@@ -44,7 +46,7 @@ class KtoLoss(AnswerLoss):
     logged: Sequence[str] = LOGGED
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> KtoLoss:
-        """With the KL of all evaluation rows, so that it does not depend on their batches."""
+        """The loss with the KL of all evaluation rows, so that the KL does not depend on their batches."""
 
         def before(row: Row) -> IdsAndMarks:
             return _answer(rows[(row.number - 1) % len(rows)])
@@ -59,8 +61,8 @@ class KtoLoss(AnswerLoss):
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Each row with the reference's score, the step's KL, and the factors that make a sum over all rows the mean of
-        one side."""
+        """The window, each row with the reference's score, the step's KL, and two factors: times its factor, a mean
+        over all rows is a mean over the good or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
         mismatched = self._mismatched_window(run, window) if estimated else []
         keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
@@ -76,16 +78,17 @@ class KtoLoss(AnswerLoss):
         return run.rows.with_parts(window, parts)
 
     def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
-        """Each batch with the answers of other rows: each of the row before, by number, among the rows of all ranks."""
+        """The batches with mismatched answers: each row gets the answer of the row with the next lower number in the
+        step, over all ranks."""
         if run.is_simulated and self.lengths is not None:
             return [_longest(run, batch, self.lengths) for batch in window.batches]
         local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
         numbers, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
-        before = {number: answers[numbers.index(number) - 1] for number in numbers}  # of equal rows the first one's
+        before = {number: answers[numbers.index(number) - 1] for number in numbers}  # the first of equal rows decides
         return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) loss of each row, and sums over rows of what is logged."""
+        """(P,) loss of each row, and the logged metrics, summed over rows."""
         scores = answer_scores(output, batch)  # (P,)
         targets = {name: to_device(batch.targets[name], scores.device) for name in ("reference", "label", "facts")}
         good, (kl, *balance), beta = targets["label"][:, 0], targets["facts"].T, self.settings.beta
@@ -100,14 +103,15 @@ class KtoLoss(AnswerLoss):
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """Also what the rewards and log-probabilities of each side count: some of the rows may be of one side."""
+        """The sums of all answers, and the numbers of rows by which metrics of good answers and of bad ones are
+        divided."""
         good, facts = batch.targets["label"][:, 0], batch.targets["facts"].double()
         counts = {"chosen_units": (good * facts[:, 1]).nansum(), "rejected_units": (~good * facts[:, 2]).nansum()}
         return {**super().sums(output, batch), **counts}
 
 
 def answer_scores(output: ModelOutput, batch: Batch) -> Tensor:
-    """(P,) the summed log-probability of each answer."""
+    """(P,) the log-probability of each answer, summed over its tokens."""
     return by_sequence(predicted(output, batch), batch.targets["counts"])
 
 
@@ -126,7 +130,7 @@ def balance_notes(settings: KtoSettings, rows: Rows) -> tuple[str, ...]:
     ratio = settings.desirable_weight * good / (settings.undesirable_weight * bad) if bad else math.inf
     if 1 / MOST_RATIO <= ratio <= MOST_RATIO or not good + bad:
         return ()
-    what = "desirable_weight times the former is best about undesirable_weight times the latter"
+    what = "choose weights so that desirable_weight * good is about undesirable_weight * bad"
     return (f"{good:,} good and {bad:,} bad answers: {what}",)
 
 
@@ -135,7 +139,8 @@ def _labels(batch: Batch) -> list[bool]:
 
 
 def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...]:
-    """Mean log-ratio of mismatched answers, at least 0; all rows over the good ones, and over the bad ones."""
+    """The KL (the mean log-ratio of mismatched answers, at least 0), the number of all rows over good rows, and over
+    bad rows."""
     count, good = len(labels), sum(labels)
     sides = (count / side if side else math.inf for side in (good, count - good))
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
@@ -148,7 +153,8 @@ def _answer(row: Row) -> IdsAndMarks:
 
 
 def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks]) -> Batch:
-    """Each row's prompt with the answer of a different row, cut only at data.max_length and the model's positions."""
+    """The batch, each prompt with the answer of a different row. Rows are cut only at data.max_length and at the
+    model's positions."""
     rows, longest = run.rows, _most_tokens(run)
 
     def joined(row: Row) -> Row:
@@ -162,8 +168,8 @@ def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks])
 
 
 def _longest(run: RunView, batch: Batch, lengths: tuple[Array, Array]) -> Batch:
-    """As many mismatched rows, as long as those of one batch can be: the longest prompt with the longest answer, and so
-    on."""
+    """The batch with mismatched rows of the largest possible lengths: the longest prompt with the longest answer, then
+    the second longest of each, and so on."""
     rows, longest, remade = run.rows, _most_tokens(run), list[Row]()
     for place, row in enumerate(batch.rows):
         prompt, answer = (int(each[min(place, len(each) - 1)]) for each in lengths)
@@ -174,7 +180,7 @@ def _longest(run: RunView, batch: Batch, lengths: tuple[Array, Array]) -> Batch:
 
 
 def _most_tokens(run: RunView) -> int | None:
-    """Of a mismatched row; None where nothing limits it."""
+    """The largest number of tokens of a mismatched row; None if there is no limit."""
     model = run.model
     positions = model.base.family.learned_positions(model.base.net) or 0
     limits = (run.rows.options.max_length, positions and positions - model.virtual_tokens)

@@ -2,7 +2,7 @@
 
 Full logits (B, T, V) never exist. Positions without a label are dropped first. The others pass the head in chunks of
 `chunk_tokens`, in float32, and each chunk's gradient is computed at once: one pass over the logits gives loss and
-gradient. Only if the head itself is trained, the backward computes the log-probabilities again.
+gradient. The backward computes the log-probabilities again only if the head itself is trained.
 """
 
 import math
@@ -21,20 +21,22 @@ from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import to_device
 from tunekit.model.call import calling, current_call
 
-CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
+CHUNK_BYTES = 32 * 2**20 - 4096  # of a chunk's float32 logits: small enough for a CPU's malloc to take it from its heap
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 
 
 @runtime_checkable
 class PartedHead(Protocol):
-    """A head of which a part of the vocabulary at a time is on the device."""
+    """A head that is on the device one part of the vocabulary at a time."""
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """The first id of each part, how many it has, and what gives their logits: (N, D) -> (N, v) in float32."""
+        """For each part: its first id, its number of ids, and a function that returns their logits, (N, D) -> (N, v) in
+        float32."""
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a causal model predicts a supervised token, and which: position t predicts labels[t + 1].
+    """The positions where a causal model predicts supervised tokens, and these tokens: position t predicts labels[t +
+    1].
 
     Shapes: labels (B, T), on the CPU -> index (N,) into the flattened B * T positions, targets (N,).
     """
@@ -46,15 +48,15 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 class _SummedLoss(torch.autograd.Function):
     """Sum of -log softmax(head(h))[target]; the gradient is computed in the forward, chunk by chunk.
 
-    d loss / d logits = softmax(logits) - onehot(target), written over the logits' own buffer; the head's graph,
-    whatever it holds (soft cap, scale, an adapter), takes it to the hidden states and the head's trained parameters.
+    d loss / d logits = softmax(logits) - onehot(target), written into the logits' buffer. The head's autograd graph,
+    with its soft cap, scale or adapter, propagates it to the hidden states and the head's trained parameters.
     """
 
     @staticmethod
     def forward(
         ctx: Context, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
     ) -> Tensor:
-        if isinstance(head, PartedHead):  # which has no trained parameters
+        if isinstance(head, PartedHead):  # a parted head has no trained parameters
             losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
             ctx.save_for_backward(of_hidden)
             return losses.sum()
@@ -116,11 +118,12 @@ def _by_vocabulary(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), whether no token is likelier than the target (N,), and the losses' gradient for `hidden` (N, D).
 
-    All positions meet a part of the vocabulary before the next part: once for the largest logit and the sum of their
-    exponentials, and once more, from the last part back, for the gradient sum_v (p_v - [v = target]) W_v.
+    Each part of the vocabulary is loaded for all positions at once. The first pass over the parts computes the largest
+    logit and the sum of exponentials. The second pass, from the last part to the first, computes the gradient sum_v
+    (p_v - [v = target]) W_v.
     """
     count, device = hidden.shape[0], hidden.device
-    largest = torch.full((count,), -torch.inf, device=device)  # (N,) float32, as are:
+    largest = torch.full((count,), -torch.inf, device=device)  # (N,) float32, like total and aimed:
     total, aimed = torch.zeros(count, device=device), torch.zeros(count, device=device)
     for first, size, project in head.each():
         for rows in _position_chunks(count, size):
@@ -147,12 +150,13 @@ def _by_vocabulary(
 
 
 def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Where targets stand in a part of the vocabulary: (n, 1) int64, and whether they do: (n,) float32, 0 or 1."""
+    """The column of each target in a part of the vocabulary, (n, 1) int64, and whether it is in this part, (n,)
+    float32, 0 or 1."""
     return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
 
 
 def _position_chunks(count: int, size: int) -> Iterator[slice]:
-    """Positions whose logits of `size` tokens in float32 stay within CHUNK_BYTES."""
+    """Slices of positions whose float32 logits for `size` tokens need at most CHUNK_BYTES."""
     step = max(1, CHUNK_BYTES // (4 * size))
     return (slice(start, start + step) for start in range(0, count, step))
 
@@ -170,7 +174,7 @@ def summed_loss(
 class _LogProbabilities(torch.autograd.Function):
     """log softmax(head(h))[target] of each position under a frozen head.
 
-    d l_n / d h_n depends on position n alone: it is taken in the forward, and the backward scales its rows.
+    d l_n / d h_n depends on position n alone: the forward computes it, and the backward scales its rows.
     """
 
     @staticmethod
@@ -200,7 +204,7 @@ class _LogProbabilities(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TemperedHead:
-    """The distribution at a temperature."""
+    """A head whose logits are divided by a temperature."""
 
     head: Head
     temperature: float
@@ -211,7 +215,7 @@ class TemperedHead:
 
 
 def at_temperature(output: ModelOutput, temperature: float) -> ModelOutput:
-    """The output whose log-probabilities are those at a temperature."""
+    """The output with a head at this temperature."""
     if temperature == 1:
         return output
     assert output.head is not None
@@ -222,7 +226,8 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
     """Log-probability of each target, with gradient.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.
-    `entropies`: (N,) float32 to be filled with those of the distributions, where there is a gradient; they have none.
+    `entropies`: (N,) float32, filled with the entropies of the distributions if gradients are enabled; they have no
+    gradient themselves.
     """
     hidden, targets, head = _selected(output, index, targets)
     size = output.chunk_tokens
@@ -233,7 +238,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
 
     def of_chunk(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head.logits(hidden)  # (n, V)
-        if entropies is not None:  # written once more where it is computed again: no input, whose version counts
+        if entropies is not None:  # written again when recomputed; no input, whose version autograd checks
             entropies[start : start + size].copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
         return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -243,10 +248,10 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-    """Of the distributions of two sets of logits: KL(t | s) at beta 0, KL(s | t) at 1, else
-    beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t. Agarwal et al. 2024, eq. 1.
+    """The divergence of the distributions of two sets of logits: KL(t | s) at beta 0, KL(s | t) at 1, else beta KL(t |
+    m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t. Agarwal et al. 2024, eq. 1.
 
-    Shapes: student, teacher (N, V) -> (N,). Of two widths, which only unused rows of a head are, the smaller counts.
+    Shapes: student, teacher (N, V) -> (N,). If the widths differ, by unused rows of a head, the smaller one is used.
     """
     width = min(student.shape[-1], teacher.shape[-1])
     student_log, teacher_log = (
@@ -261,7 +266,7 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
 
 
 class _Divergences(torch.autograd.Function):
-    """`divergence` of each position under frozen heads; the gradient is taken in the forward, as _LogProbabilities'."""
+    """`divergence` at each position under frozen heads; the forward computes the gradient, as in _LogProbabilities."""
 
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
@@ -286,7 +291,8 @@ class _Divergences(torch.autograd.Function):
 def divergences(
     output: ModelOutput, index: Tensor, teacher: Tensor, teacher_head: Head, *, beta: float, temperature: float
 ) -> Tensor:
-    """`divergence` of each position's next-token distribution from the teacher's, with gradient for the student.
+    """`divergence` of the student's next-token distribution from the teacher's at each position, with gradient for the
+    student.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, teacher (N, D') -> (N,) float32.
     """
@@ -308,7 +314,7 @@ def divergences(
 
 
 def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Computed again in the backward, within the same call."""
+    """The value of `of_chunk`, which the backward computes again under the same Call."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -319,7 +325,7 @@ def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
 
 @torch.no_grad()
 def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """Loss of each position and whether the most likely token is the target; no gradient.
+    """The loss of each position, and whether the most likely token is the target; no gradient.
 
     Shapes: hidden (N, D), targets (N,) -> losses (N,) float32, correct (N,) bool.
     """
@@ -336,7 +342,7 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
 
 
 def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None = None) -> Loss:
-    """The summed loss of some positions, with gradient; `weights`: of each, 1 by default.
+    """The summed loss of some positions, with gradient; `weights`: the weight of each position, 1 by default.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets, weights (N,) -> total (1,).
     """
@@ -350,8 +356,8 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
 def sums_of_positions(
     output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
 ) -> Sums:
-    """Sums over some positions, those of the batch's rows in order: `loss_sums`, how many are predicted right, and
-    their number, each counting as its weight says."""
+    """Sums over the supervised positions of the batch's rows, in order: `loss_sums`, the number of right predictions,
+    and the number of positions. Each position counts with its weight."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
@@ -362,8 +368,8 @@ def sums_of_positions(
 
 
 def loss_sums(losses: Tensor, batch: Batch) -> Sums:
-    """The sum of the losses in float64, and the loss (rows,) of each row. Shapes: losses (N,), of what is supervised in
-    the batch's rows, in order."""
+    """The sum of the losses in float64, and the loss (rows,) of each row. Shapes: losses (N,), of the supervised units
+    of the batch's rows, in order."""
     wide = summing_dtype(losses.device)
     parts = torch.split(losses, [row.supervised for row in batch.rows])
     return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
@@ -395,5 +401,5 @@ def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Positions projected at a time: so many bytes of float32 logits, within 64 and 1,024."""
+    """The number of positions per chunk: `chunk_bytes` of float32 logits, but between 64 and 1,024 positions."""
     return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk_bytes // (4 * vocabulary_size)))

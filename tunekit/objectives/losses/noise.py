@@ -1,7 +1,7 @@
-"""The loss of diffusion models: the mean squared error of what the network predicts from noisy latents.
+"""The loss of diffusion models: the mean squared error of the network's prediction from noisy latents.
 
 z_t = a_t x + s_t n; the target is n (epsilon), a n - s x (v_prediction), x (sample), or n - x (flow, where a = 1 - s).
-Everything random depends on (seed, step, row) alone.
+All random draws depend on (seed, step, row) alone.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from tunekit.objectives.losses.logprobs import loss_sums
 from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, text_parts
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
-KEY = "objective"  # of the companion that encodes images and prompts
+KEY = "objective"  # key of the companion that encodes images and prompts
 DrawKey = tuple[int | str, ...]  # decides what is drawn: seed, step, row, and which of the row's images
 
 
 @dataclass(frozen=True, eq=False)
 class DiffusionLoss(LossKind):
-    """loss = sum over images of w_t |prediction - target|^2 + prior_loss_weight |prediction' - target'|^2, means over
-    numbers, ' of a class image; divided by the step's number of images.  Source: Ruiz et al. 2023; diffusers' scripts.
+    """loss = sum over images of w_t |prediction - target|^2 + prior_loss_weight |prediction' - target'|^2, where |.|^2
+    is a mean over numbers and ' marks a class image; divided by the step's number of images.  Source: Ruiz et al. 2023;
+    diffusers' scripts.
 
-    Class images, which the base drew, keep what the class looks like. `measures`: whether rows are only measured,
-    without class images or weights, at fixed times with fixed noise.
+    Class images are drawn by the base and preserve the look of the class. `measures`: the loss is for evaluation, at
+    fixed times with fixed noise, without class images or weights.
     """
 
     settings: DreamboothSettings
@@ -43,15 +44,16 @@ class DiffusionLoss(LossKind):
     measures: bool = False
 
     def evaluation_copy(self) -> DiffusionLoss:
-        """The loss at fixed times."""
+        """The loss for evaluation, at fixed times."""
         return replace(self, measures=True)
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> DiffusionLoss:
-        """The loss at fixed times, of each row by itself."""
+        """The loss for evaluation, at fixed times."""
         return self.evaluation_copy()
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Each row with noisy latents, their times and targets. A row that has them already stays as it is."""
+        """The window, each row with noisy latents, their times and targets. A row that already has latents is not
+        changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))
 
     def _prepared(self, run: RunView, row: Row, place: DrawKey) -> Row:
@@ -60,7 +62,7 @@ class DiffusionLoss(LossKind):
         return self._at_fixed_times(run, row) if self.measures else self._at_drawn_time(run, row, place)
 
     def _at_drawn_time(self, run: RunView, row: Row, place: DrawKey) -> Row:
-        """The image and, with prior preservation, one of the class."""
+        """The row with the image and, with prior preservation, a class image, at a random time."""
         settings, size, prompts = self.settings, bucket_of(row), [prompt_of(row)]
         pictures = [self._sample(run, pixels_of(row), row.parts["original"].tolist(), size, (*place, 0))]
         weights = [1.0]
@@ -80,7 +82,7 @@ class DiffusionLoss(LossKind):
         return self._with(run, row, pictures, weights, prompts)
 
     def _at_fixed_times(self, run: RunView, row: Row) -> Row:
-        """The image at evenly spaced times of the schedule, always with the same noise."""
+        """The row with the image at evenly spaced times of the schedule, always with the same noise."""
         count = self.settings.validation_draws
         pictures = []
         for draw in range(count):
@@ -93,7 +95,7 @@ class DiffusionLoss(LossKind):
     def _sample(
         self, run: RunView, pixels: Pixels, original: Sequence[int], size: Size, place: DrawKey, step: int | None = None
     ) -> dict[str, Any]:
-        """Noisy latents of an image, their target, and the step, which is drawn unless it is given."""
+        """Noisy latents of an image, their target, and the step of the schedule. `step`: None draws one."""
         settings, fixed = self.settings, step is not None
         pixels, corner = self.view(pixels, size, place) if settings.varies and not fixed else cropped(pixels, size)
         normal = generator_for("latents", *place)
@@ -109,7 +111,7 @@ class DiffusionLoss(LossKind):
         }
 
     def view(self, pixels: Pixels, size: Size, place: DrawKey) -> tuple[Pixels, Size]:
-        """The part of an image that this step sees, and where it begins."""
+        """The crop of an image for this step, and its top left corner."""
         generator, corner = generator_for("view", *place), None
         if bool(torch.rand((), generator=generator) < 0.5) and self.settings.random_flip:
             pixels = pixels[:, ::-1]  # before it is cropped, as in diffusers' scripts: corners are the mirror image's
@@ -120,7 +122,7 @@ class DiffusionLoss(LossKind):
         return cropped(pixels, size, corner)
 
     def _step(self, place: DrawKey) -> int:
-        """A step of the schedule: each equally likely, or for a flow as its weighting scheme draws them."""
+        """A random step of the schedule: uniform, or for flow matching drawn as the weighting scheme says."""
         generator, settings, count = generator_for("step", *place), self.settings, len(self.schedule)
         if self.schedule.prediction != "flow":
             return int(torch.randint(0, count, (), generator=generator))
@@ -136,7 +138,7 @@ class DiffusionLoss(LossKind):
         weights: Sequence[float],
         prompts: Sequence[str],
     ) -> Row:
-        """The row as the network sees it, without its pixels."""
+        """The row with the network's inputs and the loss's targets in place of its pixels."""
         parts = {name: values for name, values in row.parts.items() if name != "pixels"}
         parts |= {name: np.stack([picture[name] for picture in pictures]) for name in ("latents", "target")}
         parts["times"] = self.schedule.times[torch.tensor([picture["step"] for picture in pictures])].numpy().copy()
@@ -145,7 +147,7 @@ class DiffusionLoss(LossKind):
         return replace(row, parts=parts | text_parts(run.companion(KEY).texts(run, prompts)))
 
     def losses(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(R,) float32 of each row: the weighted mean squared errors of its images, added."""
+        """(R,) float32 the loss of each row: the weighted sum of its images' mean squared errors."""
         assert output.logits is not None
         device = output.logits.device
         wanted, weights, of_row = (to_device(batch.targets[name], device) for name in ("target", "weights", "of_row"))
@@ -164,23 +166,23 @@ class DiffusionLoss(LossKind):
 
 
 def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Problem]:
-    """Settings that a pipeline cannot obey; `flows`: whether it was trained by flow matching."""
+    """Problems of settings that do not fit the pipeline; `flows`: whether the pipeline was trained by flow matching."""
     if flows:
         for key, value in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
             if value not in (None, "auto"):
-                what = "is of diffusion schedules, and this pipeline was trained by flow matching"
+                what = "applies to diffusion schedules, and this pipeline was trained by flow matching"
                 yield Problem(what, "remove it", key=f"objective.{key}")
     elif settings.weighting_scheme != "none":
-        what = "is of flow matching, and this pipeline has a diffusion schedule"
+        what = "applies to flow matching, and this pipeline has a diffusion schedule"
         yield Problem(what, "remove it", key="objective.weighting_scheme")
     if settings.cache_latents is True and settings.varies:
         what = "random crops and flips change an image from step to step"
-        yield Problem(what, "write auto, or leave them out", key="objective.cache_latents")
+        yield Problem(what, "write auto, or remove random crops and flips", key="objective.cache_latents")
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """`signal` a and `noise` s of each step, (S,) float32; `times`: the network's input for it, (S,)."""
+    """`signal` a and `noise` s of each step, (S,) float32; `times`: the network's input for each step, (S,)."""
 
     prediction: str  # epsilon, v_prediction, sample or flow
     signal: Tensor
@@ -215,7 +217,7 @@ def noisy(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, steps: Tensor
 
 
 def target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-    """What the network is to predict. Shapes: as noisy's."""
+    """The target of the network's prediction. Shapes: as for `noisy`."""
     if schedule.prediction == "epsilon":
         return noise
     if schedule.prediction == "v_prediction":
@@ -224,12 +226,12 @@ def target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, steps: Tenso
 
 
 def min_snr_weights(schedule: NoiseSchedule, steps: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) as a weight of the squared error of x, brought to the error of what is predicted.
+    """The weight min(SNR, gamma) of the squared error of x, converted to a weight of the predicted quantity's error.
 
-    SNR = (a / s)^2.  Of x: min(SNR, g); of n, whose error is SNR times that of x: min(SNR, g) / SNR; of v, whose error
-    is SNR + 1 times it: min(SNR, g) / (SNR + 1).  Source: Hang et al. 2023, section 3.4.  (diffusers' SDXL script
-    weighs v with min(SNR, g) / SNR + 1, its text-to-image script as the paper does.)
-    Shapes: steps (B,) -> (B,) float32.
+    SNR = (a / s)^2. For x: min(SNR, g). For n, whose error is SNR times the error of x: min(SNR, g) / SNR. For v, whose
+    error is SNR + 1 times the error of x: min(SNR, g) / (SNR + 1).  Source: Hang et al. 2023, section 3.4.  (diffusers'
+    SDXL script weights v with min(SNR, g) / SNR + 1; its text-to-image script agrees with the paper.) Shapes: steps
+    (B,) -> (B,) float32.
     """
     signal, noise = schedule.signal[steps].double(), schedule.noise[steps].double()
     snr = (signal / noise) ** 2
@@ -250,8 +252,8 @@ def flow_weights(scheme: str, sigmas: Tensor) -> Tensor:
 
 
 def flow_position(scheme: str, uniform: float, normal: float, mean: float, std: float, mode_scale: float) -> float:
-    """Where in [0, 1) of the schedule a row is, of a uniform and a normal number.  Source: Esser et al. 2024, section
-    3.1, as diffusers' compute_density_for_timestep_sampling has it."""
+    """The position of a row in the schedule, in [0, 1), computed from a uniform and a normal random number.  Source:
+    Esser et al. 2024, section 3.1, as diffusers' compute_density_for_timestep_sampling has it."""
     if scheme == "logit_normal":
         return 1 / (1 + math.exp(-(mean + std * normal)))
     if scheme == "mode":
@@ -260,12 +262,12 @@ def flow_position(scheme: str, uniform: float, normal: float, mean: float, std: 
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
-    """A generator of the CPU that depends on the parts alone."""
+    """A CPU generator whose seed depends on the parts alone."""
     return torch.Generator("cpu").manual_seed(seed_for(*parts))
 
 
 def drawn_noise(shape: Sequence[int], offset: float, *parts: int | str) -> Tensor:
-    """(C, H, W) normal numbers, with `offset` times one more of each channel, so that its mean moves too
+    """(C, H, W) normal noise, plus `offset` times one normal number for each channel, which shifts the channel's mean
     (offset noise, Guttenberg 2023)."""
     generator = generator_for("noise", *parts)
     noise = torch.randn(tuple(shape), generator=generator)
@@ -273,5 +275,5 @@ def drawn_noise(shape: Sequence[int], offset: float, *parts: int | str) -> Tenso
 
 
 def _each(values: Tensor, steps: Tensor) -> Tensor:
-    """(S,) at the steps (B,), over all of a row: (B, 1, 1, 1)."""
+    """The values at the steps, shaped to multiply rows. Shapes: values (S,), steps (B,) -> (B, 1, 1, 1)."""
     return values[steps].view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The loss of preference pairs: any formula over the scores of two answers to one prompt."""
+"""The loss of preference pairs, with any formula of the scores of two answers to one prompt."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
 from tunekit.recipe.bases.pair_settings import REWARDS
 
-PREPARED = ("reference", "share", "matched")  # parts of a row that its step adds
+PREPARED = ("reference", "share", "matched")  # parts that `prepare` adds to a row
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of the answers of P pairs, summed over their tokens (or their means), and the reference's, 0
-    if there is none; `tokens`: how many each answer has. `likelihood`: a loss of the chosen answer alone. `matched`:
-    the reference's preference that each pair is compared with (aot). All (P,).
+    """The scores of P pairs, each (P,). An answer's score is the sum or mean of its tokens' log-probabilities; the
+    reference's scores are 0 without a reference. `likelihood`: the loss of the chosen answer alone. `matched`: the
+    reference's preference with which the pair is compared (aot).
     """
 
     chosen: Tensor
@@ -36,17 +36,17 @@ class Scores:
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """(P,) log of policy over reference."""
+        """(P,) the log-ratio of policy to reference for the chosen answer."""
         return self.chosen - self.reference_chosen
 
     @property
     def rejected_ratio(self) -> Tensor:
-        """(P,) log of policy over reference."""
+        """(P,) the log-ratio of policy to reference for the rejected answer."""
         return self.rejected - self.reference_rejected
 
     @property
     def margin(self) -> Tensor:
-        """(P,) by how much more than the reference the policy prefers the chosen answer."""
+        """(P,) the log-ratio of the chosen answer less the log-ratio of the rejected one."""
         return self.chosen_ratio - self.rejected_ratio
 
 
@@ -54,13 +54,14 @@ class Scores:
 class PairLoss(AnswerLoss):
     """loss = sum over pairs of formula(Scores) + likelihood; divided by the step's number of pairs.
 
-    `averages`: an answer's score is the mean over its tokens.  `likelihood`: weight of the mean loss of the step's
-    chosen tokens; `prompts`: with those of their prompts.  `token_weights`: counts (S P,) -> (N,) weights of tokens in
-    the scores; None: 1 each.  `matches`: each pair is compared with the reference's preference of its rank in the step
-    (aot).  `keeps`: the reference scores each row once.
+    `averages`: an answer's score is the mean over its tokens.
+    `likelihood`: the weight of the mean loss over the step's chosen tokens; `prompts`: prompt tokens count too.
+    `token_weights`: counts (S P,) -> (N,) weights of tokens in the scores; None: 1 each.
+    `matches`: each pair is compared with the reference's preference of the same rank in the step (aot).
+    `keeps`: the reference scores each row only once.
 
-    `share` (pairs per token of `likelihood`) and `matched` (by row number): of all evaluation rows; None: those of a
-    step are computed for it.
+    `share` (pairs per token of `likelihood`) and `matched` (by row number): values for all evaluation rows; None:
+    `prepare` computes them for each step.
     """
 
     formula: Callable[[Scores], Tensor]
@@ -78,7 +79,7 @@ class PairLoss(AnswerLoss):
     matched: Mapping[int, float] | None = None
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> PairLoss:
-        """With the share and the matches among all evaluation rows, so that they do not depend on their batches."""
+        """The loss with `share` and `matched` of all evaluation rows, so that they do not depend on the batches."""
         if not (self.likelihood or self.matches):
             return self
         counts, preferences = list[tuple[int, int]](), list[tuple[int, float, float]]()
@@ -97,7 +98,8 @@ class PairLoss(AnswerLoss):
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Each row with the reference's scores, the weight of a token among all of the step, and its match."""
+        """The window, each row with the reference's scores, the weight of a chosen token in the step, and its matched
+        preference."""
         if self.reference:
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
             window = run.rows.with_parts(window, [{"reference": by_row(both, 2)} for both in scores])
@@ -110,12 +112,14 @@ class PairLoss(AnswerLoss):
         return self._with_matches(run, window) if self.matches else window
 
     def _counted(self, batch: Batch) -> tuple[int, int]:
-        """The number of tokens of the chosen answers (and of their prompts) that `likelihood` counts, and of pairs."""
+        """The number of tokens of the chosen answers (and, with `prompts`, of their prompts), and the number of
+        pairs."""
         counts = batch.targets["counts"].view(-1, len(batch.rows))  # (2 or 3, P)
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
     def _with_matches(self, run: RunView, window: Window) -> Window:
-        """Each row with the reference's preference that has the rank of the row's own preference in the step."""
+        """The window, each row with the reference's preference that has the same rank in the step as the policy's
+        preference for the row."""
         if self.matched is None:
             preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none
@@ -138,7 +142,7 @@ class PairLoss(AnswerLoss):
         return by_sequence(weighted, counts)
 
     def scores(self, output: ModelOutput, batch: Batch) -> Scores:
-        """All that the formula reads."""
+        """The scores that the formula reads."""
         logps = predicted(output, batch)  # (N,)
         both, counts = self._summed(logps, batch).view(2, -1), batch.targets["counts"]
         tokens = to_device(counts.float(), logps.device).view(-1, both.shape[1])[:2]
@@ -153,7 +157,7 @@ class PairLoss(AnswerLoss):
         return Scores(both[0], both[1], tokens[0], tokens[1], reference[0], reference[1], likelihood, matched)
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) loss of each pair, and sums over pairs of what is logged."""
+        """(P,) loss of each pair, and the logged metrics, summed over pairs."""
         scores = self.scores(output, batch)
         logps = (scores.chosen.detach(), scores.rejected.detach())
         rewards = [self.beta * ratio.detach() for ratio in (scores.chosen_ratio, scores.rejected_ratio)]
@@ -161,12 +165,13 @@ class PairLoss(AnswerLoss):
 
 
 def preference(scores: Tensor) -> Array:
-    """By how much each chosen answer's score is above the rejected one's. Shapes: (2 P,) -> (P,)."""
+    """The score of each chosen answer less the score of the rejected one. Shapes: (2 P,) -> (P,)."""
     return np.subtract(*scores.numpy().reshape(2, -1))
 
 
 def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
-    """(P,) the value of `reference` whose rank there is the rank of each of `local` in `policy`; all unsorted."""
+    """(P,) for each of `local`, the value of `reference` at the same rank as it has in `policy`. None of the lists is
+    sorted."""
     order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
     equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # equal ones before it
     ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals
@@ -179,6 +184,7 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
 
 
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
-    """Sums over pairs of REWARDS: both rewards, by how much and how often the first is higher, then `more`."""
+    """Sums over pairs of REWARDS: chosen and rejected rewards, their difference, how often the chosen one is higher,
+    then `more`."""
     columns = zip(REWARDS, (chosen, rejected, chosen - rejected, chosen > rejected, *more), strict=False)
     return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in columns}

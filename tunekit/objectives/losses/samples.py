@@ -1,4 +1,5 @@
-"""The loss of the model's own completions: steps of completions with their rewards, and what evaluations measure."""
+"""The loss of the model's own completions: it samples them, scores them with rewards, and measures them in
+evaluations."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -47,18 +48,18 @@ from tunekit.recipe.bases.sample_settings import REWARDED, SILENT_STEPS, SampleS
 from tunekit.records import Preparation
 
 REWARD, SAMPLING = "objective.reward", "objective.sampling"  # keys of the companions
-SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # of a step, in the report
+SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # rows of a step, and samples of a row, in the report
 
 
 @dataclass(frozen=True)
 class SampledLoss(LossKind):
-    """How rewards become advantages, and advantages a loss: a sum over completions, divided by the step's number of
-    completions. A subclass has `loss`.
+    """Turns rewards into advantages, and advantages into a loss, which is divided by the step's number of completions.
+    Subclasses define `loss`.
 
-    `prepare` draws the completions from hash(seed, step, row, completion); their advantages are made of the rewards of
-    the whole step, over all ranks. Steps that reuse samples learn from the same completions.
+    `prepare` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from the
+    rewards of the whole step on all ranks. Steps that reuse samples learn from the same completions.
 
-    `measures`: rows are only measured, each with one greedy completion.
+    `measures`: the loss is for evaluation, with one greedy completion of each row.
     """
 
     settings: SampleSettings
@@ -71,17 +72,17 @@ class SampledLoss(LossKind):
 
     @classmethod
     def of(cls, settings: SampleSettings, tokenizer: Tokenizer, clipped: Sequence[str] = CLIPPED) -> Self:
-        """The loss that a recipe states. `clipped`: what is logged of the ratios that are clipped."""
+        """The loss for the settings of a recipe. `clipped`: the names of the logged shares of clipped ratios."""
         logged = (*(["kl"] if settings.beta else []), "entropy", *clipped)
         return cls(settings, tokenizer, logged, settings.beta > 0, settings.num_iterations)
 
     def evaluation_copy(self) -> Self:
-        """With one greedy completion of each prompt."""
+        """The loss for evaluation, with one greedy completion of each prompt."""
         return replace(self, measures=True)
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """Those of this rank's completions; NaN where there is no reward. Shapes: local (P, G), step (A, G) ->
-        (P, G)."""
+        """The advantages of this rank's completions; NaN where there is no reward. `step`: the rewards of all ranks.
+        Shapes: local (P, G), step (A, G) -> (P, G)."""
         raise NotImplementedError
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
@@ -89,26 +90,26 @@ class SampledLoss(LossKind):
         return teaches_nothing(step, axis=1)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """The weight of each token of a completion in the sum over completions. Shapes: counts (P, G) -> (P, G).
-
-        `tokens`: of a completion of the step, on average.
+        """The weight in the loss of each token of a completion. Shapes: counts (P, G) -> (P, G).
+        `counts`: the trained tokens of each completion; `tokens`: their mean over the step.
         """
         return np.ones_like(counts)
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
-        """The window whose completions are compared with the model at step 0, and what is subtracted from each reward
-        for it, (P, G) of each batch; None: nothing. Only if there is a KL in the loss."""
+        """The window with the scores of the model at step 0, and a penalty to subtract from each reward, (P, G) for
+        each batch; None: no penalty. Called only if the loss has a KL."""
         raise NotImplementedError
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Each prompt with its completions, and all that the loss reads of them.
+        """The window, each prompt with its completions and the values that the loss needs.
 
-        A simulated or dry-run step samples nothing: its completions have their full length, and no reward is queried.
+        A simulated or dry-run step samples nothing: its completions have the maximum length, and rewards are not
+        called.
         Raises: RewardError on every rank if the reward of one rank failed.
         """
         kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
         if not (dry or self.measures) and window.step % self.updates_per_sampling:
-            previous = run.companion(SAMPLING).window  # a run is resumed only where new ones are sampled
+            previous = run.companion(SAMPLING).window  # a run resumes only at a step that samples
             return replace(window, batches=previous.batches, preparation=previous.preparation)
         rows, start = [row for batch in window.batches for row in batch.rows], monotonic()
         groups = [kind.longest_samples(row) for row in rows] if dry else self.sampled(run, window, rows)
@@ -140,7 +141,7 @@ class SampledLoss(LossKind):
         )
         size = len(kind.answers.sides)
         for row in rows:
-            place = occurrences[row.number]  # a row may be twice in a step
+            place = occurrences[row.number]  # a row may be in a step twice
             occurrences[row.number] += 1
             prompts += [row.parts["prompt"].tolist()] * size
             seeds += [seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)]
@@ -162,10 +163,8 @@ class SampledLoss(LossKind):
     def _scored(
         self, run: RunView, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], *, dry: bool, starts_run: bool
     ) -> Rewards:
-        """(P, G, F) of each completion by each reward function. An error of one rank is raised on all.
-
-        A later step may have only rows that cannot be judged; if a run starts so, or SILENT_STEPS steps in a row have
-        only such rows, its rewards are wrong.
+        """(P, G, F) the reward of each completion by each reward function. An error on one rank is raised on all.
+        Raises: RewardError if no completion has a reward in the first step, or in SILENT_STEPS consecutive steps.
         """
         shape = (len(rows), len(prompt_rows(run).answers.sides), len(self.settings.reward))
         if dry:
@@ -186,11 +185,11 @@ class SampledLoss(LossKind):
         return scores
 
     def _summed(self, scores: Rewards) -> Rewards:
-        """Shapes: (..., F) -> (...)."""
+        """The weighted sum over reward functions. Shapes: (..., F) -> (...)."""
         return weighted_sum(scores, [source.weight for source in self.settings.reward])
 
     def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
-        """Each row with the reward of its one completion."""
+        """The window, each row with the reward of its one completion."""
         rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
 
         def parts(batch: Batch) -> dict[str, Array]:
@@ -213,7 +212,7 @@ class SampledLoss(LossKind):
         scores: Rewards,
         penalties: Sequence[Rewards] | None,
     ) -> tuple[Window, dict[str, float]]:
-        """Each row with its completions' advantages and token weights; and what is logged of the step."""
+        """The window, each row with its completions' advantages and token weights; and the metrics of the step."""
         sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
         marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]
@@ -240,7 +239,7 @@ class SampledLoss(LossKind):
     def _shown(
         self, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], scores: Rewards, window: Window
     ) -> list[dict[str, Any]]:
-        """The first completions of the first rows, as a report shows them."""
+        """The first completions of the first rows, for the report."""
         learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
         samples = []
         for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
@@ -254,11 +253,11 @@ class SampledLoss(LossKind):
         return samples
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """Of measured rows: loss (minus the reward), units, reward, lengths and how many did not end; rows whose
-        completion cannot be judged are left out."""
+        """Sums for evaluation: loss (minus the reward), units, reward, length, and the number of completions without a
+        stop token. Rows without a reward are left out."""
         rewards = batch.targets["rewards"][:, 0]  # (P,) float64
         judged = ~rewards.isnan()
-        lengths = batch.targets["lengths"][:, 0].double()  # (P,); also of completions that are masked
+        lengths = batch.targets["lengths"][:, 0].double()  # (P,); masked completions too
         columns = {
             "reward": rewards,
             "completions_mean_length": lengths,
@@ -269,7 +268,7 @@ class SampledLoss(LossKind):
 
 
 def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
-    """Prompts, completions with their rewards, and what samples and rewards need."""
+    """The objective: prompts, this loss, and the companions for sampling and rewards."""
     settings, tokenizer = loss.settings, loss.tokenizer
     count, longest = settings.num_generations, settings.max_completion_length
     rows = PromptRows(
@@ -289,12 +288,12 @@ def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
         loss,
         text_answering(tokenizer),
         (CompanionSpec("rewards", REWARD, settings.reward), CompanionSpec("sampling", SAMPLING, settings)),
-        notes=(f"each prompt counts as {count} completions of {longest:,} tokens, the most there can be",),
+        notes=(f"each prompt counts as {count} completions of the maximum length, {longest:,} tokens",),
     )
 
 
 def prompt_rows(run: RunView) -> PromptRows:
-    """The rows of a run that samples."""
+    """The run's rows, which are prompts."""
     assert isinstance(run.rows, PromptRows)
     return run.rows
 

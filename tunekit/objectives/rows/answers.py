@@ -37,21 +37,22 @@ SIDES = ("chosen", "rejected")
 NO_PROMPT = "no prompt"
 EMPTY_ANSWER = "an empty answer"
 EQUAL = "chosen and rejected are the same"
-NOT_ANSWERED = "an answer that ends in a turn of somebody else than the assistant"
-Places = dict[tuple[int, str], NDArray[Any]]  # (T,) in the flattened ids, by the row's number in the batch and its side
+NOT_ANSWERED = "an answer whose last turn is not the assistant's"
+Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened ids, by row number and side
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRows(TextRows):
-    """Parts of each side: `SIDE` (T,) ids, prompt and answer; `SIDE_trained` (T,) marks of the answer's.
+    """A side is one of the row's answers. Parts of each side: `SIDE` (T,) ids of prompt and answer; `SIDE_trained` (T,)
+    marks of the answer's ids.
 
-    Where a line of a batch has several rows, or the model keeps documents apart, the sides of a row lie end to end,
-    each a document with its own prompt; with `shares_prefixes` the beginning that two sides have in common is computed
-    once. Elsewhere each side is a padded line.
+    If a line of a batch has several rows, or the model keeps documents apart, the sides of a row are packed into one
+    line, each a document with its prompt; `shares_prefixes`: their common beginning is computed once. Otherwise each
+    side is a padded line.
 
-    `sides`: fields of an example that are answers; `further`: other fields, one value each: their dtypes;
-    `unusable`: error or drop, the recipe's value of `unusable_key`; `prompts`: the first sides' prompts are predicted
-    too; `scored`: a head scores each side at its last token, and no token is predicted.
+    `sides`: fields of an example that are answers; `further`: the dtypes of other fields with one value; `unusable`:
+    error or drop, the recipe's value of `unusable_key`; `prompts`: the prompt of the first side is predicted too;
+    `scored`: a head scores each side at its last token, and no token is predicted.
     """
 
     example: str = "preference"
@@ -65,18 +66,18 @@ class AnswerRows(TextRows):
     shares_prefixes: bool = False
     packable = True
     allowed_options = (
-        ("train_on", "assistant", "the answers are what is compared"),
+        ("train_on", "assistant", "the objective compares the answers"),
         ("excess_length", "drop, truncate or error", "a later piece of an answer has no prompt before it"),
     )
 
     @cached_property
     def layout(self) -> RowLayout:
-        """Every side with its marks, then the further values."""
+        """The layout: every side with its marks, then the further values."""
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
     def encode(self, example: PromptedExample, origin: str) -> Row:
-        """The row. Raises: Dropped or DataError for an unusable one, as the recipe states."""
+        """The row. Raises: Dropped or DataError, depending on the recipe, for an unusable row."""
         answers = [getattr(example, side) for side in self.sides]
         self._check_usable(example.prompt, answers)
         before = self.notices.copy()
@@ -86,7 +87,7 @@ class AnswerRows(TextRows):
                 "a 'weight' of a message that is neither 0 nor 1: an answer counts as a whole", "write 0 or 1"
             )
         for notice, count in (self.notices - before).items():
-            self.notices[notice] -= count - 1  # a row whose answers all have it is one row
+            self.notices[notice] -= count - 1  # count once per row, not once per answer
         parts: dict[str, Array] = {}
         for side, (ids, weights) in zip(self.sides, encoded, strict=True):
             parts |= {side: np.asarray(ids, np.int32), f"{side}_trained": weights > 0}
@@ -106,15 +107,15 @@ class AnswerRows(TextRows):
             raise DataError(what, f"mend it, or write objective.{self.unusable_key}: drop")
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """The length of each side."""
+        """The number of tokens of each answer with its prompt."""
         return tuple(len(parts[side]) for side in self.sides)
 
     def units_in(self, parts: RowParts) -> int:
-        """A row counts once, if it has no empty answer."""
+        """1; 0 if an answer is empty."""
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 
     def prompt(self, example: PromptedExample) -> tuple[list[int], str] | None:
-        """Ids of the prompt, and its first answer's text."""
+        """Ids of the prompt, and the text of the first answer."""
         return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> AnswerRows:
@@ -123,11 +124,12 @@ class AnswerRows(TextRows):
         return replace(self, end_to_end=end_to_end, shares_prefixes=shares)
 
     def shared(self, row: Row) -> int:
-        """Tokens of the later sides that are computed with the first one."""
+        """The number of tokens of later sides that are computed only once, with the first side."""
         return self.prefix(row) * (len(self.sides) - 1)
 
     def prefix(self, row: Row) -> int:
-        """The number of first tokens that are computed once for all sides; each side has at least one more."""
+        """The number of shared tokens at the start, which are computed once for all sides. Each side has at least one
+        token more."""
         if not self.shares_prefixes:
             return 0
         if "prompt_size" in row.parts:
@@ -137,20 +139,20 @@ class AnswerRows(TextRows):
         return int(np.argmin(np.append(first == second, False)))
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """Tokens start .. stop-1 of every side."""
+        """The row with tokens start .. stop-1 of every side."""
         names = [name for side in self.sides for name in (side, f"{side}_trained")]
         cut = {name: row.parts[name][start:stop] for name in names}
         return self.make_row({**row.parts, **cut}, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row whose sides all have this size, are answers from the start, and have little in common."""
+        """One row whose sides all have this size, are trained on from the start, and share almost no prefix."""
         row, parts = next(rows), dict[str, Array]()
         for side, way in zip(self.sides, (1, -1), strict=False):  # the second side backwards
             parts |= {side: np.resize(row.parts[side][::way], size), f"{side}_trained": np.ones(size, np.bool_)}
         return [self.make_row({**row.parts, **parts}, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The further parts of the rows, and those that a step added, are targets (P, ...)."""
+        """The batch. Further parts of the rows, and parts that a step added, are targets (P, ...)."""
         batch = self.laid(sequences)
         rows, sides = batch.rows, {name for side in self.sides for name in (side, f"{side}_trained")}
         names = [name for name in rows[0].parts if name not in sides]
@@ -158,7 +160,7 @@ class AnswerRows(TextRows):
         return replace(batch, targets={**batch.targets, **further})
 
     def laid(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch whose targets are only those of the sides.
+        """The batch with the targets of the sides only.
 
         Shapes: input_ids, position_ids (B, T), or (S P, T) where each of the S sides of P rows is a line.
         """
@@ -183,7 +185,7 @@ class AnswerRows(TextRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def _lines(self, sequences: Sequence[Sequence[Row]]) -> list[list[tuple[int, str]]]:
-        """The row's number in the batch and the side of each document, by line."""
+        """For each line, the documents in it: the row's number in the batch, and the side."""
         count = sum(map(len, sequences))
         if not self.end_to_end and count == len(sequences):
             return [[(number, side)] for side in self.sides for number in range(count)]
@@ -194,8 +196,8 @@ class AnswerRows(TextRows):
         ]
 
     def _predicted(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """`counts`: (S P,) how many predicted tokens each first answer has, then each second one (then each prompt);
-        `index`, `ids`: (N,) those tokens, in this order."""
+        """Targets `counts` (S P,): the number of predicted tokens of each first answer, then of each second one (then
+        of each prompt); `index`, `ids` (N,): the positions and ids of these tokens, in this order."""
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
         groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
         index, targets = list[NDArray[Any]](), list[NDArray[Any]]()
@@ -208,7 +210,7 @@ class AnswerRows(TextRows):
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "counts": counts}
 
     def _last_tokens(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """`last`: (2 P,) where the score of each chosen answer is read, then of each rejected one."""
+        """Target `last` (2 P,): the position at which each chosen answer is scored, then each rejected one."""
         order = [(number, side) for side in self.sides for number in range(len(rows))]
         last = [
             int(places[number, side][last_token(rows[number].parts[side], self.tokenizer.pad_id)])
@@ -228,7 +230,7 @@ class AnswerRows(TextRows):
 
 
 def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
-    """The last place whose id is not the padding's, as transformers reads a score."""
+    """The last position whose id is not the padding id, where transformers reads a score."""
     return int(np.flatnonzero(np.asarray(ids) != pad_id).max(initial=0))
 
 
@@ -240,6 +242,6 @@ def pair_rows(settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptio
 def pair_objective(
     settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions, loss: LossKind, *, prompts: bool = False
 ) -> Objective:
-    """An objective of pairs whose answers are texts. `prompts`: as AnswerRows has it."""
+    """An objective of pairs whose answers are texts. `prompts`: as in AnswerRows."""
     rows = replace(pair_rows(settings, tokenizer, options), prompts=prompts)
     return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))

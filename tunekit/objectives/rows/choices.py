@@ -1,7 +1,6 @@
-"""Answers to choose from, each scored by its log-probability after one prompt that they share.
-
-A causal model reads the prompt once, with the answers side by side after it: each sees the prompt and itself. The
-encoder of an encoder-decoder reads it once, and the decoder has a line for each answer.
+"""Answers to choose from, each scored by its log-probability after a shared prompt.
+A causal model reads the prompt once, with all answers after it; a mask lets each answer see only the prompt and itself.
+An encoder reads the prompt once, and the decoder has one sequence for each answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from tunekit.model.attention.documents import as_bias
 
 
 class Answer(NamedTuple):
-    """Ids of one answer from where it parts from the others, and which of them are scored."""
+    """Ids of one answer, from the first id that differs between answers, and marks of the ids that are scored."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
@@ -26,7 +25,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and all answers to choose from; `right`: the number of the row's own answer, if there is one."""
+    """A prompt, and all answers to choose from; `right`: the index of the row's reference answer, if it has one."""
 
     prompt: Array  # (P,) ids
     answers: tuple[Answer, ...]
@@ -35,7 +34,7 @@ class Question:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the prompt with its longest answer."""
+        """The number of tokens of the prompt with its longest answer."""
         return len(self.prompt) + max(len(answer.ids) for answer in self.answers)
 
     @property
@@ -45,8 +44,8 @@ class Question:
 
 
 def make_question(rows: Sequence[Row], right: int = 0) -> Question:
-    """The question of rows that differ only in their answers: what they share up to the first trained token is the
-    prompt, the rest are the answers."""
+    """The question made from rows that differ only in their answers. The prompt is their common beginning before the
+    first trained token; the remaining ids are the answers."""
     if "source" in rows[0].parts:
         ends = [row.parts["answer"] for row in rows]
         answers = [Answer(tuple(ids.tolist()), (False, *[True] * (len(ids) - 1))) for ids in ends]
@@ -65,7 +64,8 @@ def make_question(rows: Sequence[Row], right: int = 0) -> Question:
 
 
 def split_question(question: Question, number: int, most: int, *, apart: bool) -> Iterator[Row]:
-    """Rows of the question's answers, as many in each as `most` positions hold; `apart`: each has its own prompt."""
+    """Rows with the question's answers, as many per row as fit `most` positions. `apart`: each answer repeats the
+    prompt."""
     prompt, sizes = len(question.prompt), [len(answer.ids) for answer in question.answers]
     held: list[int] = []
     for at, size in enumerate(sizes):
@@ -79,7 +79,7 @@ def split_question(question: Question, number: int, most: int, *, apart: bool) -
 
 
 def _row(question: Question, number: int, held: Sequence[int], apart: bool) -> Row:
-    """`cells`: in (questions, answers), flattened, that of each answer."""
+    """The row of some answers. `cells`: the index of each answer in the flattened (questions, answers)."""
     answers = [question.answers[at] for at in held]
     lengths, prompt = [len(answer.ids) for answer in answers], len(question.prompt)
     parts = {
@@ -95,13 +95,15 @@ def _row(question: Question, number: int, held: Sequence[int], apart: bool) -> R
 
 @dataclass(frozen=True, eq=False)
 class SideBySideRows(RowKind):
-    """Answers side by side behind their prompt, for causal models. `dtype`: of the attention mask, the base's."""
+    """Rows for causal models, with all answers after one prompt. `dtype`: the dtype of the base, for the attention
+    mask."""
 
     tokenizer: Tokenizer
     dtype: torch.dtype
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Position ids go on from the prompt's end in each answer. Where a row has several, a mask keeps them apart.
+        """The batch. The position ids of each answer continue from the prompt's. If a row has several answers, a mask
+        keeps them apart.
 
         Shapes: input_ids, position_ids (B, T), attention_mask (B, 1, T, T); index, labels, cells (S,).
         """
@@ -132,13 +134,13 @@ class SideBySideRows(RowKind):
 
 @dataclass(frozen=True, eq=False)
 class LineByLineRows(RowKind):
-    """A line of the decoder for each answer, for encoder-decoders."""
+    """Rows for encoder-decoders, with one decoder sequence for each answer."""
 
     tokenizer: Tokenizer
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: input_ids, attention_mask (B, S); decoder_input_ids (N, A), source_rows (N,): which source each of
-        them answers; index, labels, cells (S,)."""
+        """Shapes: input_ids, attention_mask (B, S); decoder_input_ids (N, A), source_rows (N,), the source of each
+        answer; index, labels, cells (S,)."""
         rows = [row for (row,) in sequences]
         pad = self.tokenizer.pad_id
         sources = [row.parts["prompt"] for row in rows]

@@ -1,4 +1,4 @@
-"""Rows of images that have a label each. Their augmentation is drawn from (seed, step, row)."""
+"""Rows of images with labels. Their random augmentation depends on (seed, step, row)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ from tunekit.objectives.rows.labels import label_of, utf8
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 NO_PIXELS: Pixels = np.zeros((0, 0, 3), np.uint8)
-LARGEST = 2  # times the trained size: no larger is an image whose crops are trained on
+LARGEST = 2  # times the trained size: larger images are stored at this size, if crops are trained on
 
 
 class ImagePrompt(NamedTuple):
-    """An image (side, side, 3) as the model's own processor sees it, and its original height and width."""
+    """An image (side, side, 3) after the model's image processor, and its original height and width."""
 
     seen: Pixels
     original: Size
@@ -44,8 +44,8 @@ class ImagePrompt(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages(RowKind):
-    """Parts: `seen`, an image as the model's own processor sees it; its `original` size; `label` as UTF-8; and, if
-    crops of it are trained on, its `pixels` and their `shape`."""
+    """Parts: `seen`, the image after the model's image processor; its `original` size; `label` as UTF-8; and, if random
+    crops are trained on, the `pixels` to crop and their `shape`."""
 
     example = "image_label"
     layout = RowLayout(
@@ -66,7 +66,7 @@ class LabelledImages(RowKind):
 
     @cached_property
     def augmentation(self) -> Augmentation:
-        """The transforms of a step."""
+        """The random transforms of a step."""
         settings = self.settings
         scale = (settings.crop_scale[0], settings.crop_scale[1]) if settings.random_resized_crop else None
         return Augmentation(
@@ -79,14 +79,14 @@ class LabelledImages(RowKind):
         )
 
     def encode(self, example: ImageLabelExample, origin: str) -> Row:
-        """The row. Raises: Dropped for an animated or tiny image; DataError for one that cannot be read, and for a
+        """The row. Raises: Dropped for an animated or tiny image; DataError for an image that cannot be read, or a
         label that is not listed."""
         label = self.labels.read(example.label)
         pixels = read_pixels(example.image, self.notices)
         return self.make_row(_parts(self._prompt(pixels), label, self.uncropped(pixels)), origin)
 
     def uncropped(self, pixels: Pixels) -> Pixels:
-        """What a row keeps of an image for its crops; nothing if steps see the whole."""
+        """The pixels that a row stores for random crops; empty if there are none."""
         if not self.settings.random_resized_crop:
             return NO_PIXELS
         resolution = self.processor.resolution
@@ -106,29 +106,29 @@ class LabelledImages(RowKind):
         return self._prompt(read_pixels(Media(text), self.notices))
 
     def readable(self, prompt: ImagePrompt) -> str:
-        """Its size."""
+        """The size of the image."""
         return f"an image of {prompt.original[1]} x {prompt.original[0]} pixels"
 
     def unlabelled(self, model: Model, prompts: Sequence[ImagePrompt]) -> list[Row]:
-        """Rows of images."""
+        """Rows of images whose labels are not known."""
         return [self.make_row(_parts(prompt, self.labels.placeholder), "") for prompt in prompts]
 
     def _prompt(self, pixels: Pixels) -> ImagePrompt:
         return ImagePrompt(self.processor.visible_pixels(pixels), (pixels.shape[0], pixels.shape[1]))
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The image as its step sees it (`view`)."""
+        """The row with the augmented image of this step (`view`)."""
         pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3) if row.parts["pixels"].size else self._seen(row)
         view = self.augmentation.changed(pixels, seed_for("augmentation", *key))
         return replace(row, parts={"view": view, "label": row.parts["label"]})
 
     def evaluation_copy(self) -> Self:
-        """Images as the model's own processor sees them."""
+        """The rows for evaluation, without augmentation."""
         return replace(self, draws=False)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: pixel_values (R, 3, side, side) float32; labels (R, ...). Rows that no step drew are as the model's
-        own processor sees them."""
+        """Shapes: pixel_values (R, 3, side, side) float32; labels (R, ...). A row without a `view` has the image after
+        the model's image processor."""
         rows = [row for sequence in sequences for row in sequence]
         views = np.stack([row.parts["view"] if "view" in row.parts else self._seen(row) for row in rows])
         scale, offset = self.processor.scale
@@ -141,14 +141,14 @@ class LabelledImages(RowKind):
         return row.parts["seen"].reshape(self.processor.resolution, self.processor.resolution, 3)
 
     def spans(self, row: Row) -> list[Span]:
-        """The label, the image's size, and what evaluations see of it."""
+        """The label, the image's size, and the image as evaluations see it."""
         height, width = row.parts["original"].tolist()
         title = f"label: {label_of(row)} ({width} x {height} pixels)"
         return [Span(title=title, image=self._seen(row))]
 
 
 def read_pixels(image: Media, notices: Counter[str]) -> Pixels:
-    """The pixels of an image; what was converted is counted in `notices`."""
+    """The pixels of an image. `notices` counts conversions."""
     counts = Counter[str]()
     pixels = read_image(image.path if image.data is None else image.data, counts)
     notices.update(+counts)

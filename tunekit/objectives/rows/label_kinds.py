@@ -1,4 +1,4 @@
-"""Labels of rows that have several of them, and rows whose label is a number or several (regression)."""
+"""Labels of rows with several labels (multi-label), and of rows with numbers (regression)."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from tunekit.contracts import Labels
 from tunekit.errors import DataError
 from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LabelValue, label_value
 
-LARGEST = 1e18  # of a number to learn: a micro-batch's sum of squares must be a float32
+LARGEST = 1e18  # largest number to learn: the sum of squares in a micro-batch must fit float32
 
 
 class LabelSets(Labels):
-    """Each row has any number of the labels, also none: a JSON list of names in the row's text."""
+    """Labels of rows with any number of labels. A row stores them as a JSON list of names, which may be empty."""
 
     def read(self, value: LabelValue) -> str:
-        """The list. Raises: DataError for one label alone, numbers with a fraction, or a label that is there twice."""
+        """The JSON list. Raises: DataError for a value that is not a list of names, or a list with one label twice."""
         value = _listed(value)
         if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
             how = 'write a list of names, such as ["first", "second"], [] for no label; in a CSV file as JSON'
@@ -36,7 +36,7 @@ class LabelSets(Labels):
         return [str(label) for label in json.loads(text)]
 
     def written(self, text: str) -> str:
-        """In the order of the head's rows."""
+        """The JSON list, in the order of the head's rows."""
         named = set(map(self.head_name, self.listed_in(text)))
         return json.dumps([name for name in self.names if name in named], ensure_ascii=False)
 
@@ -54,10 +54,10 @@ class LabelSets(Labels):
 
 
 class Quantities(Labels):
-    """Each row has one number for each row of the head: a JSON list of numbers in the row's text."""
+    """Labels of rows with one number for each row of the head. A row stores them as a JSON list of numbers."""
 
     def read(self, value: LabelValue) -> str:
-        """The list. Raises: DataError for text, a number that is not finite, or more or fewer than are named."""
+        """The JSON list. Raises: DataError for text, a number that is not finite, or a wrong count of numbers."""
         value = _listed(value)
         numbers = [_number(each) for each in (value if isinstance(value, tuple) else (value,))]
         if not numbers:
@@ -83,12 +83,12 @@ class Quantities(Labels):
 
     @staticmethod
     def values_in(text: str) -> list[float]:
-        """The numbers that such a text has."""
+        """The numbers in a text of `read`."""
         return [float(value) for value in json.loads(text)]
 
     def refuse_other_counts(self, texts: Iterable[tuple[str, str]]) -> int:
-        """How many numbers each row has. `texts`: each row's, and its origin. Raises: DataError for one that has more
-        or fewer than the first."""
+        """The count of numbers in each row. `texts`: the text and the origin of each row. Raises: DataError for a row
+        whose count differs from the first row's."""
         count, first = 0, ""
         for text, origin in texts:
             numbers, first = len(self.values_in(text)), first or origin
@@ -103,13 +103,13 @@ LABEL_KINDS: dict[str, type[Labels]] = {SINGLE_LABEL: Labels, MULTI_LABEL: Label
 
 
 def numbers_text(values: Iterable[float]) -> str:
-    """Six digits of each number; of several a list."""
+    """The numbers with six digits each, as a list if there are several."""
     texts = [f"{value:.6g}" for value in values]
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
 def _listed(value: LabelValue) -> LabelValue:
-    """The value; of a text that is a JSON list, as a cell of a CSV file may have, that list."""
+    """The value. A text that is a JSON list, such as a cell of a CSV file, is parsed."""
     if not (isinstance(value, str) and value.startswith("[")):
         return value
     try:

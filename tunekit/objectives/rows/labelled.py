@@ -1,4 +1,4 @@
-"""Rows of texts that have a label each."""
+"""Rows of texts with labels."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,14 +38,14 @@ UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # labels of pairs that have none, and 
 TWO_TEXTS = 'give both texts with --prompts FILE.jsonl: {"sentence1": "...", "sentence2": "..."} in each line'
 JOINED = (
     "warning: pairs whose second text follows without a mark: this tokenizer puts nothing between two texts; "
-    "let the rows write a mark, such as a line break at the end of the first text"
+    "add a mark to the rows, such as a line break at the end of the first text"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts(RowKind):
-    """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `second`, where the second text of a pair
-    begins, (1,), or (0,) for a single text; `label` as UTF-8."""
+    """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `second`, the position where the second
+    text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
 
     example = "label"
     allowed_options = never_split("text")  # perhaps in the middle of a span
@@ -64,13 +64,13 @@ class LabelledTexts(RowKind):
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
-        """Special tokens before and after a text."""
+        """The special tokens before and after a text."""
         return put_around(self.tokenizer)
 
     @cached_property
     def padding(self) -> int:
-        """The id of padding, which is masked: none of those that end a text, because the heads of T5 and BART look for
-        them."""
+        """The padding id. It differs from the ids that end a text, because the heads of T5 and BART look for those;
+        padding is masked."""
         ends = self.around[1]
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
@@ -89,7 +89,7 @@ class LabelledTexts(RowKind):
         return self.make_row(_parts(ids, utf8(label)), origin)
 
     def _check_pair(self, label: str) -> None:
-        """Raises: DataError for a pair that nobody labelled."""
+        """Raises: DataError for a pair without a label."""
         for name in UNLABELLED.keys() & set(self.labels.listed_in(label)) - set(self.labels.names):
             what = f"the label is {name}, which {UNLABELLED[name]}'s files write for a pair without a label"
             raise DataError(what, f"leave the row out, or list '{name}' under objective.labels if it is a class")
@@ -97,7 +97,7 @@ class LabelledTexts(RowKind):
             self.notices[JOINED] += 1
 
     def _ids_of(self, text: str, second: str | None) -> list[int]:
-        """Ids of a text, or of two, as the tokenizer lays them out."""
+        """Ids of one text or of a pair, with the tokenizer's special tokens."""
         return self.tokenizer.encode_source(text) if second is None else join_texts(self.tokenizer, text, second)
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
@@ -109,13 +109,13 @@ class LabelledTexts(RowKind):
         return self.cut_ids(ids), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> list[int]:
-        """Ids of a text as the tokenizer lays it out, cut where rows are. Raises: InputError if rows are pairs."""
+        """Ids of a text with special tokens, truncated like rows. Raises: InputError if rows are pairs of texts."""
         if self.pairs:
             raise InputError("the prompt is one text, and the model was trained on pairs of texts", TWO_TEXTS)
         return self.cut_ids(self.tokenizer.encode_source(text))
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
-        """Ids of two texts, likewise."""
+        """Ids of a pair of texts with the tokenizer's special tokens, truncated like rows."""
         return self.cut_ids(join_texts(self.tokenizer, first, second))
 
     def readable(self, prompt: Sequence[int]) -> str:
@@ -123,7 +123,8 @@ class LabelledTexts(RowKind):
         return self.tokenizer.decode(prompt)
 
     def unlabelled(self, model: Model, prompts: Sequence[Sequence[int]]) -> list[Row]:
-        """Rows of texts. Raises: InputError for an empty one; DataError for one beyond the model's positions."""
+        """Rows of texts whose labels are not known. Raises: InputError for an empty text; DataError for a text beyond
+        the model's positions."""
         if not all(prompts):
             raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
         check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
@@ -134,12 +135,12 @@ class LabelledTexts(RowKind):
         return _parts(ids, utf8(self.labels.placeholder))
 
     def cut_ids(self, ids: list[int]) -> list[int]:
-        """Ids of a prompt, cut where rows are."""
+        """Ids of a prompt, truncated like rows."""
         cut = self.options.excess_length == "truncate" and len(ids) > self.options.max_length
         return self.sized(ids, self.options.max_length) if cut else ids
 
     def sized(self, ids: Sequence[int] | Array, size: int) -> list[int]:
-        """(size,) ids of a text, cut or repeated; it keeps the special tokens at its end, because heads look for them.
+        """(size,) ids of a text, cut or repeated. The special tokens at its end stay, because heads look for them.
 
         Shapes: ids (T,).
         """
@@ -150,20 +151,22 @@ class LabelledTexts(RowKind):
         return sized
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row, its ids repeated."""
+        """One row of this size, with repeated ids."""
         return [self.resized(next(rows), size)]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """Its first tokens, the last of them those that end a text. Rows are never cut at their beginning."""
+        """The row with its first tokens and the special tokens that end a text. Rows are never cut at their
+        beginning."""
         return self.resized(row, min(stop, row.size))
 
     def resized(self, row: Row, size: int) -> Row:
-        """The row with this number of ids, and the label of the whole."""
+        """The row with this number of ids and the same label."""
         parts = _parts(self.sized(_ids_in(row), size), row.parts["label"])
         return self.make_row(parts, row.origin, row.number)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The labels of all rows in order, and where each is predicted (`places`) in the flattened positions.
+        """The batch. Its targets are the labels of all rows in order, and the flattened positions (`places`) at which
+        they are predicted.
 
         Shapes: input_ids, position_ids (B, T), attention_mask if there is padding, and token_type_ids of pairs of texts
         if the tokenizer gives them; labels, last (R,).
@@ -186,11 +189,11 @@ class LabelledTexts(RowKind):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def label_texts(self, row: Row) -> list[str]:
-        """The label of each place of a row."""
+        """The label at each of the row's `places_of`."""
         return [label_of(row)]
 
     def places_of(self, row: Row) -> Array:
-        """Where the labels of a row are predicted: at its last token."""
+        """The position at which the row's label is predicted: its last token."""
         return np.array([row.size - 1])
 
     def types_in(self, row: Row) -> Array:
@@ -199,7 +202,7 @@ class LabelledTexts(RowKind):
         return types_of(self.tokenizer.pairing, ids) if isinstance(ids, PairIds) else np.zeros(len(ids), np.int64)
 
     def spans(self, row: Row) -> list[Span]:
-        """The text, or both of a pair, under the label; no token is predicted."""
+        """The text or both texts of a pair, titled with the label. No token is predicted."""
         ids, title = _ids_in(row), f"label: {label_of(row)}"
         if not isinstance(ids, PairIds):
             return [Span(row.parts["ids"], np.zeros(len(ids), np.bool_), title=title)]
@@ -213,7 +216,7 @@ class LabelledTexts(RowKind):
 
 
 def _ids_in(row: Row) -> PairIds | list[int]:
-    """The ids of a row, which know whether they are two texts."""
+    """The ids of a row, as PairIds if it has two texts."""
     ids = row.parts["ids"]
     return PairIds(ids, int(row.parts["second"][0])) if is_pair(row) else ids.tolist()
 

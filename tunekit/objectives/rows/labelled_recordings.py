@@ -1,4 +1,4 @@
-"""Rows of recordings that have a label each."""
+"""Rows of recordings with labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ UNHEARD: dict[str, Array] = {
 
 @dataclass(frozen=True)
 class LabelledClip:
-    """A recording as far as the model hears it, or (`beyond`) its part after that."""
+    """The part of a recording that the model can hear, or (`beyond`) the part after it."""
 
     clip: Clip
     label: LabelValue
@@ -38,7 +38,7 @@ class LabelledClip:
 
 @dataclass(frozen=True, eq=False)
 class LabelledRecordings(RecordingRows):
-    """Parts: SOUND_PARTS, and `label` as UTF-8."""
+    """Rows of recordings with labels. Parts: SOUND_PARTS, and `label` as UTF-8."""
 
     example = "audio_label"
     allowed_options = never_split("recording")
@@ -60,9 +60,9 @@ class LabelledRecordings(RecordingRows):
         )
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
-        """The recording; of one that is cut also the part that is not heard, so that it is counted.
-
-        Raises: Dropped or DataError for one that is longer than the model hears, and may not be cut.
+        """The recording. If it is cut, its second part follows as an example that is not trained on, so that it is
+        counted.
+        Raises: Dropped or DataError for a recording that is longer than the model's input and may not be cut.
         """
         processor = self.processor
         with opened(example.audio) as sound:
@@ -87,7 +87,7 @@ class LabelledRecordings(RecordingRows):
         return self.make_row({**parts, "label": utf8(label)}, origin, sizes=(example.frames,))
 
     def units_in(self, parts: RowParts) -> int:
-        """Nothing is learned from a part that is not heard."""
+        """1; 0 for the part of a recording that is cut off."""
         return int(parts["features"].size > 0 or parts["place"].size > 0)
 
     def prompt(self, example: AudioLabelExample) -> tuple[Clip, str]:
@@ -95,7 +95,8 @@ class LabelledRecordings(RecordingRows):
         return self._prompt(example.audio), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> Clip:
-        """The recording in a file. Raises: DataError for one that is longer than the model hears and may not be cut."""
+        """The recording in a file. Raises: DataError for a recording that is longer than the model's input and may not
+        be cut."""
         return self._prompt(Media(text))
 
     def _prompt(self, media: Media) -> Clip:
@@ -109,7 +110,7 @@ class LabelledRecordings(RecordingRows):
         return prompt.media.name
 
     def unlabelled(self, model: Model, prompts: Sequence[Clip]) -> list[Row]:
-        """Rows of recordings."""
+        """Rows of recordings whose labels are not known."""
         return [self._unlabelled(clip) for clip in prompts]
 
     def _unlabelled(self, clip: Clip) -> Row:
@@ -126,5 +127,5 @@ class LabelledRecordings(RecordingRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)), line_size=self.processor.frames)
 
     def spans(self, row: Row) -> list[Span]:
-        """The label, and how long the recording is."""
+        """The label, and the length of the recording."""
         return [Span(title=f"label: {label_of(row)} (recording: {self.seconds(row):.2f} s)")]

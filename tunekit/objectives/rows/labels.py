@@ -1,4 +1,4 @@
-"""Labels of rows: listed, or learned from all rows together; and objectives whose head has one score for each label."""
+"""Labels from the recipe or from all rows, and objectives whose head has one score for each label."""
 
 import math
 import re
@@ -34,28 +34,28 @@ from tunekit.objectives.rows.pairs import are_pairs
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
-MOST_NOTES, MOST_ALONE = 8, 100  # labels with one row: told one by one; all of them alone, and still labels
-NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is one
+MOST_NOTES, MOST_ALONE = 8, 100  # notes on single labels; labels that may all have one row
+NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is a number
 
 
 Settings = TypeVar("Settings", bound=LabelSettings)
 
 
 def settings_of_head(settings: Settings, facts: Mapping[str, Any]) -> Settings:
-    """The settings with what the facts of a trained head say of it."""
+    """The settings, with the problem type of a trained head if there is one."""
     return settings.model_copy(update={key: facts[key] for key in ("problem_type",) if key in facts})
 
 
 def given_labels(
     settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None, problem_type: str = SINGLE_LABEL
 ) -> Labels:
-    """Labels that the facts of a trained head name, or the recipe."""
+    """The labels in the facts of a trained head, or in the recipe."""
     names = facts.get("labels") or settings.labels
     return LABEL_KINDS[problem_type](tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
 def never_split(unit: str) -> tuple[tuple[str, str, str]]:
-    """The allowed options of rows that are never split. `whole`: what has labels, such as a text."""
+    """The allowed options of rows that are never split. `unit`: the name of a row's content, such as text."""
     return (("excess_length", "truncate, drop or error", f"a piece of a {unit} need not have the labels of the whole"),)
 
 
@@ -65,14 +65,14 @@ def utf8(text: str) -> Array:
 
 
 def label_of(row: Row) -> str:
-    """The label of a row that has one."""
+    """The label text of a row."""
     return row.parts["label"].tobytes().decode()
 
 
 def label_objective(
     settings: LabelSettings, rows: RowKind, loss: LabelLoss, processor: Processor | None = None, **facts: object
 ) -> Objective:
-    """The objective of rows with labels. `facts`: those besides the labels and the problem type."""
+    """The objective of rows with labels. `facts`: further facts, besides the labels and the problem type."""
     if loss.problem_type not in (None, SINGLE_LABEL):
         facts = {"problem_type": loss.problem_type, **loss.measured_facts, **facts}
     answering = Answering("label", processor=processor)
@@ -93,8 +93,8 @@ def _with_labels(
     notes: Sequence[str] = (),
     bias: Sequence[float] = (),
 ) -> Objective:
-    """`unlabelled`: fingerprint of the rows without the labels, which decide what rows are wrong. `bias`: of a new
-    head."""
+    """The objective with these labels. `unlabelled`: the fingerprint of the rows without the labels. Labels are part of
+    the fingerprint because they decide which rows are wrong. `bias`: the bias of a new head."""
     labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
     rows = replace(objective.rows, labels=labels, fingerprint=hash_of([unlabelled, *names]))  # type: ignore[type-var]
     labelled = replace(
@@ -119,7 +119,8 @@ def headed_section(
     seed: int = 0,
     bias: tuple[float, ...] = (),
 ) -> ModelSection:
-    """The base with a head of one score for each label: its own if that is for these labels."""
+    """The model section of the base with a head of one score for each label. The base's head is used if it has these
+    labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
     meaning = {} if loss is None else {"problem_type": loss.problem_type, **loss.measured_facts}
@@ -129,10 +130,10 @@ def headed_section(
 def _learn(
     objective: Objective, loss: LabelLoss, unlabelled: str, weights: ClassWeights, rows: Sequence[Rows]
 ) -> Objective:
-    """With the labels of the rows if none were listed, in the order of the base's own head if it has the same.
-
-    Raises: DataError for fewer than two, for one number in two spellings, or for a label that no training row has and
-    nothing else names.
+    """The objective with the labels of the rows, unless the recipe lists labels. If the base's head has the same
+    labels, their order is the head's.
+    Raises: DataError for fewer than two labels, for one number in two spellings, or for a label that occurs only in
+    evaluation rows and is not listed.
     """
     objective = _with_pairs(objective, rows) if objective.rows.reads_pairs else objective
     kind = objective.rows
@@ -199,8 +200,9 @@ def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
 def _learn_outputs(
     objective: Objective, loss: LabelLoss, labels: Quantities, unlabelled: str, rows: Sequence[Rows]
 ) -> Objective:
-    """With a name for each number of the rows, transformers' where none are listed, and what always answering the mean
-    would give. Raises: DataError for a row with another count."""
+    """The objective with a name for each number of the rows, transformers' default names unless the recipe lists names.
+    A note states the error of always answering the mean. Raises: DataError for a row with a different count of
+    numbers."""
     train, *held = ([(label_of(row), row.origin) for row in map(some.__getitem__, range(len(some)))] for some in rows)
     count = labels.refuse_other_counts([*train, *chain(*held)])
     names = labels.names or default_labels(count)
@@ -215,7 +217,7 @@ def _learn_outputs(
 
 
 def _notes_of_sets(kind: RowKind, taught: Counter[str], held: Sequence[Row]) -> list[str]:
-    """What always answering the most frequent label would give."""
+    """A note with the F1 of always answering the most frequent label."""
     if not (taught and held):
         return []
     label, there = taught.most_common(1)[0][0], [kind.labels_of(row) for row in held]
@@ -225,15 +227,15 @@ def _notes_of_sets(kind: RowKind, taught: Counter[str], held: Sequence[Row]) -> 
 
 
 def _note_rare(labels: Sequence[str]) -> list[str]:
-    """A note on each label with one row; one on all of them if they are many."""
+    """Notes on labels with one row: one note for each, or one for all if there are many."""
     if len(labels) <= MOST_NOTES:
         return [f"the label '{label}' has one row to train on" for label in labels]
     return [f"{len(labels):,} labels have one row each to train on ({Labels.text(labels)})"]
 
 
 def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError where labels are numbers with a fraction, or where none of many is there twice: such columns
-    are texts or quantities."""
+    """Raises: DataError if labels are numbers with a fraction, or if there are many labels and each is in one row only:
+    such columns are texts or quantities, not classes."""
     numbers = [label for label in counts if re.fullmatch(NUMBER, label) and not float(label).is_integer()]
     if numbers:
         what = f"the label {numbers[0]} is a number with a fraction"
@@ -255,8 +257,8 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
 
 
 def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) -> tuple[float, ...]:
-    """A weight for each label, from how often each is to be learned: as scikit-learn's `balanced`, rows / (labels that
-    occur * rows of this one). Raises: RecipeError for a weight of something that is no label."""
+    """The weight of each label: the recipe's weights, or scikit-learn's `balanced`, rows / (number of labels that occur
+    * rows of this label). Raises: RecipeError for a weight of an unknown label."""
     if isinstance(written, Mapping):
         other = next((label for label in written if label not in labels.head_rows), None)
         if other is not None:
@@ -269,18 +271,18 @@ def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) ->
 
 
 def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError where two labels spell one number, such as 1 and 1.0 or 01, or where some labels are numbers
-    and others truth values."""
+    """Raises: DataError if two labels spell the same number, such as 1 and 1.0 or 01, or if some labels are numbers and
+    others truth values."""
     spellings, wrong = dict[float, str](), ("", "", "")
     for label in sorted(labels, key=lambda label: (len(label), label)):
         if not re.fullmatch(NUMBER, label):
             continue
         first = spellings.setdefault(float(label), label)
         if first != label:
-            wrong = label, f"is the same number as the label '{first}' of other rows", f"write '{first}' in all rows"
+            wrong = label, f"is the same number as the label '{first}' in other rows", f"write '{first}' in all rows"
     truth = sorted(labels & {"true", "false"})
     if spellings and truth:
-        what = f"is a truth value, and the label '{min(spellings.values())}' of other rows is a number"
+        what = f"is a truth value, and the label '{min(spellings.values())}' in other rows is a number"
         wrong = truth[0], what, "write labels of one kind"
     if wrong[0]:
         row = next(row for row in rows if wrong[0] in kind.labels_of(row))
@@ -289,9 +291,8 @@ def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) 
 
 
 def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:
-    """The most likely labels of each prompt, a blank between those of several words.
-
-    Raises: InputError for answers that should be drawn at random.
+    """The most likely label of each prompt; for tagged words, the tags with blanks between them.
+    Raises: InputError if answers should be sampled.
     """
     if limits.sampling.temperature:
         what = "a classifier answers with the likeliest label; nothing is sampled"
@@ -306,6 +307,6 @@ def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any],
 
 
 def _by_number(label: str) -> tuple[bool, int, str]:
-    """Whole numbers in their own order, before names; no two labels are equal."""
+    """The sort key of labels: whole numbers come first, in numeric order, then names in alphabetical order."""
     number = re.fullmatch("-?[0-9]{1,18}", label)
     return (number is None, int(label) if number else 0, label)

@@ -1,4 +1,4 @@
-"""Two texts as one sequence, joined and cut as the tokenizer does it."""
+"""Two texts as one sequence, joined and truncated as the tokenizer does."""
 
 from collections.abc import Iterable, Sequence
 
@@ -45,7 +45,8 @@ def other_kind(pair: bool, others: str) -> tuple[str, str]:
 
 
 def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
-    """Ids of both texts with what the tokenizer puts around them. Raises: Dropped for a text without a token."""
+    """The ids of both texts, with the tokenizer's special tokens around them. Raises: Dropped for a text without a
+    token."""
     texts = [tokenizer.encode(text, special_tokens_in_text=False) for text in (first, second)]
     if not all(texts):
         raise Dropped(NO_TOKEN)
@@ -53,7 +54,7 @@ def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
 
 
 def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
-    """The pair in so many ids: cut as by transformers' longest_first, or the second text repeated."""
+    """The pair with `size` ids: truncated as by transformers' longest_first, or with the second text repeated."""
     first, second = _texts(pairing, pair)
     room = max(size - len(pairing.before) - len(pairing.between) - len(pairing.after), 0)
     sizes = cut_sizes(len(first), len(second), room)
@@ -62,8 +63,8 @@ def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
 
 
 def cut_sizes(first: int, second: int, room: int) -> tuple[int, int]:
-    """The sizes of two texts of which `room` tokens are kept: the longer one is cut first; where both are as long, they
-    share the room, and an odd token is the second one's. As in tokenizers' LongestFirst."""
+    """The sizes of two texts after truncation to `room` tokens together: the longer text is cut first, then both
+    equally. An odd token goes to the second text. As in tokenizers' LongestFirst."""
     if first + second <= room:
         return first, second
     short = min(first, second)
@@ -74,7 +75,7 @@ def cut_sizes(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def types_of(pairing: Pairing, pair: PairIds) -> Array:
-    """(T,) the token type of each id; 0 where the tokenizer gives none."""
+    """(T,) the token type of each id; 0 if the tokenizer has no types."""
     if not pairing.types:
         return np.zeros(len(pair), np.int64)
     before, first, between, second, after = pairing.types

@@ -1,9 +1,9 @@
-"""Rows of images with prompts, each trained on at the size of the bucket with the nearest aspect ratio; and how a
-pipeline draws images for prompts.
+"""Rows of images with prompts, trained on at the size of the bucket with the nearest aspect ratio; and the drawing of
+images for prompts.
 
-Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that only
-the ratio between aspect ratios decides which is the nearest. An image too small for its bucket goes to a smaller one
-where buckets are made (auto), and is enlarged where the recipe lists them.
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that the
+nearest bucket is decided by the ratio of aspect ratios alone. An image too small for its bucket goes to a smaller
+bucket with `auto`, and is enlarged if the recipe lists the buckets.
 """
 
 import math
@@ -38,24 +38,24 @@ from tunekit.objectives.rows.images import read_pixels
 from tunekit.objectives.rows.labels import utf8
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
-RATIOS = ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))  # of `auto`, each upright and lying
+RATIOS = ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))  # aspect ratios of `auto`, each in portrait and landscape
 KEY = "objective.aspect_ratio_buckets"
-PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the loss draws in each step
+PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the loss adds in each step
 
 
 @dataclass(frozen=True, eq=False)
 class PictureRows(RowKind):
-    """Parts: `pixels` of an image as small as it can be to cover its bucket, so that each step can crop it differently;
-    `shape` of these; `original` size of the file's; `bucket`; `prompt` as UTF-8.
+    """Parts: `pixels` of the image, resized to just cover its bucket, so that each step can crop it differently;
+    `shape` of the pixels; `original` size of the image file; `bucket`; `prompt` as UTF-8.
 
-    The loss puts PREPARED in place of the pixels, and for each image the inputs made from its prompt (`text_parts`).
+    The loss replaces the pixels by PREPARED, and adds the inputs made from each image's prompt (`text_parts`).
     """
 
     processor: PipelineProcessor
     instance_prompt: str | None
     buckets: tuple[Size, ...]
     fingerprint: str
-    smaller: tuple[tuple[Size, ...], ...] = ()  # buckets for images that do not cover theirs, the largest first
+    smaller: tuple[tuple[Size, ...], ...] = ()  # buckets for images that are too small for `buckets`, the largest first
     options: EncodeOptions = field(default_factory=EncodeOptions)
     notices: Counter[str] = field(default_factory=Counter)
 
@@ -70,7 +70,7 @@ class PictureRows(RowKind):
     )
 
     def encode(self, example: ImageExample, origin: str) -> Row:
-        """The row. Raises: Dropped for an animated or tiny image; DataError for one that cannot be read."""
+        """The row. Raises: Dropped for an animated or tiny image; DataError for an image that cannot be read."""
         prompt = example.text or self.instance_prompt
         if not prompt:
             raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all")
@@ -98,9 +98,10 @@ class PictureRows(RowKind):
         return text
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Rows that the loss has not prepared yet have no tensors.
+        """The batch. Rows that the loss has not prepared yet have no tensors.
 
-        Shapes: latents, target (N, C, H, W); times, weights, of_row (N,); sizes (N, 6); N images of all rows.
+        Shapes: latents, target (N, C, H, W); times, weights, of_row (N,); sizes (N, 6); N is the number of images of
+        all rows.
         """
         rows = [row for sequence in sequences for row in sequence]
         if "latents" not in rows[0].parts:
@@ -113,14 +114,14 @@ class PictureRows(RowKind):
         return Batch(inputs, targets, tuple((row,) for row in rows), rows[0].size)
 
     def spans(self, row: Row) -> list[Span]:
-        """The prompt, the image's size and its middle in its bucket."""
+        """The prompt, the image's size, and the centre crop at the size of the bucket."""
         (height, width), (high, wide) = row.parts["original"].tolist(), bucket_of(row)
         title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
         return [Span(title=title, image=cropped(pixels_of(row), bucket_of(row))[0])]
 
 
 def pixels_of(row: Row) -> Pixels:
-    """(H, W, 3)."""
+    """(H, W, 3) the pixels of the row."""
     return row.parts["pixels"].reshape(*row.parts["shape"], 3)
 
 
@@ -141,7 +142,7 @@ def text_parts(texts: Sequence[RowParts]) -> dict[str, Array]:
 
 
 def _texts(rows: Sequence[Row]) -> Tensors:
-    """The inputs made from the prompts of all images: each (N, ...)."""
+    """The inputs made from the prompts of all images, (N, ...) each."""
     names = [name.removeprefix("0 ") for name in rows[0].parts if name.startswith("0 ")]
     places = [(row, place) for row in rows for place in range(len(row.parts["times"]))]
     return {
@@ -150,7 +151,7 @@ def _texts(rows: Sequence[Row]) -> Tensors:
 
 
 def buckets_of(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[Size, ...]:
-    """The sizes that are trained on."""
+    """The buckets: sizes at which images are trained on."""
     assert settings.resolution is not None
     if isinstance(settings.aspect_ratio_buckets, str):
         return made_buckets(settings.resolution, processor.multiple)
@@ -169,14 +170,14 @@ def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio differs by the smallest factor; the first of equals."""
+    """The bucket whose aspect ratio differs by the smallest factor; the first one of equal buckets."""
     ratio = size[0] / size[1]
     return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
 
 
 def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[tuple[Size, ...], ...]:
-    """Those of `auto` with fewer and fewer pixels, for images that would have to be enlarged; none where sizes are
-    listed."""
+    """The sets of `auto` buckets with fewer and fewer pixels, for images that would have to be enlarged; empty if the
+    recipe lists sizes."""
     if not isinstance(settings.aspect_ratio_buckets, str) or settings.resolution is None:
         return ()
     sides = range(settings.resolution - processor.multiple, 0, -processor.multiple)
@@ -184,28 +185,29 @@ def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) 
 
 
 def fitting_bucket(size: Sequence[int], sets: Sequence[tuple[Size, ...]]) -> Size:
-    """The nearest bucket of the first set in which the image covers it; of the last set where it covers none."""
+    """The nearest bucket in the first set where the image covers that bucket; if it covers none, the nearest bucket of
+    the last set."""
     nearest = [nearest_bucket(size, buckets) for buckets in sets]
     return next((bucket for bucket in nearest if size[0] >= bucket[0] and size[1] >= bucket[1]), nearest[-1])
 
 
 def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) -> Iterator[Problem]:
-    """Sizes that the denoiser cannot take, and buckets to which no image would go."""
+    """Problems of sizes that the denoiser cannot take, and of buckets to which no image would go."""
     most, side, multiple = processor.max_side, settings.resolution, processor.multiple
     assert side is not None
     if most is not None and side > most:
         what = f"{side}: the denoiser has positions for {most} pixels of a side"
         yield Problem(what, "write a smaller one", key="objective.resolution")
     if side % multiple:
-        what = f"{side} is no multiple of {multiple}, by which the denoiser divides it"
-        yield Problem(what, "write one", key="objective.resolution")
+        what = f"{side} is not a multiple of {multiple}, the denoiser's factor"
+        yield Problem(what, f"write a multiple of {multiple}", key="objective.resolution")
     if settings.aspect_ratio_buckets is None:
         return
     ratios = dict[float, Size]()
     for size in buckets_of(settings, processor):
         if any(side % multiple for side in size):
-            what = f"{list(size)}: a side is no multiple of {multiple}, by which the denoiser divides it"
-            yield Problem(what, "write sides that are", key=KEY)
+            what = f"{list(size)}: a side is not a multiple of {multiple}, the denoiser's factor"
+            yield Problem(what, f"write multiples of {multiple}", key=KEY)
         if most is not None and max(size) > most:
             what = f"{list(size)}: the denoiser has positions for {most} pixels of a side"
             yield Problem(what, "write smaller sides, or for auto a smaller objective.resolution", key=KEY)
@@ -216,13 +218,13 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
 
 @dataclass(frozen=True)
 class Artist:
-    """Draws images with the whole pipeline: (H, W, 3) each."""
+    """Draws images (H, W, 3) with the whole pipeline."""
 
     settings: DreamboothSettings
     processor: PipelineProcessor
 
     def report_pictures(self, model: Model, progress: Progress) -> list[Pixels]:
-        """One image for each validation prompt, each with its own seed."""
+        """One image for each validation prompt, with a different seed for each."""
         prompts = self.settings.validation_prompts
         seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
         return self.draw(model, prompts, seeds, progress) if prompts else []
@@ -238,6 +240,6 @@ class Artist:
 
 
 def drawing_of(settings: DreamboothSettings) -> Drawing:
-    """Squares of the resolution."""
+    """The settings for drawing square images of the resolution."""
     assert settings.resolution is not None
     return Drawing(settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.resolution)

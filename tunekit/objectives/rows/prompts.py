@@ -1,4 +1,4 @@
-"""Rows of prompts: before the model has written completions to them, and with their completions."""
+"""Rows of prompts, before and after the model has written completions for them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from tunekit.objectives.rows.answers import NO_PROMPT, AnswerRows
 from tunekit.objectives.rows.text import TextRows
 from tunekit.records import JsonObject
 
-PER_TOKEN = ("old", "reference", "kl")  # parts SIDE_NAME of a prepared row, with a number for each predicted token
-PER_COMPLETION = ("advantages", "weights")  # parts with a number for each completion
+PER_TOKEN = ("old", "reference", "kl")  # parts SIDE_NAME of a prepared row, with one value for each predicted token
+PER_COMPLETION = ("advantages", "weights")  # parts with one value for each completion
 PER_ROW = ("share", "rewards", "ended", "lengths")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion as the model wrote it: ids up to the stop token that ended it, if one did, and their text."""
+    """A completion by the model: its ids, including the stop token if there is one, and their text. `ended`: whether it
+    ended with a stop token."""
 
     ids: list[int]
     ended: bool
@@ -36,8 +37,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion as rewards read it: the row's prompt, a text or messages; the row's columns; the text. `origin`: the
-    row's file and line, for errors; `ids`: with the stop token that ended it, None where no tokenizer was loaded."""
+    """A completion for reward functions: the row's prompt (a text or messages), the row's columns, and the completion's
+    text. `origin`: the row's file and line, for errors; `ids`: the ids including the stop token, None if no tokenizer
+    is loaded."""
 
     prompt: str | list[JsonObject]
     columns: Mapping[str, Any]
@@ -47,17 +49,18 @@ class Completion:
 
     @property
     def formatted(self) -> str | list[JsonObject]:
-        """In the form of the prompt: a text, or a list of one message."""
+        """The completion in the form of the prompt: a text, or a list of one message."""
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptRows(TextRows):
-    """Parts of a prompt: `prompt` (T,) ids, and `context`, the JSON that rewards read. With its completions it is a row
-    of `answers`, one row for the whole group, so that no micro-batch separates them.
+    """Parts of a prompt: `prompt` (T,) ids, and `context`, the JSON that reward functions read. With its completions a
+    prompt becomes one row of `answers`, so that a group is never split between micro-batches.
 
-    `count`: completions of a prompt; `longest`: most tokens of one; `unusable`: error or drop, for a row without a
-    prompt; `masks_truncated`: completions without a stop token are left out of the loss.
+    `count`: the number of completions of a prompt; `longest`: the maximum number of tokens of a completion; `unusable`:
+    error or drop, for a row without a prompt; `masks_truncated`: completions without a stop token are left out of the
+    loss.
     """
 
     answers: AnswerRows
@@ -69,17 +72,17 @@ class PromptRows(TextRows):
     packable = True
     room = " with room for objective.max_completion_length"
     allowed_options = (
-        ("train_on", "assistant", "the model's own completions are what it learns from"),
-        ("excess_length", "drop or error", "a prompt that is cut asks something else"),
+        ("train_on", "assistant", "the model learns from its own completions"),
+        ("excess_length", "drop or error", "a truncated prompt asks another question"),
     )
 
     @cached_property
     def layout(self) -> RowLayout:
-        """Of prompts without completions."""
+        """The layout of prompts without completions."""
         return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
 
     def encode(self, example: PromptExample, origin: str) -> Row:
-        """The row. Raises: Dropped or DataError for a row without a prompt, as the recipe states."""
+        """The row. Raises: Dropped or DataError, depending on the recipe, for a row without a prompt."""
         if not example.prompt:
             if self.unusable == "drop":
                 raise Dropped(NO_PROMPT)
@@ -88,7 +91,7 @@ class PromptRows(TextRows):
         return self.make_row({"prompt": np.asarray(self._ids(example), np.int32), "context": context}, origin)
 
     def prompt(self, example: PromptExample) -> tuple[list[int], str] | None:
-        """Ids of the prompt, and the reference answer; None if the row has none."""
+        """Ids of the prompt, and the reference answer; None if the row has no reference answer."""
         return None if example.answer is None else (self._ids(example), example.answer)
 
     def _ids(self, example: PromptExample) -> list[int]:
@@ -97,7 +100,7 @@ class PromptRows(TextRows):
         return prompt[0]
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """Those with the longest completions, as long as there are none."""
+        """The sizes with the completions; before they are sampled, with completions of the maximum length."""
         if "prompt" not in parts:
             return self.answers.sizes_of(parts)
         return (len(parts["prompt"]) + self.longest,) * self.count
@@ -107,21 +110,21 @@ class PromptRows(TextRows):
         return self.count if "prompt" in parts else len(self.answers.sides)
 
     def evaluation_copy(self) -> PromptRows:
-        """With one completion of each prompt."""
+        """The rows for evaluation, with one completion of each prompt."""
         return replace(self, answers=replace(self.answers, sides=self.answers.sides[:1]))
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> PromptRows:
-        """As the completions are laid out."""
+        """The rows whose completions have this layout."""
         return replace(self, answers=self.answers.laid_out(end_to_end, shares_prefixes))
 
     def shared(self, row: Row) -> int:
-        """Tokens of the prompt, computed once for all completions."""
+        """The prompt's tokens, once for each completion after the first, if the prompt is computed only once."""
         if "prompt" not in row.parts:
             return self.answers.shared(row)
         return len(row.parts["prompt"]) * (len(self.answers.sides) - 1) if self.answers.shares_prefixes else 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """A row with the same beginning and at most this size; prompts of a run are never cut."""
+        """The row with its prompt cut so that it has at most this size. Prompts of a run are never cut."""
         longest = min(self.longest, max(stop - start - 1, 0))
         return self._with_prompt(row, row.parts["prompt"][start : max(stop - longest, start + 1)])
 
@@ -134,14 +137,14 @@ class PromptRows(TextRows):
         return self.make_row({**row.parts, "prompt": ids}, row.origin, row.number)
 
     def spans(self, row: Row) -> list[Span]:
-        """The prompt, titled with the columns that rewards read; nothing of it is trained on."""
+        """The prompt, titled with the columns that reward functions read. No token is trained on."""
         columns = {name: value for name, value in read_context(row)["columns"].items() if value is not None}
         values = "".join(f", {name}: {value}" for name, value in columns.items())
         ids = row.parts["prompt"]
         return [Span(ids, np.zeros(len(ids), np.bool_), title=f"prompt{values}")]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """As answers are laid out; prompts without completions as if these had their full length."""
+        """The batch, in the layout of `answers`. Prompts without completions get completions of the maximum length."""
         if any("prompt" in row.parts for row in sequences[0]):
             completed = [[self.completed(row, self.longest_samples(row)) for row in some] for some in sequences]
             batch = self.answers.laid(completed)
@@ -150,12 +153,12 @@ class PromptRows(TextRows):
         return replace(batch, targets={**batch.targets, **self._prepared(batch.rows)})
 
     def longest_samples(self, row: Row) -> list[Sample]:
-        """Completions of full length, of a prompt that gets none from the model."""
+        """Completions of the maximum length, for a simulated or dry-run step."""
         ids = np.resize(row.parts["prompt"], self.longest).tolist()
         return [Sample(ids, True, "")] * len(self.answers.sides)
 
     def completed(self, row: Row, group: Sequence[Sample]) -> Row:
-        """The prompt with its completions."""
+        """The row of a prompt with its completions."""
         prompt = row.parts["prompt"]
         parts: dict[str, Any] = {"prompt_size": np.array([len(prompt)])}
         for side, sample in zip(self.answers.sides, group, strict=True):
@@ -165,7 +168,7 @@ class PromptRows(TextRows):
         return self.make_row(parts, row.origin, row.number)
 
     def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
-        """The window whose rows have a number for each predicted token. Shapes: values (N,) of each batch."""
+        """The window whose rows have a value for each predicted token. Shapes: values (N,) for each batch."""
         parts = []
         for batch, numbers in zip(window.batches, values, strict=True):
             split = [part.numpy() for part in torch.split(numbers.float(), batch.targets["counts"].tolist())]
@@ -174,7 +177,8 @@ class PromptRows(TextRows):
         return self.with_parts(window, parts)
 
     def _prepared(self, rows: Sequence[Row]) -> Tensors:
-        """(N,) of tokens, (G P,) of completions, each in the order of the predicted tokens; (P, ...) of rows."""
+        """The prepared parts as tensors: (N,) for tokens and (G P,) for completions, in the order of the predicted
+        tokens; (P, ...) for rows."""
         parts, sides, prepared = rows[0].parts, self.answers.sides, dict[str, Array]()
         for name in (name for name in PER_TOKEN if f"{sides[0]}_{name}" in parts):
             prepared[name] = np.concatenate([row.parts[f"{side}_{name}"] for side in sides for row in rows])
@@ -186,7 +190,7 @@ class PromptRows(TextRows):
 
 
 def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[Completion]:
-    """The completions of each row as rewards read them."""
+    """The completions of all rows, for reward functions."""
     return [
         Completion(**read_context(row), text=sample.text, origin=row.origin, ids=sample.ids)
         for row, group in zip(rows, groups, strict=True)
@@ -195,7 +199,7 @@ def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> l
 
 
 def context_json(example: PromptExample) -> str:
-    """The prompt and the columns of an example, which its row keeps for rewards."""
+    """The JSON of an example's prompt and columns, which the row stores for reward functions."""
     columns = {"answer": example.answer, **example.columns}
     return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
 

@@ -1,4 +1,5 @@
-"""Rows of recordings: their features, or where they can be heard again; SpecAugment's masks are drawn for each step."""
+"""Rows of recordings: their features, or the place in a file to compute them from. SpecAugment's masks are drawn for
+each step."""
 
 import json
 import os
@@ -23,8 +24,8 @@ from tunekit.objectives.rows.labels import utf8
 from tunekit.objectives.rows.spec_augment import drawn_masks, masked
 
 SILENT = "silent recording"
-COMPUTED = "recordings are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
-MIN_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
+COMPUTED = "recordings are read again in each step, because the cache's disk has less than 5 GiB free"
+MIN_FREE_BYTES = 5 * 2**30  # free space of the cache's disk: features of 30 s take about 1 MB
 SOUND_PARTS = {"features": "<f4", "place": "u1", "samples": "<i4"}
 MASKS = "masks"  # a part that `draw` adds
 
@@ -38,20 +39,21 @@ class Clip:
     stop: int
 
     def features(self, processor: FeatureExtractor) -> Array:
-        """(frames, bands) log-mel, as FeatureExtractor.features keeps it. Raises: DataError if the file is gone."""
+        """(frames, bands) log-mel features, in the form of FeatureExtractor.features. Raises: DataError if the file is
+        gone."""
         with opened(self.media) as sound:
             return processor.features(heard(sound, self.start, self.stop, processor.rate))
 
     @property
     def place(self) -> Array:
-        """Where it can be heard again, as UTF-8."""
+        """The file and the samples of the clip, as UTF-8 JSON."""
         return utf8(json.dumps([os.path.abspath(self.media.path), self.start, self.stop]))
 
 
 @dataclass(frozen=True, eq=False)
 class RecordingRows(RowKind):
-    """Parts SOUND_PARTS: `features`, or the `place` where they can be computed again; and how many `samples` the
-    recording has at the model's rate. `draws`: whether SpecAugment masks frames and frequencies."""
+    """The parts are SOUND_PARTS: `features`, or the `place` in a file to compute them from; and the number of `samples`
+    at the model's rate. `draws`: whether SpecAugment masks frames and frequencies."""
 
     settings: Any  # also SpecAugmentSettings
     processor: FeatureExtractor
@@ -61,7 +63,8 @@ class RecordingRows(RowKind):
     draws: bool = False
 
     def sound_parts(self, clip: Clip) -> dict[str, Array]:
-        """The parts SOUND_PARTS; it is noticed if features are not kept. Raises: Dropped if the clip is silent."""
+        """The parts SOUND_PARTS of a clip. A notice counts clips whose features are not stored. Raises: Dropped if the
+        clip is silent."""
         with opened(clip.media) as sound:
             samples = heard(sound, clip.start, clip.stop, self.processor.rate)
         if float(samples.abs().max()) < SILENCE:
@@ -73,11 +76,12 @@ class RecordingRows(RowKind):
         return {"features": self.processor.features(samples).reshape(-1), "place": utf8(""), "samples": count}
 
     def features_of(self, rows: Sequence[Row]) -> Tensor:
-        """(B, M, F) features, filled up as the model's extractor does, 0 where a step masks them; or (B, N) samples."""
+        """(B, M, F) features, padded as the model's extractor does, 0 where they are masked; or (B, N) samples."""
         return torch.from_numpy(np.stack([masked(self._features(row), row.parts.get(MASKS)) for row in rows]))
 
     def _features(self, row: Row) -> Array:
-        """(bands, frames), computed again if they are not kept. Raises: DataError if the file is gone."""
+        """(bands, frames) features, computed from the file if they are not stored. Raises: DataError if the file is
+        gone."""
         place = row.parts["place"].tobytes().decode()
         if not place:
             return self.processor.padded_features(row.parts["features"])
@@ -85,7 +89,7 @@ class RecordingRows(RowKind):
         return self.processor.padded_features(Clip(Media(path), start, stop).features(self.processor).reshape(-1))
 
     def seconds(self, row: Row) -> float:
-        """The length of its recording."""
+        """The length of the row's recording."""
         return float(row.sizes[0] * self.processor.seconds / self.processor.frames)
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
@@ -93,15 +97,15 @@ class RecordingRows(RowKind):
         return row.with_parts({MASKS: drawn_masks(self.settings, row, self.processor.bands, key[:3])})
 
     def evaluation_copy(self) -> Self:
-        """Nothing is masked."""
+        """The rows for evaluation, without masks."""
         return replace(self, draws=False)
 
 
 def lasts(sound: Sound, maximum: float) -> str:
-    """What is wrong with a recording that is too long."""
+    """The message for a recording that is too long."""
     return f"{sound.name} lasts {sound.seconds:,.1f} s, and the model hears {maximum:g} s at once"
 
 
 def longer_than(maximum: float) -> str:
-    """Why such a recording is dropped."""
+    """The reason for dropping a recording that is too long."""
     return f"recording longer than the {maximum:g} s that the model hears at once"

@@ -1,4 +1,4 @@
-"""Rows of one sequence of ids, with a mark on each id that is trained on: for causal models."""
+"""Rows for causal models: one sequence of ids, with a mark on each id that is trained on."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ UNWEIGHTED = np.empty(0, np.float32)
 
 @dataclass(frozen=True, eq=False)
 class SequenceRows(TextRows):
-    """Parts: `ids` (T,), `trained` (T,), and `weights` of all tokens if a trained one differs from 1, else none.
-    Token 0 is never predicted, so it never counts."""
+    """Parts: `ids` (T,), `trained` (T,), and `weights` (T,), empty if all trained tokens have weight 1. Token 0 is
+    never predicted, so it is never trained on."""
 
     example = "text"
     has_choices = True
@@ -27,8 +27,8 @@ class SequenceRows(TextRows):
     layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 
     def examples(self, example: Example) -> Sequence[Example]:
-        """With data.rewritten_answers: each, one example for each answer of a conversation, with the turns before it as
-        they were given."""
+        """The example. With `data.rewritten_answers: each`, one example for each answer of a conversation, with the
+        original turns before it."""
         return self.renderer.as_given(example) if self.options.rewritten_answers == "each" else [example]
 
     def encode(self, example: Example, origin: str) -> Row:
@@ -43,19 +43,20 @@ class SequenceRows(TextRows):
         return int(parts["trained"][1:].sum())
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """Tokens start .. stop-1."""
+        """The row with tokens start .. stop-1."""
         parts = (row.parts[name][start:stop] for name in self.layout.parts)
         return self.make_row(sequence_parts(*parts), row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows end to end."""
+        """Packed rows that have this size together."""
         return fill_with(rows, size, self)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Position ids restart at 0 for each row; no mask: padding comes last, and a causal model never looks ahead.
+        """The batch. Position ids restart at 0 for each row. There is no mask: padding comes last, and a causal model
+        never looks ahead.
 
-        Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is nobody's
-        label. Parts that a step added (N, ...), of the supervised tokens of all rows.
+        Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is never a
+        label. Parts that a step added have the shape (N, ...), for the supervised tokens of all rows.
         """
         rows = [row for sequence in sequences for row in sequence]
         targets = {"labels": lay_end_to_end([[_labels(row) for row in some] for some in sequences], IGNORED)}
@@ -73,17 +74,17 @@ class SequenceRows(TextRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def spans(self, row: Row) -> list[Span]:
-        """The sequence, titled with its weights if a trained token's is not 1."""
+        """The sequence. Its title states the weights if a trained token's weight is not 1."""
         marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
         return [Span(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Answers side by side behind their prompt."""
+        """Rows with all answers after one prompt, and the loss that scores them."""
         return SideBySideRows(self.tokenizer, dtype), ChoiceLoss(shape)
 
 
 def weights_title(weights: Array) -> str:
-    """The weights of trained tokens and how many have them; nothing if all are 1."""
+    """A title with the weights of trained tokens and their counts; empty if all are 1."""
     if (weights == 1).all():
         return ""
     counted = zip(*np.unique(weights, return_counts=True), strict=True)
@@ -91,13 +92,13 @@ def weights_title(weights: Array) -> str:
 
 
 def sequence_parts(ids: Array, trained: Array, weights: Array = UNWEIGHTED) -> dict[str, Array]:
-    """The parts of a row. Shapes: (T,) each; no weights stand for 1 each."""
+    """The parts of a row. Shapes: (T,) each; empty weights mean 1 each."""
     weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
     return {"ids": ids, "trained": trained, "weights": weights}
 
 
 def _weights(row: Row) -> Array:
-    """(T,) of each token."""
+    """(T,) the weight of each token."""
     weights = row.parts["weights"]
     return weights if len(weights) else np.ones(row.size, np.float32)
 

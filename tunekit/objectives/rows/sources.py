@@ -1,4 +1,4 @@
-"""Rows of a source that an encoder reads and an answer that a decoder learns."""
+"""Rows for encoder-decoders: a source that the encoder reads, and an answer that the decoder learns."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from tunekit.objectives.rows.choices import LineByLineRows
 from tunekit.objectives.rows.text import TextRows, fill_with, put_around
 
 EMPTY_SOURCE = "empty prompt, which leaves the encoder nothing to read"
-ONLY_LAST_ANSWER = "conversations with earlier answers: the encoder reads them, and the last is trained on"
+ONLY_LAST_ANSWER = "conversations with several answers: the last is trained on, and the encoder reads the others"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,8 @@ class SourceRows(TextRows):
 
     def encode(self, example: Example, origin: str) -> Row:
         """The row.
-
-        Raises: Dropped if nothing can be trained on; DataError if the row is wrong; ModelError if the base does not
-            say how answers begin.
+        Raises: Dropped if nothing can be trained on; DataError if the row is wrong; ModelError if the base's
+        configuration does not name the first token of answers.
         """
         if isinstance(example, TextExample):
             raise DataError("running text has no source for the encoder to read", "give a prompt and its completion")
@@ -72,7 +71,7 @@ class SourceRows(TextRows):
 
     @cached_property
     def _around_answers(self) -> int:
-        """Special tokens that the tokenizer puts around an answer."""
+        """The number of special tokens that the tokenizer puts around an answer."""
         return len(self.tokenizer.encode_answer(""))
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
@@ -103,14 +102,14 @@ class SourceRows(TextRows):
         return [*before, *ids, *after]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """Tokens start .. stop-1 of source and answer end to end."""
+        """The row with tokens start .. stop-1 of the source followed by the answer."""
         source, answer = row.parts["source"], row.parts["answer"]
         left = slice(max(start - len(source), 0), max(stop - len(source), 0) + 1)
         parts = {**row.parts, "source": source[start:stop], "answer": answer[left]}
         return self.make_row(parts, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row, nearly all of it source (part 0) or answer (part 1)."""
+        """One row of this size: nearly all of it is source (part 0) or answer (part 1)."""
         some = fill_with(rows, size, self)
         ids = np.concatenate([row.parts[name] for row in some for name in ("source", "answer")])
         source = size - 1 if part == 0 else 1
@@ -118,7 +117,7 @@ class SourceRows(TextRows):
         return [self.make_row(source_parts(filled[:source], filled[source:]), some[0].origin, some[0].number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Source and answer, each padded by itself; the answer needs no mask, since padding comes last.
+        """The batch. Sources and answers are padded separately. Answers need no mask, because padding comes last.
 
         Shapes: input_ids, attention_mask (B, S); decoder_input_ids, labels (B, A): position a predicts labels[a];
         weights (B, A) if any is not 1.
@@ -144,7 +143,7 @@ class SourceRows(TextRows):
         return [Span(source, np.zeros(len(source), np.bool_)), Span(answer, np.arange(len(answer)) > 0, title)]
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """A line of the decoder for each answer."""
+        """Rows with one decoder sequence for each answer, and the loss that scores them."""
         return LineByLineRows(self.tokenizer), ChoiceLoss(shape)
 
 

@@ -1,5 +1,5 @@
-"""SpecAugment: a step masks stretches of a recording's frames, and of its frequencies. Masks are a pure function of
-(seed, step, row)."""
+"""SpecAugment: each step masks ranges of a recording's frames and frequencies. The masks depend only on (seed, step,
+row)."""
 
 from typing import Any
 
@@ -14,10 +14,11 @@ TIME, BANDS = 0, 1
 
 
 def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[int, ...]) -> NDArray[np.int32]:
-    """(masks, 3): frames (0) or frequencies (1), the first and the one after the last. `key`: seed, step, row.
-
-    As many as transformers' Whisper draws: floor(prob * size / length + u), u from [0, 1), of the frames that are no
-    filling.    Source: Park et al. 2019; the numbers of transformers' _compute_mask_indices.
+    """(masks, 3): for each mask its kind, frames (0) or frequencies (1), its start and its end (exclusive). `key`:
+    seed, step, row.
+    The number of masks is as in transformers' Whisper: floor(prob * size / length + u), u from [0, 1), where size
+    counts frames without padding.    Source: Park et al. 2019; the counts agree with transformers'
+    _compute_mask_indices.
     """
     kinds = [
         (TIME, row.sizes[0], settings.mask_time_prob, settings.mask_time_length, settings.mask_time_min_masks),
@@ -36,7 +37,7 @@ def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[
 
 
 def masked(features: NDArray[np.float32], masks: NDArray[Any] | None) -> NDArray[np.float32]:
-    """The features with 0 where they are masked, in place. Shapes: (bands, frames)."""
+    """The features, with masked values set to 0 in place. Shapes: (bands, frames)."""
     for kind, start, stop in [] if masks is None else masks.tolist():
         if kind == TIME:
             features[:, start:stop] = 0.0

@@ -1,4 +1,4 @@
-"""Rows of words that have a tag each, predicted at the first token of the word."""
+"""Rows of words with one tag per word, which is predicted at the word's first token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ SEPARATOR = "\n"  # between the tags of a row
 
 
 class WordIds(list[int]):
-    """Ids of a text that know where its words begin."""
+    """Ids of a text, with the positions where its words begin."""
 
     firsts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class TaggedWords(LabelledTexts):
-    """Parts: `ids` (T,) of the words, with blanks between them and special tokens around them; `firsts` (N,) where each
-    word begins; `tags` as UTF-8."""
+    """Parts: `ids` (T,) of the words, with blanks between them and special tokens around them; `firsts` (N,), the
+    position where each word begins; `tags` as UTF-8."""
 
     example = "tags"
     places = "firsts"
@@ -41,7 +41,7 @@ class TaggedWords(LabelledTexts):
 
     def encode(self, example: TagsExample, origin: str) -> Row:
         """The row. Raises: Dropped if no word has a token; DataError for a tag that is not listed, or a word without a
-        token beside others."""
+        token."""
         if not self.tokenizer.encode(" ".join(example.words), special_tokens_in_text=False):
             raise Dropped(EMPTY_TEXT)
         tags = self._names(example.tags)
@@ -59,7 +59,7 @@ class TaggedWords(LabelledTexts):
         return ids, " ".join(map(self.labels.head_name, self._names(example.tags)[: len(ids.firsts)]))
 
     def question(self, text: str) -> list[int]:
-        """Ids of a text whose words are separated by blanks, cut where rows are."""
+        """Ids of a text whose words are separated by blanks, truncated like rows."""
         return self._cut_words(text.split())
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
@@ -68,7 +68,7 @@ class TaggedWords(LabelledTexts):
         return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
 
     def word_ids(self, words: Sequence[str]) -> WordIds:
-        """Ids of the words. Raises: DataError for a word none of whose characters begins a token."""
+        """Ids of the words. Raises: DataError for a word in which no token begins."""
         text, (before, after) = " ".join(words), self.around
         starts = np.cumsum([0, *(len(word) + 1 for word in words)])  # (words + 1,)
         inner, offsets = self.tokenizer.encode_with_offsets(text, special_tokens_in_text=False)
@@ -80,7 +80,7 @@ class TaggedWords(LabelledTexts):
                 firsts.setdefault(owner, len(before) + place)
         missing = next((word for number, word in enumerate(words) if number not in firsts), None)
         if missing is not None:
-            raise DataError(f"the word {missing!r} has no token of its own", "leave it and its tag out")
+            raise DataError(f"the word {missing!r} has no token of its own", "remove the word and its tag")
         ids = WordIds([*before, *inner, *after])
         ids.firsts = [firsts[number] for number in range(len(words))]
         return ids
@@ -92,8 +92,8 @@ class TaggedWords(LabelledTexts):
         return ids
 
     def _names(self, tags: Sequence[str | int]) -> list[str]:
-        """Names of the tags, those of numbers from the recipe's list, else from a head whose rows have default names.
-        Raises: DataError for a number beyond it."""
+        """Names of the tags. A number is an index into the recipe's list, or into the default names of a head. Raises:
+        DataError for a number outside that list."""
         unnamed = (names for names in (self.labels.names, self.labels.head) if names == default_labels(len(names)))
         listed = self.settings.labels or next(unnamed, ())
         for tag in tags:
@@ -110,11 +110,11 @@ class TaggedWords(LabelledTexts):
         return self.make_row(parts, row.origin, row.number)
 
     def places_of(self, row: Row) -> Array:
-        """Where each word begins."""
+        """The positions where words begin."""
         return row.parts["firsts"]
 
     def spans(self, row: Row) -> list[Span]:
-        """The words under their tags; the token of each at which its tag is predicted."""
+        """The words, titled with their tags. Marks are on the tokens at which tags are predicted."""
         ids = row.parts["ids"]
         marks = np.zeros(len(ids), np.bool_)
         marks[row.parts["firsts"]] = True

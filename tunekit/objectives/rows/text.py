@@ -1,4 +1,4 @@
-"""Rows of token ids: what all objectives over texts share, and answers by generation."""
+"""The base class of rows of token ids, and answers by generation."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from tunekit.model.text.generation import generate_texts
 
 @dataclass(frozen=True, eq=False)
 class TextRows(RowKind):
-    """Rows whose prompts are rendered by the chat template, or as the format writes them."""
+    """Rows whose prompts are rendered by the chat template, or by the data format if there is no template."""
 
     tokenizer: Tokenizer
     fingerprint: str
@@ -22,24 +22,25 @@ class TextRows(RowKind):
 
     @cached_property
     def renderer(self) -> Renderer:
-        """It counts in the notices of these rows."""
+        """The renderer, which counts in the notices of these rows."""
         return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
-        """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
+        """The ids before the last answer, from which generation starts, and the answer's text; None for running
+        text."""
         return self.renderer.prompt(example)
 
     def question(self, text: str) -> list[int]:
-        """A user's turn if there is a chat template, else a text to continue."""
+        """The ids of a user's turn if there is a chat template, else of a text to continue."""
         return self.renderer.question(text)
 
     def readable(self, prompt: Sequence[int]) -> str:
-        """The text of ids."""
+        """The text of the ids."""
         return self.tokenizer.decode(prompt)
 
 
 def text_answering(tokenizer: Tokenizer) -> Answering:
-    """Answers are continuations of their prompts."""
+    """Answering by text: an answer continues its prompt."""
     return Answering("text", write=partial(_continuations, tokenizer))
 
 
@@ -68,7 +69,7 @@ def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def fill_with(rows: Iterator[Row], size: int, kind: RowKind) -> list[Row]:
-    """Rows end to end until they have this size together, the last of them cut."""
+    """Rows that have this size together; the last one is cut."""
     filled: list[Row] = []
     while size:
         row = next(rows)

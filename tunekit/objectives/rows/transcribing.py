@@ -1,4 +1,4 @@
-"""Recordings to texts, as a speech model answers."""
+"""Transcripts and translations that a speech model generates for recordings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tunekit.objectives.rows.recordings import Clip
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording to transcribe or translate. `timestamps`: whether with times."""
+    """A recording to transcribe or translate. `timestamps`: whether the text includes times."""
 
     media: Media
     language: str | None
@@ -28,7 +28,7 @@ class Recording:
 def write_transcripts(
     processor: SpeechProcessor, model: Model, prompts: Sequence[Recording], limits: AnswerLimits
 ) -> list[str]:
-    """The text of each recording, in order; one that is longer than the model hears at once is cut where it is quiet,
+    """The text of each recording, in order. A recording that is longer than the model's input is cut at quiet places,
     and the texts are joined. Raises: DataError, naming the file."""
     clips = [(number, clip) for number, prompt in enumerate(prompts) for clip in _clips(prompt, processor)]
     kinds: dict[tuple[str | None, str, bool], list[int]] = {}
@@ -62,7 +62,7 @@ def write_transcripts(
 
 
 def _keywords(processor: SpeechProcessor, language: str | None, task: str) -> dict[str, str]:
-    """Language and task for transformers; none for English-only models.
+    """Language and task as keywords for transformers; empty for English-only models.
 
     Raises: InputError for a language or task that the model does not know.
     """

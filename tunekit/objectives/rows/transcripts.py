@@ -31,17 +31,17 @@ class TranscriptPart:
 
     example: TranscriptExample
     start: int
-    stop: int | None  # None: its end
+    stop: int | None  # None: the end of the recording
 
 
 @dataclass(frozen=True, eq=False)
 class TranscriptRows(RecordingRows):
     """Parts: SOUND_PARTS; the ids of the `answer` (A + 1,), whose first token begins every answer and is not predicted;
-    and its `text`. Tokens that name language and task are predicted too, as transformers' own labels are."""
+    and its `text`. Tokens of language and task are predicted too, as in transformers."""
 
     example = "transcript"
     allowed_options = (
-        ("train_on", "assistant", "of a recording its transcript is trained on"),
+        ("train_on", "assistant", "rows of recordings train on the transcript"),
         (
             "excess_length",
             "drop, split or error",
@@ -54,7 +54,7 @@ class TranscriptRows(RecordingRows):
 
     @cached_property
     def layout(self) -> RowLayout:
-        """Frames and tokens are padded apart."""
+        """The layout: frames and tokens are padded separately."""
         padded = self.processor.padded
         return RowLayout(
             {**SOUND_PARTS, "answer": "<i4", "text": "u1"},
@@ -67,9 +67,8 @@ class TranscriptRows(RecordingRows):
         )
 
     def examples(self, example: TranscriptExample) -> Sequence[TranscriptPart]:
-        """The whole recording, or parts of one that is longer than the model hears at once.
-
-        Raises: Dropped or DataError for one that may not be cut, or cannot be.
+        """The whole recording, or parts of a recording that is longer than the model's input.
+        Raises: Dropped or DataError for a long recording that may not or cannot be cut.
         """
         maximum = self.processor.seconds
         with opened(example.audio) as sound:
@@ -82,7 +81,7 @@ class TranscriptRows(RecordingRows):
             return list(_split(example, sound, maximum))
 
     def encode(self, example: TranscriptPart, origin: str) -> Row:
-        """The row. Raises: Dropped if there is nothing to hear or to write; DataError if the row is wrong."""
+        """The row. Raises: Dropped for a silent recording or an empty transcript; DataError if the row is wrong."""
         spoken, processor = example.example, self.processor
         if not spoken.text.strip():
             raise Dropped(EMPTY)
@@ -110,7 +109,7 @@ class TranscriptRows(RecordingRows):
         raise DataError(what, "cut the recording, or leave the row out")
 
     def _row(self, parts: RowParts, frames: int, origin: str, number: int = 0) -> Row:
-        """Without parts that a step added."""
+        """A row of these parts, without parts that a step added."""
         parts = {name: parts[name] for name in self.layout.parts}
         return self.make_row(parts, origin, number, (frames, self.units_in(parts)))
 
@@ -118,7 +117,7 @@ class TranscriptRows(RecordingRows):
         return max(len(parts["answer"]) - 1, 0)
 
     def _text_ids(self, example: TranscriptExample, start: float) -> list[int]:
-        """Ids of the text, or of its segments between their times, which count from `start`."""
+        """Ids of the text, or of its segments, each between its times, which count from `start`."""
         processor = self.processor
         if not self.settings.timestamps:
             return processor.text_ids(example.text)
@@ -149,8 +148,8 @@ class TranscriptRows(RecordingRows):
         return self._row(parts, row.sizes[0], row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: the longest recording that the model hears, and an answer of this many tokens, or of as many as it
-        can have."""
+        """One row: a recording of the maximum length, and an answer of `size` tokens, or of the maximum number if that
+        is smaller."""
         row, processor = next(rows), self.processor
         parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, processor.longest_answer) + 1)}
         if not processor.padded:
@@ -159,7 +158,7 @@ class TranscriptRows(RecordingRows):
         return [self._row(parts, processor.frames, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Recordings, and answers, which need no mask: padding comes last.
+        """The batch. Answers need no mask, because padding comes last.
 
         Shapes: input_features (B, M, F) or input_values (B, N); decoder_input_ids, labels (B, A): position a predicts
         labels[a].
@@ -175,13 +174,13 @@ class TranscriptRows(RecordingRows):
         return Batch(inputs, {"labels": labels}, tuple(map(tuple, sequences)), line_size=size)
 
     def spans(self, row: Row) -> list[Span]:
-        """How long the recording is, and the answer."""
+        """The length of the recording, and the answer."""
         answer, title = row.parts["answer"], f"recording: {self.seconds(row):.2f} s"
         return [Span(title=title), Span(answer, np.arange(len(answer)) > 0)]
 
 
 def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[TranscriptPart]:
-    """Parts of whole segments, cut where it is quietest between two of them."""
+    """The recording cut into parts of whole segments, each cut at the quietest place between two segments."""
     parts: list[TranscriptPart] = []
     start, inside = 0.0, list[Segment]()
     for segment in example.segments:
