@@ -229,7 +229,7 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
         ({"choices": "stop"}, r"evaluation\.choices: must be from_data or a list"),
         (
             {"content_free_prompt": "Say {} Do:"},
-            r"test\.jsonl:1: the prompt 'red\. Do:' has not the form of 'Say \{\} Do:'",
+            r"test\.jsonl:1: the prompt 'red\. Do:' does not have the form of 'Say \{\} Do:'",
         ),
         ({"content_free_prompt": "Do:"}, r"evaluation\.content_free_prompt: must be a text with \{\} once"),
         (

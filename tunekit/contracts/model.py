@@ -34,11 +34,12 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """The output of a forward: hidden states with the head that reads them, or the logits of a head that reads rows."""
+    """The output of a forward: `hidden` states and the `head` that computes their logits, or the `logits` of whole
+    rows."""
 
     hidden: Tensor | None = None  # (B, T, D)
     head: Head | None = None
-    head_parameters: Sequence[Tensor] = ()  # trained ones inside the head
+    head_parameters: Sequence[Tensor] = ()  # trained parameters inside the head
     chunk_tokens: int = 1  # positions per call of the head
     logits: Tensor | None = None  # (B, C)
     companion_heads: Mapping[str, Head] = field(default_factory=dict)  # heads of the companions that have one, by key
@@ -119,7 +120,7 @@ class Answering:
     `kind`: text, label, score or picture. `write`: answers to prompts. `score`: the score of each sequence of ids.
     `draw`: images (H, W, 3) for prompts with seeds. `report_pictures`: images for a report. `generation`: the
     generation settings of a merged model; None removes one. `normalize`: normalises a text for metrics that ignore
-    spelling. `processor`: with the recipe's changes, for a merged model.
+    spelling. `processor`: the processor with the recipe's changes, for a merged model.
     """
 
     kind: str
@@ -145,8 +146,8 @@ class SideInput:
 class LayerCall:
     """The arguments of one layer after its hidden states, for one micro-batch.
 
-    `arguments` and `keywords` contain a SideInput in place of its tensor. `side_outputs`: the layer's outputs after
-    its hidden states, in order; None for one that no layer reads.
+    `arguments` and `keywords` contain a SideInput in place of its tensor. `side_outputs`: the layer's outputs after its
+    hidden states, in order; None for an output that no layer reads.
     """
 
     arguments: tuple[Any, ...]

@@ -1,4 +1,5 @@
-"""Objectives: a kind of rows and a loss, with companions. And the engine that runs their windows."""
+"""The interfaces of objectives (a kind of rows and a loss, with companions) and of the engine that runs their
+windows."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class RunView(Protocol):
         """The values that `read` takes from each batch's forward, on the host, without gradient or dropout."""
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The same for the policy at step 0."""
+        """The values that `read` takes from forwards of the policy at step 0."""
 
     def companion(self, key: str) -> Any:
         """The loaded companion with this key."""
@@ -89,7 +90,7 @@ class RowKind:
         ]
 
     def examples(self, example: Any) -> Sequence[Any]:
-        """The examples of the rows that one example takes; most take one."""
+        """The examples that become rows, one row each; most kinds return the example itself."""
         return [example]
 
     def encode(self, example: Any, origin: str) -> Row:
@@ -168,7 +169,8 @@ class RowKind:
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows and loss that score the answers of (questions, answers); only if `has_choices`. `dtype`: of the mask."""
+        """Rows and loss that score answers to choose from; only if `has_choices`. `shape`: (questions, answers);
+        `dtype`: the dtype of the attention mask."""
         raise NotImplementedError
 
     def counting(self) -> Self:
@@ -231,7 +233,7 @@ class LossKind:
         return torch.tensor([float(batch.supervised)], dtype=torch.float64)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Sum over the batch's units."""
+        """The loss, summed over the batch's units."""
         raise NotImplementedError
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
@@ -292,7 +294,7 @@ class Companion:
         return CompanionFacts()
 
     def notes(self, planned: Any, step_tokens: int) -> Sequence[str]:
-        """Notes of the plan. `step_tokens`: of the largest step, including padding."""
+        """Notes of the plan. `step_tokens`: the tokens of the largest step, including padding."""
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
@@ -332,7 +334,8 @@ class Objective:
     """Rows and a loss, with companions; objectives/NAME.py composes one.
 
     `section(model, seed)`: the model section with which the base must be loaded (heads, trained parts).
-    `learning(rows)`: the objective with labels and notes that depend on all rows; None: there are none.
+    `learning(rows)`: returns the objective with labels and notes that depend on all rows; None if nothing depends on
+    them.
     `complete`: whether it knows all labels. `counts_rows`: key of a setting that depends on the row count.
     `facts`: plain values that are saved in its adapter's folder.
     """
@@ -393,7 +396,7 @@ class Engine(Protocol):
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of logged values;
+        """The loss sum of this rank divided by `units`, (K,) float64, and the sums of logged values;
         `micro_batches`: the step's number of micro-batches over all ranks, over which per-step terms are averaged."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:

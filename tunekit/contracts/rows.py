@@ -66,11 +66,11 @@ class Tokenizer(Protocol):
         """Ids of a complete text for an encoder, with the tokenizer's special tokens around it."""
 
     def encode_answer(self, text: str) -> list[int]:
-        """The same for a decoder's answer."""
+        """Ids of a complete answer for a decoder, with the tokenizer's special tokens around it."""
 
     @property
     def pairing(self) -> Pairing:
-        """How it joins two texts."""
+        """How the tokenizer joins two texts."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
@@ -98,10 +98,10 @@ class Processor(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of its texts; a tokenizer returns itself."""
+        """The tokenizer for texts, if there is one. If the processor is a tokenizer, it is the processor itself."""
 
     def save(self, folder: Path) -> None:
-        """Write its files into a model folder."""
+        """Write the processor's files into a model folder."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class RowLayout:
         return tuple(map(max, wide, self.minimum)) if self.minimum else wide
 
     def length(self, sizes: Sequence[int]) -> int:
-        """Number of tokens that data.max_length limits."""
+        """The number of tokens that is limited by data.max_length."""
         tokens = self.tokens_of(sizes)
         return max(tokens, default=0) if self.paired else sum(tokens)
 
@@ -157,8 +157,8 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One encoded row. `sizes`: of each separately padded part; `supervised`: the number of units that its loss
-    sums."""
+    """One encoded row. `sizes`: the size of each separately padded part; `supervised`: the number of units that its
+    loss sums."""
 
     parts: RowParts
     sizes: tuple[int, ...]
@@ -185,7 +185,7 @@ class Rows(Protocol):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(rows, sizes) of each row's parts."""
+        """(rows, sizes) the sizes of each row."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -193,7 +193,7 @@ class Rows(Protocol):
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """(rows,) units of the loss in each row."""
+        """(rows,) the number of units in each row."""
 
 
 def default_labels(count: int) -> tuple[str, ...]:
@@ -203,9 +203,9 @@ def default_labels(count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Labels:
-    """`names`: the label of each row of the trained head; empty: not learned yet.
-
-    `head`: labels of the base's own head, if it has one; `pad_id`: for a base whose configuration names no padding.
+    """The labels of an objective. `names`: the label of each row of the trained head; empty if not learned yet.
+    `head`: the labels of the base's own head, if it has one; `pad_id`: the padding id for a base whose configuration
+    has none.
     """
 
     names: tuple[str, ...] = ()
@@ -233,11 +233,12 @@ class Labels:
             raise DataError(what, "correct it, or list it under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
-        """(N,) the number of each label."""
+        """(N,) the index of each label among the head's rows."""
         return torch.tensor([self.head_rows[label] for label in labels])
 
     def read(self, value: LabelValue) -> str:
-        """The text under which a row stores its label. Raises: DataError for another kind or an unlisted label."""
+        """The text under which a row stores its label. Raises: DataError for a value of a different kind, or an
+        unlisted label."""
         if isinstance(value, str):
             self.check(value)
             return value
@@ -249,15 +250,15 @@ class Labels:
         raise DataError(what, f"to learn such labels, write objective.problem_type: {wanted}")
 
     def listed_in(self, text: str) -> list[str]:
-        """The labels in a text of `read`."""
+        """The labels in a text that `read` returned."""
         return [text]
 
     def written(self, text: str) -> str:
-        """A text of `read` as the model's answer shows it."""
+        """The label text in the form of the model's answers."""
         return self.head_name(text)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
-        """The loss's targets: (N,) the number of each row's label."""
+        """The targets of the loss: (N,) the index of each row's label."""
         return self.numbers(texts)
 
     @property
@@ -300,7 +301,7 @@ class Batch:
 
     @property
     def lengths(self) -> list[int]:
-        """(B,) sizes of each sequence, without padding."""
+        """(B,) the size of each sequence, without padding."""
         return [sum(row.size for row in sequence) for sequence in self.sequences]
 
     @property

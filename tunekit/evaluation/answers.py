@@ -1,4 +1,4 @@
-"""The answers to prompts, and the text metrics over them."""
+"""Generates answers to prompts, and computes text metrics of them."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -36,7 +36,7 @@ def answer_questions(
 
 
 def _size(prompt: object) -> int:
-    """Number of ids; recordings and images have one size, or a size that is not known yet."""
+    """The number of ids of a prompt; 0 for recordings and images."""
     return len(prompt) if isinstance(prompt, Sequence) else 0
 
 
@@ -46,8 +46,8 @@ def text_metrics(
     references: Sequence[str],
     normalized: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """Each named metric of metrics/ over all pairs, of normalised texts where it asks for them; as NAME_left_out, how
-    many pairs it leaves out, where it does."""
+    """Each named metric of metrics/ over all pairs. `normalized`: normalises the texts for metrics with NORMALIZED.
+    NAME_left_out is the number of pairs that a metric leaves out, if there are any."""
     metrics = dict[str, float]()
     for name in names:
         metric = import_module(f"tunekit.metrics.{name}")

@@ -26,15 +26,15 @@ from tunekit.tuned.model import TunedModel
 Made = TypeVar("Made")
 KEY = "evaluation.content_free_prompt"
 
-CHUNK_QUESTIONS = 512  # whose scores are added up together
-TAIL_TOKENS = 8  # of a prompt, after which an answer's ids are taken to be those of another prompt that ends so
-CONTENT_FREE = ("N/A", "[MASK]", "")  # in place of a row's own text; source: Zhao et al. 2021, section 5
-WIDEST_TOKENS = 2048  # of a prompt with answers side by side, whose mask grows with the square; or twice the prompt
+CHUNK_QUESTIONS = 512  # questions whose scores are summed together
+TAIL_TOKENS = 8  # an answer has the same ids after prompts that end with the same tokens, this many
+CONTENT_FREE = ("N/A", "[MASK]", "")  # texts in place of a row's text; source: Zhao et al. 2021, section 5
+WIDEST_TOKENS = 2048  # longest prompt with all answers (or twice the prompt): the mask grows with the square
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The answers to choose from, as they are written, and how they are compared."""
+    """The answers to choose from, as the recipe has them, and the score that compares them."""
 
     texts: tuple[str, ...]
     score: str  # sum, mean_per_token or mean_per_byte
@@ -42,38 +42,37 @@ class Choices:
 
     @property
     def labels(self) -> list[str]:
-        """Without the blanks around them."""
+        """The answers without the blanks around them."""
         return [text.strip() for text in self.texts]
 
     def place_of(self, example: Example) -> int:
-        """Which of them is the example's own answer. Raises: DataError where none is."""
+        """The index of the example's reference answer. Raises: DataError if it is not among the choices."""
         answer, labels = (answer_of(example) or "").strip(), self.labels
         if not answer:
             raise DataError("there is no answer to compare with evaluation.choices", "give a prompt and its answer")
         if answer not in labels:
             shown = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
             what = f"the answer {answer[:60]!r} is not among evaluation.choices ({shown})"
-            raise DataError(what, "mend it, or add it there")
+            raise DataError(what, "correct it, or add it to evaluation.choices")
         if self.content_free_prompt is not None:
             prompt, (start, end) = prompt_of(example), self.around
             if len(prompt) < len(start + end) or not (prompt.startswith(start) and prompt.endswith(end)):
                 shown = prompt if len(prompt) <= 60 else f"{prompt[:30]} ... {prompt[-30:]}"
-                what = f"the prompt {shown!r} has not the form of {self.content_free_prompt!r}"
-                raise DataError(what, "mend it, or evaluation.content_free_prompt, where {} is a row's own text")
+                what = f"the prompt {shown!r} does not have the form of {self.content_free_prompt!r}"
+                raise DataError(what, "correct it, or evaluation.content_free_prompt, where {} is a row's own text")
         return labels.index(answer)
 
     @property
     def around(self) -> tuple[str, str]:
-        """What is before and after a row's own text in every prompt."""
+        """The text before and the text after a row's own text, which are the same in every prompt."""
         start, _, end = (self.content_free_prompt or "").partition("{}")
         return start, end
 
 
 class QuestionMaker:
-    """Makes a Question of an example, its last answer replaced by each choice and encoded as a training row.
-
-    A row is encoded once for each prompt: the ids of the other answers are those of an earlier row whose prompt ended
-    with the same tokens.
+    """Makes a Question of an example: each choice in place of its last answer, encoded as a training row.
+    Only the first choice is encoded if an earlier prompt ended with the same tokens: the other answers have the same
+    ids.
     """
 
     def __init__(self, choices: Choices, kind: RowKind) -> None:
@@ -82,9 +81,8 @@ class QuestionMaker:
         self._lengths: set[int] = set()
 
     def make(self, example: Example, origin: str, *, keep_blanks: bool = False) -> Question:
-        """The question; the row's own answer must be a choice, and the blanks around it stay.
-
-        Raises: DataError where it is none, or where there is no prompt.
+        """The question. Every choice gets the blanks around the row's reference answer.
+        Raises: DataError if the reference answer is not a choice, or if there is no prompt.
         """
         own = answer_of(example) or ""
         right = 0 if keep_blanks else self.choices.place_of(example)
@@ -96,9 +94,9 @@ class QuestionMaker:
             raise DataError(f"{reason}, so that no answer can be chosen", "leave the row out") from None
 
     def content_free(self, make: Callable[[str], Example], *, keep_blanks: bool = False) -> list[Question]:
-        """The questions that calibrate the others, if any do. `make`: the example with a text in place of its own.
-
-        Raises: RecipeError where one of them has no prompt.
+        """The questions that calibrate the scores; empty without calibration. `make`: returns the example with this
+        text in place of its own.
+        Raises: RecipeError if one of the questions has no prompt.
         """
         if self.choices.content_free_prompt is None:
             return []
@@ -129,9 +127,8 @@ class QuestionMaker:
 
 
 def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind) -> list[Question]:
-    """The question of each evaluation row, then those that calibrate them.
-
-    Raises: DataError naming each row whose answer is no choice.
+    """The question of each evaluation row, then the questions that calibrate the scores.
+    Raises: DataError naming each row whose answer is not a choice.
     """
     maker, rows = QuestionMaker(choices, kind), list(examples)
     found = of_every_row(rows, lambda row: maker.make(row.example, f"{row.file}:{row.line}"))
@@ -139,7 +136,7 @@ def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind)
 
 
 def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
-    """What is made of each row. Raises: DataError naming every row of which nothing can be made."""
+    """The result of `make` for each row. Raises: DataError naming every row for which `make` fails."""
     problems, results = Problems(), []
     for row in rows:
         try:
@@ -162,13 +159,13 @@ def choice_scores(
     on_split: Callable[[Batch], None] = lambda batch: None,
     progress: Progress = no_progress,
 ) -> Tensor:
-    """(rows, choices) float64: of each answer the sum of its tokens' log-probabilities, the token that ends it
-    included (lm-eval's acc compares sums, without that token); mean_per_token: over their number; mean_per_byte: over
-    the bytes of its text (lm-eval's acc_norm takes characters). Calibrated: less the logarithm of the mean probability
-    that the answer has, among all answers, after the content-free prompts, which are the last of `questions`.
-
-    No forward has more positions than `batch_size` of the longest prompts with one answer.
-    Raises: DataError beyond the model's positions; EvaluationStopped where `stop` says so.
+    """(rows, choices) float64: the score of each answer. sum: its tokens' log-probabilities, including its end token
+    (lm-eval's acc leaves that token out); mean_per_token: the sum divided by the number of tokens; mean_per_byte:
+    divided by the bytes of its text (lm-eval's acc_norm divides by characters).
+    Calibration subtracts the logarithm of the answer's mean probability, among all answers, after the content-free
+    prompts. These are the last of `questions`.
+    A forward has at most as many positions as `batch_size` sequences of the longest prompt with an answer.
+    Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
     """
     longest = max(question.longest for question in questions)
     _check_positions(model, questions)
@@ -198,7 +195,7 @@ def choice_scores(
 
 
 def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
-    """What the metrics of labels are made of. Shapes: scores (rows, choices)."""
+    """The sums from which metrics of labels are computed. Shapes: scores (rows, choices)."""
     sums = label_sums(scores, torch.tensor([question.right for question in questions[: len(scores)]]))
     return {name: value for name, value in sums.items() if name in CHOICE_SUMS}
 
@@ -211,7 +208,7 @@ def choose(
     batch_size: int,
     devices: Devices,
 ) -> list[str]:
-    """The likeliest answer to each prompt, which is a user's turn where there is a chat template."""
+    """The most likely answer to each prompt. With a chat template the prompt is a user's turn."""
     maker, (start, end) = QuestionMaker(choices, objective.rows), choices.around
 
     def answered(prompt: str) -> Example:
@@ -227,7 +224,7 @@ def choose(
 
 
 def _groups(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
-    """Rows of similar sizes, longest first, as many as `most` positions hold."""
+    """Groups of rows of similar sizes, longest first. A group has at most `most` positions."""
     group: list[Row] = []
     for row in sorted(rows, key=lambda row: -row.size):
         if group and (len(group) + 1) * group[0].size > most:
@@ -238,7 +235,8 @@ def _groups(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
 
 
 def _shares_prompt(model: TunedModel, longest: int) -> bool:
-    """Whether answers of one prompt may be computed beside each other: surely apart, and none beyond a window."""
+    """Whether all answers to a prompt can be computed in one sequence: the model must keep them apart, and no attention
+    window may be shorter than the sequence."""
     family, net = model.base.family, model.base.net
     if model.virtual_tokens:
         return False

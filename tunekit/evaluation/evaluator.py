@@ -1,4 +1,4 @@
-"""One evaluation of the eval rows, as the recipe's `evaluation:` asks for it."""
+"""One evaluation of the evaluation rows, with the settings of the recipe's `evaluation:` section."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ SAMPLES = 8  # answers that a report shows
 
 @dataclass(frozen=True)
 class Queries:
-    """What the model is queried for besides its loss: answers to generate, answers to choose."""
+    """Prompts to answer and questions with answers to choose from, which an evaluation needs besides the loss."""
 
     prompts: Sequence[Prompt] = ()
     choices: Choices | None = None
@@ -52,10 +52,11 @@ class Queries:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
-    their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated;
-    `sources`: of several each one's metrics, and its `rows`; `pictures`: drawn for the report; `facts`: what all rows
-    decided together that the adapter's folder keeps."""
+    """The result of an evaluation: sums, and every metric by name.
+    `classes`: `labels`, the `counts` of each label (predicted right, predicted, true) and the `confusion` matrix, if
+    rows have labels; `samples`: generated answers to the first rows; `sources`: the metrics and the number of `rows` of
+    each source, if there are several; `pictures`: images for the report; `facts`: values computed from all rows, which
+    are saved in the adapter's folder."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
@@ -68,7 +69,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Computes metrics over one set of rows: the objective's, and `metric_names`, or those of the settings."""
+    """Computes metrics over one set of rows: the objective's metrics, and `metric_names` or the metrics of the
+    settings."""
 
     model: TunedModel
     objective: Objective
@@ -77,12 +79,12 @@ class Evaluator:
     queries: Queries
     settings: EvaluationSection
     metric_names: tuple[str, ...] = ()
-    template: str | None = None  # of the prompts, where it is not the tokenizer's own
+    template: str | None = None  # chat template of the prompts, if it is not the tokenizer's
     on_split: Callable[[Batch], None] = lambda batch: None  # called with a batch that ran out of memory
     progress: Progress = no_progress
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        """Raises: EvaluationStopped where `stop` says so."""
+        """Evaluate all rows. Raises: EvaluationStopped if `stop` returns true."""
         batches = partial(evaluation_batches, self.rows, self.objective.rows, batch_size=self.settings.batch_size)
         mine = islice(batches(), self.devices.rank, None, self.devices.world)
         with undisturbed(self.model):
@@ -114,7 +116,7 @@ class Evaluator:
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
                 for prompt, answer in zip(prompts[: settings.samples or SAMPLES], answers, strict=False)
             ]
-        ordered = {name: computed.pop(name) for name in wanted} | computed  # the rest: what metrics left out
+        ordered = {name: computed.pop(name) for name in wanted} | computed  # then the numbers of pairs left out
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
         sources, pictures = _sources(each, of_rows), self._pictures()
         classes = objective.loss.class_counts(sums.values)
@@ -148,7 +150,7 @@ class Evaluator:
         return sums
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
-        """The sums over rows of what was chosen."""
+        """The sums over rows of the chosen answers."""
         scores = choice_scores(
             self.model,
             self.objective,
@@ -164,9 +166,9 @@ class Evaluator:
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """Finite metrics of each of several sources; of one whose rows cannot be judged there are none.
-
-    What all rows decide together is that of all of them, so that the sources' losses add up to the whole's, by units.
+    """The finite metrics of each source, if there are several; none for a source whose rows have no rewards. Values
+    computed from all rows (thresholds, KL) are the same for all sources, so that the losses of sources add up to the
+    loss of all rows, by units.
     """
     if len(each) < 2:
         return None
@@ -180,10 +182,10 @@ def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[s
 def queries_of(
     rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
 ) -> Queries:
-    """Prompts of the evaluation rows if one of these metrics, or of the objective's, needs answers, else of as many as
-    the report shows; questions if there are choices, those `from_data` being the answers of `data`.
-
-    They are read here and now: the files may have moved by the time of an evaluation.
+    """The prompts and questions of an evaluation. If a metric needs generated answers, all evaluation rows have a
+    prompt, else as many as the report shows. Questions are made if there are choices; `from_data` takes the choices
+    from the answers of `data`.
+    The rows are read now, because the files may have moved by the time of an evaluation.
     """
     names = [*rows.objective.loss.metrics, *metric_names]
     shown = settings.samples if rows.objective.answering is not None else 0
@@ -198,14 +200,16 @@ def queries_of(
 
 
 def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
-    """Before a model is loaded. Raises: DataError naming each evaluation row whose answer is no choice."""
+    """Check evaluation rows before a model is loaded. Raises: DataError naming each row whose answer is not a
+    choice."""
     choices = choices_of(settings, rows.objective, data)
     if choices is not None and rows.evaluation is not None:
         of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
 
 
 def choices_of(settings: EvaluationSection, objective: Objective, data: DataSection | None) -> Choices | None:
-    """The answers to choose from; None where any may be given. Raises: RecipeError where nothing can be chosen."""
+    """The answers to choose from; None if the recipe has none. Raises: RecipeError if the objective's rows have no
+    answers to choose."""
     texts = settings.choices
     if texts is None:
         return None
@@ -220,7 +224,7 @@ def choices_of(settings: EvaluationSection, objective: Objective, data: DataSect
 
 
 def calibration_notes(settings: EvaluationSection) -> list[str]:
-    """What calibrated choices are compared by, and what that costs."""
+    """A note that describes the calibration of choices and its cost."""
     if settings.choices is None or settings.content_free_prompt is None:
         return []
     texts = ", ".join(map(repr, CONTENT_FREE))
@@ -231,7 +235,7 @@ def calibration_notes(settings: EvaluationSection) -> list[str]:
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Whether `value` beats `best` in the metric's own direction; NaN never does."""
+    """Whether `value` is better than `best` for this metric; NaN is never better."""
     if math.isnan(value):
         return False
     if best is None:
@@ -248,9 +252,8 @@ def adapter_losses(
     devices: Devices,
     settings: EvaluationSection,
 ) -> dict[str | None, float]:
-    """Token-weighted mean loss by adapter; None: the base alone.
-
-    Raises: ModelError where the model cannot look up the rows.
+    """The token-weighted mean loss by adapter; the key None is the base alone.
+    Raises: ModelError if rows do not fit the model.
     """
     losses: dict[str | None, float] = {}
     for name in (None, *adapters.adapters):

@@ -1,5 +1,5 @@
-"""Load-time probes: the loaded model goes in; out comes how far packed rows are from rows alone, our
-log-probabilities from the model's own, and the adapted model from its base.
+"""Checks of a loaded model: the differences between packed rows and single rows, between our log-probabilities and the
+model's, and between the adapted model and its base.
 """
 
 from dataclasses import replace
@@ -13,14 +13,14 @@ from tunekit.objectives.losses.logprobs import losses_of_positions, supervised_p
 from tunekit.tuned.model import TunedModel
 
 PROBE_TOKENS = 12
-# The largest relative difference that rounding explains: a leak or a missing scale is far larger.
+# The largest relative difference that rounding can cause. A leak or a missing scale causes a far larger one.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 def packing_leak(model: TunedModel, ids: Tensor) -> float:
-    """Relative difference of the second row's hidden states packed behind another row and alone.
-
-    Both rows are drawn from `ids`, a seeded choice; 0 up to rounding where position ids alone isolate packed rows.
+    """The relative difference between a row's hidden states when it is packed after another row and when it is alone.
+    Both rows are drawn from `ids` with a fixed seed. The difference is 0, up to rounding, if position ids alone keep
+    packed rows apart.
     """
     first, second = _probe_ids(ids, 0), _probe_ids(ids, 1)  # (1, T) each
     positions = torch.arange(PROBE_TOKENS)[None]
@@ -32,10 +32,10 @@ def packing_leak(model: TunedModel, ids: Tensor) -> float:
 
 
 def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
-    """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits, of a
-    row drawn from the ids of `inputs`."""
+    """The largest difference between our chunked losses and losses from the model's own logits, relative to the largest
+    loss. The row is drawn from the ids of `inputs`."""
     family = model.base.family
-    assert family.ids is not None  # it answers
+    assert family.ids is not None  # a model that answers has ids
     ids = _probe_ids(inputs[family.ids], 2)  # (1, T)
     index, targets = (part.to(model.device) for part in supervised_positions(ids))
     inputs = family.inputs_of(ids, inputs)
@@ -48,7 +48,8 @@ def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
 
 
 def bypass_difference(model: TunedModel, ids: Tensor) -> float:
-    """Relative difference of a row's hidden states with the adapter and without; the row is drawn from `ids`."""
+    """The relative difference between a row's hidden states with and without the adapter. The row is drawn from
+    `ids`."""
     inputs = {"input_ids": _probe_ids(ids, 3), "position_ids": torch.arange(PROBE_TOKENS)[None]}
     with undisturbed(model):
         adapted = model.hidden(inputs)
@@ -57,7 +58,7 @@ def bypass_difference(model: TunedModel, ids: Tensor) -> float:
 
 
 def _probe_ids(ids: Tensor, number: int) -> Tensor:
-    """(1, T) of the ids that occur in the run: of others the pages of a mapped embedding would become resident."""
+    """(1, T) ids drawn from the run's ids. Other ids would load further pages of a memory-mapped embedding."""
     known: Tensor = torch.unique(ids)  # (ids,)
     generator = torch.Generator().manual_seed(number)
     return known[torch.randint(0, len(known), (1, PROBE_TOKENS), generator=generator)]

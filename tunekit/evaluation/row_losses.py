@@ -1,5 +1,5 @@
-"""The loss of each evaluation row goes in; what a run keeps of it comes out: the losses of rows that can be found again
-in another run, and the text of those with the highest.
+"""The record of each evaluation row's loss, under names that allow a comparison with other runs, and the text of the
+rows with the highest losses.
 """
 
 import math
@@ -14,13 +14,13 @@ import numpy as np
 
 from tunekit.contracts import Objective, Row, Rows, Span, Tokenizer
 
-WORST_ROWS = 8  # whose text a report shows
-MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # of one of them; characters of a stretch
+WORST_ROWS = 8  # number of rows whose text a report shows
+MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # text pieces of a row; characters of a piece
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Evaluation rows under names that hold in every run that has them."""
+    """Evaluation rows with names that are the same in every run."""
 
     rows: Rows
     objective: Objective
@@ -28,7 +28,7 @@ class RowLosses:
 
     @cached_property
     def names(self) -> dict[str, list[Any]]:
-        """Of each row: where it is written, a hash of all that the loss reads of it, and how many units it has."""
+        """For each row: its file and line, a hash of all its parts, and the number of its units."""
         rows, loss = [self.rows[number] for number in range(len(self.rows))], self.objective.loss.evaluation_copy()
         return {
             "rows": [row.origin for row in rows],
@@ -37,9 +37,9 @@ class RowLosses:
         }
 
     def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What is kept of an evaluation: {step, rows, digests, units, losses, before, worst}, a value for each row.
-
-        `earlier`: what was kept of the evaluation before; the losses before training are handed on.
+        """The record of an evaluation: {step, rows, digests, units, losses, before, worst}, lists with one value per
+        row.
+        `earlier`: the record of the previous evaluation, which passes on the losses before training.
         """
         now = [_short(losses[number]) for number in range(len(self.rows))]
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
@@ -50,7 +50,7 @@ class RowLosses:
         return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
 
     def _shown(self, number: int) -> dict[str, Any]:
-        """A row as text: {number, text: [[a stretch, whether it is trained on]]}."""
+        """A row as text: {number, text: [[piece, whether it is trained on]]}."""
         text: list[tuple[str, bool]] = []
         for part in self.objective.rows.spans(self.rows[number]):
             text += [*([(f"{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
@@ -63,7 +63,8 @@ class RowLosses:
 
 
 def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
-    """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
+    """Pieces of text, each with a mark that says whether it is trained on. A piece is decoded as a whole, so that
+    characters of several tokens are shown correctly."""
     if tokenizer is None or not len(part.ids):
         return []
     trained = part.trained  # (T,)
@@ -81,11 +82,11 @@ def _digest(row: Row) -> str:
 
 
 def _short(loss: float) -> float | None:
-    """Seven digits, as float32 has them; None where it is not finite, which JSON cannot say."""
+    """The loss with seven digits, the precision of float32; None if it is not finite, which JSON cannot represent."""
     return float(f"{loss:.7g}") if math.isfinite(loss) else None
 
 
 def _cut(text: str, characters: int) -> str:
-    """A long text's beginning and end."""
+    """The text; if it is long, its beginning and end."""
     half = characters // 2
     return text if len(text) <= characters else f"{text[:half]} [...] {text[-half:]}"

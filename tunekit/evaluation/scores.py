@@ -1,4 +1,4 @@
-"""Evaluation that changes nothing: an objective's sums over batches."""
+"""The sums of an objective over evaluation batches. The model and the random state are not changed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,18 +19,18 @@ from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import ModelRun, TunedModel
 
-TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
-NUMBERS = "row numbers"  # of those that ROW_LOSSES are of
+TOKENS, ROWS = "tokens of all rows", "rows"  # counted besides the objective's sums
+NUMBERS = "row numbers"  # numbers of the rows of ROW_LOSSES
 LAID_END_TO_END = (ROW_LOSSES, ROW_VALUES, NUMBERS)
 
 
 class EvaluationStopped(Exception):
-    """A stop signal came during an evaluation; it will be made again after the resume."""
+    """A stop signal came during an evaluation; it is repeated after the resume."""
 
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over all evaluation rows: the objective's, and of rows and tokens."""
+    """Sums over all evaluation rows: the objective's sums, and the numbers of rows and tokens."""
 
     values: dict[str, Any]  # float64 numbers, or lists of them
     tokens: int
@@ -38,19 +38,19 @@ class EvaluationSums:
     row_losses: dict[int, float] = field(default_factory=dict)  # the row's number -> its loss, a sum over its units
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """The named metrics of metrics/ that follow from the sums."""
+        """The named metrics of metrics/, computed from the sums."""
         return {name: import_module(f"tunekit.metrics.{name}").from_sums(self.values) for name in names}
 
 
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
-    """Eval mode, no gradient; mode and every random state as before when the block ends."""
+    """A block in eval mode and without gradient; its end restores the mode and every random state."""
     with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(Call(fuses=True)):
         yield
 
 
 def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
-    """The batch as a step of its own."""
+    """The batch after the objective has prepared it as a step."""
     return objective.prepare(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
@@ -66,7 +66,7 @@ def summed_evaluation(
 
     Sums are in float64, so they do not depend on the batch size beyond a forward's own rounding.
     `on_split`: called for each batch that ran out of memory and is evaluated in two halves.
-    Raises: EvaluationStopped where `stop` says so on any rank; ResourceError where a single document does not fit;
+    Raises: EvaluationStopped if `stop` returns true on any rank; ResourceError if a single document does not fit;
         RewardError, on all ranks, if a reward had an invalid result on one of them.
     """
     sums: Sums = {}
@@ -96,7 +96,7 @@ def summed_evaluation(
 
 
 def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
-    """Sums over several sets of rows as those over all of them."""
+    """The sums over several sets of rows, added."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -108,7 +108,7 @@ def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
 
 
 def added(one: Sums, other: Sums) -> Sums:
-    """Sums of two sets of batches, either of which may be empty."""
+    """The sums over two sets of batches, added. Either may be empty."""
     if not (one and other):
         return one or other
     return {
@@ -118,7 +118,7 @@ def added(one: Sums, other: Sums) -> Sums:
 
 
 def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
-    """The batch's sums; those of its halves, added, where it runs out of memory."""
+    """The sums of the batch. If it runs out of memory, the sums of its halves are added."""
     try:
         batch = prepared(model, objective, batch)
         sums = objective.loss.sums(model.output(batch.inputs), batch)
@@ -148,23 +148,23 @@ def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch]
 
 @dataclass
 class MeasuringRun(ModelRun):
-    """The run that LossKind.measuring sees: a batch that runs out of memory is scored in two halves.
-
-    `read` gives each row so many numbers, those of all first sides before those of the second ones.
+    """The run that is passed to LossKind.measuring: a batch that runs out of memory is scored in two halves.
+    `read` returns the same count of numbers for each row: first the numbers of all first sides, then of all second
+    sides.
     """
 
     on_split: Callable[[Batch], None] = lambda batch: None
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """As ModelRun."""
+        """The scores by the policy, as in ModelRun."""
         return [self._in_halves(batch, read, reference=False) for batch in batches]
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """As ModelRun."""
+        """The scores by the policy at step 0, as in ModelRun."""
         return [self._in_halves(batch, read, reference=True) for batch in batches]
 
     def _in_halves(self, batch: Batch, read: Read, *, reference: bool) -> Tensor:
-        """Shapes: -> (S P,), P rows of S sides."""
+        """The values of `read`, in halves if memory runs out. Shapes: -> (S P,), P rows of S sides."""
         try:
             return self.model.score_batches([batch], read, reference=reference)[0]
         except Exception as error:

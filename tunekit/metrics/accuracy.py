@@ -1,4 +1,4 @@
-"""The share of rows whose predicted label is the right one; where rows have several, all of whose labels are."""
+"""The share of rows whose predicted label is right. In multi-label rows all labels must be right."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """Right rows over rows. Raises ValueError without rows."""
+    """The number of right rows over the number of rows. Raises ValueError without rows."""
     right, rows = sums["labelled"]
     if rows <= 0:
         raise ValueError("no labelled rows")

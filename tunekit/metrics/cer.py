@@ -1,9 +1,9 @@
-"""Character error rate: characters to be changed, put in or left out, over those of the references."""
+"""Character error rate: substituted, deleted and inserted characters over all characters of the references."""
 
 from tunekit.metrics.spoken import LIBRARY as LIBRARY
 from tunekit.metrics.spoken import error_rate
 
 DESCRIPTION = "CER: changed, missing and surplus characters over all characters of the references"
 HIGHER_IS_BETTER = False
-LEAVES_OUT = True  # pairs whose reference is empty, which are counted
+LEAVES_OUT = True  # leaves out pairs with an empty reference, and counts them
 score = error_rate("cer")

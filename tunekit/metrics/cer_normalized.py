@@ -1,4 +1,4 @@
-"""Character error rate of texts whose spellings were made alike, by the model's own normaliser."""
+"""Character error rate after the model's normaliser, which makes spellings uniform."""
 
 from tunekit.metrics.cer import LIBRARY as LIBRARY
 from tunekit.metrics.cer import score as score
@@ -6,4 +6,4 @@ from tunekit.metrics.cer import score as score
 DESCRIPTION = "CER after the model's normaliser: case, punctuation and spellings count no more"
 HIGHER_IS_BETTER = False
 LEAVES_OUT = True
-NORMALIZED = True  # the texts that are given to `score` are
+NORMALIZED = True  # `score` gets normalised texts

@@ -1,4 +1,4 @@
-"""Counts of labels go in; precision, recall and F1 of each come out."""
+"""Precision, recall and F1 of each label, computed from counts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +10,9 @@ MOST_SHOWN = 12
 
 
 def class_facts(classes: Mapping[str, Any]) -> JsonObject:
-    """`per_class`, a line for each of `labels` from `counts` of each (predicted right, predicted, there at all), beside
-    what else is known; as it is where it has these lines.
-
-    A share of nothing is 0, as in scikit-learn's classification_report.
+    """The facts with `per_class`: a line for each label, computed from its `counts` (predicted right, predicted, true).
+    Facts that already have `per_class` are returned unchanged.
+    A share with denominator 0 is 0, as in scikit-learn's classification_report.
     """
     if "per_class" in classes:
         return dict(classes)
@@ -27,7 +26,7 @@ def class_facts(classes: Mapping[str, Any]) -> JsonObject:
 
 
 def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
-    """Head and lines of the confusion matrix; None where there is none, or too large a one to be read."""
+    """Header and lines of the confusion matrix; None if there is none, or if it is too large to read."""
     if "confusion" not in facts or len(labels := facts["labels"]) > MOST_SHOWN:
         return None
     rows = zip(labels, facts["confusion"], strict=True)
@@ -49,7 +48,7 @@ def columns_of(facts: Mapping[str, Any]) -> list[str]:
 
 
 def f1(right: float, predicted: float, there: float) -> float:
-    """2 TP / (2 TP + FP + FN); 0 without any."""
+    """F1 = 2 TP / (2 TP + FP + FN); 0 if the denominator is 0."""
     return _share(2 * right, predicted + there)
 
 

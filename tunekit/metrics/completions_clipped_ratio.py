@@ -1,4 +1,4 @@
-"""Share of the completions to the evaluation rows that reached max_completion_length."""
+"""Share of the completions for evaluation rows that reached max_completion_length."""
 
 from tunekit.metrics.loss import mean_of
 

@@ -1,4 +1,4 @@
-"""Share of answers that contain their reference, white space at both ends of the reference aside."""
+"""Share of answers that contain their reference, ignoring white space at both ends of the reference."""
 
 from tunekit.metrics.pairs import mean_of_pairs
 
@@ -7,7 +7,7 @@ HIGHER_IS_BETTER = True
 
 
 def _contains(prediction: str, reference: str) -> bool:
-    """An empty reference is contained in an empty answer only."""
+    """Whether the answer contains the reference; an empty reference is contained only in an empty answer."""
     return reference.strip() in prediction if reference.strip() else not prediction.strip()
 
 

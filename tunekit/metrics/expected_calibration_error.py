@@ -1,4 +1,5 @@
-"""How far the probability of the chosen label is from how often it is right, over bins of probability."""
+"""Expected calibration error: the difference between the predicted label's probability and its accuracy, over bins of
+probability."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +7,15 @@ from typing import Any
 DESCRIPTION = "how far a label's probability is from how often it is right; 15 bins of equal width"
 NEEDS = ("calibration",)
 HIGHER_IS_BETTER = False
-BINS = 15  # of equal width, each with its upper end
+BINS = 15  # bins of equal width; the upper bound is included
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """Sum over the bins of |probabilities - right ones| / rows. Raises ValueError without rows.
+    """Sum over the bins of |sum of probabilities - number of right rows| / number of all rows. Raises ValueError
+    without rows.
 
-    `calibration`: of each bin its rows, the sum of their largest probabilities, and how many of them are right.
+    `calibration`: for each bin, the number of its rows, the sum of their largest probabilities, and the number of right
+    rows.
     Source: Guo et al. 2017, eq. 3.
     """
     bins = sums["calibration"]

@@ -1,4 +1,4 @@
-"""Mean log-ratio of policy and reference on answers to other prompts, as the objective kto estimates it."""
+"""Mean log-ratio of policy to reference on answers of other prompts, the estimate of the KL in kto."""
 
 from tunekit.metrics.loss import mean_of
 

@@ -1,4 +1,4 @@
-"""Mean log-probability of the other answers."""
+"""Mean log-probability of the rejected answers."""
 
 from tunekit.metrics.loss import mean_of
 

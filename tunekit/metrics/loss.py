@@ -9,8 +9,8 @@ HIGHER_IS_BETTER = False
 
 
 def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric: the sum `name` over the number of its units (tokens, labels, pairs).
-    `counted`: the sum that counts them, of objectives where only some of the units have the value."""
+    """NEEDS and `from_sums` of a metric that is a mean: the sum `name` over the number of units (tokens, labels,
+    pairs). `counted`: the sum that counts the units with a value, if not all units have one."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
         """NaN where no unit has the value. Raises ValueError without units."""
@@ -22,4 +22,4 @@ def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callabl
     return (name, "units"), from_sums
 
 
-NEEDS, from_sums = mean_of("loss")  # in nats a unit
+NEEDS, from_sums = mean_of("loss")  # in nats per unit

@@ -13,8 +13,8 @@ HIGHER_IS_BETTER = True
 def from_sums(sums: Mapping[str, Any]) -> float:
     """Mean over labels of 2 TP / (2 TP + FP + FN), as scikit-learn's f1_score(average="macro").
 
-    `label_counts`: rows of each label predicted right, predicted, and labelled; a label that is neither predicted nor
-    there is left out. 0 without any.
+    `label_counts`: for each label, the numbers of rows predicted right, predicted, and labelled. Labels that are
+    neither predicted nor true are left out. 0 if no label is left.
     """
     counts = sums["label_counts"]
     scores = [f1(right, predicted, there) for right, predicted, there in counts if predicted + there]

@@ -13,7 +13,7 @@ HIGHER_IS_BETTER = True
 def from_sums(sums: Mapping[str, Any]) -> float:
     """2 TP / (2 TP + FP + FN), as scikit-learn's f1_score(average="micro"); 0 without any label.
 
-    `label_counts`: rows of each label predicted right, predicted, and labelled.
+    `label_counts`: for each label, the numbers of rows predicted right, predicted, and labelled.
     """
     right, predicted, there = map(sum, zip(*sums["label_counts"], strict=True))
     return f1(right, predicted, there)

@@ -11,5 +11,5 @@ HIGHER_IS_BETTER = False
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """The mean over the numbers of a row. Raises ValueError without rows."""
+    """The mean squared error, averaged over the numbers of a row. Raises ValueError without rows."""
     return mean_of_outputs(squared_error, sums)

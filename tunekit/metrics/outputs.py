@@ -1,4 +1,4 @@
-"""Scores and numbers of rows go in; mean squared error and correlations of each number come out.
+"""Mean squared error and correlations between the scores and the numbers of rows.
 
 Sums are exactly rounded (math.fsum), so that they do not depend on the order of the rows.
 """
@@ -10,14 +10,14 @@ from typing import Any
 
 from tunekit.records import JsonObject
 
-ROW_VALUES = "row values"  # of sums: (rows, 2 C) the scores of each row, then its numbers
+ROW_VALUES = "row values"  # entry of the sums: (rows, 2 C), the scores of each row, then its numbers
 
 Column = Sequence[float]
 Measure = Callable[[Column, Column], float]
 
 
 def mean_of_outputs(measure: Measure, sums: Mapping[str, Any]) -> float:
-    """The mean over the numbers of a row. Raises ValueError without rows."""
+    """The measure, averaged over the numbers of a row. Raises ValueError without rows."""
     columns = _columns(sums[ROW_VALUES])
     if not columns:
         raise ValueError("no rows with numbers")
@@ -25,7 +25,7 @@ def mean_of_outputs(measure: Measure, sums: Mapping[str, Any]) -> float:
 
 
 def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonObject]:
-    """A line for each number of a row; a correlation with a constant is None."""
+    """A line of metrics for each number of a row; a correlation with a constant is None."""
     lines = []
     for label, (scores, numbers) in zip(labels, _columns(values), strict=True):
         found = {"mse": squared_error(scores, numbers), "pearson": pearson(scores, numbers)}
@@ -36,7 +36,7 @@ def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonOb
 
 
 def _columns(rows: Sequence[Column]) -> list[tuple[Column, Column]]:
-    """Of each number its scores and its values."""
+    """For each number, its scores and its values in all rows."""
     columns = list(zip(*rows, strict=True))
     half = len(columns) // 2
     return list(zip(columns[:half], columns[half:], strict=True))
@@ -48,7 +48,7 @@ def squared_error(scores: Column, values: Column) -> float:
 
 
 def pearson(scores: Column, values: Column) -> float:
-    """Pearson's correlation, as scipy.stats.pearsonr; nan where one of both is constant."""
+    """Pearson's correlation, as scipy.stats.pearsonr; nan if scores or values are constant."""
     if min(scores) == max(scores) or min(values) == max(values):
         return nan
     first, second = (_less_mean(each) for each in (scores, values))
@@ -58,7 +58,7 @@ def pearson(scores: Column, values: Column) -> float:
 
 
 def spearman(scores: Column, values: Column) -> float:
-    """Pearson's correlation of the ranks, as scipy.stats.spearmanr; nan where one of both is constant."""
+    """Pearson's correlation of the ranks, as scipy.stats.spearmanr; nan if scores or values are constant."""
     return pearson(_ranks(scores), _ranks(values))
 
 
@@ -68,7 +68,7 @@ def _less_mean(values: Column) -> list[float]:
 
 
 def _ranks(values: Column) -> list[float]:
-    """The rank of each value from 1; equal ones have the mean of theirs."""
+    """The rank of each value, from 1; equal values share the mean of their ranks."""
     order, ranks, before = sorted(range(len(values)), key=values.__getitem__), [0.0] * len(values), 0
     for _, group in groupby(order, key=values.__getitem__):
         places = list(group)

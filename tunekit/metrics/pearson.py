@@ -11,5 +11,6 @@ HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """The mean over the numbers of a row; nan where one of them is constant. Raises ValueError without rows."""
+    """The correlation, averaged over the numbers of a row; nan if one of them is constant. Raises ValueError without
+    rows."""
     return mean_of_outputs(pearson, sums)

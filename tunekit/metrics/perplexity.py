@@ -1,4 +1,4 @@
-"""exp of the mean loss, from its sum."""
+"""Perplexity: exp of the mean loss."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ HIGHER_IS_BETTER = False
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """exp(sums["loss"] / sums["units"]), infinite where that overflows. Raises ValueError without tokens."""
+    """exp(sums["loss"] / sums["units"]), infinite if it overflows. Raises ValueError without tokens."""
     try:
         return math.exp(loss.from_sums(sums))
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Mean reward of the completions to the evaluation rows, one greedy one each, from its sum."""
+"""Mean reward of one greedy completion for each evaluation row."""
 
 from tunekit.metrics.loss import mean_of
 

@@ -1,4 +1,4 @@
-"""By how much the reward of the preferred answer is above the other's, on average."""
+"""The reward of the preferred answer less the reward of the rejected one, on average."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,5 +11,5 @@ NEEDS = ("rewards_chosen", "rewards_rejected", "units")
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """Raises ValueError without units."""
+    """The mean reward of chosen answers less the mean reward of rejected ones. Raises ValueError without units."""
     return rewards_chosen.from_sums(sums) - rewards_rejected.from_sums(sums)

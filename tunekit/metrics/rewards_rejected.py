@@ -1,4 +1,4 @@
-"""Mean reward of the other answers: beta times the log of the policy's probability over the reference's."""
+"""Mean reward of the rejected answers: beta times the log-ratio of policy to reference."""
 
 from tunekit.metrics.loss import mean_of
 

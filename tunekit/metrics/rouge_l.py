@@ -9,9 +9,9 @@ HIGHER_IS_BETTER = True
 
 
 def _f1(prediction: str, reference: str) -> float:
-    """F1 = 2 LCS / (words of p + words of r); 1 where both have none.
+    """F1 = 2 LCS / (words of p + words of r); 1 if neither text has words.
 
-    Words are runs of letters with their marks and of numbers, case-folded, not stemmed; on ASCII those of rouge_score.
+    Words are runs of letters, marks and digits, case-folded and not stemmed; on ASCII text the same as in rouge_score.
     Source: Lin 2004, with beta = 1.
     """
     words, others = _words(prediction), _words(reference)

@@ -1,4 +1,4 @@
-"""F1 of whole spans: one counts where its kind, its first and its last word are right."""
+"""F1 of spans: a span is right if its kind, its first and its last word are right."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,16 +14,15 @@ OUTSIDE = ("O", "")
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """2 right / (predicted + there) over the spans of all kinds, as seqeval's f1_score; 0 without any.
-
-    `spans`: of each kind how many were predicted right, predicted, and there.
+    """2 right / (predicted + true) over the spans of all kinds, as seqeval's f1_score; 0 without spans.
+    `spans`: for each kind, the numbers of spans predicted right, predicted, and true.
     """
     right, predicted, there = map(sum, zip(*sums["spans"], strict=True)) if sums["spans"] else (0, 0, 0)
     return f1(right, predicted, there)
 
 
 def kinds_of(tags: Sequence[str]) -> list[str]:
-    """The kinds of spans that the tags are of, sorted."""
+    """The kinds of spans in the tags (PER of B-PER), sorted."""
     return sorted({kind for tag in tags if (kind := _parts(tag)[1])})
 
 
@@ -41,6 +40,6 @@ def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
 
 
 def _parts(tag: str) -> tuple[str, str]:
-    """B-PER -> (B, PER), B -> (B, _); what is no tag of a span -> OUTSIDE."""
+    """Letter and kind of a tag: B-PER -> (B, PER), B -> (B, _), other texts -> OUTSIDE."""
     letter, dash, kind = tag[:1], tag[1:2], tag[2:]
     return (letter, kind or "_") if letter in ("B", "I", "E", "S") and dash in ("", "-") else OUTSIDE

@@ -1,4 +1,4 @@
-"""Spearman's correlation: of the ranks of scores and of the rows' numbers."""
+"""Spearman's correlation: the correlation between the ranks of scores and the ranks of the rows' numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,5 +11,6 @@ HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """The mean over the numbers of a row; nan where one of them is constant. Raises ValueError without rows."""
+    """The correlation, averaged over the numbers of a row; nan if one of them is constant. Raises ValueError without
+    rows."""
     return mean_of_outputs(spearman, sums)

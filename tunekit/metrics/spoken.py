@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 
 from tunekit.errors import InputError
 
-LIBRARY = ("jiwer", "tunekit[speech]")  # the module that counts, and what to install for it
+LIBRARY = ("jiwer", "tunekit[speech]")  # the module that counts errors, and the extra that installs it
 
 
 def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    """`score` of a metric that is jiwer's function of this name: the errors of all pairs over the units of all
-    references. Pairs whose reference has no word are left out, because they have no error rate.
+    """The function `score` of a metric, from jiwer's function of this name: the errors of all pairs over the units of
+    all references. Pairs whose reference has no word are left out, because they have no error rate.
     """
 
     def score(predictions: Sequence[str], references: Sequence[str]) -> float:
-        """Raises: ValueError where no pair is left; InputError without jiwer."""
+        """The error rate of all pairs. Raises: ValueError if no pair is left; InputError without jiwer."""
         try:
             import jiwer
         except ImportError:

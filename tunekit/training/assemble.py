@@ -50,7 +50,7 @@ from tunekit.tuned.network import prepare_network
 def assemble_run(
     session: Session, plan: Plan, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None = None
 ) -> tuple[Plan, Run]:
-    """Assemble the run and write its plan to the run folder; also returns that plan, with the adapted layers.
+    """Assemble the run, and write its plan, with the adapted layers, to the run folder; returns both.
 
     Raises: RunFolderError if `checkpoint` belongs to another run; ModelError from the probes.
     """
@@ -70,7 +70,7 @@ def assemble_run(
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)
-    trim_heap()  # the adapter's tensors left free pieces between small objects, too short for an activation
+    trim_heap()  # the adapter's tensors left free pieces of memory that are too small for an activation
     settle_heap()
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
@@ -111,7 +111,8 @@ def assemble_run(
 def _load_companions(
     session: Session, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, Companion], JsonObject]:
-    """Load the objective's companions, after checking the run's fingerprint, which includes theirs."""
+    """Load the objective's companions, after checking the run's fingerprint, which includes the companions'
+    fingerprints; returns both."""
     companions = make_companions(prepared.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
     fingerprint = check_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
@@ -130,7 +131,7 @@ def _make_model(
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with its initialised adapter and its companions; the cost of a calibration is saved in the state."""
+    """The base with its initialised adapter and its companions; the cost of a calibration is recorded in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -152,7 +153,7 @@ def _make_model(
     model.companions = companions
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
-    reset_peaks(devices.device)  # the report's peak is that of training, not of loading
+    reset_peaks(devices.device)  # the report shows the peak of training, not of loading
     return model
 
 
@@ -167,7 +168,7 @@ def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) 
 
 
 def _note_changes(session: Session, state: LoopState) -> None:
-    """Report accepted changes since the run in the terminal and in the report."""
+    """Report changes that --accept-changed allowed, in the terminal and in the report."""
     for key in session.changed:
         what, action = (
             f"{key}: its files changed since the run",
@@ -178,7 +179,7 @@ def _note_changes(session: Session, state: LoopState) -> None:
 
 
 def _settle_reference(prepared: RunInputs, model: TunedModel) -> None:
-    """Prepare the policy at step 0 if the loss compares with it: check that it is the base alone, or save its state."""
+    """If the loss compares with the policy at step 0, check that this policy is the base alone, or save its state."""
     objective = prepared.rows.objective
     if needs_reference_state(objective, prepared.adapter):
         model.keep_reference()
@@ -196,7 +197,7 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
 
 
 def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
-    """Try the longest batch of training and of evaluation before the run depends on them."""
+    """Run the longest batch of training and of evaluation once, so that a lack of memory shows before step 1."""
     rows = prepared.rows.evaluation
     with session.timed("try"):
         try_longest_batch(run, prepared.largest_batch)
@@ -211,7 +212,7 @@ def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
 def _make_evaluate(
     session: Session, prepared: RunInputs, model: TunedModel, state: LoopState
 ) -> Callable[[], Evaluation] | None:
-    """A function that evaluates the evaluation rows; None if the recipe has none."""
+    """A function that runs an evaluation; None if the recipe has no evaluation rows."""
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
         return None

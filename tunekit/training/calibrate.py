@@ -21,11 +21,11 @@ from tunekit.records import JsonObject, Target
 from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import ModelRun, TunedModel
 
-HALF_SCALE = 1024.0  # float16's gradients would underflow
+HALF_SCALE = 1024.0  # loss scale for float16, whose gradients would underflow
 
 
 class StatisticsCollector:
-    """The statistics of every observed layer, and the current micro-batch."""
+    """Collects the statistics of every observed layer, for the current micro-batch."""
 
     def __init__(self, start: CalibratedStart, targets: Sequence[Target]) -> None:
         make = start_module(start.method).STATISTICS
@@ -43,7 +43,8 @@ class StatisticsCollector:
 
 
 def _layer_activations(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> LayerActivations:
-    """The activations of real tokens only; an expert, which sees other rows than the batch's, gets all of them."""
+    """The activations of a layer at real tokens, without padding. An expert's inputs are not the batch's rows, so all
+    of them are used."""
     flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (N, I)
     of_output = None if gradients is None else gradients.reshape(-1, gradients.shape[-1]).float() / scale  # (N, O)
     real = real_positions(batch.lengths)  # (B, T)
@@ -71,7 +72,8 @@ def _watching(net: nn.Module, watch: StatisticsCollector, gradients: bool) -> It
 
 
 def _begin_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Make the first observed layers' inputs require a gradient, since a frozen base requires none."""
+    """Make the inputs of the first observed layers require a gradient, because a frozen base has no tensor that
+    requires one."""
     if not torch.is_grad_enabled() or inputs[0].requires_grad:
         return None
     return (inputs[0].detach().requires_grad_(), *inputs[1:])

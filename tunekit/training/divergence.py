@@ -1,5 +1,5 @@
-"""Warnings about steps that go wrong: a loss above the run's own past, or samples that teach nothing; the report keeps
-them."""
+"""Warnings about a loss that rises above the earlier losses of the run, and about samples that teach nothing. The
+report shows them."""
 
 import math
 from collections.abc import Sequence
@@ -11,27 +11,29 @@ from tunekit.records import Reaction
 from tunekit.training.readings import Reading, rows_text
 from tunekit.training.state import Run
 
-PAST = 50  # steps before this one that are looked at
-LEAST = 8  # of them, to distinguish a spike from noise
-DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above their mean
-LAST = 5  # steps in a row that should be no worse than the first one, whose loss is that before any update
-# A jump is JUMP times the steps just before, of which RECENT are looked at. Losses near zero jitter: it must also reach
-# JUMP_FLOOR, or JUMP_SHARE of a small first loss.
+PAST = 50  # number of previous steps that are compared
+LEAST = 8  # minimum number of previous steps, to distinguish a spike from noise
+DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above the mean of previous steps
+LAST = 5  # consecutive steps that are compared with the first step, whose loss is the loss before any update
+# A jump is a loss of JUMP times the median of the RECENT previous steps. Losses near zero vary a lot, so it must also
+# reach JUMP_FLOOR, or JUMP_SHARE of a small first loss.
 JUMP, RECENT, JUMP_FLOOR, JUMP_SHARE = 50.0, 3, 0.1, 0.05
-# A whole run ends worse by this many times its noise, and by this share; twice the first loss is never noise.
+# A run ends worse if its loss rose by NOISES times its noise, and by the share LEAST_RISE. Twice the first loss is
+# never noise.
 NOISES, LEAST_RISE, MOST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 1.0, 0.6
 KEEP_BEST = "evaluation.best: eval.loss exports the best evaluated step (training.eval_steps) instead of the last"
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
-    """Look at a step's loss, unless another number says how good the model is; and at shares that should not stay 1."""
+    """Check a step's loss, unless the objective is judged by a different metric; and check metrics that should not stay
+    1."""
     if run.shows.headline.name == "loss":
         watch_loss(run, reading, loss)
     watch_stalls(run, reading)
 
 
 def watch_loss(run: Run, reading: Reading, loss: float) -> None:
-    """Compare a step's loss with those before it, and add it to them; the same on every rank."""
+    """Compare a step's loss with the losses of earlier steps, and store it. The result is the same on every rank."""
     state = run.state
     why = divergence(state.first_losses, state.past_losses, loss)
     if why is not None:
@@ -46,8 +48,8 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
 
 
 def watch_stalls(run: Run, reading: Reading) -> None:
-    """Warn if nothing could be learned in several steps in a row; of a single step once in a run. The same on every
-    rank."""
+    """Warn if nothing could be learned in several consecutive steps. A warning about a single step is given once in a
+    run. The result is the same on every rank."""
     state, metrics = run.state, reading.window.preparation.metrics
     for stall in run.shows.stalled:
         count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
@@ -60,12 +62,12 @@ def watch_stalls(run: Run, reading: Reading) -> None:
 
 
 def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
-    """Why this loss is above the run's own past, or None.
+    """The message if this loss is too far above earlier losses of the run, or None.
 
-    `first`: the loss of the first step; `past`: those of the up to PAST steps before this one. A spike is more than
-    SHARE times the mean of the past and more than DEVIATIONS of its standard deviations above it. A rise is LAST steps
-    in a row of more than SHARE times the first loss, or of more than NOISES times the noise above it; it is reported
-    when it starts. A jump is reported unless a past step rose as much, because then it is this run's noise.
+    `first`: the loss of the first step; `past`: the losses of up to PAST previous steps. A spike is more than SHARE
+    times the mean of `past`, and more than DEVIATIONS standard deviations above the mean. A rise is LAST consecutive
+    steps above SHARE times the first loss, or, in a noisy run, above it by NOISES times the noise; it is reported when
+    it starts. A jump is not reported if an earlier step of `past` rose as much, because then it is noise.
     """
     if len(past) >= LEAST:
         mean, deviation = fmean(past), pstdev(past)
@@ -83,8 +85,8 @@ def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> st
 
 
 def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
-    """How many times worse this loss is than the steps just before, or None; it needs no long past, and does not count
-    how high the loss was before it fell."""
+    """The message if this loss is many times the loss of the previous few steps, or None. It needs no long past, and
+    ignores earlier, higher losses."""
     before = median_low(past[-RECENT:]) if past else 0.0
     if before <= 0 or loss < max(JUMP * before, min(JUMP_FLOOR, JUMP_SHARE * first[0])):
         return None
@@ -92,18 +94,20 @@ def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | No
 
 
 def last_jump(losses: Sequence[float]) -> str | None:
-    """The message for a run that ended on a jump, or None: its exported weights are those right after the jump."""
+    """The message if the last step of a run is a jump, or None. The exported weights are the weights after this
+    step."""
     why = jump(losses[:1], losses[:-1], losses[-1]) if losses else None
     return None if why is None else f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is {why}"
 
 
 def rise(losses: Sequence[float]) -> str | None:
-    """The message for a run that ended worse than it began, or None; for runs that nothing else compares with the base.
+    """The message if a run ended worse than it began, or None. It is used for runs without an evaluation before
+    training.
 
-    The mean of the last tenth of the steps is compared with the loss of the first step, which is that before any
-    update: worse by more than LEAST_RISE of it, and by more than NOISES times the noise, which few steps do not show:
-    at least UNKNOWN_NOISE / sqrt(steps). The jumps of a run that diverged look like noise: worse by MOST_RISE always
-    counts.
+    The mean loss of the last tenth of the steps is compared with the loss of the first step, before any update. It is
+    worse if it is higher by more than the share LEAST_RISE, and by more than NOISES times the noise. Few steps do not
+    show the noise, so it is at least UNKNOWN_NOISE / sqrt(steps). The jumps of a diverged run look like noise, so a
+    rise by MOST_RISE always counts.
     """
     if len(losses) < 2 or losses[0] <= 0:
         return None
@@ -115,6 +119,7 @@ def rise(losses: Sequence[float]) -> str | None:
 
 
 def _noise(losses: Sequence[float]) -> float:
-    """How much one step's loss differs from the next one's, as a share of it: medians, which no jump moves."""
+    """The median difference between the losses of consecutive steps, over the median loss. Single jumps do not change
+    medians."""
     middle = median(losses)
     return median(abs(after - before) for before, after in pairwise(losses)) / middle if middle > 0 else 0.0

@@ -17,7 +17,7 @@ from tunekit.training.state import LoopState
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measured memory; None if this device does not report a number."""
+    """Measured memory of a run. A number is None if the device does not report it."""
 
     device: str  # kind of device
     peaks: DevicePeaks
@@ -26,16 +26,16 @@ class Measurements:
     base_bytes: int
 
 
-REPORTED = ("step", "eval", "sources")  # keys of an evaluation
+REPORTED = ("step", "eval", "sources")  # keys of an evaluation's record that the report contains
 
 
 def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
-    """The means over the first and the last tenth of the steps."""
+    """The means of a metric over the first and the last tenth of the steps."""
     return {f"first_{name}": fmean(values[:tenth]), f"final_{name}": fmean(values[-tenth:])} if values else {}
 
 
 def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
-    """The remedy for a verdict: how to train differently, and where earlier weights are."""
+    """The advice for a bad verdict: how to change the training, and how to get weights from before the last step."""
     how = "lower training.learning_rate, train less, or look at the rows"
     if saved_best:
         return how
@@ -53,7 +53,7 @@ def report_facts(
     saved_best: bool,
     start: str,
 ) -> ReportFacts:
-    """All facts for report.json, over all parts of a resumed run. `start`: the model before training."""
+    """All facts for report.json, over all parts of a resumed run. `start`: the name of the model before training."""
     records = run.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
     name = shows_of(plan.objective).headline.name

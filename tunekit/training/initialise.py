@@ -1,5 +1,5 @@
-"""Attaches the adapter and initialises it: from nothing, from W, from the data, from W before quantization, or from
-another adapter.
+"""Attaches the adapter and initialises it: with default values, from the base's weights (before quantization), from the
+data, or from a trained adapter.
 
 A resumed run restores its values from the checkpoint, so no data is collected again.
 """
@@ -29,7 +29,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 from tunekit.training.calibrate import calibrate
 
-Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint, group by group: name -> [start, *shape]
+Layout = Sequence[Mapping[str, Sequence[int]]]  # a checkpoint's layout, for each group: name -> [start, *shape]
 
 
 def initialise_adapter(
@@ -47,7 +47,7 @@ def initialise_adapter(
     """Attach the adapter and initialise it; also returns the cost of a pass over the data, if there was one.
 
     `resumed`: the layout of the checkpoint that will be restored.
-    Raises: RecipeError, DataError or ModelError if an initialisation lacks its input.
+    Raises: RecipeError, DataError or ModelError if the input of an initialisation is missing.
     """
     head_name, start = base.family.head_name(base.net), settings.calibration
     attach = partial(attach_adapter, base.net, settings, seed=seed, head_name=head_name, device=base.device)
@@ -75,7 +75,8 @@ def initialise_adapter(
 
 
 def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:
-    """The targets with new ranks, without those of rank 0; a target without an entry keeps its rank."""
+    """The targets with new ranks. A target of rank 0 is removed; a target without an entry in `ranks` is not
+    changed."""
     layer, start = load_method(settings.method).layer, settings.initialisation
     assert layer is not None
     assert start is not None

@@ -1,6 +1,7 @@
 """The training loop: take a window, run the engine, clip, check, step, record; evaluate, save and stop when due.
 
-On a GPU no step waits for its own numbers: they are read one step later, and the update itself is gated on them.
+On a GPU a step's loss and norm are read one step later, so that the host never waits for them; the device itself skips
+a non-finite update.
 """
 
 import math
@@ -23,7 +24,7 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train from the run's state to its end. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    """Train from the run's state to the last step. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
     state, pending = run.state, PendingReadings()
     try:
         _make_steps(run, pending)
@@ -60,7 +61,7 @@ def _make_steps(run: Run, pending: PendingReadings) -> None:
 
 
 def _make_step(run: Run, window: Window) -> Reading:
-    """One optimizer step; the state is advanced, and the copy of the step's numbers is started."""
+    """Make one optimizer step, advance the state, and start the copy of the step's numbers to the host."""
     state, started = run.state, time.monotonic()
     window = run.objective.prepare(run.view(), window)
     units, counts = _step_counts(run, window)
@@ -115,8 +116,7 @@ def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
 
 
 def _clip(run: Run, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unscale, compute the norm of the whole step, clip by it; returns loss, norm before clipping, found_inf; ()
-    each."""
+    """Unscale the gradients and clip them by their norm; returns loss, norm before clipping, and found_inf, () each."""
     if run.state.scale.enabled:
         run.optimizer.scale_gradients(1.0 / run.state.scale.factor)
     norm = run.optimizer.gradient_norm()  # () float32
@@ -138,8 +138,8 @@ def _advance(run: Run, finite: bool, counts: list[float]) -> None:
 
 
 def _evaluate_if_due(run: Run) -> bool:
-    """Evaluate before training, at every eval_steps and at the end; returns whether this is the best state so far, to
-    be saved. The evaluation before training is only a reference."""
+    """Evaluate before training, at every eval_steps and at the end; returns whether the state must be saved because it
+    is the best so far. The evaluation before training is only a reference."""
     state, settings = run.state, run.evaluation
     due = state.step % run.training.eval_steps == 0 or state.step == run.windows.steps
     due = due if state.step else settings.before_training

@@ -76,10 +76,10 @@ class Optimizer:
         return self.name == "adamw" and kind_of(self.groups[0].data.device).gates
 
     def update_blocks(self, device: torch.device) -> list[int]:
-        """Bytes of the temporary tensors of one update, which exist at the same time, for the largest group.
+        """The bytes of each temporary tensor of one update, for the largest group. They all exist at the same time.
 
-        The fused AdamW and bitsandbytes' CUDA kernels have none. On a CPU bitsandbytes computes in whole float32
-        tensors: gradient, root and denominator (with 8-bit states also both moments). Source:
+        The fused AdamW and bitsandbytes' CUDA kernels have no temporary tensors. On a CPU bitsandbytes computes in
+        whole float32 tensors: gradient, root and denominator (with 8-bit states also both moments). Source:
         bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
         """
         if self.name == "adamw" or device.type != "cpu":
@@ -133,7 +133,7 @@ class Optimizer:
         return [{name: [start, *shape] for name, (start, shape) in flat.layout.items()} for flat in self.groups]
 
     def load_state(self, tensors: Mapping[str, Tensor], layout: object) -> None:
-        """Restore the values of state_tensors and layout.
+        """Restore the values that `state_tensors` and `layout` returned.
 
         Raises: RunFolderError if the layout or a tensor's shape differs.
         """
@@ -167,8 +167,8 @@ def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optim
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The native optimizer. bitsandbytes' state is allocated at once: in the first step it would repeat a warning of
-    plan (no paging on a CPU)."""
+    """The native optimizer. bitsandbytes' state is allocated now, because an allocation in the first step would repeat
+    a warning that plan has given (no paging on a CPU)."""
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
     from tunekit.model.quantized.codec import import_bitsandbytes

@@ -17,8 +17,8 @@ SHOWN = 4
 def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = True) -> Iterator[None]:
     """A block whose backward passes must give every trained tensor a gradient, even if it is 0, on at least one rank.
 
-    Experts in one layer to which no token was routed get none; one expert with a gradient is enough. If the base
-    itself is trained, it may contain tensors that its own code never reads.
+    In a layer with experts, one expert with a gradient is enough, because no token may be routed to the others. A
+    trained base is not checked: it may contain tensors that its code never reads.
     Raises: AdapterError with the names of tensors without a gradient.
     """
     if not watched or adapter.settings.trains_base:
@@ -53,7 +53,8 @@ def _unreached(names: list[str]) -> AdapterError:
 
 
 def _kind(name: str) -> str:
-    """The name without its numbers, except the first one, which is its layer's; the others number experts."""
+    """The name without its numbers, except the first one. The first one is the layer's number; the others are numbers
+    of experts."""
     pieces = name.split(".")
     first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), 0)
     return ".".join(piece for place, piece in enumerate(pieces) if place <= first or not piece.isdigit())

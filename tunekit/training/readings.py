@@ -1,4 +1,4 @@
-"""A step's loss and gradient norm: read from the device one step later if waiting would cost time, and checked."""
+"""Reads a step's loss and gradient norm from the device, one step later if waiting would cost time, and checks them."""
 
 import math
 import time
@@ -17,33 +17,33 @@ from tunekit.records import StepRecord
 
 @dataclass
 class Reading:
-    """A step's numbers on their way to the host. `counts`: tokens, supervised tokens, micro-batches."""
+    """The numbers of a step, which are copied to the host. `counts`: tokens, supervised tokens, micro-batches."""
 
     step: int
     window: Window
-    losses: Sequence[Tensor]  # of each micro-batch
+    losses: Sequence[Tensor]  # the loss of each micro-batch
     counts: Sequence[float]
     numbers: Tensor  # (2 + M,) float64 (summing_dtype) on the host: loss, norm before clipping, logged values
-    names: Sequence[str]  # of logged values
+    names: Sequence[str]  # names of the logged values
     copied: torch.Event | None  # the device's event after which `numbers` is valid, None on a CPU
     started: float
-    sent: float = 0.0  # when the host had queued all of the step
+    sent: float = 0.0  # when the host had queued the whole step
     rate: float = 0.0
 
     def has_arrived(self) -> bool:
-        """Whether the numbers have arrived: then the host is slower than the device, and its time is the step's
-        time."""
+        """Whether the copy of the numbers is finished. If it is, the host is slower than the device, and the step's
+        time is measured on the host."""
         return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
-        """Loss and norm, after waiting for them."""
+        """Loss and norm, after waiting for the copy."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, norm, *_ = self.numbers.tolist()
         return loss, norm
 
     def logged_values(self) -> dict[str, float]:
-        """The logged values, by name, once they were read; without NaN means over no rows."""
+        """The logged values by name, after `read`. Means over no rows, which are NaN, are left out."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
         finite = {name: number for name, number in named if math.isfinite(number)}
         return {**self.window.preparation.metrics, **finite}
@@ -66,20 +66,21 @@ class Reading:
         )
 
     def spent(self, seconds: float) -> dict[str, float]:
-        """The step's seconds, by part of the report."""
+        """The step's seconds, by part of the report's times."""
         parts = self.window.preparation.seconds
         return {"train": seconds - sum(parts.values()), **parts}
 
 
 @dataclass
 class PendingReadings:
-    """Steps whose numbers have not been read yet, and when the last ones were read."""
+    """Steps whose numbers have not been read yet. `settled`: the time when the last step's numbers arrived."""
 
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
 
     def read(self, reading: Reading) -> tuple[float, float, float]:
-        """Loss, norm and seconds of a step, after waiting; it may have started before the previous one was read."""
+        """Loss, norm and seconds of a step, after waiting. The step may have started before the previous step was
+        read."""
         before, arrived = max(reading.started, self.settled), reading.has_arrived()
         loss, norm = reading.read()
         self.settled = reading.sent if arrived else time.monotonic()
@@ -87,8 +88,8 @@ class PendingReadings:
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> Tensors:
-    """The logged values of a step by name, () each: sums over this rank's units and the units of all ranks give
-    means."""
+    """The logged values of a step by name, () each: means over the units of all ranks. `sums`: the sums of this
+    rank."""
     if not names:
         return {}
     absent = torch.zeros((), dtype=summing_dtype(devices.device), device=devices.device)
@@ -104,7 +105,7 @@ def start_reading(
     named: Mapping[str, Tensor],
     started: float,
 ) -> Reading:
-    """Start the only copy of a step's numbers to the host: loss, norm, logged values. Nothing waits for it."""
+    """Start the copy of a step's numbers (loss, norm, logged values) to the host, without waiting for it."""
     device = next(iter(named.values())).device
     numbers = torch.stack([value.detach().to(summing_dtype(device)) for value in named.values()])  # (2 + M,)
     copied = None
@@ -116,9 +117,9 @@ def start_reading(
 
 
 def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
-    """Stop if the numbers are not finite; only float16's overflow is left to the loss scale.
+    """Check that the numbers are finite. With `may_overflow` (float16) a non-finite norm is left to the loss scale.
 
-    Raises: NumericsError with the step and its rows.
+    Raises: NumericsError, naming the step and its rows.
     """
     if math.isfinite(loss) and (math.isfinite(norm) or may_overflow):
         return

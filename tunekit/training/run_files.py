@@ -1,4 +1,5 @@
-"""Reads and writes a run folder besides the result: status, plan and environment, records and checkpoints."""
+"""Reads and writes the files of a run folder, except the exported adapter: status, plan, environment, records and
+checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
 
 
 def newest_checkpoint(session: Session) -> Checkpoint | None:
-    """The newest complete checkpoint. The order of sums depends on the thread count, so that of its run is set."""
+    """The newest complete checkpoint. The thread count of its run is set, because the order of sums depends on it."""
     checkpoint = session.from_folder(load_newest)
     if checkpoint is not None:
         torch.set_num_threads(int(checkpoint.facts["threads"]))
@@ -89,7 +90,8 @@ def newest_checkpoint(session: Session) -> Checkpoint | None:
 
 
 def is_run_finished(session: Session) -> bool:
-    """Whether this recipe's run in its folder is finished. Raises: RunFolderError if another recipe's run is."""
+    """Whether the run of this recipe in output.dir is finished. Raises: RunFolderError if a finished run in output.dir
+    has a different recipe."""
     path, recipe = Path(session.loaded.recipe.output.dir), session.loaded.recipe.model_dump(mode="json")
     if not is_finished(path):
         return False
@@ -101,8 +103,8 @@ def is_run_finished(session: Session) -> bool:
 
 
 def previous_choice(session: Session) -> Choice | None:
-    """The choices in the plan of the run in this folder: a resume makes the same micro-batches, whatever memory is
-    free."""
+    """The choices in the plan of the run in this folder. A resume makes the same micro-batches, even if a different
+    amount of memory is free."""
     plan = session.from_folder(lambda folder: folder.read_json("plan.json"))
     choice = plan.get("choice") if isinstance(plan, dict) else None
     return None if choice is None else Choice(**choice)
@@ -111,7 +113,7 @@ def previous_choice(session: Session) -> Choice | None:
 def check_fingerprint(
     session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
 ) -> JsonObject:
-    """The fingerprint that a checkpoint must match; `checkpoint`: the one that is resumed.
+    """The fingerprint of this run, which a checkpoint must match; `checkpoint`: the checkpoint that is resumed.
 
     Raises: RunFolderError with each difference from the run in this folder: recipe, data, base or version.
     """
@@ -141,9 +143,8 @@ def check_fingerprint(
 def with_files(
     session: Session, fingerprint: JsonObject, files: Mapping[str, str], checkpoint: Checkpoint | None
 ) -> JsonObject:
-    """The fingerprint with the sha256 of files that the objective read before the first step, by key.
-
-    Raises: RunFolderError if the resumed checkpoint has other values.
+    """The fingerprint with `files`: the sha256, by key, of files that the objective read before the first step.
+    Raises: RunFolderError if the resumed checkpoint has different values.
     """
     if not files:
         return fingerprint
@@ -154,7 +155,8 @@ def with_files(
 
 
 def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
-    """Refuse differences; those that --accept-changed names are recorded for the report."""
+    """Refuse differences between two fingerprints. Differences that --accept-changed names are recorded for the
+    report."""
     keys = list(dict.fromkeys([*new.get("code", ()), *new.get("files", ()), *old.get("files", ())]))
     for name in session.accepted:
         if not any(f"{key}.".startswith(f"{name}.") for key in keys):
@@ -178,10 +180,9 @@ def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
 
 
 def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
-    """Write to the folder that the run is running.
-
-    Raises: ResourceError if the disk is too small for the adapter and the checkpoints (one more than are kept, while
-    saving).
+    """Write the status "running" to the run folder.
+    Raises: ResourceError if the disk is too small for the adapter and the checkpoints, including one that is being
+    saved.
     """
     if session.folder is not None:
         session.folder.status(None, "running")
@@ -204,7 +205,7 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
-    """The recipe's experiment trackers, from this step on; none if it names none, and on other ranks."""
+    """The recipe's experiment trackers, from this step on. Ranks other than the main rank have no trackers."""
     recipe = session.loaded.recipe
     names = recipe.output.report_to if session.folder is not None else ()
     path = Path(recipe.output.dir)

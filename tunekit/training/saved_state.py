@@ -44,7 +44,7 @@ def restore(
 ) -> LoopState:
     """Restore a checkpoint and return its loop state.
 
-    Raises: RunFolderError if it does not fit.
+    Raises: RunFolderError if the checkpoint does not fit the adapter or the optimizer.
     """
     buffers = with_prefix(tensors, BUFFER_PREFIX)
     expected = adapter.state(("saved", "resume"))
@@ -59,7 +59,7 @@ def restore(
 def restore_reference(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's reference state into the given tensors.
 
-    Raises: RunFolderError if it has none, or that of another adapter.
+    Raises: RunFolderError if the checkpoint has no reference state, or the state of a different adapter.
     """
     saved = with_prefix(tensors, REFERENCE_PREFIX)
     if set(saved) != set(targets) or any(saved[name].shape != tensor.shape for name, tensor in targets.items()):

@@ -28,7 +28,7 @@ class LossScale:
     def update(self, finite: bool, step: int) -> None:
         """Double after GROWTH_INTERVAL_STEPS finite steps, halve after an overflow.
 
-        Raises: NumericsError if the scale falls below 1: then the numbers are wrong, not only the scale.
+        Raises: NumericsError if the scale falls below 1, because then the gradients themselves are not finite.
         """
         if not self.enabled:
             return

@@ -7,7 +7,7 @@ from tunekit.recipe.training import SCHEDULERS, TrainingSection
 
 
 def warmup_steps(settings: TrainingSection, steps: int) -> int:
-    """Warm-up steps: as written, or ceil(ratio * steps)."""
+    """The number of warm-up steps: from the recipe, or ceil(ratio * steps)."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
     return math.ceil((settings.warmup_ratio or 0.0) * steps)
@@ -17,7 +17,8 @@ def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: 
     """Multiplier for update number `update` (0-based).
 
     Warm-up: update / warmup, so that the first update has rate 0. Then, with p = (update - warmup) / (steps - warmup)
-    and c = num_cycles: linear 1 - p; cosine (1 + cos(2 pi c p)) / 2, with min_lr rescaled to between that and 1;
+    and c = num_cycles: linear 1 - p; cosine (1 + cos(2 pi c p)) / 2, which min_lr rescales to the range from min_lr to
+    1;
     restarts (1 + cos(pi (c p mod 1))) / 2; polynomial (1 - p)^power, above lr_end; inverse_sqrt sqrt(t / (update -
     warmup + t)). Source: transformers.optimization.
     """

@@ -23,7 +23,8 @@ Result = TypeVar("Result")
 
 @dataclass
 class Session:
-    """The resources of one process; `folder` only on the main rank of a run that writes."""
+    """The resources of one process. `folder`: the run folder; None on other ranks, and for a run that writes
+    nothing."""
 
     loaded: LoadedRecipe
     devices: Devices
@@ -31,10 +32,10 @@ class Session:
     signals: StopSignals
     dry_run: bool = False
     accepted: tuple[str, ...] = ()  # keys of the recipe whose files may have changed since the resumed run
-    changed: list[str] = field(default_factory=list)  # those whose files did change
+    changed: list[str] = field(default_factory=list)  # accepted keys whose files did change
     folder: RunFolder | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # of the parts before the loop
-    baseline_bytes: int = 0  # of the process with libraries imported, before the base was loaded
+    seconds: dict[str, float] = field(default_factory=dict)  # times of the parts before the loop
+    baseline_bytes: int = 0  # memory of the process with libraries imported, before the base was loaded
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """A block whose time is added to `part` of the report's seconds."""
@@ -63,7 +64,7 @@ class Session:
         return ResourceError(f"out of memory ({had})", how)
 
     def measured(self, model: TunedModel) -> Measurements:
-        """Peaks of this process."""
+        """The peaks of this process."""
         peak = peak_host_bytes()
         return Measurements(
             device=self.devices.device.type,
@@ -74,14 +75,16 @@ class Session:
         )
 
     def peak_bytes(self) -> int:
-        """The peak so far, comparable with plan's prediction: allocated on a device with its own memory, or reserved
-        by Metal; on a CPU the process's growth since before the base was loaded."""
+        """The peak of memory so far, which plan's prediction is compared with. On a device with its own memory it is
+        the allocated memory, or Metal's reserved memory. On a CPU it is the growth of the process since before the base
+        was loaded."""
         peaks = device_peaks(self.devices.device)
         return peaks.allocated or peaks.reserved or max(0, peak_host_bytes() - self.baseline_bytes)
 
 
 def _adapter_bytes(model: TunedModel) -> int:
-    """Bytes of the adapter's tensors inside the network; a whole-model adapter is outside of it."""
+    """Bytes of the adapter's tensors inside the network. A whole-model adapter is outside the network and is not
+    counted."""
     parts = [] if model.adapter is None else model.adapter.parts()
     inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
     return sum(tensor.nbytes for part in inside for tensor in part.state().values())

@@ -28,7 +28,7 @@ class LoopState:
 
     scale: LossScale = field(default_factory=LossScale)
     step: int = 0  # optimizer steps, including skipped ones
-    updates: int = 0  # steps that changed weights; the schedule's clock
+    updates: int = 0  # steps that changed weights; the schedule counts these
     saved_step: int = 0
     evaluated_step: int = -1
     best_step: int | None = None
@@ -37,19 +37,19 @@ class LoopState:
     stopped_early: bool = False
     tokens: int = 0
     supervised_tokens: int = 0
-    first_losses: list[float] = field(default_factory=list)  # of the first step, before any update
-    past_losses: list[float] = field(default_factory=list)  # of the last steps, to compare the next one with
+    first_losses: list[float] = field(default_factory=list)  # the loss of the first step, before any update
+    past_losses: list[float] = field(default_factory=list)  # the losses of the last steps, to compare with the next one
     # consecutive steps whose samples teach nothing, by reason
     useless_steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: JsonObject | None = None  # the pass over the data before step 1
     reactions: list[JsonObject] = field(default_factory=list)  # records.Reaction as plain values
     measured_facts: JsonObject = field(default_factory=dict)  # facts that the last evaluation decided, for the folder
-    split_tokens: int | None = None  # micro-batches with as many padded tokens are split, after one was too large
+    split_tokens: int | None = None  # micro-batches with this many padded tokens or more are split
 
     def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far; the one before training is only a reference. Also decides early
-        stopping."""
+        """Whether an evaluation is the best so far. The evaluation before training is only a reference. Also decides
+        early stopping."""
         if not self.step or (settings.best is None and settings.patience is None):
             return False
         watched = (settings.best or "eval.loss").removeprefix("eval.")
@@ -65,12 +65,12 @@ class LoopState:
 class RunInputs:
     """Intermediate results of plan that train needs."""
 
-    model: ModelSection  # as the objective needs the base
+    model: ModelSection  # with the heads that the objective needs
     processor: Processor
     rows: RowSet
     batch_settings: BatchSettings  # with the micro-batches that plan chose
     adapter: AdapterSettings  # with its texts as token ids
-    largest_batch: Batch  # of the run; for a stream, as large as any could be
+    largest_batch: Batch  # the largest micro-batch of the run; for a stream, of the largest possible size
 
 
 @dataclass
@@ -90,13 +90,13 @@ class Run:
     save: Callable[[], None]
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
     evaluate: Callable[[], Evaluation] | None = None
-    keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # of the exported weights
+    keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # losses of the exported weights
     keep_pictures: Callable[[int, Evaluation], None] = lambda step, evaluation: None
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that requested the stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
-    spare: Batch | None = None  # with several ranks: keeps a rank in step that has no batch left
+    spare: Batch | None = None  # with several ranks: run by a rank that has fewer micro-batches than others
 
     @property
     def adapter(self) -> AttachedAdapter:
@@ -133,6 +133,6 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 def add_seconds(seconds: dict[str, float], spent: Mapping[str, float]) -> None:
-    """Add times to those of each part of the report."""
+    """Add times to each part of the report's seconds."""
     for part, more in spent.items():
         seconds[part] = seconds.get(part, 0.0) + more

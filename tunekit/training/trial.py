@@ -18,10 +18,10 @@ BEFORE_TRAINING = -1  # the step of a dry-run window
 
 
 def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> RunInputs:
-    """Check with ids of the run whether packed rows attend to each other, and react as plan announced: return
-    `prepared` unchanged, or with padded rows.
+    """Check with ids of the run whether packed rows attend to each other. Returns `prepared`, with padded rows if they
+    do and the recipe does not ask for packing.
 
-    Raises: ModelError if packed rows attend to each other.
+    Raises: ModelError if they do and the recipe asks for packing.
     """
     settings, batch = prepared.batch_settings, prepared.largest_batch
     if not (settings.packing or settings.end_to_end):
@@ -44,7 +44,7 @@ def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state
 def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
     """Check that the base with its adapter bypassed is the model at step 0, with which the objective compares.
 
-    Raises: ModelError if it is not.
+    Raises: ModelError if the base is not that model.
     """
     moved = bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
@@ -54,7 +54,7 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
 
 
 def probe_logprobs(model: TunedModel, batch: Batch) -> None:
-    """Compare our log-probabilities with the model's own, on ids of the batch.
+    """Compare our log-probabilities with log-probabilities from the model's own logits, on ids of the batch.
 
     Raises: ModelError if they differ.
     """
@@ -68,7 +68,8 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
 
 
 def make_splitting(session: Session, state: LoopState) -> Splitting:
-    """The reaction to a micro-batch that runs out of memory: reported at once, and saved for report and resume."""
+    """The reaction to a micro-batch that runs out of memory: it is reported at once, and saved for the report and a
+    resume."""
 
     def react(reaction: Reaction) -> None:
         state.reactions.append(asdict(reaction))
@@ -80,7 +81,7 @@ def make_splitting(session: Session, state: LoopState) -> Splitting:
 
 
 def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch], None]:
-    """A function that reports and records that an evaluation batch ran out of memory; once per shape."""
+    """A function that reports and records that an evaluation batch ran out of memory, once for each shape."""
 
     def note(batch: Batch) -> None:
         what = f"an evaluation batch of {shape_text(batch)} ran out of memory"
@@ -92,14 +93,13 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch
 
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
-    """The batch as prepared for a step that trains nothing."""
+    """The batch, prepared for a dry-run step."""
     return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
 
 
 def try_longest_batch(run: Run, batch: Batch) -> None:
-    """Forward and backward of the longest micro-batch, without an update.
-
-    No gradient and no random state remains: training afterwards is the same bit for bit.
+    """Run forward and backward of the longest micro-batch, without an update.
+    Gradients are cleared and the random state is restored, so that training is the same bit for bit.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
         window = Window(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))

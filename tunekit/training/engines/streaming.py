@@ -6,8 +6,8 @@ order of sums.
 
 The forward builds no graph and keeps each layer's input. The backward recomputes each layer from its input with a
 graph for that layer alone. Source of this order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
-An encoder's output stays on the device while the decoder's layers run, because each of them reads it. Its gradient,
-like that of every side input, is summed in the order of a single graph.
+An encoder's output stays on the device while the decoder's layers run, because each layer reads it. Gradients of side
+inputs are summed in the same order as in a single graph.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ from tunekit.training.engines.window import Piece, WindowEngine, WindowRun
 
 @dataclass(eq=False)
 class PieceState:
-    """One piece on its way through the layers."""
+    """The state of one piece between layers."""
 
     piece: Piece
     call: Call
@@ -102,8 +102,8 @@ class _LayerPass:
             return PieceState(piece, self.run.model.call_for(inputs), inputs)
 
     def forward(self, states: Sequence[PieceState]) -> None:
-        """Embeddings and every layer, without a graph; with one, layer by layer, for the piece that `requires` is
-        recorded from."""
+        """Run embeddings and every layer without a graph. For the piece from which `requires` is recorded, each layer
+        builds its own graph."""
         recorded = states[0] if self.records else None
         last = len(self.layers) - 1
         for number in range(len(self.layers)):
@@ -115,7 +115,7 @@ class _LayerPass:
                     self._layer_forward(state, number, state is recorded)
 
     def _embed(self, state: PieceState, number: int, recording: bool) -> None:
-        """The embedding before the first layer of a stack."""
+        """Run the embedding before the first layer of a stack."""
         if number > 0:
             state.source = SideInput(state.hidden.requires_grad_(self.requires.layers[number - 1]))
         with calling(state.call), torch.set_grad_enabled(recording):
@@ -126,7 +126,7 @@ class _LayerPass:
         state.calls += calls
 
     def _run_embedding(self, state: PieceState, stack: int) -> tuple[Tensor, list[LayerCall]]:
-        """(B, T, D), and the calls of the stack's layers."""
+        """(B, T, D) the stack's first hidden state, and the calls of its layers."""
         seed_layer(state.call, OUTSIDE_LAYERS)
         inputs = self.run.model.prepare_inputs(state.inputs)
         if stack > 0:
@@ -134,7 +134,7 @@ class _LayerPass:
         return self.stacks[stack].embed(inputs, state.source)
 
     def _layer_forward(self, state: PieceState, number: int, recording: bool) -> None:
-        """One layer; its input is stored if the layer will be recomputed."""
+        """Run one layer; its input is stored if the layer will be recomputed."""
         self.run.computing(state.piece)
         if recording or self.requires.layers[number]:
             self.store.put((id(state), number), state.hidden, stays=number == len(self.layers) - 1)
@@ -156,7 +156,8 @@ class _LayerPass:
         return output
 
     def head(self, state: PieceState) -> None:
-        """The head and the loss, forward and backward; leaves the gradient of the last hidden states."""
+        """Run the head and the loss, forward and backward; `state.hidden` becomes the gradient of the last hidden
+        states."""
         self.run.computing(state.piece)
         hidden = state.hidden.requires_grad_(self.requires.layers[-1])
         with calling(state.call):
@@ -182,7 +183,7 @@ class _LayerPass:
                 self.store.drop((id(state), number))
 
     def _layer_backward(self, state: PieceState, number: int, next_key: tuple[int, int]) -> None:
-        """Recompute one layer; add its gradients, and those of its inputs if something below is trained."""
+        """Recompute one layer, and compute its gradients, also for its inputs if a layer below is trained."""
         self.run.computing(state.piece)
         key, call = (id(state), number), state.calls[number]
         hidden = self.store.take(key).detach()
@@ -207,7 +208,8 @@ class _LayerPass:
             state.hidden = hidden.grad
 
     def _embedding_backward(self, state: PieceState, stack: int) -> None:
-        """The backward pass below the first layer of a stack: its embedding, and the previous stack's output."""
+        """Run the backward pass below the first layer of a stack, through its embedding to the previous stack's
+        output."""
         if self.requires.embeddings[stack]:
             with calling(state.call):
                 self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
@@ -222,7 +224,7 @@ class _LayerPass:
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
-    """The gradient left by the layers above; the sum continues from it as a root of the next graph."""
+    """The gradient from the layers above, which is removed from the side input. It becomes a root of the next graph."""
     if side.value is None:
         return None
     gradient, side.value.grad = side.value.grad, None
@@ -230,7 +232,7 @@ def _take_gradient(side: SideInput) -> Tensor | None:
 
 
 def _stages_of(base: LoadedModel) -> Stages:
-    """Raises: ModelError for a base without tested stages; plan refuses it earlier."""
+    """The stages of the base. Raises: ModelError for a base without tested stages, which plan refuses earlier."""
     stages = base.family.stages(base.net)
     if stages is None:
         what = f"{base.facts.model_type} cannot be computed layer by layer"

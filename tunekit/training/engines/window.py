@@ -39,10 +39,10 @@ class WindowRun:
         self.units = to_device(units, model.device)
         self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) each
         self.metrics: Sums = {}
-        self.weight = 1.0  # of every loss; 0 for forwards that only keep ranks in step
+        self.weight = 1.0  # weight of every loss; 0 for forwards that only keep ranks in step
 
     def call(self, piece: Piece) -> Call:
-        """The call of a piece; parts of a split micro-batch use different random numbers."""
+        """The Call of a piece. Parts of a split micro-batch use different random numbers."""
         return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
 
     def computing(self, piece: Piece) -> None:
@@ -74,16 +74,16 @@ class WindowEngine:
     def __init__(self, seed: int, splitting: Splitting | None = None) -> None:
         self.seed, self.splitting = seed, splitting
         self.loss_scale = 1.0  # for float16; multiplies the loss before the backward pass
-        # of each micro-batch of the last window, on the device; locates the rows of a NaN
+        # the loss of each micro-batch of the last window, on the device; locates the rows of a NaN
         self.losses: list[Tensor] = []
 
     def run_window(
         self, model: TunedModel, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """Returns this rank's (K,) float64 sum of losses / units and the sums of logged values, on the device.
-
-        The gradient must be zero before: after a failed attempt it is cleared.
-        `micro_batches`: the step's number over all ranks; per-step terms are averaged over them.
+        """Run the window; returns this rank's sum of losses / units, (K,) float64, and the sums of logged values, on
+        the device.
+        The gradient must be zero before, because a failed attempt clears it.
+        `micro_batches`: the step's number of micro-batches over all ranks; per-step terms are averaged over them.
         Raises: ResourceError if a single document does not fit (with `splitting`).
         """
 
@@ -107,7 +107,7 @@ class WindowEngine:
         return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def make_up(self, model: TunedModel, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Forward and backward of a batch, `forwards` times, with a weight of zero: no gradient changes."""
+        """Run forward and backward of a batch `forwards` times with weight 0, so that no gradient changes."""
         window = Window(0, 0.0, tuple(range(forwards)), (batch,) * forwards)
         run = WindowRun(self, model, objective, window, objective.loss.units(batch))
         run.weight = 0.0
