@@ -1,5 +1,4 @@
-"""The interfaces of objectives (a kind of rows and a loss, with companions) and of the engine that runs their
-windows."""
+"""Interfaces: objectives (a kind of rows and a loss, with companions), and the engine that runs their windows."""
 
 from __future__ import annotations
 
@@ -169,8 +168,7 @@ class RowKind:
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows and loss that score answers to choose from; only if `has_choices`. `shape`: (questions, answers);
-        `dtype`: the dtype of the attention mask."""
+        """Rows and loss that score a table (questions, answers) of this `shape`. `dtype`: the mask's dtype."""
         raise NotImplementedError
 
     def counting(self) -> Self:
@@ -334,8 +332,7 @@ class Objective:
     """Rows and a loss, with companions; objectives/NAME.py composes one.
 
     `section(model, seed)`: the model section with which the base must be loaded (heads, trained parts).
-    `learning(rows)`: returns the objective with labels and notes that depend on all rows; None if nothing depends on
-    them.
+    `learning(rows)`: returns the objective with labels and notes that depend on all rows; None if it has none.
     `complete`: whether it knows all labels. `counts_rows`: key of a setting that depends on the row count.
     `facts`: plain values that are saved in its adapter's folder.
     """

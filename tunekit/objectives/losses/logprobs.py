@@ -30,13 +30,12 @@ class PartedHead(Protocol):
     """A head that is on the device one part of the vocabulary at a time."""
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """For each part: its first id, its number of ids, and a function that returns their logits, (N, D) -> (N, v) in
+        """For each part: its first id, its size, and a function that computes its logits, (N, D) -> (N, v) in
         float32."""
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions where a causal model predicts supervised tokens, and these tokens: position t predicts labels[t +
-    1].
+    """The positions that predict supervised tokens in a causal model, and these tokens: t predicts labels[t + 1].
 
     Shapes: labels (B, T), on the CPU -> index (N,) into the flattened B * T positions, targets (N,).
     """
@@ -118,9 +117,8 @@ def _by_vocabulary(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), whether no token is likelier than the target (N,), and the losses' gradient for `hidden` (N, D).
 
-    Each part of the vocabulary is loaded for all positions at once. The first pass over the parts computes the largest
-    logit and the sum of exponentials. The second pass, from the last part to the first, computes the gradient sum_v
-    (p_v - [v = target]) W_v.
+    Each part is loaded once for all positions. The first pass over the parts computes the largest logit and the sum of
+    exponentials. The second, from the last part to the first, computes the gradient sum_v (p_v - [v = target]) W_v.
     """
     count, device = hidden.shape[0], hidden.device
     largest = torch.full((count,), -torch.inf, device=device)  # (N,) float32, like total and aimed:
@@ -150,8 +148,7 @@ def _by_vocabulary(
 
 
 def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The column of each target in a part of the vocabulary, (n, 1) int64, and whether it is in this part, (n,)
-    float32, 0 or 1."""
+    """The column of each target in a part, (n, 1) int64, and whether it is in this part, (n,) float32, 0 or 1."""
     return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
 
 
@@ -226,8 +223,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
     """Log-probability of each target, with gradient.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.
-    `entropies`: (N,) float32, filled with the entropies of the distributions if gradients are enabled; they have no
-    gradient themselves.
+    `entropies`: (N,) float32, filled with the distributions' entropies, without gradient, if gradients are enabled.
     """
     hidden, targets, head = _selected(output, index, targets)
     size = output.chunk_tokens
@@ -291,8 +287,7 @@ class _Divergences(torch.autograd.Function):
 def divergences(
     output: ModelOutput, index: Tensor, teacher: Tensor, teacher_head: Head, *, beta: float, temperature: float
 ) -> Tensor:
-    """`divergence` of the student's next-token distribution from the teacher's at each position, with gradient for the
-    student.
+    """`divergence` of the student's distribution from the teacher's at each position, with gradient for the student.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, teacher (N, D') -> (N,) float32.
     """
