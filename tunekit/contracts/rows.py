@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.errors import DataError, listed
-from tunekit.formats.labels import MULTI_LABEL, REGRESSION, LabelValue, label_text
+from tunekit.formats.labels import MULTI_LABEL, REGRESSION, LabelValue, label_text, of_cell
 from tunekit.records import JsonObject, Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
@@ -240,8 +240,11 @@ class Labels:
         """The text under which a row stores its label. Raises: DataError for a value of a different kind, or an
         unlisted label."""
         if isinstance(value, str):
-            self.check(value)
-            return value
+            spelled = None if self.names else of_cell(value)
+            if not isinstance(spelled, list):
+                self.check(value)
+                return value
+            value = tuple(spelled)
         several = isinstance(value, tuple)
         texts = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
         what = f"the label {self.text([*map(str, value)]) if isinstance(value, tuple) else value} is "

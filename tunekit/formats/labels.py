@@ -4,6 +4,8 @@ A label is text; a whole number or a truth value is read as its text. A list of 
 fractional number one of regression. The column may have another usual name.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,6 +68,16 @@ def label_value(value: object, field: str) -> LabelValue:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(_one_label(each, field) for each in value)
     return _one_label(value, field)
+
+
+def of_cell(value: object) -> object:
+    """The list or the fractional number that a cell of a CSV file spells; another value as it is."""
+    if not (isinstance(value, str) and re.match(r"\[|-?\d+\.\d+$", value)):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _one_label(label: object, field: str) -> str | float:
