@@ -198,6 +198,47 @@ def test_a_column_of_few_values_beside_a_text_may_be_its_label(
     assert ("columns: {mood: label}" in capsys.readouterr().out) is told
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "format_name", "problem_type"),
+    [
+        ({"text": "Hi", "labels": ["card", "money"]}, {}, "labels", "multi_label_classification"),
+        ({"text": "Hi", "labels": '["card", "money"]'}, {}, "labels", "multi_label_classification"),
+        ({"text": "Hi", "label": "3.5"}, {}, "labels", "regression"),
+        ({"premise": "Hi", "hypothesis": "Hello", "rating": 3.5}, {"rating": "label"}, "label_pairs", "regression"),
+    ],
+)
+def test_lists_numbers_and_pairs_are_recognised_as_labels(
+    row: dict[str, object], columns: dict[str, str], format_name: str, problem_type: str, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", row)
+    init(data, tmp_path / "r.yaml", "org/model")
+    recipe = load_recipe(tmp_path / "r.yaml").recipe
+    assert recipe.data.train[0].columns == columns
+    assert recipe.objective.model_dump()["problem_type"] == problem_type
+    look = look_at(str(data))
+    assert look is not None
+    assert look.format_name == format_name
+
+
+def test_the_label_of_pairs_is_the_only_column_of_few_values(tmp_path: Path) -> None:
+    lines = [f"{number},Question {number}?,Another {number}?,{number % 2}" for number in range(40)]
+    data = tmp_path / "pairs.csv"
+    data.write_text("\n".join(["id,question1,question2,equal", *lines]), "utf-8")
+    init(data, tmp_path / "r.yaml", "org/model")
+    assert load_recipe(tmp_path / "r.yaml").recipe.data.train[0].columns == {"equal": "label"}
+    data.write_text("\n".join(["id,question1,question2", *(line[:-2] for line in lines)]), "utf-8")
+    with pytest.raises(DataError, match="two texts, and no column may be their label; call it label") as caught:
+        look_at(str(data))
+    assert "{COLUMN: label}" in str(caught.value)
+
+
+def test_numbers_beside_a_text_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init(write(tmp_path / "rows.jsonl", {"text": "Hi", "score": 3.5}), tmp_path / "r.yaml", "org/model")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "score has numbers: to learn them" in output
+    assert "problem_type: regression}, and as data.train {path: ..., format: labels, columns: {score: label}}" in output
+
+
 def test_long_rows_get_room(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", {"text": "word " * 1000})
     look = look_at(str(tmp_path / "rows.jsonl"))

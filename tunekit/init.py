@@ -18,8 +18,10 @@ from tunekit.data.looking.first_look import (
     label_columns,
     look_at,
     measured,
+    number_columns,
     proposed_objectives,
 )
+from tunekit.data.reading.source import rename_columns
 from tunekit.errors import InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.bases.paths import relative_to
@@ -142,12 +144,16 @@ def _labelled(look: Look, asks: bool) -> Look:
             return replace(
                 look, objective=method, format_name=LABELS_FORMAT, columns={name: "label"}, notes=[note, *look.notes]
             )
-    return replace(look, notes=[*look.notes, *map(_label_note, columns, columns.values())])
+    notes = [_label_note(name, f"{count} values", "classify") for name, count in columns.items()]
+    regression = "{method: classify, problem_type: regression}"
+    numbers = number_columns(look.sample) if look.format_name == "text" else []
+    notes += [_label_note(name, "numbers", regression) for name in numbers if name not in columns]
+    return replace(look, notes=[*look.notes, *notes])
 
 
-def _label_note(name: str, count: int) -> str:
+def _label_note(name: str, values: str, objective: str) -> str:
     return (
-        f"{name} has {count} values: to learn them instead of the text, write objective: classify, and as data.train "
+        f"{name} has {values}: to learn them instead of the text, write objective: {objective}, and as data.train "
         f"{{path: ..., format: {LABELS_FORMAT}, columns: {{{name}: label}}}}"
     )
 
@@ -210,7 +216,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
     method, name = [*adapter.first_lines], objective.model_fields["method"].default
     if method and example:
         method.append((f"  target_modules: [{', '.join(example.adapter.model_dump()['target_modules'])}]", ""))
-    needed = objective.for_rows(look.sample) if look else {}
+    needed = objective.for_rows([rename_columns(dict(row), dict(look.columns)) for row in look.sample]) if look else {}
     chosen = [("objective:", ""), (f"  method: {name}", ""), *objective.first_lines]
     chosen += [(f"  {key}: {value}", "of such labels") for key, value in needed.items()]
     length_of_run = [(f"  epochs: {3 if few else 1}", "")]

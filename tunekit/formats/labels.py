@@ -7,6 +7,7 @@ fractional number one of regression. The column may have another usual name.
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tunekit.errors import DataError
@@ -71,13 +72,12 @@ def label_value(value: object, field: str) -> LabelValue:
 
 
 def of_cell(value: object) -> object:
-    """The list or the fractional number that a cell of a CSV file spells; another value as it is."""
-    if not (isinstance(value, str) and re.match(r"\[|-?\d+\.\d+$", value)):
+    """The list or the number that a text spells, as a cell of a CSV file does; any other value as it is."""
+    if not isinstance(value, str) or not re.match(r"\s*[-\[0-9]", value):
         return value
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    return value
 
 
 def _one_label(label: object, field: str) -> str | float:

@@ -16,6 +16,8 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
+from tunekit.formats.label_pairs import ALIASES, names_pair
+from tunekit.formats.labels import label_field, of_cell
 from tunekit.recipe.bases.paths import is_like_path
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.data import Source
@@ -25,7 +27,7 @@ if TYPE_CHECKING:  # imports torch
     from tunekit.contracts import RowKind
 
 LOOKED_AT, MEASURED = 20_000, 2000  # rows that are read; rows whose tokens are counted
-LABELS_FORMAT = "labels"
+LABELS_FORMAT, PAIRS_FORMAT = "labels", "label_pairs"
 LABEL_NAMES = ("labels", "category", "class", "intent", "sentiment", "target", "topic", "emotion", "tag", "y")
 SHARE_KEPT = 0.995  # share of the rows that fit into the proposed length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # maximum characters of a label; minimum rows per label, on average
@@ -86,7 +88,7 @@ def look_at(data: str) -> Look | None:
     problems.raise_if_any()
     if not values:
         raise DataError("there is no row in it", "", file=data)
-    objective, format_name, columns = _kind(values[0], data)
+    objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
     longest = _longest([sum(map(guessed_tokens, _texts(row))) for row in sample]) + 32
@@ -131,17 +133,31 @@ def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda each: each[0].lower() not in LABEL_NAMES))
 
 
+def number_columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The columns beside the text that have numbers alone, some with a fraction."""
+    values = {
+        name: [of_cell(row.get(name)) for row in rows] for name in rows[0] if name not in ("text", "sample_weight")
+    }
+    return [
+        name
+        for name, column in values.items()
+        if any(isinstance(value, float) for value in column)
+        and all(isinstance(value, int | float) or str(value).isdecimal() for value in column)
+    ]
+
+
 def _folder_notes(data: str) -> list[str]:
     """The note about unread files, if `data` is a folder without a table."""
     others = passed_over(Path(data)) if is_folder(with_table(Source(path=str(Path(data).absolute()))).path) else None
     return [] if others is None else [others]
 
 
-def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
-    """The settings class of the objective that fits a row, the row's format, and the columns to rename for it.
+def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
+    """The settings class of the objective that fits the first row, its format, and the columns to rename for it.
 
     Raises: DataError naming the fields of every format.
     """
+    row = rows[0]
     medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
     folder, lacks = bool(medium and medium in row), list[str]()
     known = proposed_objectives()
@@ -150,7 +166,8 @@ def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], s
             continue
         try:
             name = choose_format("auto", row, objective.example)[0]
-            if name == LABELS_FORMAT and "label" not in row:  # a column such as category: the user is asked
+            named = isinstance(of_cell(row.get(label_field(row))), str | int) and "label" not in row
+            if name == LABELS_FORMAT and named:  # a column such as category: the user is asked
                 continue
             return objective, name, {}
         except DataError as error:
@@ -158,8 +175,22 @@ def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], s
     if columns := columns_meant(row):
         example = facts_of("formats", QUESTIONS_FORMAT).EXAMPLE
         return next(each for each in known if each.example == example), QUESTIONS_FORMAT, columns
+    if names_pair(row):
+        column = _label_of_pairs(rows, data)
+        example = facts_of("formats", PAIRS_FORMAT).EXAMPLE
+        return next(each for each in known if each.example == example), PAIRS_FORMAT, {column: "label"}
     problem = last.problems[0]
     raise DataError(problem.what, "; or ".join(lacks) if folder else problem.how, file=data, line=1)
+
+
+def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
+    """The only column beside the two texts that may hold their label. Raises: DataError where none does, or several."""
+    columns = [name for name in {**label_columns(rows), **dict.fromkeys(number_columns(rows))} if name not in ALIASES]
+    if len(columns) == 1:
+        return columns[0]
+    what = f"the rows have two texts, and {' or '.join(columns) or 'no column'} may be their label"
+    how = f"call it label, or map it under data.train[].columns, for example {{{[*columns, 'COLUMN'][0]}: label}}"
+    raise DataError(what, how, file=data, line=1)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,14 +1,19 @@
 """What objectives whose head has one score a label share: the labels."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunekit.formats.labels import MULTI_LABEL, PAIR_LABELS, REGRESSION, SINGLE_LABEL, label_field, label_text
+from tunekit.formats.labels import (
+    MULTI_LABEL,
+    PAIR_LABELS,
+    REGRESSION,
+    SINGLE_LABEL,
+    label_field,
+    label_text,
+    of_cell,
+)
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, Several, Text
 from tunekit.records import Shows
@@ -89,15 +94,6 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 
-def _as_json(label: object) -> object:
-    """The list or the number that a text spells, as a cell of a CSV file does; any other label as it is."""
-    if not isinstance(label, str) or not re.match(r"\s*[-\[0-9]", label):
-        return label
-    with suppress(ValueError, RecursionError):
-        return json.loads(label)
-    return label
-
-
 class HeadSettings(ObjectiveSettings):
     """What objectives share that read one vector of scores for each row: what these scores mean."""
 
@@ -115,7 +111,7 @@ class HeadSettings(ObjectiveSettings):
 
     @classmethod
     def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
-        labels = [_as_json(row.get(label_field(row, PAIR_LABELS))) for row in rows]
+        labels = [of_cell(row.get(label_field(row, PAIR_LABELS))) for row in rows]
         several = [label for label in labels if isinstance(label, list)]
         numbers = [each for label in labels for each in (label if isinstance(label, list) else [label])]
         if any(isinstance(each, float) and not each.is_integer() for each in numbers):
