@@ -479,7 +479,7 @@ def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_pat
     (refusal,) = plan.refusals
     assert refusal.key == "memory.streaming"
     assert "grpo samples token by token, and each token would copy every layer" in refusal.message
-    with pytest.raises(RecipeError, match="a prompt that is cut asks something else"):
+    with pytest.raises(RecipeError, match="a truncated prompt asks another question"):
         make_plan(load_recipe(write_prompts(tmp_path, base, data={"excess_length": "truncate"})), device=CPU)
 
 
