@@ -208,7 +208,8 @@ def _learn_outputs(
     names = labels.names or default_labels(count)
     notes = [f"the head of the base is kept: {Labels.text(names)}"] if labels.head == names else []
     if labels.head and labels.head != names:
-        notes.append(f"the base's own head ({Labels.text(labels.head)}) is not used, and a new one trained")
+        what = f"the base's own head ({Labels.text(labels.head)}) is not used, and a new one trained"
+        notes.append(f"{what}; to keep it, list its labels under objective.labels")
     mean = labels.targets(text for text, _ in train).double().mean(dim=0)  # (C,)
     if held:
         squares = (labels.targets(text for text, _ in held[0]).double() - mean).square().mean()
