@@ -303,7 +303,7 @@ def test_a_classifier_has_nothing_to_choose_of(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, write_tiny_llama(tmp_path / "base"))
     values = json.loads(recipe.read_text("utf-8")) | {"objective": "classify"}
     recipe.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(TunekitError, match="this objective has others"):
+    with pytest.raises(TunekitError, match="this objective has other rows"):
         load_recipe(recipe)
 
 

@@ -222,7 +222,9 @@ def test_a_peft_adapter_without_a_module_that_its_base_lacks_is_refused_by_name(
     name: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     (new,) = ENCODERS[name].new
-    config = peft.LoraConfig(r=2, target_modules=".*layers?.*(query|key|value|query_proj|Wqkv)", task_type="SEQ_CLS")
+    config = peft.LoraConfig(
+        r=2, target_modules=".*layers?.*(query|key|value|query_proj|in_proj|Wqkv)", task_type="SEQ_CLS"
+    )
     peft.get_peft_model(classifier(bases[name]), config).save_pretrained(str(tmp_path / "theirs"))
     with pytest.raises(ModelError, match=rf"neither .*theirs nor its base .* contains (\w+\.)?{new}; they would be"):
         load_target(find_target(str(tmp_path / "theirs"), str(bases[name]), []), CPU)

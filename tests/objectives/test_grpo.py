@@ -280,7 +280,7 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
     )
     (tmp_path / "judge.py").write_text(judge.format("[: 18 if len(calls) < 3 else 0]"), encoding="utf-8")
     recipe = write_prompts(tmp_path, base, code=code, data={"eval": None}, training={"epochs": 1})
-    with pytest.raises(InputError, match=r"(?s)0 rewards for 18.*with --resume --accept-changed objective\.reward"):
+    with pytest.raises(InputError, match=r"(?s)0 rewards for 18.*add --accept-changed objective\.reward"):
         train(recipe)
     (tmp_path / "judge.py").write_text(judge.format(""), encoding="utf-8")
     sys.modules.pop("judge")

@@ -89,7 +89,7 @@ def test_eval_takes_data_keys_and_columns(tiny_llama: Path, tmp_path: Path, monk
     turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     talk = str(write_lines(tmp_path / "talk.jsonl", [{"messages": turns}]))
     assert measure(tiny_llama, talk, "data.chat_template=t.jinja")["tokens"] < measure(tiny_llama, talk)["tokens"]
-    with pytest.raises(RecipeError, match=r"data\.eval\.0\.columns\.question: 'promt' is no field"):
+    with pytest.raises(RecipeError, match=r"data\.eval\.0\.columns\.question: 'promt' is not a field"):
         measure(tiny_llama, "other.jsonl", "data.eval.0.columns.question=promt")
     with pytest.raises(InputError, match="there is nothing to evaluate on"):
         measure(tiny_llama, None, "data.max_length=9")
