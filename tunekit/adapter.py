@@ -271,7 +271,7 @@ def adapter_folder(name: str) -> Path:
 
 
 def _show(console: Console, summary: AdapterSummary) -> None:
-    """The whole in a few lines, then layer by layer."""
+    """Print the summary of the adapter in a few lines, then a table of its layers."""
     console.panel(summary.folder, summary.facts)
     rows = [(layer.name, layer.rank, layer.parameters, layer.norm, layer.update_norm) for layer in summary.layers]
     columns = ["layer", "rank", "parameters", "norm of\nits tensors", "norm of\ns B A"]

@@ -85,7 +85,7 @@ def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callabl
             continue
         matrix = matrix_of(name)
         if tuple(matrix.shape) != update.shape:
-            what = f"'{name}' is {list(update.shape)} there and {list(matrix.shape)} in the base"
+            what = f"'{name}' has the shape {list(update.shape)}, but {list(matrix.shape)} in the base"
             raise AdapterError(what, "name the right base with --base", file=trained.config.file)
         (outputs, inputs), generator = update.shape, torch.Generator()
         given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, matrix.float, None)

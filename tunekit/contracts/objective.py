@@ -151,7 +151,7 @@ class RowKind:
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch whose sequence b contains the rows sequences[b]; parts that `prepare` added go into the targets."""
+        """A batch with the rows of `sequences`, one line each. Parts that `prepare` added become targets."""
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:

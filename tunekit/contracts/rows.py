@@ -214,8 +214,8 @@ class Labels:
 
     @cached_property
     def head_rows(self) -> dict[str, int]:
-        """The head's row of each label: by its name, by the name in label_text's form, and, for transformers' default
-        names, by the row's number."""
+        """A mapping of labels to rows of the head. Keys: the names, the names as `label_text` writes them and, if the
+        names are transformers' default names, also the numbers of the rows."""
         numbers = range(len(self.names))
         spellings = ((label_text(name), number) for number, name in enumerate(self.names))
         by_number = {str(number): number for number in numbers} if self.names == default_labels(len(self.names)) else {}

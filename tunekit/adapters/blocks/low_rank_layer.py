@@ -18,7 +18,7 @@ class LowRankLayer(LayerAdapter[Settings]):
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """The factor s of the update, s B A x."""
         return 1.0
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,8 @@ class AdapterConfig:
     def base_location(self) -> str | None:
         """Where the base is: a path that the folder names, a folder with its name nearby, a hub id, or None.
 
-        If there are several places, the one with the base's fingerprint; a place that the folder does not name must
-        have it.
+        If several places exist, the place with the base's fingerprint is returned. A place that the folder does not
+        name is returned only if its fingerprint is equal.
         """
         name = self.base_name_or_path
         if not name:

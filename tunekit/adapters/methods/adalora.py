@@ -101,7 +101,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         return self.kept | (self.E.detach()[:, 0] != 0)
 
     def rank_pattern(self) -> list[bool]:
-        """`present` in PEFT's form, for the initial ranks."""
+        """PEFT's rank_pattern of this layer: for each initial rank, whether it still exists."""
         present = iter(self.present().tolist())
         before = self.settings.kept.get(pattern_key(self.module_name), (True,) * self.settings.init_r)
         return [existed and next(present) for existed in before]

@@ -50,7 +50,7 @@ def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSett
 
 
 def collate(rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: bool = False) -> Batch:
-    """The batch whose sequence b contains the rows groups[b]. `end_to_end`: put all rows into one sequence."""
+    """A batch with the rows of `groups`, one sequence each. `end_to_end`: put all rows into one sequence."""
     groups = [tuple(index for group in groups for index in group)] if end_to_end else groups
     return kind.collate([[rows[index] for index in group] for group in groups])
 

@@ -101,7 +101,7 @@ class PixelProcessor:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the file and of the class that reads it, on which rows depend."""
+        """sha256 of the processor's configuration and class: encoded rows depend on both."""
         return hash_of([self.trained_config, type(self.processor).__name__])
 
     @cached_property
@@ -183,7 +183,7 @@ class PixelProcessor:
         return ModelError(what, "fetch the model again", file=str(self.folder / CONFIG))
 
     def save(self, folder: Path) -> None:
-        """Write the file into a model folder, with the size used in training."""
+        """Write preprocessor_config.json into a model folder, with the image size used in training."""
         if self.trained_config is self.config and (self.folder / CONFIG).exists():
             shutil.copyfile(self.folder / CONFIG, folder / CONFIG)
             return

@@ -45,7 +45,7 @@ def read_config(source: ModelSource) -> JsonObject:
         how = "name the base here; an adapter is continued with adapter.init_from"
         raise ModelError(f"{source.name_or_path} contains an adapter, not a base model", how, key=KEY)
     if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
-        how = f"merge its result first, and name that: tunekit merge {source.name_or_path} --output FOLDER"
+        how = f"merge the run, and name the merged folder: tunekit merge {source.name_or_path} --output FOLDER"
         raise ModelError(f"{source.name_or_path} is a run, not a base model", how, key=KEY)
     if not (source.folder / "config.json").exists() and not any(source.folder.glob("*.safetensors")):
         ggufs = sorted(path.name for path in source.folder.glob("*.gguf"))

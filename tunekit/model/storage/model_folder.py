@@ -42,10 +42,10 @@ def copy_other_files(
     folder: Path,
     answering: Answering | None,
 ) -> None:
-    """Copy the tokenizer or other processor, chat template, generation settings and licence; code files only if the
-    base may run remote code. Then make the folder portable, including the configuration written before.
+    """Copy the tokenizer or other processor, the chat template, the generation settings and the licence of a base. Copy
+    code files only if the base may run remote code. Then make the folder portable, with its config.json.
 
-    `answering`: the objective's, with its changes of the processor and the generation settings.
+    `answering`: how the trained model answers. It may change the processor and the generation settings.
     """
     answering_processor = None if answering is None else answering.processor
     (answering_processor or processor).save(folder)

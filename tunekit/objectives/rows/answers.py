@@ -185,7 +185,7 @@ class AnswerRows(TextRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def _lines(self, sequences: Sequence[Sequence[Row]]) -> list[list[tuple[int, str]]]:
-        """For each line, the documents in it: the row's number in the batch, and the side."""
+        """The documents in each line of the batch, as (number of the row in the batch, number of its answer)."""
         count = sum(map(len, sequences))
         if not self.end_to_end and count == len(sequences):
             return [[(number, side)] for side in self.sides for number in range(count)]

@@ -1,4 +1,5 @@
-"""`objective: reward` reward model: a head with one score, trained with the adapter, scores chosen answers higher."""
+"""`objective: reward` reward model: a head, trained with the adapter, gives chosen answers a higher score than rejected
+ones."""
 
 from pydantic import Field
 
