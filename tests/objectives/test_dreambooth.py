@@ -251,7 +251,7 @@ def test_a_result_is_drawn_with_and_merged(
     plan = make_plan(load_recipe(str(recipe), []))[0]
     assert {"to_out.0", "to_q"} <= {row[0] for row in target_rows(plan)}
     assert " x to_out.0" in " ".join(plan.notes)
-    with pytest.raises(InputError, match="of which --top-p says nothing"):
+    with pytest.raises(InputError, match="--top-p has no effect"):
         generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
 
 
