@@ -138,7 +138,7 @@ def test_what_is_needed_is_said(tmp_path: Path, bases: Callable[[str], Path]) ->
     with pytest.raises(TunekitError, match="LoftQ starts from a quantized base"):
         convert(final, new)
     edit(final, init_lora_weights="pissa")
-    with pytest.raises(TunekitError, match=r"k_proj' is .16, 32. there and .64, 64."):
+    with pytest.raises(TunekitError, match=r"k_proj' has the shape .16, 32., but .64, 64. in the base"):
         convert(final, new, base=wider(tmp_path / "wider"))
     with pytest.raises(TunekitError, match=r"adapts 'model\.layers\.0\.self_attn\.k_proj', which .* does not have"):
         convert(final, new, base=bases("gpt2"))
