@@ -132,7 +132,7 @@ def test_a_result_is_evaluated_generates_and_is_merged(
 @pytest.mark.parametrize(
     ("override", "refused"),
     [
-        ("training.optimizer=adamw_8bit", "bitsandbytes', which has no kernels for mps"),
+        ("training.optimizer=adamw_8bit", "computed by bitsandbytes, which has no kernels for mps"),
         ("model.quantization=int8", "which has no kernels for mps"),
         ("model.quantization=fp8", "this device has no float8 products"),
         ("training.kernels=liger", "liger-kernel's kernels run on a GPU only"),

@@ -465,10 +465,13 @@ def test_what_cannot_be_is_refused(whisper: Path, recordings: Path, tmp_path: Pa
         ("objective.labels=[one, nine]", "the label 'five' is not among the labels (one, nine)"),
         (
             "adapter={method: prompt}",
-            "prompt puts vectors among those of token ids, and an audio classifier reads none",
+            "prompt adds vectors to the embeddings of token ids, but an audio classifier reads no token ids",
         ),
-        ("adapter={method: bitfit}", "bitfit trains no module beside the adapter, and this objective needs the head"),
-        ("data.packing=true", "the objective takes rows one by one"),
+        (
+            "adapter={method: bitfit}",
+            "bitfit cannot train modules besides the adapter, but this objective trains the head",
+        ),
+        ("data.packing=true", "rows of this objective cannot be packed"),
         ("data.excess_length=split", "a piece of a recording need not have the labels of the whole"),
         ("evaluation.metrics=[span_f1]", "objective audio_classify has no metric span_f1"),
         ("objective.mask_time_probs=0.1", "unknown key"),

@@ -382,7 +382,7 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     [
         ({"data": {"train_on": "all"}}, "data.train_on: the objective compares the answers"),
         ({"data": {"excess_length": "split"}}, "data.excess_length: a later piece"),
-        ({"data": {"packing": True}}, "data.packing: the two sequences of a pair lie end to end"),
+        ({"data": {"packing": True}}, "data.packing: the two sequences of a pair are put end to end"),
         ({"objective": {"label_smoothing": 0.1}}, "objective.label_smoothing: is read by robust, exo_pair, aot alone"),
     ],
 )

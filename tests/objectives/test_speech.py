@@ -512,8 +512,11 @@ def test_what_cannot_be_is_refused(whisper: Path, sounds: Path, tmp_path: Path) 
     recipe = write_recipe(tmp_path, whisper, sounds)
     for override, said in (
         ("objective.language=klingon", "unknown language 'klingon'"),
-        ("adapter={method: prompt}", "prompt puts vectors among those of token ids, and a speech model reads none"),
-        ("data.packing=true", "the objective takes rows one by one"),
+        (
+            "adapter={method: prompt}",
+            "prompt adds vectors to the embeddings of token ids, but a speech model reads no token ids",
+        ),
+        ("data.packing=true", "rows of this objective cannot be packed"),
         ("data.max_length=80", None),
     ):
         try:

@@ -239,7 +239,7 @@ def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_metric_without_its_library_is_refused_with_the_extra(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "jiwer" else object())
-    told = "evaluation.metrics: {0} is counted by jiwer, which is not installed; run: pip install 'tunekit[speech]'"
+    told = "evaluation.metrics: {0} needs jiwer, which is not installed; run: pip install 'tunekit[speech]'"
     for name in ("wer", "cer", "wer_normalized", "cer_normalized"):
         (problem,) = library_problems(load_recipe(recipe, [f"evaluation.metrics=[{name}]"]).recipe)
         assert str(problem) == told.format(name)

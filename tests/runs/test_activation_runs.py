@@ -26,7 +26,7 @@ def test_a_run_whose_inputs_wait_is_the_same_run(tmp_path: Path, tiny_llama: Pat
         assert ended.code == 0, ended.output
     assert result_bytes(tmp_path / "waiting") == result_bytes(tmp_path / "plain")
     assert without_times(records(tmp_path / "waiting")) == without_times(records(tmp_path / "plain"))
-    assert "copied within the one memory that there is" in " ".join(ended.output.split())
+    assert "host and device share one memory" in " ".join(ended.output.split())
 
 
 def test_a_run_in_tiles_follows_the_plain_one(tmp_path: Path, tiny_llama: Path) -> None:
@@ -70,6 +70,6 @@ def test_plan_says_when_nothing_waits(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", tiny_llama)
     plan, _ = make_plan(load_recipe(recipe, ["memory.activation_offload=true"]), device=CPU)
     assert plan.choice.checkpointed_layers == 0
-    assert any("no input waits on the host" in note for note in plan.notes)
+    assert any("no input is offloaded" in note for note in plan.notes)
     plan, _ = make_plan(load_recipe(recipe, []), device=CPU)
     assert not [note for note in plan.notes if "wait" in note or "MLPs" in note]

@@ -241,7 +241,7 @@ def test_a_recipe_trains_resumes_evaluates_and_generates(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended = train_in_child(path, whole)
     assert ended.code == 0, ended.output
-    assert "virtual tokens before each row" in ended.output
+    assert "virtual tokens are put before each row" in ended.output
 
     def die_in_step_3() -> None:
         from tunekit.training.engines.window import WindowEngine
@@ -315,7 +315,7 @@ def test_plan_counts_the_vectors(name: str, numbers: int, tiny_llama: Path, tmp_
     assert not plan.rows.packing
     packed, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["data.packing=true"]))
     assert "the adapter puts virtual tokens before each row" in packed.refusals[0].message
-    assert any(note.startswith("5 virtual tokens before each row") for note in plan.notes)
+    assert any(note.startswith("5 virtual tokens are put before each row") for note in plan.notes)
     assert "activations of" not in str(plan.notes)
     longer, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["adapter.num_virtual_tokens=300"]))
     assert longer.peak_bytes.activations > plan.peak_bytes.activations

@@ -1,6 +1,6 @@
 """Advice for a recipe that needs too much memory: possible changes are simulated, and the three cheapest are listed.
 
-The cost of a change is its loss of quality or speed. `_changes` lists the changes by cost, from recomputation to
+A cheap change loses little quality or speed. `_changes` lists the changes from cheap to costly: from recomputation to
 shorter rows.
 """
 
@@ -25,7 +25,7 @@ LEAST_SHARE = 0.01  # changes that save less than this share of the needed memor
 
 @dataclass(frozen=True)
 class Change:
-    """One change of the recipe. `key`, `value`: the changed key and its new value. `forecast`, `choice`: functions that
+    """A change of one key of the recipe to a new value. `forecast`, `choice`: functions that
     apply the change to a forecast and to a choice."""
 
     key: str

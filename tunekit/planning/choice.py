@@ -107,7 +107,7 @@ class Workload:
 
 
 def pass_sizes(tier: str, accumulation: int) -> list[int]:
-    """Possible numbers of micro-batches per pass, largest first: all micro-batches of a step, half of them, and so on.
+    """Possible numbers of micro-batches per pass: all micro-batches of a step, then half of them, and so on.
 
     `accumulation`: the number of micro-batches per step.
     """
@@ -140,9 +140,10 @@ def _fastest_of_tier(
 ) -> Choice | None:
     """The fastest choice of a tier that fits. Predicting a peak is slow, so few peaks are predicted.
 
-    First a choice that fits is found: the fastest with the minimum of recomputed layers, or else the smallest setting
-    with as many recomputed layers as it needs. Then each other grid point is taken with the most recomputed layers that
-    leave it faster than the best choice so far. Only if this fits, the grid point is searched further.
+    The search starts from a choice that fits: the fastest with the minimum of recomputed layers, or the smallest
+    setting with as many recomputed layers as it needs. Then each other grid point is taken with the most recomputed
+    layers that leave it faster than the best choice so far. The grid point is searched further only if this choice
+    fits.
     """
     grid = space.grid(tier)
     starts, smallest = sorted(grid, key=time), grid[-1]
@@ -168,7 +169,7 @@ def _fastest_of_tier(
 
 
 def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float]) -> Choice | None:
-    """The first choice that fits, from choices whose peaks fall; None if no choice fits.
+    """The first choice that fits, if the peaks of `choices` decrease; None if no choice fits.
 
     The search alternates between linear interpolation of the peaks and bisection, because peaks can fall unevenly.
     """

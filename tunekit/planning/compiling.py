@@ -45,7 +45,7 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
     if not compiled:
         return
     if whole_model_adapter:
-        what = "an adapter of the whole model enters the attention, which is not compiled with it"
+        what = "an adapter of the whole model changes the attention, which then cannot be compiled"
         yield Problem(what, "write compile: false", key=KEY)
     if kind_of(device).own_memory and find_spec("triton") is None:
         yield Problem("compiling for a GPU needs triton", "run: pip install triton, or write compile: false", key=KEY)

@@ -24,7 +24,7 @@ from tunekit.records import Target
 
 SAMPLED_ROWS = 4096  # evenly spaced rows of the output matrix
 READ_ROWS = 64  # rows of the data: nearly all of them contain an end of turn
-NEAR = 0.3  # untrained rows are nearer to the mean than this share of the usual distance
+NEAR = 0.3  # a row is untrained if its distance to the mean is below this share of the usual distance
 
 
 def end_notes(
@@ -35,7 +35,7 @@ def end_notes(
     adapter: AdapterSettings,
     targets: Sequence[Target],
 ) -> Iterator[str]:
-    """A warning for each end token in the rows that the base was never trained on and that the adapter does not
+    """Warnings about end tokens in the rows that the base was never trained on and the adapter does not
     train."""
     head = base.family.head_name(base.net)
     if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
@@ -74,7 +74,7 @@ def _ids(rows: RowSet) -> set[int]:
 
 
 def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
-    """(V, D) the head's stored weight; None if the model is not downloaded, or the weight is no plain matrix."""
+    """(V, D) the head's stored weight; None if the model is not downloaded, or if the weight is not a plain matrix."""
     try:
         source = find_source(model, weights=False)
         headers = {} if source.gguf_file is not None else read_headers(source.folder)

@@ -38,13 +38,13 @@ class Findings:
             return None
 
     def error(self) -> TunekitError:
-        """All problems as one error. Its class is that of the raised errors if they agree, else RecipeError."""
+        """All problems as one error. If all raised errors have the same class, it has this class, else RecipeError."""
         kinds = {type(error) for error in self._errors}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         return kind.of(self.problems)
 
     def refusals(self) -> list[Refusal]:
-        """The problems, as the refusals of a plan."""
+        """The problems in the form of `plan.refusals`."""
         return [self._refusal(problem) for problem in self.problems]
 
     def _refusal(self, problem: Problem) -> Refusal:

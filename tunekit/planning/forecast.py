@@ -86,13 +86,13 @@ def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, se
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything that decides a run's memory.
+    """The inputs of a prediction of a run's peak memory.
 
-    `largest_batch`: gives the largest micro-batch for a number of rows; None: micro-batches are cut by tokens.
-    `answer_tokens`: length of the longest prompt with its answer; 0: the run generates no answers.
-    `start_bytes`: maximum memory of the adapter's start besides the base; it is freed before the optimizer is made.
+    `largest_batch`: a function from the rows per micro-batch (None if cut by tokens) to the largest micro-batch.
+    `answer_tokens`: the length of the longest prompt with its answer; 0 if the run generates no answers.
+    `start_bytes`: maximum memory of the adapter's initialisation, without the base; freed before the optimizer is made.
     `companion_bytes`: weights of companions that are always in memory and are not part of the simulations.
-    `any_token`: whether the run can read embeddings of tokens that are not in the rows.
+    `any_token`: whether the run may look up embeddings of tokens that do not occur in the rows.
     """
 
     run: SimulatedRun
@@ -139,7 +139,7 @@ class Forecast:
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
     def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of companions while they run (sampling, drawing images). It does not depend on the choice."""
+        """The simulation of the run's companions (sampling, image generation). It does not depend on the choice."""
         if not any(companion.rehearses for companion in run.companions.values()):
             return None
         if not self._rehearsals:
@@ -147,7 +147,7 @@ class Forecast:
         return self._rehearsals[0]
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of the longest evaluation batch; of the choice, only logits chunk and tier change it."""
+        """The simulation of the longest evaluation batch; it depends only on the choice's logits chunk and tier."""
         if self.evaluation_batch is None:
             return None
         known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
@@ -194,12 +194,12 @@ class Forecast:
 
     @cached_property
     def _kept(self) -> bool:
-        """Whether the packed base is mapped from a cache file, so that none of it stays in memory during packing."""
+        """Whether the packed base is mapped from a cache file, so that packed weights need not stay in memory."""
         return self.base.packed_while_read and can_be_cached(stored_bytes(self.base.net))
 
     @cached_property
     def _streamed_load_bytes(self) -> int:
-        """Load memory of a base that stays in its files: the largest matrix, as read and as packed."""
+        """Memory for loading a base that stays in its files: the largest matrix, unpacked and packed."""
         packed = packed_layers(self.base.net).values()
         return max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
 

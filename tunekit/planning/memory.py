@@ -52,7 +52,7 @@ class PlannedMemory:
 
 
 class Peaks:
-    """A cache of the forecast's peaks by choice. `unknown`: errors because of which activations are not included."""
+    """A cache of predicted peaks by choice. `unknown`: the errors that prevented the simulation of activations."""
 
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast
@@ -85,7 +85,7 @@ def plan_memory(
 
     `tiers`: the allowed values of memory.streaming, fastest first.
     `resumed`: the choice of the run that is resumed. Only the recomputed layers, which change no bit, are chosen again.
-    `cheaper`: gives advice on the recipe from a choice, the bytes it needs and the bytes that are available.
+    `cheaper`: a function that advises how to change the recipe; it gets a choice, the needed and the available bytes.
     """
     run = forecast.run
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
@@ -117,9 +117,9 @@ def plan_memory(
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
-    """The bytes that the choice must fit into: the budget less a margin, else the free memory.
+    """The number of bytes that the run may use: the budget without a margin, or the free memory if there is no budget.
 
-    The free memory of a GPU is reduced by a margin too. A host can free more memory than it reports as free.
+    A margin is left in the free memory of a GPU too. A host needs none: it can free more memory than it reports.
     """
     if budget is not None:
         return int(budget * (1 - margin_of(device)))
@@ -129,7 +129,7 @@ def usable_bytes(device: torch.device, budget: int | None, available: int | None
 
 
 def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
-    """The settings that plan can choose from: all settings within a budget, otherwise only layers and tier."""
+    """The settings that plan can choose. Without a budget, only the recomputed layers and the tier can vary."""
     run, base = forecast.run, forecast.base
     written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
     vocabulary = 0 if base.text is None else base.text.vocabulary_size
@@ -151,14 +151,14 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
 def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
     """A text that says which layers are recomputed in a run without a budget, and why."""
     if choice.streaming != "off":
-        return "every one: its weights are there only for a while"
+        return "all layers, because streamed weights are on the device only while their layer runs"
     if space.gradient_checkpointing != "auto":
         return f"{choice.checkpointed_layers:,} of {space.layers:,} layers, as the recipe says"
     if not fits:
-        return "every layer but the last: the step hardly fits in what is free"
+        return "all layers but the last, because even so the step hardly fits into the free memory"
     if available is None:
-        return "none: the system does not tell how much memory is free"
-    return "the fewest with which the step fits" if choice.checkpointed_layers else "none; the step fits without it"
+        return "none, because the system does not report how much memory is free"
+    return "as few layers as fit into memory" if choice.checkpointed_layers else "none, because the step fits anyway"
 
 
 def _budget_reasons(
@@ -166,20 +166,20 @@ def _budget_reasons(
 ) -> Iterator[str]:
     """Notes on the settings that were chosen within a budget, and on the settings that could not be chosen."""
     run = forecast.run
-    margin = f"{margin_of(run.device):.0%} of it is left free"
-    note = f"{margin}, since a prediction may be off by as much"
+    margin = f"{margin_of(run.device):.0%} of the budget is left free"
+    note = f"{margin}, because predictions can be wrong by this share"
     if not has_margin:
-        note = f"warning: less than {margin}, and a prediction may be off by as much"
+        note = f"warning: less than {margin}, but predictions can be wrong by this share"
     slower = workload.relative_time(choice) / workload.relative_time(space.grid("off")[0])
     if choice.streaming == "off" and slower > 1.005:
-        note += f"; by a rough rule a step takes {slower:.2f} times as long as without a budget"
+        note += f"; a step takes about {slower:.2f} times as long as without a budget (a rough estimate)"
     yield f"memory.budget {run.memory.budget}: {_choice_text(choice, run.training, space.layers)}; {note}"
     if run.memory.gradient_checkpointing != "auto":
-        yield "recomputed layers stay as memory.gradient_checkpointing says; auto would let plan choose"
+        yield "memory.gradient_checkpointing fixes the recomputed layers; write auto to let plan choose them"
     if run.training.micro_batch_size is None:
-        yield "micro-batches stay as training.micro_batch_tokens cuts them: fewer tokens would end steps at other rows"
+        yield "training.micro_batch_tokens is not reduced, because each step would then contain different rows"
     elif run.adapter.calibration is not None:
-        yield "micro-batches stay as they are written: the adapter's initialisation looks at so many of them"
+        yield "training.micro_batch_size is not changed, because the adapter's initialisation depends on it"
 
 
 def make_workload(forecast: Forecast) -> Workload:
@@ -214,12 +214,12 @@ def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
 def trial_reason(device: torch.device, needed: int, available: int | None, budget: int | None) -> tuple[bool, str]:
     """Whether the longest batch is tried before step 1, and the reason."""
     if device.type != "cpu":
-        return True, "a GPU loses little time by it"
+        return True, "on a GPU it costs little time"
     if budget is not None:
-        return True, "there is a budget to keep"
+        return True, "memory.budget must not be exceeded"
     if available is not None and needed > NEARLY_FULL * available:
-        return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of what is free"
-    return False, "the predicted peak is far below what is free; --dry-run tries it"
+        return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of the free memory"
+    return False, "the predicted peak is far below the free memory; --dry-run tries it"
 
 
 def too_large_problem(
@@ -227,11 +227,11 @@ def too_large_problem(
 ) -> Problem:
     what = f"the run needs {bytes_text(needed)} at its peak, and {bytes_text(available)} are free"
     if budget is not None:
-        return Problem(what, f"set memory.budget below {bytes_text(available)}, or free some", key="memory.budget")
+        return Problem(what, f"set memory.budget below {bytes_text(available)}, or free memory", key="memory.budget")
     if can_recompute:
         return Problem(what, "set memory.gradient_checkpointing: auto", key="memory.gradient_checkpointing")
     how = (
-        "set memory.budget to what the run may take (plan then chooses smaller micro-batches at the same rows a "
-        f"step), lower data.max_length, or {less_memory}"
+        "set memory.budget, so that plan chooses smaller micro-batches with the same rows per step; lower "
+        f"data.max_length; or {less_memory}"
     )
     return Problem(what, how, key="training.micro_batch_size")

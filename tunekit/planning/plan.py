@@ -47,8 +47,8 @@ from tunekit.training.state import RunInputs
 from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
-    "; the rows of a micro-batch lie end to end, without padding "
-    "(padded where the loaded model lets them see each other)"
+    "; the rows of a micro-batch are put end to end, without padding "
+    "(or padded, if in this model they would attend to each other)"
 )
 Windows = TrainingWindows | StreamedWindows
 
@@ -173,7 +173,7 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
 
 
 def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> PlanContext:
-    """The facts about the run that companions can use."""
+    """The part of the plan that companions can read."""
     rows, sections = inputs.rows, (recipe.memory, recipe.training, recipe.evaluation)
     data = (inputs.processor, rows.objective, rows.all, bool(rows.streams))
     return PlanContext(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
@@ -186,8 +186,11 @@ def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> Adapte
     """
     saved = getattr(adapter, "modules_to_save", None)
     if saved is None and names:
-        what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[-1]}'"
-        raise RecipeError(what, "choose another method, lora for one", key="adapter.method")
+        what = (
+            f"{adapter.method} cannot train modules besides the adapter, but this objective trains the head "
+            f"'{names[-1]}'"
+        )
+        raise RecipeError(what, "choose another method, for example lora", key="adapter.method")
     missing = [name for name in names if name not in (saved or ())]
     return (
         adapter.model_copy(update={"modules_to_save": (*saved, *missing)}) if saved is not None and missing else adapter
@@ -198,8 +201,10 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
     """Whether the adapter fits the model. If not, the problem is added to `findings`."""
     model_method = load_method(adapter.method).model
     if model_method is not None and not adapter.trains_base and not base.family.reads_ids:
-        what = f"{adapter.method} puts vectors among those of token ids, and {base.family.text} reads none"
-        findings.add([Problem(what, "choose an adapter of layers, lora for one", key="adapter.method")])
+        what = (
+            f"{adapter.method} adds vectors to the embeddings of token ids, but {base.family.text} reads no token ids"
+        )
+        findings.add([Problem(what, "choose an adapter of layers, for example lora", key="adapter.method")])
         return False
     return model_method is None or findings.attempt(lambda: model_method.slots(adapter, base.net)) is not None
 
@@ -234,7 +239,7 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
 
 
 def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
-    """Problems of settings that a run of this number of steps cannot follow."""
+    """Problems of settings that do not suit a run of `steps` steps."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
@@ -263,7 +268,7 @@ def _forecast(
 
 
 def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
-    """The choice with the settings that only the recipe decides, and defaults for the other settings."""
+    """A Choice with the settings that only the recipe decides, and with defaults in all other fields."""
     training, memory = recipe.training, recipe.memory
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -359,9 +364,11 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes = [*inputs.base.notes, *inputs.rows.notes, *inputs.rows.objective.notes]
     notes += [] if inputs.rows.evaluation is None else calibration_notes(recipe.evaluation)
     if experts:
-        notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
+        notes.append(f"{len(experts)} fused expert parameters are not adapted, for example {experts[0]}")
     if inputs.virtual_tokens:
-        notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
+        notes.append(
+            f"{inputs.virtual_tokens:,} virtual tokens are put before each row, in addition to data.max_length"
+        )
     notes += refusals.position_notes(inputs.base, inputs.rows, inputs.virtual_tokens)
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.rows.objective, inputs.targets)
@@ -369,7 +376,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += end_notes(inputs.model, inputs.base, inputs.processor.tokenizer, inputs.rows, adapter, inputs.targets)
     groups = load_method(adapter.method).groups(net, adapter, inputs.targets)
     if groups:
-        notes.append(f"layers that share one computation, which saves memory and time: {describe(groups)}")
+        notes.append(f"some layers are computed together, which saves memory and time: {describe(groups)}")
     notes += memory.reasons
     notes += streaming_notes(inputs.base, device, choice, memory.largest_tokens)
     step_tokens, planned = choice.gradient_accumulation_steps * memory.largest_tokens, _planned(recipe, inputs, device)

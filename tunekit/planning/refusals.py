@@ -46,14 +46,17 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
     for name in recipe.evaluation.metrics:
         module, package = getattr(facts_of("metrics", name), "LIBRARY", (None, ""))
         if module is not None and find_spec(module) is None:
-            what = f"{name} is counted by {module}, which is not installed"
+            what = f"{name} needs {module}, which is not installed"
             yield Problem(what, f"run: pip install '{package}'", key="evaluation.metrics")
 
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     """Problems with settings that the device does not support."""
     if recipe.model.quantization == "fp8" and device.type != "cpu" and not computes_fp8(device):
-        what = f"this device has no float8 products (an NVIDIA GPU from {'.'.join(map(str, CAPABILITY))} on has)"
+        what = (
+            "this device has no float8 products; they need an NVIDIA GPU of capability "
+            f"{'.'.join(map(str, CAPABILITY))}"
+        )
         yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
     if kind_of(device).bitsandbytes:
         return
@@ -61,7 +64,7 @@ def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
         what = f"int8 is computed by bitsandbytes, which has no kernels for {device.type}"
         yield Problem(what, "write quantization: int8_weight_only", key="model.quantization")
     if recipe.training.optimizer != "adamw":
-        what = f"{recipe.training.optimizer} is bitsandbytes', which has no kernels for {device.type}"
+        what = f"{recipe.training.optimizer} is computed by bitsandbytes, which has no kernels for {device.type}"
         yield Problem(what, "write optimizer: adamw", key="training.optimizer")
 
 
@@ -117,30 +120,30 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
     config = text_config(base.net)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     if not kind.packable:
-        return "the objective takes rows one by one"
+        return "rows of this objective cannot be packed"
     if kind.layout.paired:
-        return "the two sequences of a pair lie end to end as it is, wherever the model allows"
+        return "the two sequences of a pair are put end to end anyway, if the model allows it"
     if whole_model_adapter:
         return "the adapter puts virtual tokens before each row"
     if not base.family.takes_positions(base.net):
-        return f"{config.model_type} takes no position ids, so that packed rows would see each other"
+        return f"{config.model_type} takes no position ids, so packed rows would attend to each other"
     if getattr(base.net, "_is_stateful", False) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
-        return f"{config.model_type} carries a state from token to token, so that packed rows would see each other"
+        return f"{config.model_type} carries a state from token to token, so packed rows would affect each other"
     if not may_be_packed(base.net):
-        return f"{config.model_type} makes its mask without positions, so that packed rows would see each other"
+        return f"{config.model_type} makes its mask without positions, so packed rows would attend to each other"
     return None
 
 
 def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
-    """Notes about restrictions: waits for the device, approximations, and settings without effect."""
+    """Notes about the device and precision: waits for the device, approximations, and settings without effect."""
     training = recipe.training
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:
-        yield "dropout is on: other micro-batch sizes or rank counts draw other masks and give slightly other curves"
+        yield "dropout is on: with another micro-batch size or rank count, masks and losses differ slightly"
     if training.optimizer != "adamw":
-        yield f"{training.optimizer}: whether gradients are finite is read before each update, a wait for the device"
+        yield f"{training.optimizer}: each update first checks that gradients are finite, and waits for the device"
     elif base.dtype == torch.float16:
-        yield "float16: whether gradients overflow is read before each update, a wait for the device"
+        yield "float16: each update first checks whether gradients overflow, and waits for the device"
     if base.dtype == torch.float16 and recipe.model.dtype == "auto":
         yield (
             "model.dtype: auto is float16 with a loss scale, because this device does not compute bfloat16 natively; "
@@ -155,12 +158,15 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
         lacks = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
         lacks = lacks if kind_of(device).bitsandbytes else f"bitsandbytes has no kernels for {device.type}"
         if lacks:
-            yield f"{lacks}: weights are unpacked by plain torch, the same bits, but slower"
+            yield f"{lacks}: plain torch unpacks the weights, with the same bits, but more slowly"
     if training.deterministic and device.type == "cpu":
-        yield "training.deterministic: a CPU's kernels add up in a fixed order as it is"
+        yield "training.deterministic has no effect: a CPU's kernels always add in a fixed order"
     if training.deterministic and device.type == "mps":
-        yield "training.deterministic: torch has no such kernels for Metal; a resumed run is equal up to rounding"
+        yield (
+            "training.deterministic: torch has no deterministic kernels for Metal; a resumed run is equal up to "
+            "rounding"
+        )
     if recipe.model.quantization == "int8" and device.type != "cpu":
-        yield "int8: bitsandbytes looks in every layer for columns of large inputs, a wait for the device each time"
+        yield "int8: in each layer, bitsandbytes searches for columns of large inputs and waits for the device"
     if kind_of(device).own_memory:
-        yield "predicted bytes are allocated ones; what the allocator reserves beyond them is not predicted"
+        yield "predicted bytes are those of tensors; the allocator reserves more, which is not predicted"

@@ -11,9 +11,9 @@ from tunekit.targets.labels import start_facts
 
 
 def row_kind_at_hand(recipe: Recipe) -> RowKind | None:
-    """The row kind of the objective, with the model's tokenizer (or processor) and the chat template.
+    """The row kind of the recipe's objective, with its tokenizer or processor and its chat template.
 
-    None if the tokenizer must be downloaded first.
+    None if the tokenizer is not downloaded yet.
     Raises: TunekitError if these files cannot be read, or if options do not apply to these rows.
     """
     if not is_here(recipe.model):

@@ -37,7 +37,7 @@ UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # optimize
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """The settings that decide a run's memory. `device`: the device that the run is planned for."""
+    """The settings that a run's memory depends on. `device`: the device that the run is planned for."""
 
     model: ModelSection
     adapter: AdapterSettings
@@ -80,7 +80,7 @@ class SimulatedRun:
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
-        own = kind_of(self.device).own_memory  # on other devices the tracker counts the host's bytes already
+        own = kind_of(self.device).own_memory  # on other devices the tracker has already counted the host's bytes
         return replace(tracker.result(), offloaded=tuned.boundaries.host_bytes if own else 0)
 
     def needs_more(self, batch: Batch, other: Batch) -> bool:
@@ -192,7 +192,8 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
 
 
 def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Objective:
-    """The objective, whose memory in `loss` and `sums` counts as logits; unchanged for a model without text."""
+    """A copy of the objective whose `loss` and `sums` count their memory as logits; unchanged for a model without
+    text."""
     return objective if tuned.base.text is None else replace(objective, loss=_CountedLoss(objective.loss, tracker))
 
 

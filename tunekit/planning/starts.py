@@ -20,7 +20,7 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
     """A problem if the start needs statistics of the output head, which its pass over the data cannot collect."""
     start, head = settings.calibration, base.family.head_name(base.net)
     if start is not None and head in [target.name for target in targets]:
-        what = f"{start.method} looks at each layer's {start.looks_at}, and '{head}' only runs in chunks with the loss"
+        what = f"{start.method} needs each layer's {start.looks_at}, but '{head}' only runs in chunks with the loss"
         yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
 
 
@@ -50,13 +50,15 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
     """Notes about the reference model, and about the start's pass over the data."""
     if needs_reference_state(objective, settings):
-        yield "the reference model is the base with the adapter as it is at step 0; a frozen copy of that is kept"
+        yield "the reference model is the base with the adapter of step 0; a frozen copy of this adapter is kept"
     start = settings.calibration
     if start is not None:
         statistics = bytes_text(_statistics_bytes(start, [target for target in targets if target.kind in LINEAR]))
         yield (
-            f"start: {start.method} looks at the {start.looks_at} of the first {start.batches:,} micro-batches before "
-            f"step 1, and keeps {statistics} of them until then"
+            f"start: before step 1, {start.method} reads the {start.looks_at} of the first {start.batches:,} "
+            f"micro-batches and keeps {statistics} of statistics"
         )
         if getattr(start, "rho", 1.0) > 1:
-            yield f"start: {start.method} decides the ranks; parameters and memory here are those of the recipe's"
+            yield (
+                f"start: {start.method} decides the ranks; this plan's parameters and memory assume the recipe's ranks"
+            )

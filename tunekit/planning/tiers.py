@@ -27,9 +27,9 @@ def streaming_obstacle(
     if any(obstacles):
         return next(filter(None, obstacles))
     if recipe.adapter.needs_base_first and device.type != "cpu":
-        return "the adapter's start computes with the whole base on the device"
+        return "the adapter's initialisation needs the whole base on the device"
     if recipe.training.compile is True:
-        return "training.compile compiles layers that stay where they are"
+        return "training.compile needs layers that stay on the device"
     return None
 
 
@@ -41,16 +41,20 @@ def allowed_tiers(
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
     if recipe.memory.streamed_head and obstacle is not None:
-        return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
+        return ["off"], [
+            Problem(f"the output projection cannot be streamed: {obstacle}", "write false", key="memory.streamed_head")
+        ]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     in_the_way = host_obstacle(device) if written == "host" else None
     if in_the_way is not None:
-        return ["off"], [Problem(in_the_way, "write off, or disk where the base is larger than the memory", key=KEY)]
+        return ["off"], [Problem(in_the_way, "write off, or write disk if the base is larger than the memory", key=KEY)]
     if written != "auto":
         if obstacle is None:
             return [written], []
-        return ["off"], [Problem(f"weights cannot wait on {written}: {obstacle}", "write off or auto", key=KEY)]
+        return ["off"], [
+            Problem(f"weights cannot be streamed from {written}: {obstacle}", "write off or auto", key=KEY)
+        ]
     if obstacle is not None:
         return ["off"], []
     if not kind_of(device).own_memory:
@@ -67,16 +71,16 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     size, count = layer_bytes(base), choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} a layer before the "
-        "next, and every layer is computed again in the backward pass"
+        f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} through each layer before "
+        "the next layer is loaded, and the backward pass recomputes every layer"
     )
     rates = rates_text(choice.streaming, count * tokens, size, copies=2)
     yield (
-        f"break-even of streaming: a pass of up to {count * tokens:,} tokens copies the layers twice, at most so many "
-        f"tokens a second: {rates} (published bandwidths); where the device computes fewer, copies hide behind it"
+        f"break-even of streaming: a pass of up to {count * tokens:,} tokens copies the layers twice, which limits "
+        f"tokens per second: {rates} (published bandwidths); a device that computes more slowly does not wait for copies"
     )
     if choice.streaming == "host" and device.type == "cpu":
-        yield "memory.streaming: host saves nothing on a CPU, where the host's memory is the device's"
+        yield "memory.streaming: host saves nothing on a CPU, because host and device share one memory"
 
 
 def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:
@@ -85,13 +89,13 @@ def activation_notes(memory: MemorySection, device: torch.device, layers: int, o
     `layers`: the number of recomputed layers. `offloaded_bytes`: the bytes of pinned host memory.
     """
     if offloaded_bytes:
-        yield f"the inputs of recomputed layers wait in {bytes_text(offloaded_bytes)} of the host's pinned memory"
+        yield f"the inputs of recomputed layers are offloaded to {bytes_text(offloaded_bytes)} of pinned host memory"
     elif memory.activation_offload is True and layers < 2:
-        yield "no input waits on the host: at least two layers would have to be recomputed"
+        yield "no input is offloaded, because fewer than two layers are recomputed"
     elif memory.activation_offload is True and not kind_of(device).own_memory:
-        yield "the inputs of recomputed layers are copied within the one memory that there is, which saves nothing"
+        yield "offloading the inputs of recomputed layers saves nothing, because host and device share one memory"
     if memory.mlp_tile_tokens is not None:
         yield (
-            f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, "
-            "so not bitwise as without, and dropout inside them draws other masks"
+            f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: the order of sums in gradients and "
+            "the dropout masks inside them differ from a run without tiles"
         )

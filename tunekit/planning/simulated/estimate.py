@@ -9,8 +9,8 @@ from tunekit.records import PeakBytes
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
 # Resident memory of a run on a CPU besides live tensors (a GPU's allocator counts only tensors): libraries and small
-# objects; the kernels that are compiled for products in 16 bits with AVX-512; and freed blocks that malloc keeps. The
-# latter are a share of everything but the base's weights, up to a bound, because malloc returns very large blocks.
+# objects; the kernels that are compiled for products in 16 bits with AVX-512; and freed blocks that malloc keeps. These
+# blocks are a share of all memory except the base's weights, up to a bound, because malloc returns very large blocks.
 # Source: scripts/results/memory.md.
 PROCESS_BYTES, COMPILED_BYTES = 100_000_000, 15_000_000
 KEPT_SHARE = 0.20

@@ -29,8 +29,8 @@ THREADS = 2
 def kernels_as_on(device: torch.device) -> Iterator[None]:
     """Inside the block, the meta device uses `device`'s kernels for attention and for grouped products (experts).
 
-    Without this, torch would use the attention that stores all scores, and grouped products only in bfloat16. The
-    functions themselves are replaced, because a torch function mode is not active in recomputation.
+    Without this, torch would use the attention that stores all scores, and grouped products only in bfloat16. torch's
+    functions are replaced globally, because a torch function mode is not active in recomputation.
     """
     attend = partial(_attend, functional.scaled_dot_product_attention, device)
     product = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
@@ -104,8 +104,8 @@ def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBacken
 def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> list[int]:
     """Bytes of the internal buffers of flash attention's backward pass on CUDA.
 
-    These are the gradient of the queries in float32, with rows rounded up to 128 and head sizes to 32; a float32 for
-    each row and head; and the gradient of repeated keys and values.
+    The buffers are: the gradient of the queries in float32, with rows rounded up to a multiple of 128 and head sizes
+    to 32; a float32 for each row and head; and the gradient of repeated keys and values.
 
     Source: ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd, mha_varlen_bwd).
     """

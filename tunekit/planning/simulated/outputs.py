@@ -1,7 +1,7 @@
 """A cache of the outputs of operations on meta tensors, by the shapes, strides and types of the inputs.
 
 torch computes these outputs in Python, which takes a quarter of a millisecond per operation. Layers, steps and the
-settings that a plan compares repeat the same few hundred operations.
+choices that a plan compares repeat the same few hundred operations.
 """
 
 from functools import cache
@@ -62,7 +62,7 @@ def _kind(func: OpOverload) -> str | None:
 
 
 def _described(values: tuple[object, ...] | list[object]) -> list[object]:
-    """The properties of each input that decide the output; None for a real tensor or a tensor subclass."""
+    """A hashable description of the inputs that determines the output; None for a real tensor or a tensor subclass."""
     descriptions: list[object] = []
     for value in values:
         if isinstance(value, Tensor):
