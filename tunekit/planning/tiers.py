@@ -77,7 +77,7 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     rates = rates_text(choice.streaming, count * tokens, size, copies=2)
     yield (
         f"break-even of streaming: a pass of up to {count * tokens:,} tokens copies the layers twice, which limits "
-        f"tokens per second: {rates} (published bandwidths); a device that computes more slowly does not wait for copies"
+        f"tokens per second: {rates} (published bandwidths); a slower device does not wait for copies"
     )
     if choice.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, because host and device share one memory"
