@@ -45,6 +45,7 @@ LEVELS = {
     "training": 9,
     "arithmetic": 9,
     "planning": 10,
+    "exports": 10,
     "commands": 12,  # which call the verbs
     "cli": 13,
     "__main__": 14,
@@ -75,7 +76,9 @@ DOORS = {
     "transformers": ("model",),
     "tokenizers": ("model",),
     "huggingface_hub": ("model",),
-    "gguf": ("model",),
+    "gguf": ("model", "exports"),
+    "libgguf": ("exports",),
+    "conversion": ("exports",),  # of llama.cpp
     "jinja2": ("model/text", "artifacts/report"),
     "bitsandbytes": ("model", "training/optimizers"),
     "liger_kernel": ("adapters/kernels",),

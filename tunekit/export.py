@@ -1,42 +1,111 @@
-"""`tunekit export` writes an adapter as another program reads it."""
+"""`tunekit export`: write a model or an adapter as another program reads it, and ask that program what it computes."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from tunekit.adapters.folder.config import adapter_header, tensors_path
-from tunekit.adapters.folder.diffusers_file import kohya_tensors
-from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.artifacts.run import EXPORTS, read_json
 from tunekit.console import Console
-from tunekit.errors import InputError
-from tunekit.files.tensors import read_tensor, write_tensors
-from tunekit.model.families import make_family
-from tunekit.model.load import make_meta_model
-from tunekit.records import bytes_text
-from tunekit.targets.target import family_of, find_target, processor_of, with_objective
+from tunekit.errors import InputError, Problem
+from tunekit.exports.format import Evidence, Exported, Format, Options, load_format
+from tunekit.exports.questions import make_questions, row_ids
+from tunekit.files.durable import new_path, write_json
+from tunekit.machine.signals import StopSignals
+from tunekit.records import JsonObject, bytes_text
+from tunekit.targets.exportable import Exportable, make_exportable
+from tunekit.targets.target import find_target
 
-CPU = torch.device("cpu")
+CERTIFICATE = "certificate.json"
 
 
-def export_verb(adapter: str, to: str, output: str, base: str | None) -> None:
-    """Write the file. Raises: InputError for a format or an adapter that does not go with it."""
-    if to != "kohya":
-        raise InputError(f"--to {to} is unknown", "choose kohya", key="--to")
-    target, place = find_target(adapter, base, []), Path(os.path.abspath(Path(output).expanduser()))
-    if target.adapter is None or not make_family(family_of(target)).is_pipeline:
-        what = f"{adapter} is no adapter of a diffusion pipeline, and {to} is a format of those"
-        raise InputError(what, "name a run or an adapter of objective: dreambooth")
-    if place.suffix != ".safetensors" or place.exists():
-        why = "exists" if place.exists() else "does not end in .safetensors"
-        raise InputError(f"{output} {why}", "choose another --output", key="--output")
-    section = with_objective(target, processor_of(target))[0].model
-    net = make_meta_model(section, device=CPU).net
-    attached = attach_adapter_folder(net, target.adapter, head_name=None, device=CPU)
-    if not attached.method.in_diffusers_file:
-        raise InputError(f"{to}'s format holds LoRA, and this is {attached.settings.method}", "use the folder itself")
-    file = tensors_path(target.adapter)
-    tensors = {key: read_tensor(file, entry) for key, entry in adapter_header(file).items()}
-    place.parent.mkdir(parents=True, exist_ok=True)
-    size_bytes, _ = write_tensors(place, kohya_tensors(tensors, attached.settings, attached.targets), {"format": "pt"})
-    Console().info(f"written to {place} ({bytes_text(size_bytes)})")
+def export_verb(
+    target: str,
+    to: str,
+    output: str,
+    base: str | None = None,
+    options: Options | None = None,
+    certify: bool | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Write the export completely or not at all. `certify`: True requires the program, None asks it if it is installed.
+
+    Raises: InputError for everything that the format cannot hold, before anything is written.
+    """
+    console, format, options = Console(), load_format(to), options or Options()
+    spec = find_target(target, base, overrides)
+    console.info(*spec.rewrites)
+    exportable = make_exportable(spec)
+    path = Path(os.path.abspath(Path(output).expanduser()))
+    _check(to, format, exportable, options, path)
+    evidence = Evidence(partial(row_ids, exportable), _report_of(exportable))
+    stopped = "in the export; its partial output was removed"
+    with StopSignals(announce=False) as signals, signals.at_once(stopped), new_path(path) as partial_path:
+        written = format.write(exportable, partial_path, evidence, options)
+    notes = tuple(note.replace(str(partial_path), str(path)) for note in written.notes)
+    written = Exported(path, written.what, notes)
+    size = sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())
+    console.info(f"written to {path} ({bytes_text(size)})", *written.notes)
+    if certify is not False and format.PROGRAM:
+        _certify(to, format, written, exportable, options, required=bool(certify))
+    elif certify:
+        raise InputError(f"no program certifies {to}; the export is written", "leave --certify out", key="--certify")
+
+
+def _check(to: str, format: Format, exportable: Exportable, options: Options, path: Path) -> None:
+    """Raises: InputError with all problems."""
+    if exportable.kind not in format.TAKES:
+        takes = " or ".join(f"a {kind}" for kind in sorted(format.TAKES))
+        raise InputError(f"{to} takes {takes}, and this is a {exportable.kind}", "choose another --to", key="--to")
+    wrong = [
+        Problem(f"{to} does not read --{name}", "leave it out", key=f"--{name}")
+        for name in options.given()
+        if name not in format.OPTIONS
+    ]
+    if os.path.lexists(path):
+        wrong.append(Problem(f"{path} exists", "choose another --output", key="--output"))
+    if format.SUFFIX and path.suffix != format.SUFFIX:
+        wrong.append(Problem(f"{path} does not end in {format.SUFFIX}", "choose another --output", key="--output"))
+    wrong += format.problems(exportable, options)
+    if wrong:
+        raise InputError.of(wrong)
+
+
+def _report_of(exportable: Exportable) -> JsonObject | None:
+    run = exportable.target.run
+    file = None if run is None else run / "report.json"
+    return read_json(file) if file is not None and file.is_file() else None
+
+
+def _certify(
+    to: str, format: Format, written: Exported, exportable: Exportable, options: Options, *, required: bool
+) -> None:
+    """Ask the program, print its figures, and write them next to the export.
+
+    Raises: InputError if the program is required and not installed.
+    """
+    console = Console()
+    certificate = format.certify(written, exportable, partial(make_questions, exportable), options)
+    if certificate is None:
+        what, how = f"{format.PROGRAM} is not installed", f"install it with: scripts/certify {format.PROGRAM}"
+        if required:
+            raise InputError(f"the export is written, but not certified: {what}", how, key="--certify")
+        console.info(f"not certified: {what}; {how}")
+        return
+    console.table(
+        ["computed by the program", "largest", "mean", "perplexity", "torch's", "other greedy tokens"],
+        [
+            [name, part.largest, part.mean, part.perplexity, part.torch_perplexity, part.greedy_differences]
+            for name, part in certificate.parts.items()
+        ],
+        title=f"{certificate.program} {certificate.version} beside torch: log-probabilities of {certificate.rows}",
+    )
+    if certificate.note:
+        console.info(certificate.note)
+    facts = {"format": to, "path": str(written.path), "what": written.what, "options": asdict(options)}
+    result = facts | {"certificate": asdict(certificate)}
+    beside = written.path / CERTIFICATE if written.path.is_dir() else Path(f"{written.path}.{CERTIFICATE}")
+    write_json(beside, result)
+    if (run := exportable.target.run) is not None:
+        write_json(run / EXPORTS, [*(read_json(run / EXPORTS) or ()), result])

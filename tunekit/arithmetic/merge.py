@@ -112,7 +112,7 @@ def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, cha
     loaded = load_target(target, device)
     running = loaded.model.base
     rows, described = _rows(target, loaded)
-    before = _logits(running, rows)
+    before = logits_of(running, rows)
     dtype, attention, family = running.facts.dtype, running.facts.attention, running.family
     del loaded, running
     gc.collect()
@@ -121,7 +121,7 @@ def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, cha
     )
     packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
     model = prepare_network(packed, replace(target.choice, streaming="off")).base
-    difference = _compare(rows, before, _logits(model, rows), described, predicts=family.answers and family.reads_ids)
+    difference = _compare(rows, before, logits_of(model, rows), described, predicts=family.answers and family.reads_ids)
     if requantized:
         return difference
     if dtype == "float32" and not rewriter.rounds():
@@ -150,14 +150,14 @@ def _without_rounding(
     if small or changes.vocabulary_size is not None:
         return difference
     model = load_model(section.model_copy(update={"dtype": "float32"}), device=device)
-    rounded = _logits(model, rows)
+    rounded = logits_of(model, rows)
     rewriter.fill(model.net, changes)
-    exact = _logits(model, rows)
+    exact = logits_of(model, rows)
     rewriter.fill(model.net, Changes({}, {}))
     assert target.adapter is not None
     head, base = model.family.head_name(model.net), rewriter.fingerprint()
     attach_adapter_folder(model.net, target.adapter, head_name=head, base_fingerprint=base, device=device)
-    running = _logits(model, rows)
+    running = logits_of(model, rows)
     written, unrounded = _largest(running, rounded), _largest(running, exact)
     return replace(difference, written=written, unrounded=unrounded, rounding=_largest(exact, rounded))
 
@@ -194,7 +194,7 @@ def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], st
 
 
 @torch.no_grad()
-def _logits(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
+def logits_of(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
     """The logits of each row, (T, V) float32."""
     cast = [
         {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()} for row in rows

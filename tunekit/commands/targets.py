@@ -110,12 +110,28 @@ def merge(
 
 @app.command()
 def export(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter of a diffusion pipeline, or a run")],
-    to: Annotated[str, typer.Option("--to", metavar="kohya", help="the format")],
-    output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new .safetensors file")],
+    target: TargetName,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="such as gguf, ollama, vllm, mlx or kohya")],
+    output: Annotated[str, typer.Option("--output", metavar="PATH", help="the new file or folder")],
+    overrides: Annotated[list[str] | None, keys("changes keys of model.*", "model.")] = None,
     base: Base = None,
+    type: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="the type of the weights in gguf, such as Q4_K_M")
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="write a merged model instead of an adapter")] = False,
+    imatrix: Annotated[bool, typer.Option("--imatrix", help="quantize by the activations on the run's rows")] = False,
+    push: Annotated[bool, typer.Option("--push", help="upload the export to the hub")] = False,
+    certify: Annotated[
+        bool | None,
+        typer.Option(
+            "--certify/--no-certify",
+            help="compare what the target program computes with torch; default: if the program is installed",
+        ),
+    ] = None,
 ) -> None:
-    """Write an adapter in the format of a different program."""
+    """Write a model or an adapter in the format of another program."""
     from tunekit.export import export_verb
+    from tunekit.exports.format import Options
 
-    export_verb(adapter, to, output, base)
+    options = Options(type=type, merged=merged, imatrix=imatrix, push=push)
+    export_verb(target, to, output, base, options, certify, overrides or [])

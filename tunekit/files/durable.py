@@ -234,6 +234,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A temporary name, at which the block writes a new file or folder; it is flushed and renamed to `path`.
+
+    After a failure nothing of it remains.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    _remove(temporary)  # left by a killed process with the same id
+    try:
+        yield temporary
+        for each in (*temporary.rglob("*"), temporary):
+            if not each.is_symlink():
+                sync(each)
+        rename(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if is_real_folder(path):
+        remove_tree(path)
+    elif os.path.lexists(path):
+        unlink(path)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """`atomic_file` with these bytes."""
     with atomic_file(path) as file:

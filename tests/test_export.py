@@ -1,0 +1,109 @@
+"""`tunekit export`: what is refused before anything is written, and what is printed and kept of a certificate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tunekit.export
+from tests.conftest import write_tiny_llama
+from tunekit.errors import InputError, Problem
+from tunekit.export import export_verb
+from tunekit.exports.format import Certificate, Difference, Evidence, Exported, Options, Questions, known_formats
+from tunekit.files.durable import new_path
+from tunekit.targets.exportable import Exportable
+
+
+class Format:
+    """A format that copies config.json, and whose program answers as torch does."""
+
+    TAKES, OPTIONS, SUFFIX, PROGRAM = frozenset({"model"}), frozenset({"type"}), ".copy", "cat"
+    installed = True
+
+    def problems(self, exportable: Exportable, options: Options) -> list[Problem]:
+        return [Problem("no such type", "choose another", key="--type")] if options.type == "none" else []
+
+    def write(self, exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+        path.write_text((exportable.folder / "config.json").read_text())
+        if options.type == "broken":
+            raise InputError("broke off")
+        return Exported(path, "model", (f"cat {path}",))
+
+    def certify(
+        self, written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+    ) -> Certificate | None:
+        if not self.installed:
+            return None
+        asked = questions()
+        count = sum(map(len, asked.rows))
+        return Certificate("cat", "9.1", asked.described, {"model": Difference(0.0, 0.0, 2.0, 2.0, 0, count)})
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tunekit.export, "load_format", lambda name: Format())
+    write_tiny_llama(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_the_export_and_its_certificate_are_written(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = base.parent / "config.copy"
+    export_verb(str(base), "copy", str(file))
+    printed = capsys.readouterr().out
+    assert file.read_text() == (base / "config.json").read_text()
+    assert f"cat {file}" in printed
+    assert "cat 9.1 beside torch" in printed
+    facts = json.loads(file.with_name("config.copy.certificate.json").read_text())
+    assert facts["certificate"]["parts"]["model"]["perplexity"] == 2.0
+    assert facts["certificate"]["parts"]["model"]["tokens"] > 4
+
+
+def test_all_problems_are_shown_before_anything_is_written(base: Path) -> None:
+    file = base.parent / "config.txt"
+    with pytest.raises(InputError) as refused:
+        export_verb(str(base), "copy", str(file), None, Options(type="none", imatrix=True))
+    keys = [problem.key for problem in refused.value.problems]
+    assert keys == ["--imatrix", "--output", "--type"]
+    assert not file.exists()
+
+
+def test_an_existing_file_is_never_replaced_and_a_broken_one_removed(base: Path) -> None:
+    file = base.parent / "config.copy"
+    file.write_text("mine")
+    with pytest.raises(InputError, match="exists"):
+        export_verb(str(base), "copy", str(file))
+    assert file.read_text() == "mine"
+    file.unlink()
+    with pytest.raises(InputError, match="broke off"):
+        export_verb(str(base), "copy", str(file), None, Options(type="broken"))
+    assert sorted(path.name for path in base.parent.iterdir()) == ["base"]
+
+
+def test_a_program_that_is_required_must_be_installed(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Format, "installed", False)
+    export_verb(str(base), "copy", str(base.parent / "first.copy"))
+    assert "not certified: cat is not installed" in capsys.readouterr().out
+    with pytest.raises(InputError, match="the export is written, but not certified"):
+        export_verb(str(base), "copy", str(base.parent / "second.copy"), certify=True)
+    assert (base.parent / "second.copy").exists()
+
+
+def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
+    assert "kohya" in known_formats()
+    write_tiny_llama(tmp_path / "base")
+    with pytest.raises(InputError, match="kohya takes a pipeline adapter, and this is a model"):
+        export_verb(str(tmp_path / "base"), "kohya", str(tmp_path / "new.safetensors"))
+    with pytest.raises(InputError, match=r"--to kohia is unknown; choose .*kohya"):
+        export_verb(str(tmp_path / "base"), "kohia", str(tmp_path / "new.safetensors"))
+
+
+def test_a_new_folder_is_flushed_and_renamed(tmp_path: Path) -> None:
+    with new_path(tmp_path / "new") as partial:
+        (partial / "inner").mkdir(parents=True)
+        (partial / "inner" / "file").write_text("text")
+    assert (tmp_path / "new" / "inner" / "file").read_text() == "text"

@@ -1,0 +1,132 @@
+"""The values that every export format reads and returns, and the formats by name: one file of this folder each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from tunekit.errors import InputError, Problem
+from tunekit.records import JsonObject
+from tunekit.targets.exportable import Exportable
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command that only some formats read. `type`: the ggml type of the weights. `merged`: write a
+    merged model also where the format can hold the adapter. `imatrix`: weigh the quantization error by the run's own
+    rows. `push`: upload the export."""
+
+    type: str | None = None
+    merged: bool = False
+    imatrix: bool = False
+    push: bool = False
+
+    def given(self) -> list[str]:
+        """The names of the options that differ from their defaults."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a format may want besides the model. `rows(count, tokens)`: token ids of at most so many of the run's rows,
+    each cut to so many tokens, and a description of these rows. `report`: the run's report.json, if there is a run."""
+
+    rows: Callable[[int, int], tuple[list[list[int]], str]]
+    report: JsonObject | None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The result of an export. `what`: "adapter", "merged" or "model". `notes`: lines for the user, such as the command
+    that runs the result."""
+
+    path: Path
+    what: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows of token ids, and torch's log-probabilities of the next token in float32.
+
+    Shapes: each of `base` and `tuned` has one (T, V) float32 tensor for each row. `tuned`: the base with its running
+    adapter; None for a bare model. `described`: where the rows are from.
+    """
+
+    rows: Sequence[Sequence[int]]
+    base: Sequence[Tensor]
+    tuned: Sequence[Tensor] | None
+    described: str
+
+    @property
+    def expected(self) -> Sequence[Tensor]:
+        """The log-probabilities that the whole export must have."""
+        return self.base if self.tuned is None else self.tuned
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The log-probabilities of a program compared with torch's, over `tokens` positions.
+
+    `largest` and `mean`: absolute differences in nats. `perplexity` and `torch_perplexity`: on the same tokens.
+    `greedy_differences`: the positions at which the most probable token differs.
+    """
+
+    largest: float
+    mean: float
+    perplexity: float
+    torch_perplexity: float
+    greedy_differences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a program computed from an export. `parts`: such as base, adapter, merged or Q4_K_M. `note`: what the
+    reader must know to judge the figures, such as the arithmetic that stands for a program that cannot be run."""
+
+    program: str
+    version: str
+    rows: str
+    parts: Mapping[str, Difference]
+    note: str = ""
+
+
+class Format(Protocol):
+    """A module of this folder. `TAKES`: the kinds of exportables that it takes. `OPTIONS`: the options that it reads.
+    `SUFFIX`: the ending of the file that it writes; empty for a folder. `PROGRAM`: the program that certifies the
+    export, by the name that scripts/certify knows; empty if there is none."""
+
+    TAKES: frozenset[str]
+    OPTIONS: frozenset[str]
+    SUFFIX: str
+    PROGRAM: str
+
+    def problems(self, exportable: Exportable, options: Options) -> list[Problem]:
+        """Everything that the format cannot hold, before anything is written."""
+
+    def write(self, exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+        """Write the export at the new path `path`."""
+
+    def certify(
+        self, written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+    ) -> Certificate | None:
+        """Ask the program that reads this format; None if it is not installed. `questions` computes the questions."""
+
+
+@cache
+def known_formats() -> tuple[str, ...]:
+    """Every format: the files of this folder that state TAKES, sorted."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple(file.stem for file in files if "\nTAKES" in file.read_text("utf-8"))
+
+
+def load_format(name: str) -> Format:
+    """The module of a format. Raises: InputError for an unknown name."""
+    if name not in known_formats():
+        raise InputError(f"--to {name} is unknown", f"choose {', '.join(known_formats())}", key="--to")
+    return cast(Format, import_module(f"tunekit.exports.{name}"))

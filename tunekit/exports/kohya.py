@@ -1,0 +1,51 @@
+"""A LoRA of a diffusion pipeline as one file with the names of kohya's scripts, which ComfyUI and others read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder.config import adapter_header, tensors_path
+from tunekit.adapters.folder.diffusers_file import kohya_tensors
+from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.errors import Problem
+from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
+from tunekit.files.tensors import read_tensor, write_tensors
+from tunekit.model.load import make_meta_model
+from tunekit.targets.exportable import Exportable
+
+TAKES = frozenset({"pipeline adapter"})
+OPTIONS: frozenset[str] = frozenset()
+SUFFIX = ".safetensors"
+PROGRAM = ""  # none reads the file back; tests load it with diffusers
+
+
+def problems(exportable: Exportable, options: Options) -> list[Problem]:
+    """The file holds LoRA alone."""
+    attached = _attached(exportable)
+    if attached.method.in_diffusers_file:
+        return []
+    what = f"kohya's format holds LoRA, and this adapter is {attached.settings.method}"
+    return [Problem(what, "use the adapter's folder itself")]
+
+
+def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+    """Write the file; the alphas of all layers are kept."""
+    attached, file = _attached(exportable), tensors_path(exportable.adapter)
+    tensors = {key: read_tensor(file, entry) for key, entry in adapter_header(file).items()}
+    write_tensors(path, kohya_tensors(tensors, attached.settings, attached.targets), {"format": "pt"})
+    return Exported(path, "adapter")
+
+
+def certify(
+    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+) -> Certificate | None:
+    """No program is asked."""
+    return None
+
+
+def _attached(exportable: Exportable) -> AttachedAdapter:
+    cpu = torch.device("cpu")
+    net = make_meta_model(exportable.target.model, device=cpu).net
+    return attach_adapter_folder(net, exportable.adapter, head_name=None, device=cpu)

@@ -1,0 +1,62 @@
+"""The rows on which an export is compared with torch, and what torch answers."""
+
+import gc
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tunekit.arithmetic.merge import TEXTS, logits_of
+from tunekit.data.rows import load_rows
+from tunekit.errors import InputError
+from tunekit.exports.format import Questions
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.targets.exportable import Exportable
+from tunekit.targets.target import TargetSpec, load_target
+
+ROWS, TOKENS = 16, 64  # of a certificate
+
+
+def row_ids(exportable: Exportable, count: int, tokens: int) -> tuple[list[list[int]], str]:
+    """Token ids of at most `count` rows of the run, each cut to `tokens`, and a description of the rows.
+
+    They are its evaluation rows, else its training rows; fixed texts for a target without data.
+    Raises: InputError for a model that reads no text.
+    """
+    data, objective, tokenizer = exportable.target.data, exportable.objective, exportable.processor.tokenizer
+    if not isinstance(tokenizer, LoadedTokenizer):
+        raise InputError(f"{exportable.family} models do not read text", "leave --certify and --imatrix out")
+    if data is None or objective is None:
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [[*start, *tokenizer.encode(text)][:tokens] for text in TEXTS[:count]], "fixed texts"
+    loaded = load_rows(data, objective, seed=exportable.target.seed)
+    rows, noun = (loaded.train, "training") if loaded.evaluation is None else (loaded.evaluation, "evaluation")
+    names = loaded.objective.rows.layout.token_parts
+    chosen = [rows[index].parts for index in range(min(count, len(rows)))]
+    ids = [np.concatenate([parts[name] for name in names])[:tokens].tolist() for parts in chosen]
+    return ids, f"{len(ids)} {noun} rows of the run"
+
+
+def make_questions(exportable: Exportable) -> Questions:
+    """The rows, and the log-probabilities of base and running adapter in float32, with one model in memory at a time.
+
+    Raises: InputError for a model that does not predict tokens.
+    """
+    rows, described = row_ids(exportable, ROWS, TOKENS)
+    rows = [row for row in rows if len(row) > 1]
+    base = replace(exportable.target, adapter=None)
+    tuned = None if exportable.target.adapter is None else _log_probabilities(exportable.target, rows)
+    return Questions(rows, _log_probabilities(base, rows), tuned, described)
+
+
+def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Of each row the log-probabilities (T, V) float32 of the next token after each of its T tokens."""
+    section = target.model.model_copy(update={"dtype": "float32"})
+    model = load_target(replace(target, model=section), torch.device("cpu")).model.base
+    if not (model.family.answers and model.family.reads_ids):
+        raise InputError(f"{model.family.text} is not compared token by token", "leave --certify out")
+    inputs = [model.family.inputs_of(torch.tensor(row)[None]) for row in rows]
+    answers = [logits.log_softmax(-1) for logits in logits_of(model, inputs)]
+    del model
+    gc.collect()
+    return answers
