@@ -122,9 +122,9 @@ def test_every_attention_function_agrees(method: str, implementation: str) -> No
 
 def test_a_settings_contradiction_is_told() -> None:
     for fields, text in (
-        ({"prefix_projection": True, "init": "text"}, "leave init out"),
+        ({"prefix_projection": True, "init": "text"}, "remove init"),
         ({"encoder_hidden_size": 5}, "belongs to prefix_projection"),
-        ({"init_ids": []}, "holds no token"),
+        ({"init_ids": []}, "init_ids is empty"),
     ):
         with pytest.raises(ValueError, match=text):
             PrefixSettings(**fields)

@@ -422,7 +422,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": None}, r"objective\.reward: must be a list, not empty"),
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
     ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),
-    ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so that micro-batches would change"),
+    ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so the result would depend"),
     ({"loss_type": "cispo"}, "cispo needs epsilon_high, the cap of the ratio"),
     ({"temperature": 0.0}, "must be greater than 0"),
 ]

@@ -24,11 +24,11 @@ PositiveFraction = Annotated[Fraction, Field(gt=0)]
 class AdaloraSettings(TargetedSettings):
     """Low-rank updates in the form of a singular value decomposition, whose ranks move to the layers that need them.
 
-    The ranks of all layers together fall from `init_r` to `target_r` per layer between step `tinit` and the last
-    `tfinal` steps, by the third power of the steps left. Steps are optimizer steps, counted from 0.
+    The mean rank of a layer falls from `init_r` to `target_r` between step `tinit` and the last `tfinal` steps, with
+    the third power of the number of remaining steps. Steps are optimizer steps, counted from 0.
     """
 
-    summary = "lora whose rank is shared out among the layers"
+    summary = "lora that moves its ranks to the layers that need them"
 
     layers_to_transform: Layers = fields.LAYERS_TO_TRANSFORM
     layers_pattern: TextOrTexts | None = fields.LAYERS_PATTERN
@@ -36,12 +36,13 @@ class AdaloraSettings(TargetedSettings):
     target_r: Count = Field(8, description="mean rank of the layers at the end")
     alpha: Positive = Field(32.0, description="the update is scaled by alpha / init_r")
     dropout: Fraction = fields.DROPOUT
-    tinit: CountOrZero = Field(0, description="steps before the first rank is taken away")
-    tfinal: CountOrZero = Field(0, description="last steps, in which the ranks stay as they are")
-    deltaT: Count = Field(1, description="steps between two changes of ranks")
-    beta1: PositiveFraction = Field(0.85, description="memory of the importances from step to step")
-    beta2: PositiveFraction = Field(0.85, description="memory of the importances' uncertainty")
+    tinit: CountOrZero = Field(0, description="number of steps before the first rank is removed")
+    tfinal: CountOrZero = Field(0, description="number of last steps, in which no rank is removed")
+    deltaT: Count = Field(1, description="number of steps between two changes of ranks")
+    beta1: PositiveFraction = Field(0.85, description="decay of the moving average of the importances")
+    beta2: PositiveFraction = Field(0.85, description="decay of the moving average of the importances' uncertainty")
     orth_reg_weight: NotNegative = Field(0.5, description="weight of the penalty that keeps the factors orthogonal")
     kept: dict[Text, Several[bool]] = Field(
-        default_factory=dict, description="of an adapter already cut down: module.lora_E: which ranks it still has"
+        default_factory=dict,
+        description="for a loaded adapter with removed ranks: for each `module.lora_E`, whether it has each rank",
     )

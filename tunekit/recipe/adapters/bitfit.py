@@ -6,10 +6,10 @@ from tunekit.recipe.bases.section import AdapterSettings, TextOrTexts
 
 
 class BitfitSettings(AdapterSettings):
-    """Trains the biases that the base has, and nothing else. PEFT has no such type: the folder is tunekit's own."""
+    """Trains only the base's own biases. PEFT has no type for this method, so only tunekit can load the folder."""
 
-    summary = "the base's biases themselves (no PEFT type)"
+    summary = "the base's own biases (PEFT cannot load them)"
 
     target_modules: TextOrTexts = Field(
-        "all-biases", description="all-biases, owners of biases by name or name ending, or a regular expression"
+        "all-biases", description="all-biases, names or name endings of modules with biases, or a regular expression"
     )

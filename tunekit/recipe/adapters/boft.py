@@ -7,11 +7,16 @@ from tunekit.recipe.bases.section import Count, CountOrZero
 
 
 class BoftSettings(BlockSettings):
-    """A product of block rotations of each layer's inputs, and a scale of each output. One of the first two is 0."""
+    """Block rotations of each layer's inputs, and a scale of each output. Either `block_size` or `blocks` is 0."""
 
     summary = "a product of block rotations of each layer's inputs"
 
-    block_size: CountOrZero = Field(4, description="inputs rotated together; it divides every layer's inputs")
+    block_size: CountOrZero = Field(
+        4, description="number of inputs rotated together; it must divide the inputs of every layer"
+    )
     butterfly_factors: Count = Field(
-        1, le=32, description="rotations in the product; each doubles the reach of a block (peft needs CUDA beyond 1)"
+        1,
+        le=32,
+        description="number of rotations in the product; each doubles the reach of a block (PEFT needs CUDA for more "
+        "than 1)",
     )

@@ -6,8 +6,8 @@ from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate
 
 
 class C3aSettings(TargetedSettings):
-    """The update is made of circulant blocks. Wants a high learning rate: PEFT's MetaMathQA comparison (Llama-3.2-3B)
-    used 3e-1 with blocks of 64."""
+    """The update is made of circulant blocks. It needs a high learning rate: PEFT's MetaMathQA comparison
+    (Llama-3.2-3B) used 3e-1 with blocks of 64."""
 
     summary = "an update of circulant blocks"
     default_learning_rate = metamath_rate(3e-1, "c3a/llama-3.2-3B-default")

@@ -7,12 +7,14 @@ from tunekit.recipe.bases.section import Count, Expression, Fraction, NotNegativ
 
 
 class DeloraSettings(TargetedSettings):
-    """A low-rank update of normalised factors, whose strength is one trained number per layer."""
+    """A low-rank update with normalised factors and one trained strength per layer."""
 
-    summary = "a low-rank update of unit factors and trained strength"
+    summary = "a low-rank update with unit factors and a trained strength"
     default_learning_rate = metamath_rate(1e-3, "delora/llama-3.2-3B-rank32")
 
     r: Count = Field(8, description="rank")
-    delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
+    delora_lambda: NotNegative = Field(
+        15.0, description="the initial strength, which is the maximum norm of the update"
+    )
     dropout: Fraction = fields.DROPOUT
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN

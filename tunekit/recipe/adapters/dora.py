@@ -4,6 +4,7 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
 class DoraSettings(LowRankSettings):
-    """Direction by a low-rank update, magnitude by a trained vector; the base may be quantized."""
+    """A low-rank update changes the direction of the weights, a trained vector their magnitude. The base may be
+    quantized."""
 
     summary = "a low-rank direction and a trained magnitude of each output"

@@ -1,4 +1,4 @@
-"""`adapter: {method: full}` settings of full fine-tuning: no adapter, the base's own weights are trained."""
+"""`adapter: {method: full}` settings of full fine-tuning, which trains the base's own weights, without an adapter."""
 
 from pydantic import Field
 
@@ -7,10 +7,11 @@ from tunekit.recipe.bases.section import AdapterSettings, Several, Text, TextOrT
 
 
 class FullSettings(AdapterSettings):
-    """Trains the base itself, in float32 whatever it is computed in; the run's result is model/, not adapter/. Takes
-    16 bytes a trained weight (18 where the base is computed in 16 bits) beside the activations."""
+    """Trains the base itself. Its trained weights are float32, even if the model computes in 16 bits. The run's result
+    is model/, not adapter/. Memory, without activations: 16 bytes per trained weight, or 18 if it computes in
+    16 bits."""
 
-    summary = "the base's own weights, all of them or some modules'"
+    summary = "the base's own weights, of all modules or of chosen ones"
     default_learning_rate = metamath_rate(1e-5, "full-finetuning/llama-3.2-3B-lr_0.00001")
     trains_base = True
 

@@ -10,5 +10,9 @@ class HraSettings(TargetedSettings):
 
     summary = "a chain of reflections of each layer's inputs"
 
-    r: Count = Field(8, description="reflections; an even number starts as the base, to rounding")
-    orthogonal: bool = Field(False, description="make the reflections' vectors orthogonal (Gram-Schmidt)")
+    r: Count = Field(
+        8,
+        description="number of reflections; with an even number the model starts equal to the base, except for "
+        "rounding",
+    )
+    orthogonal: bool = Field(False, description="make the vectors of the reflections orthogonal (Gram-Schmidt)")

@@ -7,10 +7,10 @@ from tunekit.recipe.bases.section import AdapterSettings, Several, Text, TextOrT
 
 
 class LnTuningSettings(AdapterSettings):
-    """Trains the weights and biases of the norms alone; all norms are those of PEFT's MetaMathQA comparison,
-    which at its general rate of 1e-4 learned nothing (accuracy 0): try higher."""
+    """Trains only the weights and biases of the norms, by default of all norms as in PEFT's MetaMathQA comparison.
+    That comparison learned nothing (accuracy 0) at its general learning rate of 1e-4: try a higher rate."""
 
-    summary = "the base's norms themselves"
+    summary = "the base's own norms"
 
     modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = Field(

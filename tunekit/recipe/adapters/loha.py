@@ -7,11 +7,11 @@ from tunekit.recipe.bases.section import Count, Expression, NotNegative, Targete
 
 
 class LohaSettings(TargetedSettings):
-    """The update is the elementwise product of two low-rank matrices: its rank reaches r * r."""
+    """The update is the elementwise product of two low-rank matrices, which has a rank of up to r * r."""
 
     summary = "an elementwise product of two low-rank updates"
 
-    r: Count = Field(8, description="rank of each of the two factors")
+    r: Count = Field(8, description="rank of each of the two matrices")
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN

@@ -9,15 +9,17 @@ from tunekit.recipe.bases.section import LARGEST_COUNT, Count, Expression, NotNe
 
 
 class LokrSettings(TargetedSettings):
-    """The update is a Kronecker product of a small matrix and a larger one, each of them low-rank where r is small."""
+    """The update is the Kronecker product of a smaller and a larger matrix, which may be low-rank themselves."""
 
     summary = "a Kronecker product of two small matrices"
 
-    r: Count = Field(8, description="rank of the larger matrix; from half of its larger side on, it is kept whole")
+    r: Count = Field(
+        8, description="rank of the larger matrix; from half of its longer side on, the matrix is not factorised"
+    )
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
-    decompose_both: bool = Field(False, description="the smaller matrix is low-rank as well")
+    decompose_both: bool = Field(False, description="make the smaller matrix low-rank too")
     decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
-        -1, description="larger bound of the smaller matrix's sides; -1: the divisor next to the square root"
+        -1, description="maximum of the smaller matrix's sides; -1: the divisor nearest to the square root"
     )
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN

@@ -6,9 +6,9 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
 class LoraSettings(LowRankSettings):
-    """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
+    """A low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
     summary = "a low-rank update of each targeted matrix"
-    first_lines = (("  r: 16", "how much the adapter can hold"), ("  alpha: 32", ""))
+    first_lines = (("  r: 16", "a higher rank can learn more and needs more memory"), ("  alpha: 32", ""))
 
-    lora_bias: bool = Field(False, description="the update of each layer, embeddings apart, has a bias of its own")
+    lora_bias: bool = Field(False, description="the update of each layer has a trained bias; embeddings have none")

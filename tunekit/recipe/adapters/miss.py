@@ -12,9 +12,11 @@ class MissSettings(TargetedSettings):
 
     summary = "one trained shard for all column blocks of a matrix"
 
-    r: Count = Field(64, description="columns of a block")
+    r: Count = Field(64, description="number of columns in a block")
     variant: Literal["balance", "bat", "mini"] = Field(
-        "balance", description="bat: the update also depends on the base's matrix; mini: a narrower shard, repeated"
+        "balance", description="bat: the update also depends on the base's matrix; mini: a narrower shard is repeated"
     )
-    mini_r: Count = Field(1, description="of mini: the shard's width; it divides the layer's outputs")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training; not of bat")
+    mini_r: Count = Field(
+        1, description="for variant mini: the width of the shard; it must divide the outputs of every layer"
+    )
+    dropout: Fraction = Field(0.0, description="dropout of the update's input in training; not with variant bat")

@@ -11,21 +11,23 @@ from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 
 class MultitaskPromptSettings(StartedTokenSettings):
-    """One prompt that tasks share, times a low-rank matrix of each task's own. A run trains one task: all its rows are
-    of `task`, and init_from brings the others along, which stay as they are."""
+    """All tasks share one prompt, which is multiplied by a low-rank matrix of the task. A run trains one task: all its
+    rows belong to `task`. The matrices of other tasks are loaded with init_from and do not change."""
 
-    summary = "trained vectors before each row, shared by tasks and scaled for each"
+    summary = "trained vectors before each row, shared by all tasks and scaled for each task"
 
     init: Literal["vocabulary", "random", "text"] = Field(
-        "random", description="first values of the shared ones: normal numbers (PEFT's), or as for prompt"
+        "random",
+        description="initial values of the shared vectors: random: normal numbers, as in PEFT; the others as for "
+        "method prompt",
     )
-    num_ranks: Count = Field(1, description="rank of a task's matrix")
-    num_tasks: Count = Field(1, description="tasks that have a matrix")
-    task: CountOrZero = Field(0, description="which of them all rows are of, counted from 0")
+    num_ranks: Count = Field(1, description="rank of the matrix of a task")
+    num_tasks: Count = Field(1, description="number of tasks, each of which has a matrix")
+    task: CountOrZero = Field(0, description="the number of the task to which all rows belong, counted from 0")
     init_from_tasks: Literal["all", "average", "none"] | CountOrZero = Field(
         "all",
-        description="of the folder that init_from names: all: every task's matrix; a number: that task's alone; "
-        "average: the mean of its tasks' factors; none: its shared vectors alone",
+        description="the matrices to load from the folder of init_from. all: the matrices of all tasks; a number: the "
+        "matrix of that task; average: the mean of all tasks' factors; none: only the shared vectors",
     )
 
     @model_validator(mode="after")
@@ -35,7 +37,9 @@ class MultitaskPromptSettings(StartedTokenSettings):
                 f"task is counted from 0, so with num_tasks: {self.num_tasks} it ends at {self.num_tasks - 1}"
             )
         if self.init_from is None and self.init_from_tasks != "all":
-            raise ValueError("init_from_tasks goes with init_from, which names the folder")
+            raise ValueError("init_from_tasks needs init_from, which names the folder")
         if self.init_from_tasks not in ("all", "none") and self.num_tasks != 1:
-            raise ValueError("init_from_tasks: a number or average starts one task's matrix, so num_tasks must be 1")
+            raise ValueError(
+                "init_from_tasks: a number or average initialises the matrix of one task, so num_tasks must be 1"
+            )
         return self

@@ -9,7 +9,7 @@ from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Se
 
 
 class BlockSettings(AdapterSettings):
-    """Rotations of blocks, whose size or number is given; the other one is 0."""
+    """Rotations of blocks. Either their size or their number is given, and the other setting is 0."""
 
     modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = fields.TARGET_MODULES
@@ -32,15 +32,15 @@ class BlockSettings(AdapterSettings):
 
 
 class OftSettings(BlockSettings):
-    """A rotation of each layer's inputs, block by block. Of block_size and blocks one is given; the other is 0."""
+    """A rotation of each layer's inputs, block by block. Either block_size or blocks is given, and the other is 0."""
 
     summary = "a block-diagonal rotation of each layer's inputs"
 
     block_size: CountOrZero = Field(
-        32, description="inputs rotated together; where it does not divide them, the nearest divisor"
+        32, description="number of inputs rotated together; the nearest divisor of a layer's inputs is used"
     )
-    block_share: bool = Field(False, description="one rotation for all blocks of a layer")
+    block_share: bool = Field(False, description="all blocks of a layer share one rotation")
     use_cayley_neumann: bool = Field(
-        True, description="a power series in place of the exact Cayley transform: faster, orthogonal only nearly"
+        True, description="a power series instead of the exact Cayley transform: faster, but only nearly orthogonal"
     )
-    num_cayley_neumann_terms: Count = Field(5, le=100, description="terms of that series")
+    num_cayley_neumann_terms: Count = Field(5, le=100, description="number of terms of that series")

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 from tunekit.recipe.bases.section import AdapterSettings, Count, Fraction, PublishedRate, Several, Text
 from tunekit.recipe.bases.virtual_tokens import MODULES_TO_SAVE, NUM_TRANSFORMER_SUBMODULES, NUM_VIRTUAL_TOKENS
 
-MLP_LAYERS = 2  # PEFT's word for its three matrices; no other number has a meaning there
+MLP_LAYERS = 2  # PEFT's number for an MLP of three matrices, which is the only MLP it has
 
 
 class PTuningSettings(AdapterSettings):
-    """Vectors before each row that a small network makes of a trained table. The network is in checkpoints; folders
-    hold the vectors that it made."""
+    """Vectors before each row, which a small network computes from a trained table. Checkpoints contain the network;
+    adapter folders contain only the vectors."""
 
-    summary = "vectors before each row, made by a trained encoder"
+    summary = "vectors before each row, computed by a trained encoder"
     default_learning_rate = PublishedRate(
         1e-4, "huggingface/peft, pull request 3356: MetaMathQA with 20 tokens of an MLP, .382 against .353 at 5e-4"
     )
@@ -25,17 +25,19 @@ class PTuningSettings(AdapterSettings):
     num_transformer_submodules: Literal[1, 2] = NUM_TRANSFORMER_SUBMODULES
     modules_to_save: Several[Text] = MODULES_TO_SAVE
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
-        "MLP", description="what makes the vectors: three matrices, or a bidirectional LSTM and two"
+        "MLP", description="the encoder of the vectors: three matrices, or a bidirectional LSTM and two matrices"
     )
-    encoder_hidden_size: Count | None = Field(None, description="width of that network; by default the base's")
-    encoder_num_layers: Count = Field(MLP_LAYERS, description="layers of the LSTM")
-    encoder_dropout: Fraction = Field(0.0, description="between layers of the LSTM, while training")
+    encoder_hidden_size: Count | None = Field(
+        None, description="width of that encoder; by default the width of the base"
+    )
+    encoder_num_layers: Count = Field(MLP_LAYERS, description="number of layers of the LSTM")
+    encoder_dropout: Fraction = Field(0.0, description="dropout between the layers of the LSTM in training")
 
     @model_validator(mode="after")
     def _what_the_encoder_has(self) -> PTuningSettings:
         if self.init_from is not None:
             raise ValueError(
-                "init_from cannot be continued by p_tuning: a folder holds the vectors, not the network that made them"
+                "p_tuning cannot continue from init_from: a folder contains the vectors, not the network that made them"
             )
         lstm = self.encoder_reparameterization_type == "LSTM"
         if not lstm and (self.encoder_num_layers != MLP_LAYERS or self.encoder_dropout):

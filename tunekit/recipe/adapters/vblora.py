@@ -7,15 +7,17 @@ from tunekit.recipe.bases.section import Count, Fraction, Positive, TargetedSett
 
 
 class VbloraSettings(TargetedSettings):
-    """Both factors of every layer's update are made of a few vectors of one shared bank. The initial values are those
-    of PEFT's VBLoRAConfig, with which its MetaMathQA comparison was run."""
+    """Both factors of every layer's update are mixtures of a few vectors from one shared bank. The defaults are from
+    PEFT's VBLoRAConfig, which its MetaMathQA comparison used."""
 
-    summary = "updates made of vectors of one shared bank"
+    summary = "updates mixed from the vectors of one shared bank"
 
     r: Count = Field(4, description="rank")
-    num_vectors: Count = Field(256, description="vectors in the bank")
+    num_vectors: Count = Field(256, description="number of vectors in the bank")
     vector_length: Count = Field(256, description="length of a vector; it must divide both sides of every layer")
-    topk: Count = Field(2, description="vectors mixed for each piece of a factor")
+    topk: Count = Field(2, description="number of vectors mixed for each piece of a factor")
     dropout: Fraction = fields.DROPOUT
-    init_vector_bank_bound: Positive = Field(0.02, description="the bank starts uniform within this bound")
-    init_logits_std: Positive = Field(0.1, description="spread of the initial mixing logits")
+    init_vector_bank_bound: Positive = Field(
+        0.02, description="the initial numbers of the bank are uniform between minus and plus this bound"
+    )
+    init_logits_std: Positive = Field(0.1, description="standard deviation of the initial mixing logits")

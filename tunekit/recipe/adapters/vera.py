@@ -7,8 +7,8 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, T
 
 
 class VeraSettings(TargetedSettings):
-    """Two trained vectors per layer around random matrices that all layers share. The initial values are those of
-    PEFT's VeraConfig, with which its MetaMathQA comparison was run."""
+    """Two trained vectors per layer, which scale random matrices that all layers share. The defaults are from PEFT's
+    VeraConfig, which its MetaMathQA comparison used."""
 
     summary = "trained scales of one frozen random update"
     default_learning_rate = metamath_rate(1e-3, "vera/llama-3.2-3B-default")
@@ -16,5 +16,5 @@ class VeraSettings(TargetedSettings):
     r: Count = Field(256, description="rank of the shared matrices")
     d_initial: Number = Field(0.1, description="initial value of the scales between the two matrices")
     dropout: Fraction = fields.DROPOUT
-    projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, as PEFT draws them")
-    save_projection: bool = Field(True, description="whether the adapter's file holds the frozen matrices")
+    projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, drawn as in PEFT")
+    save_projection: bool = Field(True, description="whether the adapter's file contains the frozen matrices")

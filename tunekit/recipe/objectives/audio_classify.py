@@ -1,4 +1,4 @@
-"""`objective: audio_classify` audio classification: a head, trained with the adapter, predicts a label."""
+"""`objective: audio_classify`: audio classification. A head, trained with the adapter, predicts a label."""
 
 from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings

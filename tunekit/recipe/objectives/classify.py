@@ -1,11 +1,11 @@
-"""`objective: classify` sequence classification: a head that is trained with the adapter gives each text a label,
-several labels, or numbers."""
+"""`objective: classify`: text classification. A head, trained with the adapter, predicts a label, several labels or
+numbers for each text."""
 
 from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 
 
 class ClassifySettings(HeadSettings, LabelSettings):
-    """One label a text, or as `problem_type` says."""
+    """One label for each text; with another `problem_type`, several labels or numbers."""
 
     summary = "one label for each text, several labels, or numbers"
     family = "classifier"

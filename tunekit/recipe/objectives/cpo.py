@@ -1,4 +1,4 @@
-"""`objective: cpo` contrastive preference optimization: chosen and rejected answers, without a reference."""
+"""`objective: cpo`: contrastive preference optimization on chosen and rejected answers, without a reference model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 
 
 class CpoSettings(PairSettings):
-    """TRL's names and defaults."""
+    """The names and defaults are TRL's."""
 
-    summary = "chosen and rejected answers, without a reference"
+    summary = "chosen and rejected answers, without a reference model"
 
     beta: Positive = Field(
-        0.1, description="scale of the difference of both log-probabilities; for ipo, the paper's tau"
+        0.1, description="scale of the difference between the two log-probabilities; for ipo, the paper's tau"
     )
     loss_type: Literal["sigmoid", "hinge", "ipo"] = Field(
-        "sigmoid", description="the function of the two log-probabilities"
+        "sigmoid", description="the loss as a function of the two log-probabilities"
     )
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
         0.0, description="for sigmoid: the assumed share of swapped pairs"
     )
-    cpo_alpha: NotNegative = Field(1.0, description="weight of the mean loss of the chosen answers' tokens")
+    cpo_alpha: NotNegative = Field(1.0, description="weight of the mean loss on the chosen answers' tokens")
 
     @model_validator(mode="after")
     def _smoothing_is_read(self) -> CpoSettings:

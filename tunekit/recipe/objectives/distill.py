@@ -1,4 +1,4 @@
-"""`objective: distill` knowledge distillation: the model learns a teacher's probabilities of the next token."""
+"""`objective: distill`: knowledge distillation. The model learns a teacher's probabilities of the next token."""
 
 from typing import Annotated, Literal
 
@@ -11,7 +11,8 @@ UnitShare = Annotated[Number, Field(ge=0, le=1)]
 
 
 class DistillSettings(ObjectiveSettings):
-    """TRL's names. beta is 0 instead of TRL's 1, because the tokens come from the data and not from the student."""
+    """The names are TRL's. The default of beta is 0 instead of 1, because the tokens come from the data, not the
+    student."""
 
     summary = "a teacher model's probabilities of the next token"
     free_keys = ("teacher_streaming",)
@@ -20,13 +21,17 @@ class DistillSettings(ObjectiveSettings):
 
     teacher: ModelSection = Field(description="a model with the same vocabulary: a name, or a mapping as in model")
     teacher_streaming: Literal["off", "host", "disk"] = Field(
-        "off", description="where the teacher's layers are stored; each is copied to the device once per step"
+        "off",
+        description="where the teacher's layers are stored; host or disk: each layer is copied to the device "
+        "once per step",
     )
     beta: UnitShare = Field(
         0.0,
-        description="0: forward KL(teacher | student); 1: reverse KL; between: generalised Jensen-Shannon divergence",
+        description="0: forward KL(teacher | student); 1: reverse KL; between 0 and 1: generalised "
+        "Jensen-Shannon divergence",
     )
     temperature: Positive = Field(1.0, description="the temperature of both distributions")
     kd_ratio: UnitShare = Field(
-        1.0, description="weight of the divergence; the rest is cross entropy on the data's tokens"
+        1.0,
+        description="weight of the divergence; 1 - kd_ratio is the weight of the cross entropy on the data's tokens",
     )

@@ -1,4 +1,4 @@
-"""`objective: dpo` direct preference optimization: the model learns to prefer chosen answers over rejected ones, and
+"""`objective: dpo`: direct preference optimization. The model learns to prefer chosen answers over rejected ones, and
 stays close to the model before step 1."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LossTypes = Annotated[
 
 
 class DpoSettings(PairSettings):
-    """TRL's names and defaults."""
+    """The names and defaults are TRL's."""
 
     summary = "chosen and rejected answers, close to the reference model"
     reference = "policy at step 0"
@@ -52,21 +52,22 @@ class DpoSettings(PairSettings):
     beta: Positive = Field(
         0.1, description="how strongly the model is kept close to the reference; for ipo, the paper's tau"
     )
-    loss_type: LossTypes = Field(("sigmoid",), description="one loss, or the sum of several")
-    loss_weights: Several[Number] | None = Field(None, description="one weight for each loss; null: 1")
+    loss_type: LossTypes = Field(("sigmoid",), description="one loss, or several losses that are added")
+    loss_weights: Several[Number] | None = Field(None, description="one weight for each loss; null: every weight is 1")
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="robust, aot: the assumed share of swapped pairs; exo_pair: its epsilon, above 0"
+        0.0, description="for robust and aot: the assumed share of swapped pairs; for exo_pair: its epsilon, above 0"
     )
-    discopop_tau: Positive = Field(0.05, description="for discopop: the temperature of its blend of two losses")
+    discopop_tau: Positive = Field(0.05, description="for discopop: the temperature with which it blends two losses")
     precompute_ref_log_probs: bool = Field(
-        False, description="compute the reference of each row once, and reuse it in later epochs and evaluations"
+        False,
+        description="compute the reference model's log-probabilities once per row, for all epochs and evaluations",
     )
     rpo_alpha: NotNegative | None = Field(
         None,
-        description="weight of the mean loss on the chosen answers' tokens; equal to loss_type sft with this weight",
+        description="weight of the mean loss on the chosen answers' tokens, the same as loss_type sft with this weight",
     )
     ld_alpha: Annotated[Number, Field(ge=0, le=1)] | None = Field(
-        None, description="weight of the longer answer's tokens beyond the length of the shorter one; null: 1"
+        None, description="weight of the longer answer's tokens beyond the length of the shorter answer; null: 1"
     )
 
     @property
@@ -82,15 +83,16 @@ class DpoSettings(PairSettings):
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} weights for {len(self.loss_type)} losses")
         if not any(weight for _, weight in self.weighted_losses):
-            raise ValueError("loss_weights are all 0, so that nothing is learned; give one loss a weight")
+            raise ValueError("loss_weights are all 0, so nothing is learned; give one loss a weight above 0")
         changed = self.discopop_tau != type(self).model_fields["discopop_tau"].default
         if changed and "discopop" not in self.loss_type:
-            raise ValueError("discopop_tau is read by loss_type discopop alone; remove it")
+            raise ValueError("discopop_tau has an effect only with loss_type discopop; remove it")
         if self.rpo_alpha is not None and "sft" in self.loss_type:
             raise ValueError("rpo_alpha and loss_type sft are the same term; keep one")
         if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(
-                f"label_smoothing is read by {', '.join(SMOOTHED)} alone; remove it, or choose one of them"
+                f"label_smoothing has an effect only with {', '.join(SMOOTHED)}; remove it, or choose one of "
+                "these losses"
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError("exo_pair needs label_smoothing above 0 (its paper: 1e-3)")

@@ -1,5 +1,5 @@
-"""`objective: dreambooth` a diffusion model learns what a few pictures show, under a rare word, or each under its own
-text."""
+"""`objective: dreambooth`: subject-driven generation. A diffusion model learns the subject of a few images under a rare
+word, or each image under its own text."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
 
 
 def _buckets(value: object) -> object:
-    """auto, or sizes as tuples."""
+    """`auto`, or the sizes as tuples (height, width)."""
     if value == "auto":
         return value
     pairs = value if isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) for pair in value) else ()
     sides = [side for pair in pairs for side in pair]
     if not sides or any(len(pair) != 2 for pair in pairs) or not all(type(side) is int for side in sides):
-        raise ValueError("must be auto, or sizes in pixels, such as [[512, 512], [512, 768]], heights first")
+        raise ValueError("must be auto, or a list of [height, width] in pixels, such as [[512, 512], [512, 768]]")
     if not all(LEAST_SIDE <= side <= MOST_SIDE for side in sides):
         raise ValueError(f"must have sides of {LEAST_SIDE} to {MOST_SIDE} pixels")
     return tuple((height, width) for height, width in pairs)
@@ -47,9 +47,9 @@ Buckets = Annotated[
 
 
 class DreamboothSettings(ObjectiveSettings):
-    """diffusers' names; its defaults but for center_crop, which it leaves to chance."""
+    """The names and defaults are those of diffusers, except center_crop: diffusers crops at random."""
 
-    summary = "a diffusion model learns what images show"
+    summary = "a diffusion model learns the subject of a few images"
     family = "diffusion"
     example = "image"
     answers = False
@@ -58,70 +58,84 @@ class DreamboothSettings(ObjectiveSettings):
     shows = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
     medium = "image"
     first_order = 40
-    first_lines = (("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),)
+    first_lines = (
+        ("  instance_prompt: a photo of sks thing", "replace `thing` by the kind of subject; keep the rare word sks"),
+    )
     sums = ("loss", "units")
     default_learning_rate = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"
     )
 
     instance_prompt: Text | None = Field(
-        None, description="what every image without a text of its own shows, with a rare word: a photo of sks dog"
+        None, description="text for all images that have no text in the data, with a rare word: a photo of sks dog"
     )
     resolution: Annotated[Count, Field(ge=LEAST_SIDE, le=MOST_SIDE)] | None = Field(
-        None, description="pixels of a side that is trained on; null: for which the pipeline was made"
+        None, description="side of the training images in pixels; null: the resolution that the pipeline was made for"
     )
     aspect_ratio_buckets: Buckets | None = Field(
         None,
-        description="sizes that are trained on, [height, width] each; every image goes to the one nearest in aspect "
-        "ratio, and `resolution` is that of drawn images alone. auto: those of the usual ratios with as many pixels "
-        "as a square of `resolution`, or with fewer for an image that is smaller; null: that square",
+        description="sizes to train on, a list of [height, width]. Each image is resized to the size with the nearest "
+        "aspect ratio; `resolution` is then used for generated images only. auto: sizes of the usual aspect ratios "
+        "with as many pixels as a square of `resolution`, or fewer for smaller images; null: only that square",
     )
-    center_crop: bool = Field(True, description="the middle of each image; false: another part in each step")
-    random_flip: bool = Field(False, description="each image mirrored in half of the steps")
-    train_text_encoder: bool = Field(False, description="an adapter for the text encoders too")
+    center_crop: bool = Field(
+        True, description="train on the middle of each image; false: on a different random part in each step"
+    )
+    random_flip: bool = Field(False, description="mirror each image in half of the steps")
+    train_text_encoder: bool = Field(False, description="also train an adapter for the text encoders")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
-        "auto", description="what the denoiser predicts; auto: as the pipeline's scheduler says"
+        "auto",
+        description="the quantity that the denoiser predicts; auto: the one in the configuration of the "
+        "pipeline's scheduler",
     )
     snr_gamma: Positive | None = Field(
-        None, description="weigh steps by min(SNR, gamma), as the paper of Hang et al. 2023 does; 5 is usual"
+        None, description="weight the loss by min(SNR, gamma), as Hang et al. 2023; usually 5"
     )
-    noise_offset: NotNegative = Field(0.0, description="of the noise of each channel as a whole; 0.1 is usual")
+    noise_offset: NotNegative = Field(
+        0.0, description="strength of extra noise that is constant within each channel; usually 0.1"
+    )
     weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = Field(
-        "none", description="of pipelines with flow matching: how times are drawn and weighed"
+        "none",
+        description="for pipelines with flow matching: the distribution of times and the weights of their losses",
     )
-    logit_mean: Number = Field(0.0, description="of logit_normal")
-    logit_std: Positive = Field(1.0, description="of logit_normal")
-    mode_scale: NotNegative = Field(1.29, description="of mode")
+    logit_mean: Number = Field(0.0, description="for logit_normal: mean of the logit of the time")
+    logit_std: Positive = Field(1.0, description="for logit_normal: standard deviation of the logit of the time")
+    mode_scale: NotNegative = Field(1.29, description="for mode: the scale of its curve")
     class_prompt: Text | None = Field(
-        None, description="prior preservation: what the base's own images show, such as a photo of dog"
+        None,
+        description="prior preservation: the prompt of images that the base itself generates, such as a photo of dog",
     )
     class_data_dir: NewPath | None = Field(
-        None, description="the folder of those images; what it lacks is drawn by the base before step 1"
+        None, description="folder of the class images; the base generates missing images before step 1"
     )
-    num_class_images: Count = Field(100, description="how many of them there are to be")
-    prior_loss_weight: NotNegative = Field(1.0, description="weight of their loss")
+    num_class_images: Count = Field(100, description="number of class images")
+    prior_loss_weight: NotNegative = Field(1.0, description="weight of the loss on the class images")
     cache_latents: AutoOrBool = Field(
         "auto",
-        description="encode each image once, before step 1; auto: where nothing of it changes from step to step",
+        description="encode each image once, before step 1; auto: if images are neither cropped at random nor mirrored",
     )
-    validation_prompts: Several[Text] = Field((), description="images for the report, drawn at each evaluation")
-    num_inference_steps: Count = Field(25, description="of each drawn image")
-    guidance_scale: NotNegative = Field(7.5, description="of each drawn image")
+    validation_prompts: Several[Text] = Field(
+        (), description="prompts of images that each evaluation generates for the report"
+    )
+    num_inference_steps: Count = Field(25, description="number of denoising steps for each generated image")
+    guidance_scale: NotNegative = Field(7.5, description="classifier-free guidance for generated images")
     validation_draws: Annotated[Count, Field(le=1000)] = Field(
-        4, description="times of the schedule at which each evaluation image is measured, always with the same noise"
+        4,
+        description="number of timesteps at which the loss of each evaluation image is measured, always with "
+        "the same noise",
     )
 
     @model_validator(mode="after")
     def _class_pictures_have_a_place(self) -> DreamboothSettings:
         if (self.class_prompt is None) != (self.class_data_dir is None):
             raise ValueError(
-                "prior preservation needs class_prompt, what the images show, and class_data_dir, where they lie"
+                "prior preservation needs class_prompt, the text of its images, and class_data_dir, their folder"
             )
         return self
 
     @property
     def varies(self) -> bool:
-        """Whether an image differs from step to step."""
+        """Whether the crop or the mirroring of an image changes from step to step."""
         return not self.center_crop or self.random_flip
 
     @property

@@ -1,5 +1,5 @@
-"""`objective: grpo` group relative policy optimization: the model writes several completions to each prompt, and learns
-from those with a higher reward than the others."""
+"""`objective: grpo`: group relative policy optimization. The model generates several completions of each prompt, and
+learns from the completions with a higher reward than the others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tunekit.recipe.bases.sample_settings import SampleSettings
 
 GrpoLossType = Literal["grpo", "dapo", "dr_grpo", "cispo"]
 BNPO = (
-    "bnpo divides by the tokens of each micro-batch, so that micro-batches would change the result; write dapo, which "
-    "divides by those of the whole step"
+    "bnpo divides by the tokens of each micro-batch, so the result would depend on the size of micro-batches; write "
+    "dapo, which divides by the tokens of the whole step"
 )
 
 
@@ -23,25 +23,27 @@ def _not_by_micro_batch(value: object) -> object:
 
 
 class GrpoSettings(SampleSettings):
-    """TRL's names and defaults. All completions of a step are one batch, independent of micro-batches."""
+    """The names and defaults are TRL's. All completions of a step are one batch, independent of micro-batches."""
 
-    summary = "samples of the model, each compared with the others to its prompt"
+    summary = "samples of the model, each compared with the other samples for its prompt"
 
     loss_type: Annotated[GrpoLossType, BeforeValidator(_not_by_micro_batch)] = Field(
         "dapo",
-        description="the normalisation. grpo: mean over completions of their mean over tokens; dapo: mean over all "
-        "tokens of the step; dr_grpo: divided by max_completion_length; cispo: as dapo, with the ratio capped and "
-        "without its gradient",
+        description="the normalisation. grpo: mean over tokens, then over completions; dapo: mean over all tokens of "
+        "the step; dr_grpo: sum over tokens, divided by max_completion_length; cispo: as dapo, with a capped ratio "
+        "that gets no gradient",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="sequence: one ratio for each completion (GSPO)"
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
-        description="divide advantages by the standard deviation of the group, of the step (batch), or by nothing",
+        description="divide advantages by the standard deviation of the group, of the whole step (batch), or not "
+        "at all (none)",
     )
     use_bias_correction_kl: bool = Field(
-        True, description="for beta: multiply the KL (k3) by the ratio, which makes its gradient unbiased"
+        True,
+        description="with beta above 0: multiply the KL estimate (k3) by the ratio, which makes its gradient unbiased",
     )
 
     @model_validator(mode="after")

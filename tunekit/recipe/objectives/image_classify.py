@@ -1,4 +1,4 @@
-"""`objective: image_classify` image classification: a head, trained with the adapter, predicts a label."""
+"""`objective: image_classify`: image classification. A head, trained with the adapter, predicts a label."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from tunekit.records import Shows
 
 def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
     if len(value) != 2 or not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("must be two numbers, the smaller first, from more than 0 to 1")
+        raise ValueError("must be two numbers above 0 and at most 1, the smaller number first")
     return value
 
 
@@ -26,13 +26,11 @@ class ImageClassifySettings(HeadSettings, LabelSettings):
     first_order = 30
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
-        None, description="pixels of a side; null: the value of the model's processor"
+        None, description="side of the images in pixels; null: the value of the model's processor"
     )
-    random_resized_crop: bool = Field(
-        True, description="train on a random part of each image, resized to the full size"
-    )
+    random_resized_crop: bool = Field(True, description="train on a random part of each image, resized to `resolution`")
     crop_scale: Annotated[Several[Number], AfterValidator(_scale)] = Field(
-        (0.5, 1.0), description="minimum and maximum share of the image in a crop"
+        (0.5, 1.0), description="minimum and maximum share of the image in a random crop"
     )
     random_flip: bool = Field(True, description="mirror each image with probability 1/2")
     randaugment_ops: CountOrZero = Field(0, description="number of RandAugment operations per image; usually 2")

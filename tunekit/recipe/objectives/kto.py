@@ -1,5 +1,5 @@
-"""`objective: kto` Kahneman-Tversky optimization: learns from answers marked as good or bad, and stays close to the
-model before step 1."""
+"""`objective: kto`: Kahneman-Tversky optimization. The model learns from answers marked as good or bad, and stays close
+to the model before step 1."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen
 
 
 class KtoSettings(ObjectiveSettings):
-    """TRL's names and defaults."""
+    """The names and defaults are TRL's."""
 
     summary = "answers marked as good or bad, close to the reference model"
     example = "unpaired"
@@ -24,13 +24,15 @@ class KtoSettings(ObjectiveSettings):
 
     beta: Positive = Field(0.1, description="how strongly the model is kept close to the reference")
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
-        "kto", description="apo_zero_unpaired: without the KL, for answers that are better than the model's answers"
+        "kto",
+        description="apo_zero_unpaired: without the KL; use it if the good answers are better than the model's own",
     )
     precompute_ref_log_probs: bool = Field(
-        False, description="compute the reference of each row once, and reuse it in later epochs and evaluations"
+        False,
+        description="compute the reference model's log-probabilities once per row, for all epochs and evaluations",
     )
     desirable_weight: Positive = Field(1.0, description="weight of the loss of good answers")
     undesirable_weight: Positive = Field(1.0, description="weight of the loss of bad answers")
     unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="for a row without a prompt or with an empty answer: stop, or leave the row out"
+        "error", description="for a row without a prompt or with an empty answer: stop with an error, or drop the row"
     )

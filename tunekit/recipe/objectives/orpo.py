@@ -1,5 +1,5 @@
-"""`objective: orpo` odds ratio preference optimization: supervised tuning on chosen answers, and a penalty on rejected
-ones."""
+"""`objective: orpo`: odds ratio preference optimization, which is supervised tuning on chosen answers with a penalty on
+rejected answers."""
 
 from pydantic import Field
 
@@ -8,8 +8,8 @@ from tunekit.recipe.bases.section import Positive
 
 
 class OrpoSettings(PairSettings):
-    """TRL's names and defaults."""
+    """The names and defaults are TRL's."""
 
-    summary = "supervised tuning on chosen answers, plus an odds ratio of both"
+    summary = "supervised tuning on chosen answers, plus a loss on the odds ratio of both answers"
 
-    beta: Positive = Field(0.1, description="weight of the odds ratio, the paper's lambda")
+    beta: Positive = Field(0.1, description="weight of the odds ratio loss, the paper's lambda")

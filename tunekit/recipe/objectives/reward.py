@@ -1,5 +1,5 @@
-"""`objective: reward` reward model: a head, trained with the adapter, gives chosen answers a higher score than rejected
-ones."""
+"""`objective: reward`: reward model. A head, trained with the adapter, gives chosen answers a higher score than
+rejected answers."""
 
 from pydantic import Field
 
@@ -10,9 +10,9 @@ SCORES = REWARDS[:4]  # metrics that need only the two scores
 
 
 class RewardSettings(PairSettings):
-    """TRL's names and defaults."""
+    """The names and defaults are TRL's."""
 
-    summary = "a score for each answer, higher for chosen ones"
+    summary = "a score for each answer, higher for chosen answers"
     family = "classifier"
     sums = ("loss", "units", *SCORES)
     answers = False
@@ -21,5 +21,5 @@ class RewardSettings(PairSettings):
     default_learning_rate = PublishedRate(1e-4, "huggingface/trl 1.16, the default of its RewardConfig")
 
     center_rewards_coefficient: Positive | None = Field(
-        None, description="weight of the squared sum of both scores, which pulls scores to 0; usually 0.01"
+        None, description="weight of the squared sum of both scores, which keeps scores near 0; usually 0.01"
     )

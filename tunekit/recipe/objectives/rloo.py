@@ -1,4 +1,5 @@
-"""`objective: rloo` REINFORCE leave-one-out: a completion's reward minus the mean reward of the others in its group."""
+"""`objective: rloo`: REINFORCE leave-one-out. The advantage of a completion is its reward minus the mean reward of the
+other completions of its prompt."""
 
 from typing import Annotated
 
@@ -9,15 +10,15 @@ from tunekit.recipe.bases.section import NotNegative, Whole
 
 
 class RlooSettings(SampleSettings):
-    """TRL's names and defaults."""
+    """The names and defaults are TRL's."""
 
-    summary = "samples of the model, each compared with the mean of the others"
+    summary = "samples of the model, each compared with the mean of the other samples"
 
     num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(
-        2, description="the number of completions of one prompt, its group"
+        2, description="number of completions of each prompt (its group)"
     )
     beta: NotNegative = Field(
-        0.05, description="weight of the KL to the model at step 0 in the reward; 0 needs no reference"
+        0.05, description="weight of the KL to the model at step 0 in the reward; 0 needs no reference model"
     )
     normalize_advantages: bool = Field(
         False, description="normalise advantages to mean 0 and standard deviation 1 over the step"

@@ -1,11 +1,11 @@
-"""`objective: seq2seq` supervised fine-tuning of encoder-decoders: the encoder reads the prompt, the decoder learns the
-answer."""
+"""`objective: seq2seq`: supervised fine-tuning of encoder-decoders. The encoder reads the prompt, the decoder learns
+the answer."""
 
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class Seq2seqSettings(ObjectiveSettings):
-    """No further settings."""
+    """The objective has no other settings."""
 
     summary = "cross entropy on the answers of encoder-decoders"
     supervised = True

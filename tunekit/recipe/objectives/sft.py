@@ -1,10 +1,10 @@
-"""`objective: sft` supervised fine-tuning: next-token cross entropy on the supervised tokens."""
+"""`objective: sft`: supervised fine-tuning, with next-token cross entropy on the supervised tokens."""
 
 from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class SftSettings(ObjectiveSettings):
-    """No further settings."""
+    """The objective has no other settings."""
 
     summary = "next-token cross entropy on the supervised tokens"
     supervised = True

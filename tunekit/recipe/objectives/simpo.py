@@ -1,4 +1,4 @@
-"""`objective: simpo` simple preference optimization: mean log-probabilities of both answers, with a margin."""
+"""`objective: simpo`: simple preference optimization of the mean log-probabilities of both answers, with a margin."""
 
 from typing import Annotated
 
@@ -9,13 +9,15 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 
 
 class SimpoSettings(PairSettings):
-    """TRL's names and defaults, except cpo_alpha: 0 as in the paper, instead of 1 as in TRL's CPO trainer."""
+    """The names and defaults are TRL's, except cpo_alpha: 0 as in the paper, instead of 1 as in TRL's CPO trainer."""
 
     summary = "mean log-probabilities of both answers, with a margin"
 
-    beta: Positive = Field(0.1, description="scale of the mean log-probabilities; the paper: 2 to 10")
-    simpo_gamma: NotNegative = Field(0.5, description="the margin between beta times both means")
+    beta: Positive = Field(0.1, description="scale of the mean log-probabilities; the paper uses 2 to 10")
+    simpo_gamma: NotNegative = Field(
+        0.5, description="the margin between the two mean log-probabilities, after scaling by beta"
+    )
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
         0.0, description="the assumed share of swapped pairs"
     )
-    cpo_alpha: NotNegative = Field(0.0, description="weight of the mean loss of the chosen answers' tokens")
+    cpo_alpha: NotNegative = Field(0.0, description="weight of the mean loss on the chosen answers' tokens")

@@ -1,4 +1,4 @@
-"""`objective: speech` transcripts or translations of recordings, by an encoder-decoder such as Whisper."""
+"""`objective: speech`: speech recognition, or translation of speech, with an encoder-decoder such as Whisper."""
 
 from typing import Literal
 
@@ -23,9 +23,9 @@ class SpeechSettings(SpecAugmentSettings):
 
     language: Text | None = Field(
         None,
-        description="the language of rows without one: a name or a code, such as en; multilingual models need it",
+        description="the language of rows that name none: a name or a code, such as en; multilingual models need it",
     )
     task: Literal["transcribe", "translate"] = Field(
-        "transcribe", description="the task of rows without a task; translate: into English"
+        "transcribe", description="the task of rows that name none; translate: into English"
     )
     timestamps: bool = Field(False, description="train on timestamps and generate them; rows then need segments")

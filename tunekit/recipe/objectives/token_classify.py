@@ -1,4 +1,4 @@
-"""`objective: token_classify` token classification: a head, trained with the adapter, predicts a tag for each word."""
+"""`objective: token_classify`: token classification. A head, trained with the adapter, predicts a tag for each word."""
 
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.records import Shows

@@ -1,11 +1,11 @@
-"""`start: default`: A uniform within 1 / sqrt(inputs), B = 0."""
+"""`start: default`: A is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), B is 0."""
 
 from tunekit.recipe.bases.section import StartSettings
 
 
 class DefaultSettings(StartSettings):
-    """A uniform, B = 0."""
+    """A is uniform, B is 0."""
 
-    summary = "A uniform, B = 0"
+    summary = "A is uniform, B is 0"
     fills_experts = True
     decomposes = False

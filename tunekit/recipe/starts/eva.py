@@ -8,14 +8,14 @@ from tunekit.recipe.bases.section import CalibratedStart, Number
 
 
 class EvaSettings(CalibratedStart):
-    """Principal components of each layer's inputs as A, B = 0."""
+    """A is made of the principal components of each layer's inputs, B is 0."""
 
     summary = "principal components of each layer's inputs"
     looks_at = "inputs"
 
     rho: Annotated[Number, Field(ge=1, le=1000)] = Field(
-        1.0, description="ranks are shared out by explained variance, up to rho x r for a layer; 1: every layer has r"
+        1.0, description="layers with more explained variance get more ranks, up to rho * r; 1: every layer has rank r"
     )
-    supervised_only: bool = Field(True, description="look only at the positions that the loss is taken over")
+    supervised_only: bool = Field(True, description="use only the inputs at positions with a loss")
     whiten: bool = Field(False, description="divide each component by the square root of its singular value")
-    adjust_alpha: bool = Field(True, description="a layer's alpha follows its rank, so that its scaling stays")
+    adjust_alpha: bool = Field(True, description="change a layer's alpha with its rank, so that alpha / r is unchanged")

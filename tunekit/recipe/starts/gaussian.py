@@ -1,11 +1,11 @@
-"""`start: gaussian`: A from a normal distribution of deviation 1 / r, B = 0."""
+"""`start: gaussian`: A is normal with standard deviation 1 / r, B is 0."""
 
 from tunekit.recipe.bases.section import StartSettings
 
 
 class GaussianSettings(StartSettings):
-    """A normal, B = 0."""
+    """A is normal, B is 0."""
 
-    summary = "A normal with deviation 1 / r, B = 0"
+    summary = "A is normal with standard deviation 1 / r, B is 0"
     fills_experts = True
     decomposes = False

@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import CalibratedStart, Count, Positive
 
 
 class LoraGaSettings(CalibratedStart):
-    """The first steps then follow those of full fine-tuning."""
+    """With these values the first steps follow the steps of full fine-tuning."""
 
     summary = "singular vectors of each matrix's gradient"
     looks_at = "gradients"
@@ -16,13 +16,16 @@ class LoraGaSettings(CalibratedStart):
     needs_twice_the_rank = True
 
     direction: Literal["ArB2r", "A2rBr", "ArBr"] = Field(
-        "ArB2r", description="A from the first r and B from the next r, the reverse, or by turns"
+        "ArB2r",
+        description="ArB2r: A from the first r singular vectors, B from the next r; A2rBr: the reverse; "
+        "ArBr: alternately",
     )
     scale: Literal["stable", "unit", "peft"] = Field(
         "stable",
-        description="stable: both times outputs^(1/4) / sqrt(gamma); unit: 1; peft: B alone, times singular values too",
+        description="stable: scale A and B by outputs^(1/4) / sqrt(gamma); unit: no scale; peft: scale only B, also "
+        "by the singular values",
     )
-    gamma: Positive = Field(16.0, description="divides the size of A and B under stable and peft")
+    gamma: Positive = Field(16.0, description="divides the scale of A and B with scale: stable or peft")
     iterations: Count | None = Field(
-        4, description="power iterations of a fast, randomized decomposition; null: the exact one, which takes long"
+        4, description="number of power iterations of a fast, randomized decomposition; null: exact, which takes long"
     )

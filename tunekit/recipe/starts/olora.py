@@ -4,7 +4,7 @@ from tunekit.recipe.bases.section import StartSettings
 
 
 class OloraSettings(StartSettings):
-    """Orthonormal B, by a QR decomposition of W."""
+    """B is orthonormal, from a QR decomposition of W."""
 
     summary = "the first r columns and rows of W = Q R"
     moves_weights = True

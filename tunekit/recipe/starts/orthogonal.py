@@ -1,11 +1,11 @@
-"""`start: orthogonal`: neither A nor B is 0, but B A is: their rows span orthogonal halves of the rank."""
+"""`start: orthogonal`: A and B are not 0, but B A is 0, because they span orthogonal halves of the rank."""
 
 from tunekit.recipe.bases.section import StartSettings
 
 
 class OrthogonalSettings(StartSettings):
-    """A and B that cancel out."""
+    """A and B are not 0, but their product is 0."""
 
-    summary = "A and B are not 0, but B A is"
+    summary = "A and B are not 0, but B A is 0"
     needs_even_rank = True
     decomposes = False
