@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.run import EXPORTS, read_json
 from tunekit.console import Console
 from tunekit.errors import InputError, Problem
@@ -13,7 +14,7 @@ from tunekit.exports.format import Evidence, Exported, Format, Options, load_for
 from tunekit.exports.questions import make_questions, row_ids
 from tunekit.files.durable import new_path, write_json
 from tunekit.machine.signals import StopSignals
-from tunekit.records import JsonObject, bytes_text
+from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable, make_exportable
 from tunekit.targets.target import find_target
 
@@ -39,7 +40,8 @@ def export_verb(
     exportable = make_exportable(spec)
     path = Path(os.path.abspath(Path(output).expanduser()))
     _check(to, format, exportable, options, path)
-    evidence = Evidence(partial(row_ids, exportable), _report_of(exportable))
+    run = exportable.target.run
+    evidence = Evidence(partial(row_ids, exportable), None if run is None else read_run(run))
     stopped = "in the export; its partial output was removed"
     with StopSignals(announce=False) as signals, signals.at_once(stopped), new_path(path) as partial_path:
         written = format.write(exportable, partial_path, evidence, options)
@@ -70,12 +72,6 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
     wrong += format.problems(exportable, options)
     if wrong:
         raise InputError.of(wrong)
-
-
-def _report_of(exportable: Exportable) -> JsonObject | None:
-    run = exportable.target.run
-    file = None if run is None else run / "report.json"
-    return read_json(file) if file is not None and file.is_file() else None
 
 
 def _certify(

@@ -13,7 +13,7 @@ import pytest
 from tunekit.artifacts.report.markdown import curve, escape, markdown_page
 from tunekit.artifacts.report.sections import Chart, ReportPage, ReportSection, Series
 from tunekit.artifacts.report.write import report_values, write_report
-from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.run import EXPORTS, RunFolder
 from tunekit.records import (
     Choice,
     EvaluationRecord,
@@ -310,3 +310,12 @@ def test_many_evaluations_are_thinned_but_keep_first_best_and_last(run: RunFolde
     for label in ("| 0 (before training) |", "| 123 (best) |", "| 499 |"):
         assert label in page
     assert page.count("\n| ") < 60
+
+
+def test_the_page_shows_what_programs_computed_from_exports(run: RunFolder) -> None:
+    part = {"largest": 0.25, "mean": 0.001, "perplexity": 3.5, "torch_perplexity": 3.4, "greedy_differences": 7}
+    certificate = {"program": "llama.cpp", "version": "b10434", "parts": {"Q4_K_M": {**part, "tokens": 512}}}
+    run.write_json(EXPORTS, [{"format": "gguf", "path": "/elsewhere/small.gguf", "certificate": certificate}])
+    page = written(run, FACTS)
+    assert "| small.gguf | llama.cpp b10434 | Q4\\_K\\_M | 0.25 | 0.001 | 3.5 | 3.4 | 7 | 512 |" in page
+    assert "/elsewhere" not in page

@@ -9,8 +9,8 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import InputError, Problem
-from tunekit.records import JsonObject
 from tunekit.targets.exportable import Exportable
 
 
@@ -33,10 +33,11 @@ class Options:
 @dataclass(frozen=True)
 class Evidence:
     """What a format may want besides the model. `rows(count, tokens)`: token ids of at most so many of the run's rows,
-    each cut to so many tokens, and a description of these rows. `report`: the run's report.json, if there is a run."""
+    each cut to so many tokens, and a description of these rows. `run`: the values of the run's files, if there is a
+    run."""
 
     rows: Callable[[int, int], tuple[list[list[int]], str]]
-    report: JsonObject | None
+    run: RunValues | None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.targets.exportable import Exportable
 from tunekit.targets.target import TargetSpec, load_target
 
-ROWS, TOKENS = 16, 64  # of a certificate
+ROWS, TOKENS = 8, 128  # of a certificate
+MOST_VALUES = 2**26  # log-probabilities of all rows of one model, so that large vocabularies take 256 MiB too
 
 
 def row_ids(exportable: Exportable, count: int, tokens: int) -> tuple[list[list[int]], str]:
@@ -43,7 +44,8 @@ def make_questions(exportable: Exportable) -> Questions:
     Raises: InputError for a model that does not predict tokens.
     """
     rows, described = row_ids(exportable, ROWS, TOKENS)
-    rows = [row for row in rows if len(row) > 1]
+    size = int(exportable.config.get("vocab_size") or 1)
+    rows = [row for row in rows if len(row) > 1][: max(2, MOST_VALUES // (TOKENS * size))]
     base = replace(exportable.target, adapter=None)
     tuned = None if exportable.target.adapter is None else _log_probabilities(exportable.target, rows)
     return Questions(rows, _log_probabilities(base, rows), tuned, described)

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tunekit.contracts import Objective, Processor
+from tunekit.model.base_spec import read_base_spec
 from tunekit.model.families import make_family
-from tunekit.model.storage.source import find_source, read_json
+from tunekit.model.storage.inspection import read_config
+from tunekit.model.storage.source import find_source
 from tunekit.records import JsonObject
 from tunekit.targets.target import TargetSpec, family_of, processor_of, with_objective
 
@@ -41,9 +45,13 @@ def make_exportable(target: TargetSpec) -> Exportable:
     """The target with its base's facts; weights are not read. Raises: ModelError, AdapterError or DataError."""
     family, processor = family_of(target), processor_of(target)
     target, objective = with_objective(target, processor)
-    folder = find_source(target.model, weights=True).folder
-    config = folder / "config.json"
-    values = read_json(config) if config.is_file() else {}
-    nouns = ("model", "adapter") if not make_family(family).is_pipeline else ("pipeline", "pipeline adapter")
+    source, config = find_source(target.model, weights=True), JsonObject()
+    nouns = ("pipeline", "pipeline adapter") if make_family(family).is_pipeline else ("model", "adapter")
+    if source.gguf_file is not None:  # which holds its configuration in fields of its own
+        spec = read_base_spec(source, target.model, torch.device("cpu"), weights=False)
+        architecture = spec.family.auto_class()._model_mapping[type(spec.config)].__name__
+        config = {**spec.config.to_dict(), "architectures": [architecture]}
+    elif nouns[0] == "model":
+        config = read_config(source)
     kind = nouns[target.adapter is not None]
-    return Exportable(target, kind, family, folder, values, processor, objective)
+    return Exportable(target, kind, family, source.folder, config, processor, objective)

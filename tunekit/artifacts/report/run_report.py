@@ -1,6 +1,7 @@
 """What the report of one run contains, from the values of its run folder; memory, time and rows are in run_costs.py."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ from tunekit.records import Headline, Panel, skipped_text
 
 MOST_CHARACTERS = 240  # of a prompt above its answers
 MOST_EVALUATIONS, MOST_LABELS = 12, 20
+CERTIFIED = ("largest", "mean", "perplexity", "torch_perplexity", "greedy_differences", "tokens")
 MOST_ENVIRONMENT = 2**20  # characters
 
 
@@ -198,6 +200,22 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
     yield ReportSection("Reactions", text, tables=tables)
 
 
+def _exports(run: RunValues) -> Iterator[ReportSection]:
+    """What other programs computed from the exported files, beside torch."""
+    head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
+    lines = []
+    for export in run.exports:
+        certificate = export.part("certificate")
+        program = f"{certificate.get('program')} {certificate.get('version')}"
+        name = os.path.basename(str(export.get("path")))
+        for part, values in certificate.part("parts").items():
+            figures = Values(values) if isinstance(values, dict) else Values()
+            lines.append([name, program, part, *(figures.number(figure) for figure in CERTIFIED)])
+    if lines:
+        text = "Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."
+        yield ReportSection("Exports, computed by their programs", [text], tables=[ReportTable(head, lines)])
+
+
 def _use(run: RunValues) -> Iterator[ReportSection]:
     """The commands that come next."""
     if not run.report:
@@ -226,4 +244,4 @@ def _files(run: RunValues) -> Iterator[ReportSection]:
 
 
 RESULTS = (overview, _curves, _result, _labels, _pictures, _answers, _panels, _worst_rows)
-SECTIONS = (*RESULTS, memory, speed, rows, size, _reactions, _use, _files)
+SECTIONS = (*RESULTS, _exports, memory, speed, rows, size, _reactions, _use, _files)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
-from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
+from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, read_json
 from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
 from tunekit.files.untrusted import printable
@@ -107,6 +107,11 @@ class RunValues:
         there."""
         values = _object(read_json(self.path / ROWS_NAME))
         return values if values.get("step") == self.exported_step else Values()
+
+    @cached_property
+    def exports(self) -> list[Values]:
+        """The certified exports of the run's result, as `tunekit export` recorded them."""
+        return Values(exports=read_json(self.path / EXPORTS)).parts("exports")
 
     @property
     def state(self) -> str:
