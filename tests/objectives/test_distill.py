@@ -153,7 +153,7 @@ def test_a_teacher_that_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_
         tmp_path, tiny_llama, objective={"method": "distill", "teacher": own, "teacher_streaming": "disk"}
     )
     with pytest.raises(
-        RecipeError, match=r"objective\.teacher_streaming: the teacher's layers cannot wait on disk: a ba"
+        RecipeError, match=r"objective\.teacher_streaming: the teacher's layers cannot be streamed from disk: a ba"
     ):
         make_plan(load_recipe(path), device=CPU)
 
@@ -208,7 +208,7 @@ def test_the_result_is_evaluated_and_answers(tiny_llama: Path, teacher: Path, tm
     ("teacher_values", "error", "said"),
     [
         ("./absent", ModelError, r"objective.teacher.name_or_path: there is no folder or file"),
-        ({"name_or_path": "gpt2-like"}, RecipeError, "tokens have a different id or none in the teacher"),
+        ({"name_or_path": "gpt2-like"}, RecipeError, "tokens have a different id, or no id, in the teacher"),
         ({"name_or_path": "tiny", "quantisation": "nf4"}, RecipeError, "objective.teacher.quantisation: unknown key"),
         (None, RecipeError, "objective.teacher: is required"),
     ],
@@ -232,5 +232,5 @@ def test_who_cannot_teach(
 def test_the_students_head_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
     objective = {"method": "distill", "teacher": str(teacher)}
     path = write_recipe(tmp_path, tiny_llama, objective=objective, memory={"streamed_head": True})
-    with pytest.raises(RecipeError, match=r"memory.streamed_head: a divergence needs"):
+    with pytest.raises(RecipeError, match=r"memory.streamed_head: the divergence needs"):
         make_plan(load_recipe(path), device=CPU)

@@ -343,7 +343,7 @@ def letters(completions, right=None):
     silent = code.replace("float(len(calls))", "None")
     silent_one = {**objective, "reward": [ONE]}
     alone = write_prompts(tmp_path / "b", base, rows, code=silent, objective=silent_one)
-    with pytest.raises(DataError, match=r"data\.eval: none of the 3 evaluation rows can be judged"):
+    with pytest.raises(DataError, match=r"data\.eval: no reward judges any of the 3 evaluation rows"):
         train(alone)
     alone = write_prompts(tmp_path / "c", base, rows, code=silent, objective=silent_one, data={"eval": None})
     with pytest.raises(RewardError, match="letters returned None or NaN for each of 12 completions"):
@@ -478,7 +478,7 @@ def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_pat
     plan, _ = make_plan(load_recipe(write_prompts(tmp_path, base, memory={"streaming": "disk"})), device=CPU)
     (refusal,) = plan.refusals
     assert refusal.key == "memory.streaming"
-    assert "grpo samples token by token, and each token would copy every layer" in refusal.message
+    assert "grpo samples token by token, so every layer would be copied for each token" in refusal.message
     with pytest.raises(RecipeError, match="a truncated prompt asks another question"):
         make_plan(load_recipe(write_prompts(tmp_path, base, data={"excess_length": "truncate"})), device=CPU)
 

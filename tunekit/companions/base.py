@@ -17,7 +17,7 @@ from tunekit.records import Target
 @dataclass(frozen=True)
 class PlanContext:
     """Everything that is known before weights are loaded. `base`: on the meta device; `rows`: training rows, then
-    evaluation rows; `streams`: whether the rows are only the first ones of a stream."""
+    evaluation rows; `streams`: whether the rows are only the first rows of a stream."""
 
     device: torch.device
     base: LoadedModel

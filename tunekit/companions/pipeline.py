@@ -70,13 +70,13 @@ class Pipeline(Companion):
         """Problems for trained parts without a target."""
         parts = [name for name, _ in planned.base.net.named_children()] if planned.targets else []
         lacking = [part for part in parts if not any(target.name.startswith(f"{part}.") for target in planned.targets)]
-        how = "name its layers too: q_proj, k_proj, v_proj, out_proj"
-        what = "the {} should be trained, but none of its layers is a target"
+        how = "add its layers: q_proj, k_proj, v_proj, out_proj"
+        what = "the {} should be trained, but adapter.target_modules names no layer of it"
         problems = [Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
         return CompanionFacts(problems=problems)
 
     def notes(self, planned: PlanContext, step_tokens: int) -> Sequence[str]:
-        """Notes about files in the folder of class images that are not images by name."""
+        """Notes about files in the folder of class images whose names are not names of images."""
         return () if self.class_images is None else self.class_images.notes()
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
@@ -99,7 +99,8 @@ class Pipeline(Companion):
         return {} if self.class_images is None else {"objective.class_data_dir": self.class_images.digest()}
 
     def class_image(self, run: RunView, number: int, size: Size) -> SizedImage:
-        """One of the class images, scaled to cover this size, and the size of its file; blank in a simulation."""
+        """A class image, scaled to cover this size, and the size of the image in its file; a blank image in a
+        simulation."""
         if run.is_simulated or self.class_images is None:
             return np.zeros((*size, 3), np.uint8), size
         return self.class_images.pick(number, size)
@@ -195,7 +196,7 @@ class ClassImages:
         return sorted(path for path in self.folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
 
     def notes(self) -> list[str]:
-        """Notes about files in the folder that are not images by name."""
+        """Notes about files in the folder whose names are not names of images."""
         others = passed_over(self.folder) if self.folder.is_dir() else None
         return [] if others is None else [others]
 
@@ -204,7 +205,7 @@ class ClassImages:
         return hash_of([content_hash(path) for path in self.paths])
 
     def ready(self, run: RunView, sizes: Sequence[Size]) -> list[SizedImage]:
-        """All images at each of these sizes, with the size, after generating the missing ones.
+        """All class images at each of these sizes, as pairs with the size. Missing images are generated first.
 
         Raises: DataError for an unreadable image.
         """
@@ -214,7 +215,7 @@ class ClassImages:
         return [(self._covering(number, size)[0], size) for number in range(len(self.paths)) for size in sizes]
 
     def pick(self, number: int, size: Size) -> SizedImage:
-        """The image for a number, scaled to cover this size; and the size of its file."""
+        """The image for a number, scaled to cover this size, and the size of the image in its file."""
         return self._covering(number % len(self.paths), size)
 
     def _covering(self, number: int, size: Size) -> SizedImage:

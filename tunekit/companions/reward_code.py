@@ -14,7 +14,7 @@ from tunekit.errors import RewardError
 from tunekit.objectives.rows.prompts import Completion
 from tunekit.recipe.bases.sample_settings import RewardSource
 
-RESERVED = ("prompt", "completion", "completion_ids")  # columns that are not passed under these names
+RESERVED = ("prompt", "completion", "completion_ids")  # columns of rows with these names are not passed
 
 
 class UserFunction:
@@ -73,7 +73,8 @@ def imported_files(file: Path) -> dict[Path, bytes]:
 
 
 def _imports(code: bytes, package: Sequence[str]) -> set[str]:
-    """Dotted names of modules (and their parents) that the code of a package may import, also inside functions."""
+    """Dotted names of modules, and of their parent packages, that the code may import. Imports inside functions
+    count."""
     try:
         statements = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError):  # reported when the file is run
@@ -142,7 +143,7 @@ def _load(source: RewardSource) -> Callable[..., Any]:
 
 
 def error_line(error: BaseException, code_file: Path) -> str:
-    """An error in one line, with its line in the user's file."""
+    """An error as one line of text, with the line number in the user's file."""
     words = " ".join(str(error).split())[:200]
     trace, place = error.__traceback__, ""
     while trace is not None:

@@ -27,17 +27,17 @@ Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
 def find_reward_model(folder: str) -> TargetSpec:
-    """The target of a reward model's folder."""
+    """The reward model in a folder, found as a target of commands."""
     return find_target(folder, None, [])
 
 
 def weight_bytes(target: TargetSpec, device: torch.device) -> int:
-    """Bytes of its weights, before they are loaded."""
+    """Bytes of the reward model's weights, before they are loaded."""
     return stored_bytes(make_meta_model(target.model, device=device).net)
 
 
 def reward_model_content(folder: str) -> bytes:
-    """Everything that affects its scores: weights, adapter, configuration, tokenizer and template."""
+    """Everything that affects the model's scores: weights, adapter, configuration, tokenizer and template."""
     target = find_reward_model(folder)
     places = [Path(folder) / name for name in ("", "adapter", "model")]
     weights = [file for place in places for file in sorted(place.glob("*.safetensors"))]

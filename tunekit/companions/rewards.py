@@ -27,13 +27,14 @@ from tunekit.objectives.rows.prompts import Completion, read_context
 from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
 TRAINING_SECONDS = 120.0  # limit of one call, if the recipe sets none
-SHORTEST = 1e-3  # seconds left for the last search
+SHORTEST = 1e-3  # minimum time for a search, in seconds
 RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
 MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
 
 
 class RewardFunctions(Companion):
-    """All rewards of a recipe, in its order. `silent_steps`: how many of the last steps had no reward at all."""
+    """All rewards of a recipe, in its order. `silent_steps`: the number of consecutive last steps in which no
+    completion had a reward."""
 
     silent_steps = 0
 
@@ -41,7 +42,7 @@ class RewardFunctions(Companion):
         super().__init__(spec)
         self.sources: Sequence[RewardSource] = spec.settings
         self.names = reward_names(self.sources)  # names in logs
-        self.limit_seconds = TRAINING_SECONDS  # of rewards for which the recipe sets no limit
+        self.limit_seconds = TRAINING_SECONDS  # for rewards without a limit in the recipe
         self._functions: list[RewardFunction] = []
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
@@ -51,8 +52,8 @@ class RewardFunctions(Companion):
         return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
 
     def _absent_columns(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems for columns that completions are compared with but that no row has; a stream cannot be checked
-        completely."""
+        """Problems for columns that rewards compare completions with but that no row has. Only the first rows of a
+        stream are checked."""
         for number, source in enumerate(self.sources):
             column = source.exact_match
             if column is None or planned.streams or any(_have(rows, column) for rows in planned.rows):
@@ -138,7 +139,8 @@ class RewardFunctions(Companion):
             raise self._late(number, self._hanging(number, completions)) from None
 
     def _hanging(self, number: int, completions: Sequence[Completion]) -> Sequence[Completion]:
-        """The completion for which the function is slow even alone; all of them if none is found within the limit."""
+        """The completion for which the function alone is too slow; all completions if it is not found within the
+        limit."""
         limit, start = self.limit(number), time.monotonic()
         for completion in completions:
             try:
@@ -165,8 +167,8 @@ class RewardFunctions(Companion):
     def scored_by(self, number: int, completions: Sequence[Completion], *, may_be_silent: bool = False) -> Rewards:
         """(N,): one reward of each completion.
 
-        Raises: RewardError for a wrong result, or if every completion has None or NaN, unless it `may_be_silent`: a
-        reward may be meant for other rows.
+        Raises: RewardError for a wrong result, or if every result is None or NaN. `may_be_silent` allows the latter,
+        because a reward may be meant for other rows.
         """
         name = name_of(self.sources[number])
         try:
@@ -196,7 +198,7 @@ class RewardFunctions(Companion):
         steps = f" in each of the last {self.silent_steps} steps" if self.silent_steps > 1 else ""
         return RewardError(
             f"{name} returned None or NaN for each of {len(completions):,} completions{steps}",
-            "None is for single completions that cannot be judged: return numbers for the others",
+            "return None only for completions that cannot be judged, and numbers for all others",
         )
 
 
@@ -244,7 +246,7 @@ def _printable(value: object) -> str:
 
 
 def _content_of(source: RewardSource) -> bytes | None:
-    """Everything that affects its rewards, besides the recipe: a function's code, or a model's files."""
+    """The content that affects a source's rewards, besides the recipe: a function's code, or a model's files."""
     if source.kind == "function":
         return code_content(source)
     return None if source.model is None else reward_model_content(source.model)

@@ -16,7 +16,7 @@ from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """`window`: the last one with new samples. A rehearsal generates `count` completions in parallel, each with
+    """`window`: the last window with new samples. A rehearsal generates `count` completions in parallel, each with
     `prompt_tokens` and `new_tokens`: the maximum of the run."""
 
     rehearses = True
@@ -35,7 +35,7 @@ class Sampler(Companion):
         if training.micro_batch_size is not None:
             rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
             self.count = min(self.count, rows_of_a_step * self.settings.num_generations)
-        obstacle = f"{self.settings.method} samples token by token, and each token would copy every layer"
+        obstacle = f"{self.settings.method} samples token by token, so every layer would be copied for each token"
         return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
 
     def _problems(self, planned: PlanContext) -> Iterator[Problem]:

@@ -26,7 +26,7 @@ from tunekit.tuned.model import TunedModel
 
 
 class Teacher(Companion):
-    """`tier`: where the teacher's layers are; off: on the device."""
+    """The companion of a distillation. `tier`: the tier of the teacher's layers; off: they are on the device."""
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
@@ -60,7 +60,7 @@ class Teacher(Companion):
 
     def _problems(self, teacher: LoadedModel, tokenizer: LoadedTokenizer, planned: PlanContext) -> Iterator[Problem]:
         if planned.memory.streamed_head:
-            what = "a divergence needs the student's whole head at once"
+            what = "the divergence needs the student's whole head on the device"
             yield Problem(what, "write false", key="memory.streamed_head")
         if type(teacher.family) is not type(planned.base.family):
             yield Problem("the teacher is not a causal language model", "name a causal language model", key=self.key)
@@ -68,7 +68,7 @@ class Teacher(Companion):
         obstacle = None if self.tier == "off" else base_obstacle(teacher, self.section)
         obstacle = obstacle or (host_obstacle(planned.device) if self.tier == "host" else None)
         if obstacle is not None:
-            what = f"the teacher's layers cannot wait on {self.tier}: {obstacle}"
+            what = f"the teacher's layers cannot be streamed from {self.tier}: {obstacle}"
             yield Problem(what, "write off", key=f"{self.key}_streaming")
         student = planned.processor.tokenizer
         assert isinstance(student, LoadedTokenizer)  # the student is a causal language model
@@ -79,7 +79,7 @@ class Teacher(Companion):
         )
         if different:
             first, share = different[0], f"{len(different):,} of the student's {len(student_ids):,} tokens"
-            what = f"{share} have a different id or none in the teacher"
+            what = f"{share} have a different id, or no id, in the teacher"
             how = f"the first is {first!r}, id {student_ids[first]}; name a teacher with the student's tokenizer"
             yield Problem(what, how, key=self.key)
 
@@ -95,7 +95,7 @@ class Teacher(Companion):
             "(published bandwidths)"
         ]
         if self.tier == "host" and planned.device.type == "cpu":
-            notes.append(f"{self.key}_streaming: host saves nothing on a CPU, which has no other memory")
+            notes.append(f"{self.key}_streaming: host saves nothing on a CPU, because host and device share one memory")
         return notes
 
     def fingerprint(self) -> Mapping[str, str]:

@@ -18,7 +18,8 @@ ROW_LOSSES = "row losses"  # the only entry of Sums that is concatenated: (rows,
 
 @dataclass
 class Loss:
-    """`total`: SUM of the per-unit losses, (K,) float32 with gradient; `per_step`: averaged over micro-batches."""
+    """`total`: the sum of the per-unit losses, (K,) float32 with gradient; `per_step`: a loss averaged over
+    micro-batches."""
 
     total: Tensor
     per_step: Tensor | None = None
@@ -45,7 +46,7 @@ class ModelOutput:
     companion_heads: Mapping[str, Head] = field(default_factory=dict)  # heads of the companions that have one, by key
 
 
-Read = Callable[[ModelOutput, Batch], Tensor]  # the values to keep from a forward
+Read = Callable[[ModelOutput, Batch], Tensor]  # a function that extracts values from a forward
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class AnswerLimits:
 
 
 class Model(Protocol):
-    """The base with its adapter, as engines, losses and answering call it."""
+    """The interface of a base with its adapter, which engines, losses and answering call."""
 
     base: Any  # model.load.LoadedModel
     companions: Mapping[str, Any]  # Companion, by key
@@ -84,14 +85,14 @@ class Model(Protocol):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the adapter puts before each row."""
+        """The number of positions that the adapter puts before each row."""
 
     def output(self, inputs: Tensors) -> ModelOutput:
-        """One forward."""
+        """The output of one forward."""
 
     def score_batches(self, batches: Sequence[Batch], read: Read, *, reference: bool = False) -> list[Tensor]:
-        """The values that `read` takes from the forward of each batch, on the host, without gradient or dropout;
-        `reference`: from the policy at step 0. A streamed base copies its layers once for all batches."""
+        """The values that `read` takes from the forward of each batch, on the host, without gradient or dropout.
+        `reference`: use the policy at step 0. A streamed base copies its layers once for all batches."""
 
     def generate(
         self,
@@ -104,10 +105,10 @@ class Model(Protocol):
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The ids that follow each prompt, up to and including a stop id. `seeds`: one per prompt."""
+        """The generated ids for each prompt, up to and including a stop id. `seeds`: one per prompt."""
 
     def adapt_inputs(self, inputs: Tensors) -> Tensors:
-        """Inputs with the additions of a whole-model adapter; in generation, for the first step."""
+        """The inputs with the additions of a whole-model adapter; generation calls this for the first step only."""
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block."""
@@ -115,12 +116,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Answering:
-    """How a model of this objective answers.
+    """The functions and settings with which a model of an objective answers prompts.
 
-    `kind`: text, label, score or picture. `write`: answers to prompts. `score`: the score of each sequence of ids.
-    `draw`: images (H, W, 3) for prompts with seeds. `report_pictures`: images for a report. `generation`: the
-    generation settings of a merged model; None removes one. `normalize`: normalises a text for metrics that ignore
-    spelling. `processor`: the processor with the recipe's changes, for a merged model.
+    `kind`: text, label, score or picture. `write`: answers prompts. `score`: scores sequences of ids.
+    `draw`: makes images (H, W, 3) for prompts with seeds. `report_pictures`: makes images for a report. `generation`:
+    the generation settings of a merged model; a value of None removes a setting. `normalize`: normalises a text for
+    metrics that ignore spelling. `processor`: the processor with the recipe's changes, for a merged model.
     """
 
     kind: str
@@ -136,7 +137,7 @@ class Answering:
 
 @dataclass(eq=False)
 class SideInput:
-    """A tensor besides the hidden states that layers read, for one micro-batch: an encoder's output, or the output of
+    """A tensor that layers read besides the hidden states, for one micro-batch: an encoder's output, or the output of
     an earlier layer (T5's position biases). The engine sets `value`, a leaf for the layers that read it."""
 
     value: Tensor | None = None
@@ -156,7 +157,7 @@ class LayerCall:
 
     @property
     def side_inputs(self) -> list[SideInput]:
-        """The side inputs that the layer reads, each once."""
+        """The side inputs that the layer reads, without duplicates."""
         values = (*self.arguments, *self.keywords.values())
         return list({id(value): value for value in values if isinstance(value, SideInput)}.values())
 
@@ -176,7 +177,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Stages:
-    """A model cut for layer-by-layer execution: one stack, or an encoder's and then its decoder's."""
+    """A model divided into stacks for layer-by-layer execution: one stack, or those of an encoder and its decoder."""
 
     stacks: Sequence[Stack]
 
@@ -187,6 +188,6 @@ class Stages:
 
     @property
     def stack_at(self) -> dict[int, int]:
-        """Number of a stack's first layer -> number of that stack."""
+        """A mapping from the number of each stack's first layer to the number of the stack."""
         counts = [len(stack.layers) for stack in self.stacks]
         return {sum(counts[:number]): number for number in range(len(counts))}

@@ -31,7 +31,7 @@ from tunekit.records import JsonObject
 
 
 class RunView(Protocol):
-    """The view of a run for an objective and its companions: its model, its rows, its ranks."""
+    """The part of a run that an objective and its companions can use: model, rows and ranks."""
 
     model: Model
     rows: RowKind
@@ -133,7 +133,7 @@ class RowKind:
         return str(prompt)
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Self:
-        """The rows for a model that keeps the documents of one sequence apart, or for one that does not.
+        """The rows for a model that keeps the documents of one sequence apart (`end_to_end`), or that does not.
         `shares_prefixes`: a document may share a prefix that is computed in another document."""
         return self
 
@@ -146,7 +146,7 @@ class RowKind:
         return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that fill one sequence of this size; `part` of them is as large as it can be. One row if all have the
+        """Rows that fill one sequence of this size. `part` is made as large as possible. One row if all rows have the
         same size."""
         return [next(rows)]
 
@@ -164,28 +164,29 @@ class RowKind:
         raise NotImplementedError
 
     def evaluation_copy(self) -> Self:
-        """The rows for evaluation: no augmentation, no dropout of prompts."""
+        """A copy for evaluation, without augmentation and dropout of prompts."""
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows and loss that score a table (questions, answers) of this `shape`. `dtype`: the mask's dtype."""
+        """Rows and a loss for a table of scores of this shape, (questions, answers). `dtype`: the dtype of attention
+        masks."""
         raise NotImplementedError
 
     def counting(self) -> Self:
-        """A copy with its own notices."""
+        """A copy that counts notices separately."""
         return self.with_options(self.options)
 
     def with_options(self, options: EncodeOptions) -> Self:
-        """The same rows, encoded with different options."""
+        """A copy that encodes with these options."""
         return replace(self, options=options, notices=Counter())  # type: ignore[type-var]
 
     def with_rows(self, batch: Batch, rows: Iterable[Row]) -> Batch:
-        """The batch with these rows in place of its own."""
+        """The batch with these rows."""
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
     def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
-        """The window whose rows have further parts, passed per batch with one value per row."""
+        """The window with further parts in each row. `parts`: for each batch, the values of its rows."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -257,12 +258,12 @@ class CompanionSpec:
 
 @dataclass(frozen=True)
 class CompanionFacts:
-    """Facts about a companion that plan knows before anything is loaded.
+    """Facts about a companion that plan knows before any weights are loaded.
 
-    `weight_bytes`: weights in memory during the whole run, if no simulation counts them.
-    `any_token`: whether the model may read any token of its vocabulary, not only those of the rows.
-    `streaming_obstacle`: why the base cannot be streamed next to it.
-    `usable`: False if no run can be simulated with it.
+    `weight_bytes`: bytes of its weights, if they are in memory during the whole run and no simulation counts them.
+    `any_token`: whether the model may read any token of its vocabulary, not only tokens of the rows.
+    `streaming_obstacle`: the reason why a base with this companion cannot be streamed.
+    `usable`: False if a run with this companion cannot be simulated.
     """
 
     weight_bytes: int = 0
@@ -272,11 +273,11 @@ class CompanionFacts:
     usable: bool = True
 
 
-CountingAs = Callable[[str], AbstractContextManager[None]]  # memory part ("logits") -> a block counted as that part
+CountingAs = Callable[[str], AbstractContextManager[None]]  # memory part, such as "logits" -> a block counted as it
 
 
 class Companion:
-    """Something that is used next to the trained model: teacher, reward models, pipeline parts, sampling.
+    """A part of a run besides the trained model: a teacher, reward models, parts of a pipeline, or sampling.
 
     companions/KIND.py makes it from a CompanionSpec. `rehearses`: whether `rehearse` simulates anything.
     """
@@ -296,7 +297,8 @@ class Companion:
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the files that affect its results, by key of the recipe: a resume compares them before loading."""
+        """The sha256 of files that affect the companion's results, by key of the recipe. A resume compares these
+        first."""
         return {}
 
     def load(self, device: torch.device) -> None:
@@ -316,11 +318,12 @@ class Companion:
         return ()
 
     def present(self, model: Model) -> Sequence[Tensor]:
-        """Further tensors that are on the device while `rehearse` runs."""
+        """Tensors that are on the device only while `rehearse` runs."""
         return ()
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """In the simulated run: compute the part that needs most memory, for the largest batch."""
+        """Compute the part of the companion's work that needs the most memory, in a simulated run with the largest
+        batch."""
 
 
 def _unchanged(section: object, seed: int) -> object:
@@ -349,7 +352,7 @@ class Objective:
     counts_rows: str | None = None
     facts: Facts = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    measures_training: bool = False  # whether evaluation rows are usually training rows
+    measures_training: bool = False  # whether the evaluation rows are usually also training rows
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
         """The objective after it has seen all rows: training rows, then evaluation rows if there are any."""
@@ -373,7 +376,7 @@ class Objective:
 
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
-    """The window with the random draws of `draw` for each of its rows in this step, as in RowKind.draw."""
+    """The window after `draw` has changed each of its rows for this step, as RowKind.draw does."""
     repeats, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []
@@ -394,7 +397,7 @@ class Engine(Protocol):
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
         """The loss sum of this rank divided by `units`, (K,) float64, and the sums of logged values;
-        `micro_batches`: the step's number of micro-batches over all ranks, over which per-step terms are averaged."""
+        `micro_batches`: the number of micro-batches of the step on all ranks, which per-step terms are divided by."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Forward and backward of a batch, `forwards` times, with a weight of zero: no gradient changes."""
+        """Run forward and backward of a batch `forwards` times with weight 0, so that no gradient changes."""

@@ -32,8 +32,8 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How a tokenizer joins two texts: the ids that it puts `before`, `between` and `after` them, and the `types` of
-    these five parts in order, one for each text; empty if the model takes no types."""
+    """The way a tokenizer joins two texts: the ids that it puts `before`, `between` and `after` them, and the `types`
+    of all five parts in order (the texts are the second and fourth part); empty if the model takes no types."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -42,7 +42,8 @@ class Pairing:
 
 
 class Tokenizer(Protocol):
-    """A tokenizer as data and objectives use it. Methods never add special tokens by themselves."""
+    """The interface of a tokenizer for data and objectives. Methods add special tokens only where their docstring says
+    so."""
 
     bos_id: int | None
     eos_id: int | None
@@ -55,7 +56,8 @@ class Tokenizer(Protocol):
     answer_start_id: int | None  # the decoder of an encoder-decoder starts with it; None: a single sequence
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """Ids of `text`; with special_tokens_in_text=False, names of special tokens are encoded as plain text."""
+        """The ids of `text`. If special_tokens_in_text is false, the names of special tokens are encoded as plain
+        text."""
 
     def encode_with_offsets(
         self, text: str, *, special_tokens_in_text: bool = True
@@ -83,7 +85,8 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:
-        """Messages through the chat template (or `template`), as text. Raises DataError if the template refuses."""
+        """The messages as text, rendered by the chat template (or by `template`). Raises DataError if the template
+        fails."""
 
     def token_text(self, token_id: int) -> str:
         """One token as readable text."""
@@ -119,10 +122,10 @@ class EncodeOptions:
 class RowLayout:
     """The parts of a row and their dtypes, which parts contain token ids, and how many sizes a row has.
 
-    `paired`: every size is one line of the same tensor, so that each is padded to the widest.
-    `token_sizes`: which of the sizes count tokens; None: all. The others count frames or pixels.
-    `minimum`: each size is padded to at least this.
-    `identity`: the parts besides the ids that identify a row.
+    `paired`: all sizes are lines of the same tensor, so that each is padded to the longest.
+    `token_sizes`: the indices of sizes that count tokens; None: all sizes do. Other sizes count frames or pixels.
+    `minimum`: the smallest padded size.
+    `identity`: the parts that identify a row together with its ids.
     `batch_key`: rows can share a micro-batch only if this part is equal (images of one size, recordings of one
     length).
     """
@@ -151,7 +154,7 @@ class RowLayout:
         return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
 
     def key_of(self, row: Row) -> bytes:
-        """The value of `batch_key`; rows that may share a micro-batch have an equal one."""
+        """The row's value of the part `batch_key`. Rows can share a micro-batch only if this value is equal."""
         return b"" if self.batch_key is None else row.parts[self.batch_key].tobytes()
 
 
@@ -177,7 +180,7 @@ class Row:
 
 
 class Rows(Protocol):
-    """Random access to encoded rows; a memory map can implement it."""
+    """The interface of encoded rows with random access, for example in a memory map."""
 
     def __len__(self) -> int: ...
 
@@ -222,7 +225,8 @@ class Labels:
         return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
 
     def head_name(self, label: str) -> str:
-        """The name of a row's label in the head; the label itself if the head has none for it."""
+        """The head's name for a label, which may be written as a number; the label itself if the head does not have
+        it."""
         head_row = self.head_rows.get(label)
         return label if head_row is None else self.names[head_row]
 
@@ -237,7 +241,7 @@ class Labels:
         return torch.tensor([self.head_rows[label] for label in labels])
 
     def read(self, value: LabelValue) -> str:
-        """The text under which a row stores its label. Raises: DataError for a value of a different kind, or an
+        """The label of a row as the text that the row stores. Raises: DataError for a value of a different kind, or an
         unlisted label."""
         if isinstance(value, str):
             spelled = None if self.names else of_cell(value)
@@ -257,7 +261,7 @@ class Labels:
         return [text]
 
     def written(self, text: str) -> str:
-        """The label text in the form of the model's answers."""
+        """The label text in the form that answers of the model have."""
         return self.head_name(text)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
@@ -266,7 +270,7 @@ class Labels:
 
     @property
     def placeholder(self) -> str:
-        """The label text of rows without labels."""
+        """The label text that stands in for a missing label."""
         return self.names[0]
 
     @staticmethod
@@ -281,7 +285,7 @@ class Span:
 
     ids: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # (T,)
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # (T,)
-    title: str = ""  # written before it
+    title: str = ""  # shown before the content
     image: NDArray[np.uint8] | None = None  # (H, W, 3) as the model sees it
 
 
@@ -334,7 +338,7 @@ class Batch:
 class Window:
     """The micro-batches of one optimizer step (of this rank), with their indices in the step over all ranks."""
 
-    step: int  # 0-based index of the optimizer step; below 0: a dry-run step
+    step: int  # 0-based index of the optimizer step; negative for a dry-run step
     epoch: float  # epochs finished after this step
     indices: tuple[int, ...]
     batches: tuple[Batch, ...]

@@ -24,7 +24,7 @@ def answer_questions(
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
     chunks = [mine[start : start + limits.batch_size] for start in range(0, len(mine), limits.batch_size)]
     local_chunks, size = len(chunks), devices.world * limits.batch_size
-    chunks += [[0]] * (-(-len(questions) // size) - local_chunks)  # so that all ranks write equally often
+    chunks += [[0]] * (-(-len(questions) // size) - local_chunks)  # so that all ranks generate equally often
     texts: list[str] = []
     with undisturbed(model):
         for number, chunk in enumerate(chunks):

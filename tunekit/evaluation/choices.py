@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 KEY = "evaluation.content_free_prompt"
 
 CHUNK_QUESTIONS = 512  # questions whose scores are summed together
-TAIL_TOKENS = 8  # an answer has the same ids after prompts that end with the same tokens, this many
+TAIL_TOKENS = 8  # answers have the same ids after prompts whose last TAIL_TOKENS tokens are equal
 CONTENT_FREE = ("N/A", "[MASK]", "")  # texts in place of a row's text; source: Zhao et al. 2021, section 5
 WIDEST_TOKENS = 2048  # longest prompt with all answers (or twice the prompt): the mask grows with the square
 
@@ -59,7 +59,10 @@ class Choices:
             if len(prompt) < len(start + end) or not (prompt.startswith(start) and prompt.endswith(end)):
                 shown = prompt if len(prompt) <= 60 else f"{prompt[:30]} ... {prompt[-30:]}"
                 what = f"the prompt {shown!r} does not have the form of {self.content_free_prompt!r}"
-                raise DataError(what, "correct it, or evaluation.content_free_prompt, where {} is a row's own text")
+                raise DataError(
+                    what,
+                    "correct the row or evaluation.content_free_prompt, where {} is the row's text",
+                )
         return labels.index(answer)
 
     @property
@@ -91,7 +94,7 @@ class QuestionMaker:
         try:
             return self._encoded(example, texts, origin, right)
         except Dropped as reason:
-            raise DataError(f"{reason}, so that no answer can be chosen", "leave the row out") from None
+            raise DataError(f"{reason}, so no answer can be chosen", "leave the row out") from None
 
     def content_free(self, make: Callable[[str], Example], *, keep_blanks: bool = False) -> list[Question]:
         """The questions that calibrate the scores; empty without calibration. `make`: returns the example with this
@@ -104,7 +107,7 @@ class QuestionMaker:
             return [self.make(make(text), f"the prompt of {text!r}", keep_blanks=keep_blanks) for text in CONTENT_FREE]
         except DataError as error:
             what = f"with {', '.join(map(repr, CONTENT_FREE))} in place of {{}}: {error.problems[0].what}"
-            raise RecipeError(what, "write the words around a row's own text", key=KEY) from error
+            raise RecipeError(what, "write the text around {} that all prompts share", key=KEY) from error
 
     def _encoded(self, example: Example, texts: Sequence[str], origin: str, right: int) -> Question:
         first = self.kind.encode(with_answer(example, texts[0]), origin)
@@ -117,7 +120,7 @@ class QuestionMaker:
         rest = [self.kind.encode(with_answer(example, text), origin) for text in texts[1:]]
         question = make_question([first, *rest], right)
         if not len(question.prompt):
-            raise DataError("there is no prompt, so that an answer's first token is never predicted", "write one")
+            raise DataError("there is no prompt, so an answer's first token would never be predicted", "write one")
         if "trained" in first.parts:
             length = len(question.answers[0].ids)
             self._lengths.add(length)
@@ -136,7 +139,7 @@ def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind)
 
 
 def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
-    """The result of `make` for each row. Raises: DataError naming every row for which `make` fails."""
+    """The result of `make` for each row. Raises: DataError that names every row for which `make` fails."""
     problems, results = Problems(), []
     for row in rows:
         try:
@@ -164,7 +167,7 @@ def choice_scores(
     divided by the bytes of its text (lm-eval's acc_norm divides by characters).
     Calibration subtracts the logarithm of the answer's mean probability, among all answers, after the content-free
     prompts. These are the last of `questions`.
-    A forward has at most as many positions as `batch_size` sequences of the longest prompt with an answer.
+    A forward has at most as many positions as `batch_size` copies of the longest prompt with an answer.
     Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
     """
     longest = max(question.longest for question in questions)
@@ -250,5 +253,7 @@ def _check_positions(model: TunedModel, questions: Sequence[Question]) -> None:
         length = max(len(question.prompt), *(len(answer.ids) for answer in question.answers)) if apart else 0
         length = model.virtual_tokens + (length or question.longest)
         if table is not None and length > table:
-            what = f"{question.origin}: {length} tokens with an answer, and the model's positions end at {table}"
+            what = (
+                f"{question.origin}: the prompt and an answer have {length} tokens, but the model has {table} positions"
+            )
             raise DataError(what, "shorten it")

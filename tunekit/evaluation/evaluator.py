@@ -43,7 +43,7 @@ SAMPLES = 8  # answers that a report shows
 
 @dataclass(frozen=True)
 class Queries:
-    """Prompts to answer and questions with answers to choose from, which an evaluation needs besides the loss."""
+    """The prompts to answer, and the questions with answers to choose from, of an evaluation."""
 
     prompts: Sequence[Prompt] = ()
     choices: Choices | None = None
@@ -94,8 +94,8 @@ class Evaluator:
         each = self._by_source(objective, stop)
         sums = all_together(list(each.values()))
         if not sums.values["units"]:
-            what = f"none of the {sums.rows:,} evaluation rows can be judged"
-            raise DataError(what, "let a reward return numbers for them", key="data.eval")
+            what = f"no reward judges any of the {sums.rows:,} evaluation rows"
+            raise DataError(what, "let a reward return numbers for evaluation rows", key="data.eval")
         choices, chosen = self.queries.choices, tuple[str, ...]()
         if choices is not None:
             chosen = CHOICE_METRICS
@@ -166,9 +166,9 @@ class Evaluator:
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """The finite metrics of each source, if there are several; none for a source whose rows have no rewards. Values
-    computed from all rows (thresholds, KL) are the same for all sources, so that the losses of sources add up to the
-    loss of all rows, by units.
+    """The finite metrics of each source, if there are several sources. A source whose rows have no rewards has no
+    metrics. Values computed from all rows (thresholds, KL) are the same for all sources, so that the losses of sources
+    add up to the loss of all rows, by units.
     """
     if len(each) < 2:
         return None
@@ -194,7 +194,7 @@ def queries_of(
     choices = choices_of(settings, rows.objective, data)
     if choices is None:
         if settings.content_free_prompt is not None:
-            raise RecipeError("there are no choices to calibrate", "give evaluation.choices, or leave it out", key=KEY)
+            raise RecipeError("there are no choices to calibrate", "add evaluation.choices or remove this key", key=KEY)
         return Queries(prompts)
     return Queries(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective.rows))
 
@@ -214,11 +214,15 @@ def choices_of(settings: EvaluationSection, objective: Objective, data: DataSect
     if texts is None:
         return None
     if not objective.rows.has_choices:
-        what = f"the objective {objective.name} has rows without a prompt and an answer to choose"
+        what = f"rows of the objective {objective.name} have no prompt with an answer to choose"
         raise RecipeError(what, "leave evaluation.choices out", key="evaluation.choices")
     if texts == FROM_DATA:
         if data is None:
-            raise RecipeError("there is no recipe whose rows have the answers", "list them", key="evaluation.choices")
+            raise RecipeError(
+                "from_data takes the answers from a recipe's rows, but there is no recipe",
+                "list the answers",
+                key="evaluation.choices",
+            )
         texts = answers_of_rows(data, objective.rows.example)
     return Choices(tuple(texts), settings.choice_score, settings.content_free_prompt)
 

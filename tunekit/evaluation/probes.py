@@ -19,8 +19,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 def packing_leak(model: TunedModel, ids: Tensor) -> float:
     """The relative difference between a row's hidden states when it is packed after another row and when it is alone.
-    Both rows are drawn from `ids` with a fixed seed. The difference is 0, up to rounding, if position ids alone keep
-    packed rows apart.
+    Both rows have random ids from `ids`, with a fixed seed. The difference is 0, up to rounding, if position ids alone
+    keep packed rows apart.
     """
     first, second = _probe_ids(ids, 0), _probe_ids(ids, 1)  # (1, T) each
     positions = torch.arange(PROBE_TOKENS)[None]
@@ -33,7 +33,7 @@ def packing_leak(model: TunedModel, ids: Tensor) -> float:
 
 def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
     """The largest difference between our chunked losses and losses from the model's own logits, relative to the largest
-    loss. The row is drawn from the ids of `inputs`."""
+    loss. Both are computed on a row of random ids from `inputs`."""
     family = model.base.family
     assert family.ids is not None  # a model that answers has ids
     ids = _probe_ids(inputs[family.ids], 2)  # (1, T)
@@ -48,7 +48,7 @@ def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
 
 
 def bypass_difference(model: TunedModel, ids: Tensor) -> float:
-    """The relative difference between a row's hidden states with and without the adapter. The row is drawn from
+    """The relative difference between a row's hidden states with and without the adapter. The row has random ids from
     `ids`."""
     inputs = {"input_ids": _probe_ids(ids, 3), "position_ids": torch.arange(PROBE_TOKENS)[None]}
     with undisturbed(model):
@@ -58,7 +58,7 @@ def bypass_difference(model: TunedModel, ids: Tensor) -> float:
 
 
 def _probe_ids(ids: Tensor, number: int) -> Tensor:
-    """(1, T) ids drawn from the run's ids. Other ids would load further pages of a memory-mapped embedding."""
+    """(1, T) random ids from the run's ids. Other ids would load further pages of a memory-mapped embedding."""
     known: Tensor = torch.unique(ids)  # (ids,)
     generator = torch.Generator().manual_seed(number)
     return known[torch.randint(0, len(known), (1, PROBE_TOKENS), generator=generator)]

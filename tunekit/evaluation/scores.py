@@ -19,13 +19,13 @@ from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import ModelRun, TunedModel
 
-TOKENS, ROWS = "tokens of all rows", "rows"  # counted besides the objective's sums
+TOKENS, ROWS = "tokens of all rows", "rows"  # counts in addition to the objective's sums
 NUMBERS = "row numbers"  # numbers of the rows of ROW_LOSSES
 LAID_END_TO_END = (ROW_LOSSES, ROW_VALUES, NUMBERS)
 
 
 class EvaluationStopped(Exception):
-    """A stop signal came during an evaluation; it is repeated after the resume."""
+    """A stop signal came during an evaluation. The evaluation is repeated after the resume."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class EvaluationSums:
 
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
-    """A block in eval mode and without gradient; its end restores the mode and every random state."""
+    """A block in eval mode and without gradient. The mode and every random state are restored when it ends."""
     with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(Call(fuses=True)):
         yield
 
 
 def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
-    """The batch after the objective has prepared it as a step."""
+    """The batch, prepared by the objective like the batches of a step."""
     return objective.prepare(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
@@ -64,7 +64,7 @@ def summed_evaluation(
 ) -> EvaluationSums:
     """The sums of all batches, shared among the ranks.
 
-    Sums are in float64, so they do not depend on the batch size beyond a forward's own rounding.
+    Sums are in float64, so the batch size changes them only by the rounding of a forward.
     `on_split`: called for each batch that ran out of memory and is evaluated in two halves.
     Raises: EvaluationStopped if `stop` returns true on any rank; ResourceError if a single document does not fit;
         RewardError, on all ranks, if a reward had an invalid result on one of them.
@@ -149,8 +149,7 @@ def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch]
 @dataclass
 class MeasuringRun(ModelRun):
     """The run that is passed to LossKind.measuring: a batch that runs out of memory is scored in two halves.
-    `read` returns the same count of numbers for each row: first the numbers of all first sides, then of all second
-    sides.
+    `read` returns S numbers for each of P rows: the first number of every row, then the second number of every row.
     """
 
     on_split: Callable[[Batch], None] = lambda batch: None

@@ -3,8 +3,8 @@
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
 
-# Bytes per second of the link that a tier's copies use: 16 PCIe lanes minus a fifth for the protocol, and the
-# sequential read speed of NVMe drives of each generation.
+# Bytes per second of the links that a tier's copies pass: 16 PCIe lanes, less a fifth for the protocol; and NVMe
+# drives of each generation at their sequential read speed.
 BANDWIDTHS = {
     "host": {"PCIe 3": 12e9, "PCIe 4": 25e9, "PCIe 5": 52e9},
     "disk": {"NVMe of PCIe 3": 3.5e9, "of PCIe 4": 7e9, "of PCIe 5": 12e9},

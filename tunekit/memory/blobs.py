@@ -1,7 +1,7 @@
 """A layer's frozen tensors as one contiguous blob, which stays on the host until the layer is computed.
 
-Every tensor starts at a multiple of 64 bytes, as in torch's own allocations: some kernels take another path for other
-addresses, and their sums then differ in the last bit.
+Every tensor starts at a multiple of 64 bytes, as in torch's own allocations. At other addresses some kernels use a
+different algorithm, whose sums differ in the last bit.
 """
 
 import ctypes
@@ -91,11 +91,11 @@ def frozen_tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def forget_pages(values: Tensor) -> None:
-    """Tell the system that the pages behind a tensor of a mapped file are not needed for now.
+    """Release the memory pages of a tensor in a mapped file.
 
-    The pages leave this process's resident memory and may stay in the file cache; a later read brings them back. On
-    memory that is not mapped from a file this would destroy the values, so the caller must check that. Source:
-    madvise(2), MADV_DONTNEED.
+    The pages leave this process's resident memory and may stay in the file cache; a later read brings them back. In
+    memory that is not mapped from a file this would destroy the values, so the caller must pass only mapped tensors.
+    Source: madvise(2), MADV_DONTNEED.
     """
     if values.numel() == 0 or not hasattr(mmap, "MADV_DONTNEED"):
         return

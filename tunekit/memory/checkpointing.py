@@ -23,7 +23,7 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: Bounda
 
     A layer's random numbers are a function of (seed, step, micro-batch, layer). Its recomputation therefore draws the
     same dropout masks as its forward, in any order of layers, and no RNG state is stored.
-    `store`: contains the inputs of recomputed layers. The last layer's input is needed at once, so it stays on the
+    `store`: stores the inputs of recomputed layers. The last layer's input is needed again at once, so it stays on the
     device.
     """
     boundaries = _Boundaries(BoundaryStore(None) if store is None else store, checkpointed - 1)
@@ -44,7 +44,7 @@ def _seed_on_entry(forward: Callable[..., object], number: int) -> Callable[...,
 def _checkpoint_layer(
     layer: nn.Module, run: Callable[..., object], number: int, boundaries: _Boundaries
 ) -> Callable[..., object]:
-    """Recompute the layer inside the same Call, from which layers read bypass and seeds."""
+    """Make the layer recompute inside the Call of its forward, which contains the adapter bypass and the seeds."""
 
     def forward(*inputs: object, **named: Any) -> object:
         if not (torch.is_grad_enabled() and layer.training):
@@ -72,12 +72,12 @@ class _Boundaries:
 
     def __init__(self, store: BoundaryStore, last: int) -> None:
         self.store, self.last = store, last
-        self.forwards = 0  # started so far; two may be alive at a time
+        self.forwards = 0  # number of forwards started so far; two can be alive at the same time
         self.newest = -1  # the layer that ran last
 
     def leave(self, run: Callable[..., object], number: int, hidden: Tensor) -> Callable[..., object]:
         """`run` for checkpoint(). Its first input is `hidden`, which the store keeps until the recomputation."""
-        if number <= self.newest:  # another forward, or a layer that runs more than once in one
+        if number <= self.newest:  # a new forward, or a layer that runs more than once in a forward
             self.forwards += 1
         self.newest = number
         self.store.put((self.forwards, number), hidden, stays=number == self.last)
@@ -85,9 +85,9 @@ class _Boundaries:
 
 
 class _CheckpointedLayer:
-    """Runs a layer: first with the input itself, and later with the input from the store.
+    """Runs a layer: in the forward with its input, in the recomputation with the stored copy of the input.
 
-    The object lives as long as the graph that may recompute the layer, and so does the input in the store.
+    The object and the stored input live as long as the graph that may recompute the layer.
     """
 
     def __init__(self, store: BoundaryStore, key: tuple[int, int], run: Callable[..., object], hidden: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tunekit.memory.blobs import forget_pages
 
-Mark = torch.Event | None  # a position in the queue of computations; None: already reached
+Mark = torch.Event | None  # a position in the queue of computations; None if the device has already passed it
 Copy = Future[None] | Future[torch.Event] | Mark  # in progress, or finished
 Pairs = Sequence[tuple[Tensor, Tensor]]  # target and source
 RING_BYTES = 64 * 2**20  # pinned memory that mapped files pass through on their way to a GPU
@@ -33,7 +33,7 @@ class Copier:
         return torch.empty(size_bytes if counted else 0, dtype=torch.uint8, device=self.device)
 
     def start(self, copies: Pairs, after: Mark) -> Copy:
-        """Start copies after the computation has passed the mark `after`; the result is the argument of `wait`."""
+        """Start copies that begin after the computation has passed the mark `after`. The result is passed to `wait`."""
         for target, source in copies:
             if not target.is_meta:
                 target.copy_(source)

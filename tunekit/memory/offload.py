@@ -1,14 +1,13 @@
-"""Offloading of checkpointed inputs: copied to the host in the forward pass, and back before the backward pass uses
-them.
+"""Offloading of checkpointed inputs: they are copied to the host in the forward pass, and back before the backward pass
+uses them.
 
 Copies run in parallel with the computation, in the order in which they were started. Two rules keep them consistent:
 - a copy starts after all computations that were queued before it;
 - nobody reads the target of a copy before calling `wait` on that copy.
-A tensor that is being copied out is referenced until LEAVING later ones have been queued; then the computation waits
-for its copy, and its memory can be reused at once. (Tensor.record_stream would keep the memory for as long as the host
-runs ahead.)
-A tensor that comes back is in one of two buffers. `take` releases the tensors taken before, so that their buffers can
-be filled again: the backward pass of a layer ends before that of the layer below begins.
+A tensor that is being copied out is referenced until LEAVING later copies have been queued. Then the computation
+waits for its copy, and its memory can be reused at once. (Tensor.record_stream would keep the memory for as long as the
+host runs ahead.) A tensor that comes back is in one of two buffers. `take` releases the tensors taken before, so that
+their buffers can be filled again: the backward pass of a layer ends before that of the layer below begins.
 """
 
 from collections import deque
@@ -24,7 +23,7 @@ from tunekit.memory.copies import Copier, Copy, StreamCopier, as_bytes
 MIN_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
 MIN_TOKENS = 512  # fewer tokens are computed faster than they are copied
 BUFFERS = 2
-LEAVING = 2  # tensors that are being copied out
+LEAVING = 2  # maximum number of tensors that are being copied out
 
 
 @dataclass
@@ -54,15 +53,15 @@ class _Buffer:
 class BoundaryStore:
     """Stores tensors under keys on the host, between `put` and `take`.
 
-    `copier`: moves them; None: they stay where they are. A tensor also stays if it has fewer bytes than `min_bytes`,
-    fewer tokens (all dimensions but the last) than `min_tokens`, or is not contiguous. Slots are reused.
-    Not for several threads that compute at the same time.
+    `copier`: copies the tensors; None: they stay on their device. A tensor also stays if it has fewer bytes than
+    `min_bytes`, fewer tokens (all dimensions but the last) than `min_tokens`, or is not contiguous. Slots are reused.
+    Only one thread may use a store.
     """
 
     def __init__(self, copier: Copier | None, min_bytes: int = MIN_BYTES, min_tokens: int = MIN_TOKENS) -> None:
         self.offloads = copier is not None
         self.min_bytes, self.min_tokens = min_bytes, min_tokens
-        self.host_bytes = 0  # of all slots, used or not
+        self.host_bytes = 0  # bytes of all slots, used or not
         self._copier = copier or Copier(torch.device("cpu"))
         self._entries: dict[Hashable, _OnHost | Tensor] = {}
         self._free: dict[int, list[Tensor]] = {}  # slots by size
@@ -88,7 +87,7 @@ class BoundaryStore:
         self._entries[key] = entry
 
     def prefetch(self, key: Hashable) -> None:
-        """Start to bring a tensor back if it is on the host, no copy of it is running, and a buffer is free."""
+        """Start copying a tensor back if it is on the host, no copy of it is running, and a buffer is free."""
         entry = self._entries.get(key)
         if isinstance(entry, _OnHost) and self._buffer_of(key) is None:
             buffer = self._free_buffer()

@@ -25,7 +25,7 @@ class DeviceSlot:
     memory: Tensor
     layer: int | None = None
     copy: Copy = None  # the copy that brings `layer` in, until it has been waited for
-    used: Mark = None  # the mark after its allocation, then after the last computation in this slot
+    used: Mark = None  # the mark of the last computation in this slot; at first, of the slot's allocation
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LayerSlots:
     device: torch.device
     count: int = SLOTS
     poison: bool = False
-    copies: int = 0  # of layers into slots so far
+    copies: int = 0  # number of copies of layers into slots so far
     waiting: Tensor | None = None  # in a simulation: stands for the layers that wait on the host
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ class LayerSlots:
             self._computed = None
 
     def _bring(self, layer: int, other: int | None) -> DeviceSlot:
-        """The slot of `layer`, with its copy started if it was not there. The layer farthest from it is evicted, but
-        never `other`."""
+        """The slot of `layer`; a layer that is in no slot is first copied into one. The farthest layer from `layer` is
+        evicted for it, but never `other`."""
         for slot in self.slots:
             if slot.layer == layer:
                 return slot

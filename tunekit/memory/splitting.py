@@ -38,7 +38,7 @@ def size_unit(batch: Batch) -> str:
 
 
 class Splitting:
-    """Decides which micro-batches are split: those with at least `tokens` padded tokens; None until one has failed."""
+    """Splits micro-batches with at least `tokens` padded tokens; `tokens` is None until a micro-batch has failed."""
 
     def __init__(self, react: Callable[[Reaction], None] | None = None, tokens: int | None = None) -> None:
         self.tokens = tokens
@@ -46,7 +46,7 @@ class Splitting:
         self._react = react
 
     def pieces(self, kind: RowKind, batch: Batch) -> list[Batch]:
-        """The batch, or its pieces: each smaller than any that failed, unless it is a single document."""
+        """The batch, or pieces of it that are smaller than any failed micro-batch; a single document is not split."""
         if self.tokens is None or batch.padded < self.tokens:
             return [batch]
         halves = split_batch(batch, kind)
@@ -77,7 +77,7 @@ class Splitting:
             undo()
 
     def _shrink(self, kind: RowKind, reason: str, step: int) -> None:
-        """From now on, split micro-batches of the failed one's size or larger."""
+        """From now on, split micro-batches that are at least as large as the failed micro-batch."""
         failed, self.running = self.running, None
         if failed is None or split_batch(failed, kind) is None:
             raise document_too_large(failed, reason)

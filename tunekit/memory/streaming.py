@@ -99,21 +99,21 @@ def _in_slot(forward: Callable[..., object], number: int, then: int, slots: Laye
 
 
 def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
-    """Why this base's layers can never be streamed, or None."""
+    """The reason why this base's layers can never be streamed, or None."""
     if base.family.stages(base.net) is None:
-        return f"{base.facts.model_type} is not known to give the same results layer by layer"
+        return f"{base.facts.model_type} has not been tested layer by layer"
     if find_source(section, weights=False).gguf_file is not None:
-        return "the tensors of a GGUF file have other names than the net's"
+        return "the tensors of a GGUF file are named differently from the network's"
     if section.trust_remote_code:
         return "a base with remote code can only be loaded by transformers"
     return None
 
 
 def host_obstacle(device: torch.device) -> str | None:
-    """Why layers cannot wait in host memory for this device, or None."""
+    """The reason why layers cannot wait in host memory for this device, or None."""
     if device.type == "cpu" or kind_of(device).own_memory:
         return None
-    return f"{device.type} shares the host's memory, which would contain the layers twice for a while"
+    return f"{device.type} shares the host's memory, so layers would be in memory twice"
 
 
 def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
@@ -125,7 +125,7 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
     """Stream the layers from now on, in the way that the tier says; None if the tier is off."""
     if tier == "off":
         return None
-    simulated = base.device.type == "meta"  # nothing waits on a host there
+    simulated = base.device.type == "meta"  # tensors on the meta device need no host memory
     slots = make_slots(weights, base.device, tier="disk" if simulated else tier, mapped=base.mapped)
     embedding = None if simulated else host_embedding(base)
     if embedding is not None:
@@ -135,7 +135,8 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
 
 
 def host_embedding(base: LoadedModel) -> nn.Module | None:
-    """The token embedding, if a streamed base keeps it on a GPU's host: it must not be tied to the head."""
+    """The token embedding, if a streamed base keeps it in host memory; otherwise None, for example if it is tied to the
+    head."""
     name = base.family.embedding_name(base.net)
     several = base.family.reads_source  # each of the two stacks looks up ids in its own module
     if base.device.type == "cpu" or name is None or several or base.family.tied(base.net):

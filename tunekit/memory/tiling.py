@@ -2,8 +2,8 @@
 
 MLPs and norms act on each token separately. Only a tile's input and output are kept; its backward pass recomputes the
 tile with a graph, including any adapters inside. The activations then take memory for one tile instead of one row.
-Gradients of trained tensors are summed over tiles: equal up to the order of sums. Dropout draws other masks than
-without tiles.
+Gradients of trained tensors are summed over tiles, and differ from those without tiles only in the order of sums.
+Dropout masks differ.
 Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 """
 
@@ -21,7 +21,7 @@ from tunekit.model.families.structure import training_mode
 KEY = "memory.mlp_tile_tokens"
 NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # of a decoder layer's MLP
 NORMS = ("LayerNorm", "RMSNorm")  # suffixes of their class names
-# relative; a module that mixes tokens differs more
+# largest relative difference; a module that mixes tokens differs more
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 PROBED_TOKENS, FIRST_TILE = 5, 2
 
@@ -54,8 +54,8 @@ def _refusal(what: str) -> ModelError:
 
 
 def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
-    """Why a module cannot be computed in tiles, or None. Compares a few tokens at once with the same tokens in two
-    tiles."""
+    """The reason why a module cannot be computed in tiles, or None. Compares a few tokens at once with the same tokens
+    in two tiles."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
     try:
@@ -131,7 +131,7 @@ class Tiles:
 
 
 class _Tiled(torch.autograd.Function):
-    """Saves only x for the backward pass."""
+    """The autograd function of Tiles, which saves only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Context[tuple[Tiles, Call]], tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:

@@ -89,9 +89,9 @@ def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Modu
 
 
 def head_obstacle(module: nn.Module, text: TextHead) -> str | None:
-    """Why a projection cannot be streamed, or None."""
+    """The reason why a projection cannot be streamed, or None."""
     if type(module) is not nn.Linear:
         return "the output projection is adapted, trained or packed"
     if module.bias is not None or text.offset_name is not None:
-        return "the output projection is more than one plain matrix"
+        return "the output projection is not a single plain matrix"
     return None

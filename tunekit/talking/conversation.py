@@ -28,14 +28,14 @@ from tunekit.targets.target import LoadedTarget
 from tunekit.tuned.model import TunedModel
 
 BASE = "base"  # the name of the base without an adapter
-UNFINISHED = "�"  # the replacement for an incomplete multi-byte character
+UNFINISHED = "�"  # the character that stands for an incomplete multi-byte character
 
 
 @dataclass(frozen=True)
 class Request:
     """One conversation to answer. `stop`: texts that end the answer and are not part of it.
 
-    `prompt`: its ids, if `Speaker.prompt_ids` was already called.
+    `prompt`: the ids of the conversation, if `Speaker.prompt_ids` was already called.
     """
 
     messages: Sequence[Message]
@@ -65,7 +65,7 @@ class Speaker:
 
     target: LoadedTarget
     adapters: AdapterSet
-    default: str  # BASE, or the name of the target's own adapter
+    default: str  # the name that answers by default: BASE, or the target's own adapter
     template: str | None
     stop_ids: frozenset[int]  # the tokens that end an answer
     # by name: ids, and their keys and values
@@ -77,7 +77,7 @@ class Speaker:
         return [BASE, *self.adapters.adapters]
 
     def add(self, name: str, folder: Path) -> None:
-        """Add an adapter of the same base. Raises: AdapterError if it is not one."""
+        """Add an adapter. Raises: AdapterError if the folder has no adapter of this base."""
         if name == BASE:
             raise InputError(f"'{BASE}' is the name of the base itself", "give the adapter another name")
         base = self.target.model.base
@@ -183,7 +183,7 @@ class Speaker:
 
 
 class _Writer:
-    """One answer as it grows, limited to complete characters and without any part of a stop text."""
+    """The text of an answer while it is generated: only complete characters, and no part of a stop text."""
 
     def __init__(self, decode: Callable[..., str], request: Request, stop_ids: Collection[int]) -> None:
         self.decode, self.request, self.stop_ids = decode, request, stop_ids
@@ -219,7 +219,7 @@ class _Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text are a prefix of the stop text."""
+    """The number of characters at the end of the text that are the beginning of the stop text."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
@@ -260,6 +260,6 @@ def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
         adapters = [(name, place) for name, place in candidates if (place / "adapter_config.json").exists()]
         if not adapters:
             what = f"{folder_name} contains no adapter (adapter_config.json)"
-            raise InputError(what, "name an adapter, a run, or a folder of them")
+            raise InputError(what, "name an adapter folder, a run folder, or a folder of adapters")
         for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
             speaker.add(name, place)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from tunekit.errors import DataError
 from tunekit.talking.conversation import Reply, Request, Speaker
 
-GATHER_SECONDS = 0.005  # to wait for more requests after the first one
-MAX_JOBS = 192  # without an answer so far
+GATHER_SECONDS = 0.005  # time to wait for more requests after the first request
+MAX_JOBS = 192  # maximum number of unanswered requests
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Job:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Requests can share a batch only if this is equal; rows of a batch share their seed's random numbers."""
+        """The properties that must be equal for requests to share a batch. Rows of a batch share one seed."""
         return self.name, self.request.sampling, id(self) if self.seeded and self.request.sampling.temperature else 0
 
 
@@ -38,7 +38,7 @@ def shutdown_error() -> ConnectionAbortedError:
 
 
 class Desk:
-    """Answers jobs until it is closed; jobs that still wait then get an error."""
+    """Answers jobs until the desk is closed. Jobs that are still waiting then get an error."""
 
     def __init__(self, speaker: Speaker, batch_size: int) -> None:
         self.speaker, self.batch_size = speaker, batch_size
@@ -51,7 +51,7 @@ class Desk:
             thread.start()
 
     def put(self, job: Job) -> None:
-        """Accept a job; beyond the maximum, it gets an error."""
+        """Accept a job, or answer it with an error if MAX_JOBS jobs are open."""
         if len(self._open) >= MAX_JOBS:
             job.on_end(ConnectionRefusedError(f"{MAX_JOBS} requests are waiting already; try again later"))
             return
@@ -63,7 +63,7 @@ class Desk:
         self._stopped.set()
 
     def close(self) -> None:
-        """End after the running answers."""
+        """Finish the running answers, then end both threads."""
         self._unread.put(None)
         for thread in self._threads:
             thread.join()
@@ -100,7 +100,8 @@ class Desk:
             self._answer(list(filter(self._is_wanted, batch)))
 
     def _gather(self, jobs: deque[Job]) -> bool:
-        """Collect all waiting jobs; if there are none yet, wait for the next one. False: the desk was closed."""
+        """Collect all waiting jobs in `jobs`; if no job is waiting, wait for the next one. Returns False if the desk
+        was closed."""
         timeout = 0.0 if jobs else None
         while True:
             try:

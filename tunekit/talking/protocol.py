@@ -98,7 +98,7 @@ def _number(body: Mapping[str, object], field: str, default: float, low: float, 
 
 
 def _sampling(body: Mapping[str, object]) -> Sampling:
-    """The sampling settings; without a seed it is 0, and the desk draws one."""
+    """The sampling settings. If the client sends no seed, `seed` is 0 and the desk draws one."""
     temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
     seed = _number(body, "seed", 0, 0, 2**63 - 1)
     return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY

@@ -1,4 +1,4 @@
-"""Checks whether rows fit a model: family, vocabulary, positions."""
+"""Checks whether a model suits an objective and its rows: family, vocabulary, positions."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from tunekit.recipe.recipe import supervised_objective
 
 
 def check_family(base: LoadedModel, family: str) -> LoadedModel:
-    """The base itself, if it belongs to the objective's family.
+    """The base, after a check that it belongs to the objective's family.
 
     Raises: ModelError.
     """

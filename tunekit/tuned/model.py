@@ -41,7 +41,7 @@ class TunedModel:
 
     base: LoadedModel
     adapter: AttachedAdapter | None
-    # for the inputs of recomputed layers
+    # stores the inputs of recomputed layers
     boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))
     slots: LayerSlots | None = None  # for a streamed base
     chunk_tokens: int = 0  # positions per call of the head; 0: limited by the vocabulary
@@ -67,7 +67,7 @@ class TunedModel:
     def score_batches(
         self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, reference: bool = False
     ) -> list[Tensor]:
-        """The result of `score` for each batch, on the host, without gradient or dropout; `reference`: for the policy
+        """The result of `score` for each batch, on the host, without gradient or dropout. `reference`: use the policy
         at step 0. A streamed base copies its layers once for all batches."""
         policy = self._at_step_0() if reference else nullcontext()
         with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
@@ -77,7 +77,7 @@ class TunedModel:
         return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in scores]
 
     def keep_reference(self) -> None:
-        """Save the adapter's state as that of the policy at step 0."""
+        """Save the adapter's present state as the reference, the policy at step 0."""
         assert self.adapter is not None
         self.reference_state = {name: tensor.clone() for name, tensor in self.adapter.state().items()}
 
@@ -121,8 +121,8 @@ class TunedModel:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The ids that follow each prompt, up to and including a stop id; `seeds`: one per prompt, for sampling. On
-        the meta device all answers have the maximum length."""
+        """The generated ids for each prompt, up to and including a stop id. `seeds`: one per prompt, for sampling.
+        On the meta device all answers have the maximum length."""
         if self.device.type == "meta":
             return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
         model_adapter = None if self.adapter is None else self.adapter.model_adapter  # it changes the inputs
@@ -171,7 +171,7 @@ class TunedModel:
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: Tensors) -> Segments | None:
-        """The documents of the rows; None for rows with their own mask."""
+        """The documents of the rows; None if the inputs contain a mask."""
         if "position_ids" not in inputs or "attention_mask" in inputs:
             return None
         return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
@@ -182,11 +182,11 @@ class TunedModel:
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the adapter puts before each row."""
+        """The number of positions that the adapter puts before each row."""
         return 0 if self.adapter is None else self.adapter.virtual_tokens
 
     def own_logits(self, inputs: Tensors) -> Tensor:
-        """The network's own complete logits (B, T, V): for a few tokens only."""
+        """The network's own logits (B, T, V), not computed in chunks; only for a few tokens."""
         return self.real_positions(self.base.family.logits(self.base.net, self.prepare_inputs(inputs)))
 
     def unchanged_weights(self) -> AbstractContextManager[None]:
@@ -242,7 +242,7 @@ class ModelRun:
         return self.model.score_batches(batches, read)
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The same for the policy at step 0."""
+        """The values that `read` takes from forwards of the policy at step 0."""
         return self.model.score_batches(batches, read, reference=True)
 
     def companion(self, key: str) -> Companion:

@@ -23,7 +23,7 @@ from tunekit.model.quantized.weights import packed_layers
 from tunekit.records import Choice
 from tunekit.tuned.model import TunedModel
 
-MAX_VARIANTS = 64  # of one function; beyond it torch would switch to uncompiled code, whose rounding differs
+MAX_VARIANTS = 64  # variants of a function; with more, torch would switch to uncompiled code, whose rounding differs
 
 
 def prepare_network(
@@ -36,8 +36,8 @@ def prepare_network(
     """Put everything in `choice` into the base's network: checkpointing, adapter, tiles, kernels, compiled layers,
     streaming.
 
-    `attach` attaches the adapter. By then layers are seeded and recomputed as in the run, so that a calibrated
-    initialisation may run them; code that replaces or moves adapted layers runs later.
+    `attach` attaches the adapter. It is called after layers are seeded and recomputed as in the run, because a
+    calibrated initialisation runs them, and before adapted layers are replaced or moved.
     `planned_for`: the run's device, if the base is on the meta device. Then no layers are compiled, which needs no
     more memory.
     Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
