@@ -410,9 +410,11 @@ def test_a_long_recording_is_dropped_cut_or_refused(processor: AudioProcessor, t
     samples = np.concatenate([keys("one", seconds=1.0), keys("five", seconds=1.0)])  # 4 s, the model hears 2
     soundfile.write(tmp_path / "long.wav", samples, RATE)
     soundfile.write(tmp_path / "begun.wav", samples[: SECONDS * RATE], RATE)
-    with pytest.raises(Dropped, match="recording longer than the 2 s that the model hears at once"):
+    with pytest.raises(Dropped, match="recording longer than 2 s, the model's maximum"):
         encoded(processor, long)
-    said = r"long.wav lasts 4.0 s, and the model hears 2 s at once; cut the file, or write data.excess_length: truncate"
+    said = (
+        r"lasts 4.0 s, but the model can hear at most 2 s at once; cut the file, or write data.excess_length: truncate"
+    )
     with pytest.raises(DataError, match=said):
         encoded(processor, long, "error")
     (problem,) = rows_with(processor, "split").problems()
@@ -513,11 +515,11 @@ def test_every_verb_takes_a_run(
     target = load_target(find_target(str(alone), str(whisper), []), CPU)
     assert answer(target, [str(recordings / "five" / "0.wav")]) == ["five"]
     soundfile.write(tmp_path / "long.wav", keys("one", seconds=2.0), RATE)
-    with pytest.raises(DataError, match=r"long.wav lasts 4.0 s, and the model hears 2 s at once"):
+    with pytest.raises(DataError, match=r"long.wav lasts 4.0 s, but the model can hear at most 2 s at once"):
         answer(target, [str(tmp_path / "long.wav")])
     with pytest.raises(DataError, match="does not exist"):
         answer(target, [str(tmp_path / "absent.wav")])
-    with pytest.raises(InputError, match="answers with the likeliest label"):
+    with pytest.raises(InputError, match="answers with the most likely label"):
         generate_verb(str(run), None, str(recordings / "five" / "0.wav"), None, [], temperature=1.0)
     capsys.readouterr()
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])

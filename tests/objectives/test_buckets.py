@@ -241,9 +241,9 @@ NO_SIZES = r"must be auto, or sizes in pixels, such as \[\[512, 512\], \[512, 76
 @pytest.mark.parametrize(
     ("kind", "buckets", "message"),
     [
-        ("sd", [[16, 18]], r"aspect_ratio_buckets: \[16, 18\]: a side is not a multiple of 4"),
-        ("sd", [[16, 32], [24, 48]], r"\[24, 48\] has the aspect ratio of \[16, 32\]"),
-        ("sd3", [[16, 128]], "the denoiser has positions for 64 pixels of a side"),
+        ("sd", [[16, 18]], r"aspect_ratio_buckets: a side of \[16, 18\] is not a multiple of 4"),
+        ("sd", [[16, 32], [24, 48]], r"\[24, 48\] has the same aspect ratio as \[16, 32\]"),
+        ("sd3", [[16, 128]], "the denoiser has positions for 64 pixels per side"),
         ("sd", [], NO_SIZES),
         ("sd", [[16]], NO_SIZES),
         ("sd", [[16, "24"]], NO_SIZES),
@@ -263,7 +263,7 @@ def test_buckets_that_cannot_be_are_refused_by_key(
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"resolution": 68}, r"objective\.resolution: 68: the denoiser has positions for 64 pixels"),
+        ({"resolution": 68}, r"objective\.resolution: 68 is too large: the denoiser has positions for 64 pixels"),
         ({"resolution": 64, "aspect_ratio_buckets": "auto"}, r"_buckets: \[56, 72\]: the denoiser has positions"),
     ],
 )

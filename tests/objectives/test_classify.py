@@ -545,7 +545,7 @@ def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path)
     few, held = rows_of("a", "b", "b"), rows_of("a", "c")
     assert bare.learn([few, held[:1]]).notes == ("the label 'a' has one row to train on",)
     with pytest.raises(
-        TunekitError, match=r"file:1: the label 'c' is in no row of data\.train; add rows of it"
+        TunekitError, match=r"file:1: the label 'c' is in no row of data\.train; add rows with this"
     ) as caught:
         bare.learn([few, held])
     assert caught.value.exit_code == 2

@@ -411,7 +411,9 @@ BAD = [
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_an_unusable_pair_is_an_error_or_counted(base: Path, tmp_path: Path, row: dict[str, Any], reason: str) -> None:
     recipe = write_recipe(tmp_path, base, rows=[*pairs(4), row])
-    with pytest.raises(TunekitError, match=rf"train\.jsonl:5: .*{reason}; mend it, or write objective\.unusable_pairs"):
+    with pytest.raises(
+        TunekitError, match=rf"train\.jsonl:5: .*{reason}; correct the row, or write objective\.unusable_pairs"
+    ):
         make_plan(load_recipe(recipe), device=CPU)
     recipe = write_recipe(tmp_path, base, rows=[*pairs(4), row], objective={"unusable_pairs": "drop"})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
@@ -475,5 +477,5 @@ def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Pa
 def test_an_answer_counts_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:
     rows = pairs(8)
     rows[2]["chosen"][0]["weight"] = 0.5
-    with pytest.raises(DataError, match=r"train\.jsonl:3: a 'weight' of a message that is neither 0 nor 1"):
+    with pytest.raises(DataError, match=r"train\.jsonl:3: a message has a 'weight' other than 0 and 1"):
         make_plan(load_recipe(write_recipe(tmp_path, tiny_llama, rows)), device=CPU)

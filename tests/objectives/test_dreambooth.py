@@ -317,9 +317,9 @@ def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, 
 def test_a_text_encoder_that_no_target_lies_in_is_refused(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"train_text_encoder": True})
     plan = make_plan(load_recipe(str(recipe), []))[0]
-    assert [(each.key, "the text_encoder should be trained, but adapter" in each.message) for each in plan.refusals] == [
-        ("adapter.target_modules", True)
-    ]
+    assert [
+        (each.key, "the text_encoder should be trained, but adapter" in each.message) for each in plan.refusals
+    ] == [("adapter.target_modules", True)]
 
 
 def test_prompts_that_are_nowhere_are_said_to_be(tmp_path: Path, pipeline: Path) -> None:

@@ -437,7 +437,7 @@ def test_the_recipe_is_refused(base: Path, tmp_path: Path, values: dict[str, Any
 
 ROWS: list[tuple[dict[str, Any], str]] = [
     ({"answer": "x"}, "no prompt; this row has 'answer'"),
-    ({"prompt": ""}, "the row has no prompt; mend it, or write objective.unusable_rows: drop"),
+    ({"prompt": ""}, "the row has no prompt; correct the row, or write objective.unusable_rows: drop"),
     ({"prompt": 3}, "'prompt' must be text"),
 ]
 

@@ -250,7 +250,7 @@ BAD = [
     ({"prompt": "p", "completion": "a", "label": "yes"}, "'label' must be true or false, not 'yes'"),
     ({"prompt": "p", "completion": "a"}, "no field 'label'"),
     ({"prompt": "p", "label": True}, "no field 'completion'"),
-    ({"prompt": "p", "completion": "", "label": True}, "the row has an empty answer; mend it, or write objective.unus"),
+    ({"prompt": "p", "completion": "", "label": True}, "the row has an empty answer; correct the row, or write obj"),
     ({"completion": "a", "label": False}, "the row has no prompt"),
 ]
 

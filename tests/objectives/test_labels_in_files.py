@@ -48,7 +48,7 @@ def test_a_whole_number_is_that_row_of_a_head_without_names(bert: Path, tmp_path
     assert not plan.refusals
     objective = prepared.rows.objective
     assert objective.facts["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert any("the label n is its row n" in note for note in plan.notes)
+    assert any("label n is row n of the head" in note for note in plan.notes)
     assert any("the head of the base is kept" in note for note in plan.notes)
     batch = objective.rows.collate([[prepared.rows.train[index]] for index in range(4)])
     assert batch.targets["labels"].tolist() == [2, 0, 1, 2]
@@ -108,7 +108,7 @@ def test_true_is_one_label_in_every_file(bert: Path, tmp_path: Path) -> None:
     [
         ("1 2 1.0 2", r"train\.csv:4: the label '1\.0' is the same number as the label '1' in other rows"),
         ("01 2 1", r"train\.csv:2: the label '01' is the same number as the label '1' in other rows"),
-        ("1 no true", r"train\.csv:4: the label 'true' is a truth value, and the label '1' in other rows is a number"),
+        ("1 no true", r"train\.csv:4: the label 'true' is a truth value, but the label '1' in other rows is a number"),
     ],
 )
 def test_one_label_in_two_spellings_is_refused(labels: str, message: str, bert: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_recording_too_short_for_a_frame_is_named(moonshine: Path, tmp_path: P
     [
         ({"language": "en"}, "transcribes the language that it was trained on"),
         ({"language": None, "timestamps": True}, "without times"),
-        ({"language": None, "apply_spec_augment": True}, "hears samples"),
+        ({"language": None, "apply_spec_augment": True}, "this model's input is samples"),
     ],
 )
 def test_what_it_cannot_do_is_said(

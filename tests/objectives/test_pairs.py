@@ -336,7 +336,7 @@ def test_single_texts_and_pairs_in_one_run_are_refused(
     names = ("train.jsonl", "texts.jsonl") if first == "pair" else ("texts.jsonl", "train.jsonl")
     assert (problem.file, problem.line) == (names[1], 1)
     wrong, others = ("one text", "a pair of texts") if first == "pair" else ("a pair of texts", "one text")
-    assert problem.what == f"the row is {wrong}, and the first row ({names[0]}:1) is {others}"
+    assert problem.what == f"the row is {wrong}, but the first row ({names[0]}:1) is {others}"
 
 
 def test_a_text_in_a_stream_of_pairs_is_refused(
@@ -347,7 +347,7 @@ def test_a_text_in_a_stream_of_pairs_is_refused(
     objective = {"method": "classify", "labels": LABELS}
     recipe = write_pairs(tmp_path, bases["bert"], data=streamed, objective=objective, training=ONE_STEP)
     write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": "yes"}])
-    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, and the rows that the model learns"):
+    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but the rows that the model learns"):
         make_plan(load_recipe(recipe), device=CPU)
 
 
@@ -357,7 +357,7 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
         with pytest.raises(TunekitError, match=r"trained on pairs of texts.*--prompts FILE\.jsonl"):
             generate_verb(str(target), base, "good", None, [])
     write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": "yes"}])
-    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, and the rows that the model learns"):
+    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but the rows that the model learns"):
         evaluate_verb(str(run), None, str(tmp_path / "texts.jsonl"), None, [], None, [])
 
 
@@ -369,7 +369,7 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
         ({"sentence1": "good", "sentence2": None, "label": "yes"}, "'sentence2' must be text, not null"),
         ({"sentence1": "good", "label": "yes"}, "no field 'sentence2'; this row has 'sentence1', 'label'"),
         ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "sentence1 may be 'text' or 'premise'"),
-        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which GLUE's files write"),
+        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which means in GLUE's files"),
         ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -, which SNLI's files write"),
     ],
 )

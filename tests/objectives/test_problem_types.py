@@ -263,10 +263,10 @@ SECOND = "train.jsonl:2: "
         (None, ["1", "2.5"], SECOND + "the label 2.5 is a number with a fraction.*objective.problem_type: regression"),
         (MULTI, [["a"], "b"], SECOND + r"the label 'b' is not a list of names; write a list of names, such as \["),
         (MULTI, [["a"], [0.5]], SECOND + r"the label \[0.5\] is not a list of names"),
-        (MULTI, [["a"], [0, 1, 0]], SECOND + "the label '0' is twice in one row.*multi-hot"),
+        (MULTI, [["a"], [0, 1, 0]], SECOND + "the row has the label '0' twice.*multi-hot"),
         (MULTI, [["a"], ["a", None]], SECOND + "'label' must be a text or a number, or a list of them, not null"),
         (MULTI, [["a"], [["a"]]], SECOND + "'label' must be a text or a number, or a list of them, not list"),
-        (MULTI, [["a"], "[a"], SECOND + r"the label '\[a' begins as a list and is not one; write it as JSON"),
+        (MULTI, [["a"], "[a"], SECOND + r"the label '\[a' begins with '\[' but is not a list; write a JSON list"),
         (None, ["a", "b\ud800"], SECOND + "'label' contains the lone surrogate"),
         (MULTI, [["a"], ["b\ud800"]], SECOND + "'label' contains the lone surrogate"),
         (MULTI, [["a"], ["1"], ["1.0"]], "train.jsonl:3: the label '1.0' is the same number as the label '1'"),
@@ -277,7 +277,7 @@ SECOND = "train.jsonl:2: "
         (NUMBERS, [1, 1e20], SECOND + "the label 1e.20 is not a finite number that can be learned"),
         (NUMBERS, [1, True], SECOND + "the label 'true' is not a number"),
         (NUMBERS, [1, None], SECOND + "'label' must be a text or a number, or a list of them, not null"),
-        (NUMBERS, [[1, 2], [1]], SECOND + r"the row has 1 number, and the first row \(.*train.jsonl:1\) has 2"),
+        (NUMBERS, [[1, 2], [1]], SECOND + r"the row has 1 number, but the first row \(.*train.jsonl:1\) has 2"),
         (NUMBERS, [[1], []], SECOND + "the label is an empty list"),
     ],
 )
@@ -304,7 +304,7 @@ def test_nan_in_a_parquet_file_is_named_with_its_row(llama: Path, tmp_path: Path
 def test_labels_of_the_evaluation_rows_must_be_known(llama: Path, tmp_path: Path) -> None:
     for kind, label, message in (
         ("multi", ["good", "new"], "test.jsonl:15: the label 'new' is in no row of data.train"),
-        ("three", [1.0, 2.0], "test.jsonl:15: the row has 2 numbers, and the first row"),
+        ("three", [1.0, 2.0], "test.jsonl:15: the row has 2 numbers, but the first row"),
     ):
         recipe = write_recipe(tmp_path / kind, llama, kind)
         with (tmp_path / kind / "test.jsonl").open("a", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from tunekit.recipe.objectives.dpo import DpoSettings
 
 
 def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, a weighted sum of losses, and the reference's scores."""
+    """The objective: pairs of answers, and a weighted sum of losses that compare the policy with the reference."""
     loss = PairLoss(
         partial(weighted_losses, settings=settings),
         settings.beta,

@@ -15,7 +15,7 @@ from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 # settings without which an adapter's folder cannot be used
 FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction_type")
-CUT = "a micro-batch with images of several buckets is split: a pass through the network takes images of one bucket"
+CUT = "a micro-batch with images of several buckets is split, because the network takes images of one bucket at a time"
 
 
 def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts, options: EncodeOptions) -> Objective:
@@ -28,7 +28,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
         raise RecipeError.of(problems)
     processor.check()
     buckets, smaller = buckets_of(settings, processor), smaller_buckets(settings, processor)
-    decides = (settings.method, settings.instance_prompt, buckets, *smaller)  # all that a row depends on
+    decides = (settings.method, settings.instance_prompt, buckets, *smaller)  # everything that a row depends on
     fingerprint = hash_of([*decides, processor.fingerprint])
     stated = {name: getattr(settings, name) for name in FACTS}
     if isinstance(settings.aspect_ratio_buckets, tuple):
@@ -49,7 +49,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
 
 
 def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
-    """The settings, with the facts in an adapter's folder in place of the recipe's values, and with a resolution."""
+    """The settings with a resolution. Facts in the folder of a trained adapter replace the recipe's values."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):
         stated["aspect_ratio_buckets"] = tuple((high, wide) for high, wide in buckets)

@@ -12,8 +12,8 @@ from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 
 def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: images with labels, and the loss of the problem type. `facts`: also the resolution of a trained
-    adapter."""
+    """The objective: images with labels, and the loss of the problem type. `facts` of a trained adapter include the
+    resolution."""
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)

@@ -13,7 +13,7 @@ from tunekit.recipe.objectives.kto import KtoSettings
 
 
 def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: single answers with a label. `learning` reads from all rows how long they are, and whether the
+    """The objective: single answers with a label. `learning` reads the lengths of all rows, and notes whether the
     weights balance good and bad answers."""
     rows = AnswerRows(
         tokenizer,

@@ -10,8 +10,8 @@ from tunekit.recipe.objectives.orpo import OrpoSettings
 
 
 def make(settings: OrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and the loss of their odds. Prompts of chosen answers are predicted too, as in
-    trl."""
+    """The objective: pairs of answers, and the loss of their odds. The prompts of chosen answers are trained on too, as
+    in trl."""
     formula = partial(odds_ratio, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=1.0, prompts=True)
     return pair_objective(settings, tokenizer, options, loss, prompts=True)

@@ -8,5 +8,5 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 
 
 def make(settings: RlooSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: prompts, and a loss that compares each completion with the others of its group."""
+    """The objective: prompts, and a loss that compares each completion with the other completions of its group."""
     return sampled_objective(LeaveOneOut.of(settings, tokenizer), options)

@@ -47,8 +47,8 @@ def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts)
     except DataError as error:
         raise RecipeError(error.problems[0].what, error.problems[0].how, key="objective.language") from None
     if settings.apply_spec_augment and not processor.padded:
-        what = "masks frequencies and frames, and the model hears samples"
-        raise RecipeError(what, "leave it out, or choose Whisper", key="objective.apply_spec_augment")
+        what = "masks frequencies and frames, but this model's input is samples"
+        raise RecipeError(what, "remove the key, or choose a Whisper model", key="objective.apply_spec_augment")
     return settings
 
 
@@ -63,5 +63,5 @@ def _generation(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping
 
 
 def _normalized(processor: SpeechProcessor, text: str) -> str:
-    """The text with the spelling of its words made uniform, as the model's own normaliser does."""
+    """The text, normalised by the model's own normaliser, which makes spellings uniform."""
     return str(processor.normalize(text)).strip()

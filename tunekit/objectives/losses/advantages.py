@@ -21,7 +21,7 @@ MINIMUM_SPREAD = 1e-4  # added to a standard deviation that advantages are divid
 
 
 def spread(values: Rewards, axis: int | None = None) -> Rewards:
-    """Standard deviation (n - 1) of the numbers that are not NaN; NaN of fewer than two."""
+    """Standard deviation (with n - 1) of the numbers that are not NaN; NaN if there are fewer than two numbers."""
     judged = ~np.isnan(values)
     count = np.sum(judged, axis=axis)
     mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(np.sum(judged, axis=axis, keepdims=True), 1)
@@ -80,17 +80,17 @@ def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str,
 
 
 def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Marks of the ratios that are clipped and so have no gradient."""
+    """Whether each ratio is clipped, and so has no gradient."""
     below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     return dict(zip(CLIPPED, (below, above, below | above), strict=True))
 
 
 class Tokens(NamedTuple):
-    """The tokens of a batch's completions: (N,) each, in the order of `counts` (G P,).
+    """Values of the tokens in a batch's completions: (N,) each, in the order of `counts` (G P,), the tokens per
+    completion.
 
     `log_ratio`: the log-probability less the log-probability at sampling; `share`: the weight of a token in a mean over
-    tokens;
-    `prepared`: the values that `prepare` added, for tokens or completions.
+    tokens; `prepared`: the values of tokens or completions that the loss's `prepare` added.
     """
 
     logps: Tensor

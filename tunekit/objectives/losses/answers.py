@@ -1,4 +1,4 @@
-"""Losses of whole answers: each row has one loss, made of the log-probabilities of its answers."""
+"""Losses of whole answers: each row has one loss, computed from the log-probabilities of its answers."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -15,12 +15,12 @@ from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
 class AnswerLoss(LossKind):
     """loss = sum over rows of `compared`, divided by the step's number of rows.
 
-    Values that depend on other rows are prepared for the whole step on all ranks, so that micro-batches and splits do
-    not change the loss.
+    `prepare` computes values that depend on several rows, for the whole step on all ranks. So micro-batches and splits
+    do not change the loss.
     """
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) the loss of each row, and sums over rows of what is logged."""
+        """(P,) the loss of each row, and the logged values, summed over rows."""
         raise NotImplementedError
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
@@ -29,7 +29,7 @@ class AnswerLoss(LossKind):
         return Loss(losses.sum()[None], metrics=metrics)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, units and what is logged, over rows."""
+        """The sums over rows: loss, units and the logged values."""
         losses, metrics = self.compared(output, batch)
         wide = losses.to(summing_dtype(losses.device))
         return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **metrics}
@@ -58,8 +58,8 @@ def by_row(scores: Tensor, sides: int) -> Array:
 def reference_scores(
     run: RunView, batches: Sequence[Batch], read: Read, *, keeps: bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
-    """(S P,) the reference's scores of each batch, then of the `further` batches, whose scores are never cached.
-    `keeps`: each row is scored once, alone in its batch, so that its scores do not depend on the step; they are cached.
+    """The reference's scores (S P,) of each batch, then of each `further` batch. Scores of `further` are not cached.
+    `keeps`: the scores of rows are cached. Each row is then scored alone, so that its scores do not depend on the step.
     """
     if not keeps:
         return run.reference([*batches, *further], read)

@@ -17,7 +17,8 @@ class ChoiceLoss(LossKind):
     shape: tuple[int, int]
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """scores (questions, answers): the sum of each answer's log-probabilities, 0 for answers of other batches."""
+        """`scores` (questions, answers): the sum of each answer's log-probabilities, or 0 for answers of other
+        batches."""
         losses = losses_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,)
         cells = to_device(batch.targets["cells"], losses.device)
         scores = torch.zeros(self.shape, dtype=summing_dtype(losses.device), device=losses.device)

@@ -7,7 +7,7 @@ from tunekit.contracts import Sums
 from tunekit.machine.devices import for_sums
 from tunekit.metrics.expected_calibration_error import BINS
 
-MOST_CONFUSED = 1000  # labels of a confusion matrix, which grows with their square
+MOST_CONFUSED = 1000  # maximum number of labels of a confusion matrix, whose size is its square
 
 
 def label_sums(scores: Tensor, labels: Tensor) -> Sums:

@@ -15,7 +15,7 @@ from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_p
 from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
 from tunekit.recipe.objectives.distill import DistillSettings
 
-HIDDEN = "teacher"  # part of a prepared row: the teacher's last hidden states at the row's supervised tokens, (N, D)
+HIDDEN = "teacher"  # part of a prepared row, (N, D): the teacher's last hidden states at the supervised tokens
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class DivergenceLoss(LossKind):
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window, each row with the teacher's last hidden states. The loss computes the teacher's logits from them,
-        in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask.
+        """The window with the teacher's last hidden states in each row. The loss computes the teacher's logits from
+        them, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask.
         """
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
         hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
@@ -57,7 +57,7 @@ class DivergenceLoss(LossKind):
         return Loss(total)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, correct and units, over tokens."""
+        """The sums over tokens: loss, correct and units."""
         sums, share = sums_of_positions(output, *next_tokens(batch), batch), self.settings.kd_ratio
         values = self._divergences(output, batch)  # (N,)
         return sums | {

@@ -42,8 +42,8 @@ class GroupRelative(SampledLoss):
     settings: GrpoSettings
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """(reward - mean of the group) / (s + 1e-4), s the standard deviation of the group or of the step; no division
-        if scale_rewards is none."""
+        """(reward - mean of the group) / (s + 1e-4), where s is the standard deviation of the group or of the step.
+        With scale_rewards: none there is no division."""
         centred = local - mean(local, axis=1)[:, None]
         scale = self.settings.scale_rewards
         if scale == "none":
@@ -52,7 +52,7 @@ class GroupRelative(SampledLoss):
         return scaled(centred, deviation)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """Which groups teach nothing; one value for the whole step if advantages are divided by its standard
+        """Whether each group teaches nothing; one value for all groups if advantages are divided by the step's standard
         deviation."""
         if self.settings.scale_rewards == "batch":
             return teaches_nothing(step)[None]
@@ -67,7 +67,7 @@ class GroupRelative(SampledLoss):
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
-        """The window, each completion with the reference's log-probabilities of its tokens."""
+        """The window with the reference's log-probability of each token of the completions."""
         scores = run.reference(window.batches, self.token_scores)
         return prompt_rows(run).with_tokens(window, "reference", scores), None
 
@@ -105,7 +105,7 @@ class GroupRelative(SampledLoss):
         return -torch.min(ratio * advantages, clipped * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor, share: Tensor | None) -> Sums:
-        """How many ratios are clipped. Ratios of tokens count `share` each, ratios of completions 1 each."""
+        """The number of clipped ratios. The ratio of a token counts as `share`, the ratio of a completion as 1."""
         settings = self.settings
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}

@@ -34,8 +34,8 @@ class KtoLoss(AnswerLoss):
     apo_zero_unpaired.
     `balance`: the KL and the two factors of `_balance` for all evaluation rows; None: `prepare` computes them for each
     step.
-    `lengths`: the lengths of all prompts and of all answers, longest first. A simulated step makes mismatched rows of
-    these lengths.
+    `lengths`: the lengths of all prompts and of all answers, longest first. A simulated step makes its mismatched rows
+    from them.
     """
 
     settings: KtoSettings
@@ -61,8 +61,8 @@ class KtoLoss(AnswerLoss):
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window, each row with the reference's score, the step's KL, and two factors: times its factor, a mean
-        over all rows is a mean over the good or over the bad rows."""
+        """The window with the reference's score in each row, the step's KL, and two factors, which turn a mean over all
+        rows into a mean over the good or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
         mismatched = self._mismatched_window(run, window) if estimated else []
         keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
@@ -84,7 +84,7 @@ class KtoLoss(AnswerLoss):
             return [_longest(run, batch, self.lengths) for batch in window.batches]
         local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
         numbers, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
-        before = {number: answers[numbers.index(number) - 1] for number in numbers}  # the first of equal rows decides
+        before = {number: answers[numbers.index(number) - 1] for number in numbers}  # first occurrence decides
         return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
@@ -103,8 +103,7 @@ class KtoLoss(AnswerLoss):
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums of all answers, and the numbers of rows by which metrics of good answers and of bad ones are
-        divided."""
+        """The sums over all answers, and the numbers of good and of bad answers, which divide their metrics."""
         good, facts = batch.targets["label"][:, 0], batch.targets["facts"].double()
         counts = {"chosen_units": (good * facts[:, 1]).nansum(), "rejected_units": (~good * facts[:, 2]).nansum()}
         return {**super().sums(output, batch), **counts}
@@ -116,7 +115,7 @@ def answer_scores(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def longest_first(rows: Sequence[Rows]) -> tuple[Array, Array]:
-    """Lengths of all prompts, and of all answers, longest first."""
+    """The lengths of all prompts and the lengths of all answers, each sorted with the longest first."""
     each = (some[index].parts[f"{SIDE}_trained"] for some in rows for index in range(len(some)))
     lengths = np.array([(start := int(np.argmax(trained)), len(trained) - start) for trained in each], np.int32)
     prompts, answers = np.sort(lengths, axis=0)[::-1].T  # (rows,) each
@@ -124,7 +123,7 @@ def longest_first(rows: Sequence[Rows]) -> tuple[Array, Array]:
 
 
 def balance_notes(settings: KtoSettings, rows: Rows) -> tuple[str, ...]:
-    """A note if the weights do not make up for different numbers of good and bad rows."""
+    """A note if the weights do not compensate for different numbers of good and bad rows."""
     good = sum(bool(rows[index].parts["label"][0]) for index in range(len(rows)))
     bad = len(rows) - good
     ratio = settings.desirable_weight * good / (settings.undesirable_weight * bad) if bad else math.inf
@@ -139,8 +138,8 @@ def _labels(batch: Batch) -> list[bool]:
 
 
 def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...]:
-    """The KL (the mean log-ratio of mismatched answers, at least 0), the number of all rows over good rows, and over
-    bad rows."""
+    """The KL (the mean log-ratio of mismatched answers, at least 0), and two ratios: all rows per good row, and all
+    rows per bad row."""
     count, good = len(labels), sum(labels)
     sides = (count / side if side else math.inf for side in (good, count - good))
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
@@ -153,8 +152,8 @@ def _answer(row: Row) -> IdsAndMarks:
 
 
 def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks]) -> Batch:
-    """The batch, each prompt with the answer of a different row. Rows are cut only at data.max_length and at the
-    model's positions."""
+    """The batch, in which each prompt has the answer of a different row. Rows are cut only at data.max_length and at
+    the model's positions."""
     rows, longest = run.rows, _most_tokens(run)
 
     def joined(row: Row) -> Row:

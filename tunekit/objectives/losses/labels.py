@@ -78,14 +78,14 @@ class LabelLoss(LossKind):
         return weights[batch.targets["labels"].cpu()].sum()[None]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """total (1,)."""
+        """The sum of the weighted losses; its `total` has the shape (1,)."""
         scores, labels = self.scores(output, batch)
         weights = torch.tensor(self.weights, device=scores.device) if self.weights else None  # (C,)
         entropy, smoothing = torch.nn.functional.cross_entropy, self.smoothing
         return Loss(entropy(scores, labels, weights, reduction="sum", label_smoothing=smoothing)[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, and the sums of label_sums."""
+        """The loss, and the sums of label_sums."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
         return {**loss_sums(losses, batch), **label_sums(scores, labels)}
@@ -108,7 +108,8 @@ class TagLoss(LabelLoss):
     problem_type: str | None = None
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums of labels, and spans (kinds, 3): the numbers predicted right, predicted, and true."""
+        """The sums of labels, and `spans` (kinds, 3): the numbers of spans that are predicted right, predicted, and
+        true."""
         scores, _ = self.scores(output, batch)
         kinds = kinds_of(self.labels)
         spans = torch.zeros(len(kinds), 3, dtype=torch.float64)

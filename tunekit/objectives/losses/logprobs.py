@@ -1,4 +1,4 @@
-"""The only place where logits exist: losses and log-probabilities of chosen positions, projected in chunks.
+"""Losses and log-probabilities of chosen positions, whose logits are computed in chunks. Only this module has logits.
 
 Full logits (B, T, V) never exist. Positions without a label are dropped first. The others pass the head in chunks of
 `chunk_tokens`, in float32, and each chunk's gradient is computed at once: one pass over the logits gives loss and
@@ -21,7 +21,7 @@ from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import to_device
 from tunekit.model.call import calling, current_call
 
-CHUNK_BYTES = 32 * 2**20 - 4096  # of a chunk's float32 logits: small enough for a CPU's malloc to take it from its heap
+CHUNK_BYTES = 32 * 2**20 - 4096  # of a chunk's float32 logits; small enough for the heap of a CPU's malloc
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 
 
@@ -35,7 +35,8 @@ class PartedHead(Protocol):
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that predict supervised tokens in a causal model, and these tokens: t predicts labels[t + 1].
+    """The positions of a causal model that predict supervised tokens, and these tokens. Position t predicts labels[t +
+    1].
 
     Shapes: labels (B, T), on the CPU -> index (N,) into the flattened B * T positions, targets (N,).
     """
@@ -115,7 +116,7 @@ def _chunk_losses_and_gradient(
 def _by_vocabulary(
     hidden: Tensor, targets: Tensor, head: PartedHead, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), whether no token is likelier than the target (N,), and the losses' gradient for `hidden` (N, D).
+    """The losses (N,), whether the target is the most likely token (N,), and the losses' gradient for `hidden` (N, D).
 
     Each part is loaded once for all positions. The first pass over the parts computes the largest logit and the sum of
     exponentials. The second, from the last part to the first, computes the gradient sum_v (p_v - [v = target]) W_v.
@@ -234,7 +235,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
 
     def of_chunk(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head.logits(hidden)  # (n, V)
-        if entropies is not None:  # written again when recomputed; no input, whose version autograd checks
+        if entropies is not None:  # rewritten in recomputation; not an input, whose version autograd checks
             entropies[start : start + size].copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
         return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -351,8 +352,8 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
 def sums_of_positions(
     output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
 ) -> Sums:
-    """Sums over the supervised positions of the batch's rows, in order: `loss_sums`, the number of right predictions,
-    and the number of positions. Each position counts with its weight."""
+    """Sums over the supervised positions of the batch's rows: `loss_sums`, the number of right predictions, and the
+    number of positions. Each position counts with its weight."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
@@ -363,8 +364,8 @@ def sums_of_positions(
 
 
 def loss_sums(losses: Tensor, batch: Batch) -> Sums:
-    """The sum of the losses in float64, and the loss (rows,) of each row. Shapes: losses (N,), of the supervised units
-    of the batch's rows, in order."""
+    """The sum of the losses in float64, and the loss (rows,) of each row. `losses` (N,): the loss of each supervised
+    unit, in the order of the batch's rows."""
     wide = summing_dtype(losses.device)
     parts = torch.split(losses, [row.supervised for row in batch.rows])
     return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
@@ -396,5 +397,5 @@ def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """The number of positions per chunk: `chunk_bytes` of float32 logits, but between 64 and 1,024 positions."""
+    """The number of positions per chunk: as many as have `chunk_bytes` of float32 logits, but from 64 to 1,024."""
     return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk_bytes // (4 * vocabulary_size)))

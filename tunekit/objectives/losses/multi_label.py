@@ -39,7 +39,7 @@ class MultiLabelLoss(LabelLoss):
     @property
     def notes(self) -> Sequence[str]:
         """A note that F1 is too high on the evaluation rows, because the thresholds are chosen on them."""
-        chosen = "thresholds of labels are chosen on these evaluation rows, so that F1 on other rows is lower"
+        chosen = "thresholds of labels are chosen on these evaluation rows, so F1 on other rows is lower"
         return (chosen,) if self.fits else ()
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> Self:
@@ -59,7 +59,7 @@ class MultiLabelLoss(LabelLoss):
         return replace(self, thresholds=tuple(best_threshold(*pair) for pair in pairs))
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """total (1,)."""
+        """The sum of the rows' losses; its `total` has the shape (1,)."""
         return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:

@@ -26,7 +26,7 @@ from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, te
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 KEY = "objective"  # key of the companion that encodes images and prompts
-DrawKey = tuple[int | str, ...]  # decides what is drawn: seed, step, row, and which of the row's images
+DrawKey = tuple[int | str, ...]  # key of random draws: seed, step, row, and the number of the image in the row
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class DiffusionLoss(LossKind):
         return self.evaluation_copy()
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window, each row with noisy latents, their times and targets. A row that already has latents is not
+        """The window with noisy latents, their times and targets in each row. A row that already has latents is not
         changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))
 
@@ -159,7 +159,7 @@ class DiffusionLoss(LossKind):
         return Loss(self.losses(output, batch).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss and units."""
+        """The sums over images: loss and units."""
         losses = self.losses(output, batch)
         units = torch.tensor(float(len(batch.rows)), dtype=torch.float64)
         return {**loss_sums(losses, batch), "units": units}
@@ -170,13 +170,13 @@ def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Prob
     if flows:
         for key, value in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
             if value not in (None, "auto"):
-                what = "applies to diffusion schedules, and this pipeline was trained by flow matching"
+                what = "applies to diffusion schedules, but this pipeline was trained by flow matching"
                 yield Problem(what, "remove it", key=f"objective.{key}")
     elif settings.weighting_scheme != "none":
-        what = "applies to flow matching, and this pipeline has a diffusion schedule"
+        what = "applies to flow matching, but this pipeline has a diffusion schedule"
         yield Problem(what, "remove it", key="objective.weighting_scheme")
     if settings.cache_latents is True and settings.varies:
-        what = "random crops and flips change an image from step to step"
+        what = "random crops and flips change an image in every step"
         yield Problem(what, "write auto, or remove random crops and flips", key="objective.cache_latents")
 
 
@@ -226,12 +226,13 @@ def target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, steps: Tenso
 
 
 def min_snr_weights(schedule: NoiseSchedule, steps: Tensor, gamma: float) -> Tensor:
-    """The weight min(SNR, gamma) of the squared error of x, converted to a weight of the predicted quantity's error.
+    """Weights of the squared error of the predicted quantity, which give the squared error of x the weight min(SNR,
+    gamma).
 
-    SNR = (a / s)^2. For x: min(SNR, g). For n, whose error is SNR times the error of x: min(SNR, g) / SNR. For v, whose
-    error is SNR + 1 times the error of x: min(SNR, g) / (SNR + 1).  Source: Hang et al. 2023, section 3.4.  (diffusers'
-    SDXL script weights v with min(SNR, g) / SNR + 1; its text-to-image script agrees with the paper.) Shapes: steps
-    (B,) -> (B,) float32.
+    SNR = (a / s)^2. The weight for x is min(SNR, g). The error of n is SNR times the error of x, so its weight is
+    min(SNR, g) / SNR. The error of v is SNR + 1 times the error of x, so its weight is min(SNR, g) / (SNR + 1). Source:
+    Hang et al. 2023, section 3.4. (diffusers' SDXL script weights v with min(SNR, g) / SNR + 1; its text-to-image
+    script agrees with the paper.) Shapes: steps (B,) -> (B,) float32.
     """
     signal, noise = schedule.signal[steps].double(), schedule.noise[steps].double()
     snr = (signal / noise) ** 2
@@ -262,7 +263,7 @@ def flow_position(scheme: str, uniform: float, normal: float, mean: float, std: 
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
-    """A CPU generator whose seed depends on the parts alone."""
+    """A CPU generator whose seed depends only on `parts`."""
     return torch.Generator("cpu").manual_seed(seed_for(*parts))
 
 

@@ -22,7 +22,7 @@ PREPARED = ("reference", "share", "matched")  # parts that `prepare` adds to a r
 class Scores:
     """The scores of P pairs, each (P,). An answer's score is the sum or mean of its tokens' log-probabilities; the
     reference's scores are 0 without a reference. `likelihood`: the loss of the chosen answer alone. `matched`: the
-    reference's preference with which the pair is compared (aot).
+    reference's preference that the pair is compared with (aot).
     """
 
     chosen: Tensor
@@ -46,7 +46,7 @@ class Scores:
 
     @property
     def margin(self) -> Tensor:
-        """(P,) the log-ratio of the chosen answer less the log-ratio of the rejected one."""
+        """(P,) the log-ratio of the chosen answer less the log-ratio of the rejected answer."""
         return self.chosen_ratio - self.rejected_ratio
 
 
@@ -98,8 +98,8 @@ class PairLoss(AnswerLoss):
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window, each row with the reference's scores, the weight of a chosen token in the step, and its matched
-        preference."""
+        """The window with three further values in each row: the reference's scores, the weight of a chosen token in the
+        step, and the matched preference."""
         if self.reference:
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
             window = run.rows.with_parts(window, [{"reference": by_row(both, 2)} for both in scores])
@@ -118,8 +118,8 @@ class PairLoss(AnswerLoss):
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
     def _with_matches(self, run: RunView, window: Window) -> Window:
-        """The window, each row with the reference's preference that has the same rank in the step as the policy's
-        preference for the row."""
+        """The window with a reference's preference in each row: the preference that has the same rank in the step as
+        the policy's preference for the row."""
         if self.matched is None:
             preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none
@@ -131,7 +131,7 @@ class PairLoss(AnswerLoss):
         return run.rows.with_parts(window, [{"matched": part} for part in parts])
 
     def answer_scores(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(2 P,) score of each chosen answer, then of each rejected one."""
+        """(2 P,) the score of each chosen answer, then the score of each rejected answer."""
         return self._summed(predicted(output, batch), batch)
 
     def _summed(self, logps: Tensor, batch: Batch) -> Tensor:
@@ -165,26 +165,26 @@ class PairLoss(AnswerLoss):
 
 
 def preference(scores: Tensor) -> Array:
-    """The score of each chosen answer less the score of the rejected one. Shapes: (2 P,) -> (P,)."""
+    """The score of each chosen answer less the score of the rejected answer. Shapes: (2 P,) -> (P,)."""
     return np.subtract(*scores.numpy().reshape(2, -1))
 
 
 def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
-    """(P,) for each of `local`, the value of `reference` at the same rank as it has in `policy`. None of the lists is
-    sorted."""
+    """(P,) for each value of `local`, the value of `reference` that has the same rank as the local value in `policy`.
+    The lists need not be sorted."""
     order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
-    equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # equal ones before it
+    equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # number of earlier equal values
     ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals
     return np.sort(reference).astype(np.float32)[ranks]
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> float:
-    """Pairs per token."""
+    """The number of pairs per token."""
     return sum(pairs for _, pairs in counts) / max(sum(tokens for tokens, _ in counts), 1)
 
 
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
-    """Sums over pairs of REWARDS: chosen and rejected rewards, their difference, how often the chosen one is higher,
-    then `more`."""
+    """Sums over pairs of REWARDS (the chosen reward, the rejected reward, their difference, whether the chosen reward
+    is higher) and of `more`."""
     columns = zip(REWARDS, (chosen, rejected, chosen - rejected, chosen > rejected, *more), strict=False)
     return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in columns}

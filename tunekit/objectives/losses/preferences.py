@@ -52,7 +52,7 @@ def exo_pair(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def nca_pair(scores: Scores, settings: DpoSettings) -> Tensor:
-    """-log s(c) - (log s(-c) + log s(-r)) / 2, c and r being beta times the log-ratios. Chen et al. 2024."""
+    """-log s(c) - (log s(-c) + log s(-r)) / 2, where c and r are beta times the log-ratios. Chen et al. 2024."""
     chosen, rejected = settings.beta * scores.chosen_ratio, settings.beta * scores.rejected_ratio
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
@@ -81,13 +81,14 @@ def sppo_hard(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def aot(scores: Scores, settings: DpoSettings) -> Tensor:
-    """The smoothed sigmoid loss of the policy's preference, compared with the reference's preference that has the same
-    rank in the step, when each is sorted. Melnyk et al. 2024."""
+    """The smoothed sigmoid loss of the policy's preference, less the reference's preference that has the same rank in
+    the step. Melnyk et al. 2024."""
     return smoothed(settings.beta * (scores.chosen - scores.rejected - scores.matched), settings.label_smoothing)
 
 
 def sft(scores: Scores, settings: DpoSettings) -> Tensor:
-    """0: the mean loss of the step's chosen tokens is in `likelihood`. Pang et al. 2024 (RPO)."""
+    """Zeros, because `likelihood` already contains the mean loss of the step's chosen tokens. Pang et al. 2024
+    (RPO)."""
     return torch.zeros_like(scores.chosen)
 
 
@@ -98,12 +99,12 @@ LOSSES: dict[str, Callable[[Scores, DpoSettings], Tensor]] = {
 
 
 def weighted_losses(scores: Scores, settings: DpoSettings) -> Tensor:
-    """The weighted sum of the losses that a recipe of dpo names."""
+    """The weighted sum of the losses that a DPO recipe names."""
     return torch.stack([weight * LOSSES[name](scores, settings) for name, weight in settings.weighted_losses]).sum(0)
 
 
 def shorter_first(counts: Tensor, alpha: float) -> Tensor:
-    """(N,) ld_alpha for the tokens of an answer beyond the length of the shorter one, else 1. Liu et al. 2024.
+    """(N,) the weight of each token: ld_alpha beyond the length of the shorter answer, else 1. Liu et al. 2024.
     Shapes: counts (2 P,)."""
     shared = counts.view(2, -1).amin(0).repeat(2).tolist()
     lengths = zip(counts.tolist(), shared, strict=True)
@@ -135,12 +136,12 @@ def odds_ratio(scores: Scores, settings: OrpoSettings) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log p - log(1 - p), with a different exact formula below and above p = 1/2. p is at most 1 - eps, so that the
-    result is finite."""
+    """log p - log(1 - p), computed by different exact formulas below and above p = 1/2. p is at most 1 - eps, so that
+    the result is finite."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.where(logp < -math.log(2), torch.log1p(-logp.exp()), (-torch.expm1(logp)).log())
 
 
 def smoothed(logits: Tensor, share: float) -> Tensor:
-    """-(1 - e) log s(x) - e log s(-x), where a share e of the preferences is flipped."""
+    """-(1 - e) log s(x) - e log s(-x), the loss if a share e of the preferences is flipped."""
     return -logsigmoid(logits) * (1 - share) - logsigmoid(-logits) * share

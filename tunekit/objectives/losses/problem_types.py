@@ -11,8 +11,7 @@ from tunekit.recipe.bases.label_settings import HeadSettings
 
 
 def label_loss(settings: HeadSettings, facts: Mapping[str, Any], scores: ReadScores = row_scores) -> LabelLoss:
-    """The loss of the settings' problem type. `facts`: the facts of a trained head; `scores`: the function that
-    LabelLoss reads scores with."""
+    """The loss of the settings' problem type. `facts`: the facts of a trained head; `scores`: as in LabelLoss."""
     if settings.problem_type == REGRESSION:
         return RegressionLoss(scores)
     if settings.problem_type != MULTI_LABEL:

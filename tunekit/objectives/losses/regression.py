@@ -25,11 +25,12 @@ class RegressionLoss(LabelLoss):
     problem_type: str | None = REGRESSION
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """total (1,)."""
+        """The sum of the rows' losses; its `total` has the shape (1,)."""
         return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, units, and the scores and numbers of each row (R, 2 C): correlations need them for all rows."""
+        """The loss, the units, and the scores and numbers of each row (R, 2 C), which correlations need for all
+        rows."""
         scores, values = self.scores(output, batch)
         units = torch.tensor(float(len(values)), dtype=torch.float64)
         both = torch.cat([for_sums(scores), for_sums(values)], dim=-1)  # (R, 2 C)

@@ -33,7 +33,7 @@ class ScoreLoss(AnswerLoss):
     logged: Sequence[str] = SCORES
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) loss of each pair, and sums over pairs of what is logged."""
+        """(P,) the loss of each pair, and the logged values, summed over pairs."""
         chosen, rejected = scores_at(output, batch.targets["last"]).view(2, -1)
         margin = to_device(batch.targets["margin"], chosen.device)[:, 0]
         losses = -logsigmoid(chosen - rejected - margin) + self.coefficient * (chosen + rejected) ** 2
@@ -59,6 +59,6 @@ def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
     Raises: ModelError for an encoder.
     """
     if output.hidden is None:
-        what = "the base is an encoder, whose head reads whole rows and not each answer of a pair"
+        what = "the base is an encoder, whose head cannot score each answer of a pair separately"
         raise ModelError(what, "choose a decoder", key="model.name_or_path")
     return logits_at(output, last)[:, 0]

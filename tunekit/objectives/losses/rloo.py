@@ -60,7 +60,7 @@ class LeaveOneOut(SampledLoss):
 
 
 def _less_the_others(rewards: Rewards) -> Rewards:
-    """Each reward less the mean of the other rewards in its group, without those that are NaN; NaN if no other is left.
+    """Each reward less the mean of the other rewards in its group. Rewards of NaN are left out; NaN if none remains.
     Shapes: (P, G) -> (P, G)."""
     count = np.sum(~np.isnan(rewards), axis=1, keepdims=True) - 1  # (P, 1)
     others = (np.nansum(rewards, axis=1, keepdims=True) - rewards) / np.where(count > 0, count, np.nan)

@@ -1,5 +1,4 @@
-"""The loss of the model's own completions: it samples them, scores them with rewards, and measures them in
-evaluations."""
+"""The loss of the model's own completions, which are sampled and scored by rewards, in training and in evaluations."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -86,7 +85,7 @@ class SampledLoss(LossKind):
         raise NotImplementedError
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """(A,) which groups teach nothing, because their rewards are equal or absent."""
+        """(A,) whether each group teaches nothing, because its rewards are equal or absent."""
         return teaches_nothing(step, axis=1)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
@@ -96,15 +95,14 @@ class SampledLoss(LossKind):
         return np.ones_like(counts)
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
-        """The window with the scores of the model at step 0, and a penalty to subtract from each reward, (P, G) for
-        each batch; None: no penalty. Called only if the loss has a KL."""
+        """The window with scores of the model at step 0, and for each batch a penalty (P, G) to subtract from the
+        rewards; None: no penalty. Called only if the loss has a KL."""
         raise NotImplementedError
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window, each prompt with its completions and the values that the loss needs.
+        """The window with completions of each prompt, and with the values that the loss needs.
 
-        A simulated or dry-run step samples nothing: its completions have the maximum length, and rewards are not
-        called.
+        A simulated or dry-run step samples nothing. It uses completions of the maximum length, and calls no rewards.
         Raises: RewardError on every rank if the reward of one rank failed.
         """
         kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
@@ -141,7 +139,7 @@ class SampledLoss(LossKind):
         )
         size = len(kind.answers.sides)
         for row in rows:
-            place = occurrences[row.number]  # a row may be in a step twice
+            place = occurrences[row.number]  # a step may contain a row twice
             occurrences[row.number] += 1
             prompts += [row.parts["prompt"].tolist()] * size
             seeds += [seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)]
@@ -189,7 +187,7 @@ class SampledLoss(LossKind):
         return weighted_sum(scores, [source.weight for source in self.settings.reward])
 
     def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
-        """The window, each row with the reward of its one completion."""
+        """The window with the reward of each row's only completion."""
         rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
 
         def parts(batch: Batch) -> dict[str, Array]:
@@ -212,7 +210,7 @@ class SampledLoss(LossKind):
         scores: Rewards,
         penalties: Sequence[Rewards] | None,
     ) -> tuple[Window, dict[str, float]]:
-        """The window, each row with its completions' advantages and token weights; and the metrics of the step."""
+        """The window with the advantages and token weights of each row's completions, and the metrics of the step."""
         sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
         marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]

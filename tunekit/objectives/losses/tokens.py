@@ -21,7 +21,7 @@ def next_tokens(batch: Batch) -> Supervised:
 
 
 def own_positions(batch: Batch) -> Supervised:
-    """The supervised positions of a decoder whose position t predicts labels[t]."""
+    """The supervised positions of a decoder, in which position t predicts labels[t]."""
     labels, weights = batch.targets["labels"], batch.targets.get("weights")  # (B, A)
     rows, columns = torch.nonzero(labels != IGNORED, as_tuple=True)
     weight = None if weights is None else weights[rows, columns]
@@ -46,5 +46,5 @@ class TokenLoss(LossKind):
         return loss_of_positions(output, *self.supervised(batch))
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, correct and units, over tokens."""
+        """The sums over tokens: loss, correct and units."""
         return sums_of_positions(output, *self.supervised(batch), batch)

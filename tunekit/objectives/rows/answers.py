@@ -1,4 +1,4 @@
-"""Rows of one answer to a prompt, or of several answers to the same prompt."""
+"""Rows with one answer to a prompt, or with several answers to the same prompt."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRows(TextRows):
-    """A side is one of the row's answers. Parts of each side: `SIDE` (T,) ids of prompt and answer; `SIDE_trained` (T,)
-    marks of the answer's ids.
+    """Rows with one or more answers, called sides. Parts of each side: `SIDE` (T,) ids of prompt and answer;
+    `SIDE_trained` (T,) marks of the answer's ids.
 
-    If a line of a batch has several rows, or the model keeps documents apart, the sides of a row are packed into one
-    line, each a document with its prompt; `shares_prefixes`: their common beginning is computed once. Otherwise each
-    side is a padded line.
+    If a line of a batch has several rows, or if the model keeps documents apart, the sides of a row are packed into one
+    line. Each side is then a document with its prompt. Otherwise each side is a padded line. `shares_prefixes`: the
+    common beginning of packed sides is computed once.
 
     `sides`: fields of an example that are answers; `further`: the dtypes of other fields with one value; `unusable`:
     error or drop, the recipe's value of `unusable_key`; `prompts`: the prompt of the first side is predicted too;
@@ -72,7 +72,7 @@ class AnswerRows(TextRows):
 
     @cached_property
     def layout(self) -> RowLayout:
-        """The layout: every side with its marks, then the further values."""
+        """The layout of a row: every side with its marks, then the further values."""
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
@@ -84,7 +84,7 @@ class AnswerRows(TextRows):
         encoded = [self.renderer.sequence(example.answered(answer)) for answer in answers]
         if any(((weights > 0) & (weights != 1)).any() for _, weights in encoded):
             raise DataError(
-                "a 'weight' of a message that is neither 0 nor 1: an answer counts as a whole", "write 0 or 1"
+                "a message has a 'weight' other than 0 and 1, but answers cannot be weighted", "write 0 or 1"
             )
         for notice, count in (self.notices - before).items():
             self.notices[notice] -= count - 1  # count once per row, not once per answer
@@ -104,14 +104,14 @@ class AnswerRows(TextRows):
             if self.unusable == "drop":
                 raise Dropped(reason)
             what = reason if reason == EQUAL else f"the row has {reason}"
-            raise DataError(what, f"mend it, or write objective.{self.unusable_key}: drop")
+            raise DataError(what, f"correct the row, or write objective.{self.unusable_key}: drop")
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         """The number of tokens of each answer with its prompt."""
         return tuple(len(parts[side]) for side in self.sides)
 
     def units_in(self, parts: RowParts) -> int:
-        """1; 0 if an answer is empty."""
+        """1, or 0 if an answer is empty."""
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 
     def prompt(self, example: PromptedExample) -> tuple[list[int], str] | None:
@@ -128,8 +128,8 @@ class AnswerRows(TextRows):
         return self.prefix(row) * (len(self.sides) - 1)
 
     def prefix(self, row: Row) -> int:
-        """The number of shared tokens at the start, which are computed once for all sides. Each side has at least one
-        token more."""
+        """The number of tokens at the start that all sides share and that are computed once. Each side has at least one
+        further token."""
         if not self.shares_prefixes:
             return 0
         if "prompt_size" in row.parts:
@@ -196,8 +196,9 @@ class AnswerRows(TextRows):
         ]
 
     def _predicted(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """Targets `counts` (S P,): the number of predicted tokens of each first answer, then of each second one (then
-        of each prompt); `index`, `ids` (N,): the positions and ids of these tokens, in this order."""
+        """The targets `counts`, `index` and `ids`. `counts` (S P,): the number of predicted tokens of each first
+        answer, then of each second answer, then of each prompt if prompts are predicted. `index`, `ids` (N,): the
+        positions and ids of these tokens, in this order."""
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
         groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
         index, targets = list[NDArray[Any]](), list[NDArray[Any]]()
@@ -210,7 +211,8 @@ class AnswerRows(TextRows):
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "counts": counts}
 
     def _last_tokens(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """Target `last` (2 P,): the position at which each chosen answer is scored, then each rejected one."""
+        """The target `last` (2 P,): the position where each chosen answer is scored, then where each rejected answer
+        is."""
         order = [(number, side) for side in self.sides for number in range(len(rows))]
         last = [
             int(places[number, side][last_token(rows[number].parts[side], self.tokenizer.pad_id)])
@@ -219,7 +221,7 @@ class AnswerRows(TextRows):
         return {"last": torch.tensor(last)}
 
     def spans(self, row: Row) -> list[Span]:
-        """Every side, titled with the further values; the first token of each is never predicted."""
+        """Every side, with the further values as its title. The first token of a side is never predicted."""
         values = "".join(f", {name}: {row.parts[name][0]}" for name in self.further)
         marks = {side: row.parts[f"{side}_trained"] for side in self.sides}
         predicted = {

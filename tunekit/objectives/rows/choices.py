@@ -17,7 +17,7 @@ from tunekit.model.attention.documents import as_bias
 
 
 class Answer(NamedTuple):
-    """Ids of one answer, from the first id that differs between answers, and marks of the ids that are scored."""
+    """The ids of an answer, starting where the answers of a question differ, and marks of the scored ids."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
@@ -64,8 +64,8 @@ def make_question(rows: Sequence[Row], right: int = 0) -> Question:
 
 
 def split_question(question: Question, number: int, most: int, *, apart: bool) -> Iterator[Row]:
-    """Rows with the question's answers, as many per row as fit `most` positions. `apart`: each answer repeats the
-    prompt."""
+    """Rows with the question's answers. A row has as many answers as fit into `most` positions. `apart`: each answer
+    repeats the prompt."""
     prompt, sizes = len(question.prompt), [len(answer.ids) for answer in question.answers]
     held: list[int] = []
     for at, size in enumerate(sizes):
@@ -79,7 +79,8 @@ def split_question(question: Question, number: int, most: int, *, apart: bool) -
 
 
 def _row(question: Question, number: int, held: Sequence[int], apart: bool) -> Row:
-    """The row of some answers. `cells`: the index of each answer in the flattened (questions, answers)."""
+    """The row with some answers of a question. Its part `cells`: the index of each answer in the flattened (questions,
+    answers)."""
     answers = [question.answers[at] for at in held]
     lengths, prompt = [len(answer.ids) for answer in answers], len(question.prompt)
     parts = {

@@ -32,7 +32,7 @@ from tunekit.objectives.rows.labels import label_of, utf8
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 NO_PIXELS: Pixels = np.zeros((0, 0, 3), np.uint8)
-LARGEST = 2  # times the trained size: larger images are stored at this size, if crops are trained on
+LARGEST = 2  # if crops are trained on, images larger than this multiple of the trained size are reduced to it
 
 
 class ImagePrompt(NamedTuple):
@@ -44,8 +44,8 @@ class ImagePrompt(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages(RowKind):
-    """Parts: `seen`, the image after the model's image processor; its `original` size; `label` as UTF-8; and, if random
-    crops are trained on, the `pixels` to crop and their `shape`."""
+    """Rows of images with labels. Parts: `seen`, the image after the model's image processor; its `original` size;
+    `label` as UTF-8; and, if random crops are trained on, the `pixels` to crop and their `shape`."""
 
     example = "image_label"
     layout = RowLayout(
@@ -141,7 +141,7 @@ class LabelledImages(RowKind):
         return row.parts["seen"].reshape(self.processor.resolution, self.processor.resolution, 3)
 
     def spans(self, row: Row) -> list[Span]:
-        """The label, the image's size, and the image as evaluations see it."""
+        """The label, the image's size, and the image without augmentation."""
         height, width = row.parts["original"].tolist()
         title = f"label: {label_of(row)} ({width} x {height} pixels)"
         return [Span(title=title, image=self._seen(row))]

@@ -15,20 +15,24 @@ LARGEST = 1e18  # largest number to learn: the sum of squares in a micro-batch m
 
 
 class LabelSets(Labels):
-    """Labels of rows with any number of labels. A row stores them as a JSON list of names, which may be empty."""
+    """Labels of rows that have any number of labels. A row stores its labels as a JSON list of names, which may be
+    empty."""
 
     def read(self, value: LabelValue) -> str:
         """The JSON list. Raises: DataError for a value that is not a list of names, or a list with one label twice."""
         value = _listed(value)
         if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
-            how = 'write a list of names, such as ["first", "second"], [] for no label; in a CSV file as JSON'
+            how = 'write a list of names, such as ["first", "second"], or [] for no label; in a CSV file, write JSON'
             raise DataError(f"the label {_shown(value)} is not a list of names", how)
         names = list[str]()
         for label in map(str, value):
             self.check(label)
             if label in names:
-                how = "name each label once; 0 and 1 for every label (multi-hot rows) are not read, write the names"
-                raise DataError(f"the label '{label}' is twice in one row", how)
+                how = (
+                    "write the name of each label once; rows with 0 or 1 for every label (multi-hot rows) are not "
+                    "supported"
+                )
+                raise DataError(f"the row has the label '{label}' twice", how)
             names.append(label)
         return json.dumps(names, ensure_ascii=False)
 
@@ -63,8 +67,8 @@ class Quantities(Labels):
         if not numbers:
             raise DataError("the label is an empty list", "write the row's numbers")
         if self.names and len(numbers) != len(self.names):
-            what = f"the row has {_counted(len(numbers))}, and the head has {len(self.names)} ({self.text(self.names)})"
-            raise DataError(what, "write one number for each")
+            what = f"the row has {_counted(len(numbers))}, but the head has {len(self.names)} ({self.text(self.names)})"
+            raise DataError(what, "write one number for each output of the head")
         return json.dumps(numbers)
 
     def listed_in(self, text: str) -> list[str]:
@@ -83,7 +87,7 @@ class Quantities(Labels):
 
     @staticmethod
     def values_in(text: str) -> list[float]:
-        """The numbers in a text of `read`."""
+        """The numbers in a text that `read` returned."""
         return [float(value) for value in json.loads(text)]
 
     def refuse_other_counts(self, texts: Iterable[tuple[str, str]]) -> int:
@@ -94,8 +98,8 @@ class Quantities(Labels):
             numbers, first = len(self.values_in(text)), first or origin
             if numbers != (count := count or numbers):
                 file, _, line = origin.rpartition(":")
-                what = f"the row has {_counted(numbers)}, and the first row ({first}) has {count}"
-                raise DataError(what, "write as many in all rows", file=file, line=int(line))
+                what = f"the row has {_counted(numbers)}, but the first row ({first}) has {count}"
+                raise DataError(what, "write the same count of numbers in all rows", file=file, line=int(line))
         return count
 
 
@@ -115,7 +119,7 @@ def _listed(value: LabelValue) -> LabelValue:
     try:
         return label_value(json.loads(value), "label")
     except (ValueError, RecursionError):
-        raise DataError(f"the label {_shown(value)} begins as a list and is not one", "write it as JSON") from None
+        raise DataError(f"the label {_shown(value)} begins with '[' but is not a list", "write a JSON list") from None
 
 
 def _number(value: str | float) -> float:

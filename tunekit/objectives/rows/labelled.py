@@ -34,23 +34,23 @@ from tunekit.objectives.rows.pairs import PairIds, is_pair, join_texts, other_ki
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
-UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # labels of pairs that have none, and whose files write them
+UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # the label that pairs without a label have in the files of these datasets
 TWO_TEXTS = 'give both texts with --prompts FILE.jsonl: {"sentence1": "...", "sentence2": "..."} in each line'
 JOINED = (
-    "warning: pairs whose second text follows without a mark: this tokenizer puts nothing between two texts; "
-    "add a mark to the rows, such as a line break at the end of the first text"
+    "warning: pairs of texts without a separator: this tokenizer puts nothing between two texts; "
+    "add a separator to the rows, such as a line break at the end of the first text"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts(RowKind):
-    """Parts: `ids` (T,) with the tokenizer's special tokens around the text; `second`, the position where the second
-    text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
+    """Rows of texts with labels. Parts: `ids` (T,) with the tokenizer's special tokens around the text; `second`, the
+    position where the second text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
 
     example = "label"
-    allowed_options = never_split("text")  # perhaps in the middle of a span
+    allowed_options = never_split("text")  # because a split could be in the middle of a span
     packable = True
-    places = "last"  # the target with the positions at which labels are predicted
+    places = "last"  # name of the target with the positions at which labels are predicted
     layout = RowLayout({"ids": "<i4", "second": "<i4", "label": "u1"}, ("ids",), sizes=1)
     reads_pairs = True
 
@@ -91,7 +91,7 @@ class LabelledTexts(RowKind):
     def _check_pair(self, label: str) -> None:
         """Raises: DataError for a pair without a label."""
         for name in UNLABELLED.keys() & set(self.labels.listed_in(label)) - set(self.labels.names):
-            what = f"the label is {name}, which {UNLABELLED[name]}'s files write for a pair without a label"
+            what = f"the label is {name}, which means in {UNLABELLED[name]}'s files that a pair has no label"
             raise DataError(what, f"leave the row out, or list '{name}' under objective.labels if it is a class")
         if not self.tokenizer.pairing.between:
             self.notices[JOINED] += 1
@@ -111,7 +111,7 @@ class LabelledTexts(RowKind):
     def question(self, text: str) -> list[int]:
         """Ids of a text with special tokens, truncated like rows. Raises: InputError if rows are pairs of texts."""
         if self.pairs:
-            raise InputError("the prompt is one text, and the model was trained on pairs of texts", TWO_TEXTS)
+            raise InputError("the prompt is a single text, but the model was trained on pairs of texts", TWO_TEXTS)
         return self.cut_ids(self.tokenizer.encode_source(text))
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
@@ -119,19 +119,22 @@ class LabelledTexts(RowKind):
         return self.cut_ids(join_texts(self.tokenizer, first, second))
 
     def readable(self, prompt: Sequence[int]) -> str:
-        """The text of ids."""
+        """The text of the prompt's ids."""
         return self.tokenizer.decode(prompt)
 
     def unlabelled(self, model: Model, prompts: Sequence[Sequence[int]]) -> list[Row]:
         """Rows of texts whose labels are not known. Raises: InputError for an empty text; DataError for a text beyond
         the model's positions."""
         if not all(prompts):
-            raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
+            raise InputError(
+                "a text is empty, and this tokenizer adds no tokens to it",
+                "write words to classify",
+            )
         check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         return [self.make_row(self.first_label(ids), "") for ids in prompts]
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """Parts of a row with these ids, whose label is not known."""
+        """The parts of a row with these ids and the first label, which stands in for an unknown label."""
         return _parts(ids, utf8(self.labels.placeholder))
 
     def cut_ids(self, ids: list[int]) -> list[int]:

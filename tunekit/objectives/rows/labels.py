@@ -34,7 +34,7 @@ from tunekit.objectives.rows.pairs import are_pairs
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
-MOST_NOTES, MOST_ALONE = 8, 100  # notes on single labels; labels that may all have one row
+MOST_NOTES, MOST_ALONE = 8, 100  # notes on single labels; most labels that may each be in one row only
 NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is a number
 
 
@@ -152,7 +152,7 @@ def _learn(
     if unseen and not listed and not same:
         label, row = min(unseen.items(), key=lambda pair: pair[1].number)
         file, _, line = row.origin.rpartition(":")
-        how = f"add rows of it there, take this one out, or list '{label}' under objective.labels"
+        how = f"add rows with this label to data.train, remove this row, or list '{label}' under objective.labels"
         raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
     names = listed or same or tuple(sorted(present, key=_by_number))
     if not names:
@@ -169,7 +169,7 @@ def _learn(
     notes += [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
     notes += _note_rare([label for label in names if counts[label] == 1])
     if present and not present & set(names) and names == default_labels(len(names)):
-        notes.append(f"the head's rows have no names of their own: the label n is its row n ({Labels.text(names)})")
+        notes.append(f"the rows of the head have no names, so label n is row n of the head ({Labels.text(names)})")
     if head and head == names:
         notes.append(f"the head of the base is kept, with its labels: {Labels.text(names)}")
     if head and head != names:
@@ -188,9 +188,9 @@ def _learn(
 
 
 def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
-    """With what the rows are: pairs of texts, which the adapter's folder then states, or single texts.
+    """The objective for the kind of rows: pairs of texts, which the adapter's folder then states, or single texts.
 
-    Raises: DataError where they are mixed.
+    Raises: DataError if some rows are pairs and others are not.
     """
     pairs = are_pairs(some[index] for some in rows for index in range(len(some)))
     facts = {**objective.facts, "pairs": True} if pairs else objective.facts
@@ -213,7 +213,7 @@ def _learn_outputs(
     mean = labels.targets(text for text, _ in train).double().mean(dim=0)  # (C,)
     if held:
         squares = (labels.targets(text for text, _ in held[0]).double() - mean).square().mean()
-        notes.append(f"always answering the mean of the training rows has an eval.mse of {float(squares):.4g}")
+        notes.append(f"always answering the mean of the training rows gives an eval.mse of {float(squares):.4g}")
     return _with_labels(objective, loss, names, unlabelled, None, notes, mean.tolist())
 
 
@@ -241,7 +241,8 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
     if numbers:
         what = f"the label {numbers[0]} is a number with a fraction"
         how = (
-            f"to learn numbers, write objective.problem_type: {REGRESSION}; if it names a class, list objective.labels"
+            f"to learn numbers, write objective.problem_type: {REGRESSION}; if the number names a class, list "
+            "objective.labels"
         )
         label = numbers[0]
     elif len(counts) > MOST_ALONE and max(counts.values()) == 1:
@@ -283,7 +284,7 @@ def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) 
             wrong = label, f"is the same number as the label '{first}' in other rows", f"write '{first}' in all rows"
     truth = sorted(labels & {"true", "false"})
     if spellings and truth:
-        what = f"is a truth value, and the label '{min(spellings.values())}' in other rows is a number"
+        what = f"is a truth value, but the label '{min(spellings.values())}' in other rows is a number"
         wrong = truth[0], what, "write labels of one kind"
     if wrong[0]:
         row = next(row for row in rows if wrong[0] in kind.labels_of(row))
@@ -296,7 +297,7 @@ def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any],
     Raises: InputError if answers should be sampled.
     """
     if limits.sampling.temperature:
-        what = "a classifier answers with the likeliest label; nothing is sampled"
+        what = "a classifier answers with the most likely label and samples nothing"
         raise InputError(what, "leave --temperature out")
     answers, unlabelled = list[str](), rows.unlabelled(model, prompts)
     for start in range(0, len(unlabelled), limits.batch_size):

@@ -26,8 +26,8 @@ def is_pair(row: Row) -> bool:
 
 
 def are_pairs(rows: Iterable[Row]) -> bool | None:
-    """Whether the rows are pairs of texts; None without rows. Raises: DataError where only some are, because they would
-    share micro-batches in which heads and token types differ."""
+    """Whether the rows are pairs of texts; None without rows. Raises: DataError if only some rows are pairs, because
+    heads and token types must be equal in a micro-batch."""
     first: Row | None = None
     for row in rows:
         first = first or row
@@ -39,9 +39,9 @@ def are_pairs(rows: Iterable[Row]) -> bool | None:
 
 
 def other_kind(pair: bool, others: str) -> tuple[str, str]:
-    """What is wrong with a row that is a pair, or is one text, where `others` are not; and how to mend it."""
+    """The message for a row that is a pair while `others` are single texts, or the reverse; and the advice."""
     how = "write both texts in every row, as sentence1 and sentence2, or one text in every row"
-    return f"the row is {KINDS[pair]}, and {others} {KINDS[not pair]}", how
+    return f"the row is {KINDS[pair]}, but {others} {KINDS[not pair]}", how
 
 
 def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:

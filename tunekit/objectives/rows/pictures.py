@@ -1,4 +1,4 @@
-"""Rows of images with prompts, trained on at the size of the bucket with the nearest aspect ratio; and the drawing of
+"""Rows of images with prompts, each trained on at the size of the bucket with the nearest aspect ratio. Also draws
 images for prompts.
 
 Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that the
@@ -45,8 +45,8 @@ PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the 
 
 @dataclass(frozen=True, eq=False)
 class PictureRows(RowKind):
-    """Parts: `pixels` of the image, resized to just cover its bucket, so that each step can crop it differently;
-    `shape` of the pixels; `original` size of the image file; `bucket`; `prompt` as UTF-8.
+    """Rows of images with prompts. Parts: `pixels` of the image, resized to just cover its bucket, so that each step
+    can crop it differently; `shape` of the pixels; `original` size of the image file; `bucket`; `prompt` as UTF-8.
 
     The loss replaces the pixels by PREPARED, and adds the inputs made from each image's prompt (`text_parts`).
     """
@@ -73,7 +73,7 @@ class PictureRows(RowKind):
         """The row. Raises: Dropped for an animated or tiny image; DataError for an image that cannot be read."""
         prompt = example.text or self.instance_prompt
         if not prompt:
-            raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all")
+            raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all images")
         pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
             self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
@@ -159,7 +159,8 @@ def buckets_of(settings: DreamboothSettings, processor: PipelineProcessor) -> tu
 
 
 def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """One bucket for each ratio, with about as many pixels as a square of the resolution; sides are multiples."""
+    """One bucket for each ratio, with about as many pixels as a square of the resolution; sides are multiples of
+    `multiple`."""
     sizes = dict[float, Size]()
     for one, other in RATIOS:
         sides = (resolution * math.sqrt(one / other), resolution * math.sqrt(other / one))
@@ -170,7 +171,8 @@ def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio differs by the smallest factor; the first one of equal buckets."""
+    """The bucket whose aspect ratio differs from the image's by the smallest factor; of several such buckets the
+    first."""
     ratio = size[0] / size[1]
     return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
 
@@ -196,7 +198,7 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
     most, side, multiple = processor.max_side, settings.resolution, processor.multiple
     assert side is not None
     if most is not None and side > most:
-        what = f"{side}: the denoiser has positions for {most} pixels of a side"
+        what = f"{side} is too large: the denoiser has positions for {most} pixels per side"
         yield Problem(what, "write a smaller one", key="objective.resolution")
     if side % multiple:
         what = f"{side} is not a multiple of {multiple}, the denoiser's factor"
@@ -206,13 +208,13 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
     ratios = dict[float, Size]()
     for size in buckets_of(settings, processor):
         if any(side % multiple for side in size):
-            what = f"{list(size)}: a side is not a multiple of {multiple}, the denoiser's factor"
+            what = f"a side of {list(size)} is not a multiple of {multiple}, the denoiser's factor"
             yield Problem(what, f"write multiples of {multiple}", key=KEY)
         if most is not None and max(size) > most:
-            what = f"{list(size)}: the denoiser has positions for {most} pixels of a side"
-            yield Problem(what, "write smaller sides, or for auto a smaller objective.resolution", key=KEY)
+            what = f"{list(size)} is too large: the denoiser has positions for {most} pixels per side"
+            yield Problem(what, "write smaller sides, or, for auto, a smaller objective.resolution", key=KEY)
         if (same := ratios.setdefault(size[0] / size[1], size)) is not size:
-            what = f"{list(size)} has the aspect ratio of {list(same)}, so that no image would go to it"
+            what = f"{list(size)} has the same aspect ratio as {list(same)}, so no image would use it"
             yield Problem(what, "leave one out", key=KEY)
 
 

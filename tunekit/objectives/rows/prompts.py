@@ -21,7 +21,7 @@ from tunekit.objectives.rows.text import TextRows
 from tunekit.records import JsonObject
 
 PER_TOKEN = ("old", "reference", "kl")  # parts SIDE_NAME of a prepared row, with one value for each predicted token
-PER_COMPLETION = ("advantages", "weights")  # parts with one value for each completion
+PER_COMPLETION = ("advantages", "weights")  # parts of a prepared row with one value for each completion
 PER_ROW = ("share", "rewards", "ended", "lengths")
 
 
@@ -49,14 +49,14 @@ class Completion:
 
     @property
     def formatted(self) -> str | list[JsonObject]:
-        """The completion in the form of the prompt: a text, or a list of one message."""
+        """The completion in the same form as the prompt: a text, or a list with one message."""
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptRows(TextRows):
-    """Parts of a prompt: `prompt` (T,) ids, and `context`, the JSON that reward functions read. With its completions a
-    prompt becomes one row of `answers`, so that a group is never split between micro-batches.
+    """Rows of prompts. Parts: `prompt` (T,) ids, and `context`, the JSON that reward functions read. A prompt with its
+    completions becomes one row of the kind `answers`, so that a group is never split between micro-batches.
 
     `count`: the number of completions of a prompt; `longest`: the maximum number of tokens of a completion; `unusable`:
     error or drop, for a row without a prompt; `masks_truncated`: completions without a stop token are left out of the
@@ -86,7 +86,7 @@ class PromptRows(TextRows):
         if not example.prompt:
             if self.unusable == "drop":
                 raise Dropped(NO_PROMPT)
-            raise DataError(f"the row has {NO_PROMPT}", "mend it, or write objective.unusable_rows: drop")
+            raise DataError(f"the row has {NO_PROMPT}", "correct the row, or write objective.unusable_rows: drop")
         context = np.frombuffer(context_json(example).encode(), np.uint8)
         return self.make_row({"prompt": np.asarray(self._ids(example), np.int32), "context": context}, origin)
 
@@ -100,7 +100,7 @@ class PromptRows(TextRows):
         return prompt[0]
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """The sizes with the completions; before they are sampled, with completions of the maximum length."""
+        """The sizes of the row with its completions. Before they are sampled, their maximum length counts."""
         if "prompt" not in parts:
             return self.answers.sizes_of(parts)
         return (len(parts["prompt"]) + self.longest,) * self.count
@@ -118,7 +118,7 @@ class PromptRows(TextRows):
         return replace(self, answers=self.answers.laid_out(end_to_end, shares_prefixes))
 
     def shared(self, row: Row) -> int:
-        """The prompt's tokens, once for each completion after the first, if the prompt is computed only once."""
+        """The prompt's tokens times the number of further completions, if the prompt is computed only once; else 0."""
         if "prompt" not in row.parts:
             return self.answers.shared(row)
         return len(row.parts["prompt"]) * (len(self.answers.sides) - 1) if self.answers.shares_prefixes else 0

@@ -24,7 +24,7 @@ from tunekit.objectives.rows.labels import utf8
 from tunekit.objectives.rows.spec_augment import drawn_masks, masked
 
 SILENT = "silent recording"
-COMPUTED = "recordings are read again in each step, because the cache's disk has less than 5 GiB free"
+COMPUTED = "recordings are read again in each step, because less than 5 GiB of the cache's disk are free"
 MIN_FREE_BYTES = 5 * 2**30  # free space of the cache's disk: features of 30 s take about 1 MB
 SOUND_PARTS = {"features": "<f4", "place": "u1", "samples": "<i4"}
 MASKS = "masks"  # a part that `draw` adds
@@ -55,7 +55,7 @@ class RecordingRows(RowKind):
     """The parts are SOUND_PARTS: `features`, or the `place` in a file to compute them from; and the number of `samples`
     at the model's rate. `draws`: whether SpecAugment masks frames and frequencies."""
 
-    settings: Any  # also SpecAugmentSettings
+    settings: Any  # the objective's settings, with the fields of SpecAugmentSettings
     processor: FeatureExtractor
     fingerprint: str
     options: EncodeOptions
@@ -103,9 +103,9 @@ class RecordingRows(RowKind):
 
 def lasts(sound: Sound, maximum: float) -> str:
     """The message for a recording that is too long."""
-    return f"{sound.name} lasts {sound.seconds:,.1f} s, and the model hears {maximum:g} s at once"
+    return f"{sound.name} lasts {sound.seconds:,.1f} s, but the model can hear at most {maximum:g} s at once"
 
 
 def longer_than(maximum: float) -> str:
     """The reason for dropping a recording that is too long."""
-    return f"recording longer than the {maximum:g} s that the model hears at once"
+    return f"recording longer than {maximum:g} s, the model's maximum"

@@ -18,8 +18,8 @@ UNWEIGHTED = np.empty(0, np.float32)
 
 @dataclass(frozen=True, eq=False)
 class SequenceRows(TextRows):
-    """Parts: `ids` (T,), `trained` (T,), and `weights` (T,), empty if all trained tokens have weight 1. Token 0 is
-    never predicted, so it is never trained on."""
+    """Rows for causal models. Parts: `ids` (T,), `trained` (T,), and `weights` (T,), empty if all trained tokens have
+    weight 1. Token 0 is never predicted, so it is never trained on."""
 
     example = "text"
     has_choices = True
@@ -27,8 +27,8 @@ class SequenceRows(TextRows):
     layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 
     def examples(self, example: Example) -> Sequence[Example]:
-        """The example. With `data.rewritten_answers: each`, one example for each answer of a conversation, with the
-        original turns before it."""
+        """The example itself; with `data.rewritten_answers: each`, one example for each answer of a conversation, with
+        the original turns before it."""
         return self.renderer.as_given(example) if self.options.rewritten_answers == "each" else [example]
 
     def encode(self, example: Example, origin: str) -> Row:
@@ -56,7 +56,8 @@ class SequenceRows(TextRows):
         never looks ahead.
 
         Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is never a
-        label. Parts that a step added have the shape (N, ...), for the supervised tokens of all rows.
+        label. Parts that a step added become targets of shape (N, ...), where N counts the supervised tokens of all
+        rows.
         """
         rows = [row for sequence in sequences for row in sequence]
         targets = {"labels": lay_end_to_end([[_labels(row) for row in some] for some in sequences], IGNORED)}

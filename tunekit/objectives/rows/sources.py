@@ -18,14 +18,16 @@ from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import LineByLineRows
 from tunekit.objectives.rows.text import TextRows, fill_with, put_around
 
-EMPTY_SOURCE = "empty prompt, which leaves the encoder nothing to read"
-ONLY_LAST_ANSWER = "conversations with several answers: the last is trained on, and the encoder reads the others"
+EMPTY_SOURCE = "empty prompt, so the encoder has nothing to read"
+ONLY_LAST_ANSWER = (
+    "conversations with several answers: only the last answer is trained on; the encoder reads the other answers"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class SourceRows(TextRows):
-    """Parts: `source` (S,) with the tokenizer's special tokens around it; `answer` (A + 1,), whose first token begins
-    every answer and is not predicted; `weight` (1,) of each predicted token."""
+    """Rows for encoder-decoders. Parts: `source` (S,) with the tokenizer's special tokens around it; `answer` (A + 1,),
+    whose first token begins every answer and is not predicted; `weight` (1,) of each predicted token."""
 
     example = "text"
     has_choices = True
@@ -45,7 +47,7 @@ class SourceRows(TextRows):
         configuration does not name the first token of answers.
         """
         if isinstance(example, TextExample):
-            raise DataError("running text has no source for the encoder to read", "give a prompt and its completion")
+            raise DataError("running text has no prompt for the encoder to read", "give a prompt and its completion")
         if isinstance(example, ChatExample):
             several = len(answer_indices(example.messages, self.options.train_on)) > 1
             self.notices.update([ONLY_LAST_ANSWER] if several else [])
@@ -97,7 +99,7 @@ class SourceRows(TextRows):
     def _as_source(self, ids: list[int]) -> list[int]:
         """Rendered ids with the special tokens that the tokenizer puts around a text."""
         before, after = put_around(self.tokenizer)
-        before = [] if ids[: len(before)] == before else before  # the template may write them itself
+        before = [] if ids[: len(before)] == before else before  # the template may already have written these tokens
         after = [] if ids[len(ids) - len(after) :] == after else after
         return [*before, *ids, *after]
 

@@ -14,7 +14,7 @@ TIME, BANDS = 0, 1
 
 
 def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[int, ...]) -> NDArray[np.int32]:
-    """(masks, 3): for each mask its kind, frames (0) or frequencies (1), its start and its end (exclusive). `key`:
+    """(masks, 3): for each mask its kind (0 for frames, 1 for frequencies), its start and its end (exclusive). `key`:
     seed, step, row.
     The number of masks is as in transformers' Whisper: floor(prob * size / length + u), u from [0, 1), where size
     counts frames without padding.    Source: Park et al. 2019; the counts agree with transformers'

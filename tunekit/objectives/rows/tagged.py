@@ -24,8 +24,8 @@ class WordIds(list[int]):
 
 @dataclass(frozen=True, eq=False)
 class TaggedWords(LabelledTexts):
-    """Parts: `ids` (T,) of the words, with blanks between them and special tokens around them; `firsts` (N,), the
-    position where each word begins; `tags` as UTF-8."""
+    """Rows of words with tags. Parts: `ids` (T,) of the words, with blanks between them and special tokens around them;
+    `firsts` (N,), the position where each word begins; `tags` as UTF-8."""
 
     example = "tags"
     places = "firsts"
@@ -63,7 +63,7 @@ class TaggedWords(LabelledTexts):
         return self._cut_words(text.split())
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """Parts of a row with these ids, every word tagged with the first label."""
+        """The parts of a row with these ids, in which every word has the first label."""
         assert isinstance(ids, WordIds)
         return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
 
@@ -98,8 +98,8 @@ class TaggedWords(LabelledTexts):
         listed = self.settings.labels or next(unnamed, ())
         for tag in tags:
             if isinstance(tag, int) and not 0 <= tag < len(listed):
-                what = f"the tag {tag} is a number, and objective.labels has {len(listed)} names"
-                raise DataError(what, "list the names of all tags there, in the order of their numbers from 0")
+                what = f"the tag {tag} is not the number of a label, because objective.labels has {len(listed)} names"
+                raise DataError(what, "list the names of all tags in objective.labels, in the order of their numbers")
         return [listed[tag] if isinstance(tag, int) else tag for tag in tags]
 
     def resized(self, row: Row, size: int) -> Row:
@@ -114,7 +114,7 @@ class TaggedWords(LabelledTexts):
         return row.parts["firsts"]
 
     def spans(self, row: Row) -> list[Span]:
-        """The words, titled with their tags. Marks are on the tokens at which tags are predicted."""
+        """The words, with their tags as the title. The tokens at which tags are predicted are marked."""
         ids = row.parts["ids"]
         marks = np.zeros(len(ids), np.bool_)
         marks[row.parts["firsts"]] = True

@@ -26,8 +26,7 @@ class TextRows(RowKind):
         return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
-        """The ids before the last answer, from which generation starts, and the answer's text; None for running
-        text."""
+        """The ids before the last answer, which generation continues, and the answer's text; None for running text."""
         return self.renderer.prompt(example)
 
     def question(self, text: str) -> list[int]:

@@ -22,7 +22,7 @@ from tunekit.objectives.rows.transcribing import Recording
 from tunekit.recipe.objectives.speech import SpeechSettings
 
 EMPTY = "empty transcript"
-SPLIT = "give the row segments, [{start, end, text}], and write data.excess_length: split, or cut the file"
+SPLIT = "cut the file, or add segments [{start, end, text}] to the row and write data.excess_length: split"
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class TranscriptPart:
 
 @dataclass(frozen=True, eq=False)
 class TranscriptRows(RecordingRows):
-    """Parts: SOUND_PARTS; the ids of the `answer` (A + 1,), whose first token begins every answer and is not predicted;
-    and its `text`. Tokens of language and task are predicted too, as in transformers."""
+    """Rows of recordings with transcripts. Parts: SOUND_PARTS; the ids of the `answer` (A + 1,), whose first token
+    begins every answer and is not predicted; and its `text`. Tokens of language and task are predicted too, as in
+    transformers."""
 
     example = "transcript"
     allowed_options = (
@@ -105,7 +106,7 @@ class TranscriptRows(RecordingRows):
         if self.options.excess_length == "drop":
             beyond_model = f"transcript longer than the {maximum} tokens that the model can write"
             raise Dropped(TOO_LONG if maximum < longest else beyond_model)
-        what = f"the transcript has {tokens} tokens, and an answer may have {maximum}"
+        what = f"the transcript has {tokens} tokens, but an answer may have at most {maximum}"
         raise DataError(what, "cut the recording, or leave the row out")
 
     def _row(self, parts: RowParts, frames: int, origin: str, number: int = 0) -> Row:
@@ -122,7 +123,10 @@ class TranscriptRows(RecordingRows):
         if not self.settings.timestamps:
             return processor.text_ids(example.text)
         if not example.segments:
-            raise DataError("no 'segments', and objective.timestamps asks for times", "write [{start, end, text}]")
+            raise DataError(
+                "the row has no 'segments' for objective.timestamps",
+                "write segments: [{start, end, text}]",
+            )
         ids: list[int] = []
         for segment in example.segments:
             first, last = (processor.timestamp(moment - start) for moment in (segment.start, segment.end))
@@ -180,7 +184,7 @@ class TranscriptRows(RecordingRows):
 
 
 def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[TranscriptPart]:
-    """The recording cut into parts of whole segments, each cut at the quietest place between two segments."""
+    """The parts of a recording, each with whole segments. Cuts are at the quietest place between two segments."""
     parts: list[TranscriptPart] = []
     start, inside = 0.0, list[Segment]()
     for segment in example.segments:
