@@ -370,7 +370,7 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
         ({"sentence1": "good", "label": "yes"}, "no field 'sentence2'; this row has 'sentence1', 'label'"),
         ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "sentence1 may be 'text' or 'premise'"),
         ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which means in GLUE's files"),
-        ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -, which SNLI's files write"),
+        ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -, which means in SNLI's files"),
     ],
 )
 def test_a_pair_that_is_none_is_refused_with_its_line(
