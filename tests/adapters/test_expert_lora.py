@@ -220,7 +220,7 @@ def test_training_goes_on_from_a_folder(mixture: Path, tmp_path: Path) -> None:
     load_into(second, tmp_path / "a")
     assert all(torch.equal(second.state()[name], tensor) for name, tensor in first.state().items())
     other = attach(load(mixture), LoraSettings(**{**FIELDS, "target_parameters": BOTH[:1]}))
-    with pytest.raises(AdapterError, match="down_proj is adapted there but not by the recipe"):
+    with pytest.raises(AdapterError, match="down_proj is adapted in the folder but not in the recipe"):
         load_into(other, tmp_path / "a")
 
 

@@ -220,11 +220,11 @@ def test_init_from_continues_only_the_same_adapter(good: Path) -> None:
     load_into(attached, good)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in attached.state().items())
     for values, words in (
-        ({"r": 2}, "has rank 4 and alpha 6.0, in the recipe 2 and 6.0"),
-        ({"alpha": 7}, "in the recipe 4 and 7.0"),
+        ({"r": 2}, "has rank 4 and alpha 6.0 in the folder, but 2 and 6.0 in the recipe"),
+        ({"alpha": 7}, "but 4 and 7.0 in the recipe"),
         ({"use_rslora": True}, "use_rslora is False there"),
-        ({"target_modules": ("q_proj",)}, "v_proj is adapted there but not by the recipe"),
-        ({"target_modules": ("q_proj", "v_proj", "k_proj")}, "k_proj is adapted by the recipe but not there"),
+        ({"target_modules": ("q_proj",)}, "v_proj is adapted in the folder but not in the recipe"),
+        ({"target_modules": ("q_proj", "v_proj", "k_proj")}, "k_proj is adapted in the recipe but not in the folder"),
     ):
         with pytest.raises(AdapterError, match=words):
             load_into(make_adapter(**values), good)
@@ -456,11 +456,11 @@ def test_copies_of_embeddings_must_equal_the_bases_own(tmp_path: Path) -> None:
     with torch.device("meta"):
         meta = make_llama()
     cpu = torch.device("cpu")
-    with pytest.raises(AdapterError, match="cannot be compared here"):
+    with pytest.raises(AdapterError, match="which cannot be compared"):
         attach_adapter_folder(meta, folder, head_name="lm_head", device=cpu)
     attach_adapter_folder(meta, folder, head_name="lm_head", device=cpu, base_weight=lambda name: own)
     change_tensors(folder, lambda tensors: tensors[key].add_(1))
-    refuse(folder, "carries a changed copy of the base's own weight of 'model.embed_tokens'")
+    refuse(folder, "contains a changed copy of the base's weight of 'model.embed_tokens'")
     change_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(100, 32)}))
     refuse(folder, "contains 3 new rows of 'model.embed_tokens' but none of the head")
 

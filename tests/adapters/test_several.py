@@ -154,7 +154,7 @@ def test_a_call_may_name_the_adapter_itself() -> None:
     with calling(Call(adapter="h")), pytest.raises(TunekitError, match=r"inside AdapterSet\.using"):
         logits(net)
     several.switch("h")
-    with calling(Call(adapter="c")), pytest.raises(TunekitError, match="the net is set up for 'h'"):
+    with calling(Call(adapter="c")), pytest.raises(TunekitError, match="the hooks in the network are for 'h'"):
         logits(net)
 
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_loaded_at_once_is_refused_and_the_others_stay() -> None:
     several.switch("a.1")
     before = logits(net)
     whole = LoraSettings(r=2, target_modules=("down_proj",), modules_to_save=("self_attn",))
-    words = r"'model\.layers\.0\.self_attn' is fully trained by one and '.*q_proj' adapted by the other"
+    words = r"one adapter fully trains 'model\.layers\.0\.self_attn', and the other one adapts '.*q_proj'"
     with pytest.raises(TunekitError, match=words):
         several.add("w", lambda: attach_adapter(net, whole, seed=0, head_name="lm_head"))
     with pytest.raises(TunekitError, match=r"'a\.1' is loaded already"):

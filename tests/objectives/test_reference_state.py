@@ -238,9 +238,9 @@ def test_a_resume_needs_no_folder_of_the_continued_adapter(base: Path, supervise
 
 
 OTHER = [
-    ({"r": 8}, "has rank 4 and alpha 32.0, in the recipe 8 and 32.0"),
-    ({"target_modules": ["q_proj"]}, "is adapted there but not by the recipe"),
-    ({"modules_to_save": ["lm_head"]}, "lm_head is fully trained by the recipe but not there"),
+    ({"r": 8}, "has rank 4 and alpha 32.0 in the folder, but 8 and 32.0 in the recipe"),
+    ({"target_modules": ["q_proj"]}, "is adapted in the folder but not in the recipe"),
+    ({"modules_to_save": ["lm_head"]}, "lm_head is trained whole in the recipe but not in the folder"),
 ]
 
 

@@ -119,7 +119,7 @@ def test_plan_refuses_a_schedule_without_a_step_to_move_ranks_in(tiny_llama: Pat
     recipe = make_recipe(tmp_path, tiny_llama, tinit=4, tfinal=3)
     plan, _ = make_plan(load_recipe(str(recipe), ["~training.epochs", "training.max_steps=7"]))
     assert [refusal.key for refusal in plan.refusals] == ["adapter.tinit"]
-    assert "leave none of this run's 7" in plan.refusals[0].message
+    assert "leave no step of this run's 7" in plan.refusals[0].message
     plan, _ = make_plan(load_recipe(str(recipe), ["~training.epochs", "training.max_steps=8"]))
     assert plan.refusals == []
 

@@ -35,7 +35,7 @@ class AttachedAdapter:
         self.parameters: dict[str, ParameterAdapter[Any]] = {}
         self.copies: dict[str, TrainedCopy] = {}
         self.tokens: dict[str, TrainedTokens] = {}
-        self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that share their rows
+        self.tied_tokens: dict[str, list[str]] = {}  # module with trained rows -> modules that share its rows
         self.model_adapter: ModelAdapter[Any] | None = None
         self.added_rows: Tensors = {}  # for a larger vocabulary: module -> rows beyond the base's
         self.casts = Casts()
@@ -80,7 +80,7 @@ class AttachedAdapter:
         return dict(sorted(tensors.items()))
 
     def load_state(self, tensors: Mapping[str, Tensor], kinds: Sequence[str] = KINDS) -> None:
-        """Fill the state in place from tensors of exactly these names and shapes.
+        """Fill the state in place. `tensors` must have exactly the names and shapes of the state.
 
         Raises: AdapterError with every missing, extra or misshaped tensor, before anything is changed.
         """
@@ -102,7 +102,8 @@ class AttachedAdapter:
 
     @contextmanager
     def with_state(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """A block in which the whole state is these tensors. Nothing is copied, and the state keeps its storage."""
+        """A block in which these tensors replace the whole state. Nothing is copied, and the state keeps its
+        storage."""
         state = self._tensors(KINDS)
         before = {name: tensor.data for name, tensor in state.items()}
         try:
@@ -155,7 +156,7 @@ class AttachedAdapter:
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions before each row that count towards the network's limit."""
+        """The number of positions before each row that count towards the network's limit."""
         if self.model_adapter is None or current_call().bypassed:
             return 0
         return self.model_adapter.virtual_tokens(self.settings)
@@ -207,10 +208,11 @@ def attach_adapter(
 ) -> AttachedAdapter:
     """Freeze the base and attach a new adapter to it, in place.
 
-    Each tensor's initial value depends only on the seed and its module's name. `device`: of the adapter's tensors; by
-    default the base's (on a meta base they have no values). `from_folder`: only the state that folders contain.
+    Each tensor's initial value depends only on the seed and its module's name. `device`: the device of the adapter's
+    tensors; by default the base's device (tensors of a meta base have no values). `from_folder`: only the state that
+    folders contain.
     `loads_state`: the caller loads the whole state afterwards.
-    Raises: RecipeError if an entry of the settings fits nothing.
+    Raises: RecipeError if an entry of the settings matches no module.
     """
     method = method or load_method(settings.method)
     if targets is None:
@@ -264,7 +266,7 @@ def _build(attached: AttachedAdapter, meta: bool, from_folder: bool) -> None:
     for name, only in copied.items():
         attached.copies[name] = method.copy_class(settings, name)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
-    for name, chosen in sorted(rows.items(), key=lambda item: item[1].owner is not None):  # owners first
+    for name, chosen in sorted(rows.items(), key=lambda item: item[1].owner is not None):  # owners of rows first
         owner = attached.tokens[chosen.owner] if chosen.owner else None
         part = TrainedTokens(net.get_submodule(name), name, chosen, owner, meta=meta)
         if chosen.owner is None:

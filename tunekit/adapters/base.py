@@ -21,20 +21,20 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
 Settings = TypeVar("Settings", bound=AdapterSettings)
-KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; only in checkpoints
+KINDS = ("trained", "saved", "resume")  # saved: in the adapter's file but not trained; resume: only in checkpoints
 
 
 class NotMergeable(InputError):
-    """This adapter cannot be written into the layer's weight and bias; the message says why."""
+    """The adapter cannot be merged into the layer's weight and bias; the message says why."""
 
 
 @dataclass(frozen=True)
 class Slot:
     """One tensor of an adapter's state, declared before it is allocated.
 
-    `suffix`: its name in PEFT's files, after the module's name. `rate`: "b" if LoRA+ multiplies its rate, "embedding"
-    for the factors of an embedding. `decays`: whether weight decay applies. `first`: its initial value; None: drawn
-    like a linear layer's matrix in torch.
+    `suffix`: the tensor's name in PEFT's files, after the module's name. `rate`: "b" if LoRA+ multiplies its learning
+    rate, "embedding" for the factors of an embedding. `decays`: whether weight decay applies. `first`: its initial
+    value; None: drawn like the matrix of a linear layer in torch.
     """
 
     suffix: str
@@ -47,11 +47,12 @@ class Slot:
 
 
 PeftConfig = dict[str, Any]  # fields of adapter_config.json
-Slots = dict[str, Slot]  # by the attribute for the tensor
+Slots = dict[str, Slot]  # attribute -> slot of the tensor with this attribute
 
 
 class AdapterPart(nn.Module):
-    """Anything with adapter state. A subclass declares `slots`; the tensors are attributes with these names."""
+    """The base class of everything with adapter state. A subclass declares `slots`, and has an attribute for each
+    tensor."""
 
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
     file_prefix: ClassVar[str] = "base_model.model."
@@ -60,8 +61,8 @@ class AdapterPart(nn.Module):
     declared: Slots  # attribute -> slot
 
     def declare(self, module_name: str, slots: Mapping[str, Slot], *, meta: bool) -> None:
-        """Register the declared tensors without values: on the CPU (or the meta device), on whatever device the base
-        is."""
+        """Register the declared tensors without values, on the CPU or the meta device, independent of the base's
+        device."""
         self.module_name, self.declared = module_name, dict(slots)
         for attribute, slot in slots.items():
             tensor = torch.empty(slot.shape, dtype=slot.dtype, device="meta" if meta else "cpu")
@@ -84,7 +85,7 @@ class AdapterPart(nn.Module):
         return full_name(self.module_name, slot.suffix)
 
     def move(self, device: torch.device) -> None:
-        """Move the declared tensors, and nothing of the base, to `device`."""
+        """Move the declared tensors to `device`, but not the base."""
         for attribute in self.declared:
             tensor = getattr(self, attribute)
             tensor.data = tensor.data.to(device)
@@ -108,7 +109,7 @@ class AdapterPart(nn.Module):
     def check_state(self) -> None:
         """Called after the state was loaded.
 
-        Raises: AdapterError if untrained values, such as indices, are impossible.
+        Raises: AdapterError if untrained values, such as indices, are invalid.
         """
 
     @classmethod
@@ -133,7 +134,7 @@ def full_name(module_name: str, suffix: str) -> str:
 
 
 class SharedPart(AdapterPart, Generic[Settings]):
-    """A module that is made once, given to every layer of the adapter, and saved once."""
+    """A part that all layers of the adapter share, and that is saved once."""
 
     file_prefix = "base_model."
 
@@ -148,7 +149,7 @@ class SharedPart(AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
-        """Called once after all layers are made; a part that decides over all of them stores them."""
+        """Called once after all layers are made. A part that makes decisions about all layers stores them here."""
 
 
 class Wrapper(nn.Module):
@@ -173,7 +174,8 @@ class Wrapper(nn.Module):
 class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
     """One adapted layer: y = adapted(x), or base_layer(x) if the call bypasses adapters.
 
-    A subclass defines `slots`; an additive one also `update` and `delta`, any other `adapted` and `merged_weight`.
+    A subclass defines `slots`. An additive adapter also defines `update` and `delta`; other adapters define `adapted`
+    and `merged_weight`.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
@@ -189,18 +191,17 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
     ) -> None:
         super().__init__(base)
         self.settings, self.target = settings, target
-        self.__dict__["shared"] = shared  # not a submodule: it belongs to all layers, and is saved once
+        self.__dict__["shared"] = shared  # not a submodule: all layers share it, and it is saved once
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
     def slots(cls, settings: Settings, target: Target) -> Slots:
-        """The state of one layer, from settings and shapes alone: an adapter file is checked against it before it is
+        """The slots of one layer. They depend only on settings and shapes, so a file can be checked before it is
         read."""
         raise NotImplementedError
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
-        """Initialise from the evidence that the recipe's start has collected about this layer, if a method supports
-        it."""
+        """Initialise from the data that the recipe's start has collected about this layer."""
         raise NotImplementedError
 
     def base_weight(self) -> Weight:
@@ -218,7 +219,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
 
     def update(self, x: Tensor) -> Tensor:
-        """The term that an additive method adds to the base's output: x (..., I) -> (..., O)."""
+        """The term that an additive adapter adds to the base's output. Shapes: x (..., I) -> (..., O)."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return y + self.update(x).to(y.dtype)
 
     def delta(self) -> Tensor:
-        """`update` as a change of the matrix, (O, I) float32.
+        """The change D (O, I) of the matrix for which `update` is D x; float32.
 
         Raises: NotMergeable if there is no such matrix.
         """
@@ -275,29 +276,29 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def file_slots(cls, settings: Settings, net: nn.Module) -> Slots:
-        """The content of the adapter's folder, if that is not the state itself but computed from it (by
-        `file_tensors`)."""
+        """The slots of the adapter's folder. They differ from `slots` if `file_tensors` computes the folder's
+        tensors."""
         return {attribute: slot for attribute, slot in cls.slots(settings, net).items() if slot.kind != "resume"}
 
     @classmethod
     def virtual_tokens(cls, settings: Settings) -> int:
-        """Positions before each row that count towards the network's limit."""
+        """The number of positions before each row that count towards the network's limit."""
         return 0
 
     def continued_state(self, tensors: Tensors) -> Tensors:
-        """The state to continue from, by name, made from the state in init_from's folder."""
+        """The initial state by name, made from the state in init_from's folder."""
         return tensors
 
     @classmethod
     def may_differ(cls, settings: Settings) -> frozenset[str]:
-        """Settings that may differ from that folder's, because `continued_state` handles them."""
+        """Settings that may differ from those of init_from's folder, because `continued_state` handles them."""
         return frozenset()
 
     def attach(self, net: nn.Module) -> None:
         """Install everything needed inside the network; called before `initialise`."""
 
     def detach(self, net: nn.Module) -> None:
-        """Remove it again."""
+        """Remove everything that `attach` installed."""
         for hook in self.hooks:
             hook.remove()
 
@@ -318,7 +319,7 @@ class Casts:
 
     @contextmanager
     def caching(self) -> Iterator[None]:
-        """In this block the trained weights do not change, so casts are cached."""
+        """A block in which no trained weight changes, so that casts are cached."""
         self._cache = {}
         try:
             yield

@@ -20,8 +20,8 @@ from tunekit.model.quantized.weights import weight_of
 class TrainedCopy(Wrapper, AdapterPart):
     """The module with float32 copies of its parameters (all, or those in `only`) in place of them.
 
-    Shapes: as the module's. Starts as the identity: copies equal the originals. The copies are cast to the originals'
-    dtype for each forward. Weight decay does not apply to vectors and embeddings.
+    Shapes: those of the module. Starts as the identity: copies equal the originals. The copies are cast to the dtype of
+    the originals for each forward. Weight decay does not apply to vectors and embeddings.
     Raises: AdapterError if a matrix to train is packed.
     """
 
@@ -40,7 +40,7 @@ class TrainedCopy(Wrapper, AdapterPart):
         if not names or (packed and only is None):
             raise AdapterError(
                 f"'{name}' is {'quantized' if packed else 'without parameters'} and cannot be trained as a copy",
-                "train an adapter of it, or load the base with quantization: none",
+                "adapt the module instead, or load the base with quantization: none",
             )
         embedding = isinstance(base, nn.Embedding)
         return {
@@ -58,7 +58,7 @@ class TrainedCopy(Wrapper, AdapterPart):
             )  # on a meta base the values are loaded afterwards
 
     def cast_copies(self) -> Tensors:
-        """The copies by the module's own parameter names, in the originals' dtype."""
+        """The copies by the parameter names of the module, in the dtype of the originals."""
         return {
             slot.suffix: getattr(self, attribute).to(self.base_layer.get_parameter(slot.suffix).dtype)
             for attribute, slot in self.declared.items()
@@ -71,8 +71,8 @@ class TrainedCopy(Wrapper, AdapterPart):
 
 
 def wrong_entries(modules: Modules, entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
-    """Faults of the entries, each with a remedy. PEFT's own files list possible heads, so there an entry may match
-    nothing."""
+    """Faults of the entries, each with a remedy. In a file an entry may match nothing, because PEFT lists possible
+    heads."""
     wrong = []
     for entry in entries:
         if not named_copies(modules, [entry]) and not in_file:

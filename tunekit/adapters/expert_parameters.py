@@ -1,6 +1,6 @@
 """Adapters of a bare parameter: the fused weights of all experts (E, O, I) of a mixture, or a router's matrix (O, I).
 
-A wrapper of the owning module makes it read W + delta wherever it reads W.
+A wrapper of the module that owns the parameter W makes it read W + delta in place of W.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class ParameterAdapter(AdapterPart, Generic[Settings]):
     def __init__(self, parameter: nn.Parameter, settings: Settings, target: Target, *, meta: bool = False) -> None:
         super().__init__()
         self.settings, self.target = settings, target
-        self.__dict__["parameter"] = parameter  # the base's own, which we neither train nor save
+        self.__dict__["parameter"] = parameter  # the base's; neither trained nor saved with the adapter
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
     def slots(cls, settings: Settings, target: Target) -> Slots:
-        """The state, from settings and shapes alone; `target.experts` is E."""
+        """The slots, from settings and shapes alone; `target.experts` is E."""
         raise NotImplementedError
 
     def factors(self, index: Index) -> Factors | None:
@@ -143,7 +143,7 @@ class ChangedParameter:
         return self.materialise()[index]
 
     def transpose(self, first: int, second: int) -> Tensor | ChangedParameter:
-        """Exchanging the last two dimensions keeps the change factored."""
+        """The parameter with two dimensions exchanged. If these are the last two, the change stays factored."""
         if {first, second} == {-2, -1}:
             return ChangedParameter(self.adapter, self.index, not self.is_transposed)
         return self.materialise().transpose(first, second)

@@ -1,4 +1,4 @@
-"""The class Method with the facts that other folders read about a method, and functions that find methods by name."""
+"""The class Method, with the facts about a method that other folders read, and functions that find methods by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Copies = dict[str, tuple[str, ...] | None]  # module name -> its copied paramete
 
 @dataclass(frozen=True)
 class Conflict:
-    """A setting that does not fit the layers: the recipe key, the fault, and the remedy."""
+    """A setting that does not suit the layers: the key in the recipe, the fault, and the advice."""
 
     key: str
     what: str
@@ -40,8 +40,8 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
 def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
     """Whether the loss compares with a policy at step 0 that differs from the base with the adapter bypassed.
 
-    `exported`: whether it differs from the base with the exported folder bypassed; there the base again has the
-    weights that an initialisation took from it.
+    `exported`: compare with the exported folder instead, whose base again has the weights that an initialisation moved
+    into the adapter.
     """
     method, start = load_method(settings.method), settings.initialisation
     part = method.layer or method.model or LayerAdapter
@@ -51,24 +51,25 @@ def needs_reference_state(objective: Objective, settings: AdapterSettings, *, ex
 
 
 def always_linear(settings: AdapterSettings) -> bool:
-    """Method.is_linear of a method whose update is always linear in its tensors."""
+    """True: the value of Method.is_linear for a method whose update is always linear in its tensors."""
     return True
 
 
 @dataclass(frozen=True)
 class Method:
-    """The METHOD of a method's file: its classes, and facts for other folders.
+    """A method, the value of METHOD in its file: its classes, and facts for other folders.
 
-    `layer`, `parameter`, `model`: its classes for layers, for fused 3-D parameters, for the whole network.
-    `only_copies`: for a method that only copies modules: the base's modules, settings -> the copied parameters.
+    `layer`, `parameter`, `model`: the classes for layers, for fused 3-D parameters, and for the whole network.
+    `only_copies`: for methods that only copy modules, a function: the base's modules, settings -> copied parameters.
     `copy`: the class of these copies, and of modules that are fully trained next to other methods.
-    `tensors`: names of its tensors in PEFT's files after the module's name, as far as other folders need them.
-    `is_linear`: settings -> whether its update is linear in its tensors, so that sums of adapters are adapters;
+    `tensors`: the names of tensors in PEFT's files after the module's name, if other folders need them.
+    `is_linear`: whether the update is linear in the tensors with these settings, so that adapters can be added;
     `neutral`: the value of a trained tensor that changes nothing.
-    `unbinding`: its settings that may differ in a folder without changing the computation.
-    `conflicts`: settings, targets, whether the settings are a file's; `run_conflicts`: settings, optimizer steps.
-    `with_tokenizer`: returns the settings with their texts as token ids.
-    `read_as`: the method that reads its folder, if the two differ only in training.
+    `unbinding`: settings that may differ in a folder without changing the computation.
+    `conflicts`: a function of settings, targets, and whether the settings come from a file; `run_conflicts`: a function
+    of settings and optimizer steps.
+    `with_tokenizer`: a function that returns the settings with their texts as token ids.
+    `read_as`: the method that reads the folder, if both methods differ only in training.
     `in_diffusers_file`: whether a pipeline's adapter is saved in diffusers' file instead of PEFT's.
     """
 
@@ -98,7 +99,7 @@ class Method:
         return [] if self.kernel is None else self.kernel.groups(net, modules, settings, targets)
 
     def copied_modules(self, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]) -> Copies:
-        """All modules to copy. With bias: all, these include every owner of a bias that is not an adapted layer."""
+        """All modules to copy. With bias: all, every module with a bias is included, except adapted layers."""
         fully_trained = named_copies(modules, saved_modules(settings))
         copied: Copies = dict.fromkeys(fully_trained)
         if getattr(settings, "bias", "none") == "all":
@@ -118,10 +119,10 @@ class Method:
 
 
 def load_method(name: str) -> Method:
-    """METHOD of adapters/methods/NAME.py; the recipe's reader has checked the name."""
+    """The METHOD of adapters/methods/NAME.py. The recipe's reader has already checked the name."""
     return import_module(f"tunekit.adapters.methods.{name}").METHOD
 
 
 def all_methods() -> list[Method]:
-    """METHOD of every file."""
+    """The METHOD of every file in adapters/methods."""
     return [load_method(name) for name in known_names("adapters")]

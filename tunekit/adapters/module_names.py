@@ -1,4 +1,4 @@
-"""Names of the base's own modules and fused parameters, also with adapters attached, and how entries match them."""
+"""Names of the base's own modules and fused parameters, even if adapters are attached, and the matching of entries."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -88,7 +88,7 @@ def plain_entries(names: Sequence[str], modules: Modules) -> list[str] | None:
 
 
 def layer_number(name: str, patterns: tuple[str, ...]) -> int | None:
-    """The number of the module's layer: the first one in its name, or the one after one of `patterns`.
+    """The number of the module's layer: the first number in its name, or the number after one of `patterns`.
 
     model.layers.3.mlp.experts.0.w1 is in layer 3.
     """
@@ -106,7 +106,7 @@ def chosen_layers(settings: AdapterSettings) -> tuple[int, ...] | None:
 
 
 def layer_patterns(settings: AdapterSettings) -> tuple[str, ...]:
-    """Names of the lists of layers; none: the first number in a name counts."""
+    """Names of the lists of layers; if empty, the first number in a name counts."""
     patterns = getattr(settings, "layers_pattern", None)
     return (patterns,) if isinstance(patterns, str) else patterns or ()
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from tunekit.errors import AdapterError, InputError
 from tunekit.files.untrusted import compile_pattern
 
-PROCESSOR_SECONDS = 4.0  # for all patterns of one adapter against all names; a common pattern takes microseconds
-SHORTEST = 1e-3  # seconds left for the next pattern, which then times out
+PROCESSOR_SECONDS = 4.0  # limit for all patterns of an adapter with all names; common patterns take microseconds
+SHORTEST = 1e-3  # minimum time for a pattern, in seconds
 
 
 @dataclass

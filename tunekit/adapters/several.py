@@ -39,8 +39,8 @@ class ActiveAdapter:
         if name is not None:
             self.check(name)
         if self.hooked != (name if self.names.get(name or "") else None):
-            what = f"a call uses '{name}', but the net is set up for '{self.hooked or 'adapters of layers'}'"
-            raise AdapterError(what, "call a whole-model adapter inside AdapterSet.using, or switch to it")
+            what = f"a call uses '{name}', but the hooks in the network are for '{self.hooked or 'adapters of layers'}'"
+            raise AdapterError(what, "call a whole-model adapter inside AdapterSet.using, or call AdapterSet.switch")
         return name
 
     def check(self, name: str) -> None:
@@ -112,7 +112,7 @@ class AdapterSet:
         return self.adapters.pop(name)
 
     def switch(self, name: str | None) -> None:
-        """Set the adapter of all calls that name none; None: the base."""
+        """Set the adapter that calls without an adapter's name use; None: the base."""
         if name is not None:
             self.choice.check(name)
         self.choice.active = name
@@ -120,7 +120,7 @@ class AdapterSet:
 
     @contextmanager
     def using(self, name: str) -> Iterator[AttachedAdapter]:
-        """In this block calls use this adapter, whichever is active."""
+        """A block in which calls use this adapter, even if another adapter is active."""
         self.choice.check(name)
         hooked = self.choice.hooked
         self._hook(name)
@@ -140,7 +140,8 @@ class AdapterSet:
 
     # A whole-model adapter works through hooks, which are in the net only while the adapter is in use.
     def _hook(self, name: str | None) -> None:
-        """Install the hooks of this adapter and remove those of the last one; None, or one without: no hooks."""
+        """Install the hooks of this adapter, and remove all other hooks. None, or an adapter without hooks: install
+        none."""
         before, after = (self.adapters[n].model_adapter if n else None for n in (self.choice.hooked, name))
         if before is not None:
             before.detach(self.net)
@@ -188,5 +189,5 @@ class AdapterSet:
                 for copied in one.copies if one is not two else ():
                     nested = next((p for p in names if p.startswith(f"{copied}.")), None)
                     if nested is not None:
-                        what = f"'{copied}' is fully trained by one and '{nested}' adapted by the other one"
+                        what = f"one adapter fully trains '{copied}', and the other one adapts '{nested}' inside it"
                         raise AdapterError(f"'{name}' and '{other_name}' cannot be loaded at once: {what}")

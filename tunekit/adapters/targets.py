@@ -1,9 +1,9 @@
 """The layers of the base that an adapter adapts, with the rank and alpha of each.
 
-They are found by structure and by full names, also on the meta device and with adapters attached. Entries without a
+Layers are found by structure and by full names, also on the meta device and with adapters attached. Entries without a
 match are reported with the nearest names. `all-linear` is every linear layer except the output head, gates of one row,
-and layers on which no adapter would act. A list contains full names or endings after a dot; any other text is one
-regular expression for the full name.
+and layers on which an adapter would have no effect. A list contains full names or endings after a dot; any other text
+is one regular expression for the full name.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def find_targets(
 ) -> list[Target]:
     """Every layer (and fused parameter) that the adapter will adapt, sorted by name.
 
-    `file`: the settings come from this adapter configuration. There an entry without a match is harmless, because its
-    tensors are compared in both directions; but two patterns for one module are refused as ambiguous.
+    `file`: the adapter configuration that the settings come from. In a file, an entry without a match is allowed,
+    because tensors are compared in both directions. Two patterns for one module are refused as ambiguous.
     Raises: RecipeError (AdapterError with `file`) with all problems.
     """
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
@@ -86,13 +86,13 @@ def unreached_experts(net: nn.Module, settings: AdapterSettings, targets: Sequen
 
 
 def trained_count(method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Trained numbers of an adapter: those of its layers and those that layers share."""
+    """Number of trained parameters of an adapter, in its layers and in parts that layers share."""
     shared = slot_count(method.shared.slots(settings, targets).values()) if method.shared else 0
     return shared + sum(target.trainable_parameters for target in targets)
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Trained numbers in copies and in rows of tokens, in addition to those of the targets; allocates nothing."""
+    """Number of trained parameters in copies and in rows of tokens, besides those of the targets; allocates nothing."""
     modules = base_modules(net)
     copies = method.copied_modules(modules, settings, targets)
     slots = [TrainedCopy.slots(modules[name], name, only) for name, only in copies.items()]
@@ -100,7 +100,7 @@ def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings,
 
 
 class Search:
-    """One search over one base; `problems` collects entries that fail."""
+    """A search for targets in a base. `problems` collects problems with entries."""
 
     def __init__(
         self, net: nn.Module, settings: AdapterSettings, method: Method, head_name: str | None, file: str | None
@@ -108,7 +108,7 @@ class Search:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
         self.net, self.modules = net, base_modules(net)
         self.fused, self.matrices = fused_parameters(net), fused_parameters(net, (2, 3))
-        self.copies = named_copies(self.modules, saved_modules(settings))  # no targets, and nothing inside them is one
+        self.copies = named_copies(self.modules, saved_modules(settings))  # these, and modules inside, are no targets
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.patterns = Patterns(error=AdapterError if file else RecipeError, file=file)
         self.problems: list[Problem] = []
@@ -126,7 +126,7 @@ class Search:
         return key if self.file else f"adapter.{key}"
 
     def _patterns_of(self, key: str) -> Patterns:
-        """The pattern matcher; its messages name this key from now on."""
+        """The pattern matcher, whose messages name this key from now on."""
         self.patterns.key = self._full_key(key)
         return self.patterns
 
@@ -145,7 +145,7 @@ class Search:
         return [self._layer_target(name, name) for name in sorted(names)]
 
     def _refuse_experts(self, names: Collection[str]) -> None:
-        """Report layers that peft only reads as parameters, for methods that it only has for layers."""
+        """Report layers that peft reads as parameters, if the method adapts only layers."""
         unreadable = sorted(read_as_experts(self.net, names)) if self.method.peft.takes_experts else []
         if unreadable and self.method.parameter is None and not self.file:
             which = f"'{unreadable[0]}'{_more(unreadable)}"
@@ -197,7 +197,7 @@ class Search:
         return matches
 
     def _all_linear(self) -> set[str]:
-        """The layers of `all-linear`: without gates of one row, and without those on which no adapter would act."""
+        """The layers of `all-linear`: all but gates of one row, and layers on which an adapter would have no effect."""
         linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
         refused = refused_by_peft(self.net, self.modules) if self.method.peft.refuses_kernel_layers else set()
         passed_over = uncalled_layers(self.modules) | refused
@@ -238,7 +238,7 @@ class Search:
         fused = [name for name in self.fused if is_fused_in(entry, name)]
         if key == "target_parameters":
             what = f"'{entry}' matches no fused parameter of the base"
-            self.report(key, what, self._nearest_of(entry, self.fused) or "it has no fused parameters")
+            self.report(key, what, self._nearest_of(entry, self.fused) or "the base has no fused parameters")
         elif fused:
             what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{_more(fused)}"
             how = "remove the entry"
@@ -319,7 +319,8 @@ class Search:
         return self._by_pattern("rank_pattern", name, r), self._by_pattern("alpha_pattern", name, alpha)
 
     def _by_pattern(self, key: str, name: str, default: Value | None) -> Value | None:
-        """The value of the longest pattern that matches, with PEFT's matching; PEFT takes the first one in file order.
+        """The value of the longest pattern that matches, by PEFT's matching. PEFT itself takes the first match in the
+        file.
 
         Two different values are a problem in an adapter file, and in a recipe if the patterns are equally long.
         """

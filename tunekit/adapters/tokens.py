@@ -22,16 +22,15 @@ from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.recipe.bases.section import AdapterSettings
 
 KEY = "trainable_token_indices"
-Fault = tuple[str, str]  # the fault, and the remedy
+Fault = tuple[str, str]  # the fault, and the advice
 
 
 class TrainedTokens(Wrapper, AdapterPart):
-    """The module with its rows `ids` replaced by trained ones: W'[ids[n]] = rows[n].
+    """The module with trained rows in place of its rows `ids`: W'[ids[n]] = rows[n].
 
     Shapes: rows (N, D) float32, cast to the output's dtype; for an embedding ids (...) -> (..., D), for a head (...,
     D) -> (..., V). Starts as the identity: rows = W[ids]. Weight decay does not apply. No other row gets a gradient,
-    and no second matrix is allocated. With `owner`, a module tied to this one, its rows are used and no others are
-    stored.
+    and no second matrix is allocated. `owner`: a tied module whose trained rows are used; then no rows are stored.
     """
 
     rows: nn.Parameter
@@ -168,7 +167,8 @@ def tied_with(modules: Modules, name: str) -> list[str]:
 def wrong_tokens(
     net: nn.Module, settings: AdapterSettings, targets: Sequence[str], copies: Sequence[str]
 ) -> list[Fault]:
-    """Faults: entries that match nothing, matrices without rows per token, ids beyond them, and double use."""
+    """Faults of trained tokens: entries without a match, matrices without a row per token, too large ids, double
+    use."""
     modules, indices = base_modules(net), getattr(settings, KEY, ())
     faults: list[Fault] = []
     for entry in indices if isinstance(indices, Mapping) else ():

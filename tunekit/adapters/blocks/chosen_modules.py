@@ -1,4 +1,4 @@
-"""Selects modules by a method's target_modules, for modules that are not linear layers."""
+"""Selects the modules of methods that adapt other modules than linear layers, by target_modules."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from tunekit.errors import AdapterError
 
 
 def chosen_names(names: Sequence[str], entries: str | Sequence[str], everything: str, what: str) -> list[str]:
-    """All names if the entry is `everything`; otherwise those that match a list of endings, or an expression.
+    """All names if `entries` is `everything`; otherwise the names that match a list of endings, or an expression.
 
     Raises: AdapterError if an entry matches nothing.
     """

@@ -65,7 +65,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     def factors(self, index: Index) -> Factors:
         experts = self.target.experts
-        if experts is None:  # a matrix, not fused experts
+        if experts is None:  # a plain matrix instead of fused experts
             return self.B * self.scaling, self.A
         a = self.A.reshape(experts, -1, self.A.shape[1])[index]  # (..., R, I)
         b = (self.B * self.scaling).reshape(self.B.shape[0], -1, experts).permute(2, 0, 1)[index]  # (..., O, R)

@@ -14,14 +14,20 @@ LORA_FIELDS: PeftFields = {  # PEFT's field -> our setting, PEFT's default
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
 }
-LORA_FIXED: Fixed = {  # the value to write, then other values without effect
+LORA_FIXED: Fixed = {  # the value that is written, then other accepted values, which have no effect
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "corda_config": (None, ANY),  # how A and B were first filled: init_lora_weights decides
     "ensure_weight_tying": (False, True),  # folder/read.py also adapts, or copies, a tied head
     "eva_config": (None, ANY),
     "fan_in_fan_out": (False, True),  # the layer's own class decides
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # all others have changed the base
+    "init_lora_weights": (
+        True,
+        False,
+        "gaussian",
+        "orthogonal",
+        "eva",
+    ),  # other values: the base was changed
     "kasa_config": (None,),
     "layer_replication": (None, []),
     "loftq_config": ({}, None),
@@ -56,7 +62,7 @@ def lora_side(
 
 
 def _without_dropout(settings: object, targets: object, config: Mapping[str, object]) -> dict[str, float]:
-    """PEFT applies no dropout to a parameter's input, and refuses a file that requests it."""
+    """The fields without dropout if a parameter is adapted: PEFT cannot apply it there, and refuses such a file."""
     return {"lora_dropout": 0.0} if config["target_parameters"] else {}
 
 
@@ -68,7 +74,7 @@ def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: 
     conflicts = []
     odd_rank = [target.name for target in linear if (target.r or settings.r) % 2]
     if start.needs_even_rank and odd_rank:
-        what = f"start: {start.method} needs an even rank, but {len(odd_rank)} layers have an odd one ({odd_rank[0]})"
+        what = f"start: {start.method} needs an even rank, but {len(odd_rank)} layers have an odd rank ({odd_rank[0]})"
         conflicts.append(Conflict("r", what, "write an even r"))
     unscaled = [target.name for target in linear if (settings.alpha if target.alpha is None else target.alpha) == 0]
     if start.divides_by_scaling and unscaled:

@@ -16,7 +16,7 @@ from tunekit.records import Target
 
 
 def as_plain_lora(form: WrittenForm) -> WrittenForm:
-    """The same change of the same layers, with rank 2R where A and B contain a part of W.
+    """The adapter's form as plain LoRA, with the same updates. Layers whose A and B contain a part of W get rank 2R.
 
     B A - B' A' = [B - B', B'] [A; A - A']. Alpha grows with the rank, so that the scaling stays the same.
     """
@@ -59,7 +59,7 @@ def _plain_layer(layer: LayerAdapter[Any], settings: LowRankSettings, target: Ta
 
 
 def _identity_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """B A with the matrix's smaller side as its rank: one factor is the identity."""
+    """Factors of B A, one of which is the identity. Their rank is the smaller side of the matrix."""
     product = b @ a  # (O, I)
     outputs, inputs = product.shape
     if outputs <= inputs:

@@ -9,7 +9,8 @@ from tunekit.adapters.base import Slot
 
 
 def projection_slot(saved: bool, suffix: str, shape: tuple[int, ...]) -> Slot:
-    """A slot of the adapter's file if it is `saved`, otherwise only of checkpoints: the seed determines it."""
+    """A slot that is in the adapter's file if `saved`, otherwise only in checkpoints, because the seed determines
+    it."""
     return Slot(suffix, shape, kind="saved" if saved else "resume")
 
 

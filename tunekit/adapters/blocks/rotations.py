@@ -16,7 +16,7 @@ def skew_of(upper: Tensor, size: int) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """R = (I - Q) (I + Q)^-1 of each block: orthogonal for skew-symmetric Q (blocks, b, b)."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    # solve would wait for the device to check for an error, which is impossible: I + Q has an inverse
+    # I + Q always has an inverse; torch.linalg.solve would wait for the device to check that
     return torch.linalg.solve_ex(identity + q, identity - q, left=False)[0]
 
 

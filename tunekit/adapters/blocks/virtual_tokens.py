@@ -50,8 +50,11 @@ class VirtualTokens(ModelAdapter[Settings]):
         self.__dict__["net"] = net  # not a submodule of its own adapter
         self.__dict__["real"] = None  # (B, T): positions of the last call's tokens; None: after all vectors
         if is_encoder_decoder(net) and self.net.get_output_embeddings() is None:
-            what = f"{type(net).__name__} finds the position to read by the ids, but a prompt passes embeddings"
-            raise AdapterError(what, "adapt its layers, for example with lora", key="adapter.method")
+            what = (
+                f"{type(net).__name__} needs token ids to find the position that it reads, but a prompt passes "
+                "embeddings"
+            )
+            raise AdapterError(what, "use a method that adapts layers, such as lora", key="adapter.method")
 
     @classmethod
     def virtual_tokens(cls, settings: Settings) -> int:
@@ -59,7 +62,7 @@ class VirtualTokens(ModelAdapter[Settings]):
 
     @classmethod
     def vector_count(cls, settings: Settings) -> int:
-        """Vectors in the file: PEFT counts them twice if both halves of an encoder-decoder have some."""
+        """The number of vectors in the file: twice the setting, if both halves of an encoder-decoder have vectors."""
         return cls.virtual_tokens(settings) * int(getattr(settings, "num_transformer_submodules", 1))
 
     @classmethod
@@ -67,7 +70,8 @@ class VirtualTokens(ModelAdapter[Settings]):
         return {"prompt": Slot(IN_FILES, (cls.vector_count(settings), width_of(net)), decays=False)}
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
-        """(P, D), or per row (B, P, D); twice as many if a decoder has its own."""
+        """The vectors (P, D), or (B, P, D) if they differ between rows; twice as many if a decoder has its own
+        vectors."""
         return self.prompt
 
     def file_tensors(self) -> Tensors:
@@ -93,7 +97,7 @@ class VirtualTokens(ModelAdapter[Settings]):
         return changed
 
     def _embed(self, inputs: Tensors, ids: str, embeddings: str) -> Tensor:
-        """The embeddings if they are passed, otherwise those of the ids, which are removed."""
+        """The embeddings in the inputs, if there are any. Otherwise the embeddings of the ids, which are removed."""
         tokens = inputs.pop(ids, None)
         return inputs[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
 
@@ -143,19 +147,20 @@ def width_of(net: nn.Module) -> int:
 
 
 def is_encoder_decoder(net: nn.Module) -> bool:
-    """Whether rows go into an encoder, and the outputs are the decoder's."""
+    """Whether the network is an encoder-decoder."""
     return bool(getattr(getattr(net, "config", None), "is_encoder_decoder", False))
 
 
 def embeddings_of(net: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
-    """(ids, D) float32 on the CPU, the base's embeddings of the ids; zeros on a meta base, whose values come later.
+    """(ids, D) float32 on the CPU: the base's embeddings of the ids; zeros for a meta base, whose values are loaded
+    later.
 
     Raises: AdapterError for an id that the base does not have.
     """
     table = as_pretrained(net).get_input_embeddings()
     tokens = torch.as_tensor(ids, dtype=torch.int64)
     if int(tokens.max()) >= table.weight.shape[0]:
-        largest = f"token {int(tokens.max())} is not among this base's {table.weight.shape[0]} tokens"
+        largest = f"token id {int(tokens.max())} is too large: this base has {table.weight.shape[0]} tokens"
         raise AdapterError(largest, "use the tokenizer that belongs to the base", key="adapter")
     if table.weight.device.type == "meta":
         return torch.zeros(len(tokens), table.weight.shape[1])
@@ -165,7 +170,8 @@ def embeddings_of(net: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
 
 
 def initial_vectors(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
-    """(vectors, D) float32 as `init` says: embeddings of uniformly drawn ids, N(0, 1), or embeddings of a text."""
+    """(vectors, D) float32, depending on `init`: embeddings of uniformly drawn ids, N(0, 1), or embeddings of a
+    text."""
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
@@ -182,7 +188,7 @@ def cycled_ids(ids: Sequence[int], count: int) -> list[int]:
 
 
 def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> StartedTokenSettings:
-    """The settings with init_text as ids; special tokens only if the text contains them."""
+    """The settings with init_text as ids. Special tokens are encoded only if the text contains them."""
     if settings.init != "text" or settings.init_ids is not None or settings.init_text is None:
         return settings
     return settings.model_copy(update={"init_ids": tuple(tokenizer.encode(settings.init_text))})

@@ -1,5 +1,5 @@
-"""Reads an adapter folder's configuration, ours or peft's: adapter_config.json and tunekit.json, strictly and before
-any tensor."""
+"""Reads the configuration of an adapter folder of tunekit or peft, adapter_config.json and tunekit.json, strictly and
+before any tensor."""
 
 import os
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 FACTS_NAME = "tunekit.json"
-TEMPLATE_NAME = "chat_template.jinja"  # only if the adapter was trained with another template than the base's
+TEMPLATE_NAME = "chat_template.jinja"  # exists only if the adapter was trained with a different template
 FORMAT_VERSION = 1  # of tunekit.json
 
 
@@ -36,7 +36,7 @@ class AdapterConfig:
     folder: Path
     method: Method
     settings: AdapterSettings
-    base_name_or_path: str | None  # as written: a hub id or a path; a relative path starts at the folder
+    base_name_or_path: str | None  # as in the file: a hub id, or a path, relative to the folder if it is not absolute
     revision: str | None
     task_type: str | None
     base_path: str | None = None  # relative to the folder
@@ -73,7 +73,8 @@ class AdapterConfig:
             raise AdapterError("is different from the file that tunekit wrote", how, file=str(self.folder / name))
 
     def base_location(self) -> str | None:
-        """Where the base is: a path that the folder names, a folder with its name nearby, a hub id, or None.
+        """The place of the base: a path that the folder names, a folder of this name nearby, or a hub id; None if
+        unknown.
 
         If several places exist, the place with the base's fingerprint is returned. A place that the folder does not
         name is returned only if its fingerprint is equal.
@@ -102,8 +103,8 @@ def _fingerprint_of(place: Path) -> str | None:
 def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
     """Read and check both configuration files; by default `method` is found from peft_type.
 
-    `instead`: values that replace those of the file, if the caller handles their meaning.
-    Raises: AdapterError for anything missing, malformed or unsupported, by name; no tensor is read.
+    `instead`: values that replace values of the file, whose meaning the caller handles.
+    Raises: AdapterError that names everything missing, malformed or unsupported. No tensor is read.
     """
     folder = Path(folder)
     path, file_fields = folder / CONFIG_NAME, read_fields(folder)
@@ -124,7 +125,7 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
 
 
 def read_fields(folder: Path) -> PeftConfig:
-    """adapter_config.json, unchecked.
+    """The fields of adapter_config.json, unchecked.
 
     Raises: AdapterError.
     """
@@ -170,7 +171,7 @@ def _tunekit_facts(folder: Path) -> JsonObject:
     facts = parse_json(read_small(path), str(path))
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
-        raise AdapterError("has no format_version", "delete it to read the folder as peft's", file=str(path))
+        raise AdapterError("has no format_version", "delete it to read the folder like peft", file=str(path))
     if version > FORMAT_VERSION:
         raise AdapterError(f"has format version {version}", "update tunekit", file=str(path))
     base, files = facts.get("base"), facts.get("files")
@@ -181,7 +182,7 @@ def _tunekit_facts(folder: Path) -> JsonObject:
         or not {TENSORS_NAME, DIFFUSERS_NAME} & set(files)
         or set(files) - {TEMPLATE_NAME, DIFFUSERS_NAME, CONFIG_NAME, TENSORS_NAME}
     ):
-        raise AdapterError("is malformed: base or files", "delete it to read the folder as peft's", file=str(path))
+        raise AdapterError("is malformed: base or files", "delete it to read the folder like peft", file=str(path))
     double = base.get("double_quantization")
     return {
         "base_path": _text(base, "path", path),

@@ -42,8 +42,8 @@ class ForeignLora:
 
 
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Tensors by diffusers' keys: PEFT's without the prefix, with CLIP's layers under the name that all versions
-    know."""
+    """Tensors by diffusers' keys. These are PEFT's keys without the prefix, and with CLIP's layers under the name that
+    all versions know."""
     return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
@@ -127,12 +127,13 @@ def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:
         return _from_kohya(tensors, modules, str(path))
     try:
         return _from_diffusers(tensors, read_raw_header(path)[2].get("__metadata__") or {}, modules, str(path))
-    except (ValueError, TypeError, AttributeError, re.error) as error:  # of values that diffusers does not write
+    except (ValueError, TypeError, AttributeError, re.error) as error:  # raised by values that diffusers does not write
         raise AdapterError(f"has a damaged {METADATA} ({error})", "fetch the file again", file=str(path)) from error
 
 
 def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str) -> ForeignLora:
-    """kohya replaces dots by underscores, so only the pipeline's own names show where a dot was."""
+    """The LoRA of a kohya file. kohya replaces dots by underscores, so the pipeline's names must show where dots
+    were."""
     names: dict[str, str] = {}
     for module in modules:
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")

@@ -1,5 +1,5 @@
-"""The tensors that an adapter file must contain, derived from the configuration and the base alone and compared with
-its header."""
+"""The tensors that an adapter file must contain. They follow from configuration and base alone, and are compared with
+the file's header."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class ExpectedTensors:
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
     def add(self, part: type[AdapterPart], module_name: str, slots: Mapping[str, Slot]) -> None:
-        """Expect the saved ones of these slots."""
+        """Expect the tensors of these slots that are saved with the adapter."""
         for slot in slots.values():
             if slot.kind != "resume":
                 name = full_name(module_name, slot.suffix)
@@ -66,7 +66,7 @@ class ExpectedTensors:
             else:
                 wrong.append(f"'{printable(key, 200)}' is not a tensor of this adapter{self._hint(key)}")
         if wrong:
-            how = "the file does not fit the configuration and the base"
+            how = "use a file that belongs to this configuration and base"
             more = [f"and {len(wrong) - SHOWN_PROBLEMS} more tensors"] if len(wrong) > SHOWN_PROBLEMS else []
             raise AdapterError.of([Problem(text, how, file) for text in [*wrong[:SHOWN_PROBLEMS], *more]])
         return copies
@@ -80,7 +80,7 @@ class ExpectedTensors:
         return []
 
     def _hint(self, key: str) -> str:
-        """Why a key may be in the file although nothing expects it."""
+        """A possible reason for an unexpected key in the file; empty if there is none."""
         if f"{PREFIX}{key}" in self.slots:
             return f" (it lacks the prefix {PREFIX})"
         named = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -93,7 +93,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
         name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
     ]
     if broken:
-        how = "tunekit adapter show lists them"
+        how = "list these tensors with: tunekit adapter show"
         raise AdapterError(f"{broken[0]} contains NaN or infinity ({len(broken)} such tensors)", how, file=file)
 
 
@@ -128,7 +128,7 @@ def expected_tensors(
         expected.add(method.copy_class(settings, name), name, TrainedCopy.slots(modules[name], name, only))
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
-    for name in enlarged:  # PEFT saves everything in such a module, also next to its copy
+    for name in enlarged:  # PEFT saves all tensors of such a module, even if it also saves a copy
         shape, weight_key = tuple(modules[name].get_parameter("weight").shape), f"{PREFIX}{name}.weight"
         for key in (weight_key, f"{PREFIX}{name}.original_module.weight"):
             expected.base_copies[key] = name, shape

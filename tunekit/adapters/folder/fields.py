@@ -61,8 +61,8 @@ class PeftSide(Generic[Settings]):
     `fields`: PEFT's name -> (our setting, PEFT's default for an absent field).
     `fixed`: PEFT's name -> accepted values, the first of which is written; any other value is refused by name.
     `claims`: fields that distinguish this method from others of the same peft_type.
-    `remedies`: PEFT's name -> the remedy for a refused value.
-    `absent`: fields of MODULES that PEFT's class does not have, and would warn about.
+    `remedies`: PEFT's name -> the advice for a refused value.
+    `absent`: fields of MODULES that PEFT's class does not have and would warn about.
     `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and treats
     layers with names of former experts as fused ones (see peft_models.py).
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
@@ -86,7 +86,7 @@ class PeftSide(Generic[Settings]):
         object.__setattr__(self, "fields", {**added, **self.fields})
 
     def write(self, settings: Settings) -> PeftConfig:
-        """PEFT's fields for `settings`: all that PEFT 0.21.2 writes for this type."""
+        """PEFT's fields for `settings`: all fields that PEFT 0.21.2 writes for this type."""
         fixed_fields = {**COMMON, **MODULES, **self.fixed}
         written = {name: values[0] for name, values in fixed_fields.items() if name not in self.absent}
         ours = self.fields.items()
@@ -100,7 +100,7 @@ class PeftSide(Generic[Settings]):
         """
         problems = [
             Problem(
-                f"the field has the value {printable(value)}, which tunekit does not support here",
+                f"the field has the value {printable(value)}, which tunekit does not support",
                 self.remedies.get(name, ""),
                 file,
                 None,
@@ -115,7 +115,7 @@ class PeftSide(Generic[Settings]):
         for name, (setting, default) in self.fields.items():
             value = config.get(name, default)
             if default in (None, {}, []) and (value is None or (default is None and value in ([], ""))):
-                value = default  # nothing, in any of peft's spellings
+                value = default  # peft writes an empty value in several ways
             values[setting] = tuple(value) if isinstance(value, list) else value
         try:
             return self.settings(**values)

@@ -1,4 +1,4 @@
-"""Reads adapter folders, ours or peft's: every tensor is checked by name, shape and type before it is read."""
+"""Reads adapter folders of tunekit or peft. Every tensor is checked by name, shape and type before it is read."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -128,17 +128,25 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
     """Raises: AdapterError if the folder's adapter differs from the recipe's."""
     if attached.method is not config.method:
         raise AdapterError(
-            "contains an adapter of another method than the recipe's", "change adapter.method", file=config.file
+            "contains an adapter of a different method than the recipe's",
+            "change adapter.method",
+            file=config.file,
         )
     theirs, ours = ({target.name: target for target in side} for side in (targets, attached.targets))
-    differences = [f"{name} is adapted there but not by the recipe" for name in theirs if name not in ours]
-    differences += [f"{name} is adapted by the recipe but not there" for name in ours if name not in theirs]
+    differences = [f"{name} is adapted in the folder but not in the recipe" for name in theirs if name not in ours]
+    differences += [f"{name} is adapted in the recipe but not in the folder" for name in ours if name not in theirs]
     for name, there in theirs.items():
         here = ours.get(name, there)
         if here != there:
-            text = f"{name} has rank {there.r} and alpha {there.alpha}, in the recipe {here.r} and {here.alpha}"
+            text = (
+                f"{name} has rank {there.r} and alpha {there.alpha} in the folder, but {here.r} and {here.alpha} in "
+                "the recipe"
+            )
             if (here.r, here.alpha) == (there.r, there.alpha):
-                text = f"{name} has {there.trainable_parameters} numbers, in the recipe {here.trainable_parameters}"
+                text = (
+                    f"{name} has {there.trainable_parameters} numbers in the folder, but {here.trainable_parameters} "
+                    "in the recipe"
+                )
             differences.append(text)
     model = attached.method.model
     free = UNBINDING | COMPARED | attached.method.unbinding
@@ -146,13 +154,17 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
     for key, value in config.settings.model_dump(exclude=set(free)).items():
         if getattr(attached.settings, key) != value:
             recipe_value = printable(getattr(attached.settings, key))
-            differences.append(f"{key} is {printable(value)} there, in the recipe {recipe_value}")
+            differences.append(f"{key} is {printable(value)} in the folder, but {recipe_value} in the recipe")
     modules, sides = base_modules(attached.net), ((config.settings, targets), (attached.settings, attached.targets))
     there_copied, here_copied = (set(attached.method.copied_modules(modules, *side)) for side in sides)
-    differences += [f"{name} is fully trained there but not by the recipe" for name in there_copied - here_copied]
-    differences += [f"{name} is fully trained by the recipe but not there" for name in here_copied - there_copied]
+    differences += [
+        f"{name} is trained whole in the folder but not in the recipe" for name in there_copied - here_copied
+    ]
+    differences += [
+        f"{name} is trained whole in the recipe but not in the folder" for name in here_copied - there_copied
+    ]
     if token_rows(attached.net, config.settings) != token_rows(attached.net, attached.settings):
-        differences.append("the trained tokens there differ from the recipe's, or are in another order")
+        differences.append("the trained tokens in the folder differ from the recipe's, or have a different order")
     if differences:
         how = "write the values of init_from's folder into the recipe"
         raise AdapterError.of([Problem(text, how, config.file) for text in differences[:6]])
@@ -165,7 +177,7 @@ def _refuse_computed(attached: AttachedAdapter, config: AdapterConfig) -> None:
         return
     trained = {slot.suffix for slot in model.slots(attached.settings, attached.net).values() if slot.kind == "trained"}
     if not trained <= {slot.suffix for slot in model.file_slots(attached.settings, attached.net).values()}:
-        what = "cannot be continued: it contains values computed from the trained ones, not the trained ones"
+        what = "cannot be continued, because it contains only results that were computed from the trained values"
         raise AdapterError(what, "train again, or resume the run from its checkpoints", file=str(config.folder))
 
 
@@ -202,25 +214,26 @@ def _read_tensors(
     for key in header.keys() & expected.repeats.keys():
         shared = tensors[expected.names[expected.repeats[key]]]
         if not torch.equal(read_tensor(path, header[key]).to(shared.dtype), shared):
-            raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
+            raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', its original", file=str(path))
     for key, module in copies.items():
         _check_base_copy(read_tensor(path, header[key]), base_modules(net)[module], module, base_weight, str(path))
     return tensors
 
 
 def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: BaseWeight | None, file: str) -> None:
-    """peft stores the base's own embeddings next to an adapter of them: they must equal this base's, and are not used.
+    """Check the copy of the base's embeddings that peft stores next to an adapter of them. The copy is not used.
 
-    Compared in the coarser of the two dtypes, to which one of them was rounded.
+    Raises: AdapterError if the copy differs from this base's embeddings. The comparison is in the coarser of the two
+    dtypes, because one of the tensors was rounded to it.
     """
     weight = weight_of(module)
     base_matrix = base_weight(name) if base_weight else None
     if base_matrix is None and weight is not None and weight.kind == "dense" and weight.device.type != "meta":
         base_matrix = weight.read(weight.dtype or torch.float32).cpu()
     if base_matrix is not None:
-        copy = copy[: len(base_matrix)]  # the rows beyond were added to the base
+        copy = copy[: len(base_matrix)]  # further rows were added to the base
     if base_matrix is None:
-        raise AdapterError(f"carries the base's own weight of '{name}', which cannot be compared here", file=file)
+        raise AdapterError(f"contains a copy of the base's weight of '{name}', which cannot be compared", file=file)
     if not (torch.equal(copy.to(base_matrix.dtype), base_matrix) or torch.equal(base_matrix.to(copy.dtype), copy)):
-        what = f"carries a changed copy of the base's own weight of '{name}' (a resized vocabulary, or another base)"
+        what = f"contains a changed copy of the base's weight of '{name}' (a resized vocabulary, or a different base)"
         raise AdapterError(what, "an adapter may not replace weights of the base", file=file)

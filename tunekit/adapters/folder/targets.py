@@ -1,4 +1,4 @@
-"""Writes an adapter's targets for PEFT's configuration: explicit and sorted, so that they mean exactly these layers."""
+"""Writes an adapter's targets into PEFT's configuration, as sorted entries that PEFT reads as exactly these layers."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -38,9 +38,9 @@ def entries_for(names: Collection[str], all_names: Collection[str], entries: lis
 def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], default: object) -> JsonObject:
     """A pattern that PEFT reads as `resolved` (layer -> value), in any order of its keys.
 
-    PEFT takes the first key that matches, and may sort the keys when it saves. The recipe's own keys stay unless two
-    that differ match one layer; otherwise every layer with another value than the default gets its own key, anchored
-    and escaped.
+    PEFT takes the first key that matches, and may sort the keys when it saves. The recipe's keys are written unless two
+    keys with different values match one layer. In that case every layer whose value is not the default gets a separate
+    key, anchored and escaped.
     """
     patterns = Patterns()
     for name, value in resolved.items():

@@ -1,4 +1,4 @@
-"""A vocabulary that was enlarged before training an adapter: the adapter's file adds rows to the base's matrices."""
+"""Support for a vocabulary that was enlarged before training: the adapter's file adds rows to the base's matrices."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +18,9 @@ from tunekit.model.quantized.weights import layer_kind, weight_of
 
 
 def added_rows(net: nn.Module, head_name: str | None, path: Path) -> Tensors:
-    """Rows (N, D) beyond the base's own, by module name, for the embedding and the head, if the file has more.
+    """The rows (N, D) that the file adds to the base's embedding and head, by module name.
 
-    Raises: AdapterError if only one of them has more.
+    Raises: AdapterError if the file adds rows to only one of them.
     """
     modules, header = base_modules(net), adapter_header(path)
     embedding = embedding_name(net, modules)

@@ -92,8 +92,8 @@ def write_adapter_folder(
     """Write tensors by file key, PEFT's configuration and our own facts, completely or not at all; returns their
     bytes.
 
-    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base. `file`: of the
-    tensors.
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base. `file`: the name
+    of the tensors' file, and the entries of its header.
     Raises: as save_adapter_folder.
     """
     with _replacing(folder) as temporary:

@@ -14,7 +14,7 @@ EXPRESSIONS = (
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether the module's forward is one of EXPRESSIONS; an activation with its own weights does not count."""
+    """Whether the module's forward is one of EXPRESSIONS, with an activation without weights."""
     activation = getattr(module, "act_fn", None)
     if not callable(activation) or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
         return False

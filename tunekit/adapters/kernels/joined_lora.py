@@ -24,7 +24,7 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target, short_name
 
-JOINED = ("q_proj", "k_proj", "v_proj")  # layers of one attention module that have the same input
+JOINED = ("q_proj", "k_proj", "v_proj")  # layers of an attention module that have the same input
 CROSS = ("encoder_attn",)  # attention modules whose queries have a different input than their keys and values
 GATED = ("gate_proj", "up_proj", "down_proj")
 LayerGroup = tuple[str, ...]  # names of layers that are computed together
@@ -111,7 +111,7 @@ class JoinedLayers:
 
     def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.layers, self.casts = list(layers), casts
-        self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks must be drawn when a layer is called
+        self.together = len(layers) > 1 and not layers[0].settings.dropout  # a mask is drawn when its layer is called
         self.group = Products(layers, casts)
         self.single = {id(layer): Products([layer], casts) for layer in layers}
         self._input: Tensor | None = None
@@ -124,7 +124,7 @@ class JoinedLayers:
         if not self.together:
             return products(self.single[id(layer)], x, _factors([layer]), _dropout(layer))[0]
         if self._input is not x or id(layer) not in self._results:
-            if self._results:  # a layer got a different input, so the layers are no group
+            if self._results:  # a layer got a different input, so the layers cannot be computed together
                 self.together, self._input, self._results = False, None, {}
                 return self.product(layer, x)
             outputs = products(self.group, x, _factors(self.layers))

@@ -83,7 +83,8 @@ class Adalora(LowRankLayer[AdaloraSettings]):
             uncertainty.copy_(beta2 * uncertainty + (1 - beta2) * (now - sensitivity).abs())
 
     def scores(self) -> Tensor:
-        """(R,): a triplet's importance: its entry of E plus the means of its row of A and its column of B."""
+        """(R,) the importance of each triplet: the score of its entry of E plus the mean scores of its row of A and
+        column of B."""
         a, e, b = (
             getattr(self, f"{factor}_sensitivity") * getattr(self, f"{factor}_uncertainty") for factor in FACTORS
         )
@@ -189,7 +190,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
             self._allocate(int((start - target) * remaining**3 + target))
 
     def _allocate(self, budget: int) -> None:
-        """Keep the triplets with a score above that of the first one beyond the budget."""
+        """Keep the triplets whose score is above the highest score that the budget excludes."""
         scores = [layer.scores() for layer in self.layers]
         all_scores = torch.cat([score.to(self.total_steps.device) for score in scores])
         beyond = len(all_scores) - budget
@@ -218,7 +219,9 @@ def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
     """A conflict if the schedule leaves no step between its two ends."""
     if settings.tinit < steps - max(settings.tfinal, 1):
         return []
-    what = f"tinit {settings.tinit} and tfinal {settings.tfinal} leave none of this run's {steps} steps to remove ranks"
+    what = (
+        f"tinit {settings.tinit} and tfinal {settings.tfinal} leave no step of this run's {steps} steps to remove ranks"
+    )
     return [Conflict("tinit" if settings.tinit else "tfinal", what, "lower them, or train longer")]
 
 
@@ -226,7 +229,7 @@ METHOD = Method(
     peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, remedies=LORA_REMEDIES, refuses_kernel_layers=True),
     layer=Adalora,
     shared=RankBudget,
-    unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # of training
+    unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # training
     conflicts=_conflicts,
     run_conflicts=run_conflicts,
 )

@@ -30,7 +30,7 @@ class Boft(LayerAdapter[BoftSettings]):
         size = settings.block_size or (inputs // settings.blocks if inputs % settings.blocks == 0 else 0)
         reach = size * 2 ** (factors - 1)
         if not reach or inputs % reach or (factors > 1 and size % 2):
-            what = f"'{target.name}' has {inputs} inputs, which do not split into these blocks"
+            what = f"'{target.name}' has {inputs} inputs, which cannot be divided into these blocks"
             how = f"the block size times 2^{factors - 1} must divide them" + (", and be even" if factors > 1 else "")
             raise AdapterError(what, how, key="adapter.block_size" if settings.block_size else "adapter.blocks")
         return {

@@ -38,7 +38,7 @@ class Delora(LowRankLayer[DeloraSettings]):
     def initialise(self, generator: Generator) -> None:
         super().initialise(generator)
         weight = self.base_weight()
-        if weight.device.type != "meta":  # else its values are loaded afterwards
+        if weight.device.type != "meta":  # on the meta device the values are loaded afterwards
             self.c.copy_(weight.read().norm(dim=0))
 
     def factors(self) -> tuple[Tensor, Tensor]:

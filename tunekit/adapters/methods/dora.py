@@ -19,9 +19,9 @@ from tunekit.records import Target
 class Dora(Lora):
     """Magnitude and direction: y = (m / n) (W + s B A) x + bias, n = |W + s B A| per output.
 
-    Shapes: as LoRA's; m (O,), n (O,), for an embedding (D,). Starts as the identity: B = 0 and m = |W|. n is computed
-    in float32 from the stored matrix, and is constant for the gradient (section 4.3). Weight decay never applies to m.
-    Dropout acts only on the update's input.
+    Shapes: those of LoRA; m (O,), n (O,), for an embedding (D,). Starts as the identity: B = 0 and m = |W|. n is
+    computed in float32 from the stored matrix, and is constant for the gradient (section 4.3). Weight decay never
+    applies to m. Dropout acts only on the update's input.
     Source: Liu et al. 2024, eq. 5 and 11.
     """
 

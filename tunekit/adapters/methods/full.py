@@ -21,14 +21,14 @@ class BaseWeights(ModelAdapter[FullSettings]):
 
     A float32 parameter is trained in place. A 16-bit parameter has a float32 master: its gradient is added to the
     master's as soon as it is computed, and after each update it gets the master's rounded value.
-    Shapes: as the base's. Weight decay does not apply to vectors.
+    Shapes: those of the base. Weight decay does not apply to vectors.
     """
 
     masters: list[tuple[nn.Parameter, nn.Parameter]]  # 16-bit parameter, its master
 
     @classmethod
     def slots(cls, settings: FullSettings, net: nn.Module) -> Slots:
-        """One slot per parameter; attributes are numbered, because a parameter's own name contains dots."""
+        """One slot per parameter; attributes are numbered, because names of parameters contain dots."""
         return {
             f"weight_{number}": Slot(name, tuple(tensor.shape), decays=tensor.dim() > 1)
             for number, (name, tensor) in enumerate(chosen_parameters(net, settings).items())

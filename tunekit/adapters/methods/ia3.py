@@ -52,9 +52,9 @@ def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
 
 
 def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """A conflict for each feed-forward entry that matches no adapted layer; a file's shapes are checked instead."""
+    """A conflict for each feed-forward entry that matches no adapted layer. For a file, shapes are checked instead."""
     entries = settings.feedforward_modules
-    how = "name layers that target_modules also names"
+    how = "name layers that are also in target_modules"
     return [
         Conflict("feedforward_modules", f"'{entry}' matches no adapted layer", how)
         for entry in ([entries] if isinstance(entries, str) else entries or ())

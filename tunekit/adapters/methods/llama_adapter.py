@@ -173,5 +173,5 @@ METHOD = Method(
         absent=frozenset(MODULES),
     ),
     model=LlamaAdapter,
-    unbinding=frozenset({"adapter_layers"}),  # the tensors show it
+    unbinding=frozenset({"adapter_layers"}),  # the tensors show the number of layers
 )

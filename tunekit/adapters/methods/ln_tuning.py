@@ -14,7 +14,8 @@ from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 class NormCopy(TrainedCopy):
     """A norm with float32 copies of its weight and bias in their place.
 
-    Shapes: as the norm's. Starts as the identity: copies equal the originals. Never decayed. Source: Zhao et al. 2023.
+    Shapes: those of the norm. Starts as the identity: copies equal the originals. Weight decay never applies. Source:
+    Zhao et al. 2023.
     """
 
     @classmethod

@@ -17,7 +17,7 @@ GATES = 4  # gates of an LSTM cell
 
 
 class PTuning(prompts.VirtualTokens[PTuningSettings]):
-    """P = head(E), where the head is an MLP, or an MLP over a bidirectional LSTM that reads the rows of E in order.
+    """P-tuning: P = head(E), where the head is an MLP, or an MLP over a bidirectional LSTM that reads the rows of E.
 
     Shapes: E (P, D) -> (P, D); hidden width H. Folders contain only P. Source: Liu et al. 2021, eq. 3.
     """

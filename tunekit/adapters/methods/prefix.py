@@ -175,7 +175,10 @@ def _compare(settings: PrefixSettings, net: nn.Module, places: list[SelfAttentio
         if wrong:
             raise AdapterError.of(wrong)
     elif settings.first_values == "text" and is_encoder_decoder(net):
-        what = "an encoder-decoder's prefix cannot be initialised from a text: in PEFT's format two layers share one"
+        what = (
+            "an encoder-decoder's prefix cannot be initialised from a text, because two layers share a prefix in "
+            "PEFT's format"
+        )
         raise RecipeError(what, "write init: random", key="adapter.init")
 
 
@@ -213,7 +216,7 @@ METHOD = Method(
         "PREFIX_TUNING",
         FilePrefixSettings,
         fields={"num_virtual_tokens": ("num_virtual_tokens", None)},
-        # A file contains a plain prefix, in whatever way it was computed.
+        # A file always contains a plain prefix, even if a projection computed it.
         fixed={
             "prefix_projection": (False, True),
             "encoder_hidden_size": (None, ANY),

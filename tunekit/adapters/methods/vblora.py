@@ -15,7 +15,7 @@ from tunekit.records import Target
 
 
 class VectorBank(SharedPart[VbloraSettings]):
-    """The trained vectors (H, L) of which every layer's factors are composed."""
+    """The trained vectors (H, L) from which the factors of every layer are composed."""
 
     vectors: nn.Parameter
 

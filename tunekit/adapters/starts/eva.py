@@ -24,7 +24,7 @@ class EvaStatistics:
     def __init__(self, settings: EvaSettings, target: Target) -> None:
         self.supervised_only = settings.supervised_only
         self.wanted = component_count(settings, target)
-        self.count, self.squares = 0, 0.0  # rows, and the sum of their squared distances from the mean
+        self.count, self.squares = 0, 0.0  # number of rows, and the sum of their squared distances from the mean
         self.mean = torch.zeros(0)
         self.parts = torch.zeros(0, 0)  # (C, I): components times their singular values, float64
 

@@ -1,8 +1,7 @@
-"""How A and B of a LoRA-like layer are initialised: the inputs of an initialisation (`start` in recipes), and its
-calls.
+"""Initialisation of A and B in LoRA-like layers (`start` in recipes): the inputs of an initialisation, and its calls.
 
-A start that needs data or the unquantized weight first gives the values of `default`. `initialise_all` calls it again
-with its evidence before step 1.
+A start that needs data or the unquantized weight (its evidence) first returns the values of `default`. `initialise_all`
+calls it again with the evidence before step 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ LINEAR = ("linear", "conv1d")  # the kinds of layers that a start initialises
 
 @dataclass(frozen=True)
 class StartLayer(Generic[Evidence]):
-    """A start's view of one layer: its sizes, s, W as used in the forward, and the evidence collected about it.
+    """The data about one layer that a start can use: sizes, s, W as used in the forward, and the collected evidence.
 
     `experts`: for a fused parameter, whose A (R E, I) and B (O, R E) contain the factors of all experts.
     """
@@ -55,12 +54,12 @@ class LayerActivations:
 
 
 def start_module(name: str) -> ModuleType:
-    """adapters/starts/NAME.py; the recipe's reader has checked the name."""
+    """The module adapters/starts/NAME.py. The recipe's reader has already checked the name."""
     return import_module(f"tunekit.adapters.starts.{name}")
 
 
 def make_factors(settings: StartSettings, layer: StartLayer[Any]) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R); without the evidence that a start needs, the default ones."""
+    """The factors A (R, I) and B (O, R); the default factors if the start needs evidence that is not collected yet."""
     name = "default" if settings.looks_at and layer.evidence is None else settings.method
     with torch.no_grad():
         factors: tuple[Tensor, Tensor] = start_module(name).make_start(settings, layer)
