@@ -222,7 +222,7 @@ def test_init_from_continues_only_the_same_adapter(good: Path) -> None:
     for values, words in (
         ({"r": 2}, "has rank 4 and alpha 6.0 in the folder, but 2 and 6.0 in the recipe"),
         ({"alpha": 7}, "but 4 and 7.0 in the recipe"),
-        ({"use_rslora": True}, "use_rslora is False there"),
+        ({"use_rslora": True}, "use_rslora is False in the folder, but True in the recipe"),
         ({"target_modules": ("q_proj",)}, "v_proj is adapted in the folder but not in the recipe"),
         ({"target_modules": ("q_proj", "v_proj", "k_proj")}, "k_proj is adapted in the recipe but not in the folder"),
     ):

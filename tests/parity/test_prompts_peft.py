@@ -270,7 +270,7 @@ def test_a_task_that_a_folder_lacks_is_refused(tmp_path: Path) -> None:
     pair = Pair("multitask_prompt", "llama")
     save_adapter_folder(pair.ours(), tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     fields: dict[str, Any] = {"num_virtual_tokens": LENGTH, "num_ranks": 2, "init_from": "a"}
-    for chosen, message in ((3, "so there is no task 3"), ("all", "num_tasks is 3 there")):
+    for chosen, message in ((3, "so there is no task 3"), ("all", "num_tasks is 3 in the folder")):
         settings = MultitaskPromptSettings(**fields, init_from_tasks=chosen)
         with pytest.raises(AdapterError, match=message):
             load_into(attach_adapter(pair.base.make(), settings, seed=1, head_name="lm_head"), tmp_path / "a")

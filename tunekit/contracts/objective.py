@@ -168,8 +168,7 @@ class RowKind:
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows and a loss for a table of scores of this shape, (questions, answers). `dtype`: the dtype of attention
-        masks."""
+        """Rows and loss for scores of this shape (questions, answers). `dtype`: the dtype of attention masks."""
         raise NotImplementedError
 
     def counting(self) -> Self:
@@ -297,8 +296,7 @@ class Companion:
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
-        """The sha256 of files that affect the companion's results, by key of the recipe. A resume compares these
-        first."""
+        """The sha256 of files that affect the results, by key of the recipe; a resume compares them first."""
         return {}
 
     def load(self, device: torch.device) -> None:
@@ -322,8 +320,7 @@ class Companion:
         return ()
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Compute the part of the companion's work that needs the most memory, in a simulated run with the largest
-        batch."""
+        """Compute the part that needs the most memory, in a simulated run with the largest batch."""
 
 
 def _unchanged(section: object, seed: int) -> object:

@@ -35,8 +35,7 @@ class PartedHead(Protocol):
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions of a causal model that predict supervised tokens, and these tokens. Position t predicts labels[t +
-    1].
+    """The positions that predict supervised tokens, and these tokens. In a causal model t predicts labels[t + 1].
 
     Shapes: labels (B, T), on the CPU -> index (N,) into the flattened B * T positions, targets (N,).
     """
