@@ -58,7 +58,7 @@ def test_a_run_that_goes_on_has_a_page(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="does not contain a run"):
         read_run(tmp_path)
 
 

@@ -208,7 +208,7 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         "| activations | 40.0 MiB |",
         "| cpu | 110.0 MiB | 100.0 MiB | +10.0% |",
         "| tokens per second | 1,234 |",
-        "padding never counted",
+        "are counted without padding",
         "| dropped | 10 |",
         "10 longer than max\\_length",
         "1.00% of the base's 200.0 MiB",
@@ -228,7 +228,7 @@ def test_the_page_tells_of_a_gpu_and_of_skipped_steps(run: RunFolder) -> None:
     assert json.loads((run.path / "report.json").read_text()).items() >= {"skipped_steps": 2, **peaks}.items()
     for text in (
         "2 steps changed no weight: their gradients overflowed in float16.",
-        "| asked for by tensors on the device | 5.0 MiB |",
+        "| requested by tensors on the device | 5.0 MiB |",
     ):
         assert text in page, text
 

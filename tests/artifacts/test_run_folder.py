@@ -81,7 +81,7 @@ def test_an_old_run_is_moved_aside_whole_and_never_one_that_goes_on(tmp_path: Pa
     (place / "plan.json").unlink()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("by hand")
-    with pytest.raises(RunFolderError, match=r"holds report\.md, which no run wrote"):
+    with pytest.raises(RunFolderError, match=r"contains report\.md, which a run would overwrite"):
         RunFolder.open_new(tmp_path / "mine", overwrite=True)
 
 
@@ -95,7 +95,7 @@ def test_resume_where_nothing_is_starts_new(tmp_path: Path) -> None:
 def test_files_of_others_are_not_overwritten(tmp_path: Path, name: str, take: Callable[[Path], RunFolder]) -> None:
     """output.dir: . beside a recipe must not replace the user's own recipe.yaml."""
     (tmp_path / name).write_text("by hand")
-    with pytest.raises(RunFolderError, match=f"holds {name}, which no run wrote"):
+    with pytest.raises(RunFolderError, match=f"contains {name}, which a run would overwrite"):
         take(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 

@@ -258,7 +258,7 @@ def test_a_tracker_that_fails_is_left_out_and_one_that_cannot_begin_is_an_error(
         trackers.log({"loss": 1.0}, 1)
         trackers.log({"loss": 1.0}, 2)
     assert logged == [1]
-    assert warnings == ["output.report_to: tensorboard failed and is left out from here on: the server is gone"]
+    assert warnings == ["output.report_to: tensorboard failed and is not used any more: the server is gone"]
     monkeypatch.setattr(TensorBoardTracker, "start", lambda self: log(self, {}, 0))
-    with pytest.raises(InputError, match=r"output\.report_to: tensorboard could not begin: the server is gone"):
+    with pytest.raises(InputError, match=r"output\.report_to: tensorboard could not start: the server is gone"):
         Trackers(("tensorboard",), run, warnings.append)

@@ -284,8 +284,10 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
         train(recipe)
     (tmp_path / "judge.py").write_text(judge.format(""), encoding="utf-8")
     sys.modules.pop("judge")
-    said = r"objective\.reward\.0\.function: changed since the run: it has other content; put it back \(or the file tha"
-    with pytest.raises(RunFolderError, match=said + r"t it loads\), accept it with --accept-changed objective\.reward"):
+    said = r"objective\.reward\.0\.function: changed since the run: it has other content; undo the change \(also in "
+    with pytest.raises(
+        RunFolderError, match=said + r"files that it loads\), accept it with --accept-changed objective\.reward"
+    ):
         train(recipe, resume=True)
     loaded = load_recipe(recipe)
     with pytest.raises(RunFolderError, match=r"--accept-changed objective\.rewrad: that key has no file"):

@@ -227,8 +227,8 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
             run.warn(f"checkpoint {reason}; the run continues from {folder.name}")
         return checkpoint
     if damaged:
-        what = f"no checkpoint in {run.checkpoints} is whole ({'; '.join(damaged)})"
-        raise RunFolderError(what, "restore one, or start again in another output.dir")
+        what = f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(damaged)})"
+        raise RunFolderError(what, "restore a checkpoint, or start again in a different output.dir")
     return None
 
 

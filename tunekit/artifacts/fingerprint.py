@@ -134,7 +134,7 @@ def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[s
     results."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
-    what = f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}"
+    what = f"the checkpoint was made on {old.get('accelerator')}, but this device is {new.get('accelerator')}"
     return [f"{what}: the run continues, but its results may differ in the last digits"]
 
 
@@ -154,8 +154,8 @@ def require_same(
     allowed = [key for key in files if any(f"{key}.".startswith(f"{name}.") for name in accepted)]
     problems = []
     for key, text in compare_fingerprints(old, new):
-        accept = f" (or the file that it loads), accept it with --accept-changed {key}" if key in files else ""
-        how = f"put it back{accept}, or start a new run (adapter.init_from continues an adapter)"
+        accept = f" (also in files that it loads), accept it with --accept-changed {key}" if key in files else ""
+        how = f"undo the change{accept}, or start a new run (adapter.init_from continues an adapter)"
         if key not in allowed:
             place = file if key in lines else None
             problems.append(Problem(f"changed since the run: {text}", how, place, lines.get(key), key))

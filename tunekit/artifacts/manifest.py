@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: DamagedError if it is missing or invalid; RunFolderError if a newer tunekit wrote it.
     """
     if not durable.is_real_folder(folder):
-        raise DamagedError("is not a folder of its own (a symbolic link is not followed)")
+        raise DamagedError("is a symbolic link, which is not followed, or not a folder")
     path = folder / MANIFEST
     if not durable.is_real_file(path):
         raise DamagedError(f"{MANIFEST} is missing")
@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST} is not a tunekit manifest")
     version, step = manifest.get("version"), manifest.get("step")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        formats = f"checkpoint format {version}, this one reads {FORMAT_VERSION}"
+        formats = f"its checkpoint format is {version}, but this version reads {FORMAT_VERSION}"
         what = f"{folder} was written by a newer tunekit ({formats})"
         raise RunFolderError(what, "resume with the version that wrote it")
     files = manifest.get("files", {})
@@ -89,6 +89,6 @@ def verify(folder: Path, manifest: Manifest) -> None:
         if not durable.is_real_file(path):
             raise DamagedError(f"{name} is missing")
         if path.stat().st_size != expected.get("bytes"):
-            raise DamagedError(f"{name} has {path.stat().st_size} bytes, its manifest says {expected.get('bytes')}")
+            raise DamagedError(f"{name} has {path.stat().st_size} bytes, but its manifest says {expected.get('bytes')}")
         if sha256_of(path, RUN_FILE) != expected.get("sha256"):
             raise DamagedError(f"{name} differs from its sha256 in the manifest")

@@ -53,7 +53,8 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
-    """(offset of the line's end, record) of every complete line from `offset` on. An incomplete last line is ignored.
+    """The complete lines from `offset` on, each as (offset of the line's end, record). An incomplete last line is
+    ignored.
 
     Raises: RunFolderError if a line is damaged, with its number if `offset` is 0.
     """

@@ -75,8 +75,8 @@ class Trackers:
                 identity = _describe(name, tracker, run)
         except Exception as error:
             self.close(error)
-            what = f"{name} could not begin: {' '.join(str(error).split())[:300] or type(error).__name__}"
-            raise InputError(what, "see its documentation, or remove it", key="output.report_to") from error
+            what = f"{name} could not start: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            raise InputError(what, "see the tracker's documentation, or remove it", key="output.report_to") from error
         if identity is not None and self._ids.get(name) != identity:
             self._ids[name] = identity
             write_json(self._ids_file, self._ids)
@@ -111,7 +111,7 @@ class Trackers:
         except Exception as error:
             self._trackers.pop(name, None)
             what = " ".join(str(error).split())[:300] or type(error).__name__
-            self._warn(f"output.report_to: {name} failed and is left out from here on: {what}")
+            self._warn(f"output.report_to: {name} failed and is not used any more: {what}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Comparison of several runs: what differs between their recipes, and each run's results."""
+"""Comparison of several runs: their results, and the differences between their recipes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ FACTS = ("final_training_loss", "tokens_per_second", "peak_memory_bytes", "train
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One row a run; None where a run did not measure it."""
+    """A table of results with one row per run. A value is None if the run did not measure it."""
 
     names: list[str]
     runs: list[str]
     values: list[list[float | None]]
-    sizes: str = "tokens"  # what the speeds count
+    sizes: str = "tokens"  # the unit of speeds
 
     @property
     def labels(self) -> list[str]:
-        """The names as a person reads them."""
+        """The names in readable form."""
         names = [f"{self.sizes} per second" if name == "tokens_per_second" else name for name in self.names]
         return [name.replace("_", " ").replace(" bytes", "") for name in names]
 
     def texts(self) -> list[list[str]]:
-        """The run's name, then each value as a person reads it."""
+        """One line per run: its name, then each value in readable form."""
         return [
             [run, *(number_text(name, value) for name, value in zip(self.names, row, strict=True))]
             for run, row in zip(self.runs, self.values, strict=True)
@@ -49,18 +49,18 @@ def number_text(name: str, value: float | None) -> str:
 
 
 def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
-    """Results, differences between the recipes, and curves over each other."""
+    """A page with the runs' results, the differences between their recipes, and charts with the curves of all runs."""
     keys, outcome, repeats, paired = differing_keys(runs), outcome_table(runs), same_but_seed(runs), differences(runs)
     sections = [ReportSection("Results", tables=[ReportTable(["run", *outcome.labels], outcome.texts())])]
     if repeats:
-        head = ["runs that differ in the seed alone", *outcome.labels]
+        head = ["runs that differ only in the seed", *outcome.labels]
         rows = [[names, *cells] for names, cells in repeats]
         sections.append(ReportSection("Mean and standard deviation over seeds", tables=[ReportTable(head, rows)]))
     if paired:
-        text = f"The loss of each run on the evaluation rows that {runs[0].name} evaluated too, row by row."
+        text = f"Each run is compared with {runs[0].name} on the evaluation rows that both evaluated."
         table = ReportTable(heading(runs[0].name), [each.texts() for each in paired])
         sections.append(ReportSection("Better, or by chance?", [text], tables=[table]))
-    same = [] if keys else ["None: the recipes are the same but for output.dir."]
+    same = [] if keys else ["None: only output.dir differs between the recipes."]
     tables = [ReportTable(["key", *(run.name for run in runs)], keys)] if keys else []
     sections.append(ReportSection("Differences", same, tables=tables))
     sections.append(ReportSection("Over the steps", binned_text(runs), charts=charts_of(runs)))
@@ -68,7 +68,7 @@ def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
 
 
 def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
-    """[key, value in each run] of every key of the recipes that differs, but for where the run was written."""
+    """[key, value in each run] of every key whose value differs between the recipes, except output.dir."""
     flat = [dict(_flat(run.recipe)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     return [
@@ -79,7 +79,7 @@ def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
 
 
 def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys with plain values; lists are values, but for lists of mappings."""
+    """Dotted keys with plain values. A list is one value, unless its items are mappings."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
@@ -91,7 +91,7 @@ def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 
 def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
-    """The exported weights' evaluation, then loss, speed, memory, time and size of each run."""
+    """For each run the evaluation of the exported weights, then loss, speed, memory, time and size."""
     evaluated = [run.exported.numbers("eval") for run in runs]
     metrics = list(dict.fromkeys(name for one in evaluated for name in one))
     rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
@@ -106,7 +106,8 @@ def _facts(run: RunValues) -> list[float | None]:
 
 
 def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
-    """(names of the runs, mean ± standard deviation of each outcome) of each set that differs in the seed alone."""
+    """(names of the runs, mean ± standard deviation of each result) of each set of runs that differ only in the
+    seed."""
     outcome = outcome_table(runs)
     sets: dict[str, list[int]] = {}
     for at, run in enumerate(runs):

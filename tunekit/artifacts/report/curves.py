@@ -8,15 +8,15 @@ from itertools import accumulate, pairwise
 from tunekit.artifacts.report.sections import Chart, Series
 from tunekit.artifacts.report.values import RunValues, sizes_counted
 
-MOST_POINTS = 1000  # of one series: more cannot be told apart on a screen, and the page stays small
-TREND_SHARE = 0.04  # of the steps: what the trend of a noisy series is a mean over
+MOST_POINTS = 1000  # maximum of points in a series; a screen cannot show more
+TREND_SHARE = 0.04  # share of the steps over which the trend of a noisy series averages
 COLORS = 8
 LOGGED = ("epoch", "step", "tokens", "supervised_tokens", "seconds", "tokens_per_second", "peak_bytes")
 CHARTS = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm before clipping"}
 
 
 def charts_of(runs: Sequence[RunValues]) -> list[Chart]:
-    """The charts of one run, or of several over each other, each run in its colour; the headline's is the first."""
+    """The charts of one run, or of several runs with a colour for each. The chart of the headline value comes first."""
     many = len(runs) > 1
     charts = [_loss(runs, many)]
     for name in dict.fromkeys(name for run in runs for record in run.evaluations for name in record.numbers("eval")):
@@ -40,9 +40,9 @@ def charts_of(runs: Sequence[RunValues]) -> list[Chart]:
 
 
 def binned_text(runs: Sequence[RunValues]) -> list[str]:
-    """How many steps one point stands for, if it is more than one."""
+    """A sentence that says how many steps a point stands for; empty if each step has a point."""
     most = max((-(-len(run.steps) // MOST_POINTS) for run in runs), default=1)
-    return [f"Each point is the mean of up to {most} steps; metrics.jsonl holds every step."] if most > 1 else []
+    return [f"Each point is the mean of up to {most} steps; metrics.jsonl contains every step."] if most > 1 else []
 
 
 def _series(label: str, points: Sequence[tuple[float, float]], kind: str, color: int) -> Series:
@@ -51,13 +51,14 @@ def _series(label: str, points: Sequence[tuple[float, float]], kind: str, color:
 
 
 def _short(value: float) -> float:
-    """Five digits, which is more than a screen shows."""
+    """The value with five digits, which are more than a screen shows."""
     short = float(f"{value:.5g}")
     return int(short) if short.is_integer() else short
 
 
 def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
-    """The training loss, its trend, and the evaluations' loss; log scale if it falls tenfold."""
+    """The training loss, its trend, and the evaluation loss; on a log scale if the largest is ten times the
+    smallest."""
     lines = []
     for at, run in enumerate(runs):
         steps = _steps(run, "loss", at, many, "training")
@@ -73,7 +74,7 @@ def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
 
 
 def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = None) -> Series:
-    """One value of every step, in at most MOST_POINTS means."""
+    """The values of one name over the steps, averaged to at most MOST_POINTS points."""
     all_points = [(record.count("step"), value) for record in run.steps if (value := record.number(name)) is not None]
     bins = min(MOST_POINTS, len(all_points))
     edges = [round(index * len(all_points) / bins) for index in range(bins + 1)] if bins else [0]
@@ -84,7 +85,7 @@ def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = N
 
 
 def _trend(series: Series) -> Series:
-    """Each value as the mean of those around it, as many on either side."""
+    """The series with each value replaced by the mean of its neighbours, equally many on each side."""
     half = int(len(series.y) * TREND_SHARE / 2)
     if not half:
         return series
@@ -102,7 +103,7 @@ def _points(run: RunValues, name: str, color: int, many: bool) -> Series:
 
 
 def _memory(runs: Sequence[RunValues], many: bool) -> Chart:
-    """The peak so far, as metrics.jsonl has it; of one run next to the prediction."""
+    """The peak of memory so far at each step; for a single run also the predicted peak."""
     lines = [_steps(run, "peak_bytes", at, many, "peak so far") for at, run in enumerate(runs)]
     predicted = runs[0].plan.part("peak_bytes").number("total")
     if not many and lines[0].x and predicted is not None:

@@ -1,4 +1,4 @@
-"""report.html and its like: a page of sections as one HTML file that needs no network."""
+"""Writes a page of sections as one HTML file that needs no network, such as report.html."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tunekit.artifacts.report.sections import Bar, ReportPage
 from tunekit.console.text import cell_text
 from tunekit.errors import redact
 
-COLORS = 6  # of bars, in page.css
+COLORS = 6  # number of the colours of bars in page.css
 RAW = {"uplot_css": "uplot.css", "uplot_js": "uplot.js", "uplot_license": "uplot-license.txt", "page_js": "page.js"}
 
 
@@ -24,7 +24,7 @@ def _asset(name: str) -> str:
 
 
 def html_page(page: ReportPage) -> str:
-    """The whole text."""
+    """The page as HTML."""
     charts = [asdict(chart) for section in page.sections for chart in section.charts]
     for chart in charts:
         chart["series"] = [{**series, "label": redact(series["label"])} for series in chart["series"]]
@@ -34,7 +34,7 @@ def html_page(page: ReportPage) -> str:
 
 
 def render(template: str, page: object, **raw: str) -> str:
-    """A template of assets with a page's values, without access tokens; `raw` is put in as it is."""
+    """A template of the assets, filled with values in which access tokens are redacted; `raw` is inserted unchanged."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_without_secrets)
     environment.filters |= {"cell": _cell, "inlined": inlined, "scaled": _scaled}
     text = environment.from_string(_asset(template))
@@ -42,7 +42,7 @@ def render(template: str, page: object, **raw: str) -> str:
 
 
 def _without_secrets(value: object) -> object:
-    return redact(value) if type(value) is str else value  # what is marked as safe has another type
+    return redact(value) if type(value) is str else value  # values that are marked as safe have a different type
 
 
 def _cell(value: object) -> str:

@@ -1,4 +1,4 @@
-"""report.md: a page of sections as Markdown."""
+"""Writes a page of sections as Markdown, such as report.md."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,19 +8,19 @@ from tunekit.console.text import cell_text, curve_text, means_of
 from tunekit.errors import redact
 
 CURVE_COLUMNS = 60
-MOST_ROWS = 40  # of a table
+MOST_ROWS = 40  # maximum number of rows of a table
 SPECIAL = "\\`*_{}[]<>#|!~&"
 
 
 def markdown_page(page: ReportPage) -> str:
-    """The whole text."""
+    """The page as Markdown."""
     verdict = [f"**{escape(page.verdict)}**"] if page.verdict else []
     blocks = [f"# {escape(page.title)}", *map(escape, page.intro), *verdict]
     return "\n\n".join([*blocks, *(block for section in page.sections for block in _section(section))]) + "\n"
 
 
 def escape(value: object) -> str:
-    """Text from a recipe or a file as Markdown shows it: on one line, none of it a command or a secret."""
+    """Text from a recipe or a file, escaped for Markdown, on one line, and without secrets."""
     flat = " ".join(redact(str(value)).split())
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
@@ -58,7 +58,7 @@ def _titled(table: ReportTable) -> Iterator[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], alignment: str = "--:") -> str:
-    """A Markdown table; `alignment`: that of all columns but the first."""
+    """A Markdown table. `alignment`: the alignment of all columns except the first."""
     lines = [f"| {' | '.join(map(_cell, row))} |" for row in (head, *rows)]
     lines.insert(1, f"|{'|'.join([':--', *[alignment] * (len(head) - 1)])}|")
     return "\n".join(lines)
@@ -71,7 +71,7 @@ def _cell(value: object) -> str:
 
 
 def _bar_table(bars: Sequence[Bar]) -> str:
-    """A line per part, a column per bar."""
+    """A table with a line for each part and a column for each bar."""
     columns = [{name: text for name, _, text in bar.parts} for bar in bars]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name) for column in columns)] for name in names]
@@ -79,13 +79,13 @@ def _bar_table(bars: Sequence[Bar]) -> str:
 
 
 def curve(values: Sequence[float]) -> str:
-    """Values as bars; next to them the highest and the lowest mean of their shares."""
+    """The values as a line of text bars, each the mean of some values, followed by the highest and the lowest mean."""
     means = means_of(values, CURVE_COLUMNS)
     return f"{curve_text(values, CURVE_COLUMNS)}  {cell_text(max(means))} to {cell_text(min(means))}"
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Text as it is, without secrets; the fence is longer than any in the text."""
+    """The text in a code block, without secrets. The fence is longer than every fence in the text."""
     fence = "```"
     while fence in text:
         fence += "`"

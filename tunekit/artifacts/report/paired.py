@@ -1,4 +1,4 @@
-"""By how much the evaluation loss of runs differs from the first run's on rows that both evaluated, with intervals."""
+"""Differences of the runs' evaluation losses from the first run's, on rows that both evaluated, with intervals."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from tunekit.artifacts.report.values import RunValues, Values
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
-AT_A_TIME = 64  # resamples, so that those of many rows take little memory
+AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A run's evaluation loss less the first run's, on `rows` rows of both; `low` to `high`: a 95 % interval."""
+    """The evaluation loss of a run less the first run's, on `rows` common rows; `low` to `high` is a 95 % interval."""
 
     run: str
     than: str
@@ -32,7 +32,7 @@ class PairedDifference:
         return self.loss - self.than_loss
 
     def texts(self) -> list[str]:
-        """The cells of a table's line."""
+        """The cells of the run's line in the table."""
         sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "no clear difference"
         interval = f"{self.low:+.4g} to {self.high:+.4g}"
         return [self.run, f"{self.rows:,}", f"{self.than_loss:.4g}", f"{self.loss:.4g}", interval, sure]
@@ -59,7 +59,8 @@ def heading(than: str) -> list[str]:
 
 
 def _shared(one: RunValues, other: RunValues) -> Losses:
-    """(rows, 3): the loss in the one run, in the other, and the units; of equal rows the first with the first."""
+    """(rows, 3): the losses of each common row in `one` and in `other`, and its units. Equal rows are matched in
+    order."""
     if one.recipe.get("objective") != other.recipe.get("objective"):
         return np.empty((0, 3))
     first, second = dict(_keyed(one.row_losses)), dict(_keyed(other.row_losses))
@@ -76,7 +77,8 @@ def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]
 
 
 def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
-    """The interval of sum(other) / sum(units) - sum(one) / sum(units) over resamples of the rows, the same for both.
+    """The interval of sum(other) / sum(units) - sum(one) / sum(units) over resamples of the rows, the same for both
+    runs.
 
     Shapes: (rows,) each: losses, as sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
     intervals (13.3); Koehn 2004 for pairs.

@@ -1,4 +1,4 @@
-"""The pictures that a run's evaluations drew, and how a page that is one file holds them."""
+"""The images that a run's evaluations generated, embedded in a page that is a single file."""
 
 import base64
 import io
@@ -13,16 +13,16 @@ from tunekit.artifacts.report.sections import PictureRow
 from tunekit.artifacts.run import PICTURES
 
 NAME = re.compile(r"step-(\d{6,})-(\d+)\.png")
-SIDE, QUALITY = 384, 85  # of what a page holds: pixels, JPEG's percent
+SIDE, QUALITY = 384, 85  # of images in a page: pixels per side, quality of the JPEG
 
 
 def picture_name(step: int, number: int) -> str:
-    """Of a file in the run folder."""
+    """The name of an image's file in the run folder."""
     return f"{PICTURES}/step-{step:06d}-{number}.png"
 
 
 def drawn(run: Path) -> dict[int, list[Path]]:
-    """Step -> its pictures, in the order of their prompts."""
+    """A mapping from steps to the images generated at the step, in the order of their prompts."""
     pictures: dict[int, dict[int, Path]] = {}
     for path in (run / PICTURES).glob("*.png"):
         match = NAME.fullmatch(path.name)
@@ -32,7 +32,7 @@ def drawn(run: Path) -> dict[int, list[Path]]:
 
 
 def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) -> list[PictureRow]:
-    """For each prompt the pictures of the first evaluation and of the exported weights."""
+    """For each prompt, the images of the first evaluation and of the exported weights."""
     pictures = drawn(run)
     if not pictures:
         return []
@@ -45,8 +45,8 @@ def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) ->
 
 
 def inlined(picture: Path | NDArray[np.uint8]) -> str:
-    """A small JPEG of a picture, a PNG file or pixels (H, W, 3), as a data address. Raises: ValueError for a damaged
-    file."""
+    """A small JPEG of an image, as a data URL. `picture`: a PNG file, or pixels (H, W, 3). Raises: ValueError for a
+    damaged file."""
     from PIL import Image
 
     stream = io.BytesIO()

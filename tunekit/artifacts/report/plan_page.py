@@ -1,4 +1,4 @@
-"""What `tunekit plan` shows: names with values, and tables of the plan's targets and its memory."""
+"""The output of `tunekit plan`: facts about the run, and tables of the adapted layers and of the memory."""
 
 from dataclasses import asdict
 
@@ -6,15 +6,15 @@ from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Target, bytes_text, short_name
 
 ATTENTION = {
-    "products_per_document": "matrix products, each document of a row by itself; sdpa where they do not fit",
-    "sdpa_per_document": "sdpa, each document of a row by itself",
-    "eager_per_document": "eager, each document of a row by itself",
-    "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it does not fit",
+    "products_per_document": "matrix products, separately for each document of a row; sdpa if they do not fit",
+    "sdpa_per_document": "sdpa, separately for each document of a row",
+    "eager_per_document": "eager, separately for each document of a row",
+    "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it cannot be used",
 }
 
 
 def facts(plan: Plan) -> dict[str, object]:
-    """What the run is, by name; None where there is nothing to say."""
+    """Facts about the run by name. A value is None if it does not apply."""
     model, rows, choice = plan.model, plan.rows.training, plan.choice
     per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
@@ -52,7 +52,7 @@ def _micro_batches(plan: Plan) -> str:
 
 
 def target_rows(plan: Plan) -> list[list[object]]:
-    """One line for each name ending, shape and rank: name, layers, shape, rank, parameters."""
+    """One line for all layers with the same last name, shape and rank: name, layers, shape, rank, parameters."""
     grouped: dict[tuple[str, str, int | None], list[Target]] = {}
     for target in plan.targets:
         shape = f"{target.in_features} -> {target.out_features}"
@@ -64,11 +64,11 @@ def target_rows(plan: Plan) -> list[list[object]]:
 
 
 def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
-    """One line for each part of the peak, and the total against the budget and the free bytes on the device."""
+    """One line for each part of the peak, and a line with the total, the budget and the free memory of the device."""
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)
-    shown = {name: size for name, size in parts.items() if size or name != "logits"}  # a denoiser has none
+    shown = {name: size for name, size in parts.items() if size or name != "logits"}  # a denoiser has no logits
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in shown.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:

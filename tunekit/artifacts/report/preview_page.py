@@ -1,4 +1,4 @@
-"""The page of `tunekit preview --html`: rows as coloured tokens, without a network."""
+"""The page of `tunekit preview --html`, which shows rows as coloured tokens and needs no network."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from tunekit.artifacts.report.html import render
 def preview_page(
     title: str, rows: Sequence[Mapping[str, object]], facts: Sequence[tuple[str, object]], notes: Sequence[str]
 ) -> str:
-    """`rows`: {heading, parts: [{title, tokens: [{text, title, kinds}], image: data address or None}]}; of a token's
+    """`rows`: {heading, parts: [{title, tokens: [{text, title, kinds}], image: data URL or None}]}; in a token's
     kinds t is trained on, p prompt, o other text, s a special token. Everything that comes from the data is escaped."""
     page = {"title": title, "rows": rows, "facts": list(facts), "notes": list(notes)}
     return render("preview.html.jinja", page)

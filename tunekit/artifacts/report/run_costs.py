@@ -10,16 +10,16 @@ from tunekit.console.text import cell_text
 from tunekit.records import PeakBytes, bytes_text, calibration_text
 
 PEAK = (
-    "The peak, here, in the plan and in the line of progress, is the most that the run takes: on a GPU what its "
-    "tensors are given; on a CPU what the process takes beyond Python and its libraries. It was predicted before a "
-    "weight was loaded."
+    "The peak in this report, in the plan and in the progress line is the maximum memory of the run. On a GPU this is "
+    "the memory allocated to tensors; on a CPU, the memory of the process without Python and its libraries. It was "
+    "predicted before any weights were loaded."
 )
-REST = "the process and what its allocator keeps"
+REST = "the process, and freed memory that its allocator keeps"
 PEAKS = {
-    "peak_requested_bytes": "asked for by tensors on the device",
-    "peak_allocated_bytes": "allocated to them: the peak",
+    "peak_requested_bytes": "requested by tensors on the device",
+    "peak_allocated_bytes": "allocated to tensors on the device (the peak)",
     "peak_reserved_bytes": "reserved from the device by PyTorch",
-    "peak_host_bytes": "the whole process on the host, Python and its libraries included",
+    "peak_host_bytes": "the whole process on the host, including Python and its libraries",
 }
 SECONDS_ORDER = ("load", "data", "calibrate", "try", "sample", "reward", "train", "evaluate", "save")
 ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "tokens", "supervised_tokens")
@@ -59,7 +59,7 @@ def _difference(predicted: float, measured: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration as a person reads it: 4.2 s, 2 min 36 s, 1 h 05 min."""
+    """A duration in readable form: 4.2 s, 2 min 36 s, 1 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -68,7 +68,7 @@ def duration_text(seconds: float) -> str:
 
 
 def memory(run: RunValues) -> Iterator[ReportSection]:
-    """The predicted peak by part, next to what was measured."""
+    """The predicted peak by part, compared with the measured peak."""
     peak, report = run.plan.numbers("peak_bytes"), run.report
     if not peak:
         return
@@ -94,7 +94,7 @@ def memory(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _budget(budget: float | None, measured: float) -> tuple[list[str], list[str]]:
-    """That the budget was kept, by measurement, or that it was exceeded."""
+    """Sentences about the budget: first those that say it was kept, then the warning that it was exceeded."""
     if budget is None:
         return [], []
     if not measured:
@@ -114,8 +114,9 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
     text = [f"{report.count('tokens'):,} {sizes} were seen, with {report.count('supervised_tokens'):,} {units}."]
     if lines:
         text.append(
-            f"{sizes.capitalize()} are those of the rows, padding never counted; the loss is taken over the {units}. "
-            "The time is that spent in optimizer steps; loading, evaluation and saving are not in it."
+            f"{sizes.capitalize()} are counted without padding; the loss is computed over the {units}. The rates "
+            "divide "
+            "by the time of optimizer steps, without loading, evaluation and saving."
         )
     if calibration := report.part("calibration"):
         text.append(f"{calibration_text(calibration).capitalize()}.")
@@ -127,7 +128,7 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
 
 
 def rows(run: RunValues) -> Iterator[ReportSection]:
-    """What became of the rows of the sources."""
+    """How many rows of the sources were trained on, dropped and truncated, and why."""
     planned, shows = run.plan.part("rows"), run.shows
     if not planned:
         return

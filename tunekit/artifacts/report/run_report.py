@@ -1,4 +1,4 @@
-"""What the report of one run contains, from the values of its run folder; memory, time and rows are in run_costs.py."""
+"""The report of one run, made from the files of its run folder. Memory, time and rows are in run_costs.py."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.records import Headline, Panel, skipped_text
 
-MOST_CHARACTERS = 240  # of a prompt above its answers
+MOST_CHARACTERS = 240  # of a prompt that is shown with its answers
 MOST_EVALUATIONS, MOST_LABELS = 12, 20
 CERTIFIED = ("largest", "mean", "perplexity", "torch_perplexity", "greedy_differences", "tokens")
 MOST_ENVIRONMENT = 2**20  # characters
@@ -52,13 +52,13 @@ def _verdict(run: RunValues) -> str:
     before, after = run.report.number("base_eval_loss"), run.report.number("eval_loss")
     if "verdict" in run.report:
         return f"{str(run.report['verdict']).capitalize()}."
-    if before is None or after is None or run.shows.headline != Headline():  # else the loss says little
+    if before is None or after is None or run.shows.headline != Headline():  # else the loss means little
         return ""
     return f"Evaluation loss {before:.4g} before training, {after:.4g} of the exported weights."
 
 
 def _curves(run: RunValues) -> Iterator[ReportSection]:
-    """The headline's change over the run, and all curves."""
+    """The change of the headline value over the run, and all curves."""
     headline, charts = run.shows.headline, charts_of([run])
     first, final = run.report.number(f"first_{headline.name}"), run.report.number(f"final_{headline.name}")
     paragraphs, warnings = [], []
@@ -72,7 +72,7 @@ def _curves(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _result(run: RunValues) -> Iterator[ReportSection]:
-    """The evaluations."""
+    """The table of evaluations, and which weights were exported."""
     best, exported = run.report.get("best_step"), run.report.get("best_step", run.report.get("final_step"))
     why = "the last" if best is None else "the best evaluation"
     text = [] if exported is None else [f"The exported weights are those after step {exported:,}, {why}."]
@@ -92,7 +92,7 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _few(records: Sequence[Values], best: object) -> list[Values]:
-    """About MOST_EVALUATIONS: the first, the last, the best, and an even choice of the others."""
+    """About MOST_EVALUATIONS records: the first, the last, the best, and evenly spaced other ones."""
     stride, last = -(-len(records) // MOST_EVALUATIONS), len(records) - 1
     return [record for at, record in enumerate(records) if at % stride == 0 or at == last or record["step"] == best]
 
@@ -102,7 +102,8 @@ def _step_label(step: int, best: object) -> str:
 
 
 def _labels(run: RunValues) -> Iterator[ReportSection]:
-    """Each label's line, before it the worst ones if there are many, and the confusion of few."""
+    """A table with a line for each label. If there are many labels, the worst come first in a table of their own; if
+    there are few, the confusion matrix follows."""
     facts = run.report.part("classes")
     if not facts:
         return
@@ -120,16 +121,16 @@ def _labels(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _pictures(run: RunValues) -> Iterator[ReportSection]:
-    """Pictures of the validation prompts before training and with the exported weights."""
+    """Images for the validation prompts, generated before training and with the exported weights."""
     prompts = [str(prompt) for prompt in run.recipe.part("objective").items_of(run.shows.draws)]
     pictures = before_and_after(run.path, prompts, run.exported_step)
     if pictures:
-        text = f"Always from the same noise. Those of every evaluation are in {PICTURES}/, as they were drawn."
+        text = f"All images of a prompt start from the same noise. {PICTURES}/ contains the images of every evaluation."
         yield ReportSection("Images", [text], pictures=pictures)
 
 
 def _answers(run: RunValues) -> Iterator[ReportSection]:
-    """The answers to the first evaluation rows before training and of the exported weights, next to the row's own."""
+    """The answers to the first evaluation rows, before training and with the exported weights, beside the reference."""
     records = [record for record in run.evaluations if record.parts("samples")]
     if not records:
         return
@@ -144,12 +145,12 @@ def _answers(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _end_of(prompt: str) -> str:
-    """The last words of a long prompt, after which the answer begins."""
+    """The prompt; of a long prompt only its last words, which the answer follows."""
     return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
 
 
 def _panels(run: RunValues) -> Iterator[ReportSection]:
-    """The objective's own panels: the examples of the first and of the last step that recorded some."""
+    """The panels that only this objective has: examples of the first and of the last step that recorded examples."""
     for panel in run.shows.panels:
         records = [record for record in run.steps if record.parts(panel.key)]
         shown = records if len(records) < 2 else [records[0], records[-1]]
@@ -159,7 +160,7 @@ def _panels(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _panel_table(panel: Panel, title: str, examples: Sequence[Values]) -> ReportTable:
-    columns = list[tuple[str, str, str]]()  # label, key, and of a mapping the name in it
+    columns = list[tuple[str, str, str]]()  # label, key, and the name in the mapping if the value is a mapping
     for label, key in panel.columns:
         columns += [(name, key, name) for name in examples[0].part(key)] or [(label, key, "")]
     lines = [[each.part(key).get(name) if name else each.get(key) for _, key, name in columns] for each in examples]
@@ -167,19 +168,19 @@ def _panel_table(panel: Panel, title: str, examples: Sequence[Values]) -> Report
 
 
 def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
-    """The evaluation rows with the highest loss per unit; what is learned of them is marked."""
+    """The evaluation rows with the highest loss per unit. The trained part of each row is marked."""
     rows, units = run.row_losses, run.shows.units
     counts, losses, before = map(rows.column, ("units", "losses", "before"))
     if not rows.parts("worst"):
         return
-    head = ["row", units, *(["loss before"] if before else []), "loss", "text, what is trained on marked"]
+    head = ["row", units, *(["loss before"] if before else []), "loss", "text (the trained part is marked)"]
     lines = []
     for row in rows.parts("worst"):
         at = row.count("number")
         means = (_mean(values[at], counts[at]) for values in (before, losses) if values)
         text = [(str(each[0]), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)]
         lines.append([rows.items_of("rows")[at], counts[at], *means, MarkedText(text)])
-    why = f"Of {len(counts):,}, by their mean loss over {units}. Look here for wrong labels and odd formats."
+    why = f"The worst of {len(counts):,} rows, by mean loss over {units}. Look for wrong labels and odd formats."
     yield ReportSection("Evaluation rows with the highest loss", [why], tables=[ReportTable(head, lines)])
 
 
@@ -188,7 +189,7 @@ def _mean(loss: float | None, units: float | None) -> float | None:
 
 
 def _reactions(run: RunValues) -> Iterator[ReportSection]:
-    """What acted during the run."""
+    """Checks that changed the course of the run, and skipped steps."""
     if not run.report:
         return
     skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
@@ -217,7 +218,7 @@ def _exports(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _use(run: RunValues) -> Iterator[ReportSection]:
-    """The commands that come next."""
+    """Commands that use the result."""
     if not run.report:
         return
     place = relative_to(run.path)
@@ -236,7 +237,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _files(run: RunValues) -> Iterator[ReportSection]:
-    """The recipe and the machine."""
+    """The texts of the recipe and of the environment."""
     shown = {name: value for name, value in run.environment.items() if name != "fingerprint"}
     environment = json.dumps(shown, indent=2, sort_keys=True)[:MOST_ENVIRONMENT] if shown else ""
     files = [("recipe.yaml", run.recipe_text), ("Machine and versions", environment)]

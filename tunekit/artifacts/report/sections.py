@@ -1,4 +1,4 @@
-"""What a page consists of before it becomes Markdown or HTML: plain frozen values."""
+"""The parts of a page, as plain values that are written as Markdown or HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A cell of a table: stretches of a text, and whether each is marked."""
+    """A cell of a table with a text, some parts of which are marked."""
 
     stretches: Sequence[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """`rows[best]` stands out; `has_texts`: cells hold long texts, which may be broken into lines."""
+    """A table. `best`: the index of the row to highlight; `has_texts`: cells contain long texts, which may be
+    wrapped."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -25,7 +26,7 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Bar:
-    """A total by part: (name, size, the size as text) each. The bars of a section have one scale."""
+    """A bar that shows a total by parts, each (name, size, size as text). All bars of a section have the same scale."""
 
     title: str
     parts: Sequence[tuple[str, float, str]]
@@ -33,7 +34,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; `kind`: line, faint, dash or points; `color`: its number in the page's palette."""
+    """One curve of a chart. `kind`: line, faint, dash or points; `color`: the number of its colour in the page."""
 
     label: str
     x: Sequence[float]
@@ -44,7 +45,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the steps; `unit`: bytes or nothing; `log`: a logarithmic scale."""
+    """A chart of curves over the steps. `unit`: bytes, or empty; `log`: use a logarithmic scale."""
 
     id: str
     title: str
@@ -55,7 +56,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class PictureRow:
-    """Pictures of one prompt, each with a title."""
+    """Images for one prompt, each with a title."""
 
     prompt: str
     pictures: Sequence[tuple[str, Path]]
@@ -63,7 +64,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """One part of a page; whatever is empty is not shown."""
+    """A section of a page. Empty fields are not shown."""
 
     title: str = ""
     paragraphs: Sequence[str] = ()
@@ -74,12 +75,12 @@ class ReportSection:
     tables: Sequence[ReportTable] = ()
     pictures: Sequence[PictureRow] = ()
     commands: Sequence[str] = ()
-    files: Sequence[tuple[str, str]] = ()  # name and text of each
+    files: Sequence[tuple[str, str]] = ()  # name and text of each file
 
 
 @dataclass(frozen=True)
 class ReportPage:
-    """A whole page; `verdict`: its result in a sentence, which is bad news if `failed`."""
+    """A whole page. `verdict`: a sentence with the result; `failed`: whether the result is bad."""
 
     title: str
     intro: Sequence[str]

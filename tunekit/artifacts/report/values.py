@@ -1,4 +1,4 @@
-"""The values of a run folder's files, for pages and comparisons; each file, and each key, may be absent."""
+"""Reads the values in the files of a run folder, for pages and comparisons. Any file and any key may be absent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tunekit.recipe.reading.names import known_names, shows_of
 from tunekit.records import DEFAULT_SHOWS, Shows
 
 FILES = ("plan", "report", "environment", "status")
-LARGEST = 1e300  # of a number: larger ones, and NaN, are damage
-MOST_CHARACTERS = 2**20  # of a text file that is shown; a recipe is not larger
-MOST_NAME = 200  # characters of a state
+LARGEST = 1e300  # the largest valid number; larger numbers and NaN are damage
+MOST_CHARACTERS = 2**20  # maximum of a shown text file; a recipe is not larger
+MOST_NAME = 200  # maximum characters of a state's text
 
 
 class Values(dict[str, object]):
-    """An object of a JSON file. A value of another type than the one asked for counts as absent."""
+    """An object of a JSON file. A value of an unexpected type counts as absent."""
 
     def number(self, name: str) -> float | None:
         """A finite number, or None."""
@@ -37,31 +37,31 @@ class Values(dict[str, object]):
         return value if isinstance(value, int) else 0
 
     def part(self, name: str) -> Values:
-        """An object within this one."""
+        """The object under this name; empty if it is absent."""
         return _object(self.get(name))
 
     def numbers(self, name: str) -> dict[str, float]:
-        """The numbers of an object within this one, by name."""
+        """The numbers in the object under this name."""
         part = self.part(name)
         return {key: value for key in part if (value := part.number(key)) is not None}
 
     def items_of(self, name: str) -> list[object]:
-        """The items of a list."""
+        """The items of the list under this name."""
         value = self.get(name)
         return value if isinstance(value, list) else []
 
     def column(self, name: str) -> list[float | None]:
-        """The numbers of a list; None for what is none."""
+        """The items of the list under this name; None in place of items that are not numbers."""
         return [Values({name: item}).number(name) for item in self.items_of(name)]
 
     def parts(self, name: str) -> list[Values]:
-        """The objects of a list."""
+        """The objects in the list under this name."""
         return [Values(item) for item in self.items_of(name) if isinstance(item, dict)]
 
 
 @dataclass(frozen=True)
 class RunValues:
-    """What the files of one run folder hold; an absent file is empty."""
+    """The content of the files of a run folder; an absent file is empty."""
 
     path: Path
     recipe_text: str
@@ -69,12 +69,12 @@ class RunValues:
     report: Values  # empty until the run is finished
     environment: Values
     status: Values
-    steps: Sequence[Values]  # one record an optimizer step
+    steps: Sequence[Values]  # one record for each optimizer step
     evaluations: Sequence[Values]
 
     @property
     def name(self) -> str:
-        """The folder's own name; bytes that are not UTF-8 are spelled out."""
+        """The name of the folder. Bytes that are not UTF-8 are escaped."""
         return os.fsencode(self.path.resolve().name).decode("utf-8", "backslashreplace")
 
     @property
@@ -84,7 +84,7 @@ class RunValues:
 
     @cached_property
     def shows(self) -> Shows:
-        """What is shown of the run's objective."""
+        """The settings of reports for the run's objective."""
         name = self.recipe.part("objective").get("method")
         return shows_of(str(name)) if name in known_names("objectives") else DEFAULT_SHOWS
 
@@ -96,15 +96,15 @@ class RunValues:
 
     @property
     def exported(self) -> Values:
-        """The evaluation of the exported weights, the one result that every page, list and comparison shows; the last
-        one while the run continues, empty without evaluations."""
+        """The evaluation of the exported weights, which every page, list and comparison shows as the result. While the
+        run continues, the last evaluation; empty without evaluations."""
         step = self.exported_step
         return next((record for record in self.evaluations if record["step"] == step), Values())
 
     @cached_property
     def row_losses(self) -> Values:
-        """The losses of the evaluation rows, as RowLosses keeps them; empty if those of the exported weights are not
-        there."""
+        """The losses of the evaluation rows with the exported weights, as RowLosses records them; empty if there are
+        none."""
         values = _object(read_json(self.path / ROWS_NAME))
         return values if values.get("step") == self.exported_step else Values()
 
@@ -123,7 +123,7 @@ class RunValues:
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what a value of a wrong kind in the files of a run raises inside the block into an error that names the run.
+    """A block that reads a run's files. Any error that damaged values raise becomes an error that names the run.
 
     Raises: RunFolderError.
     """
@@ -133,18 +133,18 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         what = f"{path} is damaged: {type(error).__name__}: {printable(' '.join(str(error).split()), MOST_NAME)}"
-        raise RunFolderError(what, "mend its files; tunekit --debug names the place") from error
+        raise RunFolderError(what, "restore its files; tunekit --debug shows where the error is") from error
 
 
 def read_run(path: Path) -> RunValues:
-    """Raises: InputError where the folder holds no run."""
+    """The values of a run folder. Raises: InputError if the folder does not contain a run."""
     if not any((path / sign).exists() for sign in RUN_SIGNS):
-        raise InputError(f"{path} holds no run (no plan.json)", "name a run's folder, output.dir of its recipe")
+        raise InputError(f"{path} does not contain a run (no plan.json)", "name the output.dir of a recipe")
     return run_values(path)
 
 
 def run_values(path: Path) -> RunValues:
-    """The values of a folder, of which any file may be absent."""
+    """The values of a folder, in which any file may be absent."""
     plan, report, environment, status = (_object(read_json(path / f"{name}.json")) for name in FILES)
     records = [Values(record) for record in read_metrics(path / METRICS_NAME)]
     text = _start_of(path / "recipe.yaml")
@@ -154,7 +154,7 @@ def run_values(path: Path) -> RunValues:
 
 
 def _start_of(path: Path) -> str:
-    """A text file as far as it is shown."""
+    """The part of a text file that is shown."""
     if not path.is_file():
         return ""
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -167,12 +167,12 @@ def _object(value: object) -> Values:
 
 
 def sizes_counted(runs: Sequence[RunValues]) -> str:
-    """What the speeds of the runs count: tokens, pixels."""
+    """The unit of the runs' speeds, such as tokens or pixels."""
     return " / ".join(dict.fromkeys(run.shows.sizes for run in runs))
 
 
 def state_of(values: RunValues) -> str:
-    """Running, or why it ended; a run that was killed could not say so itself."""
+    """The state of a run: running, or why it ended. A killed run is recognised by its free lock."""
     if values.status.get("exit_code") is not None:
         return values.state
     return "running" if is_held(values.path) else "killed; continue with --resume"

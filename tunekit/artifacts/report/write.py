@@ -1,4 +1,4 @@
-"""report.json, report.md and report.html of a finished run."""
+"""Writes report.json, report.md and report.html of a finished run."""
 
 import math
 from dataclasses import asdict
@@ -15,7 +15,8 @@ OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
 
 
 def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, object]:
-    """report.json: what was run, and every fact that was measured; what was not is absent, never null or zero."""
+    """The content of report.json: facts about the run and all measured values. Unmeasured values are absent, not
+    null."""
     values = asdict(facts)
     headline = values.pop("headline")
     measured = _measured({**({} if plan is None else _run_facts(plan)), **values, **headline})
@@ -23,7 +24,7 @@ def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, obj
 
 
 def _run_facts(plan: Plan) -> dict[str, object]:
-    """What two runs are compared by: model, method, rates, seed."""
+    """Facts by which runs are compared: model, method, rates, seed."""
     recipe, choice = plan.recipe, plan.choice
     training, count = recipe.get("training", {}), choice.micro_batch_size
     names = ("learning_rate", "loraplus_ratio", "scheduler", "optimizer", "weight_decay", "seed")
@@ -58,7 +59,7 @@ def _measured_value(value: object) -> object:
 
 
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
-    """Write report.json, then the same page as Markdown and as HTML, each whole or not at all."""
+    """Write report.json, then the report as Markdown and as HTML. Each file is written completely or not at all."""
     run.write_json("report.json", report_values(facts, plan))
     page = run_report(run_values(run.path))
     run.write_text("report.md", markdown_page(page))
