@@ -277,7 +277,7 @@ def test_rows_of_tokens_are_averaged_where_they_are_the_same_tokens(tmp_path: Pa
     torch.testing.assert_close(got, 0.7 * a + 0.3 * b)
     torch.testing.assert_close(logits_here(new), logits_by_peft(new), rtol=0, atol=2e-5)
     write(tmp_path / "c", 3, trainable_token_indices=(5, 8))
-    with pytest.raises(TunekitError, match="rows of other tokens"):
+    with pytest.raises(TunekitError, match="rows of different tokens"):
         call(tmp_path / "other", [folders[0], tmp_path / "c"], "cat", "0.7,0.3")
 
 
@@ -291,15 +291,15 @@ def edit(folder: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("is no way to combine", {"kind": "sum"}),
+        ("there is no method 'sum'", {"kind": "sum"}),
         ("1 weights for 2 adapters", {"weights": "1"}),
         ("is no list of numbers", {"weights": "a,b"}),
         ("a number other than 0", {"weights": "nan,1"}),
         ("a number other than 0", {"weights": "0,1"}),
         ("needs a density", {"kind": "ties"}),
         ("needs a density", {"kind": "dare_linear_svd", "density": 0.0}),
-        ("a density says nothing", {"density": 0.5}),
-        ("follows from the adapters'", {"rank": 4}),
+        ("a density has no effect", {"density": 0.5}),
+        ("follows from the adapters' ranks", {"rank": 4}),
         ("rank must be at least 1", {"kind": "svd", "rank": 0}),
         ("is no majority", {"sign": "most"}),
     ],
@@ -314,10 +314,10 @@ def test_options_that_mean_nothing_are_refused(words: str, options: dict[str, An
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a", 1)
     cases = {
-        "another base": write(tmp_path / "b", 2, fingerprint="g"),
-        "linear adds factors of one rank": write(tmp_path / "c", 2, r=3),
+        "different base": write(tmp_path / "b", 2, fingerprint="g"),
+        "linear needs adapters of equal rank": write(tmp_path / "c", 2, r=3),
         "different tasks": edit(write(tmp_path / "d", 2), task_type="SEQ_CLS"),
-        r"org/other \(revision None\), and": edit(write(tmp_path / "e", 2), base_model_name_or_path="org/other"),
+        r"org/other \(revision None\), but": edit(write(tmp_path / "e", 2), base_model_name_or_path="org/other"),
     }
     for words, other in cases.items():
         with pytest.raises(TunekitError, match=words):
@@ -345,7 +345,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         (lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(32)}, "is not a tensor of this adapter"),
         (
             lambda t: {key: value for key, value in t.items() if "layers.0.self_attn.q_proj.lora_B" not in key},
-            "not a pair",
+            "exactly one pair",
         ),
         (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "is not rank 4"),
         (lambda t: {key: value.to(torch.int8) for key, value in t.items()}, "have type I8"),

@@ -102,7 +102,7 @@ def test_a_start_is_computed_again_from_the_base(
     expected = trained_by_peft(tmp_path, start, family)
     new = convert(tmp_path / "trained", tmp_path / "new", base=bases(family))
     torch.testing.assert_close(logits_here(new, family), expected, rtol=0, atol=5e-5)
-    assert f"the start {start} is computed again from {bases(family)}" in capsys.readouterr().out
+    assert f"the start {start} is recomputed from {bases(family)}" in capsys.readouterr().out
 
 
 def test_ranks_by_pattern_are_doubled_each(tmp_path: Path) -> None:
@@ -127,11 +127,11 @@ def test_a_doubled_rank_can_be_cut_at_once(tmp_path: Path, capsys: pytest.Captur
 def test_what_is_needed_is_said(tmp_path: Path, bases: Callable[[str], Path]) -> None:
     trained_by_peft(tmp_path, "pissa")
     final, initial, new = tmp_path / "trained", tmp_path / "initial", tmp_path / "new"
-    with pytest.raises(TunekitError, match=r"give --initial DIR.*or --base MODEL"):
+    with pytest.raises(TunekitError, match=r"give --initial DIR.*or give --base MODEL"):
         convert(final, new)
     for start in ("corda", "lora_ga", "pissa_niter_16"):
         edit(final, init_lora_weights=start)
-        with pytest.raises(TunekitError, match=f"the start {start} moved .* cannot be computed again; give --initial"):
+        with pytest.raises(TunekitError, match=f"the start {start} moved .* cannot be recomputed; give --initial"):
             convert(final, new, base=bases("llama"))
     convert(final, tmp_path / "with_initial", initial=initial)
     edit(final, init_lora_weights="loftq")

@@ -285,7 +285,7 @@ def test_the_certificate_of_a_half_precision_run_says_what_is_rounding(
         r"^weights in bfloat16, computed in float32: .*, \S+ of it from rounding the weights", printed, re.M
     )
     assert "computed in bfloat16, as the adapter runs here: logits differ by" in printed
-    with pytest.raises(InputError, match="packed weights have no other dtype"):
+    with pytest.raises(InputError, match="packed weights cannot have another dtype"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, "quantized", [], "float16")
     with pytest.raises(InputError, match="--dtype int8 is unknown; choose float32"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, None, [], "int8")

@@ -523,7 +523,7 @@ def test_labels_go_with_the_adapter(bert: Path, tmp_path: Path) -> None:
     convert_verb(str(folder), 2, None, None, str(tmp_path / "converted"))
     for name in ("combined", "converted"):
         assert read_adapter_config(tmp_path / name).objective == {"method": "classify", "labels": labels}
-    with pytest.raises(TunekitError, match="only adapters of the same labels go together"):
+    with pytest.raises(TunekitError, match="combine only adapters with the same labels"):
         combine_verb([str(folder), str(changed)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
     # Without our file: the base's names for as many rows.
     (folder / "tunekit.json").unlink()

@@ -290,7 +290,9 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
     ):
         train(recipe, resume=True)
     loaded = load_recipe(recipe)
-    with pytest.raises(RunFolderError, match=r"--accept-changed objective\.rewrad: that key has no file"):
+    with pytest.raises(
+        RunFolderError, match=r"--accept-changed objective\.rewrad: this run has no file under this key"
+    ):
         train_verb(loaded, True, False, accepted=["objective.rewrad"])
     with pytest.raises(InputError, match="--accept-changed only has an effect with --resume"):
         train_verb(loaded, False, False, accepted=["objective.reward"])

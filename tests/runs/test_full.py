@@ -399,7 +399,7 @@ def test_the_run_is_a_target_of_every_verb(
         generate_verb(str(target), None, "say 1", None, ["evaluation.max_new_tokens=4"])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != ""
-    with pytest.raises(InputError, match="nothing to merge: the run trained its base, and the result is"):
+    with pytest.raises(InputError, match="nothing to merge: the run trained the base itself, and its result is"):
         merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     with pytest.raises(InputError, match="which no other base can replace; leave --base out"):
         find_target(str(run), str(tied_llama), [])

@@ -70,7 +70,7 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
     assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")
-    (reaction,) = [each for each in report["reactions"] if "training began at" in each["probe"]]
+    (reaction,) = [each for each in report["reactions"] if "at step 1" in each["probe"]]
     assert "rows.jsonl:" in reaction["action"]
     assert f"warning: step {reaction['step']}: {reaction['probe']}" in ended.output
 
@@ -114,6 +114,6 @@ def test_a_last_step_that_is_far_worse_than_those_before_is_told_with_what_to_do
     assert "this was the last step, and its weights are exported; evaluation.best: eval.loss" in reaction["action"]
     assert "rows.jsonl:30" in reaction["action"]
     (warning,) = [line for line in ended.output.splitlines() if line.startswith(f"warning: {report['verdict']}")]
-    assert "evaluation.best: eval.loss exports the best evaluated step" in warning
+    assert "with evaluation.best: eval.loss, the best evaluated step" in warning
     assert warning.endswith("spike@20")
     assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")

@@ -38,7 +38,7 @@ def test_a_spike_is_told_with_what_it_is_compared_with() -> None:
 
 def test_a_run_that_diverges_at_once_is_told_once() -> None:
     losses = [2.0, 2.0, 7.0, 9.0, 10.0, 11.0, 12.0, 12.0, 12.0, 13.0, 12.5]
-    assert told(losses) == {7: "the loss has been above 3 for 5 steps, and training began at 2"}
+    assert told(losses) == {7: "the loss has been above 3 for 5 steps, but was 2 at step 1"}
 
 
 def test_a_slow_rise_is_told_once() -> None:

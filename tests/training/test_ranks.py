@@ -229,7 +229,7 @@ def test_a_lost_rank_is_named(recipe: Path, tmp_path: Path) -> None:
     reason = "rank 1 of 2 is lost: its process has ended"
     status = json.loads((run / "status.json").read_text())
     assert (status["exit_code"], status["reason"]) == (1, reason), ended.stderr
-    assert f"{reason}; see its last output" in ended.stderr
+    assert f"{reason}; see the last output of this process" in ended.stderr
 
 
 ALONE = """

@@ -63,14 +63,14 @@ class Combined:
 def check_mixture(mixture: Mixture, count: int) -> None:
     """Raises: InputError with the option, if the settings of a combination are invalid."""
     if mixture.kind not in KINDS:
-        raise InputError(f"'{mixture.kind}' is no way to combine", f"choose {', '.join(KINDS)}", key="--method")
+        raise InputError(f"there is no method '{mixture.kind}'", f"choose {', '.join(KINDS)}", key="--method")
     if count < 2:
-        raise InputError("one adapter cannot be combined", "name two or more")
+        raise InputError("there is only one adapter, so there is nothing to combine", "name two or more")
     if len(mixture.weights) != count:
         what = f"{len(mixture.weights)} weights for {count} adapters"
-        raise InputError(what, "give each adapter one, such as 0.7,0.3", key="--weights")
+        raise InputError(what, "give one weight for each adapter, such as 0.7,0.3", key="--weights")
     if not all(math.isfinite(weight) and weight != 0 for weight in mixture.weights):
-        raise InputError("a weight must be a number other than 0", "leave an adapter out instead", key="--weights")
+        raise InputError("a weight must be a number other than 0", "remove the adapter instead", key="--weights")
     if mixture.majority_sign not in SIGNS:
         what = f"'{mixture.majority_sign}' is no majority"
         raise InputError(what, "choose total or frequency", key="--majority-sign")
@@ -78,9 +78,9 @@ def check_mixture(mixture: Mixture, count: int) -> None:
     if prunes and (mixture.density is None or not 0 < mixture.density <= 1):
         raise InputError(f"{mixture.kind} needs a density above 0 and up to 1", "such as 0.5", key="--density")
     if not prunes and mixture.density is not None:
-        raise InputError(f"a density says nothing to {mixture.kind}", "leave it out", key="--density")
+        raise InputError(f"a density has no effect with {mixture.kind}", "leave it out", key="--density")
     if mixture.rank is not None and not mixture.kind.endswith("svd"):
-        raise InputError(f"the rank of {mixture.kind} follows from the adapters'", "leave it out", key="--rank")
+        raise InputError(f"the rank of {mixture.kind} follows from the adapters' ranks", "leave it out", key="--rank")
     if mixture.rank is not None and mixture.rank < 1:
         raise InputError("the rank must be at least 1", key="--rank")
 
@@ -103,8 +103,8 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
         for update, index in zip(layer_updates, members, strict=True):
             if (update.shape, update.embedding) != (layer_updates[0].shape, layer_updates[0].embedding):
                 first = adapters[members[0]].name
-                what = f"'{name}' is {list(update.shape)} there and {list(layer_updates[0].shape)} in {first}"
-                raise AdapterError(what, "only adapters of one base go together", file=adapters[index].name)
+                what = f"'{name}' has the shape {list(update.shape)}, but {list(layer_updates[0].shape)} in {first}"
+                raise AdapterError(what, "combine only adapters of the same base", file=adapters[index].name)
         exact = weighted_sum(layer_updates, [mixture.weights[index] for index in members])
         updates[name] = _combine_layer(name, layer_updates, members, exact, mixture)
         errors[name] = weighted_sum([updates[name], exact], [1.0, -1.0]).norm()
@@ -136,8 +136,8 @@ def _combine_layer(
         return decompose(matrix, rank, embedding=updates[0].embedding)
     ranks = sorted({update.rank for update in updates})
     if len(ranks) > 1:
-        how = "use cat or svd (or, to prune, a method that ends in _svd)"
-        what = f"{mixture.kind} adds factors of one rank, and '{name}' has the ranks {', '.join(map(str, ranks))}"
+        how = "use cat or svd; for pruning, use a method that ends in _svd"
+        what = f"{mixture.kind} needs adapters of equal rank, but '{name}' has the ranks {', '.join(map(str, ranks))}"
         raise AdapterError(what, how, key="--method")
     return _factor_wise(name, updates, weights, members, mixture)
 
@@ -185,19 +185,19 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
         return tensors[0]
     problem = None
     if key.endswith(BASE_COPY):
-        problem = "is the base's own weight, and they differ in it"
+        problem = "is a copy of the base's weight, but the copies differ"
     elif len(tensors) != len(adapters):
-        problem = f"is trained whole, but only by {len(tensors)} of the {len(adapters)} adapters"
+        problem = f"is fully trained by only {len(tensors)} of the {len(adapters)} adapters"
     elif any(tensor.shape != tensors[0].shape for tensor in tensors):
-        problem = "has several shapes"
+        problem = "has different shapes in the adapters"
     elif not rows:
-        problem = "holds the rows of other tokens in each"
+        problem = "contains rows of different tokens in the adapters"
     elif mixture.kind not in MAY_ADD_COPIES:
-        problem = f"is trained whole, which {mixture.kind} cannot combine without the base"
+        problem = f"is fully trained, and {mixture.kind} cannot combine it without the base"
     elif not math.isclose(sum(mixture.weights), 1.0, abs_tol=1e-6):
-        problem = f"is trained whole, and the weights sum to {sum(mixture.weights):g} and not to 1"
+        problem = f"is fully trained, so the weights must sum to 1, but they sum to {sum(mixture.weights):g}"
     if problem:
-        how = "such tensors are averaged by linear, cat and svd, where all adapters have them and the weights sum to 1"
+        how = "linear, cat and svd average such tensors, if all adapters have them and the weights sum to 1"
         raise AdapterError(f"'{key}' {problem}", how, file=next(iter(copies)))
     return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
 

@@ -71,8 +71,8 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
         return AdapterChanges(config, names, lora.updates.get, lora.rest, embeddings, conv1d)
     attached, rewriter = attach_to_base(folder, trained_base(config, base))
     if attached.model_adapter is not None or attached.parameters:
-        what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
-        raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)
+        what = f"a {config.settings.method} adapter does not change weights of layers, so it cannot be compared"
+        raise AdapterError(what, "summarise each adapter with: tunekit adapter show", file=config.file)
     kinds = {target.name: target.kind for target in attached.targets}
     embeddings = frozenset(name for name, kind in kinds.items() if kind == "embedding")
     names, conv1d = frozenset(attached.layers), "conv1d" in kinds.values()
@@ -130,13 +130,13 @@ def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[Lor
     for name in sorted(left.names | right.names):
         one, two = left.of(name), right.of(name)
         if one is not None and two is not None and one.shape != two.shape:
-            what = f"'{name}' is {list(two.shape)} there and {list(one.shape)} in {left.config.folder}"
-            raise AdapterError(what, "only adapters of one base go together", file=str(right.config.folder))
+            what = f"'{name}' has the shape {list(two.shape)}, but {list(one.shape)} in {left.config.folder}"
+            raise AdapterError(what, "compare only adapters of the same base", file=str(right.config.folder))
         if not compare(name, one, two).equal:
             embedding = name in left.embeddings | right.embeddings
             nearest[name] = _extract_layer(name, one, two, rank, embedding)
     if not nearest:
-        raise AdapterError(f"{left.config.folder} and {right.config.folder} do the same: there is nothing to extract")
+        raise AdapterError(f"{left.config.folder} and {right.config.folder} are equal, so there is nothing to extract")
     return plain_lora(nearest, conv1d=left.conv1d or right.conv1d)
 
 

@@ -50,7 +50,10 @@ def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -
     config, first = adapters[0]
     method = config.method
     if method.only_copies is not None and not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
-        what = f"{config.settings.method} trains whole tensors, and the weights sum to {sum(weights):g} and not to 1"
+        what = (
+            f"{config.settings.method} trains whole tensors, so the weights must sum to 1, but they sum to "
+            f"{sum(weights):g}"
+        )
         raise AdapterError(what, "give weights that sum to 1", key="--weights")
 
     def add(tensors: list[Tensor]) -> Tensor:
@@ -71,8 +74,8 @@ def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: 
     parts = [read_linear(folder) for folder in folders]
     config, _ = parts[0]
     if mixture.kind != "linear":
-        what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
-        raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
+        what = f"{config.settings.method} adapters can only be combined by linear, not by {mixture.kind}"
+        raise AdapterError(what, "use --method linear, or convert each adapter to a LoRA first", key="--method")
     tensors = combine_linear(parts, mixture.weights)
     fields = {key: value for key, value in config.fields.items() if key in ("target_modules", "fan_in_fan_out")}
     write_without_base(place, facts, config, tensors, fields)
@@ -84,7 +87,7 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     here, there = (each.settings.model_dump(exclude=NOT_COMPARED) for each in (config, other_config))
     for key, value in here.items():
         if not same_value(_plain(value), _plain(there.get(key))):
-            what = f"{key} is {printable(there.get(key))}, and {printable(value)} in {name}"
+            what = f"{key} is {printable(there.get(key))}, but {printable(value)} in {name}"
             raise AdapterError(what, "only adapters of the same settings can be added", file=file)
     for key in sorted(tensors.keys() | other_tensors.keys()):
         left, right = tensors.get(key), other_tensors.get(key)

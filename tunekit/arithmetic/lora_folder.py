@@ -57,8 +57,8 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
     """
     config = read_adapter_config(folder, instead=instead)
     if config.method is not plain_lora_method():
-        how = "tunekit adapter convert --rank R writes a LoRA that is near it"
-        raise AdapterError(f"holds a {config.low_rank.method} adapter, and not a LoRA", how, file=config.file)
+        how = "convert it to the nearest LoRA with: tunekit adapter convert --rank R"
+        raise AdapterError(f"contains a {config.low_rank.method} adapter instead of a LoRA", how, file=config.file)
     path = tensors_path(config.folder)
     header = adapter_header(path)
     factors, other_keys = _sort(config, header)
@@ -111,9 +111,9 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
     ]
     for module, pair in sorted(factors.items()):
         if len(pair) != 2 or _is_embedding(pair["A"]) != _is_embedding(pair["B"]):
-            wrong.append(f"the factors of '{printable(module, 200)}' are not a pair")
+            wrong.append(f"'{printable(module, 200)}' does not have exactly one pair of factors")
     if not factors:
-        wrong.append("holds no update of any layer")
+        wrong.append("contains no update of a layer")
     _raise(wrong, str(tensors_path(config.folder)))
     return factors, others
 
@@ -142,7 +142,7 @@ def _parameters(config: AdapterConfig, shapes: Mapping[str, Sequence[int]]) -> f
     named = {module for module in shapes if any(f".{module}.weight".endswith(f".{entry}") for entry in entries)}
     of_layers = all(entry.endswith(".weight") for entry in entries)
     if not of_layers or any(shapes[module][0] != ranks.of(module, config.low_rank.r) for module in named):
-        what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
+        what = "adapts fused expert parameters, whose factors contain all experts; PEFT cannot add such adapters"
         raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
     return frozenset(named)
 

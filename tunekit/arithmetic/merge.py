@@ -43,14 +43,16 @@ def merge(target: TargetSpec, output: Path, onto: str | None = None, dtype: torc
     ResourceError if the disk is too small.
     """
     if target.adapter is None and target.kind == "run":
-        what = f"there is nothing to merge: the run trained its base, and the result is {target.model.name_or_path}"
-        raise InputError(what, "use that folder as it is")
+        what = (
+            f"there is nothing to merge: the run trained the base itself, and its result is {target.model.name_or_path}"
+        )
+        raise InputError(what, "use this folder directly")
     if target.adapter is None:
         raise InputError("there is no adapter to merge", "name an adapter folder, or a run")
     if not make_family(family_of(target)).is_pipeline:
         return _merge_model(target, target.adapter, output, onto, dtype)
     if onto not in (None, "full"):
-        raise InputError(f"--onto {onto} is for a quantized base, and a pipeline is none", "leave it out")
+        raise InputError(f"--onto {onto} is only for a quantized base, not for a pipeline", "leave it out")
     return merge_pipeline(target, target.adapter, output, dtype)
 
 
@@ -59,7 +61,7 @@ def _merge_model(
 ) -> MergeResult:
     chosen, reason = choose_onto(target, onto)
     if chosen == "quantized" and dtype is not None:
-        raise InputError("packed weights have no other dtype", "leave --dtype out", key="--dtype")
+        raise InputError("packed weights cannot have another dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
     processor = processor_of(target)
     target, objective = with_objective(target, processor)
@@ -91,16 +93,16 @@ def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
     if kind == "none":
         if onto in (None, "full"):
             return "full", "the adapter was trained on the base's own weights"
-        raise InputError(f"--onto {onto} is for a quantized base, and this adapter was trained on a full one")
+        raise InputError(f"--onto {onto} is only for a quantized base, but this adapter's base is not quantized")
     if onto in (None, "dequantized"):
         return "dequantized", f"the adapter was trained on the {kind} weights, and these are their exact values"
     if onto == "full":
-        return "full", f"asked for; the adapter was trained on {kind} weights, so the result differs by their rounding"
+        return "full", f"requested; the adapter was trained on {kind} weights, so the result differs by their rounding"
     if onto != "quantized":
         raise InputError(f"--onto {onto} is unknown", "choose dequantized, full or quantized", key="--onto")
     if kind not in ("nf4", "fp4"):
-        raise InputError(f"--onto quantized writes nf4 and fp4, and this base is {kind}", "choose dequantized or full")
-    return "quantized", f"asked for; rounding the merged weights to {kind} again loses a part of the adapter"
+        raise InputError(f"--onto quantized writes nf4 and fp4, but this base is {kind}", "choose dequantized or full")
+    return "quantized", f"requested; rounding the merged weights to {kind} again loses a part of the adapter"
 
 
 def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:

@@ -59,7 +59,7 @@ def check_output(output: Path, sources: list[Path]) -> None:
     for source in sources:
         real, place = source.resolve(), output.resolve()
         if place == real or real in place.parents or place in real.parents:
-            raise InputError(f"{output} overlaps {source}, from which the merge reads", "choose another --output")
+            raise InputError(f"{output} overlaps {source}, which the merge reads", "choose another --output")
     check_new_folder(output)
 
 
@@ -67,7 +67,7 @@ def check_space(output: Path, weight_bytes: int) -> None:
     """Raises: ResourceError if the disk of `output` has too little space for the weights."""
     wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
     if wanted > free:
-        what = f"{output} needs {bytes_text(wanted)}, and {bytes_text(free)} are free there"
+        what = f"{output} needs {bytes_text(wanted)}, but {bytes_text(free)} of its disk are free"
         raise ResourceError(what, "choose another disk")
 
 

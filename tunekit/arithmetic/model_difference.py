@@ -47,7 +47,7 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFold
     """
     modules = base_modules(left.net)
     if modules.keys() != base_modules(right.net).keys():
-        raise AdapterError("the two models have other modules, and no LoRA of one is the other")
+        raise AdapterError("the two models have different modules, so no LoRA can turn one into the other")
     kinds = {name: kind for name, module in modules.items() if (kind := layer_kind(module)) is not None}
     nearest: dict[str, tuple[LowRank, RankLoss]] = {}
     left_out: list[str] = []
@@ -69,6 +69,6 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFold
         if not _compare_tensors(name, left.tensors.read(name), other).equal:
             left_out.append(name)
     if not nearest:
-        raise AdapterError("no matrix of the two models differs: there is nothing to extract")
+        raise AdapterError("all matrices of the two models are equal, so there is nothing to extract")
     conv1d, targets = any(kinds[name] == "conv1d" for name in nearest), concrete_targets(list(nearest), list(modules))
     return *plain_lora(nearest, conv1d=conv1d, target_modules=targets), left_out

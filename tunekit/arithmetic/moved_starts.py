@@ -21,7 +21,7 @@ from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.targets.target import base_section
 
 START = "init_lora_weights"  # PEFT's field
-HOW = "give --initial DIR, the adapter as it was saved before training"
+HOW = "give --initial DIR, the adapter that was saved before training"
 
 
 def _starts() -> dict[str, StartSettings]:
@@ -41,8 +41,8 @@ def start_of(folder: Path) -> str | None:
         return None
     start, known = start.lower(), _starts()
     if start in known and known[start].looks_at == "original":
-        what = "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other"
-        how = "load the base with that quantization, and write true for the field"
+        what = "LoftQ starts from a quantized base, and the adapter is an update of exactly this base"
+        how = "load the base with the same quantization, and write true for this field"
         raise AdapterError(what, how, file=str(folder / CONFIG_NAME), key=START)
     return start if start.startswith(tuple(name for name in known if known[name].moves_weights)) else None
 
@@ -60,7 +60,7 @@ def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowR
             what = f"'{name}' is missing in this adapter or in {trained.name}, or its shape, rank or scaling differs"
             raise AdapterError(what, HOW, file=initial.name)
     if not any(bool(update.b.any()) for update in there.values()):
-        raise AdapterError("is not the start of this adapter: every B is zero", HOW, file=initial.name)
+        raise AdapterError("is not the initial state of this adapter, because every B is zero", HOW, file=initial.name)
     return {name: difference(update, there[name]) for name, update in here.items()}
 
 
@@ -77,7 +77,7 @@ def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callabl
     these starts initialise embeddings like plain LoRA.
     """
     if trained.fan_in_fan_out and start.depends_on_layout:
-        raise AdapterError("OLoRA of Conv1D layers cannot be computed again", HOW, file=trained.config.file, key=START)
+        raise AdapterError("OLoRA of Conv1D layers cannot be recomputed", HOW, file=trained.config.file, key=START)
     updates = {}
     for name, update in trained.updates.items():
         if update.embedding:
@@ -102,26 +102,26 @@ def untouched_updates(
     `base`: the base that --base names. Raises: AdapterError if the start can neither be read nor computed.
     """
     if initial is not None:
-        note = f"what the start moved into the adapter is taken from {initial}"
-        return subtract_initial(lora, read_lora_folder(initial, {START: True})), note  # as if it had started plainly
+        note = f"the part of the base in the adapter is read from {initial}"
+        return subtract_initial(lora, read_lora_folder(initial, {START: True})), note  # read like plain LoRA
     if start is None:
         return lora.updates, None
     settings = _starts().get(start)
-    if settings is None or settings.looks_at:  # not computed from the base's weights alone
-        what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
+    if settings is None or settings.looks_at:  # it needs more than the base's weights
+        what = f"the start {start} moved weights of the base into the adapter, and cannot be recomputed"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
-    how = f"{HOW}, or --base MODEL, from which {start} can be computed again"
+    how = f"{HOW}, or give --base MODEL, from which {start} can be recomputed"
     section = base_section(lora.config, base, how)
     if section.quantization != "none":
-        what = f"the start {start} on a {section.quantization} base cannot be computed again"
+        what = f"the start {start} on a {section.quantization} base cannot be recomputed"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
     rewriter = Rewriter(section, "full")
     if lora.config.base_fingerprint and lora.config.base_fingerprint != rewriter.fingerprint():
-        raise AdapterError("was trained on another base", "name the right one with --base", file=lora.config.file)
+        raise AdapterError("was trained on another base", "name the right base with --base", file=lora.config.file)
     absent = [name for name in lora.updates if name not in rewriter.modules]
     if absent:
         what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
         raise AdapterError(what, "name the right base with --base", file=lora.config.file)
-    right = "right where training began from exactly these weights, not quantized"
-    note = f"the start {start} is computed again from {section.name_or_path}: {right}"
+    right = "this is right only if training began from exactly these weights, not quantized"
+    note = f"the start {start} is recomputed from {section.name_or_path}: {right}"
     return subtract_start(lora, settings, lambda name: rewriter.trained_on(name)[0]), note

@@ -60,10 +60,10 @@ def nearest_lora(
     Raises: AdapterError for methods that change something other than the weights of layers.
     """
     if attached.model_adapter is not None:
-        raise AdapterError("a prompt is no change of weights, and no LoRA does the same", "use it as an adapter")
+        raise AdapterError("a prompt does not change weights, so it has no nearest LoRA", "use it as an adapter")
     if attached.parameters or not attached.layers:
         what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
-        raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
+        raise AdapterError(f"the adapter changes {what}, which a LoRA of layers cannot change", "merge it instead")
     updates: dict[str, LowRank] = {}
     losses: dict[str, RankLoss] = {}
     biases: Tensors = {}

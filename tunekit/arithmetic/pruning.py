@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # these take a density
+PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # methods with a density
 SIGNS = ("total", "frequency")
 
 

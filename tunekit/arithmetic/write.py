@@ -50,10 +50,10 @@ def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise AdapterError("exists and is not a folder", "choose another --output", file=str(output))
     if output.exists() and any(output.iterdir()):
-        raise AdapterError("is not empty", "choose another --output, or empty it yourself", file=str(output))
+        raise AdapterError("is not empty", "choose another --output, or empty the folder", file=str(output))
     for source in sources:
         if output.resolve() in (source.resolve(), *source.resolve().parents):
-            raise AdapterError(f"holds {source}, which is read", "choose another --output", file=str(output))
+            raise AdapterError(f"contains {source}, which is an input", "choose another --output", file=str(output))
     return output
 
 
@@ -73,11 +73,11 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         values = {getattr(config, own) for config in configs} - {None}
         known[fact] = values.pop() if len(values) == 1 else None
         if len(values) > 0:
-            notes.append(f"they were trained on a base of different {fact}")
+            notes.append(f"the adapters were trained on bases of different {fact}")
     files = [config.folder / TEMPLATE_NAME for config in configs]
     templates = [read_small(file).decode("utf-8", "replace") if file.exists() else None for file in files]
     if len(set(templates)) > 1:
-        notes.append(f"they were trained with different chat templates; that of {first.folder} is kept")
+        notes.append(f"the adapters were trained with different chat templates; the template of {first.folder} is used")
     return BaseFacts(
         name=base_override(named).get("name_or_path") or _located(first),
         revision=None if named else next((config.revision for config in configs if config.revision), None),
@@ -91,7 +91,8 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
 
 
 def _objective_of(configs: Sequence[AdapterConfig]) -> Mapping[str, Any] | None:
-    """That of the first folder which has one; of several without thresholds, which fit the scores of one adapter."""
+    """The objective of the first folder that has one. For several folders, thresholds are left out, because they fit
+    only the scores of one adapter."""
     objective = next((config.objective for config in configs if config.objective), None)
     if objective is None or len(configs) == 1:
         return objective
@@ -106,24 +107,24 @@ def refuse_other_labels(configs: Sequence[AdapterConfig]) -> None:
         first, expected = named[0]
         labels, expected_labels = objective["labels"], expected["labels"]
         if labels != expected_labels:
-            what = f"has the labels {printable(labels)}, and {first.folder} has {printable(expected_labels)}"
-            raise AdapterError(what, "only adapters of the same labels go together", file=str(config.folder))
+            what = f"has the labels {printable(labels)}, but {first.folder} has {printable(expected_labels)}"
+            raise AdapterError(what, "combine only adapters with the same labels", file=str(config.folder))
         meaning, expected_meaning = (each.get("problem_type", SINGLE_LABEL) for each in (objective, expected))
         if meaning != expected_meaning:
-            what = f"was trained for {printable(meaning)}, and {first.folder} for {printable(expected_meaning)}"
-            raise AdapterError(what, "only adapters of one problem type go together", file=str(config.folder))
+            what = f"was trained for {printable(meaning)}, but {first.folder} for {printable(expected_meaning)}"
+            raise AdapterError(what, "combine only adapters of the same problem type", file=str(config.folder))
 
 
 def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | None) -> None:
     if first.base_fingerprint and other.base_fingerprint:
         if first.base_fingerprint != other.base_fingerprint:
-            what = f"was trained on another base than {first.folder} (their fingerprints differ)"
-            raise AdapterError(what, "only adapters of one base go together", file=str(other.folder))
+            what = f"was trained on a different base than {first.folder} (their fingerprints differ)"
+            raise AdapterError(what, "use only adapters of the same base", file=str(other.folder))
         return
     here, there = (_located(first), first.revision), (_located(other), other.revision)
     if named is None and any(a and b and a != b for a, b in zip(here, there, strict=True)):
-        what = f"was trained on {there[0]} (revision {there[1]}), and {first.folder} on {here[0]} (revision {here[1]})"
-        raise AdapterError(what, "if that is one and the same, name it with --base", file=str(other.folder))
+        what = f"was trained on {there[0]} (revision {there[1]}), but {first.folder} on {here[0]} (revision {here[1]})"
+        raise AdapterError(what, "if these are the same base, name it with --base", file=str(other.folder))
 
 
 def _located(config: AdapterConfig) -> str | None:

@@ -197,7 +197,7 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
 
 
 def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
-    """Run the longest batch of training and of evaluation once, so that a lack of memory shows before step 1."""
+    """Run the longest batches of training and of evaluation once, so that a lack of memory is noticed before step 1."""
     rows = prepared.rows.evaluation
     with session.timed("try"):
         try_longest_batch(run, prepared.largest_batch)

@@ -92,7 +92,7 @@ def _hook(
 
 
 def first_windows(windows: WindowSource, batches: int) -> Iterator[Window]:
-    """The windows of the first `batches` micro-batches, the last window cut short; fewer if the run has fewer."""
+    """The windows with the first `batches` micro-batches. The last window may be cut short; the run may have fewer."""
     left = batches
     for window in windows.windows(0):
         if len(window.batches) >= left:
@@ -129,7 +129,10 @@ def calibrate(
             _run_forward(model, watch, batches)
     unreached = sorted(watch.statistics.keys() - watch.reached)
     if unreached:
-        what = f"{start.method} needs the {start.looks_at} of '{unreached[0]}', which the first batches do not reach"
+        what = (
+            f"{start.method} needs the {start.looks_at} of '{unreached[0]}', but no token of the first batches passes "
+            "it"
+        )
         raise RecipeError(what, "remove it from adapter.target_modules, or choose another start", key="adapter.start")
     facts = {
         "start": start.method,

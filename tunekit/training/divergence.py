@@ -21,11 +21,13 @@ JUMP, RECENT, JUMP_FLOOR, JUMP_SHARE = 50.0, 3, 0.1, 0.05
 # A run ends worse if its loss rose by NOISES times its noise, and by the share LEAST_RISE. Twice the first loss is
 # never noise.
 NOISES, LEAST_RISE, MOST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 1.0, 0.6
-KEEP_BEST = "evaluation.best: eval.loss exports the best evaluated step (training.eval_steps) instead of the last"
+KEEP_BEST = (
+    "with evaluation.best: eval.loss, the best evaluated step (training.eval_steps) is exported instead of the last"
+)
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
-    """Check a step's loss, unless the objective is judged by a different metric; and check metrics that should not stay
+    """Check a step's loss, unless a different metric judges the objective. Also check metrics that should not stay at
     1."""
     if run.shows.headline.name == "loss":
         watch_loss(run, reading, loss)
@@ -40,7 +42,7 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
         rows = rows_text(reading.window.batches, run.devices)
         last = reading.step == run.windows.steps and run.evaluation.best is None
         outcome = f"this was the last step, and its weights are exported; {KEEP_BEST}" if last else "training continues"
-        action = f"{outcome}; lower training.learning_rate, or look at the rows of this step: {rows}"
+        action = f"{outcome}; lower training.learning_rate, or check the rows of this step: {rows}"
         state.reactions.append(asdict(Reaction(why, action, reading.step)))
         run.warn(f"step {reading.step}: {why}; {action}")
     state.first_losses = state.first_losses or [loss]
@@ -80,13 +82,13 @@ def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> st
     if len(past) >= LAST:
         limit = first[0] * max(SHARE, 1.0 + NOISES * _noise([*past, loss]))
         if past[-LAST] <= limit < min([*past[1 - LAST :], loss]):
-            return f"the loss has been above {limit:.4g} for {LAST} steps, and training began at {first[0]:.4g}"
+            return f"the loss has been above {limit:.4g} for {LAST} steps, but was {first[0]:.4g} at step 1"
     return None
 
 
 def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
-    """The message if this loss is many times the loss of the previous few steps, or None. It needs no long past, and
-    ignores earlier, higher losses."""
+    """The message if this loss is many times the loss of the previous few steps, or None. Losses before these steps are
+    ignored."""
     before = median_low(past[-RECENT:]) if past else 0.0
     if before <= 0 or loss < max(JUMP * before, min(JUMP_FLOOR, JUMP_SHARE * first[0])):
         return None

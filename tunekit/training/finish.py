@@ -1,4 +1,4 @@
-"""The facts of a finished run, for its report."""
+"""Collects the facts about a finished run for its report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
 
 def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
     """The advice for a bad verdict: how to change the training, and how to get weights from before the last step."""
-    how = "lower training.learning_rate, train less, or look at the rows"
+    how = "lower training.learning_rate, train for fewer steps, or check the rows"
     if saved_best:
         return how
     earlier = [step for step, _ in list_checkpoints(run.checkpoints) if step < final_step]

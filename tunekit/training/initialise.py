@@ -106,7 +106,7 @@ def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str],
     packed = {name for name, layer in adapter.layers.items() if packed_layers(layer.base_layer)}
 
     def read(name: str) -> Tensor | None:
-        if name not in packed:  # not packed, so there is no quantization error to compensate
+        if name not in packed:  # an unpacked matrix has no quantization error to compensate
             return None
         try:
             return rewriter.base_weight(name).float()

@@ -107,7 +107,7 @@ class Optimizer:
             flat.gradient.mul_(factor)
 
     def step(self, rate_multiplier: float, found_inf: Tensor) -> float:
-        """Update every weight unless `found_inf` (() float32, 0 or 1) is set; returns the learning rate used."""
+        """Update every weight, unless `found_inf` (() float32) is 1. Returns the learning rate."""
         rate = self.learning_rate * rate_multiplier
         for options, flat in zip(self.native.param_groups, self.groups, strict=True):
             options["lr"] = rate * flat.group.rate_multiplier
@@ -129,7 +129,7 @@ class Optimizer:
         return tensors
 
     def layout(self) -> list[dict[str, list[int]]]:
-        """For each group, name -> [start, *shape]; a checkpoint fits only an equal layout."""
+        """For each group a mapping from name to [start, *shape]. A checkpoint fits only if its layout is equal."""
         return [{name: [start, *shape] for name, (start, shape) in flat.layout.items()} for flat in self.groups]
 
     def load_state(self, tensors: Mapping[str, Tensor], layout: object) -> None:
@@ -138,7 +138,7 @@ class Optimizer:
         Raises: RunFolderError if the layout or a tensor's shape differs.
         """
         if layout != self.layout():
-            raise RunFolderError("the checkpoint contains other adapter tensors than this recipe makes")
+            raise RunFolderError("the adapter tensors in the checkpoint differ from those of this recipe")
         for number, flat in enumerate(self.groups):
             weights = tensors.get(f"group{number}.weights")
             if weights is None or weights.shape != flat.data.shape:
@@ -150,7 +150,7 @@ class Optimizer:
                 self._restore(flat.data, state)
 
     def _restore(self, data: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        if self.name == "adamw":  # the fused one keeps its step counter on the device
+        if self.name == "adamw":  # the fused AdamW has its step counter on the device
             self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
             return
         buffers = self.native.state[data]  # bitsandbytes allocates its own buffers; paged ones are special tensors

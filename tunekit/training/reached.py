@@ -48,7 +48,7 @@ def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
 
 def _unreached(names: list[str]) -> AdapterError:
     what = f"no gradient reaches {listed(names, SHOWN)}: the model never uses these adapted modules"
-    how = "exclude them with adapter.exclude_modules, or name other layers"
+    how = "exclude these modules with adapter.exclude_modules, or adapt other layers"
     return AdapterError(what, how, key="adapter.target_modules")
 
 

@@ -49,7 +49,7 @@ class Reading:
         return {**self.window.preparation.metrics, **finite}
 
     def record(self, loss: float, norm: float, seconds: float, peak_bytes: int, *, shown: bool) -> StepRecord:
-        """The record of the step, with its samples if `shown`."""
+        """The step's record for metrics.jsonl, with its samples if `shown`."""
         return StepRecord(
             step=self.step,
             epoch=self.window.epoch,
@@ -66,7 +66,7 @@ class Reading:
         )
 
     def spent(self, seconds: float) -> dict[str, float]:
-        """The step's seconds, by part of the report's times."""
+        """The seconds of the step, divided among the parts of the report's times."""
         parts = self.window.preparation.seconds
         return {"train": seconds - sum(parts.values()), **parts}
 
@@ -128,8 +128,8 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
     batches = reading.window.batches
     bad = [batch for batch, is_finite in zip(batches, finite, strict=True) if not is_finite]
     rows = rows_text(bad, devices) or rows_text(batches, devices)
-    what = f"step {reading.step}: the {what} is not finite; rows {rows}. No weight was changed by this step"
-    raise NumericsError(what, "lower training.learning_rate, or look at these rows")
+    what = f"step {reading.step}: the {what} is not finite; rows {rows}. This step changed no weight"
+    raise NumericsError(what, "lower training.learning_rate, or check these rows")
 
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:

@@ -54,7 +54,7 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
         if lost:
             what = f"rank {', '.join(map(str, lost))} of {session.devices.world} is lost: its process has ended"
             _leave_status(session.folder, TunekitError.exit_code, what)
-            raise TunekitError(what, "see its last output; continue with --resume") from error
+            raise TunekitError(what, "see the last output of this process; continue with --resume") from error
         _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         raise
     finally:
@@ -68,12 +68,12 @@ def _refuse_inputs_inside(session: Session, path: Path) -> None:
     inputs = [(key, value) for key, value in values if isinstance(value, str) and path in Path(value).parents]
     if inputs:
         key, value = inputs[0]
-        what = f"--overwrite would move {value} away, which the run reads"
+        what = f"--overwrite would move {value}, which the run reads"
         raise RunFolderError(what, "choose another output.dir", file=str(session.loaded.path), key=key)
 
 
 def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
-    """Write status.json if possible: on a full disk the original error matters more."""
+    """Write status.json if possible. A failure is only a warning, because the original error matters more."""
     if folder is not None:
         try:
             folder.status(exit_code, reason)
@@ -133,7 +133,7 @@ def check_fingerprint(
         _require_same(session, old, new)
         for note in resume_notes(old, new):
             session.console.warn(note)
-    if checkpoint is not None:  # its writer may have been killed before it removed older ones
+    if checkpoint is not None:  # the process that wrote it may have been killed before it removed older checkpoints
         protected = _protected(session, checkpoint.facts["loop"]["best_step"])
         keep = session.loaded.recipe.training.keep_checkpoints
         session.in_folder(lambda folder: rotate(folder, checkpoint.step, keep=keep, protect=protected))
@@ -160,7 +160,7 @@ def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
     keys = list(dict.fromkeys([*new.get("code", ()), *new.get("files", ()), *old.get("files", ())]))
     for name in session.accepted:
         if not any(f"{key}.".startswith(f"{name}.") for key in keys):
-            what = f"--accept-changed {name}: that key has no file in this run"
+            what = f"--accept-changed {name}: this run has no file under this key"
             raise RunFolderError(what, f"name one of: {', '.join(keys)}" if keys else "remove it")
     lines, file = session.loaded.lines, str(session.loaded.path)
     for key in require_same(old, new, lines=lines, file=file, accepted=session.accepted):

@@ -49,7 +49,9 @@ def restore(
     buffers = with_prefix(tensors, BUFFER_PREFIX)
     expected = adapter.state(("saved", "resume"))
     if set(buffers) != set(expected):
-        raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")
+        raise RunFolderError(
+            "the checkpoint's adapter state does not fit this adapter", "resume with the tunekit version that wrote it"
+        )
     optimizer.load_state(tensors, facts["layout"])
     adapter.load_state(buffers, kinds=("saved", "resume"))
     loop = facts["loop"]
@@ -63,7 +65,7 @@ def restore_reference(tensors: Mapping[str, Tensor], targets: Mapping[str, Tenso
     """
     saved = with_prefix(tensors, REFERENCE_PREFIX)
     if set(saved) != set(targets) or any(saved[name].shape != tensor.shape for name, tensor in targets.items()):
-        what = "the checkpoint has no state of the reference model that fits this adapter"
-        raise RunFolderError(what, "resume with the same tunekit")
+        what = "the checkpoint contains no state of the reference model that fits this adapter"
+        raise RunFolderError(what, "resume with the tunekit version that wrote it")
     for name, tensor in targets.items():
         tensor.copy_(saved[name])

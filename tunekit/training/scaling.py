@@ -40,4 +40,4 @@ class LossScale:
         self.scale, self.good_steps, self.skipped_steps = self.scale / 2.0, 0, self.skipped_steps + 1
         if self.scale < 1.0:
             how = "use model.dtype=bfloat16 or float32, or a smaller training.learning_rate"
-            raise NumericsError(f"step {step}: gradients overflow in float16 with every loss scale", how)
+            raise NumericsError(f"step {step}: gradients overflow in float16 even with the smallest loss scale", how)

@@ -47,7 +47,8 @@ def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: 
 
 
 def _stable_then_decayed(settings: dict[str, Any], update: int, steps: int, warmup: int) -> float:
-    """From min_lr_ratio up to 1, then 1, then down to min_lr_ratio over the last num_decay_steps (default: a tenth)."""
+    """A warm-up from min_lr_ratio to 1, a constant 1, then a decay to min_lr_ratio in the last num_decay_steps
+    (default: a tenth)."""
     decay = math.ceil(steps / 10) if settings["num_decay_steps"] is None else settings["num_decay_steps"]
     progress = 1 - (steps - update) / max(1, decay)
     if update < warmup:

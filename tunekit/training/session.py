@@ -56,9 +56,9 @@ class Session:
             had = f"peak {bytes_text(peaks.allocated)} allocated, {bytes_text(peaks.reserved or 0)} reserved"
         else:
             total = bytes_text(peak_host_bytes())
-            had = f"peak {bytes_text(self.peak_bytes())}, {total} with Python and its libraries"
+            had = f"peak {bytes_text(self.peak_bytes())}, or {total} with Python and its libraries"
         budget = self.loaded.recipe.memory.budget
-        budget_how = "set memory.budget to the memory that the run may use (plan then chooses)"
+        budget_how = "set memory.budget, so that plan chooses settings that fit"
         first = budget_how if budget is None else "raise the budget"
         how = f"{first}, lower data.max_length, or {self.loaded.recipe.adapter.less_memory}"
         return ResourceError(f"out of memory ({had})", how)

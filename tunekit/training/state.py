@@ -65,7 +65,7 @@ class LoopState:
 class RunInputs:
     """Intermediate results of plan that train needs."""
 
-    model: ModelSection  # with the heads that the objective needs
+    model: ModelSection  # includes the heads that the objective needs
     processor: Processor
     rows: RowSet
     batch_settings: BatchSettings  # with the micro-batches that plan chose
@@ -90,13 +90,13 @@ class Run:
     save: Callable[[], None]
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
     evaluate: Callable[[], Evaluation] | None = None
-    keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # losses of the exported weights
+    keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # writes losses of rows
     keep_pictures: Callable[[int, Evaluation], None] = lambda step, evaluation: None
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that requested the stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
-    spare: Batch | None = None  # with several ranks: run by a rank that has fewer micro-batches than others
+    spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
 
     @property
     def adapter(self) -> AttachedAdapter:
@@ -114,7 +114,8 @@ class Run:
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
     def shows_samples(self, step: int) -> bool:
-        """Whether the report shows samples of this step: the first, the last and evaluated ones."""
+        """Whether the report shows samples of this step: the first step, the last step, and steps with an
+        evaluation."""
         return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
 
     def rate(self) -> float:

@@ -49,7 +49,7 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
     moved = bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
         what = f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})"
-        how = f"{objective.name} compares with that model: choose another adapter.method or adapter.start"
+        how = f"{objective.name} compares with the model at step 0; choose another adapter.method or adapter.start"
         raise ModelError(what, how, key="adapter.method")
 
 
@@ -63,7 +63,7 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
     difference = logprob_difference(model, batch.inputs)
     if not difference <= TOLERANCE[model.base.dtype]:
         what = f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)"
-        how = "this architecture's output projection is not supported; choose another base"
+        how = "the output projection of this architecture is not supported; choose another base"
         raise ModelError(what, how, key="model.name_or_path")
 
 

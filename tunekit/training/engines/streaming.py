@@ -37,12 +37,13 @@ class PieceState:
     inputs: Tensors  # the network's inputs
     hidden: Tensor = field(init=False)  # (B, T, D) after the last layer so far; in the backward pass, its gradient
     source: SideInput | None = None  # (B, S, D) the previous stack's output
-    calls: list[LayerCall] = field(default_factory=list)  # of the layers of all stacks so far
+    calls: list[LayerCall] = field(default_factory=list)  # calls of the layers of all stacks so far
 
 
 @dataclass
 class RequiresGrad:
-    """Which values depend on trained parameters and so require a gradient; recorded with the first micro-batch."""
+    """Marks of the values that depend on trained parameters and so require a gradient. The first micro-batch records
+    them."""
 
     embeddings: list[bool] = field(default_factory=list)  # of each stack
     layers: list[bool] = field(default_factory=list)  # of each layer's output
@@ -76,7 +77,7 @@ class StreamingEngine(WindowEngine):
             layers = _LayerPass(run, self._stages, self.slots, self._requires)
             states = [layers.begin(piece) for piece in pieces[start : start + self.micro_batches_per_pass]]
             layers.forward(states)
-            self._requires = layers.requires  # not earlier: a failed attempt has not recorded all layers
+            self._requires = layers.requires  # only after success: a failed attempt has not recorded all
             for state in states:
                 layers.head(state)
             layers.backward(states)
@@ -224,7 +225,8 @@ class _LayerPass:
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
-    """The gradient from the layers above, which is removed from the side input. It becomes a root of the next graph."""
+    """The gradient from the layers above, which is removed from the side input. The next backward pass starts from
+    it."""
     if side.value is None:
         return None
     gradient, side.value.grad = side.value.grad, None

@@ -21,7 +21,8 @@ from tunekit.tuned.model import TunedModel
 
 @dataclass(frozen=True)
 class Piece:
-    """A micro-batch, or one part of a split one; `number` counts the parts, `index` the step's micro-batches."""
+    """A micro-batch, or a part of a split micro-batch. `number` counts parts, `index` counts micro-batches of the
+    step."""
 
     batch: Batch
     index: int
