@@ -14,6 +14,7 @@ from tunekit.exports.format import Evidence, Exported, Format, Options, load_for
 from tunekit.exports.questions import make_questions, row_ids
 from tunekit.files.durable import new_path, write_json
 from tunekit.machine.signals import StopSignals
+from tunekit.model.storage.upload import upload_folder
 from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable, make_exportable
 from tunekit.targets.target import find_target
@@ -41,7 +42,7 @@ def export_verb(
     path = Path(os.path.abspath(Path(output).expanduser()))
     _check(to, format, exportable, options, path)
     run = exportable.target.run
-    evidence = Evidence(partial(row_ids, exportable), None if run is None else read_run(run))
+    evidence = Evidence(partial(row_ids, exportable), None if run is None else read_run(run), path.name)
     stopped = "in the export; its partial output was removed"
     with StopSignals(announce=False) as signals, signals.at_once(stopped), new_path(path) as partial_path:
         written = format.write(exportable, partial_path, evidence, options)
@@ -49,6 +50,8 @@ def export_verb(
     written = Exported(path, written.what, notes)
     size = sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())
     console.info(f"written to {path} ({bytes_text(size)})", *written.notes)
+    if options.push:
+        console.info(f"uploaded to {upload_folder(path, path.name)}")
     if certify is not False and format.PROGRAM:
         _certify(to, format, written, exportable, options, required=bool(certify))
     elif certify:

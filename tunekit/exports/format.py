@@ -34,10 +34,11 @@ class Options:
 class Evidence:
     """What a format may want besides the model. `rows(count, tokens)`: token ids of at most so many of the run's rows,
     each cut to so many tokens, and a description of these rows. `run`: the values of the run's files, if there is a
-    run."""
+    run. `name`: of the output."""
 
     rows: Callable[[int, int], tuple[list[list[int]], str]]
     run: RunValues | None
+    name: str
 
 
 @dataclass(frozen=True)

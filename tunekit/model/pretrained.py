@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class AutoClass(Protocol):
     """transformers' class that makes or loads the net of any configuration for one task."""
 
+    __name__: str
     _model_mapping: Mapping[type, type[nn.Module]]
 
     def from_config(self, config: PreTrainedConfig, **settings: object) -> nn.Module:

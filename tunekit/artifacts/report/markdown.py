@@ -31,7 +31,7 @@ def _section(section: ReportSection) -> Iterator[str]:
     yield from map(escape, section.paragraphs)
     yield from (f"**{escape(warning)}**" for warning in section.warnings)
     if section.tiles:
-        yield _table(["", "", ""], section.tiles)
+        yield markdown_table(["", "", ""], section.tiles)
     series = section.charts[0].series[0] if section.charts else None
     if series is not None and len(series.y) > 2:
         yield _fenced(f"{section.charts[0].title}, {series.label}\n{curve(series.y)}")
@@ -52,12 +52,12 @@ def _section(section: ReportSection) -> Iterator[str]:
 def _titled(table: ReportTable) -> Iterator[str]:
     if table.title:
         yield f"{escape(table.title)}:"
-    yield _table(table.head, table.rows[:MOST_ROWS], ":--" if table.has_texts else "--:")
+    yield markdown_table(table.head, table.rows[:MOST_ROWS], ":--" if table.has_texts else "--:")
     if len(table.rows) > MOST_ROWS:
         yield f"{len(table.rows) - MOST_ROWS:,} more are in report.html."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]], alignment: str = "--:") -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]], alignment: str = "--:") -> str:
     """A Markdown table. `alignment`: the alignment of all columns except the first."""
     lines = [f"| {' | '.join(map(_cell, row))} |" for row in (head, *rows)]
     lines.insert(1, f"|{'|'.join([':--', *[alignment] * (len(head) - 1)])}|")
@@ -75,7 +75,7 @@ def _bar_table(bars: Sequence[Bar]) -> str:
     columns = [{name: text for name, _, text in bar.parts} for bar in bars]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name) for column in columns)] for name in names]
-    return _table(["part", *(bar.title for bar in bars)], rows)
+    return markdown_table(["part", *(bar.title for bar in bars)], rows)
 
 
 def curve(values: Sequence[float]) -> str:

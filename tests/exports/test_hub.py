@@ -1,0 +1,104 @@
+"""`--to hub`: the folder and its card, what may not be in it, and the upload."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from tests.support.train_case import train_in_child, write_recipe
+from tunekit.adapters.folder.read import read_adapter_config
+from tunekit.artifacts.report.values import read_run
+from tunekit.errors import InputError, ResourceError
+from tunekit.export import export_verb
+from tunekit.exports.card import evaluation_results
+from tunekit.exports.format import Options
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    base = shutil.copytree(tiny_llama, folder / "small-base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    recipe = write_recipe(folder, base, data={"eval": 0.3}, training={"epochs": 1.0, "eval_steps": 1})
+    ended = train_in_child(recipe, folder / "run")
+    assert ended.code == 0, ended.output
+    return folder / "run"
+
+
+def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_verb(str(run), "hub", str(tmp_path / "orders"))
+    folder = tmp_path / "orders"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "peft",
+        "tags": ["tunekit"],
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+    }
+    report = json.loads((run / "report.json").read_text())
+    assert f"| loss | {report['base_eval_loss']:.4g} | {report['eval_loss']:.4g} |" in card.text
+    assert "95 % interval over rows" in card.text
+    assert "The licence of the base small-base: apache-2.0." in card.text
+    for file in folder.iterdir():
+        assert file.suffix == ".safetensors" or str(run.parent) not in file.read_text()
+    assert read_adapter_config(folder).changed_files() == []  # tunekit.json has the hash of the new configuration
+    assert (folder / "adapter_model.safetensors").read_bytes() == (
+        run / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+    printed = capsys.readouterr().out
+    assert "4 files are uploaded with --push, into a private repository orders:" in printed
+    assert "README.md (" in printed
+    assert "write its hub name into README.md" in printed
+
+
+def test_a_secret_or_a_private_path_ends_the_export(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    secret = "hf_" + "a" * 34
+    home = "/ho" + "me/ada/notes"
+    (copied / "adapter" / "chat_template.jinja").write_text(f"{{# {secret} #}}\n{{# {home} #}}")
+    with pytest.raises(InputError) as refused:
+        export_verb(str(copied), "hub", str(tmp_path / "orders"))
+    lines = [str(problem) for problem in refused.value.problems]
+    assert lines[0].startswith("chat_template.jinja:1: holds a secret, which is private")
+    assert lines[1].startswith(f"chat_template.jinja:2: holds {home}, which is private")
+    assert not (tmp_path / "orders").exists()
+
+
+def test_a_push_needs_a_base_that_others_have_and_can_be_repeated(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match=r"--push: the base .* is on this machine only"):
+        export_verb(str(run), "hub", str(tmp_path / "orders"), None, Options(push=True))
+    made: list[tuple[str, bool]] = []
+
+    def refuse(self: HfApi, name: str, *, private: bool, exist_ok: bool) -> None:
+        made.append((name, private))
+        raise HfHubHTTPError.__mro__[1]("connection lost")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(
+        ResourceError, match=r"connection lost; the folder is complete; upload it with: hf upload merged"
+    ):
+        export_verb(str(run), "hub", str(tmp_path / "merged"), None, Options(push=True, merged=True))
+    assert made == [("merged", True)]
+    assert ModelCard.load(tmp_path / "merged" / "README.md").data.to_dict()["library_name"] == "transformers"
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_results_on_a_data_set_of_the_hub_are_an_entry(run: Path, tmp_path: Path) -> None:
+    assert evaluation_results(read_run(run)) is None
+    copied = shutil.copytree(run, tmp_path / "run")
+    plan = json.loads((copied / "plan.json").read_text())
+    plan["recipe"]["data"]["eval"] = [{"path": "org/rows", "revision": "main", "split": "test"}]
+    (copied / "plan.json").write_text(json.dumps(plan))
+    [entry] = yaml.safe_load(evaluation_results(read_run(copied)) or "")
+    assert entry["dataset"] == {"id": "org/rows", "task_id": "default", "revision": "main"}
+    assert entry["value"] == json.loads((copied / "report.json").read_text())["eval_loss"]

@@ -1,0 +1,169 @@
+"""The model card of an export for the hub: README.md and .eval_results, made from the files of the run."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tunekit import __version__
+from tunekit.artifacts.report.markdown import escape, markdown_table
+from tunekit.artifacts.report.paired import paired_interval
+from tunekit.artifacts.report.run_costs import duration_text
+from tunekit.artifacts.report.values import RunValues, Values
+from tunekit.console.text import cell_text
+from tunekit.model.families import make_family
+from tunekit.model.storage.upload import hub_name
+from tunekit.recipe.bases.paths import is_like_path, last_name
+from tunekit.recipe.reading.dump import yaml_lines
+from tunekit.records import JsonObject, bytes_text
+from tunekit.targets.exportable import Exportable
+
+TASKS = {  # transformers' auto class -> the hub's name of the task
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+}
+NOT_STATED = "not stated"
+_LICENCE = re.compile(r"^license:\s*([\w.-]+)\s*$", re.MULTILINE)
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the folder's README.md names; "other" if the folder has only a licence file; None if neither."""
+    card = folder / "README.md"
+    named = _LICENCE.search(card.read_text("utf-8", "replace")[: 2**16]) if card.is_file() else None
+    if named:
+        return named[1]
+    return "other" if any(folder.glob("LICEN[SC]E*")) else None
+
+
+def model_card(exportable: Exportable, run: RunValues | None, what: str, name: str) -> str:
+    """README.md. `what`: "adapter", "merged" or "model"; `name`: of the repository."""
+    base, licence = hub_name(exportable.target.model), licence_of(exportable.folder)
+    auto_class = make_family(exportable.family).auto_class().__name__
+    library = "peft" if what == "adapter" else "transformers"
+    header: JsonObject = {"library_name": library, "tags": ["tunekit"]}
+    header |= {"license": licence} if licence else {}
+    if base is not None and (what != "model" or run is not None):
+        header |= {"base_model": base, "base_model_relation": "adapter" if what == "adapter" else "finetune"}
+    header |= {"pipeline_tag": TASKS[auto_class]} if auto_class in TASKS else {}
+    if data := sorted({path for path, _ in _sources(run) if not is_like_path(path)}):
+        header["datasets"] = data
+    shown = base or last_name(exportable.target.model.name_or_path)
+    lines = ["---", *yaml_lines(header), "---", "", f"# {escape(name)}", "", _first_words(shown, what, run is not None)]
+    lines += ["", "```python", *_usage(auto_class, name, shown, what), "```"]
+    for section in () if run is None else (_training(run), _results(run), _costs(run)):
+        lines += section
+    lines += ["", "## Licences", "", f"The licence of the base {escape(shown)}: {licence or NOT_STATED}."]
+    for path, place in _sources(run):
+        lines.append(f"The licence of the data {escape(_shown(path))}: {_data_licence(place) or NOT_STATED}.")
+    return "\n".join([*lines, "", f"Made with tunekit {__version__}.", ""])
+
+
+def evaluation_results(run: RunValues | None) -> str | None:
+    """The text of .eval_results/*.yaml, if the evaluation rows are a data set of the hub."""
+    sources = [] if run is None else run.recipe.part("data").parts("eval")
+    paths = [str(source.get("path")) for source in sources]
+    if run is None or len(paths) != 1 or is_like_path(paths[0]):
+        return None
+    measured = [(name, value) for name, value in run.exported.numbers("eval").items() if name != "perplexity"]
+    name, value = measured[-1]
+    entry = {
+        "dataset": {"id": paths[0], "task_id": "default", "revision": sources[0].get("revision")},
+        "value": value,
+        "notes": f"{name} on the split {sources[0].get('split')}, measured by tunekit {__version__}",
+    }
+    return "\n".join(line.removeprefix("  ") for line in yaml_lines({"results": [entry]})[1:]) + "\n"
+
+
+def _sources(run: RunValues | None) -> Iterator[tuple[str, Path]]:
+    """The training sources: the path as the recipe has it, and its folder."""
+    for source in [] if run is None else run.recipe.part("data").parts("train"):
+        path = str(source.get("path"))
+        yield path, Path(path).parent
+
+
+def _shown(path: str) -> str:
+    return last_name(path) if is_like_path(path) else path
+
+
+def _data_licence(folder: Path) -> str | None:
+    return licence_of(folder) if folder.is_absolute() else None
+
+
+def _first_words(base: str, what: str, trained: bool) -> str:
+    kinds = {"adapter": "An adapter for", "merged": "An adapter merged into", "model": "A fine-tuned"}
+    return f"{kinds[what]} {escape(base)}." if trained or what != "model" else f"The model {escape(base)}."
+
+
+def _usage(auto_class: str, name: str, base: str, what: str) -> list[str]:
+    lines = [f"from transformers import {auto_class}", ""]
+    if what != "adapter":
+        return [*lines, f'model = {auto_class}.from_pretrained("NAMESPACE/{name}")']
+    return [
+        "from peft import PeftModel",
+        *lines,
+        f'base = {auto_class}.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "NAMESPACE/{name}")',
+    ]
+
+
+def _training(run: RunValues) -> list[str]:
+    adapter, training = run.recipe.part("adapter"), run.recipe.part("training")
+    counts, names = run.report.part("rows"), ", ".join(_shown(path) for path, _ in _sources(run))
+    rows = {
+        "data": f"{names} ({counts.count('trained'):,} rows)",
+        "objective": run.recipe.part("objective").get("method"),
+        "method": adapter.get("method"),
+        **{name: adapter[name] for name in ("r", "alpha") if name in adapter},
+        "learning rate": training.get("learning_rate"),
+        "steps": run.report.count("final_step"),
+        "rows of a step": run.report.get("rows_per_step"),
+        "seed": training.get("seed"),
+        "computed in": run.plan.part("model").get("dtype"),
+        "weights of the base": run.plan.part("model").get("quantization"),
+    }
+    return ["", "## Training", "", markdown_table(["setting", "value"], list(rows.items()))]
+
+
+def _results(run: RunValues) -> list[str]:
+    """The evaluation of the exported weights, with a 95 % interval of the change of the loss over the rows."""
+    after = run.exported.numbers("eval")
+    if not after:
+        return []
+    first = run.evaluations[0]
+    before = first.numbers("eval") if first.get("step") == 0 else {}
+    table = markdown_table(
+        ["metric", "before", "after"], [[name, before.get(name), value] for name, value in after.items()]
+    )
+    return ["", "## Evaluation", "", table, *_interval(run.row_losses)]
+
+
+def _interval(rows: Values) -> list[str]:
+    before, after, units = (rows.column(name) for name in ("before", "losses", "units"))
+    measured = [each for each in zip(before, after, units, strict=False) if None not in each and each[2]]
+    if len(measured) < 2:
+        return []
+    low, high = paired_interval(*np.array(measured, np.float64).T)
+    return [
+        "",
+        f"Change of the loss on {len(measured):,} held-out rows, 95 % interval over rows: {low:+.4g} to {high:+.4g}.",
+    ]
+
+
+def _costs(run: RunValues) -> list[str]:
+    report, measured = run.report, sum(run.report.numbers("measured_bytes").values())
+    seconds = sum(report.numbers("seconds").values())
+    machine = run.environment.get("cpu") if run.plan.get("device") == "cpu" else run.environment.get("accelerators")
+    rows = {
+        "machine": cell_text(machine),
+        "peak memory": bytes_text(measured) if measured else None,
+        "time": duration_text(seconds) if seconds else None,
+        "tokens a second": report.number("tokens_per_second"),
+    }
+    return ["", "## Costs", "", markdown_table(["", ""], [item for item in rows.items() if item[1]])]

@@ -1,0 +1,40 @@
+"""Upload of a folder to a repository of the hub."""
+
+from pathlib import Path
+from typing import cast
+
+from tunekit.errors import InputError, ResourceError
+from tunekit.model.transformers_guard import quiet
+from tunekit.recipe.bases.paths import is_like_path
+from tunekit.recipe.model import ModelSection
+
+
+def upload_folder(folder: Path, name: str) -> str:
+    """Upload to the repository `name`, or NAMESPACE/name, which is made private if it is new. Returns its address.
+
+    An interrupted upload is resumed by the same call: the hub skips what it already has.
+    Raises: InputError without permission; ResourceError if the network fails.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # its base class, also of a failed connection
+
+    api, again = HfApi(), f"the folder is complete; upload it with: hf upload {name} {folder}"
+    try:
+        with quiet():
+            address = api.create_repo(name, private=True, exist_ok=True)
+            api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload from tunekit")
+    except (LocalTokenNotFoundError, HFValidationError, failed, OSError) as error:
+        what = f"the upload did not finish: {str(error).strip().partition(chr(10))[0]}"
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError | HFValidationError):
+            raise InputError(what, f"log in with: hf auth login; {again}") from error
+        raise ResourceError(what, again) from error
+    return str(address)
+
+
+def hub_name(section: ModelSection) -> str | None:
+    """The name of a base on the hub; None for a base that is known only by its place on this machine."""
+    name = section.name_or_path
+    return None if is_like_path(name) or Path(name).is_absolute() or name.endswith(".gguf") else name
