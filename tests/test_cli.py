@@ -143,14 +143,15 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
         "/recipe.yaml:7: data.train.3.path: /other.jsonl:1: the first row has 'question', "
     )
     assert (
-        "write {path: FILE, columns: {question: prompt, answer: completion}} for it; beside --data: " in format_of_other
+        "write {path: FILE, columns: {question: prompt, answer: completion}} in the recipe, or add to --data: "
+        in format_of_other
     )
     assert said == [
         "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
         "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
         "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty",
-        "/recipe.yaml:8: data.eval.0.path: /folder: this is a folder without a table, and without recordings or "
-        "images; name the file in it, or put metadata.jsonl or one folder a class into it",
+        "/recipe.yaml:8: data.eval.0.path: /folder: this folder contains no table, no recordings and "
+        "no images; name a file in the folder, or put metadata.jsonl or one folder per class into it",
         "/recipe.yaml:9: data.chat_template: /absent.jinja: no such file; check the path",
         "/recipe.yaml:10: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
     ]

@@ -227,7 +227,9 @@ def test_the_label_of_pairs_is_the_only_column_of_few_values(tmp_path: Path) -> 
     init(data, tmp_path / "r.yaml", "org/model")
     assert load_recipe(tmp_path / "r.yaml").recipe.data.train[0].columns == {"equal": "label"}
     data.write_text("\n".join(["id,question1,question2", *(line[:-2] for line in lines)]), "utf-8")
-    with pytest.raises(DataError, match="two texts, and no column may be their label; call it label") as caught:
+    with pytest.raises(
+        DataError, match="two texts, and no column could be their label; rename the column to label"
+    ) as caught:
         look_at(str(data))
     assert "{COLUMN: label}" in str(caught.value)
 
@@ -273,7 +275,7 @@ def test_in_a_terminal_four_questions_are_asked(tmp_path: Path, monkeypatch: pyt
 def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", {"x": 1})
     out = tmp_path / "r.yaml"
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the first row has 'x', which is no known format"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the first row has 'x', which fits no format"):
         init(data, out, "org/model")
     with pytest.raises(DataError, match="there is no file"):
         init(tmp_path / "absent.jsonl", out, "org/model")
@@ -334,7 +336,10 @@ def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.Capture
     init(tmp_path / "photos", tmp_path / "recipe.yaml")
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("1 image of format image")
-    assert "warning: photos: 5 files are not read, neither sound nor image by name: b.HEIC, c.txt, d.txt, e.txt" in said
+    assert (
+        "5 files are not read, because their names are not those of sound or images: b.HEIC, c.txt, d.txt, e.txt"
+        in said
+    )
     assert "and 1 more; convert .heic to .png or .jpg" in said
     assert "hidden" not in said
 

@@ -356,7 +356,7 @@ def test_tool_calls_are_trained_where_the_template_writes_them(tiny: LoadedToken
     example = ChatExample((Message("user", "a"), Message("assistant", "", extra={"tool_calls": [CALL]})))
     row = encode_example(example, tiny, template=TOOL_TEMPLATE)
     assert trained_texts(row, tiny) == ['<call>weather{"city": "Oslo"}<|im_end|>']
-    with pytest.raises(DataError, match="does not write tool calls"):
+    with pytest.raises(DataError, match="leaves out tool calls"):
         encode_example(example, tiny)
 
 
@@ -395,4 +395,4 @@ def test_weights_that_are_not_read_are_told(tiny: LoadedTokenizer) -> None:
     encoder = encoder_of(tiny, "all")
     turns = (Message("user", "a"), Message("assistant", "b", 0.0))
     assert encoder.encode(ChatExample(turns), "d:1").parts["trained"].all()
-    assert [notice for notice in encoder.notices if "data.train_on: all does not read" in notice]
+    assert [notice for notice in encoder.notices if "data.train_on: all ignores" in notice]

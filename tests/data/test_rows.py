@@ -60,7 +60,7 @@ def test_counts(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     assert [rows.train[index].origin for index in range(2)] == ["d.jsonl:1", "d.jsonl:3"]
     assert rows.notes == (
         "d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion')",
-        f"warning: d.jsonl: 1 of 4 rows are dropped: {EMPTY_ANSWER}; mend them, or take them out of the file",
+        f"warning: d.jsonl: 1 of 4 rows are dropped: {EMPTY_ANSWER}; correct these rows, or remove them from the file",
         f"warning: d.jsonl: 1 of 4 rows are dropped: {TOO_LONG}; raise data.max_length (the longest row has 22 tokens),"
         " or set data.excess_length: truncate or split",
     )
@@ -95,7 +95,7 @@ def test_a_column_that_is_not_read_is_mentioned(tiny: LoadedTokenizer, tmp_path:
     path.write_text("text,answer\na,b\n", encoding="utf-8")
     note = "d.csv: format text (the first row has 'text'), which does not read 'answer'"
     assert load(tiny, path).notes == (
-        f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant",
+        f"warning: {note}; map columns to the fields of a format with `columns`, or confirm with format: text",
     )
     for source, said in (
         (
@@ -249,11 +249,11 @@ def test_leaks_are_told(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", pairs(1, 2, 3))
     other = write_lines(tmp_path / "e.jsonl", pairs(1, 2, 9))
     found = load(tiny, path, eval=(Source(path=str(other)),))
-    assert found.notes[-1] == "warning: 2 of 3 evaluation rows stand in the training rows too"
+    assert found.notes[-1] == "warning: 2 of 3 evaluation rows are also training rows"
     same = load(tiny, path, eval=(Source(path=str(path)),))
     assert [note for note in same.notes if note.startswith("warning")] == [
         f"warning: {path} is both in data.train and data.eval",
-        "warning: 3 of 3 evaluation rows stand in the training rows too",
+        "warning: 3 of 3 evaluation rows are also training rows",
     ]
     alone = load_evaluation_rows(
         DataSection(train=(Source(path="absent.jsonl"),), eval=(Source(path=str(path)),)), sft(tiny), seed=0

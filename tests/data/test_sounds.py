@@ -79,6 +79,6 @@ def test_a_header_with_an_impossible_rate_is_refused_by_name(tmp_path: Path, rat
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 8000, subtype="PCM_16")
     file = with_rate((tmp_path / "a.wav").read_bytes(), rate)
     (tmp_path / "a.wav").write_bytes(file)
-    match = rf"a\.wav states {rate:,} samples a second, and recordings have 100 to 768,000"
+    match = rf"a\.wav has {rate:,} samples per second according to its header, but 100 to 768,000"
     with pytest.raises(DataError, match=match), opened(Media(str(tmp_path / "a.wav"))):
         pass

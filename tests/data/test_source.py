@@ -147,7 +147,7 @@ def test_rows_of_a_streamed_hub_data_set_are_not_drawn(monkeypatch: pytest.Monke
     whole = Source(path="some/set", max_rows=10)
     assert [row.line for row in read_source(whole, Problems())] not in ([], list(range(1, 11)))
     streamed = whole.model_copy(update={"streaming": True})
-    with pytest.raises(DataError, match="draw_seed: null for its first rows"):
+    with pytest.raises(DataError, match="draw_seed: null to take the first rows"):
         read_source(streamed, Problems())
     first = streamed.model_copy(update={"draw_seed": None})
     assert [row.line for row in read_source(first, Problems())] == list(range(1, 11))

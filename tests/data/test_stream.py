@@ -103,7 +103,7 @@ def test_max_rows_draws_the_rows_that_an_unstreamed_source_has(tiny: LoadedToken
     assert Counter(found[:40]) == Counter(found[40:80]) == Counter(expected)
     assert streaming.counts.trained == 40
     for rows in (streaming, drawn):
-        assert any("40 rows, drawn from all of them" in note for note in rows.notes)
+        assert any("40 rows, drawn from all rows" in note for note in rows.notes)
 
 
 def test_the_draw_is_part_of_what_is_cached_and_compared(tiny: LoadedTokenizer, tmp_path: Path) -> None:

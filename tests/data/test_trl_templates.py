@@ -183,8 +183,8 @@ def test_tool_calls_are_trained_as_the_template_writes_them(name: str) -> None:
         ("gptoss", "thinking", None),
         ("gptoss", "tool_plan", "it reads 'thinking': rename the field"),
         ("qwen3", "reasoning_content", None),
-        ("qwen2_5", "reasoning_content", "take the field out"),
-        ("cohere2", "timestamp", "take the field out"),
+        ("qwen2_5", "reasoning_content", "remove the field"),
+        ("cohere2", "timestamp", "remove the field"),
     ],
 )
 def test_a_field_is_read_by_the_template_or_refused_by_name(name: str, field: str, hint: str | None) -> None:

@@ -106,7 +106,7 @@ def test_a_row_says_how_much_it_counts() -> None:
         for wrong in (10**400, 1e39, 1e-50, float("nan")):  # the last but two are infinite, or 0, in float32
             with pytest.raises(DataError, match="write 0, or from 1e-15 to 1e\\+15"):
                 format_maker(name)({**row, "sample_weight": wrong})
-    with pytest.raises(DataError, match="sample_weight' is read of rows that are texts"):
+    with pytest.raises(DataError, match="sample_weight' is only supported for rows of text"):
         format_maker("labels")({"text": "a", "label": "b", "sample_weight": 2})
 
 
@@ -292,7 +292,7 @@ def test_a_pair_is_two_unpaired_rows(tmp_path: Path) -> None:
 def test_pairs_are_told_from_other_rows() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert choose_format("auto", row, "preference")[0] == "preference"
-    with pytest.raises(DataError, match="preference pairs; choose an objective that learns from them"):
+    with pytest.raises(DataError, match="preference pairs; choose an objective for preference pairs"):
         choose_format("auto", row, "text")
 
 

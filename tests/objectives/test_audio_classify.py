@@ -443,7 +443,7 @@ def test_bad_recordings_are_named(processor: AudioProcessor, recordings: Path, t
     for name, said in (
         ("none.wav", "none.wav has no samples"),
         ("empty.wav", "empty.wav is empty"),
-        ("text.wav", "text.wav is no recording that can be read"),
+        ("text.wav", "text.wav cannot be read as a recording"),
         ("cut.wav", "cut.wav is cut short"),
         ("gone.wav", "gone.wav does not exist"),
     ):

@@ -135,5 +135,7 @@ def test_a_stream_cannot_be_balanced(llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, llama, data=streamed, objective=objective, training={"max_steps": 1, "epochs": None}
     )
-    with pytest.raises(RecipeError, match=r"objective\.class_weights: .*cannot be counted before; write the weights"):
+    with pytest.raises(
+        RecipeError, match=r"objective\.class_weights: .*cannot be counted before training; write the weights"
+    ):
         make_plan(load_recipe(recipe), device=CPU)

@@ -293,14 +293,14 @@ def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) ->
     notes = make_plan(load_recipe(str(write_image_recipe(tmp_path, pipeline, folder, objective=objective)), []))[
         0
     ].notes
-    told = "warning: photos: 1 file is not read, neither sound nor image by name: IMG_1.HEIC"
+    told = "warning: photos: 1 file is not read, because their names are not those of sound or images: IMG_1.HEIC"
     assert f"{told}; convert .heic to .png or .jpg" in notes
-    assert "classes: 1 file is not read, neither sound nor image by name: notes.txt" in notes
+    assert "classes: 1 file is not read, because their names are not those of sound or images: notes.txt" in notes
     assert not [note for note in notes if "evaluation rows" in note or "both in" in note]  # measured on purpose
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "1.heic").write_bytes(b"x")
     recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "raw", data={"eval": None})
-    with pytest.raises(InputError, match=r"without recordings or images \(raw: 1 file is not read.*convert \.heic"):
+    with pytest.raises(InputError, match=r"no recordings and no images \(raw: 1 file is not read.*convert \.heic"):
         make_plan(load_recipe(str(recipe), []))
 
 
@@ -373,7 +373,7 @@ def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> No
         make_plan(load_recipe(str(recipe), []))
     (tmp_path / "empty").mkdir()
     recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "empty", data={"eval": None})
-    with pytest.raises(InputError, match="without recordings or images"):
+    with pytest.raises(InputError, match="no recordings and no images"):
         make_plan(load_recipe(str(recipe), []))
 
 

@@ -291,8 +291,8 @@ def test_bad_sounds_are_named(processor: SpeechProcessor, sounds: Path, tmp_path
         ("none.wav", "none.wav has no samples"),
         ("cut.wav", "cut.wav is cut short"),
         ("empty.wav", "empty.wav is empty"),
-        ("text.wav", "text.wav is no recording that can be read"),
-        ("nan.wav", "nan.wav holds samples that are no numbers"),
+        ("text.wav", "text.wav cannot be read as a recording"),
+        ("nan.wav", "nan.wav contains samples that are NaN or infinite"),
         ("absent.wav", "absent.wav does not exist"),
         (".", "is no file"),
     ):
@@ -463,7 +463,7 @@ def test_a_bad_file_is_named_with_its_row(processor: SpeechProcessor, tmp_path: 
     with pytest.raises(DataError) as caught:
         load_rows(DataSection(train=(Source(path=str(folder)),)), objective, seed=0, cache_dir=tmp_path / "cache")
     assert [(problem.line, problem.what.partition(":")[0]) for problem in caught.value.problems] == [
-        (2, "1.wav is no recording that can be read"),
+        (2, "1.wav cannot be read as a recording"),
         (4, f"{folder / 'gone.wav'} does not exist"),
     ]
     assert all(problem.file == str(folder / "metadata.jsonl") for problem in caught.value.problems)

@@ -141,10 +141,10 @@ def test_a_prompt_is_measured_before_it_is_tokenized(speaker: Speaker, monkeypat
         [Message("user", "<|im_start|>" * 300_000)],
         [Message("user", "a")] * 100_000,
     ):
-        with pytest.raises(DataError, match="has more than 512 tokens, and the model reads at most 512"):
+        with pytest.raises(DataError, match="has more than 512 tokens, but the model reads at most 512"):
             speaker.prompt_ids(messages)
     assert sum(read) < 200_000
-    with pytest.raises(DataError, match="has 519 tokens, and the model reads at most 512"):
+    with pytest.raises(DataError, match="has 519 tokens, but the model reads at most 512"):
         speaker.prompt_ids([Message("user", "x" * 500)])
     assert len(speaker.prompt_ids([Message("user", "x" * 490)])) == 509
 

@@ -28,8 +28,8 @@ from tunekit.machine.memory import machine_memory_bytes
 from tunekit.recipe.data import DataSection
 from tunekit.records import RowCounts
 
-STREAMED = "a training source is streamed (by its size, or as the recipe says)"
-OWN_EVALUATION = "name an eval source of its own"
+STREAMED = "a training source is streamed (because of its size or the recipe)"
+OWN_EVALUATION = "name a separate source in data.eval"
 
 
 class Written(NamedTuple):
@@ -109,7 +109,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     eval_sources, evaluation = (listed, [_whole(source) for source in listed]) if listed else (sources, held)
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
-        what = "there is only one row (or only equal ones), so that no fraction can be held out"
+        what = "all rows are equal, or there is only one row, so no fraction can be held out"
         raise DataError(what, OWN_EVALUATION, key="data.eval")
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
@@ -157,13 +157,13 @@ def load_evaluation_rows(
 def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir: Path | None) -> RowSet:
     """Rows of streamed sources. `train` has only the first rows of each source; all counts are estimated from these."""
     if isinstance(data.eval, float):
-        raise RecipeError(f"{STREAMED}, and no fraction can be taken of it", OWN_EVALUATION, key="data.eval")
+        raise RecipeError(f"{STREAMED}, so no fraction can be held out", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
-        what = f"{STREAMED}, and its first rows need not have every label"
-        raise RecipeError(what, "list them all", key="objective.labels")
+        what = f"{STREAMED}, and its first rows may not contain every label"
+        raise RecipeError(what, "list all labels", key="objective.labels")
     if objective.counts_rows is not None:
-        what = f"{STREAMED}, so that its rows cannot be counted before"
-        raise RecipeError(what, "write the weights themselves", key=objective.counts_rows)
+        what = f"{STREAMED}, so its rows cannot be counted before training"
+        raise RecipeError(what, "write the weights as numbers", key=objective.counts_rows)
     sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
     streams, samples = zip(*sampled, strict=True)
     rows = ChosenRows([_whole(sample) for sample in samples])
@@ -236,9 +236,9 @@ def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) 
     why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     too_long = not reasons or any(reason.startswith((TOO_LONG, NO_TARGET_LEFT)) for reason in reasons)
     what = f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else "")
-    cut = "raise data.max_length, or look at the rows with `tunekit preview`"
+    cut = "raise data.max_length, or inspect the rows with `tunekit preview`"
     file = sources[0].source.path if sources else None
-    raise DataError(what, cut if too_long else "mend or replace these rows", file=file, key=key)
+    raise DataError(what, cut if too_long else "correct or replace these rows", file=file, key=key)
 
 
 def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:
@@ -284,7 +284,7 @@ def _leaks(data: DataSection, objective: Objective, train: ChosenRows, evaluatio
         notes += [f"warning: {path} is both in data.train and data.eval" for path in sorted(same)]
     shared = int(np.isin(evaluation.digests, train.digests).sum())
     if shared:
-        notes.append(f"warning: {shared} of {len(evaluation)} evaluation rows stand in the training rows too")
+        notes.append(f"warning: {shared} of {len(evaluation)} evaluation rows are also training rows")
     return notes
 
 

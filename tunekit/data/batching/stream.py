@@ -26,13 +26,13 @@ from tunekit.errors import DataError
 
 BUFFER_ROWS = 10_000
 BUFFER_TOKENS = 1_000_000  # a few shards; filling the buffer takes some seconds before the first step
-BUFFER_BYTES = 256_000_000  # reached by images and sound only: rows of text are far smaller
+BUFFER_BYTES = 256_000_000  # only images and sound reach this limit; rows of text are far smaller
 PACKED_WINDOWS = 8  # the rows of this number of windows are packed together
 DRAWS = 4096
 
 
 class StreamedRow(NamedTuple):
-    """A row, and how many epochs of its source had been read before it."""
+    """A row, with the number of epochs of its source that were read before it."""
 
     row: Row
     epoch: float
@@ -65,7 +65,7 @@ class StreamedSource:
                     has_rows = True
                     yield buffer[index], epoch + done
             if not has_rows:
-                raise DataError("no row of it can be trained on", "", file=self.sharded.source.path)
+                raise DataError("no row of this source can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
         """Buffers with the encoded rows of one epoch, each with the share of the epoch's shards that were read."""

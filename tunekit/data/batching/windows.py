@@ -21,7 +21,7 @@ Group = tuple[int, ...]  # the rows of one sequence: one row, or a pack
 MicroBatch = tuple[Group, ...]
 Sizes = tuple[int, ...]  # the size of each part of a sequence
 Cut = TypeVar("Cut")  # the type of a group of rows
-STEP_ROUNDING = 1e-9  # 0.1 * 30 is not quite 3
+STEP_ROUNDING = 1e-9  # tolerance for rounding: 0.1 * 30 is not exactly 3
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,19 @@ class TrainingWindows:
         draws: tuple[Share, ...] | None = None,
     ) -> None:
         if len(rows) == 0:
-            how = "see the dropped rows, or name other sources in data.train"
+            how = "see the warnings about dropped rows, or name other sources in data.train"
             raise DataError("there are no rows to train on", how)
         self._rows, self._kind, self._settings = rows, kind, settings
         self._rank, self._world = rank, world
         self._shares = draws or (Share(0, len(rows)),)
         self._sizes = np.asarray(rows.sizes)  # (rows, sizes)
         self._lengths = self._sizes.sum(axis=1)  # (rows,)
-        self._steps_of: list[int] = []  # optimizer steps of each epoch that was cut
+        self._steps_of: list[int] = []  # number of optimizer steps of each epoch so far
         self._last: tuple[int, list[MicroBatch]] | None = None
         self.micro_batches_per_epoch = len(self.micro_batches(0))
         self.steps_per_epoch = self._epoch_steps(0)
         if self.steps_per_epoch == 0:
-            raise DataError("an epoch holds no row at these weights", "raise data.train[].weight")
+            raise DataError("with these weights an epoch has no row", "raise data.train[].weight")
         self.steps = settings.max_steps if settings.max_steps is not None else self._count_steps(settings.epochs or 1.0)
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
@@ -189,7 +189,8 @@ class TrainingWindows:
 
 
 def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:
-    """Batches of all rows, longest first: padding is small, and if memory is too small, the first batch fails."""
+    """Batches of all rows, longest first, so that there is little padding and a lack of memory shows in the first
+    batch."""
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     waiting: dict[bytes, list[Group]] = {}
     for index in order.tolist():
@@ -220,6 +221,6 @@ def filled_batch(rows: Rows, kind: RowKind, settings: BatchSettings) -> Batch:
     source = (rows[index] for index in cycle(longest))
     parts = kind.layout.sizes
     filled = [kind.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
-    if kind.layout.batch_key is not None:  # only equal keys share a micro-batch, so the largest sequence is repeated
+    if kind.layout.batch_key is not None:  # keys cannot be mixed, so the largest sequence is repeated
         filled = [max(filled, key=lambda rows: rows[0].size)] * count
     return kind.collate(filled)

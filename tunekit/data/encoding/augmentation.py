@@ -19,7 +19,7 @@ def transforms() -> Any:
     try:
         from torchvision.transforms import v2
     except ImportError:
-        raise InputError("images are changed by torchvision, which is not installed", HOW_TO_INSTALL) from None
+        raise InputError("image augmentation needs torchvision, which is not installed", HOW_TO_INSTALL) from None
     return v2
 
 

@@ -76,7 +76,7 @@ def _pieces(rows: Sequence[Row], kind: RowKind, counts: SourceCounts) -> list[Ro
 
 
 def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
-    """The pieces of a row: the row itself if it fits, else truncated or split as data.excess_length says.
+    """The pieces of a row. A row that is too long is truncated or split, depending on data.excess_length.
 
     Raises: Dropped with the reason; DataError for a row that is too long, if excess_length is error.
     """
@@ -89,7 +89,7 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
         return [row]
     if options.excess_length == "error":
         how = "raise it, or set data.excess_length: drop|truncate|split"
-        raise DataError(f"{length} tokens{kind.room}, but data.max_length is {most}", how)
+        raise DataError(f"the row has {length} tokens{kind.room}, but data.max_length is {most}", how)
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG + kind.room)
     truncates = options.excess_length == "truncate"

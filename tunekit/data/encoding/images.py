@@ -24,8 +24,8 @@ ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 FORMATS = (  # PIL's names of the formats that are read; other formats, such as EPS, make PIL start programs
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "QOI", "ICO", "PCX"),
 )
-BLOCK_PIXELS = 2**20  # converted at a time, because PIL and numpy hold several copies of a block
-LEAST_PIXELS = 16  # minimum of the shorter side: smaller images show nothing
+BLOCK_PIXELS = 2**20  # pixels converted at a time, because PIL and numpy make several copies of a block
+LEAST_PIXELS = 16  # minimum of the shorter side, in pixels
 ANIMATED = "animated image"
 TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -41,12 +41,12 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise InputError("images are read by Pillow, which is not installed", HOW_TO_INSTALL) from None
+        raise InputError("reading images needs Pillow, which is not installed", HOW_TO_INSTALL) from None
 
     notices = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
-        raise DataError(f"there is no image {file}", "check the path; a relative one is meant from its table's folder")
+        raise DataError(f"there is no image {file}", "check the path, which starts at the folder of its table")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -62,12 +62,12 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        what = "has more pixels than an image of its kind should"
+        what = "has too many pixels for an image"
         raise DataError(f"{_named(file)} {what}", "make it smaller") from None
     except Exception as error:  # PIL's decoders raise all kinds of exceptions for damaged files
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
-        raise DataError(what, f"mend it, or take it out; what is read is {', '.join(FORMATS)}") from None
+        raise DataError(what, f"repair or remove it; the supported formats are {', '.join(FORMATS)}") from None
 
 
 def _named(file: str | None) -> str:

@@ -13,7 +13,7 @@ from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
-MANY_DROPPED = 0.05  # of a source's rows
+MANY_DROPPED = 0.05  # share of a source's rows
 NEARLY = 0.85  # minimum similarity of a column's name to a field that it may misspell
 
 
@@ -35,7 +35,7 @@ def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]
             return f"{WARNING}{note}; did you mean '{meant}' by '{column}'?"
     if not unread or format_name != "text" or reason == NAMED:
         return note
-    return f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant"
+    return f"warning: {note}; map columns to the fields of a format with `columns`, or confirm with format: text"
 
 
 def filled_columns(values: Mapping[str, Any]) -> list[str]:
@@ -49,10 +49,8 @@ def drawn_notes(name: str, source: Source) -> list[str]:
         return []
     if source.draw_seed is None:
         return [f"{name}: its first {source.max_rows:,} rows (max_rows, draw_seed: null)"]
-    how = "draw_seed: null takes the first ones"
-    return [
-        f"{name}: {source.max_rows:,} rows, drawn from all of them (max_rows, draw_seed: {source.draw_seed}; {how})"
-    ]
+    how = "draw_seed: null takes the first rows"
+    return [f"{name}: {source.max_rows:,} rows, drawn from all rows (max_rows, draw_seed: {source.draw_seed}; {how})"]
 
 
 def counted_note(name: str, number: int, what: str) -> str:
@@ -62,13 +60,13 @@ def counted_note(name: str, number: int, what: str) -> str:
 
 
 def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
-    """Warnings about dropped rows, with the remedy. Training rows are mentioned only if many are dropped."""
+    """Warnings about dropped rows, with advice. Dropped training rows are mentioned only if there are many."""
     longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens)"
     cures = {TOO_LONG: f"{longer}, or set data.excess_length: truncate or split", NO_TARGET_LEFT: longer}
     cures |= {reason: f"{longer}, or lower the other" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")}
     return [
         f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
-        + cures.get(reason, "mend them, or take them out of the file")
+        + cures.get(reason, "correct these rows, or remove them from the file")
         for reason, number in sorted(counts.dropped.items())
         if evaluation or number > MANY_DROPPED * counts.read
     ]

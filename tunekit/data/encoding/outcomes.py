@@ -20,7 +20,7 @@ from tunekit.data.reading.first import MakeExample
 from tunekit.data.reading.lines import RawRow
 from tunekit.errors import DataError, ResourceError
 
-LONG_ROWS = 8_000  # from this number on several processes are faster, although they take some seconds to start
+LONG_ROWS = 8_000  # with more rows, several processes are faster although they take some seconds to start
 CHUNK_ROWS = 500
 MAX_PROCESSES = 61  # Windows cannot wait for more
 FORKS = "forkserver" in get_all_start_methods()
@@ -71,8 +71,8 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]
             source.kind.notices.update(notices)
             yield from found
     except BrokenProcessPool:
-        what = "a process that encodes rows was ended from outside"
-        raise ResourceError(what, "give the run more memory", file=source.name) from None
+        what = "a process that encodes rows was killed"
+        raise ResourceError(what, "provide more memory", file=source.name) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -10,8 +10,8 @@ import torch
 from tunekit.data.reading.sound import Sound
 
 ZEROS, ROLLOFF = 6, 0.99  # the low-pass filter's zero crossings on each side, and its cutoff as a share of Nyquist's
-KERNEL_TAPS = 2**22  # maximum of a filter kept in memory for all phases: two odd rates would need gigabytes
-BLOCK_TAPS = 2**18  # computed at a time if the filter is too large to be kept
+KERNEL_TAPS = 2**22  # maximum size of a filter that is kept for all phases; two odd rates would need gigabytes
+BLOCK_TAPS = 2**18  # part of a filter that is computed at a time, if the filter is too large to be kept
 QUIET_SECONDS = 0.1  # loudness is measured over windows of this length
 SEARCHED = 1 / 3  # share of a piece, at its end, that is searched for the quietest moment
 

@@ -27,7 +27,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.reading.names import formats_of
 
 LONGEST_TEMPLATE_BYTES = 2**20
-FACTS = ("format", "reason", "columns", "counts", "notices")  # of a source, stored with its rows
+FACTS = ("format", "reason", "columns", "counts", "notices")  # facts about a source that are stored with its rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_template(path: Path) -> str:
     """The text of a chat template file. Raises: RecipeError if the file cannot be read as a template."""
     try:
         if not path.is_file() or path.stat().st_size > LONGEST_TEMPLATE_BYTES:
-            raise RecipeError("this is no template file", "name a Jinja file", file=str(path), key="data.chat_template")
+            raise RecipeError("not a template file", "name a Jinja file", file=str(path), key="data.chat_template")
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         what = f"the template cannot be read: {error}"

@@ -87,7 +87,7 @@ def look_at(data: str) -> Look | None:
     values = [row.values for row in islice(rows, LOOKED_AT + 1)]
     problems.raise_if_any()
     if not values:
-        raise DataError("there is no row in it", "", file=data)
+        raise DataError("the file contains no row", "", file=data)
     objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
@@ -134,7 +134,7 @@ def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
 
 
 def number_columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """The columns beside the text that have numbers alone, some with a fraction."""
+    """The columns, other than the text, that contain only numbers, some of them with a fraction."""
     values = {
         name: [of_cell(row.get(name)) for row in rows] for name in rows[0] if name not in ("text", "sample_weight")
     }
@@ -162,12 +162,12 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
     folder, lacks = bool(medium and medium in row), list[str]()
     known = proposed_objectives()
     for objective in known:
-        if objective.medium != medium and (objective.medium or folder):  # a folder of files has no text to learn
+        if objective.medium != medium and (objective.medium or folder):  # a folder of files contains no text to learn
             continue
         try:
             name = choose_format("auto", row, objective.example)[0]
             named = isinstance(of_cell(row.get(label_field(row))), str | int) and "label" not in row
-            if name == LABELS_FORMAT and named:  # a column such as category: the user is asked
+            if name == LABELS_FORMAT and named:  # the user must confirm that a column such as category contains labels
                 continue
             return objective, name, {}
         except DataError as error:
@@ -184,12 +184,12 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
 
 
 def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
-    """The only column beside the two texts that may hold their label. Raises: DataError where none does, or several."""
+    """The only column that may contain the label of two texts. Raises: DataError if no column, or several, may."""
     columns = [name for name in {**label_columns(rows), **dict.fromkeys(number_columns(rows))} if name not in ALIASES]
     if len(columns) == 1:
         return columns[0]
-    what = f"the rows have two texts, and {' or '.join(columns) or 'no column'} may be their label"
-    how = f"call it label, or map it under data.train[].columns, for example {{{[*columns, 'COLUMN'][0]}: label}}"
+    what = f"the rows have two texts, and {' or '.join(columns) or 'no column'} could be their label"
+    how = f"rename the column to label, or map it in data.train[].columns, such as {{{[*columns, 'COLUMN'][0]}: label}}"
     raise DataError(what, how, file=data, line=1)
 
 

@@ -1,6 +1,6 @@
 """An estimate of the number of tokens of a text, without a tokenizer."""
 
-CHARACTERS_OF_A_TOKEN = 3.5  # of English text
+CHARACTERS_OF_A_TOKEN = 3.5  # average of English text
 
 
 def guessed_tokens(text: str) -> int:

@@ -33,13 +33,13 @@ if TYPE_CHECKING:  # these import torch
     from tunekit.data.reading.first import MakeExample
     from tunekit.data.reading.lines import RawRow
 
-RARE = 0.02  # rows in a script that fewer rows than this share have are a finding
+RARE = 0.02  # a script is rare if its share of the rows is smaller; rows in it are a finding
 EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
 KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 GARBLED = re.compile("\ufffd|Ã[\u0080-\u00bf]|â€[\u0080-\u2122\u0153]|Â[\u00a0-\u00bf]")  # UTF-8 misread
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MARKUP = re.compile(r"(?m)<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|^### (?:Instruction|Response)")
-PATTERNS = (  # kind, pattern, and texts of which every match contains one: a quick test before the pattern
+PATTERNS = (  # kind, pattern, and a quick test: every match contains one of these texts
     ("garbled", GARBLED, ("\ufffd", "Ã", "â€", "Â")),
     ("control", CONTROLS, ("",)),
     ("markup", MARKUP, ("<|", "[INST", "<start_of", "###")),
@@ -55,15 +55,15 @@ EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an e
 KINDS = {  # kind of finding -> its description in the table
     "broken": "rows that cannot be read",
     "empty": "rows with nothing to learn",
-    "exact": "rows that repeat an earlier one",
-    "contrary": "rows that repeat an earlier one with another label",
-    "near": "rows nearly equal to an earlier one",
-    "leak": "training rows that are evaluation rows too, or nearly",
+    "exact": "rows that repeat an earlier row",
+    "contrary": "rows that repeat an earlier row with a different label",
+    "near": "rows that are nearly equal to an earlier row",
+    "leak": "training rows that equal, or nearly equal, an evaluation row",
     "garbled": "rows with characters of a wrong encoding",
     "control": "rows with control characters",
-    "script": "rows in another writing than the others",
+    "script": "rows in a script that few other rows have",
     "roles": "conversations whose turns are out of order",
-    "markup": "rows whose text spells a chat template: probably another format",
+    "markup": "rows whose text contains chat markup, probably of a different format",
     "secret": "rows with an access token, a password or a private key",
     "email": "rows with e-mail addresses",
     "long": "rows longer than data.max_length",
@@ -169,7 +169,7 @@ def _signed(parsed: object, text: str) -> RowSignature:
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
-    """Estimated tokens of the shorter answer of a preference pair, which are not part of the longer sequence; 0 for
+    """Estimated tokens of the shorter answer of a preference pair, which do not count towards the row's length; 0 for
     rows with one answer."""
     if "rejected" not in values:
         return 0
@@ -188,7 +188,7 @@ def _outcomes(
 
 
 def _fates(outcome: Outcome, kind: RowKind, findings: Found) -> Iterator[tuple[str, str]]:
-    """Findings about an encoded row that training would cut or drop. Raises: DataError if the row is wrong."""
+    """Add findings if training would cut or drop the encoded row. Raises: DataError if the row is wrong."""
     from tunekit.data.encoding.encode import TOO_LONG, SourceCounts, cut_row
     from tunekit.data.encoding.outcomes import Dropped
 
@@ -260,7 +260,7 @@ def _turns(example: ChatExample) -> str:
         return "a system prompt that is not first"
     spoken = [role for role in roles if role not in ("system", "developer")]
     if not spoken or spoken[0] == "assistant":
-        return "an answer that nobody asked for"
+        return "an answer without a question"
     if any(a == b == "assistant" for a, b in pairwise(spoken)):
         calls = any(message.extra.get("tool_calls") for message in example.messages)
         return "" if calls else "two answers in a row"

@@ -17,7 +17,7 @@ NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
 FEWEST_WORDS = 8  # shorter rows are only compared for equality
 UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: scripts without spaces
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # WORD for texts in ASCII, in a third of the time
+PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # equals WORD for texts in ASCII, and takes a third of the time
 UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # ignored in comparisons; accents are not ignored
 RowLabel = str | bool | None  # the label of a row; None: the row has no label
 
@@ -38,7 +38,7 @@ class SimilarityIndex:
     signatures: list[tuple[WordPairs | None, str, int, RowLabel]] = field(default_factory=list)
 
     def like(self, row: RowSignature) -> tuple[str, str, int, RowLabel] | None:
-        """("exact" or "near", file, line, label) of an indexed row that is similar to `row`; None if there is none."""
+        """An indexed row that is similar to `row`, as ("exact" or "near", file, line, label); None if there is none."""
         if row.key in self.texts:
             return "exact", *self.texts[row.key]
         tried: set[int] = set()

@@ -21,7 +21,7 @@ def class_names(features: object) -> ClassNames:
 
 
 def _of_each(feature: object) -> object:
-    """The feature of a list's members, written `{"feature": ...}` or `[...]`; None where it is no list."""
+    """The feature of a list's items, written as `{"feature": ...}` or `[...]`; None if it is not a list."""
     if isinstance(feature, list) and len(feature) == 1:
         return feature[0]
     return feature.get("feature") if isinstance(feature, Mapping) else None

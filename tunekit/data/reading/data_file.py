@@ -47,14 +47,15 @@ class DataFile:
 
 
 def inspect_file(path: Path) -> DataFile:
-    """The checked data file at a path. Raises: DataError if it is no regular file, is empty, or is of another kind."""
+    """The checked data file at a path. Raises: DataError if it is not a regular file, is empty, or has other content
+    than its name says."""
     size = _regular_size(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
     kind = KINDS.get(suffix[0]) if suffix else None
     if kind is None or (compressed and kind == "parquet"):
-        raise DataError(f"the ending of '{path.name}' says nothing about its kind", _KNOWN, file=str(path))
+        raise DataError(f"the kind of '{path.name}' cannot be told from its ending", _KNOWN, file=str(path))
     if size == 0:
         raise DataError("the file is empty", "", file=str(path))
     found = DataFile(path, kind, compressed, size)
@@ -126,7 +127,7 @@ def _check_content(file: DataFile) -> None:
     elif start.startswith(_OTHER_UNICODE):
         raise DataError("the file is UTF-16 or UTF-32", "save it as UTF-8", file=name, line=1)
     elif file.kind == "jsonl" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        raise DataError("the content is a JSON array, not one object a line", "rename it to .json", file=name, line=1)
+        raise DataError("the content is a JSON array, not JSON Lines", "rename it to .json", file=name, line=1)
 
 
 def content_hash(path: Path) -> str:

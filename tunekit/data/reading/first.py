@@ -66,12 +66,12 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
     """
     fitting = formats_of(example)
     if named not in ("auto", *fitting):
-        raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
+        raise DataError(f"the objective does not learn from the format {named}", f"choose from: {', '.join(fitting)}")
     if named != "auto":
         return named, NAMED
     if is_pair(values) and example != "preference":
-        what = "the first row has 'chosen' and 'rejected': preference pairs"
-        raise DataError(what, "choose an objective that learns from them, such as dpo")
+        what = "the first row has 'chosen' and 'rejected', so the rows are preference pairs"
+        raise DataError(what, "choose an objective for preference pairs, such as dpo")
     for name in fitting:
         facts = facts_of("formats", name)
         aliases = aliases_in(facts, values)
@@ -84,7 +84,7 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
             return name, f"the first row has {said}" if said else "the objective learns from no other"
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
-    raise DataError(f"the first row has {there}, which is no known format ({wanted})", _mapped(values, fitting))
+    raise DataError(f"the first row has {there}, which fits no format ({wanted})", _mapped(values, fitting))
 
 
 def aliases_in(facts: ModuleType, values: Fields) -> Mapping[str, str]:
@@ -119,8 +119,8 @@ def _weighted(make: MakeExample, row: Fields) -> Example:
     if weight is None:
         return example
     if not isinstance(example, Example):
-        how = "take it out, or give the column another name"
-        raise DataError("'sample_weight' is read of rows that are texts", how)
+        how = "remove the column, or rename it"
+        raise DataError("'sample_weight' is only supported for rows of text", how)
     return replace(example, weight=read_weight(weight, "sample_weight"))
 
 
@@ -136,13 +136,16 @@ def _mapped(values: Fields, fitting: Sequence[str]) -> str:
     if set(values) <= {kind, "label"}:  # rows made from the files of a folder, which lack fields
         wanted = [facts_of("formats", name).REQUIRED for name in fitting]
         for field in (field for each in wanted if kind in each for field in each if field not in values):
-            folders = ", or one folder a class with its files" if field == "label" else ""
-            return f"put metadata.jsonl into the folder, a line a file: {{file_name: FILE, {field}: ...}}{folders}"
+            folders = ", or make one folder per class with its files" if field == "label" else ""
+            return (
+                f"put metadata.jsonl into the folder, with a line {{file_name: FILE, {field}: ...}} for each "
+                f"file{folders}"
+            )
     meant = columns_meant(values)
     if meant and "prompt_completion" in fitting:
         typed = " ".join(f"data.eval.0.columns.{column}={field}" for column, field in meant.items())
         columns = ", ".join(f"{column}: {field}" for column, field in meant.items())
-        return f"write {{path: FILE, columns: {{{columns}}}}} for it; beside --data: {typed}"
+        return f"write {{path: FILE, columns: {{{columns}}}}} in the recipe, or add to --data: {typed}"
     names = [name for name, value in values.items() if isinstance(value, str)]
     columns = f"{names[0]}: prompt, {names[1]}: completion" if len(names) > 1 else "COLUMN: FIELD"
-    return f"write {{path: FILE, format: NAME}} for it, or name the columns' fields, such as columns: {{{columns}}}"
+    return f"write {{path: FILE, format: NAME}}, or map columns to fields, such as columns: {{{columns}}}"

@@ -19,7 +19,7 @@ MEDIA = {
 CONVERTED = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw")
 SHOWN_NAMES = 4
 WARNING = "warning: "
-HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"
+HOW = f"name a file in the folder, or put {TABLES[0]} or one folder per class into it"
 
 
 def is_folder(path: str) -> bool:
@@ -41,7 +41,7 @@ def with_table(source: Source) -> Source:
         return source
     tables = [name for name in TABLES if os.path.isfile(os.path.join(source.path, name))]
     if len(tables) > 1:
-        raise DataError(f"the folder holds {' and '.join(tables)}", "keep one of them", file=source.path)
+        raise DataError(f"the folder contains {' and '.join(tables)}", "keep one of them", file=source.path)
     return source.model_copy(update={"path": os.path.join(source.path, tables[0])}) if tables else source
 
 
@@ -63,12 +63,12 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
     kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
     files = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
     if not files:
-        what = "this is a folder without a table, and without recordings or images"
+        what = "this folder contains no table, no recordings and no images"
         others = passed_over(folder)
         what += "" if others is None else f" ({others.removeprefix(WARNING)})"
         raise DataError(what, HOW, file=str(folder))
     if len({kind for kind, _ in files}) > 1:
-        raise DataError("the folder holds recordings and images", "keep one kind in it", file=str(folder))
+        raise DataError("the folder contains both recordings and images", "keep only one kind", file=str(folder))
     for number, (kind, place) in enumerate(files, 1):
         inner = place.relative_to(folder)
         yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
@@ -86,8 +86,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """A note listing the files of a folder that are not read, because they are no recordings or images; None if all
-    are read."""
+    """A note that lists the files of a folder that are not read, because they are not recordings or images; None if all
+    files are read."""
     others = [place for place in _files(folder) if not is_media(place.name)]
     if not others:
         return None
@@ -96,7 +96,7 @@ def passed_over(folder: Path) -> str | None:
     how = f"; convert {' and '.join(foreign)} to .png or .jpg" if foreign else ""
     count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     start = WARNING if foreign else ""
-    return f"{start}{folder.name}: {count} not read, neither sound nor image by name: {names}{how}"
+    return f"{start}{folder.name}: {count} not read, because their names are not those of sound or images: {names}{how}"
 
 
 def names_hash(folder: Path) -> str:

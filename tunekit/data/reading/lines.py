@@ -50,7 +50,7 @@ def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             try:
                 raw = stream.readline(LONGEST_LINE_BYTES + 1)
             except (OSError, EOFError) as error:
-                problems.add(name, number, f"the file cannot be read on: {error}", "it may be cut short")
+                problems.add(name, number, f"the rest of the file cannot be read: {error}", "it may be cut short")
                 return
             if not raw:
                 return
@@ -72,7 +72,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
         if end != len(stripped):
             raise JsonFault(f"more text after the JSON value (character {end + 1})")
     except JsonFault as fault:
-        problems.add(name, number, str(fault), "write one JSON object a line")
+        problems.add(name, number, str(fault), "write one JSON object per line")
         return
     if isinstance(value, dict):
         yield RawRow(number, value)
@@ -83,7 +83,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
 def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None:
     """The text of UTF-8 bytes; None, with a problem added, for NUL bytes or invalid UTF-8."""
     if b"\x00" in raw:
-        problems.add(name, number, "contains a NUL byte", "is the file UTF-16, or not text at all?")
+        problems.add(name, number, "contains a NUL byte", "save the file as UTF-8; it may be UTF-16, or not text")
         return None
     try:
         return raw.decode("utf-8")
@@ -125,7 +125,7 @@ def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
         position = skip_space(text, position + 1) if text[position] == "," else position
     rest = skip_space(text, position + 1)
     if rest < len(text):
-        problems.add(name, 1 + text.count("\n", 0, rest), "more text after the array", "")
+        problems.add(name, 1 + text.count("\n", 0, rest), "there is more text after the array", "")
 
 
 def _read_objects(file: DataFile, text: str, position: int, problems: Problems) -> Iterator[RawRow]:
@@ -140,7 +140,7 @@ def _read_objects(file: DataFile, text: str, position: int, problems: Problems) 
         yield from read_json_lines(file, problems)
         return
     line = 1 + text.count("\n", 0, position)
-    problems.add(str(file.path), line, "the file is neither an array of objects nor one object a line", "write [{...}]")
+    problems.add(str(file.path), line, "the file is neither a JSON array of objects nor JSON Lines", "write [{...}]")
 
 
 def skip_space(text: str, position: int) -> int:

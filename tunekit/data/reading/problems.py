@@ -15,7 +15,7 @@ class Problems:
     most: int = MOST_SHOWN  # maximum number of different problems to show
     shown: list[Problem] = field(default_factory=list)
     count: int = 0
-    others: dict[Problem, list[int]] = field(default_factory=dict)  # more lines with the same problem
+    others: dict[Problem, list[int]] = field(default_factory=dict)  # problem -> further lines with the same problem
 
     def add(self, file: str, line: int, what: str, how: str = "", key: str | None = None) -> None:
         """Add one problem. `what`: the fault. `how`: the remedy."""

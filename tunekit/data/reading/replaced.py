@@ -20,10 +20,10 @@ def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, 
     if name is None or name == "-":
         return
     if _same(Path(name), file):
-        raise InputError(f"{option} {name} is the recipe, which it would replace", "name a new file")
+        raise InputError(f"{option} {name} would replace the recipe", "name a new file")
     used = next((key for key, path in _used_files(values) if _same(Path(name), path)), None)
     if used is not None:
-        raise InputError(f"{option} {name} is {used} of the recipe, which it would replace", "name a new file")
+        raise InputError(f"{option} {name} would replace {used} of the recipe", "name a new file")
 
 
 def _used_files(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:

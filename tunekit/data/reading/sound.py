@@ -58,12 +58,15 @@ class Sound:
                 self.stream.seek(start)
             samples: NDArray[np.float32] = self.stream.read(count, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-            raise DataError(f"{self.name} cannot be read on: {_said(error)}", "it may be damaged") from None
+            raise DataError(f"the rest of {self.name} cannot be read: {_said(error)}", "it may be damaged") from None
         if len(samples) < count:
-            what = f"{self.name} ends after {(start + len(samples)) / self.rate:.1f} s of {self.seconds:.1f} s"
-            raise DataError(what, "it was cut short: fetch it again, or leave the row out")
+            what = (
+                f"{self.name} ends after {(start + len(samples)) / self.rate:.1f} s, but should last "
+                f"{self.seconds:.1f} s"
+            )
+            raise DataError(what, "download the file again, or remove the row")
         if not np.isfinite(samples).all():
-            raise DataError(f"{self.name} holds samples that are no numbers", "write the file anew")
+            raise DataError(f"{self.name} contains samples that are NaN or infinite", "write the file anew")
         return samples
 
 
@@ -76,18 +79,18 @@ def opened(media: Media) -> Iterator[Sound]:
     try:
         import soundfile
     except ImportError:
-        raise InputError("recordings are read by soundfile, which is not installed", HOW_TO_INSTALL) from None
+        raise InputError("reading recordings needs soundfile, which is not installed", HOW_TO_INSTALL) from None
     name, place = media.name, Path(media.path)
     if media.data is None and not place.is_file():
         what = "is no file" if place.exists() else "does not exist"
-        raise DataError(f"{media.path} {what}", "paths are relative to the file that names them")
+        raise DataError(f"{media.path} {what}", "check the path; a relative path starts at the folder of its table")
     source = str(place) if media.data is None else io.BytesIO(media.data)
     try:
         stream = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
         empty = not (media.data if media.data is not None else place.stat().st_size)
-        what = "is empty" if empty else f"is no recording that can be read: {_said(error)}"
-        known = "WAV, FLAC, Ogg, Opus, MP3 and AIFF are, whatever they are called"
+        what = "is empty" if empty else f"cannot be read as a recording: {_said(error)}"
+        known = "supported formats are WAV, FLAC, Ogg, Opus, MP3 and AIFF, with any file name"
         raise DataError(f"{name} {what}", "" if empty else known) from None
     with stream:
         _require_whole(media, name)
@@ -95,8 +98,11 @@ def opened(media: Media) -> Iterator[Sound]:
         if sound.samples <= 0:
             raise DataError(f"{name} has no samples", "leave the row out")
         if not RATES[0] <= sound.rate <= RATES[1]:
-            what = f"{name} states {sound.rate:,} samples a second, and recordings have {RATES[0]} to {RATES[1]:,}"
-            raise DataError(what, "its header is damaged: write the file anew, or leave the row out")
+            what = (
+                f"{name} has {sound.rate:,} samples per second according to its header, but {RATES[0]} to {RATES[1]:,} "
+                "are possible"
+            )
+            raise DataError(what, "repair the header, or remove the row")
         yield sound
 
 
@@ -110,8 +116,8 @@ def _require_whole(media: Media, name: str) -> None:
         size, start = len(media.data), media.data[:8]
     said = int.from_bytes(start[4:8], "little") + 8
     if start[:4] == b"RIFF" and size < said < STREAMED:
-        what = f"{name} is cut short: {size:,} of the {said:,} bytes that its header names are there"
-        raise DataError(what, "fetch it again, or leave the row out")
+        what = f"{name} is cut short: it has {size:,} bytes, but {said:,} according to its header"
+        raise DataError(what, "download the file again, or remove the row")
 
 
 def _said(error: BaseException) -> str:

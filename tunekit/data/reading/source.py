@@ -75,8 +75,8 @@ def _count_rows(source: Source) -> int:
     """Number of rows of a source, after a pass over it. Raises: DataError for a source streamed over the network."""
     if is_data_set(source.path):
         if source.streaming and not is_saved(source.path):
-            what = "max_rows draws from all rows, and those of a streamed data set of the hub cannot be counted"
-            raise DataError(what, "write draw_seed: null for its first rows, or streaming: false", file=source.path)
+            what = "max_rows draws from all rows, but the rows of a streamed data set of the hub cannot be counted"
+            raise DataError(what, "write draw_seed: null to take the first rows, or streaming: false", file=source.path)
         return len(_load_hub(source, streaming=False))
     if not is_folder(source.path) and (file := inspect_file(Path(source.path))).kind == "parquet":
         return sum(row_group_sizes(file))
@@ -104,8 +104,8 @@ def _check_columns(source: Source, row: RawRow) -> None:
         there = ", ".join(f"'{name}'" for name in row.values)
         turned = {column: field for field, column in source.columns.items()}
         written = ", ".join(f"{column}: {field}" for column, field in turned.items())
-        what = f"no column '{absent[0]}', which data.train[].columns maps; the first row has {there}"
-        how = f"columns maps the file's column to the format's field: write columns: {{{written}}}"
+        what = f"data.train[].columns maps the column '{absent[0]}', which does not exist; the first row has {there}"
+        how = f"columns maps columns of the file to fields of the format; write columns: {{{written}}}"
         how = how if set(turned) <= set(row.values) else "name a column that is there"
         raise DataError(what, how, file=source.path, line=row.line)
 
@@ -171,7 +171,7 @@ def _check_header(cells: list[str], name: str) -> list[str]:
     if twice or "" in cells:
         named = twice and twice[0]
         what = f"the header names '{named}' twice" if named else "the header has a column without a name"
-        raise DataError(what, "give each column a name of its own", file=name, line=1)
+        raise DataError(what, "give each column a different name", file=name, line=1)
     return cells
 
 
@@ -255,7 +255,7 @@ def _load_hub(source: Source, *, streaming: bool) -> HubRows:
         else:
             rows = datasets.load_dataset(path, split=source.split, revision=source.revision, streaming=streaming)
         return _undecoded(rows)
-    except Exception as error:  # datasets raises whatever its loaders, the hub or the network raise
+    except Exception as error:  # any error of the loaders, the hub or the network
         raise _hub_error(source, error) from error
     finally:
         logging.disable(printed)
@@ -273,5 +273,9 @@ def _undecoded(rows: HubRows) -> HubRows:
 
 def _hub_error(source: Source, error: Exception) -> DataError:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    how = "check path, split and revision, and the network; without one, only data sets loaded before can be read"
-    return DataError(f"no such file, and the hub's data set cannot be loaded: {first}", how, file=source.path)
+    how = "check path, split, revision and network; without a network, only data sets in the cache can be read"
+    return DataError(
+        f"there is no such file, and the hub's data set cannot be loaded: {first}",
+        how,
+        file=source.path,
+    )

@@ -25,17 +25,17 @@ EMPTY_ANSWER = "empty answer"
 EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
 NO_WEIGHT = "sample_weight 0"
-NO_TEMPLATE = "rows written as plain prompt and answer: the tokenizer has no chat template"
+NO_TEMPLATE = "rows written as plain prompt and answer, because the tokenizer has no chat template"
 EOS_ADDED = "rows whose last turn the chat template does not end; the end-of-sequence token was added"
 SPELLED = (
-    "warning: rows that spell a special token, which stays text: only a chat template makes special tokens; "
+    "warning: rows that spell a special token; it stays text, because only a chat template makes special tokens; "
     "write conversations as messages (format chat)"
 )
 PIECE_CHARACTERS, CUT_TOKENS = 8192, 16  # length of a measured piece; tokens that cutting can add to a piece
 UNSAID = ("name", "tool_call_id", "tool_calls")  # fields that a template may ignore; turns.py checks tool_calls
-WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all does not read"
-AS_GIVEN = "rows whose earlier answers the chat template rewrites: each answer is trained on as it was given"
-MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
+WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all ignores"
+AS_GIVEN = "rows whose earlier answers the chat template rewrites; each answer is trained on in its original form"
+MERGED_BOUNDARY = "rows whose first answer token also contains the end of the prompt; this token is trained on"
 
 
 @dataclass
@@ -181,12 +181,14 @@ class Renderer:
         """Raises: DataError if there is no template, or if the messages have fields that the template does not read."""
         written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
         if written is None:
-            raise DataError("a conversation, but the tokenizer has no chat template", "name a Jinja file", key=key)
+            raise DataError(
+                "a conversation needs a chat template, which the tokenizer lacks", "name a Jinja file", key=key
+            )
         for name in dict.fromkeys(name for message in example.messages for name in message.extra):
             if name in UNSAID or reads_field(written, name):
                 continue
             other = next((other for other in REASONING if name in REASONING and reads_field(written, other)), None)
-            how = f"it reads '{other}': rename the field" if other else "take the field out, or give another template"
+            how = f"it reads '{other}': rename the field" if other else "remove the field, or give another template"
             raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
@@ -243,8 +245,8 @@ class Renderer:
 
 def too_long(tokens: str, most: int) -> DataError:
     """The error for a conversation that is too long. `tokens`: its number of tokens, in words. `most`: the maximum."""
-    what = f"the conversation has {tokens} tokens, and the model reads at most {most:,}"
-    return DataError(what, "shorten it, or begin a new one")
+    what = f"the conversation has {tokens} tokens, but the model reads at most {most:,}"
+    return DataError(what, "shorten the conversation, or start a new one")
 
 
 def reads_field(template: str, name: str) -> bool:

@@ -18,13 +18,13 @@ from tunekit.formats.example import ChatExample, Message
 from tunekit.records import JsonObject
 
 ONLY_LAST = (
-    "rows of which only the last answer is trained on: the chat template rewrites earlier turns "
+    "rows of which only the last answer is trained on, because the chat template rewrites earlier turns "
     "(data.rewritten_answers: each trains on all of them)"
 )
-TOOLS_IGNORED = "rows whose tools the chat template does not write"
+TOOLS_IGNORED = "rows whose tools the chat template leaves out"
 REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # the field of the reasoning, by model
 THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
-SHORTENED = "answers that the chat template does not write as they are"
+SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"
 Tools = Sequence[JsonObject] | None  # the tools of a row
 _PROBE = "\ue003tunekit\ue003"
@@ -114,7 +114,7 @@ class TurnFinder:
             self._notices[ONLY_LAST] += 1
         placed = tuple(span for span in spans if span is not None)
         if len(placed) < len(spans):
-            what = "the chat template writes an answer differently once more turns follow, so that its place is unknown"
+            what = "the chat template changes an answer when more turns follow, so its place is unknown"
             raise DataError(what, "give a template with {% generation %} markers", key="data.chat_template")
         self._check(messages, wanted, placed, text, tools)
         neutral = text
@@ -211,7 +211,7 @@ class TurnFinder:
             turn = text[span.start : span.end]
             for call in messages[index].extra.get("tool_calls", ()):
                 if call["function"]["name"] not in turn:
-                    what = "the chat template does not write tool calls"
+                    what = "the chat template leaves out tool calls"
                     raise DataError(what, "give one that does", key="data.chat_template")
             if messages[index].content.strip() not in turn:
                 self._notices[SHORTENED] += 1
