@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.support.image_case import ATTENTION, OF_TEXT, adapter_tensors
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, kohya_tensors, read_foreign
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, kohya_tensors, read_foreign, sdxl_name
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.summary import summarise_adapter
@@ -111,9 +111,32 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: st
 def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind: str) -> None:
     adapter, processor = attached(tmp_path, kind)
     tensors = adapter_tensors(saved(adapter, tmp_path / "adapter", processor))
-    file = tmp_path / "kohya.safetensors"
-    save_file(kohya_tensors(tensors, adapter.settings, adapter.targets), file)
+    file, layers = tmp_path / "kohya.safetensors", layers_per_block(processor) if kind == "sdxl" else None
+    converted = kohya_tensors(tensors, adapter.settings, adapter.targets, layers)
+    assert any("input_blocks" in key for key in converted) == (kind == "sdxl")
+    save_file(converted, file)
     assert torch.allclose(theirs(processor, kind, file), ours(adapter, processor), atol=1e-5)
+    assert read_foreign(file, [target.name for target in adapter.targets]).tensors.keys() == tensors.keys()
+
+
+def layers_per_block(processor: PipelineProcessor) -> int:
+    return json.loads((processor.folder / "unet" / "config.json").read_text())["layers_per_block"]
+
+
+def test_the_names_of_sdxl_are_those_of_its_original_code() -> None:
+    """Each name is the one of kohya's conversion map for the published UNet (two layers in a block)."""
+    for diffusers, original in {
+        "down_blocks.1.attentions.0.attn2.to_q": "input_blocks.4.1.attn2.to_q",
+        "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
+        "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
+        "up_blocks.1.attentions.2.proj_out": "output_blocks.5.1.proj_out",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.2.resnets.0.conv_shortcut": "output_blocks.6.0.skip_connection",
+        "add_embedding.linear_2": "label_emb.0.2",
+    }.items():
+        assert sdxl_name(diffusers, 2) == original
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,11 +13,13 @@ from tunekit.errors import Problem
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.files.tensors import read_tensor, write_tensors
 from tunekit.model.load import make_meta_model
+from tunekit.model.storage.source import read_json
 from tunekit.targets.exportable import Exportable
 
 TAKES = frozenset({"pipeline adapter"})
 OPTIONS: frozenset[str] = frozenset()
 SUFFIX = ".safetensors"
+SECOND_ENCODER = "text_encoder_2"  # with a UNet: an SDXL pipeline
 PROGRAM = ""  # none reads the file back; tests load it with diffusers
 
 
@@ -34,7 +36,11 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     """Write the file; the alphas of all layers are kept."""
     attached, file = _attached(exportable), tensors_path(exportable.adapter)
     tensors = {key: read_tensor(file, entry) for key, entry in adapter_header(file).items()}
-    write_tensors(path, kohya_tensors(tensors, attached.settings, attached.targets), {"format": "pt"})
+    header, layers = {"format": "pt", "ss_network_module": "networks.lora"}, None
+    if (exportable.folder / SECOND_ENCODER).exists() and (unet := exportable.folder / "unet" / "config.json").exists():
+        header |= {"ss_base_model_version": "sdxl_base_v1-0"}
+        layers = int(read_json(unet)["layers_per_block"])
+    write_tensors(path, kohya_tensors(tensors, attached.settings, attached.targets, layers), header)
     return Exported(path, "adapter")
 
 

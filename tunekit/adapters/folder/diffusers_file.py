@@ -31,6 +31,23 @@ KOHYA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2"
 KOHYA_ALONE = "lora_te"  # in a pipeline with one text encoder
 MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 MAGNITUDE = "lora_magnitude_vector"
+_SDXL_BLOCK = re.compile(
+    r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+_SDXL_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_SDXL_OTHERS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +113,41 @@ def _numbers(target: Target) -> tuple[int, float]:
     return target.r, int(target.alpha) if target.alpha == int(target.alpha) else target.alpha
 
 
-def kohya_tensors(tensors: Mapping[str, Tensor], settings: AdapterSettings, targets: Sequence[Target]) -> Tensors:
+def sdxl_name(layer: str, layers_per_block: int) -> str:
+    """The name of a layer of SDXL's UNet in the original (SGM) code, from its name in diffusers.
+
+    kohya's scripts, A1111 and Forge know only these names for SDXL. `layers_per_block`: of the UNet's configuration.
+    Source: kohya-ss/sd-scripts, sdxl_model_util.make_unet_conversion_map.
+    """
+    match = _SDXL_BLOCK.fullmatch(layer)
+    if match is None:
+        return _SDXL_OTHERS.get(layer, layer)
+    side, block, kind, number, inner = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    inner = _SDXL_RESNET.get(inner, inner) if kind == "resnets" else inner
+    first = block * (layers_per_block + 1)  # each block has one more: the last resnet, or the change of resolution
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{inner}"
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers_per_block + 1}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + layers_per_block}.2.{inner}"
+    place = f"input_blocks.{first + number + 1}" if side == "down" else f"output_blocks.{first + number}"
+    return f"{place}.{1 if kind == 'attentions' else 0}.{inner}"
+
+
+def kohya_tensors(
+    tensors: Mapping[str, Tensor],
+    settings: AdapterSettings,
+    targets: Sequence[Target],
+    sdxl_layers: int | None = None,
+) -> Tensors:
     """Tensors by kohya's keys, with an alpha for each layer that gives the adapter's scale.
 
+    `sdxl_layers`: layers_per_block of the UNet of an SDXL pipeline, whose layers have other names.
     Raises: AdapterError for parts that kohya's format cannot name.
     """
     converted, by_name = dict[str, Tensor](), {target.name: target for target in targets}
-    single_encoder = not any(target.name.startswith("text_encoder_2.") for target in targets)
+    single_encoder = sdxl_layers is None and not any(target.name.startswith("text_encoder_2.") for target in targets)
     for key, value in tensors.items():
         name_in_net = key.removeprefix(PREFIX)
         module = re.split(rf"\.(?:lora_A|lora_B|{MAGNITUDE})\b", name_in_net)[0]
@@ -110,6 +155,7 @@ def kohya_tensors(tensors: Mapping[str, Tensor], settings: AdapterSettings, targ
         if part not in KOHYA_PARTS:
             raise AdapterError(f"kohya's format has no name for layers of '{part}'", "use diffusers' file")
         prefix = KOHYA_ALONE if single_encoder and part == "text_encoder" else KOHYA_PARTS[part]
+        layer = layer if sdxl_layers is None or part != "unet" else sdxl_name(layer, sdxl_layers)
         name = f"{prefix}_{layer.replace('.', '_')}"
         matrix = name_in_net[len(module) + 1 :].partition(".")[0]
         converted[f"{name}.{MATRICES[matrix]}.weight" if matrix in MATRICES else f"{name}.dora_scale"] = value
@@ -135,10 +181,13 @@ def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str
     """The LoRA of a kohya file. kohya replaces dots by underscores, so the pipeline's names must show where dots
     were."""
     names: dict[str, str] = {}
+    blocks = [match for module in modules if (match := re.search(r"\bdown_blocks\.\d+\.\w+\.(\d+)\.", module))]
+    layers_per_block = 1 + max((int(match[1]) for match in blocks), default=0)
     for module in modules:
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         for prefix in {KOHYA_PARTS.get(part), KOHYA_ALONE if part == "text_encoder" else None} - {None}:
-            names[f"{prefix}_{layer.replace('.', '_')}"] = module
+            for name in (layer, sdxl_name(layer, layers_per_block)):
+                names[f"{prefix}_{name.replace('.', '_')}"] = module
     converted, alphas = dict[str, Tensor](), dict[str, float]()
     our_matrices = {theirs: ours for ours, theirs in MATRICES.items()}
     for key, value in tensors.items():
