@@ -1,0 +1,113 @@
+"""A chat template as a template of Go's text/template, which Ollama uses: derived from what the Jinja template writes.
+
+A Jinja template is a program. Most of them only put fixed texts around each message. These texts are found by rendering
+conversations with known contents; the result counts only if it reproduces further conversations exactly.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from tunekit.errors import DataError
+from tunekit.records import JsonObject
+
+Render = Callable[[Sequence[JsonObject], bool], str]  # messages, and whether an answer shall follow
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class TurnTexts:
+    """The fixed texts of a chat template. `before` and `after`: around a message, by role. `opening`: before a
+    conversation without a system message. `answer`: after the last message, where the model's answer begins.
+    A template without "system" refuses system messages."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+    opening: str
+    answer: str
+
+    def render(self, messages: Sequence[JsonObject], answer: bool) -> str:
+        """The text of a conversation."""
+        text = "" if messages[0]["role"] == "system" else self.opening
+        for message in messages:
+            role = message["role"]
+            text += f"{self.before[role]}{message['content']}{self.after[role]}"
+        return text + (self.answer if answer else "")
+
+    def as_go(self) -> str:
+        """The template for Ollama's TEMPLATE, which has .Messages with .Role and .Content."""
+        opening = _literal(self.opening)
+        turns = [f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{opening}{{{{ end }}}}'] if opening else []
+        for role in self.before:
+            content = f"{_literal(self.before[role])}{{{{ .Content }}}}{_literal(self.after[role])}"
+            turns.append(f'{{{{ if eq .Role "{role}" }}}}{content}{{{{ end }}}}')
+        is_last = 'and (eq (len (slice $.Messages $i)) 1) (ne .Role "assistant")'
+        turns.append(f"{{{{ if {is_last} }}}}{_literal(self.answer)}{{{{ end }}}}")
+        return f"{{{{ range $i, $_ := .Messages }}}}{''.join(turns)}{{{{ end }}}}"
+
+
+def _literal(text: str) -> str:
+    """The text as an action of a Go template: no character of it is read as a template or trimmed."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def derive_turns(render: Render) -> TurnTexts | None:
+    """The fixed texts of a chat template; None if it writes more than fixed texts around each message."""
+    user, answer, more = (
+        {"role": role, "content": f"content-{role}-{number}"}
+        for number, role in enumerate(("user", "assistant", "user"))
+    )
+    system = {"role": "system", "content": "content-system"}
+    try:
+        opening, user_end = _around(render([user], False), user)
+        _, start_of_answer = _around(render([user], True), user)
+        _, dialogue = _around(render([user, answer, more], False), user)
+        to_answer, dialogue = _around(dialogue, answer)
+        to_user, _ = _around(dialogue, more)
+        _, answer_end = _around(render([user, answer], False), answer)
+        turns = TurnTexts(
+            before={"user": _without(answer_end, to_user), "assistant": _without(user_end, to_answer)},
+            after={"user": user_end, "assistant": answer_end},
+            opening="",
+            answer=_without(user_end, start_of_answer),
+        )
+        turns = replace(turns, opening=_without_end(turns.before["user"], opening))
+    except (ValueError, DataError):
+        return None
+    turns = _with_system(turns, render, system, user)
+    conversations = [[user], [user, answer, more], [user, answer, more, answer, user]]
+    if "system" in turns.before:
+        conversations += [[system, *each] for each in conversations]
+    same = all(turns.render(each, ending) == render(each, ending) for each in conversations for ending in (False, True))
+    return turns if same else None
+
+
+def _with_system(turns: TurnTexts, render: Render, system: JsonObject, user: JsonObject) -> TurnTexts:
+    """The texts with those of a system message, if the template writes one by itself."""
+    try:
+        before, rest = _around(render([system, user], False), system)
+        between, _ = _around(rest, user)
+        after = _without_end(turns.before["user"], between)
+    except (ValueError, DataError):
+        return turns
+    return replace(turns, before={"system": before, **turns.before}, after={"system": after, **turns.after})
+
+
+def _around(text: str, message: JsonObject) -> tuple[str, str]:
+    """The text before and after the content. Raises: ValueError unless it is there exactly once."""
+    before, after = text.split(message["content"])
+    return before, after
+
+
+def _without(start: str, text: str) -> str:
+    """Raises: ValueError unless the text begins with `start`."""
+    if not text.startswith(start):
+        raise ValueError(start)
+    return text[len(start) :]
+
+
+def _without_end(end: str, text: str) -> str:
+    """Raises: ValueError unless the text ends with `end`."""
+    if not text.endswith(end):
+        raise ValueError(end)
+    return text[: len(text) - len(end)]
