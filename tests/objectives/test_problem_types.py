@@ -208,6 +208,23 @@ def test_a_run_resumes_streams_and_batches_exactly(kind: str, llama: Path, tmp_p
     assert last == pytest.approx(again[-1]["eval"], rel=1e-5), "an evaluation does not depend on its batches"
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", ["multi", "one"])
+def test_eval_of_the_untuned_base_equals_step_0_of_the_run(
+    kind: str, listed: bool, llama: Path, bert: Path, tmp_path: Path
+) -> None:
+    names = {"multi": sorted(WORDS), "one": ["LABEL_0"]}[kind]
+    objective = {"labels": names} if listed else {}
+    training = {"epochs": None, "max_steps": 1, "seed": 5}
+    base = bert if listed else llama
+    recipe = write_recipe(tmp_path, base, kind, objective=objective, training=training)
+    evaluate_verb(str(recipe), None, None, None, [], str(tmp_path / "before.json"), [])
+    first = result_of(train(recipe) / "report.json")["evaluations"][0]
+    assert first["step"] == 0
+    before = result_of(tmp_path / "before.json")
+    assert {name: before[name] for name in first["eval"]} == pytest.approx(first["eval"], rel=1e-6)
+
+
 def as_text(kind: str, label: Any) -> str:
     return json.dumps(label) if kind != "one" else str(label)
 

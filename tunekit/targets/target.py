@@ -83,7 +83,7 @@ class TargetSpec:
 
     @property
     def seed(self) -> int:
-        """The seed that splits off the evaluation rows."""
+        """The seed that splits off the evaluation rows and initialises a new head."""
         return 0 if self.recipe is None else self.recipe.training.seed
 
     @property
@@ -295,7 +295,8 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     if target.recipe is not None:
         facts = start_facts(target.recipe) if target.kind == "recipe" else facts
         objective = make_objective(target.recipe.objective, processor, facts)
-        if objective.complete:
+        drawn = target.kind == "recipe" and "problem_type" in objective.facts  # the bias of a new head depends on rows
+        if objective.complete and not drawn:
             return objective
         if target.kind == "run" and target.adapter is None:
             return None  # the model itself defines it: see measuring_objective
@@ -313,7 +314,9 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
 def with_objective(target: TargetSpec, processor: Processor) -> tuple[TargetSpec, Objective | None]:
     """The target with the model section that its objective requires, and that objective."""
     objective = objective_of(target, processor)
-    return (target if objective is None else replace(target, model=objective.section(target.model, 0))), objective
+    return (
+        target if objective is None else replace(target, model=objective.section(target.model, target.seed))
+    ), objective
 
 
 def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
