@@ -85,6 +85,15 @@ def test_ten_steps_equal_transformers_and_peft(settings: dict[str, Any], base: P
     assert losses(tmp_path / "few") == pytest.approx(expected, rel=1e-5), "averaging per micro-batch would differ"
 
 
+def test_the_accuracy_of_the_most_frequent_label_is_stated(llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    for name, rows in (("train", rare(tmp_path)), ("test", [("so", "yes"), ("so so", "no"), ("good", "no")])):
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    plan, _ = make_plan(load_recipe(recipe), device=CPU)
+    assert "always answering 'yes', the most frequent label, has an eval.accuracy of 0.3333" in plan.notes
+
+
 def test_evaluation_measures_without_weights_and_smoothing(llama: Path, tmp_path: Path) -> None:
     found = []
     for name, settings in (("plain", {}), ("weighted", {"class_weights": {"yes": 9}, "label_smoothing": 0.3})):

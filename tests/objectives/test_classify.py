@@ -543,7 +543,10 @@ def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path)
     for labels in (order, order[::-1]):
         assert bare.learn([rows_of(*labels)]).facts["labels"] == order
     few, held = rows_of("a", "b", "b"), rows_of("a", "c")
-    assert bare.learn([few, held[:1]]).notes == ("the label 'a' has one row to train on",)
+    assert bare.learn([few, held[:1]]).notes == (
+        "always answering 'b', the most frequent label, has an eval.accuracy of 0",
+        "the label 'a' has one row to train on",
+    )
     with pytest.raises(
         TunekitError, match=r"file:1: the label 'c' is in no row of data\.train; add rows with this"
     ) as caught:
@@ -553,7 +556,7 @@ def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path)
         make_objective(ClassifySettings(), tokenizer, {"labels": ["a", "b", "c"]}),
         make_objective(ClassifySettings(), tokenizer, {"head": "abc"}),
     ):
-        assert known.learn([few, held]).notes[0] == "the label 'c' occurs in the evaluation rows only"
+        assert known.learn([few, held]).notes[1] == "the label 'c' occurs in the evaluation rows only"
     answering: Any = bare.learn([rows_of("a", "b")]).answering
     with pytest.raises(InputError, match="a text is empty"):
         answering.write(None, [[5], []], AnswerLimits(max_new_tokens=1, batch_size=1))

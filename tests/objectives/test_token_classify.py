@@ -101,6 +101,13 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def test_the_accuracy_of_the_most_frequent_tag_is_stated(llama: Path, tmp_path: Path) -> None:
+    plan, _ = make_plan(load_recipe(write_recipe(tmp_path, llama)), device=CPU)
+    tags = [TAGS[word] for words in sentences(8) for word in words]
+    share = f"{tags.count('O') / len(tags):.4g}"
+    assert f"always answering 'O', the most frequent label, has an eval.token_accuracy of {share}" in plan.notes
+
+
 @bases("bert", "llama")
 def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
     run = train(write_recipe(tmp_path, base, training={"epochs": 20}))

@@ -164,8 +164,8 @@ def _learn(
     counts, other = Counter[str](), set(map(known.head_name, unseen))
     for label, count in taught.items():
         counts[known.head_name(label)] += count
-    notes = _notes_of_sets(kind, taught, held) if loss.problem_type == MULTI_LABEL else []
-    notes += loss.notes
+    words = Counter(label for row in train for label in kind.labels_of(row))
+    notes = [*_note_baseline(kind, loss, words, held), *loss.notes]
     notes += [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
     notes += _note_rare([label for label in names if counts[label] == 1])
     if present and not present & set(names) and names == default_labels(len(names)):
@@ -178,8 +178,10 @@ def _learn(
             "to keep it, list its labels in the order of its rows under objective.labels"
         )
     if weights is not None:
-        words = Counter(known.head_name(label) for row in train for label in kind.labels_of(row))
-        loss = replace(loss, weights=_weights_of(weights, known, [words[name] for name in names]))
+        occurring = Counter[str]()
+        for label, count in words.items():
+            occurring[known.head_name(label)] += count
+        loss = replace(loss, weights=_weights_of(weights, known, [occurring[name] for name in names]))
         shown = [f"{name} {weight:.4g}" for name, weight in zip(names, loss.weights, strict=True)]
         notes.append(f"weights of the labels in the training loss: {Labels.text(shown)}")
     odds = [(counts[name] + 0.5) / (len(train) - counts[name] + 0.5) for name in names]
@@ -217,14 +219,14 @@ def _learn_outputs(
     return _with_labels(objective, loss, names, unlabelled, None, notes, mean.tolist())
 
 
-def _notes_of_sets(kind: RowKind, taught: Counter[str], held: Sequence[Row]) -> list[str]:
-    """A note with the F1 of always answering the most frequent label."""
+def _note_baseline(kind: RowKind, loss: LabelLoss, taught: Counter[str], held: Sequence[Row]) -> list[str]:
+    """A note with the accuracy of always answering the most frequent label; its micro F1 if rows have several."""
     if not (taught and held):
         return []
     label, there = taught.most_common(1)[0][0], [kind.labels_of(row) for row in held]
-    right, labels = sum(label in each for each in there), sum(map(len, there))
-    score = f1(right, len(held), labels)
-    return [f"always answering '{label}', the most frequent label, has an eval.micro_f1 of {score:.4g}"]
+    right, labels = sum(each.count(label) for each in there), sum(map(len, there))
+    score = f1(right, len(held), labels) if loss.problem_type == MULTI_LABEL else right / labels
+    return [f"always answering '{label}', the most frequent label, has an eval.{loss.metrics[1]} of {score:.4g}"]
 
 
 def _note_rare(labels: Sequence[str]) -> list[str]:
