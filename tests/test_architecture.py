@@ -73,7 +73,7 @@ DOORS = {
     "starlette": ("serve",),
     "uvicorn": ("serve",),
     "regex": ("files/untrusted",),
-    "transformers": ("model",),
+    "transformers": ("model", "exports/programs/inside"),
     "tokenizers": ("model",),
     "huggingface_hub": ("model",),
     "gguf": ("model", "exports"),
@@ -88,6 +88,14 @@ DOORS = {
     "safetensors": ("files",),
     "soundfile": ("data/reading",),
     "jiwer": ("metrics",),
+    "llama_cpp_py_sync": ("exports/programs/inside",),
+    "mlx": ("exports/programs/inside",),
+    "mlx_lm": ("exports/programs/inside",),
+    "vllm": ("exports/programs/inside",),
+    "ctranslate2": ("exports/programs/inside",),
+    "pywhispercpp": ("exports/programs/inside",),
+    "onnxruntime": ("exports/programs/inside",),
+    "optimum": ("exports/programs/inside",),
 }
 ARRAYS = {"numpy", "torch"}
 DRAWERS = re.compile(r"^(utils?|commons?|helpers?|misc|core|base_utils)$")

@@ -1,0 +1,136 @@
+"""Running a program: its answers, its errors in one line, and that nothing of it keeps running."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tunekit.errors import InputError
+from tunekit.exports.programs import program as module
+from tunekit.exports.programs.program import Program, find_program, run_script
+from tunekit.exports.programs.versions import PROGRAMS, STAMP
+
+PYTHON = Program("fake", "1.0", Path(sys.executable), Path())
+WAITS = """
+import subprocess, time
+from pathlib import Path
+
+def answer(request):
+    child = subprocess.Popen(["sleep", "300"])
+    Path(request["pids"]).write_text(f"{child.pid}")
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of scripts in place of inside/."""
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    shutil.copy(module.INSIDE / "run.py", folder)
+    monkeypatch.setattr(module, "INSIDE", folder)
+    return folder
+
+
+def ended(pid: int) -> bool:
+    """Whether a process ended, within a few seconds."""
+    limit = time.monotonic() + 10
+    while time.monotonic() < limit:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_arrays_come_back(scripts: Path) -> None:
+    (scripts / "twice.py").write_text(
+        "import numpy as np\ndef answer(request):\n    return {'twice': 2 * np.array(request['numbers'])}\n"
+    )
+    assert run_script(PYTHON, "twice", {"numbers": [1, 2]})["twice"].tolist() == [2, 4]
+
+
+def test_an_error_is_one_line_with_the_end_of_the_log(scripts: Path) -> None:
+    (scripts / "fails.py").write_text("def answer(request):\n    raise RuntimeError('no such layer')\n")
+    with pytest.raises(InputError, match=r"^fake 1\.0 ended with exit code 1: .*RuntimeError: no such layer$") as error:
+        run_script(PYTHON, "fails", {})
+    assert "\n" not in str(error.value)
+
+
+def test_a_signal_is_named(scripts: Path) -> None:
+    (scripts / "aborts.py").write_text("import os\ndef answer(request):\n    os.abort()\n")
+    with pytest.raises(InputError, match="ended with SIGABRT"):
+        run_script(PYTHON, "aborts", {})
+
+
+def test_the_time_limit_ends_the_program_and_its_children(scripts: Path, tmp_path: Path) -> None:
+    (scripts / "waits.py").write_text(WAITS)
+    with pytest.raises(InputError, match="took longer than 2 s"):
+        run_script(PYTHON, "waits", {"pids": str(tmp_path / "pid")}, seconds=2)
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_keeps_running_after_tunekit(scripts: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C ends program and children; after a kill the program notices that its standard input closed."""
+    (scripts / "waits.py").write_text(WAITS.replace("child.pid", "__import__('os').getpid()} {child.pid"))
+    pids = tmp_path / "pid"
+    code = f"""
+from pathlib import Path
+from tunekit.exports.programs import program
+program.INSIDE = Path({str(scripts)!r})
+program.run_script(program.Program("fake", "1.0", Path({sys.executable!r}), Path()), "waits", {{"pids": {str(pids)!r}}})
+"""
+    tunekit = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (pids.exists() and " " in pids.read_text()):
+        assert tunekit.poll() is None
+        time.sleep(0.05)
+    program, child = map(int, pids.read_text().split())
+    tunekit.send_signal(number)
+    tunekit.wait()
+    assert ended(program)
+    if number is signal.SIGINT:
+        assert ended(child)
+    else:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_program_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment counts only when its installation is complete."""
+    monkeypatch.setenv("TUNEKIT_PROGRAMS", str(tmp_path))
+    (tmp_path / "mlx" / "lib/python3.12/site-packages").mkdir(parents=True)
+    (tmp_path / "mlx" / STAMP).write_text("[]")
+    assert find_program("mlx") is None
+    (tmp_path / "mlx" / STAMP).write_text(json.dumps(["mlx-lm==0.30.0"]))
+    program = find_program("mlx")
+    assert program is not None
+    assert (program.version, program.python) == ("0.30.0 of mlx-lm", tmp_path / "mlx/bin/python")
+
+
+def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEKIT_PROGRAMS", str(tmp_path))
+    installed = {"ctranslate2": "4.0.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise module.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(module, "version", version)
+    program = find_program("ctranslate2")
+    assert program is not None
+    assert (program.version, program.python) == ("4.0.0", Path(sys.executable))
+    assert find_program("vllm") is None
+
+
+def test_every_package_is_pinned() -> None:
+    for packages in PROGRAMS.values():
+        assert all("==" in requirement for requirement in packages.requirements)

@@ -1,0 +1,57 @@
+"""How far the log-probabilities that a program computes are from torch's."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tunekit.errors import NumericsError
+from tunekit.exports.format import Difference
+from tunekit.exports.programs.answer import NextTokens
+
+
+def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answers: Sequence[NextTokens]) -> Difference:
+    """Compare p, the log-probabilities of a program, with q, those of torch, over all tokens of all rows.
+
+    largest = max |p - q|, mean = mean |p - q|, over all log-probabilities that the program gives.
+    perplexity = exp(-mean p(x[t + 1])), torch_perplexity = exp(-mean q(x[t + 1])), over all t but the last of a row.
+    greedy_differences counts the t with argmax p != argmax q.
+    Shapes: expected[i] (T, V) float32.    Units: p, q and their differences in nats.
+    Raises: NumericsError for a program with other tokens, or with values that are not finite.
+    """
+    distances, following, torch_following, changed = [], [], [], 0
+    for row, wanted, answer in zip(rows, expected, answers, strict=True):
+        values = torch.from_numpy(answer.values).float()  # (T, K) or (T, V)
+        if answer.tokens is None:
+            _check_shape(values, wanted)
+            compared, greedy = wanted, values.argmax(-1)
+        else:
+            tokens = torch.from_numpy(answer.tokens)  # (T, K)
+            compared, greedy = wanted.gather(-1, tokens), tokens[:, 0]
+        distances.append((values - compared).abs().double())
+        following.append(torch.from_numpy(answer.following).double())  # (T - 1,)
+        torch_following.append(wanted[torch.arange(len(row) - 1), torch.tensor(row[1:])].double())
+        changed += int((greedy != wanted.argmax(-1)).sum())
+    count = sum(distance.numel() for distance in distances)
+    largest = max(float(distance.max()) for distance in distances)
+    if not math.isfinite(largest):
+        raise NumericsError("the program computes log-probabilities that are not finite")
+    return Difference(
+        largest=largest,
+        mean=sum(float(distance.sum()) for distance in distances) / count,
+        perplexity=_perplexity(following),
+        torch_perplexity=_perplexity(torch_following),
+        greedy_differences=changed,
+        tokens=sum(map(len, rows)),
+    )
+
+
+def _perplexity(log_probabilities: Sequence[Tensor]) -> float:
+    return math.exp(-float(torch.cat(list(log_probabilities)).mean()))
+
+
+def _check_shape(values: Tensor, wanted: Tensor) -> None:
+    if values.shape != wanted.shape:
+        what = f"the program's vocabulary has {values.shape[-1]} tokens, and torch's has {wanted.shape[-1]}"
+        raise NumericsError(what)

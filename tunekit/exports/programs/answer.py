@@ -1,0 +1,56 @@
+"""The log-probabilities that a program computes for rows of tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tunekit.contracts import Array
+from tunekit.exports.programs.program import Program, run_script
+from tunekit.records import JsonObject
+
+IdRows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """Log-probabilities of the next token, in nats, after each of T tokens of a row.
+
+    Shapes: `values` (T, K), the most probable first, of the tokens `tokens` (T, K); if the program gives all of them,
+    (T, V) in the vocabulary's order, and `tokens` is None. `following` (T - 1,): those of the tokens that follow.
+    """
+
+    values: Array
+    tokens: Array | None
+    following: Array
+
+
+def ask_script(
+    program: Program,
+    script: str,
+    model: Path,
+    rows: IdRows,
+    adapter: Path | None = None,
+    *,
+    options: JsonObject | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[NextTokens]:
+    """The answers of a script of inside/ for a model, with an adapter if there is one. `options`: more of its request.
+
+    The script returns `values.N` for row N; `tokens.N` and `following.N` too if it gives the K largest values only.
+    Raises: InputError with the last lines of the program's log if it fails.
+    """
+    request = {"model": str(model), "adapter": None if adapter is None else str(adapter), "rows": [*map(list, rows)]}
+    arrays = run_script(program, script, {**request, **(options or {})}, environment=environment)
+    return [
+        NextTokens(arrays[f"values.{index}"], arrays[f"tokens.{index}"], arrays[f"following.{index}"])
+        if f"tokens.{index}" in arrays
+        else full_answer(arrays[f"values.{index}"], row)
+        for index, row in enumerate(rows)
+    ]
+
+
+def full_answer(values: Array, row: Sequence[int]) -> NextTokens:
+    """The answer of a program that gives all V log-probabilities, (T, V)."""
+    return NextTokens(values, None, values[np.arange(len(row) - 1), list(row[1:])])

@@ -1,0 +1,21 @@
+"""CTranslate2 converts a model folder, and reads the result."""
+
+from pathlib import Path
+
+from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script
+from tunekit.exports.programs.program import Program, run_script
+
+NAME = "ctranslate2"
+
+
+def convert(program: Program, folder: Path, output: Path, quantization: str, copied: list[str]) -> None:
+    """Write the folder in CTranslate2's layout, with copies of the files `copied`. `quantization`: float32, int8 ...
+
+    Raises: InputError with the converter's log if it cannot.
+    """
+    run_script(program, NAME, {"model": str(folder), "output": str(output), "type": quantization, "files": copied})
+
+
+def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:
+    """All log-probabilities of a converted language model. Raises: InputError with the log if it is not read."""
+    return ask_script(program, NAME, model, rows)

@@ -1,0 +1,31 @@
+"""The largest log-probabilities of a model folder in vLLM, with or without an adapter."""
+
+from typing import Any
+
+import numpy as np
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+LARGEST = 20  # log-probabilities per token, vLLM's limit
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The LARGEST log-probabilities after each token of the rows, computed in float32."""
+    rows, adapter = request["rows"], request["adapter"]
+    options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": request["max_lora_rank"]} if adapter else {}
+    length = max(map(len, rows)) + 1
+    model = LLM(request["model"], dtype="float32", max_model_len=length, enforce_eager=True, seed=0, **options)
+    outputs = model.generate(
+        [{"prompt_token_ids": row} for row in rows],
+        SamplingParams(temperature=0.0, max_tokens=1, logprobs=LARGEST, prompt_logprobs=LARGEST),
+        lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+    )
+    answers: dict[str, Any] = {}
+    for index, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        steps = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]  # each also has the token that follows
+        largest = [sorted(((each.logprob, token) for token, each in step.items()), reverse=True) for step in steps]
+        answers[f"values.{index}"] = np.array([[value for value, _ in step[:LARGEST]] for step in largest])
+        answers[f"tokens.{index}"] = np.array([[token for _, token in step[:LARGEST]] for step in largest])
+        following = zip(steps[:-1], row[1:], strict=True)
+        answers[f"following.{index}"] = np.array([step[token].logprob for step, token in following])
+    return answers

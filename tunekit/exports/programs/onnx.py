@@ -1,0 +1,21 @@
+"""optimum converts a model folder to ONNX, and ONNX Runtime reads the result."""
+
+from pathlib import Path
+
+from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script
+from tunekit.exports.programs.program import Program, run_script
+
+NAME = "onnx"
+
+
+def convert(program: Program, folder: Path, output: Path) -> None:
+    """Write model.onnx, with a cache of keys and values, and the tokenizer's files to `output`.
+
+    Raises: InputError with optimum's log if it cannot.
+    """
+    run_script(program, NAME, {"model": str(folder), "output": str(output)})
+
+
+def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:
+    """All log-probabilities of a converted folder. Raises: InputError with the log if it is not read."""
+    return ask_script(program, NAME, model, rows)

