@@ -432,7 +432,7 @@ def test_another_tools_configuration_becomes_a_recipe(
         assert line in said
     titles = [line for line in said.splitlines() if not line.startswith(" ")]
     own = f"{theirs}: a configuration of LLaMA-Factory"
-    assert titles == [own, "changed:", "without effect here:", "not written there, and written out here:"]
+    assert titles == [own, "changed:", "without effect here:", "defaults of the other tool, now written in the recipe:"]
     assert load_recipe(ours).recipe == check_draft(*read_draft(theirs, imported=True)).recipe
     assert load_recipe(ours).rewrites == []
     source = load_recipe(ours).recipe.data.train[0]
@@ -449,7 +449,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     assert "#   chat_template: vicuna\n" in out, "the draft, with what is lost in comments"
     assert "  r: 4\n" in out
     assert "theirs.yaml:5: lora_rank -> adapter.r" in err, "what was rewritten is shown while problems stand"
-    assert err.index("without effect here:") < err.index("lost, or to be settled:") < err.index("theirs.yaml:16:")
+    assert err.index("without effect here:") < err.index("these keys are lost, or need a decision:") < err.index("theirs.yaml:16:")
     assert "theirs.yaml:16: deepspeed: is a key of another tool and would be lost" in err
     assert "theirs.yaml:17: chat_template: tunekit does not know the template 'vicuna'" in err
 

@@ -88,14 +88,14 @@ def test_planted_faults_are_found_and_left_out(
     assert "hf_" not in shown
     for kind in expected:
         assert KINDS[kind] in shown
-    assert f"train on them: data.train={tmp_path / 'good.jsonl'}" in shown
+    assert f"train on them with data.train={tmp_path / 'good.jsonl'}" in shown
     code, found = check(write(tmp_path, planted=False))
     assert (code, found["findings"]) == (0, {})
 
 
 def test_findings_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(write(tmp_path, count=5))
-    assert "--fix FILE writes the training rows without a finding" in capsys.readouterr().out
+    assert "--fix FILE writes the training rows without findings" in capsys.readouterr().out
     with pytest.raises(
         InputError, match=r"--fix .*good: the rows are written as JSONL; name a file such as .*good\.jsonl"
     ):
@@ -208,7 +208,7 @@ def test_lengths_are_those_of_the_tokenizer_and_the_template(
     assert 0 < len(longer) < 60
     assert (code, found["findings"]) == (2, {"long": longer})
     said = " ".join(capsys.readouterr().out.split())
-    assert "tokens are counted by the tokenizer" in said
+    assert "tokens are counted with the tokenizer" in said
     assert f"{lengths[longer[0] - 1]} tokens: {EXCESS[excess]}" in said
     loaded = load_recipe(path, ["data.excess_length=drop"]).recipe
     kind = row_kind_at_hand(loaded)
@@ -389,7 +389,7 @@ def test_training_images_that_dreambooth_measures_are_no_leak(
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert data_check_verb(load_recipe(tmp_path / "recipe.yaml"), None, None) == 0
-    assert "nothing was found" in capsys.readouterr().out
+    assert "no findings" in capsys.readouterr().out
 
 
 def test_a_row_with_two_secrets_is_one_row() -> None:

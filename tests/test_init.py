@@ -164,7 +164,7 @@ def test_the_models_tokenizer_counts_the_tokens(
     capsys.readouterr()
     init(tmp_path / "rows.jsonl", tmp_path / "counted.yaml", tiny_llama)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"99.5% of the rows have at most {length:,} tokens, by the model's tokenizer" in said
+    assert f"99.5% of the rows have at most {length:,} tokens, counted with the model's tokenizer" in said
     assert "dropped" not in said
     fitting = next(size for size in LENGTHS if size >= length)
     assert load_recipe(tmp_path / "counted.yaml").recipe.data.max_length == fitting
@@ -282,7 +282,7 @@ def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", ROWS["sft"])
     with pytest.raises(InputError, match="no method 'lorra'"):
         init(good, out, "org/model", method="lorra")
-    with pytest.raises(InputError, match="no share of the rows"):
+    with pytest.raises(InputError, match="not a share of the rows"):
         init(good, out, "org/model", evaluation=0.6)
     with pytest.raises(RecipeError):
         init(good, out, "org/model", quantization="nf5")

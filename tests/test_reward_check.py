@@ -39,7 +39,7 @@ def test_a_sound_reward_passes(base: Path, tmp_path: Path) -> None:
     code, found = checked(base, tmp_path, f"return {SOUND}", samples=32)
     assert (code, found["findings"]) == (0, [])
     worth = {each["answers"]: each["mean"] for each in found["answers"]}
-    assert worth.pop("the rows' own answers") == 1.0
+    assert worth.pop("reference answers") == 1.0
     assert max(worth.values()) < 0.2
     sampled = found["answers"][-1]
     assert sampled["completions"] == 33, "whole groups of 3"
@@ -48,24 +48,24 @@ def test_a_sound_reward_passes(base: Path, tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "likes length": ("return [float(len(said[0]['content'])) for said in completions]", "200 words of other answers"),
+    "likes length": ("return [float(len(said[0]['content'])) for said in completions]", "200 words from other answers"),
     "likes the prompt": (
         "return [float(asked[-1]['content'] in said[0]['content']) for asked, said in zip(prompts, completions)]",
-        "the prompt again",
+        "the prompt as the answer",
     ),
-    "likes nothing": ("return [1.0 / (1 + len(said[0]['content'])) for said in completions]", "nothing: a mean"),
+    "likes nothing": ("return [1.0 / (1 + len(said[0]['content'])) for said in completions]", "empty answers: a mean"),
     "likes one answer": (
         "return [float(said[0]['content'].startswith('7')) for said in completions]",
-        "one answer to all: '7'",
+        "one answer for all rows: '7'",
     ),
-    "is constant": ("return [0.5] * len(completions)", "nothing: a mean reward of 0.5"),
+    "is constant": ("return [0.5] * len(completions)", "empty answers: a mean reward of 0.5"),
     "likes the answer anywhere": (
         "return [float(right in said[0]['content']) for said, right in zip(completions, answer)]",
-        "the row's own answer among others: a mean",
+        "the reference answer among other answers: a mean",
     ),
     "likes a list of labels": (
         "return [float(right in said[0]['content'].split(', ')) for said, right in zip(completions, answer)]",
-        "all answers in a list: a mean",
+        "a list of all answers: a mean",
     ),
     "likes words of the prompt": (
         "return [0.4 * (said[0]['content'] == right) + 0.6 * (said[0]['content'] == right or 'say' in "
@@ -85,7 +85,7 @@ FAULTS = {
         "for said in completions:\n        try:\n            time.sleep(60)\n        except:\n            pass",
         "letters took more than 0.2 s",
     ),
-    "is slow": (f"time.sleep(0.1); return {SOUND}", "s for a completion"),
+    "is slow": (f"time.sleep(0.1); return {SOUND}", "s per completion"),
 }
 
 
@@ -109,7 +109,7 @@ def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkey
 def test_a_reward_that_reads_the_first_or_the_last_of_two_labels_is_sound(
     place: int, base: Path, tmp_path: Path
 ) -> None:
-    """By chance half of the labels are right in a list, as in one answer to all."""
+    """By chance half of the labels are right in a list, as in one answer for all rows."""
     rows = [{"prompt": f"say {n}", "answer": "yes" if n % 2 else "no"} for n in range(12)]
     code = (
         "import re\n\ndef letters(completions, answer):\n"
@@ -138,9 +138,9 @@ def test_a_reward_that_the_others_hide_is_noted(base: Path, tmp_path: Path) -> N
     rewards = [{"function": "rewards.py:letters", "allow_code": True}, {"exact_match": "answer"}]
     code, found = checked(base, tmp_path, mistaken, reward=rewards)
     assert code == 0
-    assert [note for note in found["notes"] if "letters gives every answer 0" in note]
+    assert [note for note in found["notes"] if "letters returns 0 for all answers" in note]
     code, found = checked(base, tmp_path, f"return {SOUND}", reward=rewards)
-    assert not [note for note in found["notes"] if "gives every answer" in note]
+    assert not [note for note in found["notes"] if "for all answers" in note]
 
 
 def test_one_failure_is_told_once(base: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_one_failure_is_told_once(base: Path, tmp_path: Path) -> None:
     (finding,) = [finding for finding in found["findings"] if "returned None" in finding]
     assert finding.endswith(
         "letters returned None; return a list with a number, or None, for each completion "
-        "(the rows' own answers, and 8 more kinds of answers)"
+        "(reference answers, and 8 more kinds of answers)"
     )
 
 
@@ -165,7 +165,7 @@ def test_the_command_and_what_cannot_be_checked(
         reward_check_verb(load_recipe(broken), 0, None)
     bare = write_prompts(tmp_path / "bare", base, [{"prompt": f"p{n}"} for n in range(4)])
     code, found = checked_again(bare)
-    assert (code, found["notes"][0]) == (2, "no row has an answer of its own, with which others could be compared")
+    assert (code, found["notes"][0]) == (2, "no row has a reference answer, so the reward was not compared with good answers")
 
 
 def test_samples_are_those_of_the_adapter_that_is_continued(base: Path, tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from tunekit.records import bytes_text
 from tunekit.targets.export import export_checkpoint
 from tunekit.targets.target import base_override, trained_base
 
-LEFT_OUT = "tensors differ that a LoRA cannot hold, and are left out"
+LEFT_OUT = "different tensors are left out, because a LoRA cannot contain them"
 
 
 def show_verb(adapter: str, json_file: str | None) -> None:
-    """Tell what is in the folder. Raises: AdapterError where it cannot be read as an adapter at all."""
+    """Print the content of an adapter folder. Raises: AdapterError if it cannot be read as an adapter."""
     write_result = json_result(json_file)
     summary = summarise_adapter(adapter_folder(adapter))
     _show(Console(json_file=json_file), summary)
@@ -51,7 +51,7 @@ def combine_verb(
     base: str | None,
     output: str,
 ) -> None:
-    """Write one adapter made of several. Raises: InputError where they, or the options, do not go together."""
+    """Combine several adapters into one. Raises: InputError if the adapters or the options do not fit together."""
     console = Console()
     folders = [adapter_folder(name) for name in adapters]
     numbers = _numbers(weights) if weights is not None else (1 / len(folders),) * len(folders)
@@ -65,8 +65,8 @@ def combine_verb(
     if all(config.method is plain_lora_method() for config in configs):
         _combine_loras(console, folders, mixture, facts, place)
     elif len(methods) > 1:
-        what = f"the adapters are of different methods: {', '.join(sorted(methods))}"
-        raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R")
+        what = f"the adapters have different methods: {', '.join(sorted(methods))}"
+        raise AdapterError(what, "convert each to LoRA first: tunekit adapter convert --rank R")
     else:
         write_linear(place, folders, mixture, facts)
     console.warn(*facts.notes)
@@ -88,7 +88,8 @@ def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, fact
 
 
 def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str | None, output: str) -> None:
-    """Write the adapter as plain LoRA. Raises: AdapterError where that cannot be, or needs what was not given."""
+    """Convert the adapter to plain LoRA. Raises: AdapterError if that is impossible, or if it needs a missing
+    option."""
     console = Console()
     folder = adapter_folder(adapter)
     if rank is not None and rank < 1:
@@ -118,13 +119,13 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
 def _convert_method(
     console: Console, config: AdapterConfig, rank: int | None, initial: str | None, base: str | None, place: Path
 ) -> None:
-    """Another method than LoRA, by the nearest LoRA of a rank."""
+    """Convert an adapter of a different method than LoRA to the nearest LoRA of this rank."""
     method = config.settings.method
     if initial is not None:
-        raise InputError(f"an initial adapter says nothing of {method}", "leave it out", key="--initial")
+        raise InputError(f"--initial has no effect on a {method} adapter", "remove it", key="--initial")
     if rank is None:
-        what = f"no LoRA computes exactly what a {method} adapter does"
-        raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
+        what = f"a {method} adapter cannot be converted to LoRA exactly"
+        raise AdapterError(what, "--rank R writes the nearest LoRA of rank R, and prints the error", file=config.file)
     attached, rewriter = attach_to_base(config.folder, trained_base(config, base))
     lora, losses = nearest_lora(attached, config, rewriter.trained_on, rank)
     _tell_losses(console, losses, rank)
@@ -133,7 +134,7 @@ def _convert_method(
 
 
 def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> None:
-    """Write the adapter. Raises: InputError where there is no such checkpoint, or its base is not there."""
+    """Write the adapter of a checkpoint. Raises: InputError if the checkpoint or its base does not exist."""
     folder = find_checkpoint(checkpoint)
     if folder is None:
         how = "write RUN@120, RUN@best or RUN@last, or the path of a folder in RUN/checkpoints"
@@ -145,13 +146,14 @@ def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> No
 
 
 def adopt_verb(file: str, base: str | None, output: str) -> None:
-    """Write the folder. Raises: InputError without such a file or pipeline, or where they do not go together."""
+    """Convert a LoRA file to an adapter folder. Raises: InputError if the file or the pipeline is missing, or they
+    differ."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {file}", "name a .safetensors file of diffusers or kohya")
     if base is None:
-        what = "the file does not say of which pipeline it is"
-        raise InputError(what, "name that with --base PIPELINE", key="--base")
+        what = "the file does not name its pipeline"
+        raise InputError(what, "name the pipeline with --base PIPELINE", key="--base")
     place = check_new_folder(Path(output), [path])
     layers, size_bytes = adopt_lora(path, base_override(base), place)
     Console().info(f"{layers} layers, written to {place} ({bytes_text(size_bytes)})")
@@ -166,16 +168,16 @@ def diff_verb(
     json_file: str | None,
     output: str | None,
 ) -> None:
-    """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
+    """Compare two adapters or two models. Raises: InputError for an adapter and a model."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
-        raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
+        raise InputError("extracting a LoRA needs a rank and a folder", "give --extract-rank R --output DIR")
     folders = [adapter_folder(left), adapter_folder(right)]
     adapters = [(folder / CONFIG_NAME).exists() for folder in folders]
     if adapters[0] != adapters[1]:
         raise InputError(f"{left} and {right} are an adapter and a model", "name two adapters, or two models")
     if data is not None and not all(adapters):
-        raise InputError("--data measures two adapters on one base", "measure a model with: tunekit eval", key="--data")
+        raise InputError("--data needs two adapters of one base", "measure a model with: tunekit eval", key="--data")
     losses = None if data is None else losses_on_rows(folders, data, base)
     if all(adapters):
         place = None if output is None else check_new_folder(Path(output), folders)
@@ -211,7 +213,7 @@ def _diff_models(console: Console, names: list[str], rank: int | None, output: P
     sources = [find_source(section, weights=True) for section in sections]
     packed = next((source.gguf_file for source in sources if source.gguf_file), None)
     if packed:
-        raise InputError(f"{packed} is a GGUF file", "two models are compared as folders of safetensors")
+        raise InputError(f"{packed} is a GGUF file", "name folders with safetensors files to compare two models")
     place = None if output is None else check_new_folder(output, [source.folder for source in sources])
     differences = list(compare_models(sources[0].folder, sources[1].folder))
     _tell_differences(console, "tensors", differences)
@@ -233,7 +235,7 @@ def _write_extracted(
 
 
 def _tell_differences(console: Console, what: str, differences: list[TensorDifference]) -> None:
-    """Those that differ, and the whole."""
+    """Print the different tensors, and the difference of all tensors together."""
     rows = [(d.name, d.left, d.right, d.distance, d.cosine) for d in differences if not d.equal]
     if rows:
         console.table(["name", "|A|", "|B|", "|B - A|", "cosine"], rows)
@@ -246,7 +248,7 @@ def _tell_differences(console: Console, what: str, differences: list[TensorDiffe
 
 
 def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) -> None:
-    """What a lower rank loses, layer by layer."""
+    """Print the error of the lower rank, for each layer and in total."""
     ordered = sorted(losses.values(), key=lambda loss: in_order(loss.name))
     rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in ordered]
     console.table(["layer", "norm of the update", "error", "energy kept"], rows)
@@ -256,15 +258,15 @@ def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) ->
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """0.7,0.3 as numbers."""
+    """The numbers in a text such as 0.7,0.3."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"'{text}' is no list of numbers", "write them as 0.7,0.3", key="--weights") from None
+        raise InputError(f"'{text}' is not a list of numbers", "write them as 0.7,0.3", key="--weights") from None
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder itself, or the result of the run that is named."""
+    """The folder of this name; for a run, its adapter folder."""
     folder = Path(name).expanduser()
     inner = folder / "adapter"
     return inner if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists() else folder
@@ -277,9 +279,9 @@ def _show(console: Console, summary: AdapterSummary) -> None:
     columns = ["layer", "rank", "parameters", "norm of\nits tensors", "norm of\ns B A"]
     width = 5 if any(row[4] is not None for row in rows) else 4
     console.table(columns[:width], [row[:width] for row in rows])
-    _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
+    _list(console, "all-zero tensors (at their initial value, or no longer trained)", summary.dead)
     _list(console, "tensors with NaN or infinity", summary.not_finite)
-    console.warn(*(f"would not be loaded: {fault}" for fault in summary.faults))
+    console.warn(*(f"this adapter cannot be loaded: {fault}" for fault in summary.faults))
 
 
 def _list(console: Console, title: str, names: list[str]) -> None:

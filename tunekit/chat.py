@@ -51,13 +51,13 @@ class Chat:
         try:
             reply = self._answer(self.messages, self.name)
         except BaseException:
-            self.messages.pop()  # sent again, it must not become a second turn
+            self.messages.pop()  # the user may send it again, which must not make a second turn
             raise
         self.messages.append(Message("assistant", reply.text))
         self._save()
 
     def _answer(self, messages: Sequence[Message], name: str) -> Reply:
-        """The answer, written as it is generated; Ctrl-C ends it early."""
+        """Generate an answer and print it piece by piece; Ctrl-C ends it early."""
         started, written = time.perf_counter(), ""
         flow = Flow(self.console.columns if self.console.is_terminal else None)
 
@@ -94,14 +94,14 @@ class Chat:
             self.console.info(f"/{f'{name} {arguments}'.strip():<28} {getattr(Chat, name).__doc__}")
 
     def base(self, argument: str) -> None:
-        """let the base without an adapter answer the last question again; its answer is not saved"""
+        """let the base answer the last question again, without an adapter; the answer is not saved"""
         question = self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
         if not question or question[-1].role != "user":
             raise InputError("there is no question yet", "write a question first")
         self._answer(question, BASE)
 
     def adapter(self, argument: str) -> None:
-        """choose who answers; a folder is loaded as another adapter; without an argument: list them"""
+        """choose an adapter, or load one from a folder; without an argument: list the adapters"""
         if argument and argument not in self.speaker.names:
             folder = Path(argument).expanduser()
             if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
@@ -241,7 +241,7 @@ def _talk(chat: Chat, console: Console) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (gives the line its keys and its memory)
+            import readline  # noqa: F401 (gives input() line editing and a history)
     while not chat.ended:
         try:
             text = input("> " if interactive else "")

@@ -26,12 +26,12 @@ ENVIRONMENT = {
     **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(CACHED_KERNELS)),
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYDANTIC_DISABLE_PLUGINS": "1",  # looking for some takes longer than reading a recipe
+    "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
 }
-# importing torch and transformers makes 100,000s of objects that stay: looking through them again and again took a
-# fifth of a start (0.6 of 3.3 CPU seconds, measured); training sets the collector back
+# Importing torch and transformers makes hundreds of thousands of objects that are never freed. Scanning them again and
+# again took a fifth of the start (0.6 of 3.3 CPU seconds, measured). Training restores the collector's settings.
 WHILE_STARTING = (100_000, 20, 100)
-UsageError: Any = typer.BadParameter.__base__  # typer gives it no name of its own
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs")  # commands that import no torch
 
 app = typer.Typer(
@@ -74,10 +74,11 @@ def start(
 
 
 class Verb(TyperCommand):
-    """A command, whose errors become words on stderr and an exit code."""
+    """A command. Its errors become messages on standard error and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments; an option of the program itself is refused with its right place."""
+        """Read the arguments. If an option of the program follows the command, the error names the right place for
+        it."""
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -85,11 +86,11 @@ class Verb(TyperCommand):
             if name in [each for option in root.command.params for each in option.opts]:
                 words = ctx.command_path.removeprefix(root.info_name).strip()
                 error.message = f"{name} belongs before the command: tunekit {name} {words} ..."
-                error.possibilities = None  # like names of this command's own options
+                error.possibilities = None  # similar names among this command's options would mislead
             raise
 
     def invoke(self, ctx: Any) -> NoReturn:
-        """Call the verb, whose module is imported only now."""
+        """Import the verb's module, and call the verb."""
         if self.name not in LIGHT and sys.stderr.isatty() and not is_quiet():
             print("loading ...", file=sys.stderr, flush=True)
         ordinary, code = gc.get_threshold(), 0
@@ -100,7 +101,7 @@ class Verb(TyperCommand):
         except typer.BadParameter:
             raise  # typer prints it below the usage
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's last flush prints another error
             code = EXIT_BROKEN_PIPE
         except (Exception, KeyboardInterrupt) as error:
             if ctx.obj:
@@ -112,7 +113,8 @@ class Verb(TyperCommand):
 
 
 def _say(error: BaseException) -> int:
-    """Print what went wrong; the other ranks (of torchrun) print what the main one does not print for all."""
+    """Print an error, and return its exit code. Ranks other than the main rank print only errors that it may not
+    have."""
     (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
     alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
     if rank == "0" or alone:
@@ -137,9 +139,9 @@ for command in _commands(app):
 def main() -> None:
     """The `tunekit` script."""
     if sys.stdout is None or sys.stderr is None:  # closed by the caller (`>&-`)
-        silent = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
+        silent = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
         sys.stdout, sys.stderr = sys.stdout or silent, sys.stderr or silent
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no error
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal cannot show is not an error
     app()

@@ -1,4 +1,4 @@
-"""`tunekit data check` reports doubtful rows of a recipe, with their lines, before anything is trained on them."""
+"""`tunekit data check`: reports suspicious rows of a recipe's data, with their line numbers, before training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tunekit.files.durable import json_result, write_text
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 
-if TYPE_CHECKING:  # with torch behind it
+if TYPE_CHECKING:  # the module imports torch
     from tunekit.contracts import RowKind
 
 SHOWN_ROWS = 8
 
 
 def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None, *, overwrite: bool = False) -> int:
-    """Look at all rows; 2 where there are findings. Raises: TunekitError where the rows cannot be looked at."""
+    """Check all rows; returns 2 if there are findings. Raises: TunekitError if the rows cannot be read."""
     try:
         import rensa  # noqa: F401
     except ImportError as error:
@@ -46,45 +46,50 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         add_other_scripts(each)
         console.info(f"{each.name}: {each.rows:,} rows")
         if each.sizes and recipe.objective.medium is None:
-            console.table(["tokens, at most" if kind is None else "tokens", "rows", ""], _histogram(each, limit))
+            console.table(["tokens (maximum)" if kind is None else "tokens", "rows", ""], _histogram(each, limit))
         if not each.lines:
-            console.info("nothing was found")
+            console.info("no findings")
             continue
         lines = ((kind, each.lines[kind]) for kind in KINDS if kind in each.lines)
         rows = [[KINDS[kind], len(found), _rows_text(found), each.first[kind]] for kind, found in lines]
         console.table(["finding", "rows", "at line", "the first"], rows)
     if fix is None and any(each.lines for each in trained):
-        console.info("--fix FILE writes the training rows without a finding")
+        console.info("--fix FILE writes the training rows without findings")
     if fix is not None:
         passed = [row for each in trained for row in each.passed]
         write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
-        console.info(f"{fix}: the {len(passed):,} training rows without a finding; train on them: data.train={fix}")
+        console.info(f"{fix}: {len(passed):,} training rows without findings; train on them with data.train={fix}")
         for each, source in zip(trained, recipe.data.train, strict=True):
             if source.max_rows is not None:
-                console.info(f"{each.name}: rows that max_rows ({source.max_rows:,}) left unread are not in {fix}")
+                console.info(
+                    f"{each.name}: max_rows ({source.max_rows:,}) left some rows unread; these are not in {fix}"
+                )
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *eval_findings)]
     write_result({"files": findings, "fixed": fix})
     return 2 if any(each.lines for each in (*trained, *eval_findings)) else 0
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
-    """How rows are encoded, if the model's tokenizer is here, and how their lengths are found, in words."""
+    """The row kind, or None if the model's tokenizer is not on this machine; and a note about how tokens are
+    counted."""
     from tunekit.planning.row_kind import row_kind_at_hand
 
-    name, why = recipe.model.name_or_path, "is not here yet"
+    name, why = recipe.model.name_or_path, "is not on this machine yet"
     try:
         kind = row_kind_at_hand(recipe)
     except TunekitError as error:
         kind, why = None, f"cannot be used: {error.problems[0].what}"
     if recipe.objective.medium is not None:
-        return kind, [] if kind is not None else [f"{name} {why}, so that what it drops is not foreseen"]
+        return kind, [] if kind is not None else [f"{name} {why}, so rows that it would drop are not reported"]
     if kind is None:
-        return None, [f"tokens are guessed by script, at most: the tokenizer of {name} {why}"]
-    return kind, [f"tokens are counted by the tokenizer of {name}, with what its chat template adds"]
+        return None, [
+            f"the tokenizer of {name} {why}; maximum numbers of tokens are estimated from the script of the text"
+        ]
+    return kind, [f"tokens are counted with the tokenizer of {name}, including its chat template"]
 
 
 def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
-    """Raises: InputError where the file of --fix would replace one that is not its own."""
+    """Raises: InputError if the file of --fix would replace a file that --fix did not write."""
     target, how = Path(fix), "name a new file"
     if not fix.endswith(".jsonl"):
         raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
@@ -98,12 +103,12 @@ def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
 
 
 def _rows_text(lines: Sequence[int]) -> str:
-    """The first of the lines."""
+    """The first line numbers, as text."""
     return listed([f"{line:,}" for line in sorted(lines)], SHOWN_ROWS)
 
 
 def _histogram(findings: Found, limit: int) -> Iterator[list[object]]:
-    """A line for each length, with a bar; which of them max_length drops or cuts."""
+    """Rows of a table: each range of lengths, its number of rows, a bar, and a mark for lengths over max_length."""
     most = max(findings.sizes.values(), default=1)
     for low, high in zip(LENGTHS, [*LENGTHS[1:], None], strict=True):
         if findings.sizes[low]:

@@ -1,4 +1,4 @@
-"""`tunekit doctor` shows what this machine has for tunekit, what is missing for which feature, and how to get it."""
+"""`tunekit doctor`: shows versions, this machine, caches, and the packages that optional features need."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from tunekit.machine.memory import available_bytes
 from tunekit.model.compute import computes_bfloat16
 from tunekit.records import bytes_text
 
-FEATURES = {  # what it is for -> (modules that it needs, what installs them)
+FEATURES = {  # feature -> (modules that it needs, the command that installs them)
     "tunekit data check": (("rensa",), "pip install 'tunekit[data]'"),
     "tunekit serve": (("starlette", "uvicorn"), "pip install 'tunekit[serve]'"),
     "output.report_to: [tensorboard]": (("tensorboard",), "pip install 'tunekit[tensorboard]'"),
@@ -30,26 +30,26 @@ FEATURES = {  # what it is for -> (modules that it needs, what installs them)
 
 
 def doctor_verb(clear: bool, json_file: str | None) -> None:
-    """Look, and say. Raises: RunFolderError where a cache cannot be removed."""
+    """Print the facts; with `clear`, empty the cache. Raises: RunFolderError if a cache entry cannot be removed."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
     versions, (values, shown, findings) = library_versions(), machine_facts()
     caches = {str(path): size for path, size in cache_sizes().items()}
     missing = {name: how for name, (modules, how) in FEATURES.items() if not all(map(find_spec, modules))}
-    console.panel("tunekit and what it stands on", versions | {"python": platform.python_version()})
+    console.panel("tunekit and its dependencies", versions | {"python": platform.python_version()})
     console.panel("this machine", shown)
     console.table(["cache", "size"], [[path, bytes_text(size)] for path, size in caches.items()])
-    console.table(["feature", "here"], [[name, missing.get(name) or "yes"] for name in FEATURES])
+    console.table(["feature", "installed"], [[name, missing.get(name) or "yes"] for name in FEATURES])
     console.warn(*findings)
     cleared = sum(map(_bytes, cache_entries())) if clear else 0
     if clear:
         clear_cache()
-        console.info(f"{default_cache_folder()}: {bytes_text(cleared)} freed; what a run needs of it is made again")
+        console.info(f"{default_cache_folder()}: {bytes_text(cleared)} freed; a run recomputes the parts that it needs")
     result = {"versions": versions, "machine": values, "cache_bytes": caches, "missing": missing}
     write_result(result | {"findings": findings, "cleared_bytes": cleared})
 
 
 def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The values for programs, the same for people, and what will be in a run's way."""
+    """The facts of this machine as values, the same facts as texts, and problems that a run will have."""
     import torch
 
     devices = make_devices()
@@ -65,12 +65,14 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
     }
     findings = []
     if values["free_disk_bytes"] < 2**30:
-        findings.append(f"{bytes_text(values['free_disk_bytes'])} free here: a run's checkpoints may not fit")
+        findings.append(
+            f"{bytes_text(values['free_disk_bytes'])} free in this folder: the checkpoints of a run may not fit"
+        )
     if device.type == "cpu" and find_spec("bitsandbytes") is None:
         findings.append("bitsandbytes is missing: model.quantization: int8 needs it; pip install bitsandbytes")
     if not accelerator_names() and shutil.which("nvidia-smi"):
-        seen = f"there is an NVIDIA driver, and torch {torch.__version__} sees no GPU"
-        findings.append(f"{seen}: install a CUDA build of it")
+        seen = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU"
+        findings.append(f"{seen}: install a CUDA build of torch")
     shown = {
         "processor": f"{values['cpu']}, {values['cores']} cores",
         "accelerators": ", ".join(values["accelerators"]) or "none; runs use the CPU",
@@ -82,14 +84,14 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
 
 
 def cache_sizes() -> dict[Path, int]:
-    """Bytes of tunekit's own cache and of the hub's, those that are there."""
+    """The sizes in bytes of tunekit's cache and of the Hugging Face cache, if they exist."""
     hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
     places = [default_cache_folder(), Path(hub).expanduser()]
     return {path: _bytes(path) for path in places if path.is_dir()}
 
 
 def _bytes(path: Path) -> int:
-    """Of a file, or of all below a folder, a linked one once; one that goes meanwhile counts nothing."""
+    """Bytes on the disk of a file, or of all files below a folder. Hard links count once; files that vanish count 0."""
     sizes: dict[tuple[int, int], int] = {}
     for place, _, names in os.walk(path):
         for name in (".", *names):

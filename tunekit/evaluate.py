@@ -36,11 +36,11 @@ def evaluate_verb(
     json_file: str | None,
     overrides: Sequence[str],
 ) -> None:
-    """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
+    """Evaluate a target. Raises: TunekitError; the command line returns its exit code."""
     _check_metrics(metrics)
     write_result = json_result(json_file)
     if data is None and format is not None:
-        raise InputError("--format says how to read --data, which is not given", "give --data FILE")
+        raise InputError("--format is the format of --data, but --data is missing", "add --data FILE")
     if data is not None:
         overrides = [f"data.eval=[{{path: {yaml_scalar(data)}, format: {yaml_scalar(format or 'auto')}}}]", *overrides]
     of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
@@ -90,11 +90,11 @@ def _check_metrics(names: Sequence[str]) -> None:
 
 
 def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
-    """The rows to evaluate: the eval rows of the run or recipe, as overridden, or those that the overrides name."""
+    """The data section to evaluate on: the section of the run or recipe, with the overrides applied."""
     data = target.data
     if (data is None or data.eval is None) and not any(text.startswith("data.eval") for text in overrides):
         whose = "this target has no recipe" if data is None else "the recipe has no data.eval"
-        raise InputError(f"there is nothing to evaluate on: {whose}", "give the rows with --data FILE")
+        raise InputError(f"there are no rows to evaluate on: {whose}", "name a file with --data FILE")
     objective = None if target.recipe is None else target.recipe.objective.method
     section = override_data(data, overrides, objective)
     if section.chat_template is None and data is None and target.template_file is not None:
@@ -111,9 +111,9 @@ def evaluate_rows(
     template: str | None,
     progress: Progress,
 ) -> Evaluation:
-    """Every metric by name, and what it was measured on; `data`: whose answers those `from_data` are."""
+    """Evaluate the model on the evaluation rows. `data`: the section whose rows give the choices `from_data`."""
     settings, model, evaluation = loaded.target.evaluation, loaded.model, rows.evaluation
-    assert evaluation is not None  # _data_section saw to it
+    assert evaluation is not None  # _data_section ensures it
     kind = objective_class(rows.objective.name)
     for name in metrics:
         wrong = unmeasurable(name, kind, rows.objective.facts, chosen=settings.choices is not None)

@@ -1,4 +1,4 @@
-"""`tunekit import` makes a recipe of another tool's configuration, and prints what became of each key."""
+"""`tunekit import`: converts the configuration of a different tool to a recipe, and prints the result for each key."""
 
 import sys
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from tunekit.recipe.load import check_draft, dump_recipe, read_draft, read_file
 from tunekit.recipe.reading.dump import as_comments, dump_draft, yaml_lines
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 
-ROWS, RUN = "train.jsonl", "runs/imported"  # what an adapter's configuration cannot say
-Translation = tuple[str, list[str], Sequence[Problem]]  # the recipe's text, a line for each key, and what is lost
+ROWS, RUN = "train.jsonl", "runs/imported"  # placeholders, because an adapter's configuration contains neither
+# the recipe's text, a line for each key, and problems with keys that are lost
+Translation = tuple[str, list[str], Sequence[Problem]]
 
 
 def import_verb(path: str, output: str | None) -> None:
-    """Write the recipe, to standard output if no file is named; nothing is overwritten.
+    """Write the recipe to `output`, or to standard output. An existing file is never overwritten.
 
-    Raises: RecipeError if something has no exact translation. The recipe is written, and says so in comments.
+    Raises: RecipeError if a key has no exact translation. The recipe is written anyway, with that key in a comment.
     """
     is_adapter = Path(path).suffix == ".json" and "peft_type" in read_recipe_file(Path(path)).values
     text, notes, problems = _of_adapter(Path(path)) if is_adapter else _of_recipe(path, output)
@@ -32,7 +33,9 @@ def import_verb(path: str, output: str | None) -> None:
     else:
         print(text, end="")
     if problems:
-        where = f"wrote {output}, in which these keys are comments:" if output else "lost, or to be settled:"
+        where = (
+            f"wrote {output}, with these keys as comments:" if output else "these keys are lost, or need a decision:"
+        )
         raise RecipeError.of(problems, [*notes, where])
     for line in notes:
         print(visible(line), file=sys.stderr)
@@ -41,7 +44,7 @@ def import_verb(path: str, output: str | None) -> None:
 
 
 def _of_recipe(path: str, output: str | None) -> Translation:
-    """The recipe's text, a line for each key, and what is lost."""
+    """The translation of a different tool's recipe."""
     folder = Path(output or path).absolute().parent
     draft, tool = read_draft(path, imported=True)
     whose = [f"{path}: a configuration of {tool}"] if tool else []
@@ -49,7 +52,7 @@ def _of_recipe(path: str, output: str | None) -> Translation:
         loaded = check_draft(draft, tool)
     except RecipeError as error:
         if not draft.values.keys() & {"model", "data"}:
-            raise  # a file of something else
+            raise  # the file is not a training configuration
         text = as_comments(error.problems, read_file(Path(path))) + dump_draft(draft, error.problems, folder)
         return text, [*whose, *_by_kind(draft.rewrites)], error.problems
     changed = {line.partition(": ")[0] for line in loaded.rewrites}
@@ -59,7 +62,8 @@ def _of_recipe(path: str, output: str | None) -> Translation:
 
 
 def _of_adapter(path: Path) -> Translation:
-    """The recipe that makes such an adapter: the base and the method are PEFT's, the rows and the run are to be named.
+    """The recipe for an adapter configuration of PEFT: it has the base and the method; rows and run folder are
+    placeholders.
 
     Raises: RecipeError if the method is not known.
     """
@@ -85,7 +89,7 @@ def _of_adapter(path: Path) -> Translation:
     if fields.get("revision"):
         base["revision"] = fields["revision"]
     values: dict[str, Any] = {"model": base, "data": {"train": ROWS}, "adapter": adapter, "output": {"dir": RUN}}
-    identity_fields = ("peft_type", *method.peft.claims)  # what says which method it is
+    identity_fields = ("peft_type", *method.peft.claims)  # fields that identify the method
     from_base = {
         "base_model_name_or_path": "model",
         "revision": "model",
@@ -94,7 +98,7 @@ def _of_adapter(path: Path) -> Translation:
     kept_lines = [f"{path}: {name} -> adapter.{settings_of[name]}" for name in fields if name in settings_of]
     kept_lines += [f"{path}: {name} -> {to}" for name, to in from_base.items() if name in fields]
     others = [f"{path}: {name} -> nothing" for name in fields if name not in settings_of and name not in from_base]
-    missing = f"to be named: data.train (here {ROWS}) and output.dir: an adapter's configuration knows neither"
+    missing = f"write data.train (now {ROWS}) and output.dir yourself: an adapter's configuration contains neither"
     lines = [
         f"{path}: a configuration of {PEFT}",
         *_titled("kept:", kept_lines),
@@ -105,12 +109,12 @@ def _of_adapter(path: Path) -> Translation:
 
 
 def _by_kind(rewrites: Sequence[str]) -> list[str]:
-    """What was rewritten, what has no effect here, and what is the tool's default, each under its title."""
+    """The lines under titles: changed keys, keys without effect in tunekit, and the other tool's defaults."""
     without = [line for line in rewrites if " -> nothing" in line]
     defaults = [line for line in rewrites if ": default of " in line]
     others = {*without, *defaults}
     changed = [line for line in rewrites if line not in others]
-    written = _titled("not written there, and written out here:", defaults)
+    written = _titled("defaults of the other tool, now written in the recipe:", defaults)
     return [*_titled("changed:", changed), *_titled("without effect here:", without), *written]
 
 

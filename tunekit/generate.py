@@ -31,8 +31,8 @@ from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
-TextOrPair = str | tuple[str, str]  # a text, or both of a pair
-PROMPT_LINE = 'write {"prompt": "..."}, or of a pair {"sentence1": "...", "sentence2": "..."}'
+TextOrPair = str | tuple[str, str]  # a text, or a pair of texts
+PROMPT_LINE = 'write {"prompt": "..."}, or for a pair {"sentence1": "...", "sentence2": "..."}'
 
 
 def generate_verb(
@@ -50,7 +50,7 @@ def generate_verb(
     choices: str | None = None,
     output: str | None = None,
 ) -> None:
-    """Generate, score, or draw. Raises: TunekitError, whose exit code the command line returns."""
+    """Generate answers, scores or images. Raises: TunekitError; the command line returns its exit code."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
     if sum(option is not None for option in (prompt, prompts, score)) != 1:
@@ -125,7 +125,7 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
     folder.mkdir(parents=True, exist_ok=True)
     answering = loaded.objective.answering
     draw = None if answering is None else answering.draw
-    assert draw is not None  # a pipeline's objective draws
+    assert draw is not None  # every pipeline's objective has `draw`
     for number, prompt in enumerate(prompts):
         with undisturbed(loaded.model):
             pixels = draw(loaded.model, [prompt], [seed + number], no_progress)[0]
@@ -136,15 +136,16 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
 
 
 def read_prompts(path: Path) -> list[TextOrPair]:
-    """One prompt per line: plain text, or in a .jsonl file an object with `prompt`, or with both texts of a pair in the
-    format of rows; `-` is standard input. A recording or an image is itself the prompt; for a folder, each one in it.
+    """The prompts in a file, one per line; `-` is standard input. A line is plain text; in a .jsonl file it is an
+    object with `prompt` or with the two texts of a pair. A recording or image is one prompt, a folder one prompt per
+    file.
 
     Raises: DataError with the line.
     """
     if path.is_dir():
         if media := [name for name in sorted(os.listdir(path)) if is_media(name)]:
             return list(media)
-        how = "only files directly in it are read, not its folders"
+        how = "tunekit reads only files directly in this folder, not in folders inside it"
         raise DataError("it contains no recording and no image", how, file=str(path))
     if str(path) != "-" and not path.exists():
         raise DataError("there is no such file or folder", "check the path of --prompts", file=str(path))
@@ -182,17 +183,15 @@ def _prompt_of(line: str, path: Path, number: int) -> TextOrPair:
 
 @torch.no_grad()
 def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], float]]:
-    """Each row of the file (a prompt with its answer, or a conversation), and its score.
+    """Each row of the file (a prompt with its answer, or a conversation) with its score.
 
-    Raises: InputError if the target is not a reward model; DataError with every wrong row.
+    Raises: InputError if the target is not a reward model; DataError with all wrong rows.
     """
     objective, model = loaded.objective, loaded.model
     kind = objective.rows.with_options(EncodeOptions(template=loaded.target.chat_template))
     answering = objective.answering
     if answering is None or answering.score is None or not isinstance(kind, TextRows):
-        raise InputError(
-            f"it was trained with {objective.name} and gives no scores", "name a model of objective: reward"
-        )
+        raise InputError(f"the target was trained with {objective.name}, so it gives no scores", "name a reward model")
     assert model.base.text is not None  # it reads text
     problems, sequences, values = Problems(), list[list[int]](), list[dict[str, Any]]()
     rows, _, format_name, _ = open_rows(Source(path=str(path)), "text", problems)
@@ -216,7 +215,8 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
 def answer(
     loaded: LoadedTarget, texts: Sequence[TextOrPair], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
-    """The model's answer to each text, formatted like the training rows; for evaluation.choices the most likely one."""
+    """The model's answer to each text, formatted like the training rows; with evaluation.choices, the most likely
+    choice."""
     settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)

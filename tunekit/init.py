@@ -1,5 +1,6 @@
-"""`tunekit init`: a first recipe for given data, after a look at them, at the machine and at the models at hand. It
-validates, and its plan fits where the model can be read here. Nothing is overwritten."""
+"""`tunekit init`: writes a first recipe for the user's data, after reading the data and checking the machine and its
+cached models. The recipe is valid. If the model is on this machine, its memory is checked too. No file is
+overwritten."""
 
 import os
 import sys
@@ -36,24 +37,24 @@ from tunekit.records import bytes_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FEW_ROWS = 1000
-EVAL_ROWS, LARGEST_SHARE = 200, 0.2  # enough to tell two checkpoints apart; of few rows most are to train on
-EVALUATIONS, MOST_STEPS = 10, 100  # of a run; steps between two of them
-SPLIT_LENGTH = 1024  # of a file that is one long text, the length of its pieces
+EVAL_ROWS, LARGEST_SHARE = 200, 0.2  # enough rows to compare two checkpoints; the maximum share for small data
+EVALUATIONS, MOST_STEPS = 10, 100  # evaluations of a run; maximum steps between two evaluations
+SPLIT_LENGTH = 1024  # tokens of each piece, if the data is one long text
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-FULL_RATE, FULL_SHARE = 2e-5, 0.1  # of the base's own weights, at most; of an adapter's rate (TRL's advice)
-RATE_COMMENT = "what matters most: try a third, threefold"
+FULL_RATE, FULL_SHARE = 2e-5, 0.1  # full fine-tuning: maximum rate; share of an adapter's rate (TRL's advice)
+RATE_COMMENT = "the most important setting: also try a third and three times this value"
 SAMPLED_ANSWERS: Sequence[Line] = (
-    ("  samples: 4", "answers to eval rows in the report, before training and after"),
-    ("  max_new_tokens: 64", "of each"),
+    ("  samples: 4", "number of generated answers in the report, before and after training"),
+    ("  max_new_tokens: 64", "maximum length of each answer"),
 )
 LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 NUMBER_METRICS: Sequence[Line] = (("  metrics: [loss, pearson, spearman]", ""),)
-LENGTH_COMMENT = {False: "tokens; longer rows are dropped and counted", True: "tokens of each piece of a text"}
+LENGTH_COMMENT = {False: "tokens; longer rows are dropped and counted", True: "tokens of each piece of the text"}
 
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """The choices that make up the recipe."""
+    """All choices from which the recipe is written."""
 
     data: str
     model: str
@@ -75,14 +76,15 @@ class FirstRecipe:
 
     @property
     def example(self) -> Recipe | None:
-        """The shipped recipe whose base, target modules and rate are written; None for an objective over texts."""
+        """The shipped recipe from which base, target modules and learning rate are copied; None for objectives on
+        text."""
         return _example(self.objective)
 
 
 def init_verb(
     data: str | None, output: str, model: str | None, method: str | None, quantization: str, evaluation: float | None
 ) -> None:
-    """Write the recipe. Raises: TunekitError where an answer is wrong or a file is in the way."""
+    """Write the recipe. Raises: TunekitError if an answer is wrong, or if the file exists already."""
     console = Console()
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     target = Path(output) / "recipe.yaml" if os.path.isdir(output) else Path(output)
@@ -99,7 +101,7 @@ def init_verb(
         models = [name for name in models if name == example.model.name_or_path]
     usual = example.model.name_or_path if example else (models[0] if models else DEFAULT_MODEL)
     if asks and models and model is None:
-        console.info("models at hand: " + ", ".join(models[:8]))
+        console.info("models on this machine: " + ", ".join(models[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", usual)
     question = "Which method? lora, dora, ia3, full (every weight), or another"
     method = method or _ask(asks, question, DEFAULT_METHOD["adapter"])
@@ -117,21 +119,22 @@ def init_verb(
         except TunekitError:
             target.unlink()
             raise
-    write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an older one of ours, or another's, stays
-    console.info(*results, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
+    write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an existing file stays
+    console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {target}")
 
 
 def eval_share(look: Look | None) -> str:
-    """The share of the rows to hold back: EVAL_ROWS of them, and at most LARGEST_SHARE."""
-    if look is not None and (look.rows < 2 or look.settings.measures_training):  # one text; a few images of one thing
+    """The share of rows for evaluation, as text: EVAL_ROWS rows, but at most LARGEST_SHARE."""
+    # a single text, or a few images of one subject
+    if look is not None and (look.rows < 2 or look.settings.measures_training):
         return "0"
     share = LARGEST_SHARE if look is None else EVAL_ROWS / look.rows
     return f"{min(max(round(share, 2), 0.01), LARGEST_SHARE):g}"
 
 
 def _labelled(look: Look, asks: bool) -> Look:
-    """The look at rows to classify, where they have texts and labels and the user wants that; nobody asked, where the
-    column of labels is called so."""
+    """`look`, changed to text classification if the rows have a label column and the user agrees. Without a terminal,
+    the column's name decides."""
     columns = label_columns(look.sample) if look.format_name == "text" else {}
     for name, count in columns.items():
         usual = "yes" if name.lower() in LABEL_NAMES else "no"
@@ -139,7 +142,8 @@ def _labelled(look: Look, asks: bool) -> Look:
         if _ask(asks, question, usual).lower().startswith("y"):
             example = facts_of("formats", LABELS_FORMAT).EXAMPLE
             objective = next(each for each in proposed_objectives() if each.example == example)
-            note = f"the labels are those of {name} ({count}); to learn the text instead: objective: sft, format: text"
+            note = f"the labels are the {count} values of {name}; to train on the text instead: objective: sft, "
+            "format: text"
             method = objective.model_fields["method"].default
             return replace(
                 look, objective=method, format_name=LABELS_FORMAT, columns={name: "label"}, notes=[note, *look.notes]
@@ -153,19 +157,20 @@ def _labelled(look: Look, asks: bool) -> Look:
 
 def _label_note(name: str, values: str, objective: str) -> str:
     return (
-        f"{name} has {values}: to learn them instead of the text, write objective: {objective}, and as data.train "
+        f"{name} has {values}: to predict them from the text, write objective: {objective}, and data.train: "
         f"{{path: ..., format: {LABELS_FORMAT}, columns: {{{name}: label}}}}"
     )
 
 
 def _objective(look: Look | None) -> type[ObjectiveSettings]:
-    """The objective that fits the rows; the default one where there are none to look at."""
+    """The objective that fits the rows; without rows, the default objective."""
     return objective_class(look.objective if look else DEFAULT_METHOD["objective"])
 
 
 @cache
 def _example(objective: type[ObjectiveSettings]) -> Recipe | None:
-    """The shipped recipe of an objective over recordings or images, whose bases have little in common."""
+    """The shipped recipe of an objective on recordings or images, because its base models differ too much for
+    defaults."""
     name = f"{objective.model_fields['method'].default.replace('_', '-')}-{DEFAULT_METHOD['adapter']}"
     return None if objective.medium is None else load_recipe(shipped_recipes()[name]).recipe
 
@@ -175,11 +180,11 @@ def _refuse(target: Path) -> None:
         raise RecipeError("exists already", "name another file with --output", file=str(target))
     if not target.absolute().parent.is_dir():
         what = f"there is no folder {target.absolute().parent}"
-        raise RecipeError(what, "make it, or name another", file=str(target))
+        raise RecipeError(what, "make the folder, or name another file", file=str(target))
 
 
 def _ask(asks: bool, question: str, default: str) -> str:
-    """The user's answer; the default where nobody can be asked."""
+    """The user's answer, or the default if `asks` is False."""
     return (input(f"{question} [{default}]: ").strip() or default) if asks else default
 
 
@@ -189,12 +194,12 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 0.5:
-        raise InputError(f"'{text}' is no share of the rows", "give a number from 0 to 0.5, such as 0.05")
+        raise InputError(f"'{text}' is not a share of the rows", "give a number from 0 to 0.5, such as 0.05")
     return value
 
 
 def models_at_hand() -> list[str]:
-    """Hub names whose files lie in the hub's cache, the newest first."""
+    """Hub names of the models in the Hugging Face cache, the newest first."""
     hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
     folders = Path(hub).expanduser().glob("models--*--*")
     complete = [folder for folder in folders if any(folder.glob("snapshots/*/config.json"))]
@@ -203,7 +208,7 @@ def models_at_hand() -> list[str]:
 
 
 def recipe_text(first: FirstRecipe, target: Path) -> str:
-    """The recipe with what each key means beside it."""
+    """The text of the recipe, with a comment after each key."""
     look, adapter, objective, example = first.look, first.adapter, first.objective, first.example
     length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
     split = look is not None and _is_split(look)
@@ -212,13 +217,13 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
     steps = 2 if few else 8
     interval = _interval(first, 3 if few else 1, steps)
     data, model = (_beside(name, target) for name in (first.data, first.model))
-    draws = first.quantization == "none" and objective.shows.draws  # nothing is packed there
+    draws = first.quantization == "none" and objective.shows.draws  # quantization is not offered for image generation
     method, name = [*adapter.first_lines], objective.model_fields["method"].default
     if method and example:
         method.append((f"  target_modules: [{', '.join(example.adapter.model_dump()['target_modules'])}]", ""))
     needed = objective.for_rows([rename_columns(dict(row), dict(look.columns)) for row in look.sample]) if look else {}
     chosen = [("objective:", ""), (f"  method: {name}", ""), *objective.first_lines]
-    chosen += [(f"  {key}: {value}", "of such labels") for key, value in needed.items()]
+    chosen += [(f"  {key}: {value}", "the type of these labels") for key, value in needed.items()]
     length_of_run = [(f"  epochs: {3 if few else 1}", "")]
     if example and example.training.max_steps:
         keys = ("scheduler", "warmup_steps", "max_steps")
@@ -226,11 +231,11 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
     lines = [
         (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
-        ("# What now: tunekit preview (the rows), tunekit plan (steps and memory), tunekit train.", ""),
-        ("# Every key: tunekit schema --reference", ""),
+        ("# Next: tunekit preview (shows the rows), tunekit plan (steps and memory), tunekit train.", ""),
+        ("# All keys: tunekit schema --reference", ""),
         ("model:", ""),
         (f"  name_or_path: {_quoted(model)}", f"a folder{' or' if example else ', a .gguf file or'} a hub name"),
-        *([] if draws else [(f"  quantization: {first.quantization}", f"nf4: 4 bits a weight{first.note}")]),
+        *([] if draws else [(f"  quantization: {first.quantization}", f"nf4: 4 bits per weight{first.note}")]),
         ("data:", ""),
         *_source_lines(data, look),
         (f"  eval: {first.evaluation or 'null'}", _evaluation_said(look, data)),
@@ -243,8 +248,8 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         ("training:", ""),
         (f"  learning_rate: {_rate_text(first_rate(first))}", RATE_COMMENT),
         *length_of_run,
-        ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
-        (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
+        ("  micro_batch_size: 2", "rows computed together: affects memory and speed, not the result"),
+        (f"  gradient_accumulation_steps: {steps}", f"one step trains on 2 x {steps} rows"),
         *([(f"  eval_steps: {interval}", "")] if first.evaluation else []),
         (f"  save_steps: {interval}", "tunekit train --resume continues from there"),
         *(_evaluation_lines(objective, needed) if first.evaluation else []),
@@ -256,12 +261,12 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
 
 
 def _is_split(look: Look) -> bool:
-    """Whether its texts are so long that they are cut into pieces."""
+    """Whether the texts are so long that they are split into pieces."""
     return look.format_name == "text" and look.longest > LENGTHS[-1]
 
 
 def _interval(first: FirstRecipe, epochs: int, accumulation: int) -> int:
-    """Steps between evaluations, about EVALUATIONS of them in a run, and between checkpoints."""
+    """Steps between evaluations and between checkpoints, so that a run has about EVALUATIONS evaluations."""
     look, example = first.look, first.example
     if look is None:
         return MOST_STEPS
@@ -272,14 +277,14 @@ def _interval(first: FirstRecipe, epochs: int, accumulation: int) -> int:
 
 
 def _evaluation_lines(objective: type[ObjectiveSettings], needed: Mapping[str, str]) -> list[Line]:
-    best = ("  best: eval.loss", "the checkpoint that is kept as the result; the last one may be overfitted")
+    best = ("  best: eval.loss", "the checkpoint to export; the last checkpoint may be overfitted")
     answers = SAMPLED_ANSWERS if objective.medium is None else ()
     named = NUMBER_METRICS if unmeasurable("accuracy", objective, needed, chosen=False) else LABEL_METRICS
     return [("evaluation:", ""), best, *(named if objective.names_labels else answers)]
 
 
 def first_rate(first: FirstRecipe) -> float:
-    """The learning rate of the objective, else of the method, else that of a recipe that writes none."""
+    """The learning rate published for the objective, else for the method, else the default of recipes."""
     adapter, objective, example = first.adapter, first.objective, first.example
     published = objective.default_learning_rate or (None if adapter.trains_base else adapter.default_learning_rate)
     usual = TrainingSection.model_fields["learning_rate"].default if published is None else published.value
@@ -288,14 +293,14 @@ def first_rate(first: FirstRecipe) -> float:
 
 
 def _rate_text(rate: float) -> str:
-    """Such as 2e-4."""
+    """The rate as text, such as 2e-4."""
     digits, _, power = f"{rate:.3e}".partition("e")
     return f"{float(digits):g}e{int(power)}"
 
 
 def _source_lines(data: str, look: Look | None) -> list[Line]:
-    """data.train: a name, and how its columns are renamed where they are."""
-    comment = "a file (JSONL, CSV ...) or a hub data set"
+    """The lines of data.train: its path, and the columns to rename if there are any."""
+    comment = "a file (JSONL, CSV ...) or a data set on the hub"
     if look and (medium := look.settings.medium):
         comment = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
     if not (look and look.columns):
@@ -310,31 +315,34 @@ def _source_lines(data: str, look: Look | None) -> list[Line]:
 
 
 def _evaluation_said(look: Look | None, data: str) -> str:
-    """Beside data.eval."""
+    """The comment after data.eval."""
     if look is None or not look.settings.measures_training:
         return "a share of the rows, or a file"
-    return f"[{_quoted(data)}] measures these images themselves, at fixed noise: whether the loss falls"
+    return f"[{_quoted(data)}] would measure the loss on the training images, with fixed noise"
 
 
 def _beside(name: str, target: Path) -> str:
-    """A local path as the recipe's folder sees it; another name as it is."""
+    """A local path relative to the recipe's folder; any other name unchanged."""
     return relative_to(name, target.absolute().parent) if Path(name).exists() else name
 
 
 def _quoted(text: str) -> str:
-    """As YAML reads it back."""
+    """The text as a YAML scalar, quoted if necessary."""
     plain = all(letter.isalnum() or letter in "/._-" for letter in text) and text[:1] not in ("", "_", "-")
     return text if plain else "'" + text.replace("'", "''") + "'"
 
 
 def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]]:
-    """The recipe again with a smaller base where its plan does not fit this machine, and what was found.
+    """The recipe, with a quantized base if it does not fit this machine otherwise, and notes about its plan.
 
-    Raises: TunekitError where the recipe cannot be planned for a reason that is not memory or an absent model.
+    Raises: TunekitError if planning fails for a reason other than memory or a missing model.
     """
     recipe = load_recipe(target).recipe
     if not Path(first.model).exists() and first.model not in models_at_hand():
-        return first, [f"{first.model} is not here yet: the first run fetches it, and `tunekit plan` asks the hub"]
+        return first, [
+            f"{first.model} is not on this machine yet: the first run downloads it; `tunekit plan` reads its "
+            "facts on the hub"
+        ]
     from tunekit.machine.devices import make_devices
     from tunekit.machine.memory import available_bytes
     from tunekit.planning.plan import make_plan
@@ -347,7 +355,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         first = replace(first, look=measured(first.look, recipe.data.train[0], kind))
     for quantization in dict.fromkeys((first.quantization, *(() if first.adapter.trains_base else ("nf4",)))):
         changed = quantization != first.quantization
-        note = "; without it this machine's memory does not hold the run" if changed else ""
+        note = "; without it the run does not fit this machine's memory" if changed else ""
         first = replace(first, quantization=quantization, note=note)
         write_text(target, recipe_text(first, target))
         plan, _ = make_plan(load_recipe(target), device=devices.device)
@@ -358,10 +366,14 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     results = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
     results[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
     if (look := first.look) is not None and look.counted:
-        results.append(f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, by the model's tokenizer")
+        results.append(
+            f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, counted with the model's tokenizer"
+        )
     rows = plan.rows.training
     if rows.dropped:
         results.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
     if not fits:
-        results.append("warning: that does not fit; set memory.budget, and plan finds a way or says why there is none")
+        results.append(
+            "warning: the run does not fit; set memory.budget, and `tunekit plan` looks for settings that fit"
+        )
     return first, [*results, *(f"warning: {text}" for text in refused)]

@@ -19,7 +19,7 @@ def merge_verb(
 ) -> None:
     """Merge, and print how much the result differs from the running adapter.
 
-    Raises: TunekitError, whose exit code the command line returns.
+    Raises: TunekitError; the command line returns its exit code.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
@@ -29,7 +29,7 @@ def merge_verb(
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; its partial output was removed"):
         result = merge(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference
-    tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # images have none
+    tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # models of images have no tokens
     console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
     measured = f"(their spread is {difference.spread:.3g}), on {tokens}{difference.rows}"
     if difference.written is not None:

@@ -1,4 +1,4 @@
-"""`tunekit plan`: print what `train` would do, and write it as JSON."""
+"""`tunekit plan`: prints the plan of a training run, and writes it as JSON."""
 
 from dataclasses import asdict
 
@@ -14,7 +14,7 @@ from tunekit.recipe.load import LoadedRecipe
 
 
 def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
-    """Print what train would do.
+    """Print the plan of a training run.
 
     Raises: TunekitError with all refusals.
     """

@@ -1,4 +1,4 @@
-"""`tunekit preview`: real training rows, token by token: which are trained on, which not, and why."""
+"""`tunekit preview`: shows training rows token by token, and why each token is or is not trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
 
 TRAINED = "trained on"
-FIRST = "not trained on: nothing before it predicts the first token"
+FIRST = "not trained on: no token before the first one can predict it"
 PROMPT = "not trained on: prompt"
 BETWEEN = "not trained on: another turn, or the template's own text"
 AFTER = "not trained on: after the last answer"
 
-KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # of a page; all others are o
+KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # CSS classes of tokens on the page; all other tokens are "o"
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token as it is shown."""
+    """One token in the preview. `why`: the reason why it is or is not trained on."""
 
     text: str
     token_id: int
@@ -40,7 +40,7 @@ class Token:
 
 
 def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
-    """Show `rows` training rows in training order. Raises: TunekitError, whose exit code the command line returns."""
+    """Show `rows` training rows in training order. Raises: TunekitError; the command line returns its exit code."""
     refuse_to_replace("--html", html, written)
     recipe = written.recipe
     processor = make_family(recipe.objective.family).processor(recipe.model)
@@ -58,7 +58,7 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
                 console.info(part.title)
             console.print_segments(segments(part, tokenizer))
     if any(part.trained.any() for row in shown for part in loaded.objective.rows.spans(row)):
-        others = "prompts, other turns, and what the template writes itself"
+        others = "prompts, other turns, and the text of the chat template"
         console.info(f"\nMarked text is trained on. The rest is not: {others}.")
     facts = statistics(loaded, shows.units, shows.sizes)
     console.table(["rows", "value"], facts)
@@ -68,14 +68,14 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
 
 
 def heading(row: Row, parts: Sequence[Span], sizes: str) -> str:
-    """Where a row stands, how large it is, and how much of it is trained on."""
+    """The file and line of a row, its size, and its number of trained tokens."""
     trained = sum(int(part.trained.sum()) for part in parts)
     of = "of them" if sizes == "tokens" else "tokens"
     return f"{row.origin}: {row.size:,} {sizes}" + (f", {trained} {of} trained on" if trained else "")
 
 
 def explain_tokens(part: Span, tokenizer: Tokenizer | None) -> list[Token]:
-    """Every token with the reason why it is trained on or not."""
+    """All tokens, with the reasons why they are or are not trained on."""
     trained = part.trained  # (T,)
     places = np.flatnonzero(trained)
     first, last = (int(places[0]), int(places[-1])) if len(places) else (len(trained), -1)
@@ -91,8 +91,8 @@ def explain_tokens(part: Span, tokenizer: Tokenizer | None) -> list[Token]:
 
 
 def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]:
-    """Counts and lengths of the training rows, as names and values; the loss sums over `units`, and lengths count
-    `sizes`."""
+    """Counts and lengths of the training rows, as names and values. `units`: the unit that the loss sums over; `sizes`:
+    the unit of lengths."""
     counts = rows.counts
     lengths = np.asarray(rows.train.lengths)  # (rows,)
     share = counts.supervised_tokens / max(counts.tokens, 1)
@@ -106,7 +106,7 @@ def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]
     ]
     if "token" in units and sizes == "tokens":
         facts.append(("share trained on", f"{100 * share:.1f} %"))
-    if sizes != "pixels":  # those of images are what the recipe says
+    if sizes != "pixels":  # all images have the size in the recipe
         facts += [
             ("shortest", int(lengths.min(initial=counts.longest_tokens))),
             ("median length", int(np.median(lengths))),
@@ -128,7 +128,7 @@ def page(
     facts: Sequence[tuple[str, object]],
     notes: Sequence[str],
 ) -> str:
-    """A page that stands alone."""
+    """The HTML page of these rows, in one file without links."""
     shown, sizes = list[dict[str, object]](), shows_of(objective.name).sizes
     for row in rows:
         parts = objective.rows.spans(row)

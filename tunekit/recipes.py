@@ -1,4 +1,4 @@
-"""`tunekit recipes`: the recipes that come with tunekit: list them, print one, or copy one with its data."""
+"""`tunekit recipes`: lists the recipes that come with tunekit, prints one, or copies one with its data."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ ENDINGS = (".yaml", ".yml")
 
 
 def recipes_verb(name: str | None, copy_to: str | None) -> None:
-    """List, print or copy. Raises RecipeError for an unknown name or where a file is in the way."""
+    """List, print or copy recipes. Raises: RecipeError for an unknown name, or if a different file exists already."""
     known = shipped_recipes()
     if name is None:
         if copy_to is not None:
@@ -37,9 +37,9 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
 
 
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:
-    """Copy a recipe and the files and folders it names beside it, to the same relative places; nothing is overwritten.
+    """Copy a recipe and the files that it names in its folder, to the same relative paths. Returns the written paths.
 
-    The schema for editors is written beside it where no file of that name is; one that is there already stays.
+    The schema for editors is written into the same folder. No existing file is overwritten.
     """
     target = target if target.suffix in ENDINGS else target / recipe.name
     loaded = load_recipe(recipe).recipe
@@ -51,7 +51,7 @@ def copy_recipe(recipe: Path, target: Path) -> list[Path]:
             pairs |= {target.parent / each.relative_to(recipe.parent): each for each in files if each.is_file()}
     for copy, original in pairs.items():
         if copy.exists() and (not copy.is_file() or copy.read_bytes() != original.read_bytes()):
-            raise RecipeError("exists already and is something else", "name another place", file=str(copy))
+            raise RecipeError("exists already with different content", "name another folder", file=str(copy))
     for copy, original in pairs.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, copy)

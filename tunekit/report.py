@@ -1,4 +1,4 @@
-"""`tunekit report`: compare runs on the screen and on a page with their curves, or write the page of one run anew."""
+"""`tunekit report`: compares runs on the screen and on a page with their curves, or rewrites the page of one run."""
 
 import csv
 import io
@@ -16,13 +16,13 @@ from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.errors import InputError, RunFolderError
 from tunekit.files.durable import json_result, write_text
 
-MOST_COLUMNS = 5  # runs that stand side by side; more of them have a line each
+MOST_COLUMNS = 5  # up to this number of runs, each run is a column of the table; otherwise a line
 
 
 def report_verb(folders: Sequence[str], html: str | None, json_file: str | None, csv_file: str | None) -> int:
-    """Compare runs; of one run alone write its report.html anew. 2 where a damaged run was left out.
+    """Compare runs; for a single run, rewrite its report.html. Returns 2 if a damaged run was left out.
 
-    Raises: InputError where a folder holds no run, or is named twice; RunFolderError where all runs are damaged.
+    Raises: InputError if a folder is not a run or is named twice; RunFolderError if all runs are damaged.
     """
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):
@@ -40,13 +40,17 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     console.table(head, lines)
     paired = differences(runs)
     if paired:
-        console.table(heading(runs[0].name), [each.texts() for each in paired], title="on the rows that both evaluated")
+        console.table(
+            heading(runs[0].name), [each.texts() for each in paired], title="on the rows that both runs evaluated"
+        )
     for names, cells in repeats:
-        console.panel(f"mean and deviation over the seeds of {names}", dict(zip(outcome.labels, cells, strict=True)))
+        console.panel(
+            f"mean and standard deviation over the seeds of {names}", dict(zip(outcome.labels, cells, strict=True))
+        )
     if keys:
         console.table(["key", *(run.name for run in runs)], keys)
     elif len(runs) > 1:
-        console.info("the recipes are the same but for output.dir")
+        console.info("the recipes differ only in output.dir")
     page = html or (str(paths[0] / "report.html") if len(runs) == 1 else None)
     if page is not None:
         write_text(Path(page), html_page(run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)))
@@ -65,9 +69,9 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
 
 
 def _readable(paths: Sequence[Path], console: Console) -> list[RunValues]:
-    """The runs of which a page and a comparison can be made; of each other one a warning.
+    """The runs that can be shown and compared; prints a warning for each damaged run.
 
-    Raises: RunFolderError where there is none.
+    Raises: RunFolderError if all runs are damaged.
     """
     runs = list[RunValues]()
     for number, path in enumerate(paths):

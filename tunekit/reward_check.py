@@ -1,6 +1,6 @@
-"""`tunekit reward check`: tries a recipe's reward on good and bad answers before it is trained on.
+"""`tunekit reward check`: tests a recipe's reward on good and bad answers, before training with it.
 
-Findings are rewards that fail, are slow, or give empty answers as much as the rows' own.
+Findings are rewards that fail, are slow, or give worthless answers as much as reference answers.
 """
 
 import json
@@ -41,23 +41,23 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.tuned.model import ModelRun, TunedModel
 
-MOST_ROWS, MOST_READ = 64, 20_000  # rows that are tried; of a source, those among which they are drawn
-LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers
-SLOW_SECONDS = 0.2  # a completion: a step of 64 would wait for 13 seconds
+MOST_ROWS, MOST_READ = 64, 20_000  # rows to test; rows of a source from which they are drawn
+LIMIT_SECONDS = 20.0  # the maximum time of one reward for one kind of answers
+SLOW_SECONDS = 0.2  # per completion: a step with 64 completions would wait for 13 seconds
 LONG_WORDS = 200
-REFERENCE, SAMPLES, NOTHING = "the rows' own answers", "samples of the model before step 1", "nothing"
-SHUFFLED, COMMON = "another row's answer", "one answer to all"
-BURIED, LISTED = "the row's own answer among others", "all answers in a list"
-PROMPT, PROMPTS = "the prompt again", "the prompt five times"
-LONG = f"{LONG_WORDS} words of other answers"
-WORTHLESS = (BURIED, LISTED, PROMPT, PROMPTS, LONG)  # none of them answers; a sound reward gives them little
-OTHERS, MOST_LISTED = 6, 100  # answers around the row's own; distinct answers, if a list of all is tried
-TOO_MUCH = 0.5  # of what the rows' own answers have more than nothing has
+REFERENCE, SAMPLES, NOTHING = "reference answers", "samples of the model before step 1", "empty answers"
+SHUFFLED, COMMON = "the reference answers of other rows", "one answer for all rows"
+BURIED, LISTED = "the reference answer among other answers", "a list of all answers"
+PROMPT, PROMPTS = "the prompt as the answer", "the prompt five times"
+LONG = f"{LONG_WORDS} words from other answers"
+WORTHLESS = (BURIED, LISTED, PROMPT, PROMPTS, LONG)  # bad answers, for which a good reward is low
+OTHERS, MOST_LISTED = 6, 100  # answers around the reference; maximum distinct answers in LISTED
+TOO_MUCH = 0.5  # share of the difference between reference and empty answers
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A kind of answers with their rewards: (N, F) by each function; `errors` of functions with an invalid result."""
+    """A kind of answers with its rewards. `scores`: (N, F) for each function; `errors`: errors of the functions."""
 
     name: str
     completions: Sequence[Completion]
@@ -68,7 +68,7 @@ class Trial:
 
 
 def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None) -> int:
-    """Try the reward; 2 if there are findings. Raises: TunekitError if nothing can be tried."""
+    """Test the reward; returns 2 if there are findings. Raises: TunekitError if it cannot be tested."""
     refuse_to_replace("--json", json_file, loaded)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
@@ -99,7 +99,7 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
 
 
 def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
-    """Prompts and columns of some training rows, drawn by seed, which need no tokenizer."""
+    """Prompts and columns of training rows drawn with the run's seed. They are read without a tokenizer."""
     contexts, problems = list[dict[str, Any]](), Problems()
     for source in recipe.data.train:
         rows, _, format_name, _ = open_rows(source, recipe.objective.example, problems)
@@ -117,15 +117,16 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
         raise DataError("no row has a prompt", "", key="data.train")
     draw = random.Random(recipe.training.seed)
     chosen = draw.sample(contexts, min(MOST_ROWS, len(contexts)))
-    console.info(f"the rewards of {len(chosen):,} rows of {len(contexts):,}, each with answers that are good or bad")
+    console.info(f"testing the reward on {len(chosen):,} of {len(contexts):,} rows, each with good and bad answers")
     return chosen
 
 
 def known_answers(
     contexts: Sequence[dict[str, Any]], encode: Callable[[str], list[int]] | None = None
 ) -> dict[str, list[Completion]]:
-    """Each row with its own answer, and with worse ones, by what they are: also those that fool a reward which looks
-    for the answer, or for words of it, anywhere in the completion. `encode`: text -> ids, for rewards that take them.
+    """Completions by kind: reference answers and several kinds of bad answers. Some of these fool a reward that
+    searches for the answer, or for its words, anywhere in the completion. `encode`: text -> ids, for rewards that read
+    ids.
     """
     with_answer = [each for each in contexts if isinstance(each["columns"].get("answer"), str | int)]
     answers = [str(each["columns"]["answer"]) for each in with_answer]
@@ -159,15 +160,15 @@ def known_answers(
 
 
 def _among_others(answer: str, distinct: Sequence[str]) -> str:
-    """The answer in the middle of other ones, a line each."""
+    """A text with one answer per line, and the given answer in the middle."""
     others = [text for text in distinct[: OTHERS + 1] if text != answer][:OTHERS]
-    others *= 2 if len(others) == 1 else 1  # a reward that reads the first or the last one finds a different answer
+    others *= 2 if len(others) == 1 else 1  # so that neither the first nor the last line is the given answer
     middle = len(others) // 2
     return "\n".join([*others[:middle], answer, *others[middle:]])
 
 
 def _encoder(recipe: Recipe) -> Callable[[str], list[int]] | None:
-    """Ids of a text as the model would have written it, with the token that ends it; None without the model's files."""
+    """A function text -> ids that appends the end token, as the model does; None without the model's files."""
     try:
         tokenizer = load_tokenizer(recipe.model)
     except ModelError:
@@ -177,12 +178,12 @@ def _encoder(recipe: Recipe) -> Callable[[str], list[int]] | None:
 
 
 def _text_of(prompt: str | list[dict[str, Any]]) -> str:
-    """A text, or what the last turn says."""
+    """The prompt as text; for messages, the content of the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
 
 def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completion]:
-    """The model's completions to the first rows before step 1, a group each, as in a step of training."""
+    """The model's completions before step 1: one group for each of the first `count` rows, as in a training step."""
     seed = recipe.training.seed
     objective = make_objective(recipe.objective, load_tokenizer(recipe.model))
     rows = load_rows(recipe.data, objective, seed=seed)
@@ -216,7 +217,7 @@ def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion
 
 
 def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tuple[list[str], list[str]]:
-    """What is wrong with the reward, and what should be known of it; `size`: of a group of samples."""
+    """The findings and the notes about the reward. `size`: number of samples in a group."""
     places = dict[str, list[str]]()
     for each in trials:
         for error in each.errors:
@@ -227,7 +228,7 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     ]
     by_name = {each.name: each for each in trials}
     reference = by_name.get(REFERENCE)
-    notes = [] if reference else ["no row has an answer of its own, with which others could be compared"]
+    notes = [] if reference else ["no row has a reference answer, so the reward was not compared with good answers"]
     failed = {each.name for each in trials if each.errors}
     best = np.nan if reference is None or reference.errors else float(mean(reference.total))
     empty = float(mean(by_name[NOTHING].total)) if NOTHING in by_name else np.nan
@@ -235,45 +236,49 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     much = empty + TOO_MUCH * (best - empty) if empty < best else best
     for each in trials:
         other = float(mean(each.total))
-        chance = -np.inf if each.name in (PROMPT, PROMPTS) else constant  # half of the labels if there are two
+        # with two labels, half of the rows have the common answer
+        chance = -np.inf if each.name in (PROMPT, PROMPTS) else constant
         fools = each.name in WORTHLESS and other >= much and other > chance
-        if (other >= best or fools) and each.name not in {REFERENCE, SAMPLES, *failed}:  # never if one of them is NaN
-            text = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
+        if (other >= best or fools) and each.name not in {REFERENCE, SAMPLES, *failed}:  # False if a number is NaN
+            text = f"{each.name}: a mean reward of {other:.4g}; {REFERENCE}: {best:.4g}"
             (notes if each.name == SHUFFLED else findings).append(text)
     notes += _constant(rewards, trials) if reference is not None else ()
     for each in trials:
         for source, seconds in zip(rewards.sources, each.seconds, strict=True):
             slow = seconds / max(len(each.completions), 1)
             if slow > SLOW_SECONDS and not any("took more than" in error for error in each.errors):
-                findings.append(f"{name_of(source)} takes {slow:.2g} s for a completion ({each.name})")
+                findings.append(f"{name_of(source)} takes {slow:.2g} s per completion ({each.name})")
     absent = sum(int(np.isnan(each.total).sum()) for each in trials if each.name not in failed)
     if absent:
-        notes.append(f"{absent:,} completions were not judged (None or NaN)")
+        notes.append(f"{absent:,} completions got no reward (None or NaN)")
     sampled = by_name.get(SAMPLES)
     if sampled is not None and not sampled.errors:
         equal = float(teaches_nothing(sampled.total.reshape(-1, size), axis=1).mean())
-        notes.append(f"{equal:.0%} of the groups of samples have equal rewards or none: nothing can be learnt of those")
+        notes.append(
+            f"{equal:.0%} of the groups of samples have equal rewards or no rewards; training learns nothing from them"
+        )
         if reference is not None and mean(sampled.total) >= mean(reference.total):
             notes.append(
-                f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled"
+                f"{SAMPLES} have rewards as high as {REFERENCE}: there is little to learn, or the model "
+                "fools the reward"
             )
     return findings, notes
 
 
 def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str]:
-    """Of several rewards, those that give every answer the same: the others hide it in the sum."""
+    """Notes about rewards that are the same for all answers, which the sum of several rewards would hide."""
     sources = rewards.sources
     for number, source in enumerate(sources if len(sources) > 1 else ()):
         scores = np.concatenate([each.scores[:, number] for each in trials])  # (N,)
         if np.isfinite(scores).all() and np.ptp(scores) == 0:
             yield (
-                f"{name_of(source)} gives every answer {scores[0]:.4g}, {REFERENCE} too: look whether it finds what it "
-                "looks for (where a prompt is a list of messages, so is a completion)"
+                f"{name_of(source)} returns {scores[0]:.4g} for all answers, also for {REFERENCE}: check how it reads "
+                "completions (if the prompt is a list of messages, so is the completion)"
             )
 
 
 def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
-    """Of one kind of answers, for --json; numbers that are none are absent."""
+    """The values of one kind of answers, for --json. Non-finite numbers are left out."""
     names = rewards.names
     numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
     numbers |= {f"mean_{name}": float(mean(each.scores[:, at])) for at, name in enumerate(names)}
@@ -292,7 +297,7 @@ def _show(console: Console, rewards: RewardFunctions, trials: Sequence[Trial], s
         numbers = [values.get(name) for name in ("mean", "std", *(f"mean_{name}" for name in several))]
         shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
         lines.append([each.name, len(each.completions), *shown, values["not_judged"], f"{sum(each.seconds):.3g}"])
-    console.table(["answers", "completions", "reward", "std", *several, "not judged", "seconds"], lines)
+    console.table(["answers", "completions", "reward", "std", *several, "no reward", "seconds"], lines)
     sampled = next((each for each in trials if each.name == SAMPLES), None)
     if sampled is not None:
         console.info("\nthe first samples:")

@@ -1,5 +1,5 @@
-"""`tunekit schema`: what a recipe may hold, as JSON Schema for an editor or as a text for a person.
-A file whose name ends in .txt or .md gets the text.
+"""`tunekit schema`: writes all keys of recipes, as JSON Schema for an editor or as readable text.
+A file name that ends in .txt or .md selects the text.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from tunekit.recipe.reading.schema import make_reference, schema_text
 
 
 def schema_verb(output: str | None, reference: bool) -> None:
-    """Write the schema, or the reference text. Raises: InputError where another file is in the way."""
+    """Write the schema, or the text. Raises: InputError if the output is an existing file of a different kind."""
     as_text = reference or (output is not None and output.endswith((".txt", ".md")))
     text = make_reference() if as_text else schema_text()
     if output is None:
@@ -19,7 +19,7 @@ def schema_verb(output: str | None, reference: bool) -> None:
     path, start = Path(output), text[:12].encode()
     if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(start):
         raise InputError(
-            f"--output {output} exists and holds no {'reference' if as_text else 'schema'}", "name a new file"
+            f"--output {output} exists and is not a {'reference' if as_text else 'schema'}", "name a new file"
         )
     write_text(path, text)
     print(f"wrote {output}")

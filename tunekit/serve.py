@@ -1,4 +1,4 @@
-"""`tunekit serve`: answers OpenAI clients until it is stopped; every adapter is a model name over the same base.
+"""`tunekit serve`: serves a model to OpenAI clients until it is stopped. Each adapter of the base is a model name.
 
 GET /v1/models; POST /v1/chat/completions, streamed or complete.
 """
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 AsgiApp = Callable[..., Awaitable[None]]  # (scope, receive, send) -> nothing
 MAX_BODY_BYTES = 4_000_000
 QUEUED_CONNECTIONS = 1024
-HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send them
+HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # time limits for a client to send a request's header and body
 
 
 async def read_request(request: Request) -> bytes:
-    """The body of a request. Raises: ProtocolError if it is too large, or not declared as JSON.
+    """The body of a request. Raises: ProtocolError if the body is too large or not declared as JSON.
 
-    A foreign web page can make the browser send a body here, but not with this content type.
+    A foreign web page can make a browser send requests to this server, but not with this content type.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ProtocolError(415, "the body must be JSON: send it with Content-Type: application/json")
@@ -115,7 +115,7 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
 
 
 class Generation:
-    """One completion on its way from the desk's thread to its client."""
+    """One completion, passed from the desk's thread to the client."""
 
     def __init__(self, desk: Desk, chat_request: ChatRequest) -> None:
         self.chat_request = chat_request
@@ -151,11 +151,11 @@ class Generation:
         return {**self.facts, "object": "chat.completion", "choices": [choice], "usage": usage(reply)}
 
     async def wait_for_text(self, request: Request) -> None:
-        """Wait for the first piece, so that an error of the request gets its own status."""
+        """Wait for the first piece of text, because an HTTP status cannot report an error after it."""
         self._first = await self._next_for(request)
 
     async def _next_for(self, request: Request) -> str | Reply:
-        """The next piece; if the client is gone, the job is cancelled."""
+        """The next piece of text; cancels the job if the client is gone."""
         waiting = asyncio.ensure_future(self._next())
         while not (await asyncio.wait([waiting], timeout=1.0))[0]:
             if await request.is_disconnected():
@@ -203,7 +203,7 @@ def serve_verb(
     max_tokens: int,
     batch_size: int,
 ) -> None:
-    """Serve until a signal. Raises: TunekitError, whose exit code the command line returns."""
+    """Serve until a stop signal arrives. Raises: TunekitError; the command line returns its exit code."""
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -242,8 +242,8 @@ def bind(host: str, port: int) -> socket.socket:
 def make_server(desk: Desk, app: Starlette) -> Server:
     """A server that ends at once on a signal and aborts running answers.
 
-    It accepts few connections at a time, so that each request is read before many others arrive; these wait in the
-    system's queue. Bad requests, of which anybody can send any number, are not logged.
+    It accepts few connections at a time, so that it can read each request before many others arrive. The others wait in
+    the system's queue. Bad requests are not logged, because a client could fill the log with them.
     """
     import uvicorn
 
@@ -300,7 +300,7 @@ def make_connection_class(limit: int) -> type[asyncio.Protocol]:
                 super().shutdown()
 
         def await_request(self) -> None:
-            """Start a deadline if the server now waits for other data of the client; there is none while it answers."""
+            """Start a deadline if the server now waits for the client to send a header or a body."""
             idle = self.cycle is None or self.cycle.response_complete
             seconds = HEADER_SECONDS if idle else BODY_SECONDS if self.cycle.more_body else None
             if seconds != self.awaited_seconds:

@@ -1,6 +1,6 @@
-"""`tunekit train`: runs a recipe and writes a run folder: plan, assemble, try, loop, export, report.
+"""`tunekit train`: runs a recipe and writes its run folder: plan, load, train, export, report.
 
-Plan makes every decision; this file only obeys.
+The plan makes all decisions; this file follows them.
 """
 
 import gc
@@ -50,7 +50,7 @@ def train_verb(
 ) -> None:
     """Run the recipe. `accepted`: keys whose files may have changed since the resumed run.
 
-    Raises: TunekitError, whose exit code the command line returns.
+    Raises: TunekitError; the command line returns its exit code.
     """
     if overwrite and (resume or dry_run):
         raise InputError(
@@ -107,7 +107,7 @@ def _train(session: Session, resume: bool) -> None:
 
 
 def _try_out(session: Session) -> dict[str, Any]:
-    """--dry-run: load, attach, probe, and run the longest batch forward and backward; no update, nothing written."""
+    """--dry-run: load the model and run the longest batch forward and backward, without an update. Writes nothing."""
     plan, prepared = _plan(session)
     try:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared))
@@ -138,7 +138,7 @@ def _try_out(session: Session) -> dict[str, Any]:
 
 
 def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, RunInputs]:
-    """Make all decisions; on the main rank first, so that rows are encoded once."""
+    """Make the plan, on the main rank first, so that rows are encoded only once."""
     devices, console = session.devices, session.console
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, previous=previous))
@@ -159,7 +159,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, RunIn
 
 
 def _load(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
-    """The base, within the memory budget."""
+    """Load the base within the memory budget."""
     device = session.devices.device
     if plan.budget_bytes is not None:
         limit_bytes(device, plan.budget_bytes)
@@ -170,7 +170,7 @@ def _load(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
 
 
 def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs, run: Run) -> None:
-    """Export the best or the last state, write the report, and then mark the run as finished, in this order."""
+    """Export the best or the last state, then write the report, then mark the run as finished."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     measured = state.measured_facts
@@ -199,5 +199,5 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
     console.info(f"report:  {folder.path / 'report.html'}")
     text = prepared.processor.tokenizer
     if base.family.answers and base.family.reads_ids and text and (template or text.chat_template) is not None:
-        console.info(f"talk to it: tunekit chat {relative_to(folder.path)}")
+        console.info(f"chat with the result: tunekit chat {relative_to(folder.path)}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))

@@ -1,5 +1,5 @@
-"""`tunekit validate`: a recipe and the files it names: every problem at once, or the rewrites and a word of assent. It
-imports no torch, and takes less than half a second."""
+"""`tunekit validate`: checks a recipe and the files that it names, and prints all problems at once. It does not import
+torch, so it takes less than half a second."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -21,29 +21,31 @@ from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
 
 CHECKED = (
-    "checked: keys, values, that local files are there, the first row of JSONL, CSV and text files; not read: the "
-    "other rows and the model (`tunekit plan` reads both)"
+    "checked: keys, values, that local files exist, and the first row of JSONL, CSV and text files; not checked: the "
+    "other rows and the model (`tunekit plan` checks both)"
 )
-READ_BY_LINE = ("jsonl", "csv", "text")  # whose first row costs nothing
+READ_BY_LINE = ("jsonl", "csv", "text")  # kinds of files whose first row is fast to read
 CONFIG = "adapter_config.json"
 
 
 def _may_be_model(path: Path) -> bool:
-    """Whether it is a name on the hub, a file, or a folder with a configuration."""
+    """Whether the path is a name on the hub, a file, or a folder with a configuration."""
     return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
 
 
-ABSENCE: dict[str, tuple[Callable[[Path], bool], str, str]] = {  # what a path is expected to name, unlike rows
+# expected content of a path -> check, problem, what to do; rows are checked separately
+ABSENCE: dict[str, tuple[Callable[[Path], bool], str, str]] = {
     "file": (Path.is_file, "no such file", "check the path"),
     "code": (Path.is_file, "no such file", "check the path: FILE.py:NAME"),
     "folder": (Path.is_dir, "no such folder", "check the path"),
-    "adapter": (lambda path: (path / CONFIG).is_file(), f"no adapter there ({CONFIG})", "check the path"),
-    "model": (_may_be_model, "no model there", "check the path, or write a hub name"),
+    "adapter": (lambda path: (path / CONFIG).is_file(), f"contains no adapter ({CONFIG})", "check the path"),
+    "model": (_may_be_model, "contains no model", "check the path, or write a hub name"),
 }
 
 
 def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
-    """Check a recipe and say so. Raises: RecipeError with every problem; InputError where --json names the recipe."""
+    """Check a recipe and print the result. Raises: RecipeError with all problems; InputError if --json names the
+    recipe."""
     refuse_to_replace_named("--json", json_file, {}, Path(recipe_path))
     write_result = json_result(json_file)
     try:
@@ -51,8 +53,8 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     except RecipeError as error:
         if json_file is not None and not _may_be_replaced(
             json_file
-        ):  # perhaps rows: the recipe cannot say which it reads
-            what = f"--json {json_file} exists, and is no result of validate"
+        ):  # it may be a data file: an invalid recipe cannot tell
+            what = f"--json {json_file} exists and is not a result of tunekit validate"
             raise RecipeError.of([*error.problems, Problem(what, "name a new file")], error.notes) from None
         problems = [asdict(problem) for problem in error.problems]
         write_result({"valid": False, "problems": problems, "notes": list(error.notes)})
@@ -65,7 +67,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
 
 
 def _may_be_replaced(name: str) -> bool:
-    """Whether there is no file of this name, or one with an earlier result."""
+    """Whether the file does not exist, or contains an earlier result."""
     if name == "-" or not Path(name).is_file():
         return True
     try:
@@ -76,12 +78,12 @@ def _may_be_replaced(name: str) -> bool:
 
 
 def check_new_run(loaded: LoadedRecipe) -> None:
-    """The check of train before a new run. Raises: RunFolderError where a run is in the way."""
+    """Check the output folder of a new run. Raises: RunFolderError if it already contains a run."""
     refuse_old_run(Path(loaded.recipe.output.dir))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe, if it is valid, can be obeyed, and names files that are there. Raises RecipeError."""
+    """The recipe. Raises: RecipeError if it is invalid or unsupported, or if a file that it names does not exist."""
     loaded = load_recipe(recipe_path, overrides)
     refusals = [*refuse_unsupported(loaded.recipe), *_missing_files(loaded.recipe)]
     if refusals:
@@ -90,12 +92,13 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
 
 def _read_by_line(path: str) -> bool:
-    """Whether the first row costs nothing. Raises: DataError for what is no source."""
+    """Whether the first row of a source is fast to read. Raises: DataError if the path is not a source of rows."""
     return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
 
 
 def _missing_files(recipe: Recipe) -> Iterator[Problem]:
-    """Local files that are not there or not what they should be: in a recipe, local paths are absolute."""
+    """Problems with local files that are missing or have the wrong kind. (In a loaded recipe, local paths are
+    absolute.)"""
     for path in named_paths(recipe.model_dump(mode="json")):
         if path.mark.expected in ABSENCE:
             is_there, what, how = ABSENCE[path.mark.expected]
@@ -106,7 +109,8 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
             if Path(source.path).is_absolute():
                 try:
                     if _read_by_line(with_table(source).path):
-                        first = source.model_copy(update={"max_rows": None})  # a draw would read all of them
+                        # with max_rows, all rows would be read to draw some
+                        first = source.model_copy(update={"max_rows": None})
                         open_rows(first, recipe.objective.example, Problems())
                 except DataError as error:
                     found = error.problems[0]

@@ -20,7 +20,7 @@ from tunekit.files.lock import is_held
 from tunekit.machine.network import names_this_machine
 from tunekit.records import EvaluationRecord, StepRecord
 
-LOOK_SECONDS = 0.5  # between two looks at the files
+LOOK_SECONDS = 0.5  # between two reads of the files
 REFRESH = '<meta http-equiv="refresh" content="5">'  # the page reloads every 5 seconds
 PLAIN = tuple(field.name for field in fields(StepRecord) if field.default is field.default_factory is MISSING)
 
@@ -69,8 +69,8 @@ def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[
 
 
 def _since(metrics: Path, reported: list[LoggedLine]) -> tuple[int, list[LoggedLine]]:
-    """How many of the reported lines are unchanged, and the lines after them; of a log that only grew, only the new
-    end is read."""
+    """The number of reported lines that are unchanged, and the lines after them. If the log only grew, only its new end
+    is read."""
     try:
         grown = list(records_from(metrics, reported[-2][0])) if len(reported) > 1 else []
     except RunFolderError:  # the position is inside another line
@@ -83,7 +83,7 @@ def _since(metrics: Path, reported: list[LoggedLine]) -> tuple[int, list[LoggedL
 
 
 def _is_running(path: Path) -> bool:
-    """Whether it is running, from its status and its lock."""
+    """Whether the run is running, according to its status file and its lock."""
     status = read_json(path / "status.json")
     return (not isinstance(status, dict) or status.get("exit_code") is None) and is_held(path)
 
@@ -98,7 +98,7 @@ def _record(line: Record) -> StepRecord | EvaluationRecord:
 
 
 class _Page(BaseHTTPRequestHandler):
-    """The page with the run's present state."""
+    """Serves a page with the current state of the run."""
 
     path_of_run: Path
     timeout = 10  # seconds to wait for more of a request
@@ -125,14 +125,14 @@ class _Page(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *values: object) -> None:
-        """Requests for the page are not logged."""
+        """Do not log requests for the page."""
 
 
 def _serve(path: Path, port: int, console: Console) -> None:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), type("Page", (_Page,), {"path_of_run": path}))
     except OSError as error:
-        raise InputError(f"port {port} cannot be listened on ({error.strerror})", "choose another one") from error
+        raise InputError(f"port {port} cannot be listened on ({error.strerror})", "choose another port") from error
     console.info(f"the page of {path}: http://127.0.0.1:{server.server_address[1]}/ - Ctrl-C ends it")
     with server:
         server.serve_forever()

@@ -293,7 +293,7 @@ def edit(folder: Path, **fields: Any) -> Path:
     [
         ("there is no method 'sum'", {"kind": "sum"}),
         ("1 weights for 2 adapters", {"weights": "1"}),
-        ("is no list of numbers", {"weights": "a,b"}),
+        ("is not a list of numbers", {"weights": "a,b"}),
         ("a number other than 0", {"weights": "nan,1"}),
         ("a number other than 0", {"weights": "0,1"}),
         ("needs a density", {"kind": "ties"}),

@@ -131,9 +131,9 @@ def test_dead_and_not_finite_tensors_are_told(
     layer = next(layer for layer in told["layers"] if layer["name"] == "model.layers.0.self_attn.q_proj")
     assert (layer["norm"], layer["update_norm"]) == (None, None)
     out, err = capsys.readouterr()
-    assert f"1 all-zero tensors (as they started, or dead): {dead}" in out
+    assert f"1 all-zero tensors (at their initial value, or no longer trained): {dead}" in out
     assert f"1 tensors with NaN or infinity: {Q0}" in out
-    assert f"would not be loaded: {Q0} contains NaN or infinity" in err
+    assert f"this adapter cannot be loaded: {Q0} contains NaN or infinity" in err
 
 
 def test_a_run_stands_for_its_result(

@@ -459,7 +459,7 @@ def test_a_file_of_prompts_with_half_a_pair_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TunekitError, match=r"asked\.jsonl:1: 'sentence2' is empty"):
         read_prompts(tmp_path / "asked.jsonl")
     (tmp_path / "asked.jsonl").write_text('{"sentence1": "good"}\n', encoding="utf-8")
-    with pytest.raises(TunekitError, match=r"has no text under .prompt.*or of a pair"):
+    with pytest.raises(TunekitError, match=r"has no text under .prompt.*or for a pair"):
         read_prompts(tmp_path / "asked.jsonl")
 
 

@@ -572,7 +572,7 @@ def test_an_adapters_configuration(
     assert {name: getattr(recipe.adapter, name) for name in expected} == expected
     assert recipe.adapter.target_modules == ("q_proj", "v_proj")  # type: ignore[attr-defined]
     assert recipe.model.name_or_path == str(folder / "base")
-    assert "to be named: data.train" in said
+    assert "write data.train (now train.jsonl)" in said
     assert ("use_dora -> adapter.method" in said) == ("use_dora" in fields)
     assert "use_dora -> nothing" not in said
     assert "revision" not in said  # the file has none
