@@ -147,13 +147,13 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
         in format_of_other
     )
     assert said == [
-        "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
+        "/recipe.yaml:1: model.name_or_path: /folder: contains no model; check the path, or write a hub name",
         "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
         "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty",
         "/recipe.yaml:8: data.eval.0.path: /folder: this folder contains no table, no recordings and "
         "no images; name a file in the folder, or put metadata.jsonl or one folder per class into it",
         "/recipe.yaml:9: data.chat_template: /absent.jinja: no such file; check the path",
-        "/recipe.yaml:10: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
+        "/recipe.yaml:10: adapter.init_from: /folder: contains no adapter (adapter_config.json); check the path",
     ]
     assert run(monkeypatch, "validate", str(recipe), f"model={tmp_path}/m.gguf") == 2
     assert "command line: model.name_or_path: " in capsys.readouterr().err
@@ -449,7 +449,8 @@ def test_another_tools_configuration_becomes_a_recipe(
     assert "#   chat_template: vicuna\n" in out, "the draft, with what is lost in comments"
     assert "  r: 4\n" in out
     assert "theirs.yaml:5: lora_rank -> adapter.r" in err, "what was rewritten is shown while problems stand"
-    assert err.index("without effect here:") < err.index("these keys are lost, or need a decision:") < err.index("theirs.yaml:16:")
+    assert err.index("without effect here:") < (lost := err.index("these keys are lost, or need a decision:"))
+    assert lost < err.index("theirs.yaml:16:")
     assert "theirs.yaml:16: deepspeed: is a key of another tool and would be lost" in err
     assert "theirs.yaml:17: chat_template: tunekit does not know the template 'vicuna'" in err
 

@@ -190,7 +190,7 @@ def test_fix_states_that_unread_rows_are_left_out(tmp_path: Path, capsys: pytest
     check(recipe, tmp_path / "good.jsonl")
     assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 7
     said = " ".join(capsys.readouterr().out.split())
-    assert "rows.jsonl: rows that max_rows (7) left unread are not in" in said
+    assert "rows.jsonl: max_rows (7) left some rows unread; these are not in" in said
 
 
 @pytest.mark.parametrize("excess", ["drop", "truncate", "split", "error"])
@@ -234,7 +234,7 @@ def test_without_a_tokenizer_lengths_are_bounded_by_script(tmp_path: Path, capsy
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     _, found = check(path)
     assert found["findings"]["long"] == [2, 3, 4]
-    assert "tokens are guessed by script, at most: the tokenizer of org/base is not here yet" in " ".join(
+    assert "the tokenizer of org/base is not on this machine yet; maximum numbers of tokens" in " ".join(
         capsys.readouterr().out.split()
     )
 

@@ -69,7 +69,7 @@ def test_the_objective_follows_from_the_rows(
         assert values_of_files(recipe) == values_of_files(shipped(objective))
     said = capsys.readouterr().out
     assert f"40 {'recordings' if 'path' in ROWS[objective] else 'rows'} of format" in said
-    assert "org/model is not here yet" in said
+    assert "org/model is not on this machine yet" in said
 
 
 def test_a_path_is_no_sound_by_itself(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_column_that_is_called_as_labels_are_is_learnt(
     assert (recipe.objective.method, recipe.data.train[0].format) == ("classify", "labels")
     assert recipe.data.train[0].columns == {"category": "label"}
     assert recipe.evaluation.metrics == ("loss", "accuracy", "macro_f1")
-    assert "the labels are those of category (2)" in capsys.readouterr().out
+    assert "the labels are the 2 values of category" in capsys.readouterr().out
     look, asked = look_at(str(tmp_path / "rows.csv")), list[str]()
     assert look is not None
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "no")  # type: ignore[func-returns-value]
@@ -237,8 +237,8 @@ def test_the_label_of_pairs_is_the_only_column_of_few_values(tmp_path: Path) -> 
 def test_numbers_beside_a_text_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     init(write(tmp_path / "rows.jsonl", {"text": "Hi", "score": 3.5}), tmp_path / "r.yaml", "org/model")
     output = " ".join(capsys.readouterr().out.split())
-    assert "score has numbers: to learn them" in output
-    assert "problem_type: regression}, and as data.train {path: ..., format: labels, columns: {score: label}}" in output
+    assert "score has numbers: to predict them" in output
+    assert "problem_type: regression}, and data.train: {path: ..., format: labels, columns: {score: label}}" in output
 
 
 def test_long_rows_get_room(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_folder_of_files_is_no_text(
     assert f"2 {unit} of format" in text
     assert f"a folder of {unit}" in text
     assert ("quantization" in text) == (objective != "dreambooth")  # a pipeline's weights are never packed
-    assert ("[photos] measures these images themselves" in text) == (objective == "dreambooth")
+    assert ("[photos] would measure the loss on the training images" in text) == (objective == "dreambooth")
 
 
 def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

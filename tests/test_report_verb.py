@@ -47,7 +47,7 @@ def test_runs_are_written_as_json_and_csv(tmp_path: Path, capsys: pytest.Capture
     assert [row["run"] for row in rows] == ["r1", "r2"]
     assert float(rows[0]["eval loss"]) == loss
     assert "2 runs compared" in files["html"].read_text("utf-8")
-    assert "mean and deviation over the seeds of r1, r2" in capsys.readouterr().out
+    assert "mean and standard deviation over the seeds of r1, r2" in capsys.readouterr().out
     with pytest.raises(InputError, match="named twice"):
         report_verb([folders[0], folders[0]], None, None, None)
 

@@ -165,7 +165,8 @@ def test_the_command_and_what_cannot_be_checked(
         reward_check_verb(load_recipe(broken), 0, None)
     bare = write_prompts(tmp_path / "bare", base, [{"prompt": f"p{n}"} for n in range(4)])
     code, found = checked_again(bare)
-    assert (code, found["notes"][0]) == (2, "no row has a reference answer, so the reward was not compared with good answers")
+    assert code == 2
+    assert found["notes"][0] == "no row has a reference answer, so the reward was not compared with good answers"
 
 
 def test_samples_are_those_of_the_adapter_that_is_continued(base: Path, tmp_path: Path) -> None:

@@ -263,9 +263,9 @@ def test_a_quantized_base_is_seen_as_it_was(bases: Callable[[str], Path], tmp_pa
 
 def test_what_no_lora_can_do_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
     loha = trained(tmp_path / "a", "llama", LohaSettings(r=4, target_modules=("q_proj",)), str(bases("llama")))
-    with pytest.raises(TunekitError, match="no LoRA computes exactly what a loha adapter does; --rank R"):
+    with pytest.raises(TunekitError, match="a loha adapter cannot be converted to LoRA exactly; --rank R"):
         convert(loha, tmp_path / "new")
-    with pytest.raises(TunekitError, match="says nothing of loha"):
+    with pytest.raises(TunekitError, match="has no effect on a loha adapter"):
         convert(loha, tmp_path / "new", 4, initial=loha)
     with pytest.raises(TunekitError, match="rank must be at least 1"):
         convert(loha, tmp_path / "new", 0)

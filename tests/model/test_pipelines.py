@@ -163,7 +163,7 @@ def test_a_damaged_or_incomplete_part_is_named(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors.pop("conv_in.weight")
     save_file(tensors, file)
-    with pytest.raises(ModelError, match=r"lacks weights that its configuration asks for \(conv_in.weight\)"):
+    with pytest.raises(ModelError, match=r"lacks weights that its configuration declares \(conv_in.weight\)"):
         load_net(folder, ["unet"], torch.float32)
     file.write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"unet.*cannot be loaded"):

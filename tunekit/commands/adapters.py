@@ -16,7 +16,7 @@ def show(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
     json_file: JsonFile = None,
 ) -> None:
-    """Show the content of an adapter folder. Needs no base model."""
+    """Show the content of an adapter folder. The base model is not needed."""
     from tunekit.adapter import show_verb
 
     show_verb(adapter, json_file)

@@ -1,4 +1,4 @@
-"""Completions of arguments, for typer. If there are none, the shell offers files.
+"""Completions of arguments, for typer. If there are no completions, the shell offers files.
 
 offers.py reads recipes, so it is imported only when a shell requests completions.
 """
@@ -55,7 +55,7 @@ def named(key: str) -> Completer:
 
 
 def override(*sections: str) -> Completer:
-    """A completer for KEY=VALUE, in these sections or, if none is given, in all.
+    """A completer for KEY=VALUE with keys of these sections; without sections, with all keys.
 
     Bash passes `training.seed=1` as three words, and expects a completion of the last word only.
     """

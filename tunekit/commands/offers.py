@@ -28,7 +28,8 @@ def complete_name(key: str, prefix: str) -> list[str]:
 
 
 def complete_override(prefix: str, recipe: str | None, earlier: Sequence[str] = ()) -> Completions:
-    """KEY=VALUE and ~KEY. `earlier`: the overrides before this one. Keys are offered once the section is certain."""
+    """Completions of KEY=VALUE and ~KEY. `earlier`: the overrides before this one. Keys are offered if only one section
+    fits."""
     written = _written(recipe, earlier)
     fields = _fields(written)
     key, equals, value = prefix.removeprefix("~").partition("=")
@@ -56,7 +57,7 @@ def _fields(written: dict[str, Any]) -> SchemaFields:
     fields: SchemaFields = {}
     for name, section in schema["properties"].items():
         names, *choices = section.get("anyOf", [{}, section])
-        if "enum" in names:  # adapter and objective: a name, or the settings of one
+        if "enum" in names:  # adapter and objective: a method's name, or its settings
             fields[name] = names
             default = next(choice for choice in choices if "method" not in choice.get("required", []))
             methods = {choice["properties"]["method"]["const"]: choice for choice in choices}
@@ -71,7 +72,7 @@ def _fields(written: dict[str, Any]) -> SchemaFields:
 
 
 def _written(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of a recipe and of overrides by dotted key. A file that cannot be read has none."""
+    """The values of a recipe and of overrides, by dotted key. An unreadable file gives no values."""
     written: dict[str, Any] = {}
     try:
         values = read_recipe_file(Path(recipe)).values if recipe else {}
@@ -90,7 +91,7 @@ def _written(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _values(field: dict[str, Any], written: object = None) -> list[str]:
-    """Possible values of a key: its names, or the written value, or the default."""
+    """Possible values of a key: the names that the schema lists, else the written value, else the default."""
     names = list(dict.fromkeys(_names(field)))
     known = written if written is not None else field.get("default")
     plain = isinstance(known, str | int | float) and not isinstance(known, bool)

@@ -1,4 +1,4 @@
-"""The commands that show existing things: report, runs, watch, and doctor for the machine."""
+"""The commands that show runs (report, runs, watch) and this machine (doctor)."""
 
 from typing import Annotated
 
@@ -13,12 +13,13 @@ app = typer.Typer(rich_markup_mode=None)
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs")],
     html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="write a page that compares them; for one run, its report page")
+        str | None,
+        typer.Option(metavar="FILE", help="write a page that compares the runs; for one run, its report page"),
     ] = None,
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="write the results as a table")] = None,
     json_file: JsonFile = None,
 ) -> int:
-    """Compare runs: different keys, results, curves. For a single run, write its page again."""
+    """Compare runs: different keys, results, curves. For a single run, rewrite its report page."""
     from tunekit.report import report_verb
 
     return report_verb(runs, html, json_file, csv)

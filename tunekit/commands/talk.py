@@ -50,7 +50,7 @@ def serve(
         typer.Option(metavar="FOLDER", help="an additional adapter, or a folder of adapters; each is a model name"),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="the address to listen on; all except this machine need a key")
+        str, typer.Option(help="the address to listen on; addresses of other machines need a key")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
@@ -62,7 +62,7 @@ def serve(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
     device: Device = None,
 ) -> None:
-    """Serve a run, an adapter or a model to clients of OpenAI's API. For tests; each adapter is a model."""
+    """Serve a run, an adapter or a model to clients of OpenAI's API, for tests. Each adapter is a model name."""
     from tunekit.serve import serve_verb
 
     serve_verb(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size)

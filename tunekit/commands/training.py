@@ -19,7 +19,7 @@ app.add_typer(reward, name="reward")
 
 
 def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
-    """The recipe. Its problems are reported before a verb's module imports torch, which takes seconds."""
+    """The recipe, checked before the verb's module imports torch, which takes seconds."""
     from tunekit.validate import validate
 
     return validate(recipe, overrides or [])
@@ -92,7 +92,7 @@ def check(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace FILE of --fix if it exists")] = False,
     json_file: JsonFile = None,
 ) -> int:
-    """Find duplicate, leaked, invalid, suspicious and long rows, and secrets, with their lines."""
+    """Find duplicate, leaked, invalid, suspicious and long rows, and rows with secrets. Prints their line numbers."""
     from tunekit.data_check import data_check_verb
     from tunekit.recipe.load import load_recipe
 
@@ -109,7 +109,7 @@ def check_reward(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> int:
-    """Test a reward on good and bad answers: reference answers, empty and constant ones, prompts, long texts."""
+    """Test a reward on reference answers and on bad answers: empty, constant or long answers, and the prompt itself."""
     loaded = _checked(recipe, overrides)
     from tunekit.reward_check import reward_check_verb
 

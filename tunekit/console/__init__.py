@@ -1,4 +1,4 @@
-"""All output for a person: lines, tables, panels, coloured tokens, and one live line during training.
+"""All output for users: lines, tables, panels, coloured tokens, and one live line during training.
 
 Text is never interpreted as markup or as a terminal command. rich is imported only when a table or colours need it.
 """
@@ -24,8 +24,8 @@ PIPE_COLUMNS = 120  # if output is not a terminal and COLUMNS is not set
 
 
 class Console:
-    """The output of a verb. With enabled=False (every rank but the first) it prints nothing. With `json_file` -
-    everything goes to standard error, because standard output then carries only JSON."""
+    """The output of a verb. With enabled=False (for all ranks except the first) it prints nothing. If `json_file` is
+    "-", everything goes to standard error, because standard output contains only JSON."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Console:
         self._output = output
         self._errors = errors
         self._drawn = False  # whether the terminal's last line is a live line
-        self._closed: set[int] = set()  # ids of streams that nobody reads any more
+        self._closed: set[int] = set()  # ids of closed streams
 
     # Streams are looked up at each use, so that tests and callers may replace them.
     @property
@@ -65,29 +65,29 @@ class Console:
 
     @property
     def columns(self) -> int:
-        """The width for layouts: the terminal's; in a pipe COLUMNS, else 120."""
+        """The width for layouts: the terminal's width; in a pipe, COLUMNS or 120."""
         if self.is_terminal:
             return max(shutil.get_terminal_size().columns, 10)
         setting = os.environ.get("COLUMNS", "")
         return max(int(setting), 10) if setting.isdecimal() else PIPE_COLUMNS
 
     def info(self, *lines: str) -> None:
-        """Print notes; on a terminal, wrapped between words."""
+        """Print notes. On a terminal, they are wrapped between words."""
         if not is_quiet():
             self.write("".join(f"{self._wrap(visible(line))}\n" for line in lines))
 
     def detail(self, *lines: str) -> None:
-        """Notes that are printed only with --verbose."""
+        """Print notes, but only with --verbose."""
         if is_verbose():
             self.info(*lines)
 
     def json(self, value: object) -> None:
-        """A value as one line of JSON; escaped if the stream cannot encode its characters."""
+        """Print a value as one line of JSON. Characters that the stream cannot encode are escaped."""
         text = json_line(value)
         self.write(f"{text if can_encode(self.output, text) else json.dumps(value)}\n")
 
     def warn(self, *lines: str) -> None:
-        """Lines on standard error, prefixed with `warning: `."""
+        """Print lines on standard error, prefixed with `warning: `."""
         colours = can_draw(self.errors) and not os.environ.get("NO_COLOR")
         label = "\x1b[33mwarning:\x1b[0m" if colours else "warning:"
         self.write("".join(f"{self._wrap(f'{label} {visible(redact(line))}')}\n" for line in lines), self.errors)
@@ -109,7 +109,7 @@ class Console:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-        """A table; numbers are right-aligned, None is left empty. A column's name may have several lines."""
+        """Print a table. Numbers are right-aligned, None is an empty cell. A column's name may have several lines."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -135,7 +135,7 @@ class Console:
         self._print_rich(table)
 
     def panel(self, title: str, pairs: Mapping[str, object] | Iterable[tuple[str, object]]) -> None:
-        """Names and values in a frame; pairs whose value is None are left out."""
+        """Print names and values in a frame. Pairs with the value None are left out."""
         from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text
@@ -149,7 +149,7 @@ class Console:
         self._print_rich(Panel(grid, title=Text(visible(title)), title_align="left", expand=False))
 
     def print_segments(self, segments: Iterable[tuple[str, bool]]) -> None:
-        """Text in pieces, the trained ones in green; without colours, between ⟦ and ⟧ (or [[ and ]])."""
+        """Print pieces of text. Trained pieces are green; without colours, they are between ⟦ and ⟧ (or [[ and ]])."""
         from rich.text import Text
 
         text, colours = Text(), self.has_colours
@@ -162,8 +162,8 @@ class Console:
         self._print_rich(text)
 
     def draw(self, text: str, *, stays: bool = False) -> None:
-        """Draw a live line at the bottom of a terminal, cut to its width, over the one before. Later output replaces
-        it unless it `stays`. In a pipe, print a plain line."""
+        """Draw a live line at the bottom of a terminal, cut to its width, in place of the line before. Later output
+        replaces the line unless it `stays`. In a pipe, print a plain line."""
         if not self.is_terminal:
             self.info(text)
         elif not is_quiet():

@@ -13,7 +13,7 @@ from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord, 
 
 LIVE_SECONDS = 0.1  # minimum between two updates of the live line
 PLAIN_SECONDS = 10.0  # minimum between two plain lines
-PLAIN_SHARE = 0.02  # and at least this share of the elapsed time, so that the log of a long run stays readable
+PLAIN_SHARE = 0.02  # minimum wait as a share of the elapsed time, so that a long run's log stays readable
 RATE_STEPS = 30  # steps whose mean duration gives the time left
 CURVE_STEPS, CURVE_COLUMNS = 500, 12
 BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
@@ -107,14 +107,14 @@ class StepProgress:
         return text
 
     def seconds_left(self) -> float | None:
-        """None before the first step, after the last one, and after the run has ended."""
+        """The time left; None before the first step, after the last step, and after the run has ended."""
         return None if self._last is None or self._stopped else seconds_left(self._pace, self._total - self._last.step)
 
 
 def seconds_left(seconds: Iterable[float], steps: int) -> float | None:
-    """Time for `steps` more steps, from the recorded seconds of the last ones; None if unknown.
+    """Time for `steps` more steps, from the recorded `seconds` of the last steps; None if unknown.
 
-    The records are used, not the watcher's clock: a watcher may read an hour of training within a second.
+    The records are used instead of a clock, because `tunekit watch` may read an hour of training within a second.
     """
     pace = list(seconds)[-RATE_STEPS:]
     return steps * sum(pace) / len(pace) if pace and steps > 0 else None
@@ -129,7 +129,8 @@ class CountProgress:
         self._reported_at, self._drawn = clock(), False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Report progress, such as ("rows measured", 120, 427). If a part was reported, the end is reported too."""
+        """Report progress, such as ("rows measured", 120, 427). The end is reported only if progress was reported
+        before."""
         now, ends = self._clock(), self._drawn and done == total
         if now - self._reported_at < self._wait and not ends:
             return

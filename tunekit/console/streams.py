@@ -6,7 +6,7 @@ from typing import TextIO
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can redraw its line; a closed one is not."""
+    """Whether a stream is a terminal that can redraw its line; False for a closed stream."""
     try:
         return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     except (OSError, ValueError):

@@ -13,13 +13,13 @@ JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDER
 
 
 def visible(text: str) -> str:
-    """`text` with control characters written as escapes, so that data can neither command the terminal nor change the
-    order of its letters."""
+    """`text` with control characters written as escapes, so that data can neither control the terminal nor reorder its
+    letters."""
     return text.translate(CONTROL)
 
 
 def json_line(value: object) -> str:
-    """A value as JSON, without characters that command a terminal or end a line; other characters stay readable."""
+    """A value as JSON. Characters that control a terminal or end a line are escaped; all others stay readable."""
     return json.dumps(value, ensure_ascii=False).translate(JSON_ESCAPES)
 
 
@@ -35,7 +35,8 @@ def cell_text(value: object) -> str:
 
 
 class Flow:
-    """Wraps text that arrives in pieces at `columns` (None: never). The last word is held back until it is complete."""
+    """Wraps text that arrives in pieces. `columns`: the maximum width, or None. An incomplete last word is held
+    back."""
 
     def __init__(self, columns: int | None) -> None:
         self.columns, self.at, self.word = columns, 0, ""
@@ -60,7 +61,7 @@ class Flow:
 
 
 def curve_text(values: Sequence[float], columns: int) -> str:
-    """Values as bars, each the mean of an equal share."""
+    """The values as a line of bars. Each bar is the mean of an equal share of the values."""
     means = means_of(values, columns)
     low, span = min(means, default=0.0), (max(means, default=0.0) - min(means, default=0.0)) or 1.0
     return "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)

@@ -1,4 +1,4 @@
-"""The cache folder, which keeps results that can be recomputed: encoded rows, packed bases."""
+"""The cache folder, which contains results that can be recomputed, such as encoded rows and packed bases."""
 
 import contextlib
 import hashlib

@@ -1,7 +1,7 @@
 """Atomic, durable changes to run folders: after a kill or a power cut a file is either complete or absent.
 
-All changes to a run folder pass through `perform`, so that tests can count them, make one fail, or end the process at
-one. The operating system's errors become errors that a user can act on.
+All changes to a run folder are made by `perform`, so that tests can count changes, let a change fail, or kill the
+process at a change. Errors of the operating system become errors with advice for the user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunekit.records import bytes_text
 T = TypeVar("T")
 WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-IS_POSIX = hasattr(os, "O_DIRECTORY")  # else Windows: it cannot open a folder, and cannot move or remove an open file
+IS_POSIX = hasattr(os, "O_DIRECTORY")  # False on Windows, which cannot open folders, or move or remove open files
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 BROKEN = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
@@ -88,7 +88,7 @@ def open_file(path: Path, flags: int, *, follows_links: bool = False) -> int:
 
 
 class DurableFile:
-    """A new file, written piece by piece in a `with` block and made durable at its end. Knows its size and sha256."""
+    """A new file, written piece by piece in a `with` block and made durable at the end of the block."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,7 +115,7 @@ class DurableFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Flush to the disk unless the block failed, and close; errors of either count as write errors."""
+        """Flush the file to the disk unless the block failed, and close it. Errors are reported as write errors."""
         try:
             if kind is None:
                 effect("fsync", self.path, lambda: os.fsync(self._file.fileno()), self.size_bytes)
@@ -124,7 +124,7 @@ class DurableFile:
 
 
 def sync(path: Path) -> None:
-    """Make a folder's names durable (not needed on Windows: NTFS has a journal), or a file's present bytes."""
+    """Make a folder's names or a file's bytes durable. Windows needs no sync of folders, because NTFS has a journal."""
     if not IS_POSIX and path.is_dir():
         return
 
@@ -142,7 +142,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a new folder; its name is durable only after sync(parent)."""
+    """Make a new folder. Its name becomes durable with sync(parent)."""
     effect("mkdir", folder, lambda: os.mkdir(folder))
 
 
@@ -190,7 +190,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename into place; an old folder there is removed only after the new one is in place."""
+    """Rename `temporary` to `folder`. An existing `folder` is removed only after that."""
     old = temporary.with_name(temporary.name + ".old")
     if is_real_folder(folder):
         rename(folder, old)
@@ -218,7 +218,7 @@ def atomic_file(path: Path) -> Iterator[DurableFile]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that can be recreated: filled under a temporary name and renamed. If it exists already, it stays.
+    """A folder that is filled under a temporary name and then renamed, without syncs. An existing folder stays.
 
     Raises: OSError, after removing the temporary folder.
     """
@@ -294,14 +294,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_new_text(path: Path, text: str) -> bool:
-    """`write_text` if the path does not exist; whether the file now contains the text."""
+    """`write_text` if the path does not exist. Returns whether the file now contains the text."""
     if not os.path.lexists(path):
         write_text(path, text)
     return is_real_file(path) and path.read_bytes() == text.encode()
 
 
 def json_bytes(value: object) -> bytes:
-    """One JSON document: sorted keys, ASCII only (escapes, also for unpaired surrogates), never NaN or Infinity."""
+    """A JSON document with sorted keys, in ASCII with escapes. NaN and infinity are refused."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""A lock that allows one process per folder; the system drops it when the process ends, however it ends."""
+"""A lock that allows one process per folder. The system releases it when the process ends, even by a kill."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ LOCK_NAME = ".tunekit.lock"
 
 
 def is_held(folder: Path) -> bool:
-    """Whether the process that last locked the folder is still running; does not touch the lock itself."""
+    """Whether the process that last locked the folder is still running. The lock itself is not used."""
     path = folder / LOCK_NAME
     try:
         return bool(psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime)
@@ -26,7 +26,8 @@ def is_held(folder: Path) -> bool:
 
 
 class FolderLock:
-    """Held from construction until `release` or the end of the process; not inherited by forked children."""
+    """A lock that is held from construction until `release` or the end of the process. Forked children do not hold
+    it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
@@ -41,7 +42,7 @@ class FolderLock:
                 what = f"{folder} is on a file system without locks"
                 raise RunFolderError(what, "choose an output.dir on another file system") from error
             raise explain(error, "lock", self.path) from error
-        with contextlib.suppress(OSError):  # only used in another process's message
+        with contextlib.suppress(OSError):  # the id appears in the message of another process
             self.path.write_text(f"{os.getpid()}\n")
 
     def _holder(self) -> str:
@@ -51,15 +52,15 @@ class FolderLock:
         return ""
 
     def release(self) -> None:
-        """Release the lock; the file stays, since removing it could allow two locks."""
+        """Release the lock. The file stays, because removing it could allow two locks."""
         if self._lock.is_locked:
             with contextlib.suppress(OSError):
                 self.path.write_text("")  # for `is_held`
         self._lock.release()
 
     def remove(self) -> None:
-        """Remove the file while the lock is held, if the system can, and then release: a failed start leaves the
-        folder unchanged."""
+        """Remove the file and release the lock, so that a failed start leaves the folder unchanged. If possible, the
+        file is removed first."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         self._lock.release()

@@ -38,17 +38,17 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 READ_BYTES = 2**30  # maximum size of one read: the system reads at most 2 GiB
 DAMAGED_HOW = "fetch it again"
-WRONG_STARTS = {  # how files that are not safetensors often begin
+WRONG_STARTS = {  # beginnings of files that are often mistaken for safetensors
     b"version https://git-lfs": ("is a git-lfs pointer, not the file itself", "fetch it with git lfs pull"),
     b"<": ("is a web page, not the file itself", "download the file again"),
-    b"PK\x03\x04": ("is a pickle archive under another name", "convert it to safetensors where its code cannot harm"),
-    b"\x80": ("is a pickle under another name", "convert it to safetensors where its code cannot harm"),
+    b"PK\x03\x04": ("is a pickle archive, not safetensors", "convert it to safetensors in a sandbox"),
+    b"\x80": ("is a pickle, not safetensors", "convert it to safetensors in a sandbox"),
 }
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header describes it; `offset_bytes` counts from the start of the file named `file`."""
+    """A tensor's entry in the header. `offset_bytes`: the position of its data from the start of the file `file`."""
 
     file: str
     dtype: torch.dtype
@@ -83,7 +83,7 @@ def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int
 def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, TensorEntry]:
     """The entries of all tensors in the order of the file, without reading their data.
 
-    Checked: header length, strict JSON, types, shapes against byte ranges, ranges against each other and the file.
+    It checks the header's length, strict JSON, types, shapes, and that the byte ranges fill the file without overlap.
     Raises: the kind's error.
     """
     file = str(path)
@@ -175,7 +175,7 @@ def make_header(
     metadata: Mapping[str, str] | None = None,
     alignment_bytes: int = 8,
 ) -> bytes:
-    """Header length and header of tensors in this order; the data after it starts aligned."""
+    """The length of the header and the header, for tensors in this order. The data after the header is aligned."""
     header: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name, dtype, shape in entries:
@@ -192,7 +192,7 @@ def make_header(
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Write a new durable file, the widest type first so that each tensor is aligned; returns its size and sha256."""
+    """Write a new durable file; returns its size and sha256. Wide types come first, so that every tensor is aligned."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     with DurableFile(path) as file:
         file.write(make_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered], metadata))

@@ -26,10 +26,10 @@ from tunekit.files.durable import open_file
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_NUMBER_CHARACTERS = 40
 MAX_PATTERN_CHARACTERS = 100_000
-MAX_GROUPS = 100  # nested
-MAX_COPIES = 1000  # of a part under counted repeats, after expansion
+MAX_GROUPS = 100  # nested groups in a pattern
+MAX_COPIES = 1000  # copies of a part after expansion of counted repeats
 MAX_WRITTEN_OUT = 100_000  # parts of an expression after expansion of its counted repeats, as the matcher stores it
-MAX_OPEN_REPEATS, MAX_OPEN_DEPTH = 16, 2  # in a pattern, and nested
+MAX_OPEN_REPEATS, MAX_OPEN_DEPTH = 16, 2  # open repeats in a pattern, and their depth of nesting
 PATTERN_PIECE = re.compile(
     r"(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<group>\((?:\?(?:P<\w+>|<[=!]|[:=!]))?)|(?P<close>\))"
     r"|(?P<repeat>(?:[*+?]|\{(?:\d+(?:,\d*)?|,\d+)\})[?+]?)|(?P<between>\|)|(?P<one>\\.|.)",
@@ -42,7 +42,7 @@ Match = regex.Match[str]
 
 @dataclass(frozen=True)
 class FileKind:
-    """How files of one kind are read: the error for faults, whether links are allowed, the maximum size of JSON."""
+    """Rules for reading one kind of file. `error`: for all faults; `follows_links`: whether links are allowed."""
 
     error: type[InputError]
     follows_links: bool = False
@@ -57,7 +57,7 @@ RUN_RECORD = FileKind(RunFolderError, follows_links=True, json_bytes=100_000_000
 
 @contextmanager
 def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int]]:
-    """Descriptor and size of a regular file; never waits for a pipe.
+    """The descriptor and size of a regular file. A pipe is refused without waiting for it.
 
     Raises: the kind's error.
     """
@@ -66,7 +66,7 @@ def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[in
         number = open_file(path, flags, follows_links=kind.follows_links)
     except (OSError, ValueError) as error:
         if path.is_symlink() and not kind.follows_links:
-            raise kind.error("is a link", "put the file itself there", file=str(path)) from error
+            raise kind.error("is a link", "replace the link by the file itself", file=str(path)) from error
         if isinstance(error, FileNotFoundError):
             raise kind.error("is missing", "fetch it, or give a complete folder", file=str(path)) from error
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
@@ -74,14 +74,14 @@ def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[in
     try:
         status = os.fstat(number)
         if not stat.S_ISREG(status.st_mode):
-            raise kind.error("is not a regular file", "put the file itself there", file=str(path))
+            raise kind.error("is not a regular file", "replace it by a regular file", file=str(path))
         yield number, status.st_size
     finally:
         os.close(number)
 
 
 def read_small(path: Path, kind: FileKind = ADAPTER_FILE) -> bytes:
-    """The file's bytes, if it is not larger than a configuration may be.
+    """The bytes of a file that is not larger than the kind's limit for JSON.
 
     Raises: the kind's error.
     """
@@ -137,7 +137,7 @@ def parse_json(data: bytes, file: str, error: type[InputError] = AdapterError) -
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook. Raises: ValueError for a duplicate key."""
+    """The object as a dict, for json's object_pairs_hook. Raises: ValueError for a duplicate key."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -159,12 +159,12 @@ def _finite(text: str) -> float:
 
 
 def refuse_constant(text: str) -> None:
-    """For json's parse_constant: refuses NaN and the infinities. Raises: ValueError."""
+    """Refuse NaN and infinity, for json's parse_constant. Raises: ValueError."""
     raise ValueError(f"the literal {text} is not JSON")
 
 
 def same_value(left: object, right: object) -> bool:
-    """Equal in type and value: 0 is not False."""
+    """Whether both have the same type and value: 0 is not False."""
     return type(left) is type(right) and bool(left == right)
 
 
@@ -202,14 +202,15 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
 
 @dataclass
 class _Repeats:
-    """Counts for a part of a pattern: open repeats, their nesting, and copies made by counted repeats."""
+    """Counts for a part of a pattern: open repeats, their depth of nesting, and copies after expansion of counted
+    repeats."""
 
     count: int = 0
     depth: int = 0
     copies: int = 1
 
     def repeat(self, quantifier: str) -> None:
-        """Apply *, +, ?, {n}, {n,} or {n,m}."""
+        """Add a quantifier: *, +, ?, {n}, {n,} or {n,m}."""
         numbers = [int(number) for number in re.findall(r"\d+", quantifier)]
         self.copies *= max([1, *numbers])
         if quantifier[0] in "*+" or quantifier.rstrip("?+").endswith(",}"):
@@ -219,11 +220,11 @@ class _Repeats:
 
 
 def _refuse_costly(text: str) -> None:
-    """Refuse by structure alone.
+    """Refuse a pattern whose structure allows exponential time.
 
-    Raises: ValueError. A text that is not an expression at all is left to the compiler.
+    Raises: ValueError. Texts that are not expressions are not refused here but by the compiler.
     """
-    parts = [[_Repeats()]]  # for each open group: its parts so far; a quantifier repeats the last one
+    parts = [[_Repeats()]]  # for each open group, its parts so far; a quantifier repeats the last part
     for piece in PATTERN_PIECE.finditer(text):
         kind, token = piece.lastgroup, piece.group()
         if kind == "group":

@@ -1,7 +1,7 @@
 """`format: alpaca`: `{"instruction": ..., "input": ..., "output": ...}`, with optional `system` and `history`.
 
-Instruction and input, joined by a newline, are the user's turn. If the tokenizer has no chat template, the prompt is
-that of Stanford Alpaca.
+Instruction and input, joined by a newline, are the user's turn. If the tokenizer has no chat template, Stanford
+Alpaca's prompt is used.
 """
 
 from collections.abc import Iterable

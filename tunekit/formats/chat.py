@@ -81,7 +81,7 @@ def _read_part(part: object, label: str) -> str:
 
 
 def _read_weight(value: Fields, label: str, role: str) -> float:
-    """The weight of a message. Raises: DataError also if a message of another role than the assistant has one."""
+    """The weight of a message. Raises: DataError if it is invalid, or if the message is not the assistant's."""
     fields = [name for name in WEIGHTS if value.get(name) is not None]
     if len(fields) > 1:
         raise DataError(f"'{label}' has both weight and train", "keep one")
@@ -124,5 +124,5 @@ def read_tools(value: object) -> tuple[JsonObject, ...] | None:
         return None
     tools = read_json(value, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError("'tools' must be a list of objects", "write JSON schemas as OpenAI does, or leave it out")
+        raise DataError("'tools' must be a list of objects", "write JSON schemas as in OpenAI's API, or remove `tools`")
     return tuple(dict(tool) for tool in tools) or None

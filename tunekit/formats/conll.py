@@ -1,9 +1,9 @@
-"""`format: conll`: words and tags in the columns of data sets on the hub, `tokens` and `ner_tags`."""
+"""`format: conll`: words and tags in the columns `tokens` and `ner_tags`, as in data sets on the hub."""
 
 from tunekit.formats.fields import Fields
 from tunekit.formats.tags import TagsExample, read_tags
 
-DESCRIPTION = "tokens, ner_tags: words and their tags, as data sets of the hub name them"
+DESCRIPTION = "tokens: a list of words; ner_tags: one tag for each word (the columns of data sets on the hub)"
 FIELDS = ("tokens", "ner_tags")
 REQUIRED = ("tokens", "ner_tags")
 EXAMPLE = "tags"

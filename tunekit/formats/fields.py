@@ -25,7 +25,8 @@ def read_value(row: Fields, name: str, *, where: str = "") -> object:
 
 
 def named_nearly(value: object, known: Iterable[str]) -> str:
-    """ "did you mean 'NAME'? " with the known name closest to a wrong one, or "" if none is close."""
+    """A hint "did you mean 'NAME'? " with the known name that is most similar to a wrong one, or "" if none is
+    similar."""
     near = difflib.get_close_matches(str(value), list(known), n=1)
     return f"did you mean '{near[0]}'? " if near else ""
 
@@ -41,7 +42,7 @@ def check_text(value: object, label: str) -> str:
         kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
         raise DataError(f"'{label}' must be text, not {kind}", "write it in quotes, or leave the row out")
     if "\x00" in value:
-        raise DataError(f"'{label}' contains a NUL character", "remove it; often a sign of UTF-16 or binary data")
+        raise DataError(f"'{label}' contains a NUL character", "remove it; it often means UTF-16 or binary data")
     if not value.isascii():
         check_encodable(value, label)
     return value
@@ -59,7 +60,7 @@ def check_encodable(value: str, label: str) -> None:
 
 
 def read_weight(value: object, label: str) -> float:
-    """A weight in the loss: 0, or a number within limits that keep products of two weights finite in float32."""
+    """A weight in the loss: 0, or a number within limits, so that products of two weights are finite in float32."""
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
     if not (number == 0 or MINIMUM_WEIGHT <= number <= MAXIMUM_WEIGHT):
         allowed = f"0, or from {MINIMUM_WEIGHT:g} to {MAXIMUM_WEIGHT:g}"

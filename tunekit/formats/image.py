@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tunekit.formats.fields import Fields, check_text
 from tunekit.formats.media import Media, read_media
 
-DESCRIPTION = "image: an image file; text: its caption, if the recipe has none for all images"
+DESCRIPTION = "image: an image file; text: its caption, needed if the recipe has no objective.instance_prompt"
 FIELDS = ("image", "text")
 REQUIRED = ("image",)
 EXAMPLE = "image"
@@ -17,7 +17,7 @@ MEDIA = ("image",)
 
 @dataclass(frozen=True)
 class ImageExample:
-    """An image and its caption; None: the recipe's caption for all images."""
+    """An image and its caption. If `text` is None, the recipe's caption for all images is used."""
 
     image: Media
     text: str | None

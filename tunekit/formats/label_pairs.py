@@ -13,13 +13,13 @@ NAMES = (
     *(("text_a", "text_b"), ("sentence_a", "sentence_b"), ("sentence_A", "sentence_B")),
 )
 TEXTS = ("sentence1", "sentence2")
-WEAKER_TEXTS = ("question", "sentence")  # QNLI's: only both together, and where no other column is called as texts are
+WEAKER_TEXTS = ("question", "sentence")  # QNLI's names: used only if a row has both, and no other name of a text
 ALIASES = {name: field for pair in NAMES for name, field in zip(pair, TEXTS, strict=True)}
 ALIASES |= labels.ALIASES | dict.fromkeys(labels.PAIR_LABELS, "label")
 DESCRIPTION = (
     "sentence1 and sentence2 (or premise and hypothesis, question1 and question2, text and text_pair, text1 and text2, "
-    "text_a and text_b, sentence_a and sentence_b, question and sentence), and label (or labels, category, intent, "
-    "gold_label, is_duplicate, score): of both together"
+    "text_a and text_b, sentence_a and sentence_b, question and sentence): two texts; label (or labels, category, "
+    "intent, gold_label, is_duplicate, score): the label of the pair"
 )
 FIELDS = (*TEXTS, "label")
 REQUIRED = FIELDS
@@ -27,7 +27,7 @@ EXAMPLE = "label"
 
 
 def make_example(row: Fields) -> LabelExample:
-    """Both texts and their label. Raises: DataError for a text that is absent or empty."""
+    """The two texts and their label. Raises: DataError if a text is missing or empty."""
     first, second = read_pair(row)
     return LabelExample(first, read_label(row, labels.PAIR_LABELS), second)
 
@@ -39,14 +39,14 @@ def names_pair(row: Fields) -> bool:
 
 
 def aliases_of(row: Fields) -> dict[str, str]:
-    """The names that columns of such a row may have, and the field that each stands for."""
+    """Alternative names of columns -> fields, for rows with these columns."""
     weaker = dict(zip(WEAKER_TEXTS, TEXTS, strict=True))
     others = any(name in TEXTS or ALIASES.get(name) in TEXTS for name in row)
     return ALIASES if others or not row.keys() >= weaker.keys() else ALIASES | weaker
 
 
 def read_pair(row: Fields) -> tuple[str, str]:
-    """Both texts of a row. Raises: DataError for one that is absent or empty, or that could be one of two columns."""
+    """The two texts of a row. Raises: DataError if a text is missing or empty, or if two columns could be that text."""
     first, second = (_read_side(row, name) for name in TEXTS)
     return first, second
 
@@ -55,7 +55,7 @@ def _read_side(row: Fields, field: str) -> str:
     aliases = aliases_of(row)
     named = [field] if field in row else [name for name in row if aliases.get(name) == field]
     if len(named) > 1:
-        what = f"the text {field} may be '{named[0]}' or '{named[1]}'"
+        what = f"both '{named[0]}' and '{named[1]}' could be {field}"
         raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: {field}}}")
     name = named[0] if named else field
     text = read_text(row, name)

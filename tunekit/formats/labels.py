@@ -1,7 +1,7 @@
 """`format: labels`: a text and its label, `{"text": ..., "label": ...}`.
 
-A label is text; a whole number or a truth value is read as its text. A list of labels is one value of several, and a
-fractional number one of regression. The column may have another usual name.
+A label is text; whole numbers and truth values become text. A list is the value of a row with several labels, and a
+fractional number is a value for regression. The label column may have another usual name.
 """
 
 import json
@@ -20,17 +20,21 @@ DESCRIPTION = (
 FIELDS = ("text", "label")
 REQUIRED = ("text", "label")
 EXAMPLE = "label"
-PAIR_LABELS = ("gold_label", "is_duplicate", "score")  # of pairs, where no other column is called as labels are
+PAIR_LABELS = (
+    "gold_label",
+    "is_duplicate",
+    "score",
+)  # names for pairs, used if no other name fits
 
-# transformers' names of what the scores of a head mean
+# transformers' names for the meaning of a head's scores
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
-LabelValue = str | float | tuple[str | float, ...]  # a name; a fractional number; several of them
+LabelValue = str | float | tuple[str | float, ...]  # a name, a fractional number, or several of either
 
 
 @dataclass(frozen=True)
 class LabelExample:
-    """A text and its label; `second`: the other text of a pair, which has one label."""
+    """A text and its label. `second`: the second text, if the row is a pair of texts."""
 
     text: str
     label: LabelValue
@@ -49,30 +53,30 @@ def label_text(value: str | int) -> str:
 
 
 def label_field(row: Fields, weaker: Sequence[str] = ()) -> str:
-    """The column with the label; the first of the `weaker` names if there is no other. Raises: DataError where it could
-    be one of two."""
+    """The name of the label's column. The `weaker` names are used only if no other name fits. Raises: DataError if two
+    columns could be the label."""
     named = ["label"] if "label" in row else [name for name in row if name in ALIASES]
     if len(named) > 1:
-        what = f"the label may be '{named[0]}' or '{named[1]}'"
+        what = f"both '{named[0]}' and '{named[1]}' could be the label"
         raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: label}}")
     return next(iter([*named, *(name for name in weaker if name in row)]), "label")
 
 
 def read_label(row: Fields, weaker: Sequence[str] = ()) -> LabelValue:
-    """The label of a row, from the column that `label_field` names; names as text."""
+    """The label of a row, from the column that `label_field` finds. Names of labels become text."""
     field = label_field(row, weaker)
     return label_value(read_value(row, field), field)
 
 
 def label_value(value: object, field: str) -> LabelValue:
-    """A label as a file has it, or a list of labels. Raises: DataError for other values."""
+    """The label, or the tuple of labels, for a value from a file. Raises: DataError for other values."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(_one_label(each, field) for each in value)
     return _one_label(value, field)
 
 
 def of_cell(value: object) -> object:
-    """The list or the number that a text spells, as a cell of a CSV file does; any other value as it is."""
+    """The list or number in a text, such as a cell of a CSV file; any other value unchanged."""
     if not isinstance(value, str) or not re.match(r"\s*[-\[0-9]", value):
         return value
     with suppress(ValueError, RecursionError):

@@ -30,7 +30,7 @@ def make_example(row: Fields) -> TagsExample:
 
 
 def read_tags(row: Fields, words: str, tags: str) -> TagsExample:
-    """The example of two lists of equal length."""
+    """The words and tags from the columns with these names, which are lists of equal length."""
     pairs = _read_list(row, words), _read_list(row, tags)
     if len(pairs[0]) != len(pairs[1]):
         what = f"{len(pairs[0])} {words}, but {len(pairs[1])} {tags}"

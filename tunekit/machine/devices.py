@@ -20,9 +20,9 @@ from tunekit.errors import Problem, RecipeError, TunekitError
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 ENDING_SECONDS = 5.0  # connections of a process close before the process has ended
-FAILED = "tunekit: the main rank has failed"  # a key in the store that ranks share
+FAILED = "tunekit: the main rank has failed"  # a key in the store that all ranks share
 
-# Settings of accelerate's launcher that tunekit does not follow: the harmless values, and what to write instead.
+# Settings of accelerate's launcher that tunekit does not support: harmless values, and what to write instead.
 NOTHING = ("", "no", "none", "false", "0")
 SAVING = "write memory.streaming or model.quantization to save memory, and remove it from accelerate's configuration"
 REQUESTS = {
@@ -30,24 +30,29 @@ REQUESTS = {
     "ACCELERATE_USE_DEEPSPEED": (NOTHING, SAVING),
     "ACCELERATE_USE_MEGATRON_LM": (NOTHING, SAVING),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (NOTHING, "remove it from accelerate's configuration"),
-    "ACCELERATE_MIXED_PRECISION": (NOTHING, "write model.dtype in the recipe, and mixed_precision: 'no' there"),
-    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "write training.compile in the recipe, and remove it there"),
+    "ACCELERATE_MIXED_PRECISION": (NOTHING, "write model.dtype in the recipe, and mixed_precision: 'no' in "
+    "accelerate's "
+    "configuration"),
+    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "write training.compile in the recipe, and remove it from accelerate's "
+    "configuration"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-        (*NOTHING, "1"), "write training.gradient_accumulation_steps in the recipe, and 1 there",
+        (*NOTHING, "1"),
+        "write training.gradient_accumulation_steps in the recipe, and gradient_accumulation_steps: 1 in accelerate's "
+        "configuration",
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """Properties of all devices of a kind, whether such a device is here or a run is only planned for it."""
+    """Properties of one kind of device, which also hold if a run is only planned for such a device."""
 
-    # separate from the host's; with copy streams from pinned memory, and an allocator that records peaks
+    # memory separate from the host's, with copy streams from pinned memory and an allocator that records peaks
     own_memory: bool = True
     float64: bool = True
     gates: bool = True  # torch's fused AdamW can skip a non-finite update on the device itself
     bitsandbytes: bool = True  # has bitsandbytes' kernels
-    numbered: bool = True  # there may be several
+    numbered: bool = True  # a machine may have several of these devices
 
 
 # ROCm devices are of the kind cuda, as in torch. A CPU computes synchronously, so it needs no late gate.
@@ -59,8 +64,8 @@ KINDS = {
 }
 NAMES = "cpu, cuda, cuda:N, xpu, xpu:N or mps"
 TPU = (
-    "tunekit does not support TPUs: XLA compiles a whole step for its shapes, and a run has steps of many shapes, "
-    "layers that are copied during the computation, and numbers that the host reads",
+    "tunekit does not support TPUs: XLA compiles a whole step for its shapes, but a run has steps of many shapes, "
+    "copies layers during the computation, and reads numbers on the host",
     f"choose {NAMES}",
 )
 
@@ -71,15 +76,14 @@ def kind_of(device: torch.device) -> DeviceKind:
 
 
 def is_here(device: torch.device) -> bool:
-    """Whether this process has a device of this kind; otherwise the run is only planned for it."""
+    """Whether this process has a device of this kind. If not, the run is only planned for such a device."""
     return device.type == "cpu" or bool(torch.get_device_module(device).is_available())
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU. A GPU that is planned for but not here counts as having every kernel.
+    """The compute capability of an NVIDIA GPU. A GPU that is not on this machine counts as having every kernel.
 
-    (0, 0) for other devices: ROCm numbers its devices differently and has other forms of the kernels that this is used
-    for.
+    (0, 0) for other devices: ROCm numbers its devices differently, and its versions of these kernels differ.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
@@ -87,7 +91,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether an accelerator has bfloat16 products; assumed if it is planned for but not here."""
+    """Whether an accelerator has bfloat16 products; assumed for a device that is not on this machine."""
     if not is_here(device):
         return True
     if device.type == "mps":
@@ -112,7 +116,7 @@ def as_float64(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """A block in which, if `wanted`, a GPU sums in a fixed order; attention's backward pass does not by default.
+    """A block in which, if `wanted`, a GPU sums in a fixed order. By default, attention's backward pass does not.
 
     Raises: RecipeError if torch has no deterministic kernel for an operation.
     """
@@ -120,7 +124,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if wanted:
         torch.use_deterministic_algorithms(True)
-        settings.fill_uninitialized_memory = False  # saves a pass over memory that nobody reads
+        settings.fill_uninitialized_memory = False  # filling would only slow down the run
     try:
         yield
     except RuntimeError as error:
@@ -140,7 +144,7 @@ def forked_random(device: torch.device) -> AbstractContextManager[None]:
 
 
 class Devices:
-    """One process of a run. With a single process every method is the identity."""
+    """One process of a run. With a single process, methods return their inputs unchanged."""
 
     def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
@@ -188,8 +192,8 @@ class Devices:
     def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
         """This rank's item in each round of `world` items, and whether it counts.
 
-        If the last round has too few items, the remaining ranks repeat its first one, which does not count there:
-        ranks that share a base must make the same number of forwards.
+        If the last round has too few items, the remaining ranks repeat its first item, which does not count for them:
+        all ranks must make the same number of forwards.
         """
         batches = iter(items)
         while some := list(islice(batches, self.world)):
@@ -197,8 +201,8 @@ class Devices:
             yield some[self.rank if counts else 0], counts
 
     def missing(self, items: int, local: int) -> int:
-        """How many fewer forwards this rank makes than the first one, if ranks take turns at `items` and this rank has
-        `local`.
+        """How many fewer forwards this rank makes than the first rank, if ranks take turns at `items`. `local`: the
+        number of items of this rank.
         """
         return -(-items // self.world) - local
 
@@ -219,8 +223,8 @@ class Devices:
         return [value for of_rank in holder for value in of_rank]
 
     def on_main(self, work: Callable[[], Value]) -> Value | None:
-        """Do `work` on the main rank only, where its result is returned; the others return None. An error is raised on
-        all."""
+        """Do `work` on the main rank only, and return its result there; other ranks return None. An error is raised on
+        all ranks."""
         value, error = None, None
         if self.is_main:
             try:
@@ -233,7 +237,7 @@ class Devices:
         return value
 
     def main_first(self, work: Callable[[], Value]) -> Value:
-        """Do `work` on the main rank first, then on the others, so that cached results are made once."""
+        """Do `work` on the main rank first, then on the other ranks, so that cached results are made only once."""
         value = self.on_main(work)
         return work() if value is None else value
 
@@ -262,7 +266,7 @@ class Devices:
             time.sleep(0.05)
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this call."""
         self.state.wait_for_everyone()
 
     def close(self) -> None:
@@ -280,13 +284,13 @@ def has_ended(process: int) -> bool:
 
 
 def check_device(device: torch.device, wanted: torch.device | None) -> None:
-    """Raises: RecipeError for an unknown kind of device, and for ranks that got another device than --device names."""
+    """Raises: RecipeError for an unknown kind of device, or if this rank's device is not the one of --device."""
     if device.type == "xla":
         raise RecipeError(*TPU)
     if device.type not in KINDS:
         raise RecipeError(f"tunekit does not know {device.type} devices", "choose --device cpu")
     if wanted is not None and (device.type != wanted.type or (wanted.index or device.index) != device.index):
-        how = "leave --device out, or choose which ranks see with CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK"
+        how = "remove --device, or choose the visible devices with CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK"
         raise RecipeError(f"--device {wanted} is not the device of this rank, {device}", how)
 
 
@@ -306,7 +310,8 @@ def make_devices() -> Devices:
     """The devices of this process: --device if it was passed, else the machine's accelerator, else the CPU.
 
     The option is passed on in TUNEKIT_DEVICE.
-    Raises: RecipeError if the name is no device or torch does not see it, or if check_requests finds a problem.
+    Raises: RecipeError if the name is not a device, if torch does not find the device, or if check_requests finds a
+    problem.
     """
     check_requests()
     name = os.environ.get("TUNEKIT_DEVICE", "")
@@ -319,7 +324,7 @@ def make_devices() -> Devices:
         raise RecipeError(f"--device (or TUNEKIT_DEVICE) is {name!r}", f"choose {NAMES}")
     wanted = torch.device(name)
     if not is_here(wanted):
-        raise RecipeError(f"--device (or TUNEKIT_DEVICE) is {name}, but torch sees no such device", "leave it out")
+        raise RecipeError(f"--device (or TUNEKIT_DEVICE) is {name}, but torch sees no such device", "remove it")
     count = torch.get_device_module(wanted).device_count() if wanted.index else 1
     if (wanted.index or 0) >= count:
         raise RecipeError(f"--device is {name}, but torch sees {count} of them, counted from 0", f"choose {kind}:0")

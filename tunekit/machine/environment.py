@@ -1,4 +1,4 @@
-"""The environment of a run for environment.json: versions, machine, threads; nothing that identifies the user."""
+"""The environment of a run for environment.json: versions, machine and threads, without facts about the user."""
 
 import platform
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def processor_name() -> str:
 
 
 def accelerator_names() -> list[str]:
-    """Names of the accelerators that this process sees; for Apple's, which has no name, its kind."""
+    """Names of the accelerators that this process sees. Apple's accelerator has no name, so its kind is used."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return []

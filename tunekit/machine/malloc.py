@@ -21,8 +21,7 @@ CACHED_KERNELS = 64
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the system: those of dense weights that were just packed, and others that loading
-    freed.
+    """Return free heap pages to the system, such as pages of dense weights that were just packed.
 
     Source: malloc_trim(3).
     """

@@ -24,9 +24,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a GPU; for the host, the bytes available without swapping and within this process's control group.
+    """Free bytes of a GPU. For the host: the bytes available without swapping and within this process's control group.
 
-    For memory that a device shares with the host: the smaller limit.
+    For a device that shares the host's memory: the smaller of its own limit and the host's.
     """
     if kind_of(device).own_memory:
         module = torch.get_device_module(device)
@@ -89,13 +89,13 @@ def device_peaks(device: torch.device) -> DevicePeaks:
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Restart the peaks at what is allocated now."""
+    """Reset the peaks to the memory that is allocated now."""
     if kind_of(device).own_memory:
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def release_cached() -> None:
-    """Return the memory that the accelerator's allocator caches without use to the driver."""
+    """Return unused cached memory of the accelerator's allocator to the driver."""
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 

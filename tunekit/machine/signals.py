@@ -1,5 +1,5 @@
-"""Stop signals and a time limit. The first signal asks a run to save and stop, or ends work that has nothing to save;
-the second ends the process at once. The time limit ends foreign code that runs too long."""
+"""Stop signals and a time limit. The first signal asks a run to save and stop, or ends work that has nothing to save.
+A second signal ends the process at once. The time limit ends foreign code that runs too long."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ STOP_SIGNALS = tuple(  # SIGHUP exists on POSIX, SIGBREAK (Ctrl-Break, a closed 
 
 
 class _StopNow(KeyboardInterrupt):
-    """Raised at any point of the program; a KeyboardInterrupt, so that `except Exception` does not catch it."""
+    """May be raised at any point of the program. It is a KeyboardInterrupt, so `except Exception` does not catch it."""
 
 
 class TimeUp(BaseException):
-    """A block exceeded its time limit; not an Exception, so that foreign code which catches those does not catch it."""
+    """A block exceeded its time limit. It is not an Exception, so `except Exception` in foreign code does not catch
+    it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """A block that is interrupted after `seconds`; no limit outside the main thread or on systems without an alarm.
+    """A block that is interrupted after `seconds`. Outside the main thread, or without an alarm, there is no limit.
 
     If the block catches the alarm with a bare `except:`, the alarm repeats, and the block's result does not count.
     Raises: TimeUp.
@@ -59,7 +60,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class StopSignals:
-    """While entered, a stop signal sets `requested` to its number; a second one exits with 128 + its number.
+    """A block in which a stop signal sets `requested` to its number, and a second signal exits with 128 + its number.
 
     Outside the main thread nothing is installed, and `requested` stays None. If SIGHUP was ignored before (nohup), it
     stays ignored.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-DESCRIPTION = "share of rows whose predicted label is right; of several labels, all of them"
+DESCRIPTION = "share of rows whose predicted label is right; rows with several labels need all of them right"
 NEEDS = ("labelled",)
 HIGHER_IS_BETTER = True
 

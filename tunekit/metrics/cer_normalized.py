@@ -3,7 +3,7 @@
 from tunekit.metrics.cer import LIBRARY as LIBRARY
 from tunekit.metrics.cer import score as score
 
-DESCRIPTION = "CER after the model's normaliser: case, punctuation and spellings count no more"
+DESCRIPTION = "CER after the model's normaliser, which removes differences of case, punctuation and spelling"
 HIGHER_IS_BETTER = False
 LEAVES_OUT = True
 NORMALIZED = True  # `score` gets normalised texts

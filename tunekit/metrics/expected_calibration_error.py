@@ -4,7 +4,8 @@ probability."""
 from collections.abc import Mapping
 from typing import Any
 
-DESCRIPTION = "how far a label's probability is from how often it is right; 15 bins of equal width"
+DESCRIPTION = "mean difference between the probability of the predicted label and its accuracy, over 15 bins "
+"of equal width"
 NEEDS = ("calibration",)
 HIGHER_IS_BETTER = False
 BINS = 15  # bins of equal width; the upper bound is included

@@ -1,4 +1,4 @@
-"""Mean log-ratio of policy to reference on answers of other prompts, the estimate of the KL in kto."""
+"""Mean log-ratio of policy to reference on answers to other prompts, which is KTO's estimate of the KL."""
 
 from tunekit.metrics.loss import mean_of
 

@@ -13,7 +13,7 @@ def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callabl
     pairs). `counted`: the sum that counts the units with a value, if not all units have one."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
-        """NaN where no unit has the value. Raises ValueError without units."""
+        """The mean; NaN if no unit has the value. Raises ValueError without units."""
         if sums["units"] <= 0:
             raise ValueError("no supervised tokens")
         count = sums.get(counted, sums["units"])

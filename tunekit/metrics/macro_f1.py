@@ -1,4 +1,4 @@
-"""F1 of each label, averaged over labels: rare ones count as much as frequent ones."""
+"""F1 of each label, averaged over labels, so that rare labels count as much as frequent labels."""
 
 from collections.abc import Mapping
 from typing import Any

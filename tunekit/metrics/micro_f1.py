@@ -1,4 +1,4 @@
-"""F1 over all labels of all rows together: frequent labels count more than rare ones."""
+"""F1 over all labels of all rows together, so that frequent labels count more than rare labels."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -5,7 +5,7 @@ from typing import Any
 
 from tunekit.metrics.outputs import ROW_VALUES, mean_of_outputs, squared_error
 
-DESCRIPTION = "mean squared error; of several numbers a row, the mean over them"
+DESCRIPTION = "mean squared error; for rows with several numbers, the mean over the numbers"
 NEEDS = (ROW_VALUES,)
 HIGHER_IS_BETTER = False
 

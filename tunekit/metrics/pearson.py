@@ -5,12 +5,12 @@ from typing import Any
 
 from tunekit.metrics.outputs import ROW_VALUES, mean_of_outputs, pearson
 
-DESCRIPTION = "Pearson correlation of scores and numbers; of several numbers a row, the mean over them"
+DESCRIPTION = "Pearson correlation of scores and numbers; for rows with several numbers, the mean over the numbers"
 NEEDS = (ROW_VALUES,)
 HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """The correlation, averaged over the numbers of a row; nan if one of them is constant. Raises ValueError without
+    """The correlation, averaged over the numbers of a row; nan if a number is constant. Raises ValueError without
     rows."""
     return mean_of_outputs(pearson, sums)

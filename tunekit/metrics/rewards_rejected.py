@@ -2,6 +2,6 @@
 
 from tunekit.metrics.loss import mean_of
 
-DESCRIPTION = "mean reward of the other answers"
+DESCRIPTION = "mean reward of the rejected answers"
 HIGHER_IS_BETTER = False
 NEEDS, from_sums = mean_of("rewards_rejected", "rejected_units")

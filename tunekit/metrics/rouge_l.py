@@ -4,7 +4,7 @@ import unicodedata
 
 from tunekit.metrics.pairs import mean_of_pairs
 
-DESCRIPTION = "longest common subsequence of words, as a mean F1"
+DESCRIPTION = "mean F1 of the longest common subsequence of words of answer and reference"
 HIGHER_IS_BETTER = True
 
 

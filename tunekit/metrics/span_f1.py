@@ -5,7 +5,7 @@ from typing import Any
 
 from tunekit.metrics.classes import f1
 
-DESCRIPTION = "F1 of spans of tags (B-X, I-X): right where kind, first and last word are"
+DESCRIPTION = "F1 of spans of tags (B-X, I-X); a span is right if its kind, first word and last word are right"
 NEEDS = ("spans",)
 HIGHER_IS_BETTER = True
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 from tunekit.metrics.pairs import mean_of_pairs
 
-DESCRIPTION = "overlap of the answer's words with the reference's, as a mean F1"
+DESCRIPTION = "mean F1 of the words that answer and reference have in common"
 HIGHER_IS_BETTER = True
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

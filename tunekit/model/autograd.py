@@ -18,4 +18,4 @@ class Context(Protocol[Value]):
         """Save tensors for the backward pass."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """False: an output without a gradient gives None instead of zeros."""
+        """If False, the gradient of an unused output is None instead of zeros."""

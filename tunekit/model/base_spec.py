@@ -26,7 +26,7 @@ class BaseSpec:
     dtype: torch.dtype
     device: torch.device
     attention: str
-    fingerprint: str | None = None  # None: without weights
+    fingerprint: str | None = None  # None if only the configuration is read
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -35,7 +35,7 @@ class BaseSpec:
 
     @property
     def read_by_us(self) -> bool:
-        """Whether we can read the files without transformers."""
+        """Whether tunekit can read the files without transformers."""
         return self.source.gguf_file is None and not self.section.trust_remote_code
 
     @property
@@ -81,7 +81,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         config.label2id = {label: number for number, label in enumerate(section.labels)}
         if section.problem_type is not None:
             config.problem_type = section.problem_type
-        vars(config).pop("thresholds", None)  # those of an earlier head
+        vars(config).pop("thresholds", None)  # thresholds of an earlier head
         if section.thresholds:
             config.thresholds = list(section.thresholds)
         pad_id = getattr(config, "pad_token_id", None)
@@ -89,7 +89,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
     _check_known(config, family, section)
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it would select another file than the checked one
+        del config.transformers_weights  # this key would select a different file than the checked file
     return config, family
 
 

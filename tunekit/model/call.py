@@ -1,4 +1,4 @@
-"""The Call: the only value that layers read besides their input."""
+"""The Call: everything that layers read except their input."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +20,11 @@ class Call:
     """One forward: whether adapters are bypassed, which of several adapters is used, the step and micro-batch (for
     seeds), the segments of packed rows, and the routing of rows to adapters.
 
-    `fuses`: products with 4-bit weights may use a faster kernel with other rounding, since no gradient is compared
-    with them.
+    `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
     """
 
     bypassed: bool = False
-    adapter: str | None = None  # one of several loaded adapters; None: the active one
+    adapter: str | None = None  # name of one of several loaded adapters; None: the active adapter
     step: int = 0
     micro_batch: int = 0
     seed: int = 0
@@ -39,7 +38,7 @@ _current: ContextVar[Call] = ContextVar("tunekit_call", default=_PLAIN)
 
 
 def current_call() -> Call:
-    """The Call of the running forward; a plain one if none was set."""
+    """The Call of the running forward, or the default Call."""
     return _current.get()
 
 
@@ -65,8 +64,8 @@ def seed_for(*parts: int | str) -> int:
 def seed_torch(*parts: int | str) -> None:
     """Seed torch with `seed_for` of the parts.
 
-    On a machine without an accelerator, only the CPU's generator: torch.manual_seed would take 0.4 ms to record the
-    Python stack for devices that do not exist.
+    Without an accelerator, it seeds only the CPU's generator: torch.manual_seed would take 0.4 ms to record the Python
+    stack for devices that do not exist.
     """
     if torch.accelerator.is_available():
         torch.manual_seed(seed_for(*parts))

@@ -49,11 +49,11 @@ def resolve_attention(
     """The attention implementation; auto is torch's sdpa if the model supports it, otherwise eager.
 
     `auto_class`: transformers' class that loads models of this family.
-    Raises: ModelError if the requested one is not available.
+    Raises: ModelError if the requested implementation is not available.
     """
     classes = auto_class._model_mapping
     known = type(config) in classes
-    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would ignore them
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would ignore the caps
     has_sdpa = known and caps is None and bool(getattr(classes[type(config)], "_supports_sdpa", False))
     if section.attention == "auto":
         return "sdpa" if has_sdpa else "eager"

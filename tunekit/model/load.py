@@ -1,4 +1,5 @@
-"""Loads a base from disk, frozen and in eval mode, dense or packed; or makes the same modules on the meta device."""
+"""Loads a base from disk, dense or packed, frozen and in eval mode. It can also make the same modules on the meta
+device."""
 
 from __future__ import annotations
 
@@ -50,14 +51,14 @@ class LoadedModel:
     device: torch.device
     fingerprint: str | None
     facts: ModelFacts
-    text: TextFacts | None  # None: it neither reads nor writes text
+    text: TextFacts | None  # None if the model neither reads nor writes text
     generation_config: GenerationConfig | None
     notes: list[str] = field(default_factory=list)
-    new_modules: tuple[str, ...] = ()  # modules of a head that the files lack: initialised at random
-    sidecar: Sidecar | None = None  # the file that the weights are views of, on a CPU
+    new_modules: tuple[str, ...] = ()  # modules of the head that are initialised at random, because the files lack them
+    sidecar: Sidecar | None = None  # on a CPU: the file that contains the mapped weights
     # for a streamed base: addresses of the layers' weights that are views of files
     mapped: frozenset[int] = frozenset()
-    # for a meta model: whether load_model will read tensor by tensor, to pack or to copy them
+    # for a meta model: whether load_model will read tensor by tensor, to pack or to copy the tensors
     packed_while_read: bool = False
     copied_while_read: bool = False
 
@@ -67,11 +68,11 @@ def load_model(
 ) -> LoadedModel:
     """Load the base from safetensors or GGUF, pack it if the section quantizes it, freeze it, move it to `device`.
 
-    `streamed`: the layers stay on the host, as views of files. `streamed_head`: so do the token embedding and the
-    output projection. Everything else goes to `device`.
+    `streamed`: keep the layers on the host, as views of files. `streamed_head`: do the same with the token embedding
+    and the output projection. Everything else is moved to `device`.
 
-    A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
-    Raises: ModelError for anything that is not a complete model of a family that tunekit knows.
+    A folder stored in bitsandbytes' 4 bits is loaded in that form. It can be evaluated, but plan refuses to train it.
+    Raises: ModelError unless the files are a complete model of a known family.
     """
     resolve_dtype(section, device)
     source = find_source(section, weights=True)
@@ -117,9 +118,9 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
-    """The same modules on the meta device, made from the configuration alone; `device` is the planned device.
+    """The modules of load_model on the meta device, made from the configuration alone. `device`: the planned device.
 
-    Raises: ModelError as load_model does, except for faults of the weights.
+    Raises: ModelError like load_model, except for faults of the weights.
     """
     source = find_source(section, weights=False)
     indexed = inspection.indexed_family(source)
@@ -133,7 +134,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
         spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
-    headers = _headers(source)  # if there are none yet, assume what is most common: not aligned
+    headers = _headers(source)  # without headers, assume that tensors are not aligned, which is most common
     copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
     _untie(net, spec.family, source.folder, headers)
     new_modules = _new_modules(net, spec)
@@ -161,7 +162,7 @@ def _load_indexed(
 
 
 def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
-    """Names of the head's modules that the base's files lack. A module with packed layers was read from them."""
+    """Names of the head's modules that the base's files lack. Modules with packed layers were read from the files."""
     packed = tuple(name for name, module in net.named_modules() if isinstance(module, PackedLinear))
     heads = spec.family.new_head(spec.section, net)
     names = [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in packed)]
@@ -185,7 +186,7 @@ def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, Tens
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
-    """The tensor headers of the files; empty if the files are not here yet.
+    """The tensor headers of the files; empty if the files are not on this machine yet.
 
     Raises: ModelError for a user's folder whose weights cannot be read.
     """
@@ -198,7 +199,7 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
 
 
 def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
-    """Whether _from_files can read the base without transformers; assumed if the files are not here yet."""
+    """Whether _from_files can read the base without transformers; assumed if the files are not on this machine yet."""
     if not spec.read_by_us:
         return False
     try:
@@ -234,7 +235,7 @@ def base_fingerprint(section: ModelSection) -> str:
 
 
 def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
-    """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
+    """The net on the CPU, and notes. Raises: ModelError if the checkpoint lacks weights, which would be random."""
     section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
@@ -253,10 +254,10 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             net.get_submodule(head).to("meta")  # initialised later
             missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
-        what = f"{section.name_or_path} lacks weights that its configuration asks for ({listed(missing, 5)})"
+        what = f"{section.name_or_path} lacks weights that its configuration declares ({listed(missing, 5)})"
         raise ModelError(what, "they would be random; give a complete model", key="model.name_or_path")
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
-    return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
+    return net, [f"the model does not use {len(unused)} tensors of the base, for example {unused[0]}"] if unused else []
 
 
 def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
@@ -308,8 +309,7 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules. A head for other labels is left out, because the labels' note names
-    it."""
+    """Notes about randomly initialised modules. A head for other labels is left out, because another note names it."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     names = [name for name in new_modules if name != replaced]
     if not names:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class AutoClass(Protocol):
-    """transformers' class that makes or loads the net of any configuration for one task."""
+    """A class of transformers that makes or loads nets for one task, for any configuration."""
 
     __name__: str
     _model_mapping: Mapping[type, type[nn.Module]]
@@ -32,7 +32,7 @@ def as_pretrained(net: nn.Module) -> PreTrainedModel:
 
 
 def input_embedding(net: nn.Module) -> nn.Module | None:
-    """The module that looks up or projects inputs; None if the net's class names none, as for convolutional nets."""
+    """The module that looks up or projects inputs; None if the net's class does not name it (convolutional nets)."""
     try:
         return as_pretrained(net).get_input_embeddings()
     except (AttributeError, NotImplementedError):

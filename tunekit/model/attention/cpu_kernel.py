@@ -3,7 +3,7 @@
   P = softmax(scale Q K^T),  O = P V;   with G = dL/dO, S = scale P * (G V^T - rowsum(G * O)):
   dV = P^T G,  dQ = S K,  dK = S^T Q
 
-A document may share a prefix with another one, whose queries are computed there: it then has more keys than queries.
+A document may share a prefix that is computed in another document; it then has more keys than queries.
 Queries are processed in blocks against the keys before them, in float32 for any input dtype, so that only the output
 is rounded, as in torch's kernel. No T x T matrix is kept: P is recomputed. Query heads that share a key head are rows
 of one product, so keys and values are never repeated.
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 BLOCK_QUERIES, MIN_QUERIES = 64, 16
-SCORES_BYTES = 8 * 2**20  # of one block, in float32
-MAX_TOKENS = 768  # of a document; torch's kernel is as fast for longer ones
+SCORES_BYTES = 8 * 2**20  # maximum of one block's scores, in float32
+MAX_TOKENS = 768  # maximum length of a document; torch's kernel is as fast for longer documents
 Lengths = tuple[int, ...]
 
 
@@ -40,7 +40,7 @@ def attend_causally(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Saves its inputs and the output for the backward pass."""
+    """The function above with its backward pass, which reads the saved inputs and the saved output."""
 
     @staticmethod
     def forward(
@@ -104,8 +104,8 @@ def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _blocks(query: Tensor, lengths: Lengths, key_lengths: Lengths) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, with the keys that any query of the block attends to. On the meta device only the largest
-    block, which decides the memory."""
+    """Blocks of queries, each with the keys that its queries attend to. On the meta device, only the largest block,
+    because it determines the memory."""
     start, first, blocks = 0, 0, []
     for length, keys in zip(lengths, key_lengths, strict=True):
         fitting = SCORES_BYTES // (4 * query.shape[0] * max(keys, 1))

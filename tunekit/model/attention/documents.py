@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 SUFFIX = "_per_document"
 LOOPED = ("sdpa", "eager")  # attention functions that can be called once per document
 PRODUCTS = "products" + SUFFIX  # matrix products, which replace sdpa on a CPU
-VARLEN = "varlen" + SUFFIX  # torch's kernel for variable lengths, for half precision on CUDA
-CAPABILITY = (8, 0)  # of the GPU
-HEAD_SIZES = range(8, 257, 8)  # that the kernel supports
+VARLEN = "varlen" + SUFFIX  # torch's kernel for documents of several lengths, for half precision on CUDA
+CAPABILITY = (8, 0)  # minimum compute capability of the GPU
+HEAD_SIZES = range(8, 257, 8)  # supported by the kernel
 
-# Families whose documents in a packed row are tested to equal the same documents alone.
+# Families for which tests prove that documents in a packed row equal the same documents alone.
 PROVEN = frozenset(
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
@@ -45,7 +45,7 @@ PROVEN = frozenset(
 
 
 def keeps_documents_apart(net: nn.Module) -> bool:
-    """Whether documents of a row provably do not attend to each other: attended one by one, in a tested family."""
+    """Whether documents of a row do not attend to each other: attention runs per document, in a tested family."""
     return str(config_of(net)._attn_implementation).endswith(SUFFIX) and text_config(net).model_type in PROVEN
 
 
@@ -63,7 +63,7 @@ def within_windows(net: nn.Module, longest: int) -> bool:
 
 
 class DocumentMask:
-    """Replaces a layer's mask: the documents, and any mask inside a document beyond the causal one."""
+    """Replaces a layer's mask. `allowed`: the mask inside a document, if it is not just causal."""
 
     def __init__(self, segments: Segments, allowed: Callable[..., Tensor] | None, device: torch.device) -> None:
         self.segments, self.allowed, self.device = segments, allowed, device
@@ -72,10 +72,10 @@ class DocumentMask:
         self._key_indices: dict[int, Tensor] = {}
 
     def block(self, row: int, start: int, length: int, keys: int, dtype: torch.dtype = torch.bool) -> Tensor | None:
-        """The mask of one document: (1, 1, L, L), True (or 0 in a floating `dtype`) where a key is visible; None:
-        causal.
+        """The mask of one document, (1, 1, L, L): True (or 0 in a floating `dtype`) where a key is visible. None if it
+        is causal.
 
-        (1, 1, L, K) for a document that has K keys because it shares a prefix with another one.
+        (1, 1, L, K) for a document that has K keys because it shares a prefix with another document.
         """
         if self.allowed is None and keys == length:
             return None
@@ -137,8 +137,8 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
-    """Whether torch's variable-length kernel runs on `device` with this model's heads; a GPU that is planned for but
-    not here is assumed to have it."""
+    """Whether torch's variable-length kernel runs on `device` with this model's heads; assumed for a GPU that is not on
+    this machine."""
     if capability(device) < CAPABILITY or _varlen() is None:
         return False
     text = config.get_text_config()
@@ -147,7 +147,7 @@ def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
 
 
 def uncompiled_attention() -> None:
-    """Keep compiled layers from compiling attention over documents: it is a kernel, or a loop whose length changes."""
+    """Exclude attention over documents from compiled layers: it is a kernel, or a loop of changing length."""
     from transformers import AttentionInterface
 
     _register()
@@ -156,8 +156,8 @@ def uncompiled_attention() -> None:
 
 
 def may_be_packed(net: nn.Module) -> bool:
-    """Whether the net may keep the rows of a sequence apart: it attends document by document, or makes its mask from
-    the positions, or a meta forward cannot tell."""
+    """Whether the net may keep packed rows apart: it attends document by document, or makes its mask from positions, or
+    a meta forward cannot tell."""
     from transformers import masking_utils
 
     name, searches = "find_packed_sequence_indices", list[bool]()
@@ -186,7 +186,7 @@ def _runs(net: nn.Module) -> bool:
 
 
 def _trial_of(net: nn.Module) -> Callable[[], object]:
-    """A forward of 5 tokens through such a net on the meta device; raises whatever the model's code raises."""
+    """A function that runs 5 tokens through such a net on the meta device. Errors of the model's code are raised."""
     with torch.device("meta"):
         # The dtype in which experts' kernels run on the meta device.
         trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16)
@@ -217,7 +217,7 @@ def _functions() -> dict[str, Callable[..., AttentionOutput]]:
 def known_documents() -> AbstractContextManager[None]:
     """A block in which transformers learns from the Call whether rows are packed.
 
-    Its own search would read from the device, which waits in every forward and is impossible on the meta device.
+    Its own search would read from the device, which makes every forward wait and is impossible on the meta device.
     """
     from transformers import masking_utils
 
@@ -343,7 +343,8 @@ def _with_all_heads(
     enable_gqa: bool,
     **named: object,
 ) -> Tensor:
-    """For a torch whose function needs as many key heads as query heads. Shapes: (T, H, D), (T, G, D) twice."""
+    """`attend` with repeated key heads, for a torch that needs as many key heads as query heads. Shapes: (T, H, D),
+    (T, G, D), (T, G, D)."""
     groups = query.shape[1] // key.shape[1]
     repeated = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return attend(query, *repeated, *others, **named)

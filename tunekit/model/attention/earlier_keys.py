@@ -1,8 +1,8 @@
 """Puts learned keys and values before the tokens of every layer, and records the keys and values of a text.
 
-An attention module receives the learned keys and values as if they were in its cache. The module's own code then joins
-them with its own, so scaling, grouped heads, soft caps and relative biases stay in that code. The model's cache does
-not contain them: they work with and without a cache, and in a recomputed layer.
+An attention module receives the learned keys and values as if they were in its cache, and its own code joins them with
+the tokens' keys and values. So scaling, grouped heads, soft caps and relative biases stay in that code. The model's
+cache does not contain the learned keys, so they also work without a cache and in a recomputed layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
-# by window: the inputs of the last mask, and that mask
+# window -> the inputs of the last mask, and that mask
 MaskCache = dict[int | None, tuple[tuple[object, ...], Tensor | None]]
 Hooked = tuple[tuple[object, ...], dict[str, Any]]
 
@@ -41,9 +41,9 @@ Hooked = tuple[tuple[object, ...], dict[str, Any]]
 def enter(
     net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues
 ) -> list[RemovableHandle]:
-    """Give every layer `length` keys and values before its own, at the positions 0 to `length` - 1.
+    """Put `length` keys and values before the tokens' in every layer, at the positions 0 to `length` - 1.
 
-    The tokens' positions then start at `length`. Returns the hooks; their `remove()` undoes this.
+    The tokens' positions then start at `length`. Returns the hooks; `remove()` of all hooks undoes the change.
     """
     masks: MaskCache = {}
     entries = [_Entry(attention, length, keys_values, masks) for attention in attentions]
@@ -52,13 +52,13 @@ def enter(
 
 
 def _same_inputs(ones: tuple[object, ...], others: tuple[object, ...]) -> bool:
-    """Whether two masks were made of the same inputs: tensors are compared by identity."""
+    """Whether the inputs of two masks are the same. Tensors are compared by identity."""
     pairs = zip(ones, others, strict=True)
     return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
 class _Entry:
-    """The hook of one attention module: an extended past, and a mask that shows it."""
+    """The hook of one attention module. It adds the learned keys to the past, and makes them visible in the mask."""
 
     def __init__(self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: MaskCache) -> None:
         self.attention, self.length, self.keys_values, self.masks = attention, length, keys_values, masks
@@ -76,7 +76,7 @@ class _Entry:
         if self.mask_name is not None:
             cached = int(past.get_seq_length(self.attention.layer)) if past is not None else 0
             mask, positions = named.get(self.mask_name), named.get("position_ids")
-            inference = torch.is_inference_mode_enabled()  # tensors made in it cannot enter a backward pass
+            inference = torch.is_inference_mode_enabled()  # tensors made in inference mode cannot enter a backward pass
             made_of = (mask, positions, tuple(hidden.shape[:2]), cached, hidden.dtype, hidden.device, inference)
             window = self.attention.window
             if window not in self.masks or not _same_inputs(self.masks[window][0], made_of):
@@ -105,7 +105,7 @@ class _Entry:
         return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
 
     def _visible(self, positions: object, queries: int, cached: int, device: torch.device) -> Tensor:
-        """(1 or B, 1, T, P) bool: the learned keys that each query sees; with a window, those within reach."""
+        """(1 or B, 1, T, P) bool: the learned keys that each query sees: all, or the keys within the window."""
         if self.attention.window is None:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
         if not isinstance(positions, Tensor):  # without them, left padding counts as distance
@@ -114,7 +114,7 @@ class _Entry:
 
 
 def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """(1, 1, T, K) bool: query i sees the keys up to `offset` + i, with a window only the last ones."""
+    """(1, 1, T, K) bool: query i sees the keys up to `offset` + i; with a window, only the last `window` of these."""
     query = torch.arange(queries, device=device)[:, None] + offset
     key = torch.arange(keys, device=device)[None]
     visible = key <= query
@@ -124,13 +124,14 @@ def _causal_mask(queries: int, keys: int, offset: int, window: int | None, devic
 
 
 class EarlierPast:
-    """Acts as an attention module's cache: the real one, if there is one, with P keys and values before it."""
+    """Replaces an attention module's cache: P learned keys and values, followed by the real cache if there is one."""
 
     def __init__(self, past: Cache | None, attention: SelfAttention, keys: Tensor, values: Tensor) -> None:
         self._past, self._attention, self._keys, self._values = past, attention, keys, values
 
     def update(self, keys: Tensor, values: Tensor, *more: object, **named: object) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, H, T, D) in the real cache; return all of them, the learned ones first."""
+        """Store the new keys and values (B, H, T, D) in the real cache; return the learned, the cached and the new
+        ones."""
         for tensor, learned in ((keys, self._keys), (values, self._values)):
             if tensor.shape[1] != learned.shape[0] or tensor.shape[3] != learned.shape[2]:
                 name, heads, width = self._attention.name, self._attention.heads, self._attention.width
@@ -141,7 +142,7 @@ class EarlierPast:
         return _join(self._keys, keys), _join(self._values, values)
 
     def get_seq_length(self, *layer: int) -> int:
-        """Tokens before the new ones, including the learned ones."""
+        """The number of keys before the new tokens, including the learned keys."""
         cached = self._past.get_seq_length(self._attention.layer) if self._past is not None else 0
         return int(cached) + int(self._keys.shape[1])
 
@@ -185,7 +186,7 @@ class _RecordingCache:
         return keys, values
 
     def get_seq_length(self, *layer: int) -> int:
-        """Always 0: no token comes before these."""
+        """Always 0: no token comes before the recorded tokens."""
         return 0
 
 
@@ -195,9 +196,9 @@ def _join(learned: Tensor, states: Tensor) -> Tensor:
 
 
 def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: int) -> list[RemovableHandle]:
-    """Hooks that add `length` to the positions of the tokens, wherever this decoder makes them.
+    """Hooks that add `length` to the positions of the tokens, on the module where this decoder makes positions.
 
-    Raises: ModelError if it makes them in an unknown way.
+    Raises: ModelError if it makes positions in an unknown way.
     """
     outer = decoder(net)
     if "position_ids" in parameters_of(outer):

@@ -13,7 +13,7 @@ class Segments:
     """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a separate document.
 
     `shared`: the length of each document's shared prefix, such as a prompt with several answers. The prefix is
-    computed in the last document before it that shares nothing. Empty if no document shares a prefix.
+    computed in the last document before that has no shared prefix. Empty if no document shares a prefix.
     `masked`: transformers' own mask keeps the documents apart, because virtual tokens come before them.
     """
 
@@ -36,7 +36,7 @@ class Segments:
         return tuple(map(add, self.shared[row], self.rows[row])) if self.shared else self.rows[row]
 
     def key_indices(self, row: int) -> Tensor:
-        """(T',) where in the row the keys of its documents are, one document after the other."""
+        """(T',) positions in the row of the documents' keys, one document after the other."""
         indices, start, first = list[Tensor](), 0, 0
         for length, shared in zip(self.rows[row], self.shared[row], strict=True):
             first = first if shared else start
@@ -54,8 +54,8 @@ class Segments:
 
 
 def find_segments(position_ids: Tensor, *, masked: bool = False) -> Segments:
-    """A document ends where the next position does not follow. A document that starts at position P > 0 shares the
-    first P tokens of the last one that started at 0.
+    """The documents of rows, from their positions. A document ends if the next position is not one higher. A document
+    that starts at position P > 0 shares the first P tokens of the last document that started at 0.
 
     Shapes: position_ids (B, T), on the host, because their values are read.
     """

@@ -35,7 +35,7 @@ class SelfAttention:
 def self_attentions(net: nn.Module) -> list[SelfAttention]:
     """The self-attention of every decoder layer, in order.
 
-    Raises: ModelError with the reason why no keys and values can be put before its own.
+    Raises: ModelError with the reason if no keys and values can be put before the tokens'.
     """
     config = getattr(decoder(net), "config", None) or text_config(net)
     modules: dict[int, tuple[str, nn.Module]] = {}
@@ -88,7 +88,7 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
 
 
 def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
-    """The number of key and value heads, and the width of one."""
+    """The number of key and value heads, and the width of a head."""
     queries = int(config.num_attention_heads)
     heads = int(getattr(config, "num_key_value_heads", None) or queries)
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or int(config.hidden_size) // queries
@@ -97,7 +97,7 @@ def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
 
 def no_way_in(config: PreTrainedConfig, why: str) -> ModelError:
     """The error that refuses a family, with the reason."""
-    what = f"{config.model_type} {why}, so that no keys and values can be put before its own"
+    what = f"{config.model_type} {why}, so no keys and values can be put before the tokens'"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
 
 

@@ -1,4 +1,4 @@
-"""The families of models. Each file here that defines FAMILY is one; the other files contain shared code."""
+"""The families of models. Each file in this folder that defines FAMILY is a family; the others are shared code."""
 
 import re
 from functools import cache

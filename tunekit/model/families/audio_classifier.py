@@ -18,16 +18,16 @@ from tunekit.recipe.model import ModelSection
 PROJECTOR, CLASSIFIER = "projector", "classifier"
 MODEL_TYPES = ("whisper",)
 NOT_WHISPER = (
-    "is not a Whisper model: audio_classify trains Whisper's encoder, which reads log-mel features, but no model of "
-    "raw waveforms (Wav2Vec2, HuBERT, WavLM) or spectrograms of another kind (AST)"
+    "is not a Whisper model. audio_classify only trains Whisper's encoder, which reads log-mel features, and no models "
+    "of raw waveforms (Wav2Vec2, HuBERT, WavLM) or of other spectrograms (AST)"
 )
 MIXED = "mixes its layers with trained weights (use_weighted_layer_sum), which audio_classify does not train"
 
 
 @dataclass(frozen=True)
 class MeanHead(TextHead):
-    """logits = classifier(projector(m)), with m the mean of a recording's hidden states. The net itself projects each
-    position and takes the mean of the projections, which is equal.
+    """logits = classifier(projector(m)), where m is the mean of a recording's hidden states. The net itself projects
+    each position and takes the mean of the projections, which gives the same logits.
 
     Shapes: m (N, D) -> (N, C).
     """
@@ -38,8 +38,8 @@ class MeanHead(TextHead):
 
 
 class AudioClassifierFamily(Family):
-    """Input: log-mel features (input_features (B, M, F)). Hidden states of the encoder (B, T, D); a head reads their
-    mean, (D) -> (C), C labels."""
+    """Input: log-mel features, input_features (B, M, F). The encoder's hidden states are (B, T, D). A head reads their
+    mean: (D) -> (C), C labels."""
 
     endings = ("ForAudioClassification",)
     class_name = "AutoModelForAudioClassification"

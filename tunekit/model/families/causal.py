@@ -9,7 +9,7 @@ from tunekit.recipe.model import ModelSection
 
 
 class CausalFamily(Family):
-    """A decoder alone; also the family of a base whose configuration names no architecture."""
+    """A decoder. Bases whose configuration names no architecture belong to this family too."""
 
     endings = ("ForCausalLM", "LMHeadModel")
     class_name = "AutoModelForCausalLM"

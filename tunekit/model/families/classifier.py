@@ -13,8 +13,8 @@ from tunekit.recipe.model import ModelSection
 
 
 class ClassifierFamily(Family):
-    """Tokens -> logits (B, C), C labels. The head may be a small network and reads one position per row: in a decoder
-    the last token."""
+    """Tokens -> logits (B, C), C labels. The head, which may be a small network, reads one position per row. In a
+    decoder this is the last token."""
 
     endings = ("ForSequenceClassification",)
     class_name = "AutoModelForSequenceClassification"

@@ -31,19 +31,19 @@ UNUSED_ROWS = 2  # OPT's position table starts with two unused rows
 
 
 class Family:
-    """One family. The defaults fit a causal net that reads token ids and writes text."""
+    """A family of models. The defaults fit a causal net that reads token ids and writes text."""
 
-    endings: tuple[str, ...] = ()  # of the architecture's name in config.json
+    endings: tuple[str, ...] = ()  # endings of the architecture's name in config.json
     index_file: str | None = None  # identifies bases without a config.json
-    precedence = 0  # families with a higher one are tried first
+    precedence = 0  # families with higher precedence are tried first
     class_name: str  # transformers' class that loads a base
-    text: str  # "a causal language model"
+    text: str  # the family in messages, such as "a causal language model"
     task_type: str | None = None  # the family's name in PEFT's adapter folders; None: PEFT has no class for it
     answers = True  # whether it generates text
     labelled = False  # whether its head gives one score per label, and is trained with every adapter
-    reads_ids = True  # whether a question is token ids; otherwise recordings or images
-    ids: str | None = "input_ids"  # the input whose ids have logits; None: no vocabulary
-    part_of: tuple[str, ...] = ()  # config keys of larger models that contain one of this family
+    reads_ids = True  # whether the net reads token ids; otherwise recordings or images
+    ids: str | None = "input_ids"  # the input whose ids are predicted; None: no vocabulary
+    part_of: tuple[str, ...] = ()  # config keys under which larger models contain a model of this family
     unread: tuple[str, ...] = ()  # prefixes of tensor names in the base's files that the net does not use
     head_parts: tuple[str, ...] = ()  # modules of a head with several parts; the last one scores the labels
     reads_source = False  # whether an encoder reads the prompt, so that the answer is a separate sequence
@@ -93,32 +93,32 @@ class Family:
         return self.stacks.layers(net)
 
     def forward(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
-        """The output that objectives read: logits if the head reads whole rows, otherwise hidden states and the
-        head."""
+        """The output that objectives read: logits if only the net itself can call its head, otherwise hidden states and
+        the head."""
         if self.reads_rows(net):
             return ModelOutput(logits=self.logits(net, inputs))
         return ModelOutput(hidden=self.hidden(net, inputs), head=self.head(net))
 
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, T, D) hidden states after the final norm; no head, no cache, no full logits.
+        """(B, T, D) hidden states after the final norm. Neither the head nor a cache is used.
 
-        The base receives those of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) that it accepts.
-        A decoder with a head of labels needs no mask, since padding comes last.
+        `inputs`: input_ids or inputs_embeds, position_ids, attention_mask; inputs that the base does not accept are
+        dropped. A decoder with a head of labels needs no mask, since padding comes last.
         """
         omitted = "attention_mask" if self.labelled else ""
         return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != omitted})
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """The net's own complete logits: (B, T, V), for a classifier (B, C). Training reads hidden states and head
+        """The net's own complete logits: (B, T, V), for a classifier (B, C). Training uses hidden states and the head
         instead."""
         return call_accepted(net, inputs).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
-        """How the model in this folder must be called, if other programs would call it wrongly by default."""
+        """A note on how to call the model in this folder, if other programs would call it wrongly by default."""
         return ""
 
     def looks_back(self, net: nn.Module) -> bool:
-        """Whether each position attends only to earlier ones, so that rows may be packed."""
+        """Whether each position attends only to earlier positions, so that rows may be packed."""
         return scores_tokens(net) if self.labelled else not self.reads_source
 
     def reads_rows(self, net: nn.Module) -> bool:
@@ -184,7 +184,7 @@ class Family:
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """For a family that does not read ids: fixed inputs of one row with which the net can be called."""
+        """Fixed inputs of one row with which the net can be called, for a family that does not read ids."""
         raise NotImplementedError
 
     def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
@@ -240,6 +240,6 @@ class Family:
         return ours is not None and ours is getattr(net.get_submodule(embedding), "weight", None)
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution, equal to the plain forward bit for bit. None if that is not
-        proven, or if the head reads whole rows (more than a norm then follows the layers)."""
+        """The net, divided for layer-by-layer execution with results equal to the plain forward bit for bit. None if no
+        test proves that, or if the head reads whole rows (then more than a norm follows the layers)."""
         return None if self.reads_rows(net) else self.stacks.stages(net)

@@ -16,7 +16,7 @@ from tunekit.model.pretrained import as_pretrained, config_of, text_config
 class TextHead:
     """logits = cap * tanh(scale * head(h) / cap) + offset; models without a cap or an offset skip it.
 
-    Shapes: h (N, D) -> (N, V). The module is looked up at each call, so that an adapter around it takes part.
+    Shapes: h (N, D) -> (N, V). The module is looked up at each call, so that an adapter around it is included.
     """
 
     net: nn.Module
@@ -43,7 +43,7 @@ class TextHead:
 
 
 def make_head(net: nn.Module, name: str) -> TextHead:
-    """The head with the scale and the cap from the configuration."""
+    """The head with the scale, divisor, cap and offset of the net's configuration."""
     scale, divisor, config = 1.0, 1.0, text_config(net)
     if config.model_type.startswith("cohere"):
         scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -76,7 +76,7 @@ def scores_tokens(net: nn.Module) -> bool:
 def label_head(net: nn.Module) -> TextHead:
     """The head of a decoder: hidden states (D) -> scores (C). Raises: ModelError for other nets."""
     if not scores_tokens(net):
-        raise ModelError(f"{type(net).__name__} gives one row of logits per text, none per token", "read its logits")
+        raise ModelError(f"{type(net).__name__} gives one row of logits per text, not one per token", "read its logits")
     return TextHead(net, "score")
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CONFIG = "preprocessor_config.json"
 SIZES = ("size", "crop_size", "resize_short")  # the file's keys for sizes of images
-PLAIN_KIND = "ViTImageProcessor"  # of a model without the file
+PLAIN_KIND = "ViTImageProcessor"  # the processor of a model without this file
 MAX_SIDE = 4096
 PROBES = ((40, 56), (56, 40), (300, 70))  # heights and widths of test images for a processor
 LIBRARIES = {"PIL": "Pillow", "torchvision": "torchvision"}  # of the extra `images`, by module
@@ -43,10 +43,10 @@ PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each ch
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """Calls the model's own image processor, and measures its effect: the part of an image that is visible, its size,
-    the filter, and the scale of its values.
+    """Calls the model's own image processor, and measures its effect: the visible part of an image, the size, and the
+    scale of the values.
 
-    `side`: another number of pixels from the recipe; all sizes of the processor are scaled with it.
+    `side`: the side in pixels from the recipe, if it differs from the model's; all sizes of the processor are scaled.
     """
 
     folder: Path
@@ -56,8 +56,8 @@ class PixelProcessor:
 
     @cached_property
     def config(self) -> JsonObject:
-        """The processor's file; without one, that of a vision transformer with the image size in the model's
-        configuration.
+        """The content of the processor's file. Without a file: the processor of a vision transformer, with the image
+        size in the model's configuration.
 
         Raises: ModelError for an impossible size.
         """
@@ -176,7 +176,7 @@ class PixelProcessor:
     def _unusable(self, error: Exception) -> TunekitError:
         lacking = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
         if isinstance(error, ImportError) and lacking:
-            what = f"processors of images need {' and '.join(lacking)}, not installed here"
+            what = f"image processors need {' and '.join(lacking)}, which is not installed"
             return InputError(what, "run: pip install 'tunekit[images]'")
         first = str(error).strip().partition("\n")[0]
         what = f"is not a usable image processor ({first})"

@@ -28,7 +28,7 @@ FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's `dropou
 
 
 class OneStack:
-    """A decoder or an encoder alone."""
+    """A net with one stack: a decoder or an encoder."""
 
     def layers(self, net: nn.Module) -> NamedModules:
         """The layers in order, with their module names."""
@@ -55,7 +55,7 @@ class OneStack:
 
 
 class TwoStacks:
-    """An encoder that reads a source, and a decoder of answers (inputs `decoder_...`) that attends to its output."""
+    """A net with an encoder, which reads a source, and a decoder of answers (inputs `decoder_...`)."""
 
     def layers(self, net: nn.Module) -> NamedModules:
         """The encoder's layers in order, then the decoder's, with their module names."""
@@ -108,7 +108,7 @@ def _answer(decoder: nn.Module, inputs: Tensors, source: Tensor | None) -> Model
 
 
 def _finish(stack: nn.Module) -> list[nn.Module]:
-    """The modules after a stack's last layer; none if each layer normalises its output."""
+    """The modules after a stack's last layer; empty if each layer normalises its output."""
     modules = [getattr(stack, name, None) for name in FINISH]
     return [module for module in modules if isinstance(module, nn.Module)]
 

@@ -2,7 +2,7 @@
 
 A block of 64 numbers is divided by its largest magnitude, and each becomes the nearest of 16 values. A byte contains
 two values, the first in the high half. With double quantization, the blocks' magnitudes minus their mean are packed
-too: 256 of them share a scale, and each becomes the nearest of 256 values. Source: Dettmers et al. 2023 (QLoRA),
+too: 256 magnitudes share a scale, and each becomes the nearest of 256 values. Source: Dettmers et al. 2023 (QLoRA),
 section 3.
 """
 
@@ -36,15 +36,16 @@ def values_of(quantization: str) -> Tensor:
     if quantization == "nf4":
         return torch.tensor(NF4_VALUES, dtype=torch.float32)
     positive = torch.tensor(FP4_VALUES, dtype=torch.float32) / max(FP4_VALUES)
-    return torch.cat([positive, 0.0 - positive])  # the second zero is a plain one too
+    return torch.cat([positive, 0.0 - positive])  # the second zero is positive too
 
 
 @cache
 def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
     """(256,) float32, ascending: the values of packed scales, times their own scale; sent to a device once.
 
-    Seven decades; each has twice as many values as the one below, at the middles of equal steps from 0.1 to 1; both
-    signs; 0 and 1. Source: Dettmers 2015, 8-bit approximations for parallelism in deep learning.
+    The values are 0, 1, and seven decades with both signs. Each decade has twice as many values as the decade below, at
+    the middles of equal steps from 0.1 to 1. Source: Dettmers 2015, 8-bit approximations for parallelism in deep
+    learning.
     """
     levels = [0.0, 1.0]
     for decade in range(7):
@@ -74,7 +75,7 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
     """(n,) float32 divided by their blocks' magnitudes, which are written to `absmax`; padded to an even number.
 
-    bitsandbytes multiplies whole blocks by the inverse but divides the remainder, so this does too.
+    bitsandbytes multiplies whole blocks by the inverse but divides the remainder, so this function does the same.
     """
     blocks_end = part.numel() // BLOCK * BLOCK
     blocks = part[:blocks_end].view(-1, BLOCK)
@@ -91,8 +92,8 @@ def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
 
 @cache
 def _rounding_tables(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables over the upper half (65536) of a float32: how many rounding bounds are below all numbers with it, and the
-    one bound that may be among them; and the recoding of a byte of ranks (256).
+    """Three tables. For each upper half (65536) of a float32: how many rounding bounds are below all numbers with this
+    half, and the one bound that may be among these numbers. For each byte of ranks (256): its recoding.
 
     Searching the 15 bounds for every number would take ten times as long.
     """
@@ -177,7 +178,7 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
 
 @cache
 def _pairs(quantization: str, device: torch.device) -> Tensor:
-    """(256,) int64, each the two float32 values of a byte, so that one look-up gives two numbers; sent to a device
+    """(256,) int64: for each byte its two float32 values, so that one look-up gives two numbers. Sent to a device
     once."""
     values, byte = values_of(quantization), torch.arange(256)
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)

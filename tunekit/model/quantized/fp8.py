@@ -13,12 +13,12 @@ from tunekit.machine.devices import capability
 
 LARGEST = 448.0  # the maximum of e4m3
 KIND = torch.float8_e4m3fn
-MULTIPLE = 16  # the units require sides that are multiples of it
+MULTIPLE = 16  # the float8 units require sides that are multiples of 16
 CAPABILITY = (8, 9)
 
 
 def computes_fp8(device: torch.device) -> bool:
-    """Whether float8 products run natively on `device`; assumed for a GPU that is planned for but not here."""
+    """Whether float8 products run natively on `device`; assumed for a GPU that is not on this machine."""
     return capability(device) >= CAPABILITY
 
 

@@ -177,7 +177,8 @@ def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: 
 
 
 def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """The net for a section: its trained parts, and whether the frozen ones stay on the device. Raises: ModelError."""
+    """The net of a section. The section names the trained parts, and whether frozen parts stay on the device. Raises:
+    ModelError."""
     trained = section.trained if isinstance(section, PipelineModel) else (PIPELINES[read_index(folder)[""]],)
     net = load_net(folder, trained, dtype, meta=meta)
     net.stays = isinstance(section, PipelineModel) and section.stays
@@ -212,7 +213,7 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
         raise ModelError(f"cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY) from error
     missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name])
     if missing:
-        what = f"lacks weights that its configuration asks for ({', '.join(missing[:3])})"
+        what = f"lacks weights that its configuration declares ({', '.join(missing[:3])})"
         raise ModelError(what, "they would be random; give a complete pipeline", file=str(folder), key=KEY)
     return part
 
