@@ -142,8 +142,7 @@ def _labelled(look: Look, asks: bool) -> Look:
         if _ask(asks, question, usual).lower().startswith("y"):
             example = facts_of("formats", LABELS_FORMAT).EXAMPLE
             objective = next(each for each in proposed_objectives() if each.example == example)
-            note = f"the labels are the {count} values of {name}; to train on the text instead: objective: sft, "
-            "format: text"
+            note = f"the labels are the {count} values of {name}; to train on the text: objective: sft, format: text"
             method = objective.model_fields["method"].default
             return replace(
                 look, objective=method, format_name=LABELS_FORMAT, columns={name: "label"}, notes=[note, *look.notes]

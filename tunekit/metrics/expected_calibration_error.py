@@ -4,8 +4,7 @@ probability."""
 from collections.abc import Mapping
 from typing import Any
 
-DESCRIPTION = "mean difference between the probability of the predicted label and its accuracy, over 15 bins "
-"of equal width"
+DESCRIPTION = "mean difference between the probability of the predicted label and its accuracy, over 15 equal bins"
 NEEDS = ("calibration",)
 HIGHER_IS_BETTER = False
 BINS = 15  # bins of equal width; the upper bound is included

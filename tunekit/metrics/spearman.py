@@ -5,8 +5,7 @@ from typing import Any
 
 from tunekit.metrics.outputs import ROW_VALUES, mean_of_outputs, spearman
 
-DESCRIPTION = "Spearman rank correlation of scores and numbers; for rows with several numbers, the mean "
-"over the numbers"
+DESCRIPTION = "Spearman correlation of scores and numbers; for rows with several numbers, the mean over the numbers"
 NEEDS = (ROW_VALUES,)
 HIGHER_IS_BETTER = True
 

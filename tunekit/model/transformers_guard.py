@@ -26,8 +26,7 @@ NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence these libraries inside the block, except with --verbose. Errors are still raised; only output is
-    suppressed."""
+    """Silence the libraries inside the block, except with --verbose. Errors are still raised."""
     if is_verbose():
         yield
         return
@@ -50,7 +49,7 @@ def _no_progress_bars() -> Iterator[None]:
 
     bars = transformers_logging.tqdm_lib.tqdm
     base = next((cls for cls in bars.__mro__ if cls.__module__ == "tqdm.std"), bars)
-    original, stored = base.__init__, vars(base)["__init__"]  # another library may have put a partial method there
+    original, stored = base.__init__, vars(base)["__init__"]  # the latter may be a partial method of another library
 
     def disabled(self: object, *positional: object, **named: object) -> None:
         original(self, *positional, **{**named, "disable": True})
@@ -67,7 +66,7 @@ def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
     """Replace values of another library inside the block; they are restored after it, also after an error.
 
     `namespace`: `vars(module)`, or any other mapping of names; a name that did not exist is removed again.
-    Not for overlapping blocks of two threads.
+    Blocks of two threads must not overlap.
     """
     before = {name: namespace[name] for name in values if name in namespace}
     namespace.update(values)
@@ -81,7 +80,8 @@ def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
 
 @contextmanager
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
-    """In this block `kernels` cannot be imported; for GGUF, transformers also sees it as not installed."""
+    """A block in which the package `kernels` cannot be imported. With `gguf`, transformers also sees it as not
+    installed."""
     with ExitStack() as stack:
         stack.enter_context(replaced(cast("dict[str, ModuleType | None]", sys.modules), kernels=None))
         for module in filter(None, map(_module, KERNEL_USERS if gguf else ())):
@@ -100,8 +100,8 @@ def _module(name: str) -> ModuleType | None:
 
 @contextmanager
 def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
-    """Convert transformers' errors inside the block, while it reads a model or a `part` of it, into a one-line
-    ModelError."""
+    """Convert errors of transformers inside the block into a one-line ModelError. `part`: the part of the model that is
+    read, for the message."""
     try:
         yield
     except (TunekitError, MemoryError, torch.OutOfMemoryError):

@@ -14,12 +14,12 @@ from torch import nn
 
 from tunekit.contracts import Modules
 
-OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # as it is, cast or transposed; not a part of it
+OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # the whole matrix, perhaps cast or transposed
 PRODUCTS = ("linear", "matmul")  # functions that multiply
 
 
 def uncalled_layers(modules: Modules) -> set[str]:
-    """Names of such layers among a net's modules."""
+    """Names of the layers that the net's code multiplies directly."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}
     multiplied = {
@@ -29,7 +29,7 @@ def uncalled_layers(modules: Modules) -> set[str]:
 
 
 def _unread_poolers(modules: Modules) -> set[str]:
-    """Names in a pooler of the base whose output the net ignores: SigLIP's classifier takes the mean of the positions
+    """Names of the modules in a pooler whose output the net ignores: SigLIP's classifier uses the mean of the positions
     instead."""
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items() if not name}
     if not kinds or _reads_pooled(kinds[""]):
@@ -85,4 +85,4 @@ def _factors(node: ast.AST) -> Iterator[ast.expr]:
     elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PRODUCTS:
         yield from node.args
     elif isinstance(node, ast.Assign) or (isinstance(node, ast.Attribute) and node.attr == "data"):
-        yield node.value  # split, or changed in place, as Gemma 3n's coefficients are
+        yield node.value  # weights that are split, or changed in place like Gemma 3n's coefficients

@@ -1,4 +1,5 @@
-"""The only module that knows quantized weights: one handle reads and replaces a layer's matrix."""
+"""The interface to dense and packed matrices: one handle reads and replaces a layer's matrix. Other modules need not
+know how it is stored."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def pack_linear(
 def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """The packed tensors of a matrix (O, I) of the base.
 
-    Raises: ModelError if it is not finite. The scales show that, so no second matrix is allocated for the check.
+    Raises: ModelError if the matrix is not finite. The check reads only the scales, so it needs no second matrix.
     """
     tensors = codec.pack(matrix, quantization, double_quantization)
     scales = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
@@ -142,8 +143,9 @@ def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) ->
 
 
 def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every 4-bit layer of bitsandbytes by a PackedLinear over the same tensors, and cast the rest to `dtype`:
-    transformers leaves each such `weight` in its stored dtype."""
+    """Replace every 4-bit layer of bitsandbytes by a PackedLinear with the same tensors, and cast all other parameters
+    to
+    `dtype`, because transformers leaves them in their stored dtype."""
     kind = codec.import_bitsandbytes().nn.Linear4bit
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
         parameter = module.weight
@@ -162,7 +164,7 @@ def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Weight:
-    """Handle of one module's matrix: `shape` is (O, I) for any storage; for an embedding (vocabulary, D)."""
+    """A handle of one module's matrix. `shape`: (O, I) for any storage; (vocabulary, D) for an embedding."""
 
     module: nn.Module
     kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8
@@ -176,7 +178,7 @@ class Weight:
 
     @property
     def device(self) -> torch.device:
-        """The matrix's device."""
+        """The device of the matrix."""
         if isinstance(self.module, PackedLinear):
             return self.module.get_buffer("packed").device
         return _dense(self.module).device
@@ -200,7 +202,7 @@ class Weight:
         return (stored.t() if self.transposed else stored).to(dtype, copy=True).contiguous()
 
     def replace(self, matrix: Tensor) -> None:
-        """Replace the matrix by `matrix` (O, I), in the same dtype or packing; a tied partner keeps the old one."""
+        """Replace the matrix by `matrix` (O, I), in the same dtype or packing. A tied module keeps the old matrix."""
         if tuple(matrix.shape) != self.shape:
             raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace one of shape {self.shape}")
         if isinstance(self.module, PackedLinear):
@@ -215,18 +217,19 @@ class Weight:
 
 
 def multiplies_exactly(module: nn.Module) -> bool:
-    """Whether the module computes x W^T + b with W = product_matrix: no subclass with its own forward, and neither
-    LLM.int8 nor fp8, which round x."""
+    """Whether the module computes x W^T + b with W = product_matrix. Subclasses may have their own forward, and
+    LLM.int8 and fp8 round x."""
     return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
 
 
 def product_matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W (O, I) of such a module for a product in `dtype`: the stored one if it is dense, otherwise unpacked again."""
+    """W (O, I) of a module that multiplies exactly, for a product in `dtype`: the stored matrix if it is dense,
+    otherwise an unpacked copy."""
     return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
 
 
 def exact_product(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) -> x W^T + b (..., O) of such a module; `bias` in x's dtype."""
+    """x (..., I) -> x W^T + b (..., O) of a module that multiplies exactly. `bias`: in the dtype of x."""
     if isinstance(module, PackedLinear) and current_call().fuses:
         shape = module.out_features, module.in_features
         fused = codec.fused_product(x, module.tensors(), shape, module.quantization, bias)
@@ -271,12 +274,12 @@ def packed_layers(net: nn.Module) -> dict[str, PackedLinear]:
 
 
 def stored_bytes(net: nn.Module) -> int:
-    """Stored bytes of all parameters and buffers; tied ones count once."""
+    """Stored bytes of all parameters and buffers. Tied tensors count once."""
     tensors = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def element_count(net: nn.Module) -> int:
-    """Parameters of the model: tied ones count once, a packed matrix counts its dense numbers."""
+    """The number of parameters of the model. Tied tensors count once, a packed matrix as many as its dense form has."""
     dense = sum(parameter.numel() for parameter in net.parameters())
     return dense + sum(layer.in_features * layer.out_features for layer in packed_layers(net).values())

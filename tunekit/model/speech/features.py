@@ -62,7 +62,7 @@ class FeatureExtractor:
         return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """(frames, bands) log-mel features of a recording, with only the first frame of its padding.
+        """(frames, bands): the log-mel features of a recording, with only the first frame of its padding.
 
         Shapes: (samples,) at `rate`.
         """
@@ -105,7 +105,7 @@ class AudioProcessor(FeatureExtractor):
 
 
 def load_extractor(section: ModelSection) -> tuple[Any, Path]:
-    """The base's extractor, and its folder. Raises: ModelError if it is missing or of an unsupported kind."""
+    """The base's extractor and its folder. Raises: ModelError if the extractor is missing or unsupported."""
     from transformers import AutoFeatureExtractor
 
     source = find_source(section, weights=False)

@@ -25,8 +25,8 @@ TIMESTAMP_SECONDS = 0.02
 ENGLISH_VOCABULARY = 51_864
 MAX_SECONDS = 30.0  # of Moonshine's training recordings (Jeffries et al. 2024)
 FRAME_SAMPLES = 64 * 3 * 2  # the product of the strides of Moonshine's three convolutions
-MIN_SAMPLES = 127 + 64 * (7 - 1) + 64 * 3 * (3 - 1)  # the convolutions need these for one frame
-WAVE_TOKENS = 194  # maximum of Moonshine's answers, from its generation settings
+MIN_SAMPLES = 127 + 64 * (7 - 1) + 64 * 3 * (3 - 1)  # number of samples that the convolutions need for one frame
+WAVE_TOKENS = 194  # maximum length of Moonshine's answers, from its generation settings
 MAX_SHOWN = 12
 
 
@@ -57,13 +57,14 @@ class SpeechProcessor(FeatureExtractor):
         return start
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a transcript, with a blank before it; special tokens' names in it stay text."""
+        """Ids of a transcript, with `blank` before it. Names of special tokens in the transcript are encoded as plain
+        text."""
         text = text.strip()
         return self.tokenizer.encode(f"{self.blank}{text}", special_tokens_in_text=False) if text else []
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
-        """Ids with which an answer begins: the start token; language and task in multilingual models; and the
-        no-timestamps token.
+        """The first ids of an answer: the start token; language and task in multilingual models; the no-timestamps
+        token unless `timestamps`.
 
         Raises: DataError for an unknown or missing language.
         """
@@ -75,7 +76,7 @@ class SpeechProcessor(FeatureExtractor):
             ids += [self._token(f"<|{self.language_code(language)}|>"), self._token(f"<|{task}|>")]
         elif (language is not None and _code(language) != "en") or task != "transcribe":
             what = "the model can only transcribe English"
-            raise DataError(what, "leave language and task out, or choose a multilingual model")
+            raise DataError(what, "remove language and task, or choose a multilingual model")
         return ids if timestamps else [*ids, self.no_timestamps]
 
     def language_code(self, language: str) -> str:
@@ -121,8 +122,8 @@ class SpeechProcessor(FeatureExtractor):
 
     @cached_property
     def normalize(self) -> Callable[[str], str]:
-        """A normaliser that makes spellings of the same words equal before words are compared: Whisper's English one
-        if the model includes its spellings, otherwise the one for all languages."""
+        """A function that makes different spellings of a word equal before texts are compared: Whisper's normaliser for
+        English if the model has its file of spellings, otherwise the normaliser for all languages."""
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         path = self.folder / NORMALIZER
@@ -159,7 +160,7 @@ class WaveProcessor(SpeechProcessor):
         return 1
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """(samples, 1), all of them. Raises: DataError if there are too few for one frame."""
+        """All samples, (samples, 1). Raises: DataError if there are too few for one frame."""
         if len(samples) < MIN_SAMPLES:
             length, minimum = (count / self.rate for count in (len(samples), MIN_SAMPLES))
             what = f"the recording lasts {length:.3f} s, but the model needs at least {minimum:.3f} s"
@@ -175,7 +176,7 @@ class WaveProcessor(SpeechProcessor):
         """The id with which an answer begins. Raises: DataError for a language, a task or timestamps."""
         if language is not None or task != "transcribe" or timestamps:
             what = "the model only transcribes the language that it was trained on, without timestamps"
-            raise DataError(what, "leave language, task and timestamps out, or choose Whisper")
+            raise DataError(what, "remove language, task and timestamps, or choose Whisper")
         return [self.answer_start]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -191,7 +192,8 @@ def _code(language: str) -> str:
 
 
 def load_speech_processor(section: ModelSection) -> SpeechProcessor:
-    """The base's extractor, tokenizer and generation settings. Raises: ModelError if one of them is missing."""
+    """The processor of a base, with its extractor, tokenizer and generation settings. Raises: ModelError if a part is
+    missing."""
     extractor, folder = load_extractor(section)
     tokenizer = load_tokenizer(section)
     if tokenizer.answer_start_id is None:

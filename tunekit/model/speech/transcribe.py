@@ -31,7 +31,8 @@ def transcribe(
     outdated forced_decoder_ids: language and task are passed by name instead.
 
     Shapes: features (B, M, F), or samples (B, N).
-    `language_and_task`: for multilingual models; `max_tokens`: of an answer; `place`: the batch's number, for seeds.
+    `language_and_task`: for multilingual models; `max_tokens`: maximum length of an answer; `place`: the batch's
+    number, for seeds.
     """
     settings = deepcopy(model.generation_config)
     assert settings is not None

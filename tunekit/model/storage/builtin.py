@@ -1,4 +1,4 @@
-"""Built-in models that need no download: a name such as `builtin:tiny-llama` -> a model folder, made on first use.
+"""Built-in models that need no download. A name such as `builtin:tiny-llama` stands for a folder made on first use.
 
 The weights are random, so such a model can only test whether a recipe runs.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX = "builtin:"  # hub names cannot contain a colon
 TINY_LLAMA = f"{PREFIX}tiny-llama"
-LAYOUT = "v1"  # part of the folder's name: change it with anything below
+LAYOUT = "v1"  # part of the folder's name: change it if anything below changes
 SEED = 0
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

@@ -1,6 +1,6 @@
-"""Parameters that a checkpoint stores in pieces, such as a mixture's experts, which the net fuses.
+"""Parameters that a checkpoint stores in pieces but the net fuses, such as a mixture's experts.
 
-transformers' own conversion, which joins the pieces, tells where each one belongs.
+The positions of the pieces come from transformers' own conversion, which joins them.
 """
 
 import math
@@ -16,7 +16,7 @@ from tunekit.contracts import Tensors
 
 
 def stored_names(net: nn.Module) -> dict[str, str]:
-    """Stored name -> name in the net, for parameters that transformers renames while loading."""
+    """The net's names by stored names, for parameters that transformers renames while loading."""
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in net.state_dict().items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
     stored = revert_weight_conversion(net, tensors).items()
@@ -39,7 +39,8 @@ class StoredPieces:
         return revert_weight_conversion(self.net, {self.parameter: parameter})
 
     def views(self, parameter: Tensor) -> Tensors | None:
-        """Views of `whole` to read the pieces into; None if a piece is not a contiguous part of it."""
+        """Views of `parameter` into which pieces can be read; None if a piece is not a contiguous part of
+        `parameter`."""
         with _NoCopies():
             parts = self.split(parameter)
         root = parameter if parameter._base is None else parameter._base

@@ -10,7 +10,7 @@ from tunekit.model.transformers_guard import replaced
 
 
 def gguf_arguments(source: ModelSource) -> dict[str, Any]:
-    """Unpack every weight: a GGUF file's blocks can neither be trained on nor merged into."""
+    """Arguments with which transformers unpacks all weights, because packed GGUF blocks cannot be trained or merged."""
     import transformers
 
     settings = getattr(transformers, "GgufConfig", None)  # older versions always unpack

@@ -37,12 +37,12 @@ CHOICES = "choose a causal language model, an encoder-decoder such as T5, BART o
 
 
 def read_config(source: ModelSource) -> JsonObject:
-    """config.json of a folder, after a check that it is a model's.
+    """The content of a model folder's config.json.
 
     Raises: ModelError if it is missing or damaged, or if the folder is an adapter or a run.
     """
     if (source.folder / "adapter_config.json").exists():
-        how = "name the base here; an adapter is continued with adapter.init_from"
+        how = "name the base in this key; adapter.init_from continues an adapter"
         raise ModelError(f"{source.name_or_path} contains an adapter, not a base model", how, key=KEY)
     if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
         how = f"merge the run, and name the merged folder: tunekit merge {source.name_or_path} --output FOLDER"
@@ -125,7 +125,7 @@ def _obstacle(
 
 
 def family_of_base(section: ModelSection) -> str:
-    """The family of a base by its own files; causal if they do not identify one (loading reports that later)."""
+    """The family of a base according to its files; causal if they do not identify a family (loading reports that)."""
     source = find_source(section, weights=False)
     family = indexed_family(source)
     if family is None and source.gguf_file is None and (source.folder / "config.json").exists():
@@ -135,7 +135,7 @@ def family_of_base(section: ModelSection) -> str:
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
-    """The token with which the decoder of an encoder-decoder starts; None for other bases or if none is named."""
+    """The first token of an encoder-decoder's decoder; None for other bases, or if the files do not name it."""
     path = source.folder / "config.json"
     if source.gguf_file is not None or not path.exists():
         return None
@@ -177,7 +177,7 @@ def check_quantized(config: JsonObject, section: ModelSection) -> None:
 def fingerprint(source: ModelSource) -> str:
     """sha256 of the base: configuration, every file's header and size, and samples of the data.
 
-    The same files give the same value in any folder. A changed number outside the samples is not noticed.
+    The same files give the same value in any folder. A change outside the samples does not change the value.
     """
     digest = hashlib.sha256()
     if source.gguf_file is not None:
@@ -226,6 +226,6 @@ def check_gguf(source: ModelSource) -> None:
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(b"version "):
-        raise ModelError("is a Git LFS pointer, not the weights", "run `git lfs pull` there", file=str(path))
+        raise ModelError("is a Git LFS pointer, not the weights", "run `git lfs pull` in its folder", file=str(path))
     if not start.startswith(b"GGUF") or os.path.getsize(path) < 64:
         raise ModelError("is not a GGUF file", "fetch it again", file=str(path))

@@ -1,4 +1,4 @@
-"""A base for layer streaming whose weights stay in files: every parameter is a view of a shared read-only mapping."""
+"""Loads a base for layer streaming. Its weights stay in files: parameters are views of a shared read-only mapping."""
 
 from dataclasses import replace
 
@@ -27,13 +27,13 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
     opened = open_net(spec)
     if opened is None:
         what = f"{spec.section.name_or_path} stores its weights under other names or shapes than the net"
-        raise ModelError(f"{what}, so that it cannot be streamed", HOW, key=KEY)
+        raise ModelError(f"{what}, so it cannot be streamed", HOW, key=KEY)
     net, reader = opened
     if spec.is_dense and all(map(reader.is_mapped, reader.names)):
         _place_views(net, reader, spec.family)
         return net, [], True
     spec = replace(spec, device=torch.device("cpu"))
-    if spec.is_dense:  # cast to the compute dtype
+    if spec.is_dense:  # the files are not in the compute dtype
         base = PackedBase(net, reader, spec, layout=layout_of(net, spec.family, reader.new))
     else:
         base = packed_base(net, reader, spec)
@@ -45,8 +45,8 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
 
 
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
-    """Place views of the files. The head is copied if it is not aligned as in a resident base, because its products
-    depend on that; a streamed layer is copied anyway, and no other tensor enters a product."""
+    """Put views of the files into the net. The head is copied if it is not aligned as in a resident base, because
+    products depend on alignment. Streamed layers are copied later, and other tensors are not multiplied."""
     head = tuple(f"{name}." for name in family.head_modules(net))
     for name in reader.names:
         view = reader.view(name)

@@ -1,4 +1,4 @@
-"""Writes a model folder completely or not at all: the caller writes the weights, this module the base's other files."""
+"""Writes a model folder completely or not at all. The caller writes the weights, and this module all other files."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTI
 
 @contextmanager
 def atomic_model_folder(output: Path) -> Iterator[Path]:
-    """A folder that is filled under a temporary name, flushed and renamed; after a failure nothing of it remains."""
+    """A folder that is filled under a temporary name, flushed and renamed. After a failure nothing remains."""
     staging = temporary_name(output)
     if is_real_folder(staging):  # left by a killed process with the same id
         remove_tree(staging)
@@ -65,8 +65,8 @@ def copy_other_files(
 
 
 def _name_padding(path: Path, tokenizer: Tokenizer) -> None:
-    """Name config.json's padding token in the tokenizer's files too, if they name none: other programs pad batches
-    with it, and a decoder's head looks for the last token before it."""
+    """Write config.json's padding token into the tokenizer's file too, if that names none. Other programs pad with this
+    token, and a decoder's head reads the last token before it."""
     settings, config = (read_json(file) if file.is_file() else {} for file in (path, path.parent / "config.json"))
     if settings and settings.get("pad_token") is None and config.get("pad_token_id") == tokenizer.pad_id:
         write_json(path, {**settings, "pad_token": tokenizer.token_text(tokenizer.pad_id)})

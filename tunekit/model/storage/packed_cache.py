@@ -1,4 +1,4 @@
-"""The cache of packed bases: the file of a base, and when that file may be used."""
+"""The cache of packed bases: finds, writes and checks the file of a base."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
 def can_be_cached(size_bytes: int) -> bool:
-    """Whether a packed base of this size can be cached in a file, as far as the folder and the disk show now."""
+    """Whether a packed base of this size can be cached, judged by its size, the folder and the free disk space."""
     folder = _folder()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return (
@@ -35,7 +35,7 @@ def _folder() -> Path:
 
 
 def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
-    """Give the net its tensors: from the cache, or packed now and written to the cache if possible. Returns notes."""
+    """Load the net's tensors from the cache, or pack them and write the cache. Returns the file, if any, and notes."""
     if sum(tensor.size_bytes for tensor in packed.layout) < files.MIN_BYTES:
         packed.fill()
         return None, []
@@ -61,7 +61,7 @@ def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
 
 
 def _names(spec: BaseSpec) -> tuple[str, str]:
-    """The prefix of the names of all files of this base, and the key, which differs wherever a byte could.
+    """The prefix of all cache files of this base, and the key, which changes with everything that could change a byte.
 
     The fingerprint only samples the files; their times and inodes reveal other changes.
     """

@@ -28,7 +28,7 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
         net.set_submodule(name, packed.to(device))
         del dense
     for parameter in net.parameters():
-        parameter.data = parameter.data.clone()  # a view of the mapped file would keep all of it mapped
+        parameter.data = parameter.data.clone()  # a view would keep the whole file mapped
     gc.collect()
     trim_heap()
     if not packed_layers(net):
@@ -37,8 +37,8 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
 
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
-    """Names of the layers to pack: all linear ones except the head's, those in new (and therefore trained) modules,
-    and those whose matrix the model's code reads itself."""
+    """Names of the layers to pack: all linear layers, except the head's, layers in new (and therefore trained) modules,
+    and layers whose matrix the model's code reads directly."""
     head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
     modules = dict(net.named_modules())
     uncalled = uncalled_layers(modules)
@@ -60,7 +60,7 @@ def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
 class PackedBase:
     """A base to be packed: the net, whose packed layers are on the meta device until `fill` or `map`.
 
-    `layout`: its tensors, tied ones once: first those outside the layers, then layer by layer.
+    `layout`: its tensors, each once: first the tensors outside the layers, then layer by layer.
     """
 
     net: nn.Module
@@ -111,7 +111,7 @@ class PackedBase:
 
 
 def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
-    """The packed form of a meta net: packed on the base's device, from the files of `reader`."""
+    """The packed form of a net on the meta device. It is packed on the base's device, from the files of `reader`."""
     kinds = {
         name: layer_kind(net.get_submodule(name)) for name in packable_layers(net, spec.family, reader.new_modules)
     }
@@ -121,8 +121,8 @@ def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBas
 
 
 def layout_of(net: nn.Module, family: Family, new: frozenset[str]) -> list[StoredTensor]:
-    """Every parameter and persistent buffer once: first those outside the layers, then layer by layer; without those
-    in `new`, which no file contains."""
+    """All parameters and persistent buffers, each once: first the tensors outside the layers, then layer by layer.
+    `new`: names to leave out, because no file contains them."""
     layers = {name: index for index, (name, _) in enumerate(family.layers(net))}
     tensors: dict[int, StoredTensor] = {}
     for name, tensor in net.state_dict(keep_vars=True).items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunekit.model.storage.source import read_json
 
-# of rope_parameters; older configurations have them at the top level
+# keys of rope_parameters that older configurations have at the top level
 TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor")
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 # Models whose layer types differ: the older keys for the base frequencies of full and of sliding attention. Older
@@ -19,7 +19,7 @@ OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_fac
 BY_LAYER_TYPE = {
     "gemma3": ("rope_theta", "rope_local_base_freq"),
     "modernbert": ("global_rope_theta", "local_rope_theta"),
-    "olmo3": ("rope_theta", None),  # one frequency; only full attention is scaled
+    "olmo3": ("rope_theta", None),  # a single frequency; only full attention is scaled
 }
 # The only keys that transformers 4 accepts in these models' rope_scaling; None: all of rope_parameters
 ONLY_TYPE = {
@@ -30,8 +30,8 @@ SAME_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name th
 
 
 def make_portable(folder: Path) -> None:
-    """Add the older keys to the folder's config.json, and write its tokenizer's in the form that every version
-    reads."""
+    """Add the older keys to the folder's config.json, and write tokenizer_config.json in a form that all versions
+    read."""
     for name, change in (("config.json", with_older_keys), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         written = read_json(path) if path.is_file() else {}

@@ -29,8 +29,8 @@ from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import read_headers
 
-CHUNK_BYTES = 4 * 2**20  # read at a time, in addition to the target tensor
-ALIGNMENT = 64  # of a tensor's first byte, as in torch's own allocations
+CHUNK_BYTES = 4 * 2**20  # size of one read, in addition to the target tensor
+ALIGNMENT = 64  # alignment of a tensor's first byte, as in torch's own allocations
 # Buffers that are now computed but were once stored: if the net has them, transformers ignores the stored ones.
 COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 
@@ -64,8 +64,7 @@ def _meta_parameters() -> Iterator[None]:
 
 
 class MappedFiles:
-    """Tensors of a folder's safetensors files: views of shared read-only mappings, or copies read without mapping a
-    page."""
+    """Tensors of a folder's safetensors files, as views of shared read-only mappings or as copies."""
 
     def __init__(self, folder: Path, headers: dict[str, TensorEntry]) -> None:
         self.folder, self.headers = folder, headers
@@ -112,7 +111,7 @@ class MappedFiles:
 class BaseReader:
     """Reads a base's tensors by the names of its net's parameters and persistent buffers. Made by `open_base`.
 
-    `names`: each tensor once, in the net's order; a tied tensor's first name. All methods also accept its other names.
+    `names`: one name for each tensor, in the net's order. Methods also accept the other names of tied tensors.
     """
 
     def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: Sequence[str] = ()) -> None:
@@ -154,13 +153,13 @@ class BaseReader:
         return self.read(name, dtypes.pop() if len(dtypes) == 1 else torch.float32)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous copy in `dtype` (None: the net's); no page of the file stays mapped."""
+        """A contiguous copy in `dtype` (None: the net's dtype), read without mapping the file."""
         target = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
         self.read_into(name, target)
         return target
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copy the tensor into `target`, which has its shape, but any strides and floating dtype."""
+        """Copy the tensor into `target`, which must have its shape, but may have any strides and floating dtype."""
         name = self._groups[name]
         if name in self._stored:
             self.files.read_into(self._stored[name], target)
@@ -235,7 +234,7 @@ class _StoredNames:
 
 
 def _modules_of(heads: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The modules, of these names with a dot at the end, that contain one of these tensors."""
+    """The modules that contain one of these tensors. `heads`: names of modules, with a dot at the end."""
     return tuple(head.removesuffix(".") for head in heads if any(name.startswith(head) for name in names))
 
 
@@ -247,8 +246,8 @@ def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: It
 
 
 def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether some tensor cannot be used from its mapped file: its dtype is not the compute dtype, or, on a CPU, it is
-    not aligned to 64 bytes, on which products of single rows depend in their last bit."""
+    """Whether a tensor cannot be used directly from its mapped file: its dtype is not the compute dtype, or, on a CPU,
+    it is not aligned to 64 bytes, which would change the last bit of products of single rows."""
     return any(
         (header.dtype.is_floating_point and header.dtype != dtype)
         or (device.type == "cpu" and header.offset_bytes % ALIGNMENT != 0)
@@ -288,7 +287,7 @@ def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
 
 
 def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None:
-    """Put `tensor` into the net under all names of `name`; parameters become frozen ones."""
+    """Put `tensor` into the net under all names of `name`. Parameters are frozen."""
     holder: dict[str, nn.Parameter] = {}
     for alias in reader.aliases(name):
         path, _, attribute = alias.rpartition(".")
@@ -306,7 +305,7 @@ def fill_net(net: nn.Module, reader: BaseReader) -> None:
 
 
 def load_generation_config(net: nn.Module, folder: Path) -> None:
-    """The generation settings that from_pretrained would use: generation_config.json, otherwise config.json's."""
+    """Give the net the generation settings that from_pretrained would use: generation_config.json, else config.json."""
     from transformers import GenerationConfig
 
     pretrained = as_pretrained(net)

@@ -1,4 +1,4 @@
-"""Writes a base again with some of its matrices changed: tensor by tensor, in float32, with one cast at the end."""
+"""Writes a copy of a base with changed matrices, tensor by tensor, computed in float32 and cast once at the end."""
 
 import json
 import math
@@ -75,7 +75,8 @@ class BaseTensors:
 
 
 class LoadedTensors:
-    """Like BaseTensors for a net in memory, for bases that only transformers can read (GGUF); `dtype` is written."""
+    """Like BaseTensors, but for a net in memory, if only transformers can read the base (GGUF). `dtype`: the dtype to
+    write."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
         stored: Tensors = dict(net.state_dict(keep_vars=True))
@@ -91,12 +92,12 @@ class LoadedTensors:
 
 
 class Rewriter:
-    """One base with its changes.
+    """Writes one base with changes.
 
     `onto`: full (the base's own weights), dequantized (the numbers of their packed form), or quantized (dequantized,
     changed, and packed again).
     `output_dtype`: the dtype of all written numbers, instead of each tensor's own.
-    `loaded`: the base if it is already in memory; used only if its files do not match the net that is written.
+    `loaded`: the base, if it is already in memory. It is used only if the base's files do not match the written net.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class Rewriter:
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
         self.packable_layers = packable_layers(self.net, self.family, self.new_modules)
-        self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
-        self.generation_config: GenerationConfig | None = None  # for a base that has no such file to copy
+        self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter with this piece
+        self.generation_config: GenerationConfig | None = None  # for a base without a generation_config.json
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.meta)
         self.aliases = self._find_aliases()
@@ -132,7 +133,7 @@ class Rewriter:
         float32_section = plain.model_copy(update={"dtype": "float32"})
         loaded = self.loaded or load_model(float32_section, device=torch.device("cpu"))
         self.generation_config = loaded.generation_config
-        if self.loaded is not None and self.source.gguf_file is None:  # as precise as the base's own files
+        if self.loaded is not None and self.source.gguf_file is None:  # write the files' most precise dtype
             stored = {
                 entry.dtype for entry in read_headers(self.source.folder).values() if entry.dtype.is_floating_point
             }
@@ -218,11 +219,11 @@ class Rewriter:
             absent = [other for other in absent if other != name or not pieces.names]
         if absent:
             what = f"the base's files contain no tensor {absent[0]}, which the adapter changes ({len(absent)} missing)"
-            how = "the base stores it in another form, which cannot be merged; use the adapter with its base"
+            how = "the base stores this tensor in a form that cannot be merged; use the adapter with its base"
             raise ModelError(what, how)
 
     def unties(self, changes: Changes) -> bool:
-        """Whether tied matrices differ after the changes. If all of them change in the same way they stay tied."""
+        """Whether tied matrices differ after the changes. Tied matrices that all change in the same way stay tied."""
         shared = set(self.aliases.values())
         groups = [{stored, *(name for name, its in self.aliases.items() if its == stored)} for stored in shared]
         if self.tied:
@@ -236,7 +237,7 @@ class Rewriter:
         return any(len(kinds) > 1 for kinds in group_changes)
 
     def output_bytes(self, changes: Changes) -> int:
-        """Bytes of the weights that `write` writes (slightly less if they are packed again)."""
+        """The number of bytes that `write` writes (the real number is smaller if weights are packed again)."""
         more = self.aliases.values() if self.unties(changes) else ()
         names = [*self.names, *more]
         return sum(self.tensors.meta[name].numel() * self.dtype_of_output(name).itemsize for name in names)
@@ -252,7 +253,7 @@ class Rewriter:
         return any(dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize for dtype in dtypes)
 
     def fill(self, net: nn.Module, changes: Changes) -> None:
-        """Fill a float32 net with the numbers that `write` would write, before they are rounded."""
+        """Fill a float32 net with the numbers that `write` would write, before rounding."""
         output_dtype, self.output_dtype = self.output_dtype, torch.float32
         places = dict(net.named_parameters(remove_duplicate=False))
         for name, tensor in self._outputs(changes):

@@ -53,7 +53,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor's file, dtype and shape, from the headers, which are checked against the files' sizes.
+    """The file, dtype and shape of every tensor, from the headers. Headers are checked against the files' sizes.
 
     Raises: ModelError for a file that is truncated, damaged, not safetensors, or contradicts the index.
     """
@@ -102,7 +102,7 @@ class ShardWriter:
         self._names: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor; if it would exceed the size of the shard, the pending ones are written first."""
+        """Add one tensor. If the shard would become too large, the pending tensors are written first."""
         if name in self._names:
             raise ModelError(f"the tensor {name} would be written twice")
         self._names.add(name)

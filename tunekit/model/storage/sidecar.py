@@ -1,4 +1,4 @@
-"""A loaded base in one file of the cache folder, in its layout in memory: packed once, then mapped.
+"""A packed base in one file of the cache folder, in the layout of its memory, so that later runs can map the file.
 
 The file is safetensors. Each tensor starts at a multiple of 64 bytes and each layer at a page; filler tensors are
 between them, since the format allows no gaps. The header contains the key, and the last 32 bytes are the sha256 of
@@ -23,7 +23,7 @@ from tunekit.model.storage.reading import CHUNK_BYTES, MappedFiles
 
 ALIGNMENT_BYTES, LAYER_ALIGNMENT_BYTES = 64, 4096
 MIN_BYTES = 32 * 2**20  # a smaller base is packed again each time
-SPARE_BYTES = 2**30  # of the disk stays free
+SPARE_BYTES = 2**30  # disk space that stays free
 FILLER = "__filler__."
 DIGEST_BYTES = 32
 
@@ -43,7 +43,7 @@ class StoredTensor:
 
 
 class Sidecar:
-    """An opened file: every tensor is a view of one shared read-only mapping. Nothing may write to a view."""
+    """An opened sidecar file. All tensors are views of one shared read-only mapping. Nothing may write to a view."""
 
     def __init__(self, path: Path, layout: list[StoredTensor]) -> None:
         self.path = path
@@ -76,7 +76,7 @@ def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | 
 
 
 def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Iterator[tuple[str, Tensor]]) -> Sidecar:
-    """Write tensors that arrive in the layout's order, without keeping them, and open the file.
+    """Write the tensors, which arrive in the layout's order and are not kept in memory, and open the file.
 
     Raises: OSError or TunekitError if the folder or the disk refuses; no partial file remains.
     """
@@ -107,7 +107,7 @@ def remove_others(path: Path, prefix: str) -> None:
 
 
 def _starts(layout: list[StoredTensor]) -> list[int]:
-    """The offset of each tensor's data from the first one's; each layer starts at a page."""
+    """The offset of each tensor's data from the data of the first tensor. Each layer starts at a page."""
     starts, position, layer = [], 0, ""
     for place in layout:
         position += -position % (ALIGNMENT_BYTES if place.layer == layer else LAYER_ALIGNMENT_BYTES)
@@ -117,7 +117,7 @@ def _starts(layout: list[StoredTensor]) -> list[int]:
 
 
 def _header(layout: list[StoredTensor], key: str) -> bytes:
-    """Header length and header; the data after it starts at a page."""
+    """The length of the header and the header. The data after the header starts at a page."""
     entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     position = 0
     for place, start in zip(layout, _starts(layout), strict=True):

@@ -14,7 +14,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
 KEY = "model.name_or_path"
-PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline
+PIPELINE_INDEX = "model_index.json"  # the index file of a diffusion pipeline
 PIPELINE_WEIGHTS = [f"{part}/*.safetensors" for part in ("unet", "transformer", "vae", "text_encoder*")]
 PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # other files of the same weights
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
@@ -22,7 +22,8 @@ CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICEN
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base on this machine. `gguf_file`: the file's name inside `folder`; `commit`: of a hub repository."""
+    """A base on this machine. `gguf_file`: the file's name inside `folder`; `commit`: the commit of a hub
+    repository."""
 
     name_or_path: str
     folder: Path
@@ -33,7 +34,7 @@ class ModelSource:
 def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     """Resolve the name; for a hub name, download the missing files (weights only if requested).
 
-    Paths are absolute by now, or begin with a dot: `org/name` means the hub, whatever the working directory contains.
+    Paths are absolute or begin with a dot. `org/name` always means the hub, even if there is such a folder.
     Raises: ModelError if there is no such folder, file, repository or revision.
     """
     name = section.name_or_path

@@ -32,7 +32,7 @@ StopCheck = Callable[[Sequence[int], list[int]], list[bool]]
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
 PROBABILITY_UNITS = 2.0**52
-MIN_TEMPERATURE = 1e-5  # logits divided by less would overflow; such a temperature counts as 0
+MIN_TEMPERATURE = 1e-5  # dividing logits by less would overflow; a lower temperature counts as 0
 
 
 def generate_texts(
@@ -57,8 +57,8 @@ def generate_texts(
     Prompts of similar length share a batch, padded with a mask: on the right if an encoder reads them, because its
     positions count from the start of the row, and on the left otherwise. A base whose rows influence each other
     answers one prompt at a time. The base's own generation defaults (penalties, top-k) are not used.
-    `stop_ids`: by default those of find_stop_ids with `template`, a chat template that replaces the tokenizer's own.
-    `adapt`: changes the first step's inputs, for an adapter of the whole model that adds `virtual_tokens` positions.
+    `stop_ids`: by default the ids of find_stop_ids. `template`: a chat template that replaces the tokenizer's.
+    `adapt`: changes the inputs of the first step, for an adapter that adds `virtual_tokens` positions.
     `ends`: called at every step of a batch.
     `cache`: keys and values of a prefix of the only prompt.
     `seeds`: one per prompt; a prompt's samples depend only on its seed, not on its batch.
@@ -95,7 +95,7 @@ def generate_texts(
 
 
 def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, others: int) -> None:
-    """Whether each prompt fits into `positions` (None: any number) together with `others`.
+    """Check that each prompt fits into `positions` (None: no limit) together with `others` tokens.
 
     Raises: DataError for an empty prompt, or one that does not fit.
     """
@@ -117,8 +117,8 @@ def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The special token after a last answer in the chat template, otherwise the one after an earlier answer, as a list
-    of zero or one id."""
+    """The special token that the chat template writes after the last answer, or else after an earlier answer; a list of
+    zero or one id."""
     if template is None and tokenizer.chat_template is None:
         return []
     question = {"role": "user", "content": PROBE_QUESTION}
@@ -139,7 +139,7 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
 def prompt_cache(model: LoadedModel, ids: Sequence[int], cache: Cache | None, prompt: Sequence[int]) -> Cache | None:
     """A cache for a prompt: the shared prefix of `cache` (made from `ids`) and the prompt, otherwise an empty cache.
 
-    None if the base keeps a state, a window or an encoder's output, of which no prefix can be taken.
+    None if the base has a state, a window or an encoder's output, which cannot be cut to a prefix.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -178,12 +178,12 @@ def sampling_settings(sampling: Sampling) -> dict[str, Any]:
 
 
 def _answer_ends(model: LoadedModel) -> dict[str, int]:
-    """The tokens that start an encoder-decoder's answer, and end a truncated one, for every source.
+    """The tokens that start an encoder-decoder's answer, and the token that ends a truncated answer.
 
     Raises: ModelError if neither the configuration nor the generation settings name the first one.
     """
     names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-    holders = (model.config, model.generation_config)  # the second one is newer and wins
+    holders = (model.config, model.generation_config)  # the generation settings are newer, so they have priority
     values = [(name, getattr(holder, name, None)) for holder in holders for name in names]
     tokens = {name: int(value) for name, value in values if value is not None}
     if "decoder_start_token_id" not in tokens:
@@ -194,8 +194,8 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
 
 @torch.no_grad()
 def _rows_interact(model: LoadedModel, pad_id: int) -> bool:
-    """Whether a row's answer depends on its batch: a state that reads the padding (xlstm, recurrent_gemma), or a state
-    that mixes rows (rwkv). Tested with two rows if the net has a state or takes no mask."""
+    """Whether a row's answer depends on its batch, because a state reads the padding (xlstm, recurrent_gemma) or mixes
+    rows (rwkv). Nets with a state or without a mask are tested with two rows."""
     net = as_pretrained(model.net)
     if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
         return False
@@ -275,7 +275,8 @@ def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Ten
 
 
 class _SeededDraws:
-    """Draws the next token of each row from the row's own random numbers, and leaves transformers only that token.
+    """Draws the next token of each row with the row's own random numbers, so that transformers can only choose this
+    token.
 
     The numbers depend only on the row's seed and the token's position, not on the other rows of the batch.
     """
@@ -299,7 +300,8 @@ class _SeededDraws:
 
 
 def _top_p(scores: Tensor, share: float) -> Tensor:
-    """(B, V) scores, -inf except for the most likely tokens whose probabilities sum to `share`: transformers' top_p."""
+    """(B, V) scores, -inf except for the most likely tokens whose probabilities sum to `share`, as transformers'
+    top_p."""
     ordered, places = scores.sort(dim=-1)
     unlikely = cumulative_sums(ordered.float().softmax(dim=-1)) <= int((1 - share) * PROBABILITY_UNITS)  # (B, V)
     unlikely[:, -1] = False
@@ -307,7 +309,7 @@ def _top_p(scores: Tensor, share: float) -> Tensor:
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """(B, 1) the first token whose cumulative probability exceeds a number from [0, 1).
+    """(B, 1): for each row, the first token whose cumulative probability exceeds the row's number in [0, 1).
 
     Shapes: logits (B, V) float32, numbers (B,).
     """
@@ -317,7 +319,8 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def cumulative_sums(probabilities: Tensor) -> Tensor:
-    """(B, V) float32 -> (B, V) int64, cumulative sums in units of 2^-52: a GPU sums only integers in a fixed order."""
+    """(B, V) float32 -> (B, V) int64: cumulative sums in units of 2^-52, because a GPU has a fixed order of sums only
+    for integers."""
     return (probabilities * PROBABILITY_UNITS).to(torch.int64).cumsum(dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Chat templates are untrusted code: they run in transformers' sandbox with limits on time and memory."""
+"""Applies chat templates, which are untrusted code, in transformers' sandbox with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "data.chat_template"
 LIMIT_SECONDS = 5.0
 LIMIT_CHARACTERS = 50_000_000
 LIMIT_EXTRA_BYTES = 2 * 2**30
-# A template that writes today's date would encode other rows tomorrow; this day is Llama 3's own default.
+# With today's date, a template would encode rows differently tomorrow. This day is Llama 3's default.
 FIXED_DAY = datetime(2024, 7, 26)
 
 

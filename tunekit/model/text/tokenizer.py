@@ -57,17 +57,18 @@ class LoadedTokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in added if token.special or _is_marker(token.content)
         )
-        # An unknown character becomes the unknown token without anyone writing that token.
+        # Text without special tokens can contain the unknown token: unknown characters become that token.
         self._forbidden_in_text = self.special_ids - {native.unk_token_id}
         self.fingerprint = self._fingerprint()
 
     @property
     def tokenizer(self) -> LoadedTokenizer:
-        """Itself: a text model needs no other processor."""
+        """This object: a text model needs no other processor."""
         return self
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """Ids of `text`, with nothing added; special_tokens_in_text=False: names of special tokens are plain text."""
+        """Ids of `text`, without added tokens. If special_tokens_in_text=False, names of special tokens are plain
+        text."""
         return self.encode_with_offsets(text, special_tokens_in_text=special_tokens_in_text)[0]
 
     def encode_with_offsets(
@@ -91,20 +92,20 @@ class LoadedTokenizer:
         return self._encode_whole(text, "text")
 
     def encode_answer(self, text: str) -> list[int]:
-        """The same for a decoder's answer; some tokenizers mark its language differently."""
+        """Ids of a complete answer for a decoder, like encode_source. Some tokenizers mark its language differently."""
         return self._encode_whole(text, "text_target")
 
     @cached_property
     def pairing(self) -> Pairing:
-        """How transformers joins two texts, and which token types it gives the model.
+        """The tokens and token types with which transformers joins two texts.
 
-        Raises: ModelError for a tokenizer that joins them in no usual way.
+        Raises: ModelError for a tokenizer that joins them in an unusual order.
         """
         joined = self.native("a", "a", truncation=False, padding=False, verbose=False)
         ids, types, owners = joined["input_ids"], joined.get("token_type_ids"), joined.sequence_ids(0)
         bounds = [0, *(at for text in (0, 1) for at in _range_of(owners, text)), len(ids)]
         if bounds != sorted(bounds):
-            what = f"{type(self.native).__name__} joins two texts in an order that is not known here"
+            what = f"{type(self.native).__name__} joins two texts in an unknown order"
             raise ModelError(what, "write both texts into one column", key="model.name_or_path")
         before, _, between, _, after = (tuple(ids[start:stop]) for start, stop in pairwise(bounds))
         marks = [tuple(types[start:stop]) for start, stop in pairwise(bounds)] if types is not None else []
@@ -143,7 +144,7 @@ class LoadedTokenizer:
         return render_template(self.native, chosen, messages, tools, add_generation_prompt)
 
     def token_text(self, token_id: int) -> str:
-        """One token as readable text; part of a character is shown in the tokenizer's own notation."""
+        """One token as readable text. A part of a character is shown in the tokenizer's own notation."""
         spelled: str | None = self.backend.id_to_token(int(token_id))
         if spelled is None:
             return f"<unused {token_id}>"
@@ -173,7 +174,7 @@ class LoadedTokenizer:
 
 
 def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
-    """The base's tokenizer, as a fast one.
+    """The base's fast tokenizer.
 
     Raises: ModelError if there is none, if it is damaged, or if it would run code.
     """
@@ -220,7 +221,7 @@ def _is_marker(content: str) -> bool:
 
 
 def _one_template(template: str | dict[str, str] | None) -> str | None:
-    """The only template, or the default one of several named ones."""
+    """The only template, or of several named templates the default."""
     if isinstance(template, dict):
         chosen = template.get("default")
         return chosen if isinstance(chosen, str) else None

@@ -5,7 +5,7 @@ from tunekit.errors import ModelError
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, largest_used_id: int | None = None) -> None:
-    """Refuse ids beyond the embedding. `largest_used_id`: in the data; None counts every id of the tokenizer as used.
+    """Refuse ids beyond the embedding. `largest_used_id`: the largest id in the data; None: all ids count as used.
 
     Raises: ModelError with the tokens and the remedy.
     """
