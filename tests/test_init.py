@@ -349,5 +349,7 @@ def test_recordings_without_transcripts_are_told_so(tmp_path: Path) -> None:
     (tmp_path / "sounds" / "a.wav").write_bytes(b"only its name is read")
     with pytest.raises(DataError, match=r"metadata\.jsonl") as caught:
         init(tmp_path / "sounds", tmp_path / "recipe.yaml")
-    assert "{file_name: FILE, text: ...}; or " in str(caught.value)
-    assert "{file_name: FILE, label: ...}, or one folder a class with its files" in str(caught.value)
+    assert "{file_name: FILE, text: ...} for each file; or " in str(caught.value)
+    assert "{file_name: FILE, label: ...} for each file, or make one folder per class with its files" in str(
+        caught.value
+    )

@@ -265,7 +265,7 @@ def test_copies_are_averaged_where_weights_sum_to_one(tmp_path: Path) -> None:
     torch.testing.assert_close(got, 0.7 * a + 0.3 * b)
     torch.testing.assert_close(logits_here(new), logits_by_peft(new), rtol=0, atol=2e-5)
     write(tmp_path / "c", 3)
-    with pytest.raises(TunekitError, match="only by 1 of the 2 adapters"):
+    with pytest.raises(TunekitError, match="by only 1 of the 2 adapters"):
         call(tmp_path / "other", [folders[0], tmp_path / "c"], "cat", "0.7,0.3")
 
 
@@ -331,7 +331,9 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         for key, t in load_file(wide / TENSORS).items()
     }
     save_file(tensors, wide / TENSORS)
-    with pytest.raises(TunekitError, match=r"'model.layers.0.self_attn.q_proj' is \[96, 32\] there and \[32, 32\]"):
+    with pytest.raises(
+        TunekitError, match=r"'model.layers.0.self_attn.q_proj' has the shape \[96, 32\], but \[32, 32\]"
+    ):
         call(tmp_path / "other", [a, wide], "cat")
     ia3 = attach_adapter(make_base("dense"), METHODS["ia3"](), seed=0, head_name=None)
     save_adapter_folder(ia3, tmp_path / "ia3", base_name="org/base", base_fingerprint="f", revision=None)

@@ -68,7 +68,12 @@ CASES: dict[str, tuple[str, bytes | Write, int | None, str]] = {
     "array_cut_short": ("d.json", b"[\n" + GOOD.strip() + b",\n", 3, "not valid JSON"),
     "array_without_comma": ("d.json", b"[\n" + GOOD.strip() + b"\n" + GOOD + b"]", 3, "expected ','"),
     "array_and_more": ("d.json", b"[" + GOOD.strip() + b"]\nx", 2, "more text after"),
-    "json_of_one_object": ("d.json", json.dumps({"data": [{"prompt": "a"}]}, indent=1).encode(), 1, "neither an array"),
+    "json_of_one_object": (
+        "d.json",
+        json.dumps({"data": [{"prompt": "a"}]}, indent=1).encode(),
+        1,
+        "neither a JSON array",
+    ),
     "csv_row_too_short": ("d.csv", b"prompt,completion\na,b\nc\n", 3, "1 fields, but the header has 2"),
     "csv_unquoted_comma": ("d.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n', 4, "3 fields"),
     "csv_open_quote": ("d.csv", b'prompt,completion\na,"b\n', 2, "not valid CSV"),

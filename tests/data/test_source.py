@@ -177,7 +177,7 @@ def test_the_hub_is_asked_for_split_and_revision(
     assert asked == [("some/set", {"split": "test", "revision": "abc", "streaming": False})]
     absent = Source(path="no/such")
     for read in (lambda: list(read_source(absent, Problems())), lambda: hub_fingerprint(absent)):
-        with pytest.raises(DataError, match=r"no/such: no such file.*no such data set.*loaded before"):
+        with pytest.raises(DataError, match=r"no/such: there is no such file.*no such data set.*in the cache"):
             read()
     assert not logging.root.manager.disable
     printed = capsys.readouterr()

@@ -235,7 +235,7 @@ def test_preview_tells_the_files_size_and_that_of_its_bucket(
     assert "23 x 32 pixels, trained on at 16 x 24" in told
 
 
-NO_SIZES = r"must be auto, or sizes in pixels, such as \[\[512, 512\], \[512, 768\]\], heights first, not [^;]+$"
+NO_SIZES = r"must be auto, or a list of \[height, width\] in pixels, such as \[\[512, 512\], \[512, 768\]\], not [^;]+$"
 
 
 @pytest.mark.parametrize(
