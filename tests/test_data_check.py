@@ -125,7 +125,7 @@ def test_fix_replaces_no_table_of_a_folder(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", 2)
     values = {"model": "org/base", "data": {"train": "photos"}, "objective": "dreambooth", "output": {"dir": "run"}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(InputError, match=r"is data\.train\.0\.path of the recipe"):
+    with pytest.raises(InputError, match=r"would replace data\.train\.0\.path"):
         check(tmp_path / "recipe.yaml", tmp_path / "photos" / "metadata.jsonl", overwrite=True)
 
 
