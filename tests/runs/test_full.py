@@ -401,7 +401,7 @@ def test_the_run_is_a_target_of_every_verb(
     assert answers[0] == answers[1] != ""
     with pytest.raises(InputError, match="nothing to merge: the run trained the base itself, and its result is"):
         merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
-    with pytest.raises(InputError, match="which no other base can replace; leave --base out"):
+    with pytest.raises(InputError, match="so there is no base to choose; leave --base out"):
         find_target(str(run), str(tied_llama), [])
     with pytest.raises(RunFolderError, match="contains no adapter: the run trains its base"):
         find_target(f"{run}@last", None, [])

@@ -368,7 +368,7 @@ class Objective:
         return replace(self, rows=self.rows.with_options(options))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window that the engine runs: random draws of its rows, then the loss's additions."""
+        """The window that the engine runs: its rows after their random draws, prepared by the loss."""
         return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 

@@ -133,14 +133,15 @@ def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 @dataclass(frozen=True)
 class TargetOverrides:
-    """The written fields of model.* and of evaluation.*, which of other tools' spellings were rewritten, and the names
-    of the rows of another tool's head."""
+    """The parsed overrides of a target. `model`, `evaluation`: the fields that the user wrote. `rewrites`: the
+    spellings of other tools that were rewritten. `labels`: the names for the rows of a head from another tool.
+    `problem_type`: the meaning of the scores of that head."""
 
     model: JsonObject
     evaluation: JsonObject
     rewrites: list[str]
     labels: tuple[str, ...] = ()
-    problem_type: str | None = None  # and what their scores mean
+    problem_type: str | None = None
 
 
 def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:

@@ -194,7 +194,8 @@ def _from_folder(folder: Path, parsed: TargetOverrides) -> TargetSpec:
         recipe, model_folder = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
         if recipe.adapter.trains_base and (model_folder / "config.json").exists():
             if "name_or_path" in parsed.model:
-                raise InputError(f"{folder} trained its base, which no other base can replace", "leave --base out")
+                what = f"the run {folder} trained the whole model and not an adapter, so there is no base to choose"
+                raise InputError(what, "leave --base out")
             bare = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
             return _from_recipe(
                 "run", bare, None, replace(parsed, model={**parsed.model, "name_or_path": str(model_folder)})
