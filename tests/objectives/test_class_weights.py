@@ -128,7 +128,8 @@ def test_a_weighted_run_resumes_and_streams_exactly(llama: Path, tmp_path: Path)
     ("weights", "message"),
     [
         ({"never": 2}, r"objective\.class_weights: 'never' is not among the labels \(no, perhaps, yes\)"),
-        ({"yes": 0}, r"recipe\.yaml:1.*objective\.class_weights"),
+        ({"yes": 0}, r"recipe\.yaml:1.*objective\.class_weights.yes: must be greater than 0, not 0$"),
+        ({"yes": "x"}, r"recipe\.yaml:1.*objective\.class_weights.yes: must be a number, not 'x'$"),
         ("heavy", r"recipe\.yaml:1.*objective\.class_weights: must be balanced, or \{label: weight, \.\.\.\}"),
     ],
 )

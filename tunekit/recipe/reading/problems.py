@@ -1,5 +1,6 @@
 """pydantic's errors -> our messages: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -51,7 +52,12 @@ _MEANT_VALUES = {
 def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
     """Every error of one section's validation, as our problems."""
     findings = error.errors(include_url=False)
-    return [_problem(finding, section, draft) for finding in findings if not _is_echo(finding, section, draft)]
+    keys = [_written_key((*section, *finding["loc"]), draft, keep_last=False) for finding in findings]
+    return [
+        _problem(finding, section, draft)
+        for finding, key in zip(findings, keys, strict=True)
+        if not _is_echo(finding, section, draft) and not (finding["type"] == "literal_error" and _has_inner(key, keys))
+    ]
 
 
 def unknown_key(key: KeyPath, draft: Draft) -> Problem:
@@ -92,6 +98,11 @@ def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
     if finding["type"] == "missing":
         return (*section, *finding["loc"]) in draft.untranslated
     return finding["type"] == "too_short" and len(finding["input"]) > 0
+
+
+def _has_inner(key: KeyPath, keys: Sequence[KeyPath]) -> bool:
+    """Whether one of the keys is inside this key. A mapping of the right form is not also a wrong word."""
+    return any(len(other) > len(key) and other[: len(key)] == key for other in keys)
 
 
 def _problem(finding: ErrorDetails, section: KeyPath, draft: Draft) -> Problem:
