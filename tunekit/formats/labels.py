@@ -95,5 +95,5 @@ def _one_label(label: object, field: str) -> str | float:
     name = label_text(int(label) if isinstance(label, float) else label)
     check_text(name, field)
     if not name:
-        raise DataError(f"'{field}' is empty", "name a class, or leave the row out")
+        raise DataError(f"'{field}' is empty", "write a label, or leave the row out")
     return name

@@ -30,7 +30,7 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
     rows = first_rows(sharded, SAMPLE_ROWS, problems)
     problems.raise_if_any()
     if not rows:
-        raise DataError("there is no row in it", "", file=source.path)
+        raise DataError("there is no row in it", "add rows to it, or name another file", file=source.path)
     format_name, reason = choose_format(source.format, rows[0].values, kind.example)
     counting = kind.counting()
     streams = memory_streams(kind.layout)

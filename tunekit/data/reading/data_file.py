@@ -57,7 +57,7 @@ def inspect_file(path: Path) -> DataFile:
     if kind is None or (compressed and kind == "parquet"):
         raise DataError(f"the ending of '{path.name}' does not show its kind", _KNOWN, file=str(path))
     if size == 0:
-        raise DataError("the file is empty", "", file=str(path))
+        raise DataError("the file is empty", "add rows to it, or name another file", file=str(path))
     found = DataFile(path, kind, compressed, size)
     _check_content(found)
     return found

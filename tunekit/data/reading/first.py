@@ -37,7 +37,7 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
     first = next(rows, None)
     if first is None:
         problems.raise_if_any()
-        raise DataError("there is no row in it", "", file=source.path)
+        raise DataError("there is no row in it", "add rows to it, or name another file", file=source.path)
     rows = chain([first], rows)
     if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
         return _singles(rows), first, "unpaired", "the first row is a pair; each makes two rows"

@@ -24,7 +24,11 @@ class RawRow:
 
 
 class JsonFault(Exception):
-    """An error in a JSON text."""
+    """An error in a JSON text. `how`: the remedy, if the text is otherwise well-formed."""
+
+    def __init__(self, what: str, how: str = "") -> None:
+        super().__init__(what)
+        self.how = how
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
@@ -39,7 +43,7 @@ def parse_json(text: str, position: int = 0) -> tuple[Any, int]:
     except RecursionError:
         raise JsonFault("nested too deeply") from None
     except ValueError as error:  # a repeated key, NaN, or an integer of thousands of digits
-        raise JsonFault(str(error).partition("; use sys.")[0]) from None
+        raise JsonFault(str(error).partition("; use sys.")[0], "correct the row, or leave it out") from None
 
 
 def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
@@ -72,7 +76,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
         if end != len(stripped):
             raise JsonFault(f"more text after the JSON value (character {end + 1})")
     except JsonFault as fault:
-        problems.add(name, number, str(fault), "write one JSON object per line")
+        problems.add(name, number, str(fault), fault.how or "write one JSON object per line")
         return
     if isinstance(value, dict):
         yield RawRow(number, value)
@@ -111,7 +115,7 @@ def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
         try:
             value, position = parse_json(text, position)
         except JsonFault as fault:
-            problems.add(name, line, str(fault), "the rest of the array is not read")
+            problems.add(name, line, str(fault), fault.how or "the rest of the array is not read")
             return
         if isinstance(value, dict):
             yield RawRow(line, value)
