@@ -351,6 +351,20 @@ def test_a_text_in_a_stream_of_pairs_is_refused(
         make_plan(load_recipe(recipe), device=CPU)
 
 
+def test_report_and_merged_folder_show_that_rows_are_pairs(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(write_pairs(tmp_path, bases["bert"], training=ONE_STEP))
+    worst = json.loads((run / "evaluation_rows.json").read_text("utf-8"))["worst"][0]["text"]
+    titles = [text for text, _ in worst[::2]]
+    assert titles[0].endswith("; first text, token type 0\n")
+    assert titles[1] == "\nsecond text, token type 1\n"
+    merge_verb(str(run / "adapter"), str(tmp_path / "merged"), None, None, [])
+    note = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))["note"]
+    assert note.startswith("trained on pairs of texts: call the tokenizer with both")
+    assert note in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     run = train(write_pairs(tmp_path, bases["bert"], training=ONE_STEP))
     for target, base in ((run, None), (run / "adapter", str(bases["bert"]))):

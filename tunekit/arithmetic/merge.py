@@ -27,6 +27,7 @@ from tunekit.tuned.network import prepare_network
 SPARE_SHARE = 1.5  # needed memory, relative to the float32 weights: activations, logits and a temporary matrix
 NetInputs = dict[str, torch.Tensor]  # the inputs of a net for one row
 MAX_ROWS, MAX_TOKENS = 8, 64
+PAIRS_NOTE = 'trained on pairs of texts: call the tokenizer with both, tokenizer(first, second, return_tensors="pt")'
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "def add(first, second):\n    return first + second\n",
@@ -77,7 +78,8 @@ def _merge_model(
         copy_other_files(target.model, source.folder, processor, target.chat_template, staging, answering)
         difference = measure_difference(target, staging, rewriter, changes)
         written = rewriter.dtype_of_output(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
-        note = make_family(family_of(target)).use_note(attached.net, staging)
+        pairs = PAIRS_NOTE if objective is not None and objective.facts.get("pairs") else ""
+        note = make_family(family_of(target)).use_note(attached.net, staging) or pairs
         names = str(written)[6:], str(rewriter.compute_dtype)[6:]
         result = MergeResult(output, chosen, reason, names[0], names[1], difference, note)
         merge_output.write_report(staging, result)

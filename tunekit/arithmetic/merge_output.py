@@ -110,7 +110,7 @@ def write_report(folder: Path, result: MergeResult) -> None:
         "largest_logit_difference_unrounded": difference.unrounded,
         "largest_logit_difference_of_rounding": difference.rounding,
     }
-    report = {
+    report: dict[str, object] = {
         "onto": result.onto,
         "reason": result.reason,
         "dtype": result.dtype,
@@ -124,4 +124,6 @@ def write_report(folder: Path, result: MergeResult) -> None:
         "loss_running": difference.running_loss,
         "loss_merged": difference.merged_loss,
     }
+    if result.note:
+        report["note"] = result.note
     write_json(folder / REPORT, report)

@@ -53,7 +53,8 @@ class RowLosses:
         """A row as text: {number, text: [[piece, whether it is trained on]]}."""
         text: list[tuple[str, bool]] = []
         for part in self.objective.rows.spans(self.rows[number]):
-            text += [*([(f"{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
+            gap = "\n" if text else ""
+            text += [*([(f"{gap}{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
         if len(text) > MOST_STRETCHES:
             text = [*text[:2], ("\n...\n", False), *text[2 - MOST_STRETCHES :]]
         return {

@@ -14,6 +14,7 @@ def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options
     settings = settings_of_head(settings, facts)
     labels = given_labels(settings, facts, tokenizer.pad_id, settings.problem_type)
     pairs = facts.get("pairs")  # only a trained adapter's folder states it
-    decisive = [row_fingerprint(settings, tokenizer), repr(tokenizer.pairing), *(["pairs"] if pairs else [])]
+    stated = {"pairs": True} if pairs else {}
+    decisive = [row_fingerprint(settings, tokenizer), repr(tokenizer.pairing), *stated]
     rows = LabelledTexts(settings, tokenizer, hash_of(decisive), options, labels, pairs)
-    return label_objective(settings, rows, label_loss(settings, facts))
+    return label_objective(settings, rows, label_loss(settings, facts), None, **stated)
