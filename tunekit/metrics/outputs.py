@@ -16,12 +16,17 @@ Column = Sequence[float]
 Measure = Callable[[Column, Column], float]
 
 
-def mean_of_outputs(measure: Measure, sums: Mapping[str, Any]) -> float:
-    """The measure, averaged over the numbers of a row. Raises ValueError without rows."""
-    columns = _columns(sums[ROW_VALUES])
-    if not columns:
-        raise ValueError("no rows with numbers")
-    return fsum(measure(scores, values) for scores, values in columns) / len(columns)
+def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str, Any]], float]]:
+    """NEEDS and `from_sums` of a metric that is a measure, averaged over the numbers of a row."""
+
+    def from_sums(sums: Mapping[str, Any]) -> float:
+        """NaN where the measure of one of the numbers is not defined. Raises ValueError without rows."""
+        columns = _columns(sums[ROW_VALUES])
+        if not columns:
+            raise ValueError("no rows with numbers")
+        return fsum(measure(scores, values) for scores, values in columns) / len(columns)
+
+    return (ROW_VALUES,), from_sums
 
 
 def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonObject]:

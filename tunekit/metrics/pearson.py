@@ -1,16 +1,7 @@
 """Pearson's correlation of scores with the rows' numbers."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from tunekit.metrics.outputs import ROW_VALUES, mean_of_outputs, pearson
+from tunekit.metrics.outputs import mean_of_outputs, pearson
 
 DESCRIPTION = "Pearson correlation of scores and numbers; for rows with several numbers, the mean over the numbers"
-NEEDS = (ROW_VALUES,)
 HIGHER_IS_BETTER = True
-
-
-def from_sums(sums: Mapping[str, Any]) -> float:
-    """The correlation, averaged over the numbers of a row; nan if a number is constant. Raises ValueError without
-    rows."""
-    return mean_of_outputs(pearson, sums)
+NEEDS, from_sums = mean_of_outputs(pearson)
