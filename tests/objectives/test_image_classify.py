@@ -24,7 +24,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from tests.support.image_case import records
+from tests.support.image_case import COLOURS, records, write_classes
 from tests.support.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
 from tunekit.data.encoding import augmentation
@@ -44,7 +44,6 @@ from tunekit.targets.target import find_target, objective_of
 from tunekit.train import train_verb
 
 STEPS = 20
-COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 40, 30)}
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +53,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder a class: noise around a colour, of different sizes."""
-    folder, numbers = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir()
-        for number in range(6):
-            shape = (18 + number, 24 - number, 3)
-            pixels = np.array(colour) + numbers.integers(-30, 30, shape)
-            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
+    return write_classes(tmp_path_factory.mktemp("pictures"), count=6, height=18, width=24)
 
 
 def write(folder: Path, model: Path, pictures: Path, **sections: dict[str, Any]) -> Path:

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -19,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForImageClassification, Siglip2ImageProcessor, ViTImageProcessor
 
-from tests.objectives.test_image_classify import COLOURS, trained, write
+from tests.objectives.test_image_classify import trained, write
 from tests.support.classifier_case import check_each_reads_the_other, close
-from tests.support.image_case import records
+from tests.support.image_case import COLOURS, records, write_classes
 from tunekit.errors import InputError
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -56,14 +55,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {  # the class that was saved, and
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder a class: noise around a colour."""
-    folder, numbers = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir()
-        for number in range(4):
-            pixels = np.array(colour) + numbers.integers(-30, 30, (34 + number, 40 - number, 3))
-            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
+    return write_classes(tmp_path_factory.mktemp("pictures"), count=4, height=34, width=40)
 
 
 def write_net(folder: Path, name: str) -> Path:

@@ -31,6 +31,7 @@ from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 CPU = torch.device("cpu")
+COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 40, 30)}
 PROMPT, CLASS_PROMPT = "a photo of sks dog", "a photo of dog"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 OF_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -44,6 +45,17 @@ def write_photos(folder: Path, count: int = 5, seed: int = 0) -> Path:
         shape = (20 + 3 * number, 31 - 2 * number, 3)
         pixels = numbers.integers(0, 60, shape) + numbers.integers(0, 180, (1, 1, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def write_classes(folder: Path, count: int, height: int, width: int) -> Path:
+    """One folder a class: noise around a colour, of different sizes."""
+    numbers = np.random.default_rng(1)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir()
+        for number in range(count):
+            pixels = np.array(colour) + numbers.integers(-30, 30, (height + number, width - number, 3))
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / name / f"{number}.png")
     return folder
 
 
