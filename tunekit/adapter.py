@@ -119,17 +119,17 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
 def _convert_method(
     console: Console, config: AdapterConfig, rank: int | None, initial: str | None, base: str | None, place: Path
 ) -> None:
-    """Convert an adapter of a different method than LoRA to the nearest LoRA of this rank."""
+    """Convert an adapter of a different method than LoRA to an equal LoRA, or to the nearest one of this rank."""
     method = config.settings.method
     if initial is not None:
         raise InputError(f"--initial has no effect on a {method} adapter", "remove it", key="--initial")
-    if rank is None:
-        what = f"a {method} adapter cannot be converted to LoRA exactly"
-        raise AdapterError(what, "--rank R writes the nearest LoRA of rank R, and prints the error", file=config.file)
     attached, rewriter = attach_to_base(config.folder, trained_base(config, base))
     lora, losses = nearest_lora(attached, config, rewriter.trained_on, rank)
-    _tell_losses(console, losses, rank)
+    if rank is not None:
+        _tell_losses(console, losses, rank)
     write_lora(place, base_of([config], base), lora, lora.updates)
+    ranks = sorted({update.rank for update in lora.updates.values()})
+    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))}, {len(lora.updates)} layers")
     console.info(f"written to {place}")
 
 

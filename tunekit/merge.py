@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from tunekit.arithmetic.merge import merge
+from tunekit.arithmetic.normalise import find_plain_target
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.machine.signals import StopSignals
-from tunekit.targets.target import find_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,7 +24,7 @@ def merge_verb(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
     console = Console()
-    target = find_target(adapter, base, overrides)
+    target = find_plain_target(adapter, base, overrides)
     console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; its partial output was removed"):
         result = merge(target, Path(output), onto, DTYPES.get(dtype or ""))

@@ -234,6 +234,14 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         """
         raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
 
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """A (R, I) and B (O, R), whose product B A is the whole change of the matrix; for an embedding, A (R, V) and B
+        (D, R). None if the method has no such form.
+
+        `base_matrix`: reads the base's matrix (O, I) in float32, for a change that depends on it.
+        """
+        return None
+
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The matrix (O, I), float32, of the equivalent plain layer, on the device of the base's `weight`.
 

@@ -1,4 +1,4 @@
-"""Conversion of an adapter of any method that changes weights to the nearest LoRA of a given rank.
+"""Conversion of an adapter of any method that changes weights to an equal LoRA, or to the nearest one of a given rank.
 
 Only one matrix of the base is in memory at a time.
 """
@@ -14,13 +14,18 @@ from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.targets import concrete_targets
 from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
-from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum
+from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
 SAME = 1e-6  # a smaller relative change of a bias is rounding
+HOW = "merge it, or write the nearest LoRA of a rank, with its error: tunekit adapter convert --rank R"
+
+
+class NotLowRank(AdapterError):
+    """The adapter has no exact low-rank form, but can be merged."""
 
 
 @dataclass(frozen=True)
@@ -53,37 +58,63 @@ def layer_change(
 
 
 def nearest_lora(
-    attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int
+    attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
 ) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The nearest LoRA of rank `rank`, and the error of each layer. Trained copies, rows and biases are copied.
+    """The LoRA that computes the same, or the nearest of rank `rank`, and the error of each layer. Trained copies, rows
+    and biases are copied.
 
-    Raises: AdapterError for methods that change something other than the weights of layers.
+    Raises: NotLowRank if `rank` is None and the method has no low-rank form; AdapterError for methods that change
+    something other than the weights of layers.
     """
     if attached.model_adapter is not None:
         raise AdapterError("a prompt does not change weights, so it has no nearest LoRA", "use it as an adapter")
     if attached.parameters or not attached.layers:
         what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
         raise AdapterError(f"the adapter changes {what}, which a LoRA of layers cannot change", "merge it instead")
+    updates, losses, other_tensors, moved = layer_updates(attached, config, base_layer, rank)
+    settings = lora_settings(attached.settings, moved)
+    targets = concrete_targets(list(updates), list(base_modules(attached.net)))
+    conv1d = any(target.kind == "conv1d" for target in attached.targets)
+    config = replace(config, method=plain_lora_method(), settings=settings)
+    return LoraFolder(config, updates, other_tensors, targets, conv1d), losses
+
+
+@torch.no_grad()
+def layer_updates(
+    attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
+) -> tuple[dict[str, LowRank], dict[str, RankLoss], Tensors, bool]:
+    """The update of each layer and its error, all other trained tensors by file key, and whether biases change though
+    the settings do not train them.
+
+    Raises: NotLowRank if `rank` is None and the method has no low-rank form.
+    """
     updates: dict[str, LowRank] = {}
     losses: dict[str, RankLoss] = {}
     biases: Tensors = {}
     moved = False
     for name, layer in attached.layers.items():
-        weight, bias = base_layer(name)
-        delta, new_bias = layer_change(attached, name, weight, bias)
-        embedding = layer.target.kind == "embedding"
-        updates[name], losses[name] = nearest_update(name, delta, rank, embedding)
-        if new_bias is not None and bias is not None:
-            moved = moved or not bool((new_bias - bias).norm() <= SAME * bias.norm())
+        embedding, new_bias, bias = layer.target.kind == "embedding", None, None
+        factors = layer.low_rank(lambda name=name: base_layer(name)[0])  # type: ignore[misc]
+        if factors is None and rank is None:
+            raise NotLowRank(
+                f"a {config.settings.method} adapter cannot be converted to LoRA exactly", HOW, file=config.file
+            )
+        if factors is None or any(key.endswith("bias") for key in layer.state()):
+            weight, bias = base_layer(name)
+            delta, new_bias = layer_change(attached, name, weight, bias)
+        if factors is not None:
+            a, b = (factor.float().contiguous() for factor in factors)
+            exact = LowRank(a, b, 1.0, embedding)
+            updates[name] = exact if rank is None or rank >= exact.rank else reduce_rank(exact, rank)
+            losses[name] = loss_between(name, exact, updates[name])
+        else:
+            updates[name], losses[name] = nearest_update(name, delta, rank or 0, embedding)
+        if new_bias is not None:
+            moved = moved or bias is None or not bool((new_bias - bias).norm() <= SAME * bias.norm())
         if new_bias is not None and not embedding:
             biases[f"{PREFIX}{name}.base_layer.bias"] = new_bias
-    other_tensors = trained_beside(attached)
-    settings = lora_settings(attached.settings, moved)
-    other_tensors |= biases if settings.bias != "none" else {}
-    targets = concrete_targets(list(updates), list(base_modules(attached.net)))
-    conv1d = any(target.kind == "conv1d" for target in attached.targets)
-    config = replace(config, method=plain_lora_method(), settings=settings)
-    return LoraFolder(config, updates, other_tensors, targets, conv1d), losses
+    trains_biases = moved or getattr(attached.settings, "bias", "none") != "none"
+    return updates, losses, trained_beside(attached) | (biases if trains_biases else {}), moved
 
 
 def trained_beside(attached: AttachedAdapter) -> Tensors:

@@ -26,7 +26,9 @@ def show(
 def convert(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
     output: Output,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="approximate by a LoRA of this rank")] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="approximate by this rank; default: exact, or refused")
+    ] = None,
     initial: Annotated[
         str | None,
         typer.Option(

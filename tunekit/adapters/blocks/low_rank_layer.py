@@ -1,6 +1,7 @@
 """The update s B A of a layer, for all methods with two thin factors."""
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,10 @@ class LowRankLayer(LayerAdapter[Settings]):
     def delta(self) -> Tensor:
         a, b = self.factors()
         return b @ a * self.scaling
+
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
+        a, b = self.factors()
+        return a, b * self.scaling
 
 
 def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:

@@ -1,6 +1,6 @@
 """DoRA, for linear layers, Conv1D and embeddings, packed or not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -63,6 +63,9 @@ class Dora(Lora):
         scale, bias = self.magnitude / self.norm(), self.effective_bias()  # (O,)
         unbiased = y if bias is None else y - bias.to(y.dtype)
         return y + unbiased * (scale - 1).to(y.dtype) + self.update(x).to(y.dtype) * scale.to(y.dtype)
+
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> None:
+        """None: the magnitudes rescale the whole matrix."""
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         merged = super().merged_weight(weight)

@@ -1,5 +1,7 @@
 """HRA, for linear layers and Conv1D, packed or not."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -45,6 +47,10 @@ class Hra(LayerAdapter[HraSettings]):
     def adapted(self, x: Tensor) -> Tensor:
         unit, inverse = (factor.to(x.dtype) for factor in self.factors())
         return self.base_output(x - F.linear(F.linear(x, inverse), unit))
+
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        unit, inverse = self.factors()
+        return inverse, -(base_matrix().to(unit.device) @ unit)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         unit, inverse = (factor.to(weight.device) for factor in self.factors())

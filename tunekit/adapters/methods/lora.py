@@ -1,5 +1,7 @@
 """LoRA and rsLoRA, for linear layers, Conv1D and embeddings, packed or not."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,6 +101,10 @@ class Lora(LayerAdapter[LowRankSettings]):
         a, b = self.factors()
         delta = b @ a * self.scaling
         return delta.t() if self.target.kind == "embedding" else delta
+
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
+        a, b = self.factors()
+        return a, b * self.scaling
 
     def effective_bias(self) -> Tensor | None:
         """The bias (O,) that is used: the trained bias, else the base's."""

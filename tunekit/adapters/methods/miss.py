@@ -1,7 +1,9 @@
 """MiSS, for linear layers and Conv1D, packed or not."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,6 +54,13 @@ class Miss(LayerAdapter[MissSettings]):
     def bat(self, s: Tensor) -> Tensor:
         """The update (O, I) of this layer's own matrix."""
         return _bat(self.base_weight().read(s.dtype), s)
+
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
+        if self.settings.variant == "bat":
+            return None
+        shard, inputs = self.shard(), self.target.in_features
+        blocks = torch.eye(len(shard), device=shard.device).repeat(1, -(-inputs // len(shard)))  # sums the blocks of x
+        return blocks[:, :inputs], shard.t()
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         if self.settings.variant == "bat":

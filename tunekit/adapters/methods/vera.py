@@ -1,6 +1,6 @@
 """VeRA, for linear layers and Conv1D, packed or not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -60,6 +60,10 @@ class Vera(LayerAdapter[VeraSettings]):
         a, b = self.matrices(x)
         low = F.linear(self.apply_dropout(x), a) * self.d.to(x.dtype)  # (..., R)
         return F.linear(low, b) * self.b.to(x.dtype)
+
+    def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = self.matrices(self.b)
+        return self.d[:, None] * a, self.b[:, None] * b
 
     def delta(self) -> Tensor:
         a, b = self.matrices(self.b)

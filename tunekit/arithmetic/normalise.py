@@ -1,0 +1,166 @@
+"""Converts adapters, ours or PEFT's, to plain low-rank pairs that other programs can hold, without any error.
+
+Programs differ in what they read: many ignore rsLoRA and patterns, some take one rank, and few take anything but LoRA.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.expert_parameters import EVERYTHING, ParameterAdapter
+from tunekit.adapters.folder.config import CONFIG_NAME, read_adapter_config
+from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method, read_lora_folder
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
+from tunekit.arithmetic.nearest_lora import NotLowRank, RankLoss, layer_updates
+from tunekit.arithmetic.on_base import attach_to_base
+from tunekit.arithmetic.write import base_of, write_lora
+from tunekit.contracts import Tensors
+from tunekit.errors import AdapterError
+from tunekit.model.storage.converted import StoredPieces
+from tunekit.targets.target import TargetSpec, base_override, find_target
+
+MERGE = "merge it instead"
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """An adapter as low-rank updates B A in float32, without scaling: s = 1, alpha = rank.
+
+    `pairs`: the updates by module name; where transformers renames modules, by the name in the base's files. Each
+    expert of a fused parameter is a module, such as model.layers.0.mlp.experts.3.gate_proj.
+    `rest`: everything else that is trained, by PEFT's key: copies of modules, rows of embeddings, biases, added rows.
+    A format that cannot hold it must refuse the adapter.
+    `embedding`, `head`: the base's; `tied`: whether they share a matrix. An update of one of them never changes the
+    other one.
+    `conv1d`: whether modules of the base store their matrices (I, O).
+    `losses`: the error of each update of a layer; 0 unless a rank was given.
+    """
+
+    pairs: Mapping[str, LowRank]
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
+    embedding: str | None = None
+    head: str | None = None
+    tied: bool = False
+    conv1d: bool = False
+    losses: Mapping[str, RankLoss] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The highest rank; 0 without pairs."""
+        return max((pair.rank for pair in self.pairs.values()), default=0)
+
+    @property
+    def tied_pairs(self) -> list[str]:
+        """The adapted modules among a tied embedding and head."""
+        return [name for name in (self.embedding, self.head) if self.tied and name in self.pairs]
+
+    @property
+    def experts(self) -> list[str]:
+        """The adapted modules that are experts of a mixture."""
+        return [name for name in self.pairs if ".experts." in name]
+
+    def padded(self, rank: int | None = None) -> "PlainAdapter":
+        """The same adapter with one rank for all pairs, by zeros; by default the highest."""
+        size = self.rank if rank is None else rank
+        return replace(self, pairs={name: pair.padded(size) for name, pair in self.pairs.items()})
+
+
+def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
+    """TARGET as find_target resolves it. A PEFT adapter whose initialisation moved weights of the base, such as PiSSA,
+    is first converted to plain LoRA in a temporary folder.
+
+    Raises: InputError as find_target does; AdapterError if the initialisation cannot be computed again.
+    """
+    folder = Path(name).expanduser()
+    start = start_of(folder) if (folder / CONFIG_NAME).is_file() else None
+    if start is None:
+        return find_target(name, base, overrides)
+    lora = read_lora_folder(folder, {START: True})
+    updates, _ = untouched_updates(lora, start, None, base_override(base))
+    holder = TemporaryDirectory(prefix="tunekit-")
+    plain = Path(holder.name) / "adapter"
+    write_lora(plain, base_of([lora.config], base), lora, updates)
+    return replace(find_target(str(plain), base, overrides), holder=holder)
+
+
+def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
+    """The target's adapter as low-rank pairs: exact, or the nearest of rank `rank`, which also limits exact ones.
+
+    `target`: with the model section of its objective. Raises: NotLowRank if there is no exact form and no rank was
+    given, so that only a merged model computes the same; AdapterError for prompts, which are no change of weights.
+    """
+    assert target.adapter is not None
+    config = read_adapter_config(target.adapter)
+    attached, rewriter = attach_to_base(target.adapter, target.model)
+    if attached.model_adapter is not None:
+        what = f"a {config.settings.method} adapter is no change of weights, and no other program can hold it"
+        raise AdapterError(what, "use it with tunekit", file=config.file)
+    updates, losses, rest, _ = layer_updates(attached, config, rewriter.trained_on, rank)
+    for name, rows in attached.added_rows.items():
+        rest.setdefault(f"{PREFIX}{name}.weight", rows)
+    older = rewriter.tensors.older
+
+    def renamed(name: str | None) -> str | None:
+        return name and older.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+
+    pairs = {str(renamed(name)): update for name, update in updates.items()}
+    for name, adapter in attached.parameters.items():
+        pairs |= _parameter_pairs(adapter, rewriter.net, name, older.get(name, name), config.file)
+    conv1d = any(target.kind == "conv1d" for target in attached.targets)
+    return PlainAdapter(
+        dict(sorted(pairs.items())),
+        rest,
+        renamed(rewriter.embedding),
+        renamed(rewriter.head),
+        rewriter.tied,
+        conv1d,
+        losses,
+    )
+
+
+@torch.no_grad()
+def _parameter_pairs(
+    adapter: ParameterAdapter[Any], net: nn.Module, name: str, stored_name: str, file: str
+) -> dict[str, LowRank]:
+    """The pairs of an adapted parameter: one of a matrix (O, I), or one for each expert's module in the base's files.
+
+    Raises: NotLowRank if the base's files store all experts in one tensor, so that no module can be named.
+    """
+    factors = adapter.factors(EVERYTHING)
+    if factors is None:
+        raise NotLowRank(f"the update of '{name}' has no low-rank form", MERGE, file=file)
+    left, right = factors  # (E, P, R), (E, R, Q); of a matrix (P, R), (R, Q)
+    if left.dim() == 2:
+        return {stored_name.removesuffix(".weight"): LowRank(right.contiguous(), left.contiguous(), 1.0)}
+    count, rows, columns = adapter.parameter.shape
+    pieces = StoredPieces(net, name, ())
+    # the number of its row, and of its column, at each place of the parameter
+    row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
+    column_of = torch.arange(columns).expand(count, rows, columns)
+    columns_of, pairs = _split(pieces, column_of), {}
+    for key, places in _split(pieces, row_of).items():
+        if places.dim() != 2 or adapter.target.transposed or bool((places[0] != places[0, 0]).any()):
+            what = f"the base's files store the experts of '{name}' in a form that names no module (O, I) for each"
+            raise NotLowRank(what, MERGE, file=file)
+        expert, its_rows = int(places[0, 0]) // rows, places[:, 0] % rows
+        a, b = right[expert][:, columns_of[key][0]], left[expert][its_rows]
+        pairs[key.removesuffix(".weight")] = LowRank(a.contiguous(), b.contiguous(), 1.0)
+    return pairs
+
+
+def _split(pieces: StoredPieces, numbers: Tensor) -> Tensors:
+    return pieces.views(numbers) or pieces.split(numbers)
+
+
+def write_plain(output: Path, target: TargetSpec, plain: PlainAdapter) -> int:
+    """Write a PEFT folder with these pairs, and one rank for all; returns its size in bytes. `rest` is not written."""
+    assert target.adapter is not None
+    config, method = read_adapter_config(target.adapter), plain_lora_method()
+    lora = LoraFolder(replace(config, method=method, settings=method.peft.settings()), {}, {}, None, plain.conv1d)
+    return write_lora(output, base_of([config], target.model.name_or_path), lora, plain.padded().pairs)
