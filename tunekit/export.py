@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from tunekit.arithmetic.normalise import find_plain_target
 from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.run import EXPORTS, read_json
 from tunekit.console import Console
@@ -17,7 +18,6 @@ from tunekit.machine.signals import StopSignals
 from tunekit.model.storage.upload import upload_folder
 from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable, make_exportable
-from tunekit.targets.target import find_target
 
 CERTIFICATE = "certificate.json"
 
@@ -36,7 +36,7 @@ def export_verb(
     Raises: InputError for everything that the format cannot hold, before anything is written.
     """
     console, format, options = Console(), load_format(to), options or Options()
-    spec = find_target(target, base, overrides)
+    spec = find_plain_target(target, base, overrides)
     console.info(*spec.rewrites)
     exportable = make_exportable(spec)
     path = Path(os.path.abspath(Path(output).expanduser()))

@@ -212,7 +212,7 @@ FULL_RANK: dict[str, tuple[str, Any]] = {  # method -> family, settings; the lay
 
 LOW_RANK: dict[str, tuple[str, Any, int]] = {  # method -> family, settings, rank of the plain form
     "adalora": ("llama", AdaloraSettings(init_r=6, target_r=4, target_modules=("q_proj", "v_proj")), 6),
-    "delora": ("gpt2", DeloraSettings(r=4, delora_lambda=3, target_modules=("c_attn",)), 4),
+    "delora": ("llama", DeloraSettings(r=4, delora_lambda=3, target_modules=("q_proj",)), 4),
     "hra": ("llama", HraSettings(r=4, target_modules=("q_proj", "v_proj")), 4),
     "miss": ("bert", MissSettings(r=5, target_modules=("query", "value")), 5),
     "miss-mini": ("llama", MissSettings(r=4, variant="mini", mini_r=4, target_modules=("q_proj",)), 4),
@@ -292,7 +292,7 @@ def test_a_quantized_base_is_seen_as_it_was(bases: Callable[[str], Path], tmp_pa
 
 def test_what_no_lora_can_do_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
     loha = trained(tmp_path / "a", "llama", LohaSettings(r=4, target_modules=("q_proj",)), str(bases("llama")))
-    with pytest.raises(TunekitError, match=r"a loha adapter cannot be converted to LoRA exactly; merge it, .* --rank R"):
+    with pytest.raises(TunekitError, match=r"loha adapter cannot be converted to LoRA exactly; merge it, .* --rank R"):
         convert(loha, tmp_path / "new")
     with pytest.raises(TunekitError, match="has no effect on a loha adapter"):
         convert(loha, tmp_path / "new", 4, initial=loha)

@@ -16,7 +16,7 @@ from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.contracts import Tensors
-from tunekit.errors import AdapterError
+from tunekit.errors import AdapterError, InputError
 from tunekit.recipe.bases.low_rank import LowRankSettings
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
@@ -24,7 +24,7 @@ SAME = 1e-6  # a smaller relative change of a bias is rounding
 HOW = "merge it, or write the nearest LoRA of a rank, with its error: tunekit adapter convert --rank R"
 
 
-class NotLowRank(AdapterError):
+class NotLowRank(InputError):
     """The adapter has no exact low-rank form, but can be merged."""
 
 

@@ -58,7 +58,7 @@ class PlainAdapter:
     @property
     def tied_pairs(self) -> list[str]:
         """The adapted modules among a tied embedding and head."""
-        return [name for name in (self.embedding, self.head) if self.tied and name in self.pairs]
+        return [name for name in (self.embedding, self.head) if self.tied and name is not None and name in self.pairs]
 
     @property
     def experts(self) -> list[str]:
@@ -82,7 +82,12 @@ def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> 
     if start is None:
         return find_target(name, base, overrides)
     lora = read_lora_folder(folder, {START: True})
-    updates, _ = untouched_updates(lora, start, None, base_override(base))
+    try:
+        updates, _ = untouched_updates(lora, start, None, base_override(base))
+    except AdapterError as error:
+        wrong = error.problems[0]
+        how = f"convert it first: tunekit adapter convert {name} --initial DIR --output PLAIN"
+        raise AdapterError(wrong.what, how, file=wrong.file, key=wrong.key) from error
     holder = TemporaryDirectory(prefix="tunekit-")
     plain = Path(holder.name) / "adapter"
     write_lora(plain, base_of([lora.config], base), lora, updates)
