@@ -1,13 +1,18 @@
-"""`tunekit doctor`: what is there and what is missing, and the cache removed on demand."""
+"""`tunekit doctor`: what is there and what is missing, the cache removed on demand, and model folders for other
+programs."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_tiny_llama
 from tunekit import doctor
+from tunekit.errors import InputError, ModelError
+from tunekit.model.storage import model_folder
 
 
 def test_missing_features_name_their_command(
@@ -61,3 +66,123 @@ def test_a_full_disk_is_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(doctor, "free_bytes", lambda path: 1000)
     doctor.doctor_verb(False, None)
     assert "the checkpoints of a run may not fit" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """The bytes and the time of the last change of each file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model folder as transformers 5 writes it, with code and files of its own."""
+    folder = tmp_path / "base"
+    write_tiny_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e4}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "more.bin").write_bytes(b"more")
+    (folder / ".git").mkdir()
+    (folder / "nowhere.bin").symlink_to(tmp_path / "nothing")
+    return folder
+
+
+def test_a_folder_is_checked_and_mended_in_a_copy(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, output = contents(base), tmp_path / "new" / "mended"
+    assert doctor.model_verb(str(base), None, "-") == 2
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["model"], result["fixed"]) == (str(base), None)
+    wrong = {each["program"] for each in result["programs"] for finding in each["findings"]}
+    assert wrong == {"transformers 4", "ONNX (optimum)", "transformers 5", "mlx-lm", "Ollama"}
+    assert "--fix OUT" in printed.err
+    assert "transformers 4, mlx-lm, Ollama, ONNX (optimum): does not read rope_parameters" in printed.err
+
+    assert doctor.model_verb(str(base), str(output), "-") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["fixed"] == str(output)
+    assert not any(each["findings"] for each in result["programs"])
+    assert doctor.model_verb(str(output), None, None) == 0
+    assert contents(base) == before
+    assert {path.name for path in output.parent.iterdir()} == {"mended"}
+    assert set(contents(output)) == set(before)
+    for name, (data, _) in contents(output).items():
+        linked = os.path.samefile(output / name, base / name)
+        assert linked == name.endswith((".safetensors", ".bin"))
+        assert (data == before[name][0]) == (
+            name not in ("config.json", "tokenizer_config.json", "generation_config.json")
+        )
+    assert not (tmp_path / "was run").exists()
+
+
+def test_weights_are_copied_where_links_are_impossible(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(model_folder.os, "link", refuse)
+    assert doctor.model_verb(str(base), str(tmp_path / "mended"), None) == 0
+    name = "model.safetensors"
+    assert not os.path.samefile(tmp_path / "mended" / name, base / name)
+    assert (tmp_path / "mended" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_failed_copy_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_folder, "make_portable", fail)
+    before = contents(base)
+    with pytest.raises(OSError):
+        doctor.model_verb(str(base), str(tmp_path / "out" / "mended"), None)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert contents(base) == before
+
+
+def test_only_a_new_folder_is_written(base: Path, tmp_path: Path) -> None:
+    full, before = tmp_path / "full", contents(base)
+    full.mkdir()
+    (full / "mine").write_text("x")
+    link = tmp_path / "link"
+    link.symlink_to(full)
+    for output, reason in (
+        (base, "overlaps"),
+        (base / "inside", "overlaps"),
+        (tmp_path, "overlaps"),
+        (full, "not an empty folder"),
+        (full / "mine", "not an empty folder"),
+        (link, "not an empty folder"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            doctor.model_verb(str(base), str(output), None)
+    assert contents(base) == before
+    assert (full / "mine").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    assert doctor.model_verb(str(base), str(tmp_path / "empty"), None) == 0
+
+
+def test_what_is_no_model_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    from tests.arithmetic.test_merge import CPU, train
+    from tunekit.model.load import load_model
+    from tunekit.recipe.model import ModelSection
+
+    adapter = train(load_model(ModelSection(name_or_path=str(base)), device=CPU), tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"is an adapter.*merge it first"):
+        doctor.model_verb(str(adapter), None, None)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        doctor.model_verb(str(tmp_path / "pipeline"), None, None)
+    with pytest.raises(InputError, match="neither a folder"):
+        doctor.model_verb(str(tmp_path / "missing"), None, None)
+    deep = json.dumps({"model_type": "llama"})[:-1] + ', "a_config": {"rope_config": ' * 400 + "1" + "}" * 801
+    (base / "config.json").write_text(deep)
+    with pytest.raises(ModelError, match=r"nested too deeply|cannot be read as JSON"):
+        doctor.model_verb(str(base), None, None)

@@ -1,21 +1,34 @@
-"""`tunekit doctor`: shows versions, this machine, caches, and the packages that optional features need."""
+"""`tunekit doctor`: shows versions, this machine, caches, and the packages that optional features need.
+
+`tunekit doctor MODEL` shows which programs would read a model folder wrongly or not at all, and writes a copy that
+they read.
+"""
 
 import contextlib
 import os
 import platform
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
+from tunekit.errors import InputError, ModelError
 from tunekit.files.cache_folder import cache_entries, clear_cache, default_cache_folder
-from tunekit.files.durable import free_bytes, json_result
+from tunekit.files.durable import free_bytes, is_real_folder, json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
+from tunekit.machine.signals import StopSignals
 from tunekit.model.compute import computes_bfloat16
+from tunekit.model.storage.model_folder import write_portable_copy
+from tunekit.model.storage.portable import read_model_files
+from tunekit.model.storage.programs import FolderReading, readings
+from tunekit.model.storage.source import find_source
 from tunekit.records import bytes_text
+from tunekit.targets.target import find_target
 
 FEATURES = {  # feature -> (modules that it needs, the command that installs them)
     "tunekit data check": (("rensa",), "pip install 'tunekit[data]'"),
@@ -81,6 +94,76 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
         "free disk, this folder": bytes_text(values["free_disk_bytes"]),
     }
     return values, shown, findings
+
+
+def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
+    """Print how other programs read a model folder, with `fix` a mended copy of it; returns the exit code: 2 if
+    findings remain.
+
+    Raises: InputError if `model` is not a model folder, or if `fix` is not a new one.
+    """
+    console, write_result = Console(json_file=json_file), json_result(json_file)
+    folder = _model_folder(model, weights=fix is not None)
+    output = None if fix is None else _new_folder(Path(fix), folder)
+    results = _readings(folder)
+    _print_readings(console, folder, results)
+    if output is not None:
+        with StopSignals(announce=False) as signals, signals.at_once("in the copy; its partial output was removed"):
+            write_portable_copy(folder, output)
+        results = _readings(output)
+        _print_readings(console, output, results)
+    elif any(finding.mendable for result in results for finding in result.findings):
+        console.info(f"tunekit doctor {model} --fix OUT writes a copy in which this is mended")
+    write_result(
+        {"model": str(folder), "fixed": output and str(output), "programs": [asdict(each) for each in results]}
+    )
+    return InputError.exit_code if any(result.findings for result in results) else 0
+
+
+def _model_folder(model: str, *, weights: bool) -> Path:
+    """The folder of a model. Raises: InputError for an adapter, a pipeline or a GGUF file."""
+    target = find_target(model, None, [])
+    if target.adapter is not None:
+        how = f"merge it first: tunekit merge {model} --output MODEL"
+        raise InputError(f"{model} is an adapter, and doctor checks model folders", how)
+    source = find_source(target.model, weights=weights)
+    if source.gguf_file is not None or not (source.folder / "config.json").is_file():
+        what = f"{model} has no config.json, and doctor checks folders of a model with one"
+        raise InputError(what, "name a model's folder")
+    return source.folder.resolve()
+
+
+def _new_folder(output: Path, source: Path) -> Path:
+    """The absolute path. Raises: InputError unless it is new or empty, and separate from `source`."""
+    output = output.expanduser().absolute()
+    place = output.resolve()
+    if place == source or source in place.parents or place in source.parents:
+        raise InputError(f"{output} overlaps {source}, which is read", "name a different folder", key="--fix")
+    if os.path.lexists(output) and (not is_real_folder(output) or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder", "name a new one", key="--fix")
+    return output
+
+
+def _readings(folder: Path) -> list[FolderReading]:
+    try:
+        return readings(read_model_files(folder))
+    except RecursionError as error:
+        raise ModelError("is nested too deeply", file=str(folder / "config.json")) from error
+
+
+def _print_readings(console: Console, folder: Path, results: Sequence[FolderReading]) -> None:
+    """A table of the programs, and one line for each finding, with all programs that it concerns."""
+    rows = [[each.program, each.version, each.unsupported or _count_text(len(each.findings))] for each in results]
+    console.table(["program", "version", "reading this folder"], rows, title=str(folder))
+    programs: dict[tuple[str, bool], list[str]] = {}
+    for finding in (finding for each in results for finding in each.findings):
+        programs.setdefault((finding.what, finding.mendable), []).append(finding.program)
+    for (what, mendable), names in programs.items():
+        console.warn(f"{', '.join(names)}: {what}{'' if mendable else ' (a copy would not mend this)'}")
+
+
+def _count_text(count: int) -> str:
+    return f"{count} {'finding' if count == 1 else 'findings'}" if count else "no finding"
 
 
 def cache_sizes() -> dict[Path, int]:

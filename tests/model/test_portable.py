@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from tests.arithmetic.test_merge import CPU, merge, train, write_base
 from tunekit.adapters.attach import attach_adapter
 from tunekit.model.load import load_model
-from tunekit.model.storage.portable import make_portable, with_older_keys
+from tunekit.model.storage.model_folder import write_portable_copy
+from tunekit.model.storage.portable import TEMPLATE, make_portable, with_older_keys
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.adapters.full import FullSettings
 from tunekit.recipe.model import ModelSection
@@ -159,16 +160,54 @@ def test_a_written_configuration_that_has_all_keys_stays_byte_for_byte(tmp_path:
     assert {name: (tmp_path / name).read_text("utf-8") for name in texts} == texts
 
 
-def written_folder(kind: str, tmp_path: Path, model_type: str, **changes: Any) -> Path:
-    """A model folder of a base that transformers 5 wrote: merged, or of a full run."""
+@pytest.mark.parametrize("kind", ["merged", "full"])
+def test_every_fact_is_in_each_place_where_a_program_looks(kind: str, tmp_path: Path) -> None:
+    """Also if the recipe replaces the template: some programs would use the base's, in the tokenizer's file."""
+    folder = written_folder(kind, tmp_path, "llama", template="{{ messages[0]['content'] }}")
+    tokenizer, generation = (
+        json.loads((folder / name).read_text("utf-8")) for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    own = (folder / "chat_template.jinja").read_text("utf-8")
+    assert tokenizer["chat_template"] == own == "{{ messages[0]['content'] }}"
+    read = AutoTokenizer.from_pretrained(folder)
+    assert read.chat_template == own
+    assert read.pad_token == tokenizer["pad_token"] == read.eos_token
+    assert read(["a", "a b"], padding=True)["attention_mask"][0][-1] == 0
+    settings = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert (settings.eos_token_id, settings.pad_token_id) == (read.eos_token_id, read.pad_token_id)
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (read.eos_token_id, read.pad_token_id)
+
+
+def test_numbers_and_parts_that_transformers_4_cannot_read() -> None:
+    tagged = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    older = with_older_keys({"model_type": "x", **tagged, "decoder": {"model_type": "llama", **rope, **tagged}})
+    assert older["time_step_limit"] == older["decoder"]["time_step_limit"] == [0.0, float("inf")]
+    assert older["decoder"]["rope_theta"] == 5e4
+    axial = {"model_type": "y", "rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}
+    assert with_older_keys(axial) == axial
+
+
+def written_folder(kind: str, tmp_path: Path, model_type: str, template: str | None = None, **changes: Any) -> Path:
+    """A folder made from a base that transformers 5 wrote: merged, of a full run, mended. `template`: the recipe's."""
     base = write_base(tmp_path / "base", model_type, **changes)
+    if template is not None:  # the base has a different one, in the older place
+        path = base / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "chat_template": "the base's"}), "utf-8")
+        (base / "chat_template.jinja").unlink()
+    if kind == "mended":
+        write_portable_copy(base, tmp_path / "new")
+        return tmp_path / "new"
     section = ModelSection(name_or_path=str(base), dtype="float32")
     model = load_model(section, device=CPU)
     if kind == "merged":
-        merge(train(model, tmp_path / "adapter"), tmp_path / "new")
+        adapter = train(model, tmp_path / "adapter")
+        if template is not None:
+            (adapter / TEMPLATE).write_text(template, "utf-8")
+        merge(adapter, tmp_path / "new")
     else:
         attached = attach_adapter(model.net, FullSettings(), seed=0, head_name="lm_head")
-        export_model(tmp_path / "new", section, model, attached, load_tokenizer(section), None, None)
+        export_model(tmp_path / "new", section, model, attached, load_tokenizer(section), template, None)
     return tmp_path / "new"
 
 
@@ -223,7 +262,7 @@ AFTER = "print('\\n' + json.dumps([tokenizer.encode(text), logits]))\n"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kind", ["merged", "full"])
+@pytest.mark.parametrize("kind", ["merged", "full", "mended"])
 @pytest.mark.parametrize("reader", READERS)
 def test_other_programs_compute_the_same(reader: str, kind: str, model_type: str, tmp_path: Path) -> None:
     variable, packages, program = READERS[reader]

@@ -1,4 +1,4 @@
-"""The commands that show runs (report, runs, watch) and this machine (doctor)."""
+"""The commands that show runs (report, runs, watch) and this machine or a model folder (doctor)."""
 
 from typing import Annotated
 
@@ -61,10 +61,23 @@ def watch(
 
 @app.command()
 def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="a model folder: which programs would read it wrongly")
+    ] = None,
+    fix: Annotated[
+        str | None, typer.Option("--fix", metavar="OUT", help="write a copy of MODEL that these programs read")
+    ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="remove tunekit's cache: encoded rows, packed bases")] = False,
     json_file: JsonFile = None,
-) -> None:
-    """Show versions, machine, caches and missing packages. Prints the commands that install them."""
-    from tunekit.doctor import doctor_verb
+) -> int:
+    """Check this machine, or a model folder for other programs."""
+    if model is None and fix is not None:
+        raise typer.BadParameter("write tunekit doctor MODEL --fix OUT")
+    if model is not None and clear:
+        raise typer.BadParameter("--clear is for tunekit doctor without a model")
+    from tunekit.doctor import doctor_verb, model_verb
 
+    if model is not None:
+        return model_verb(model, fix, json_file)
     doctor_verb(clear, json_file)
+    return 0

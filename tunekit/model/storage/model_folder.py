@@ -1,6 +1,7 @@
 """Writes a model folder completely or not at all. The caller writes the weights, and this module all other files."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.source import read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # files that are never mended
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -62,6 +64,38 @@ def copy_other_files(
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     make_portable(folder)
+
+
+def write_portable_copy(source: Path, output: Path) -> None:
+    """Write a copy of a model folder that older programs read too. Weights become hard links where the file system
+    allows it; all other files are copied, so that nothing of `source` changes."""
+    with atomic_model_folder(output) as staging:
+        _copy_files(source, staging)
+        make_portable(staging)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Link or copy the files of a folder and of those in it; hidden ones and links to folders are left out."""
+    for path in sorted(source.iterdir()):
+        place = folder / path.name
+        if path.name.startswith("."):
+            continue
+        if is_real_folder(path):
+            place.mkdir()
+            _copy_files(path, place)
+            sync(place)
+        elif path.is_file() and not (path.name.endswith(WEIGHTS) and _linked(path, place)):
+            shutil.copyfile(path, place)
+            sync(place)
+
+
+def _linked(path: Path, place: Path) -> bool:
+    """Whether `place` is now a second name of the file: not on all file systems, and not across two."""
+    try:
+        os.link(path.resolve(), place)  # the hub's cache consists of links
+    except OSError:
+        return False
+    return True
 
 
 def _name_padding(path: Path, tokenizer: Tokenizer) -> None:

@@ -1,15 +1,20 @@
 """Makes a model folder readable by older programs: transformers 4, mlx-lm, Ollama.
 
-transformers 5 writes only `rope_parameters`. A reader that knows only the older keys would silently use its default
-base frequency and compute other logits.
+transformers 5 writes only `rope_parameters`, and the chat template only into its own file. A reader that knows only
+the older places would silently compute other logits, or render other prompts.
 """
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunekit.errors import ModelError
+from tunekit.files.untrusted import MODEL_FILE, read_small
 from tunekit.model.storage.source import read_json
+from tunekit.records import JsonObject
 
 # keys of rope_parameters that older configurations have at the top level
 TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor")
@@ -27,36 +32,187 @@ ONLY_TYPE = {
     **dict.fromkeys(("chameleon", "olmo", "olmo2", "phimoe"), None),
 }
 SAME_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows
+TAGGED_NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # {"__float__": "NaN"}
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of architectures that answer
+# Keys of generation_config.json that transformers reads from config.json where the former is missing
+GENERATION_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id"),
+    *("forced_eos_token_id", "forced_decoder_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("remove_invalid_values", "exponential_decay_length_penalty"),
+)
+CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model folder that state how to use its weights. A missing file is empty, or None."""
+
+    config: JsonObject
+    tokenizer: JsonObject
+    generation: JsonObject
+    template: str | None  # chat_template.jinja
+    special: JsonObject  # special_tokens_map.json
+    ids: Mapping[str, int]  # of the special tokens
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class; empty if none is named."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model answers with tokens."""
+        return self.architecture.endswith(GENERATES)
+
+    @property
+    def own_template(self) -> str | None:
+        """The chat template in tokenizer_config.json; the default one of several."""
+        template = self.tokenizer.get("chat_template")
+        named = template if isinstance(template, list) else []
+        texts = [each.get("template") for each in named if isinstance(each, dict) and each.get("name") == "default"]
+        text = template if isinstance(template, str) else next(iter(texts), None)
+        return text if isinstance(text, str) and text else None
+
+    @property
+    def pad_token(self) -> str | None:
+        """The token that fills a batch: as named, else the one whose id is named, else the end of an answer."""
+        texts = {number: text for text, number in self.ids.items()}
+        numbers = (self.generation.get("pad_token_id"), self.config.get("pad_token_id"))
+        by_id = [texts[number] for number in numbers if isinstance(number, int) and number in texts]
+        return (
+            self._named("pad_token")
+            or next(iter(by_id), None)
+            or (self._named("eos_token") if self.generates else None)
+        )
+
+    @property
+    def eos_ids(self) -> int | list[int] | None:
+        """The ids of the tokens that end an answer."""
+        text_config = self.config.get("text_config")
+        places = (self.generation, self.config, text_config if isinstance(text_config, dict) else {})
+        stated = [place["eos_token_id"] for place in places if place.get("eos_token_id") is not None]
+        return next(iter(stated), None) if stated else self.ids.get(self._named("eos_token") or "")
+
+    def _named(self, key: str) -> str | None:
+        """The text of a special token that the tokenizer's files name."""
+        for place in (self.tokenizer, self.special):
+            token = place.get(key)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                return text
+        return None
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """The small files of a model folder. Raises: ModelError for a damaged one."""
+    names = (CONFIG, TOKENIZER, GENERATION, "special_tokens_map.json")
+    config, tokenizer, generation, special = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in names
+    )
+    path = folder / TEMPLATE
+    template = read_small(path, MODEL_FILE).decode("utf-8", "replace") if path.is_file() else ""
+    return ModelFiles(config, tokenizer, generation, template or None, special, _special_ids(folder, tokenizer))
+
+
+def _special_ids(folder: Path, tokenizer: JsonObject) -> dict[str, int]:
+    """The ids of the special tokens by their text. transformers 5 writes them into tokenizer.json alone."""
+    decoder, path = tokenizer.get("added_tokens_decoder"), folder / "tokenizer.json"
+    tokens: object = []
+    if isinstance(decoder, dict) and decoder:
+        tokens = [
+            {**token, "id": int(number)}
+            for number, token in decoder.items()
+            if number.isdecimal() and isinstance(token, dict)
+        ]
+    elif path.is_file():
+        with suppress(ModelError):  # the tokenizer's own reader reports that
+            tokens = read_json(path).get("added_tokens")
+    known = [token for token in tokens if isinstance(token, dict)] if isinstance(tokens, list) else []
+    pairs = [(token.get("content"), token.get("id")) for token in known]
+    return {text: number for text, number in pairs if isinstance(text, str) and isinstance(number, int)}
 
 
 def make_portable(folder: Path) -> None:
-    """Add the older keys to the folder's config.json, and write tokenizer_config.json in a form that all versions
-    read."""
-    for name, change in (("config.json", with_older_keys), ("tokenizer_config.json", _older_tokenizer)):
-        path = folder / name
-        written = read_json(path) if path.is_file() else {}
-        changed = change(written)
-        if changed != written:
-            path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the folder's configuration, its tokenizer's, its generation settings and its chat template in the form
+    that every version reads."""
+    files = read_model_files(folder)
+    mended = portable(files)
+    for name, old, new in (
+        (CONFIG, files.config, mended.config),
+        (TOKENIZER, files.tokenizer, mended.tokenizer),
+        (GENERATION, files.generation, mended.generation),
+    ):
+        if old != new:
+            (folder / name).write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if mended.template is not None and mended.template != files.template:
+        (folder / TEMPLATE).write_text(mended.template, encoding="utf-8")
+
+
+def portable(files: ModelFiles) -> ModelFiles:
+    """The same files with every fact in all places where a program looks for it."""
+    generation = _generation(files)
+    tokenizer = _older_tokenizer(files)
+    template = files.template
+    if template is None and isinstance(
+        tokenizer.get("chat_template"), str
+    ):  # of several, the file would hide all but one
+        template = files.own_template
+    return replace(
+        files, config=with_older_keys(files.config), tokenizer=tokenizer, generation=generation, template=template
+    )
+
+
+def _generation(files: ModelFiles) -> JsonObject:
+    """The generation settings with the tokens that end an answer and fill a batch. Where the file exists, transformers
+    does not look for them in config.json."""
+    eos, generation = files.eos_ids, files.generation
+    if eos is None or not (files.generates or generation):
+        return generation
+    if not generation:
+        generation = {key: files.config[key] for key in GENERATION_KEYS if files.config.get(key) is not None}
+    added = {"eos_token_id": eos, "pad_token_id": files.ids.get(files.pad_token or "")}
+    missing = {key: value for key, value in added.items() if generation.get(key) is None and value is not None}
+    return {**generation, **missing}
 
 
 def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration, including its parts, with `torch_dtype` in addition to `dtype`, and `rope_theta`,
     `rope_scaling` and similar keys in addition to `rope_parameters`."""
-    parts = {
-        name: with_older_keys(value)
-        for name, value in config.items()
-        if isinstance(value, Mapping) and name.endswith("_config") and name != "quantization_config"
-    }
+    parts = {name: with_older_keys(part) for name, part in config_parts(config)}
     dtype = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
-    return {**config, **parts, **dtype, **_older_rope(config)}
+    numbers = {name: untagged(value) for name, value in config.items()}
+    return {**numbers, **parts, **dtype, **older_rope(config)}
 
 
-def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The configurations of a model's parts by their key, such as text_config."""
+    parts = [(name, value) for name, value in config.items() if isinstance(value, Mapping)]
+    return [
+        (name, part)
+        for name, part in parts
+        if (name.endswith("_config") or "model_type" in part) and name != "quantization_config"
+    ]
+
+
+def untagged(value: object) -> object:
+    """The value with numbers that transformers 5 writes as {"__float__": "Infinity"}, as in lists of limits."""
+    if isinstance(value, list):
+        return [untagged(each) for each in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return TAGGED_NUMBERS.get(str(value["__float__"]), value)
+    return value
+
+
+def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The older keys for `rope_parameters`; empty if `rope_scaling` is set, which transformers 5 reads first."""
     rope, kind = config.get("rope_parameters"), str(config.get("model_type"))
-    if not isinstance(rope, Mapping) or config.get("rope_scaling"):
-        return {}
+    if not isinstance(rope, Mapping) or config.get("rope_scaling") or rope.get("rope_type") == "axial":
+        return {}  # axial: of encoders of images, for which older programs have no key
     if "rope_theta" in rope:
         names = next((names for start, names in OTHER_NAMES.items() if kind.startswith(start)), {})
         older = {key: rope[key] for key in TOP_LEVEL_KEYS if key in rope}
@@ -82,11 +238,22 @@ def _scaling(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {"rope_scaling": {"type": scaling_type, **{key: numbers[key] for key in known if key in numbers}}}
 
 
-def _older_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer's configuration with the class and the list of special tokens that every version reads."""
-    portable = {**config}
-    if portable.get("tokenizer_class") in SAME_TOKENIZER:
-        portable["tokenizer_class"] = SAME_TOKENIZER[portable["tokenizer_class"]]
-    if isinstance(portable.get("extra_special_tokens"), list):  # transformers 4 reads a mapping under this name
-        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
-    return portable
+def _older_tokenizer(files: ModelFiles) -> JsonObject:
+    """The tokenizer's configuration with the class, special tokens, padding and chat template that every version reads
+    there."""
+    if not files.tokenizer:
+        return {}
+    tokenizer = {**files.tokenizer}
+    name = str(tokenizer.get("tokenizer_class"))
+    if name in SAME_TOKENIZER:
+        tokenizer["tokenizer_class"] = SAME_TOKENIZER[name]
+    if isinstance(tokenizer.get("extra_special_tokens"), list):  # transformers 4 reads a mapping under this name
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    if tokenizer.get("pad_token") is None and files.pad_token is not None:
+        tokenizer["pad_token"] = files.pad_token
+    if files.template is not None and files.template != files.own_template:
+        several, default = tokenizer.get("chat_template"), {"name": "default", "template": files.template}
+        if isinstance(several, list):
+            several = [default, *(each for each in several if isinstance(each, dict) and each.get("name") != "default")]
+        tokenizer["chat_template"] = several if isinstance(several, list) else files.template
+    return tokenizer

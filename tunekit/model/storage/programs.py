@@ -1,0 +1,219 @@
+"""Rules about other programs: what in a model folder's small files each of them reads wrongly, or refuses.
+
+Each rule was tried by running the program, or read in the source of the version named here. Nothing of the folder is
+executed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from tunekit.model.storage import supported
+from tunekit.model.storage.portable import (
+    SAME_TOKENIZER,
+    TEMPLATE,
+    ModelFiles,
+    config_parts,
+    older_rope,
+    portable,
+    untagged,
+)
+
+Rule = Callable[[ModelFiles], Iterator[str]]
+Support = Callable[[ModelFiles], str | None]  # why a program does not support the model
+# Tokenizer classes of transformers 5.24 that 4.57 does not know
+NEWER_TOKENIZERS = {
+    *SAME_TOKENIZER,
+    *("SentencePieceBackend", "PythonBackend", "MistralCommonBackend", "EsmcTokenizer", "LasrTokenizer"),
+    *("Qwen3_5Tokenizer", "Siglip2Tokenizer", "VideoPrismTokenizer"),
+}
+# Defaults of transformers 4.57's configuration classes for the older keys of rope_parameters
+THETA = 10_000.0
+OLDER_DEFAULTS = {
+    "rotary_emb_base": THETA,
+    "rotary_pct": 0.25,
+    "rope_local_base_freq": THETA,
+    "local_rope_theta": THETA,
+    "global_rope_theta": 160_000.0,
+    "partial_rotary_factor": 1.0,
+}
+PARTIAL = {  # the default of partial_rotary_factor there, where it is not 1
+    **dict.fromkeys(("fuyu", "glm", "glm4", "glm4_moe", "nemotron", "persimmon", "phi", "recurrent_gemma"), 0.5),
+    "moonshine": 0.9,
+    "qwen3_next": 0.25,
+    "stablelm": 0.25,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason why a program reads a folder wrongly or refuses it. `mendable`: by a copy in the portable form."""
+
+    program: str
+    what: str
+    mendable: bool
+
+
+@dataclass(frozen=True)
+class FolderReading:
+    """How one program reads a model folder. `unsupported`: why it has no code for this model, if so."""
+
+    program: str
+    version: str
+    unsupported: str | None
+    findings: tuple[Finding, ...]
+
+
+def readings(files: ModelFiles) -> list[FolderReading]:
+    """How each known program reads a folder with these files."""
+    mended, results = portable(files), []
+    for name, (its_version, support, rules) in PROGRAMS.items():
+        unsupported = support(files)
+        remaining = {what for rule in rules for what in rule(mended)}
+        whats = [] if unsupported else [what for rule in rules for what in rule(files)]
+        findings = tuple(Finding(name, what, what not in remaining) for what in whats)
+        results.append(FolderReading(name, its_version, unsupported, findings))
+    return results
+
+
+def _type_in(names: Callable[[], frozenset[str]]) -> Support:
+    """Programs that choose their code by model_type."""
+
+    def support(files: ModelFiles) -> str | None:
+        kind = str(files.config.get("model_type"))
+        code = ", and doctor does not run the folder's own code" if "auto_map" in files.config else ""
+        return None if kind in names() else f"does not know the model type {kind}{code}"
+
+    return support
+
+
+def _architecture_in(names: frozenset[str]) -> Support:
+    """Programs that choose their code by the first architecture."""
+
+    def support(files: ModelFiles) -> str | None:
+        name = files.architecture
+        return None if name in names else f"does not know the architecture {name or '(none is named)'}"
+
+    return support
+
+
+def _every_model(files: ModelFiles) -> str | None:
+    return None
+
+
+def _installed_types() -> frozenset[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return frozenset(CONFIG_MAPPING_NAMES)
+
+
+def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The configuration and those of its parts, each with the prefix of its keys."""
+    yield place, config
+    for name, part in config_parts(config):
+        yield from _parts(part, f"{place}{name}.")
+
+
+def _other_rope(
+    place: str, part: Mapping[str, Any], defaults: Mapping[str, float], keys: tuple[str, ...]
+) -> Iterator[str]:
+    """What a program computes with that reads only `keys` at the top level, if that differs from rope_parameters."""
+    wrong = []
+    for key, value in older_rope(part).items():
+        if key in keys and part.get(key, defaults.get(key)) != value:
+            instead = part.get(key, defaults.get(key))
+            wrong.append(f"without {key}" if isinstance(value, Mapping) else f"with {key} {instead} instead of {value}")
+    if wrong:
+        yield f"does not read {place}rope_parameters, and computes {' and '.join(wrong)}"
+
+
+def _older_rope_of_transformers_4(files: ModelFiles) -> Iterator[str]:
+    for place, part in _parts(files.config):
+        kind = str(part.get("model_type"))
+        theta, share = supported.TRANSFORMERS_4_THETA.get(kind, THETA), PARTIAL.get(kind, 1.0)
+        defaults = {**OLDER_DEFAULTS, "rope_theta": theta, "partial_rotary_factor": share}
+        if kind == "modernbert-decoder":
+            defaults["local_rope_theta"] = defaults["global_rope_theta"]
+        keys = ("rope_theta", "rope_scaling", *OLDER_DEFAULTS)
+        if kind.startswith("gpt_neox"):
+            keys = ("rotary_emb_base", "rotary_pct", "rope_scaling")
+        yield from _other_rope(place, part, defaults, keys)
+
+
+def _rope_of_mlx(files: ModelFiles) -> Iterator[str]:
+    for place, part in _parts(files.config):
+        kind = str(part.get("model_type"))
+        if kind in supported.MLX_LM_OWN_THETA:
+            defaults = {"rope_theta": supported.MLX_LM_OWN_THETA[kind], "rope_local_base_freq": THETA}
+            yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
+        missing = [key for key in ("rope_theta", "rotary_emb_base") if key in older_rope(part) and key not in part]
+        if kind in supported.MLX_LM_NEEDS_THETA and missing:
+            yield f"refuses it: {kind} needs {place}{missing[-1]}, and it does not read rope_parameters"
+
+
+def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
+    theta = supported.OLLAMA_OWN_THETA.get(files.architecture)
+    if theta is not None:
+        defaults = {"rope_theta": theta, "rope_local_base_freq": THETA}
+        for place, part in _parts(files.config):
+            yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
+
+
+def _newer_tokenizer(files: ModelFiles) -> Iterator[str]:
+    name = str(files.tokenizer.get("tokenizer_class"))
+    if name in NEWER_TOKENIZERS:
+        yield f"refuses the tokenizer: it does not know the class {name}"
+    if isinstance(files.tokenizer.get("extra_special_tokens"), list):
+        yield "refuses the tokenizer: extra_special_tokens is a list, and it reads a mapping there"
+
+
+def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
+    for place, part in _parts(files.config):
+        for key, value in part.items():
+            if untagged(value) != value:
+                yield f"computes with {place}{key} as it is written, {value}, which is not a number"
+
+
+def _endless(files: ModelFiles) -> Iterator[str]:
+    """Generation settings that were derived from config.json are derived again when they are loaded."""
+    settings = files.generation
+    named = settings.get("eos_token_id") is not None or settings.get("_from_model_config")
+    if settings and files.generates and not named and files.eos_ids is not None:
+        yield "does not stop generating: generation_config.json has no eos_token_id"
+
+
+def _no_padding(files: ModelFiles) -> Iterator[str]:
+    if files.tokenizer and files.tokenizer.get("pad_token") is None and not files.special.get("pad_token"):
+        yield "refuses to pad a batch of texts: tokenizer_config.json has no pad_token"
+
+
+def _template_of_ollama(files: ModelFiles) -> Iterator[str]:
+    if files.template is not None and files.own_template is None:
+        yield f"has no chat template: it reads the one in tokenizer_config.json, and only {TEMPLATE} has one"
+    yield from _other_template(files)
+
+
+def _other_template(files: ModelFiles) -> Iterator[str]:
+    both = files.own_template is not None and files.template is not None
+    if both and files.own_template != files.template:
+        yield f"uses the chat template in tokenizer_config.json, which differs from the one in {TEMPLATE}"
+
+
+def _packed(files: ModelFiles) -> Iterator[str]:
+    stored = files.config.get("quantization_config")
+    if isinstance(stored, dict) and stored.get("quant_method") == "bitsandbytes":
+        yield "refuses weights that are packed by bitsandbytes; merge with --onto dequantized"
+
+
+_ANSWERS = (_endless, _no_padding)
+_TRANSFORMERS_4 = (_older_rope_of_transformers_4, _newer_tokenizer, _tagged_numbers, *_ANSWERS)
+PROGRAMS: dict[str, tuple[str, Support, tuple[Rule, ...]]] = {
+    "transformers 4": ("4.57.6", _type_in(lambda: supported.TRANSFORMERS_4), _TRANSFORMERS_4),
+    "transformers 5": (version("transformers"), _type_in(_installed_types), _ANSWERS),
+    "mlx-lm": ("0.32.2", _type_in(lambda: supported.MLX_LM), (_rope_of_mlx, _packed)),
+    "Ollama": ("2026-08-21", _architecture_in(supported.OLLAMA), (_rope_of_ollama, _template_of_ollama)),
+    "llama.cpp's converter": ("2026-08", _architecture_in(supported.LLAMA_CPP), (_other_template, _packed)),
+    "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; takes other models through transformers
+    "ONNX (optimum)": ("0.1.0", _type_in(lambda: supported.TRANSFORMERS_4), _TRANSFORMERS_4),  # on transformers 4
+}
