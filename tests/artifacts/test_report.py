@@ -193,6 +193,21 @@ def test_true_zeros_stay() -> None:
     assert (values["best_step"], values["final_loss"], values["adapter_bytes"]) == (0, 0.0, 0)
 
 
+@pytest.mark.parametrize("best", ["eval.loss", "eval.accuracy"])
+def test_a_metric_that_was_better_at_another_step_is_noted(run: RunFolder, best: str) -> None:
+    evaluations = [
+        {"step": step, "eval": {"loss": loss, "perplexity": math.exp(loss), "accuracy": share}}
+        for step, loss, share in ((0, 3.0, 0.25), (2, 1.0, 0.75), (3, 1.25, 0.8125), (4, 1.5, 0.8125))
+    ]
+    facts, plan = dataclasses.replace(FACTS, evaluations=evaluations), make_plan()
+    page = written(run, facts, dataclasses.replace(plan, recipe={**plan.recipe, "evaluation": {"best": best}}))
+    noted = (
+        "accuracy was better at step 3: 0.8125 instead of 0.75. To choose by it, set evaluation.best: eval.accuracy."
+    )
+    assert (noted in page.replace("\\", "")) == (best == "eval.loss")
+    assert "perplexity was better" not in page
+
+
 def test_the_page_tells_all_of_it(run: RunFolder) -> None:
     page = written(run, FACTS)
     for text in (

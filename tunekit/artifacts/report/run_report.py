@@ -14,7 +14,7 @@ from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.bases.paths import relative_to
-from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.reading.names import facts_of, known_names, settings_class
 from tunekit.records import Headline, Panel, skipped_text
 
 MOST_CHARACTERS = 240  # of a prompt that is shown with its answers
@@ -88,7 +88,26 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
     if sources:
         table = sources_table({name: sources.numbers(name) for name in sources})
         tables.append(ReportTable(*table, f"By source, after step {shown[marked]['step']:,}"))
-    yield ReportSection("Result", text, tables=tables)
+    yield ReportSection("Result", [*text, *_better_elsewhere(run)], tables=tables)
+
+
+def _better_elsewhere(run: RunValues) -> Iterator[str]:
+    """A note on each metric that was better at another step than at the exported one, if the loss chose that step."""
+    if run.recipe.part("evaluation").get("best") != "eval.loss" or "best_step" not in run.report:
+        return
+    values = run.exported.numbers("eval")
+    for name in (name for name in values if name in known_names("metrics")):
+        measured = [
+            (each, record) for record in run.evaluations if (each := record.part("eval").number(name)) is not None
+        ]
+        choose = max if facts_of("metrics", name).HIGHER_IS_BETTER else min
+        best, record = choose(measured, key=lambda pair: pair[0])
+        if best != values[name]:
+            step = _step_label(record.count("step"), None)
+            yield (
+                f"The loss chose this step, but {name} was better at step {step}: {best:.4g} instead of "
+                f"{values[name]:.4g}. To choose by it, set evaluation.best: eval.{name}."
+            )
 
 
 def _few(records: Sequence[Values], best: object) -> list[Values]:
