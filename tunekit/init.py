@@ -50,6 +50,7 @@ SAMPLED_ANSWERS: Sequence[Line] = (
 LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 NUMBER_METRICS: Sequence[Line] = (("  metrics: [loss, pearson, spearman]", ""),)
 LENGTH_COMMENT = {False: "tokens; longer rows are dropped and counted", True: "tokens of each piece of the text"}
+POSITIONS_COMMENT = "tokens, as many as the model has positions; longer rows are dropped and counted"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class FirstRecipe:
     evaluation: float
     look: Look | None
     note: str = ""
+    positions: int | None = None  # tokens for which the model has learned positions, if rows are longer
 
     @property
     def adapter(self) -> type[AdapterSettings]:
@@ -73,6 +75,15 @@ class FirstRecipe:
     def objective(self) -> type[ObjectiveSettings]:
         """The settings class of the objective."""
         return _objective(self.look)
+
+    @property
+    def length(self) -> int:
+        """data.max_length: the first usual length that the rows fit in, but not more than the model has positions."""
+        look, usual = self.look, 2048
+        if look is not None:
+            fitting = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1])
+            usual = SPLIT_LENGTH if _is_split(look) else fitting
+        return usual if self.positions is None else min(usual, self.positions)
 
     @property
     def example(self) -> Recipe | None:
@@ -209,9 +220,8 @@ def models_at_hand() -> list[str]:
 def recipe_text(first: FirstRecipe, target: Path) -> str:
     """The text of the recipe, with a comment after each key."""
     look, adapter, objective, example = first.look, first.adapter, first.objective, first.example
-    length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
     split = look is not None and _is_split(look)
-    length = SPLIT_LENGTH if split else length
+    length_comment = LENGTH_COMMENT[split] if first.positions is None or split else POSITIONS_COMMENT
     few = look is not None and look.complete and look.rows < FEW_ROWS and not split
     steps = 2 if few else 8
     interval = _interval(first, 3 if few else 1, steps)
@@ -238,7 +248,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         ("data:", ""),
         *_source_lines(data, look),
         (f"  eval: {first.evaluation or 'null'}", _evaluation_said(look, data)),
-        *([] if example else [(f"  max_length: {length}", LENGTH_COMMENT[split])]),
+        *([] if example else [(f"  max_length: {first.length}", length_comment)]),
         *([("  excess_length: split", "")] if split else []),
         ("adapter:", ""),
         (f"  method: {first.method}", "every weight of the base is trained" if adapter.trains_base else ""),
@@ -357,7 +367,11 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         note = "; without it the run does not fit this machine's memory" if changed else ""
         first = replace(first, quantization=quantization, note=note)
         write_text(target, recipe_text(first, target))
-        plan, _ = make_plan(load_recipe(target), device=devices.device)
+        plan, inputs = make_plan(load_recipe(target), device=devices.device)
+        if inputs.learned_length is not None and first.length > inputs.learned_length:
+            first = replace(first, positions=inputs.learned_length)
+            write_text(target, recipe_text(first, target))
+            plan, _ = make_plan(load_recipe(target), device=devices.device)
         refused = [f"{refusal.key}: {refusal.message}" for refusal in plan.refusals]
         fits = free is None or plan.peak_bytes.total < free
         if fits and not refused:

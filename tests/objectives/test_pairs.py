@@ -375,6 +375,15 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
         evaluate_verb(str(run), None, str(tmp_path / "texts.jsonl"), None, [], None, [])
 
 
+def test_init_writes_a_length_for_which_the_model_has_positions(bases: dict[str, Path], tmp_path: Path) -> None:
+    words = [*range(2, 20), 80, 81]  # the last rows have more than 512 tokens
+    rows = [{"sentence1": "good so " * many, "sentence2": "bad", "label": many % 2} for many in words]
+    write_rows(tmp_path / "train.jsonl", rows)
+    init_verb(str(tmp_path / "train.jsonl"), str(tmp_path / "new.yaml"), str(bases["roberta"]), None, "none", None)
+    assert "max_length: 512 " in (tmp_path / "new.yaml").read_text("utf-8")
+    assert not make_plan(load_recipe(tmp_path / "new.yaml"), device=CPU)[0].refusals
+
+
 @pytest.mark.parametrize(
     ("row", "what"),
     [

@@ -122,7 +122,8 @@ def make_plan(
         windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
-    return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest)
+    length = refusals.learned_length(inputs.base, inputs.virtual_tokens)
+    return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest, length)
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:

@@ -96,6 +96,13 @@ def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iter
         )
 
 
+def learned_length(base: LoadedModel, virtual_tokens: int) -> int | None:
+    """Tokens of a row, without the adapter's virtual ones, for which the base has learned positions; None if it
+    computes positions, or reads no text."""
+    positions = None if base.text is None else base.family.learned_positions(base.net)
+    return None if positions is None else max(positions - virtual_tokens, 1)
+
+
 def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
     """Warnings about a very high learning rate, and about learning rates that sum to nearly 0 in the whole run.
 

@@ -71,6 +71,7 @@ class RunInputs:
     batch_settings: BatchSettings  # with the micro-batches that plan chose
     adapter: AdapterSettings  # with its texts as token ids
     largest_batch: Batch  # the largest micro-batch of the run; for a stream, of the largest possible size
+    learned_length: int | None = None  # tokens of a row for which the base has learned positions
 
 
 @dataclass
