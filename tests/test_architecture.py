@@ -93,7 +93,6 @@ DOORS = {
     "mlx_lm": ("exports/programs/inside",),
     "vllm": ("exports/programs/inside",),
     "ctranslate2": ("exports/programs/inside",),
-    "pywhispercpp": ("exports/programs/inside",),
     "onnxruntime": ("exports/programs/inside",),
     "optimum": ("exports/programs/inside",),
 }

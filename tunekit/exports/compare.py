@@ -35,7 +35,7 @@ def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answer
         changed += int((greedy != wanted.argmax(-1)).sum())
     count = sum(distance.numel() for distance in distances)
     largest = max(float(distance.max()) for distance in distances)
-    if not math.isfinite(largest):
+    if not (math.isfinite(largest) and all(bool(each.isfinite().all()) for each in following)):
         raise NumericsError("the program computes log-probabilities that are not finite")
     return Difference(
         largest=largest,

@@ -34,21 +34,41 @@ def ask_script(
     adapter: Path | None = None,
     *,
     options: JsonObject | None = None,
+    arrays: Mapping[str, Array] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[NextTokens]:
-    """The answers of a script of inside/ for a model, with an adapter if there is one. `options`: more of its request.
+    """The answers of a script of inside/ for a model, with an adapter if there is one. `options` and `arrays`: more of
+    its request.
 
     The script returns `values.N` for row N; `tokens.N` and `following.N` too if it gives the K largest values only.
     Raises: InputError with the last lines of the program's log if it fails.
     """
     request = {"model": str(model), "adapter": None if adapter is None else str(adapter), "rows": [*map(list, rows)]}
-    arrays = run_script(program, script, {**request, **(options or {})}, environment=environment)
+    request |= options or {}
+    values = run_script(program, script, request, arrays=arrays, environment=environment)
     return [
-        NextTokens(arrays[f"values.{index}"], arrays[f"tokens.{index}"], arrays[f"following.{index}"])
-        if f"tokens.{index}" in arrays
-        else full_answer(arrays[f"values.{index}"], row)
+        NextTokens(values[f"values.{index}"], values[f"tokens.{index}"], values[f"following.{index}"])
+        if f"tokens.{index}" in values
+        else full_answer(values[f"values.{index}"], row)
         for index, row in enumerate(rows)
     ]
+
+
+def ask_speech(
+    program: Program,
+    script: str,
+    model: Path,
+    rows: IdRows,
+    prompts: IdRows,
+    features: Sequence[Array],
+) -> list[NextTokens]:
+    """The answers of a script of inside/ for recordings, each as log-mel features (bands, frames).
+
+    `prompts`: the ids before each row. Raises: InputError with the last lines of the program's log if it fails.
+    """
+    arrays = {f"features.{index}": values for index, values in enumerate(features)}
+    options: JsonObject = {"prompts": [*map(list, prompts)]}
+    return ask_script(program, script, model, rows, options=options, arrays=arrays)
 
 
 def full_answer(values: Array, row: Sequence[int]) -> NextTokens:

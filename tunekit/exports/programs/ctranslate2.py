@@ -1,8 +1,10 @@
 """CTranslate2 converts a model folder, and reads the result."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script
+from tunekit.contracts import Array
+from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script, ask_speech
 from tunekit.exports.programs.program import Program, run_script
 
 NAME = "ctranslate2"
@@ -19,3 +21,10 @@ def convert(program: Program, folder: Path, output: Path, quantization: str, cop
 def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:
     """All log-probabilities of a converted language model. Raises: InputError with the log if it is not read."""
     return ask_script(program, NAME, model, rows)
+
+
+def speech_answers(
+    program: Program, model: Path, rows: IdRows, prompts: IdRows, features: Sequence[Array]
+) -> list[NextTokens]:
+    """All log-probabilities of a converted Whisper for recordings, each as log-mel features (bands, frames)."""
+    return ask_speech(program, "ctranslate2_speech", model, rows, prompts, features)

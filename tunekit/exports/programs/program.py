@@ -25,7 +25,10 @@ from tunekit.records import JsonObject
 INSIDE = Path(__file__).parent / "inside"  # scripts that a program's own Python runs
 LIMIT_SECONDS = 1800.0
 LOG_LINES, LINE_LENGTH = 3, 200  # of the log in an error message
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {  # of every program: no network; ggml states a failed assertion in its last line, without a debugger
+    **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "GGML_NO_BACKTRACE"), "1"),
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,18 @@ def run_script(
     script: str,
     request: JsonObject,
     *,
+    arrays: Mapping[str, Array] | None = None,
     environment: Mapping[str, str] | None = None,
     seconds: float = LIMIT_SECONDS,
 ) -> dict[str, Array]:
-    """The arrays that a script of inside/ returns for a request.
+    """The arrays that a script of inside/ returns for a request. `arrays`: large values of the request.
 
     Raises: InputError with the last lines of the program's log if it fails or takes longer than `seconds`.
     """
     with tempfile.TemporaryDirectory(prefix="tunekit-program-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), "utf-8")
+        np.savez(folder / "request.npz", **(arrays or {}))  # type: ignore[arg-type]  # they are no options
         command = [str(program.python), "-I", str(INSIDE / "run.py"), script, str(folder)]
         with running(program, command, folder / "log", environment or {}) as process:
             try:
@@ -83,8 +88,8 @@ def run_script(
                 raise failure(program, f"took longer than {seconds:.0f} s", folder / "log") from None
         if code or not (folder / "answer.npz").is_file():
             raise failure(program, f"ended with {ended_text(code)}", folder / "log")
-        with np.load(folder / "answer.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
+        with np.load(folder / "answer.npz", allow_pickle=False) as answer:
+            return dict(answer)
 
 
 @contextlib.contextmanager
@@ -94,7 +99,7 @@ def running(
     """A process of the program. It is ended after the block, with all its children, also by an error or Ctrl-C."""
     values = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with log.open("wb") as stream:
-        process = _start(command, stream, {**values, **OFFLINE, **environment})
+        process = _start(command, stream, {**values, **ENVIRONMENT, **environment})
         try:
             yield process
         finally:

@@ -1,7 +1,7 @@
 """Run one script of this folder: `python -I run.py SCRIPT FOLDER`, by the Python of the program that the script uses.
 
-The script's `answer(request)` gets the values of request.json and returns arrays, which are written to answer.npz. The
-process ends when its standard input closes, so that nothing keeps running if tunekit is killed.
+The script's `answer(request)` gets the values of request.json and request.npz, and returns arrays, which are written to
+answer.npz. The process ends when its standard input closes, so that nothing keeps running if tunekit is killed.
 """
 
 import json
@@ -18,7 +18,12 @@ def main(script: str, folder: Path) -> None:
     """Answer the request in the folder."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     answer = run_path(str(Path(__file__).with_name(f"{script}.py")))["answer"]
-    arrays = answer(json.loads((folder / "request.json").read_text("utf-8")))
+    with np.load(folder / "request.npz") as values:
+        request = {**json.loads((folder / "request.json").read_text("utf-8")), **values}
+    try:
+        arrays = answer(request)
+    except Exception as error:  # without the traceback, so that the end of the log is the program's own
+        sys.exit(f"{type(error).__name__}: {error}")
     with (folder / "partial").open("wb") as file:
         np.savez(file, **arrays)
     os.replace(folder / "partial", folder / "answer.npz")

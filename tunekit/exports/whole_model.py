@@ -1,0 +1,45 @@
+"""The folder that a program's own converter reads: the merged model, or the base with the keys of older programs."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tunekit.arithmetic.merge import merge
+from tunekit.errors import Problem
+from tunekit.exports.programs.program import find_program
+from tunekit.model.storage.portable import make_portable
+from tunekit.targets.exportable import Exportable
+
+
+def conversion_problems(exportable: Exportable, program: str, model_types: str) -> list[Problem]:
+    """Why the converter of a program cannot read the model. `model_types`: those that it knows."""
+    wrong = []
+    if find_program(program) is None:
+        how = f"install it with: scripts/certify {program}"
+        wrong.append(Problem(f"{program}, which converts the model, is not installed", how))
+    kind = exportable.config.get("model_type")
+    if not exportable.config and exportable.kind == "model":
+        wrong.append(Problem("the model is a GGUF file, which the converter does not read", "name a folder"))
+    elif exportable.config and kind not in model_types.split():
+        wrong.append(Problem(f"{program} does not read models of type {kind}", "choose another --to"))
+    return wrong
+
+
+@contextmanager
+def whole_model(exportable: Exportable, path: Path) -> Iterator[Path]:
+    """A temporary folder next to `path` with the merged model, or with links to the base's files."""
+    with TemporaryDirectory(prefix=".tunekit-", dir=path.parent) as name:
+        folder = Path(name) / "model"
+        if exportable.kind == "adapter":
+            merge(exportable.target, folder)
+        else:
+            folder.mkdir()
+            for file in exportable.folder.iterdir():
+                if file.suffix == ".json":
+                    shutil.copyfile(file, folder / file.name)
+                elif file.is_file():
+                    (folder / file.name).symlink_to(file.resolve())
+            make_portable(folder)
+        yield folder
