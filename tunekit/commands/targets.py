@@ -116,7 +116,8 @@ def export(
     overrides: Annotated[list[str] | None, keys("changes keys of model.*", "model.")] = None,
     base: Base = None,
     type: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="the type of the weights in gguf, such as Q4_K_M")
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="type of the weights, such as Q4_K_M, or int8 in ctranslate2"),
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="write a merged model instead of an adapter")] = False,
     imatrix: Annotated[bool, typer.Option("--imatrix", help="quantize by the activations on the run's rows")] = False,
