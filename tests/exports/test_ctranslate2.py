@@ -24,7 +24,7 @@ def test_the_program_is_needed(tiny_llama: Path, tmp_path: Path, monkeypatch: py
 
 def test_unknown_types(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both problems at once: the type of the weights, and a model that the converter does not know."""
-    monkeypatch.setattr(whole_model, "find_program", lambda name: Program(name, "1", Path(), Path()))
+    monkeypatch.setattr(whole_model, "find_program", lambda name: Program(name, "1", Path()))
     monkeypatch.setattr(module, "MODEL_TYPES", "whisper")
     with pytest.raises(InputError) as error:
         export_verb(str(tiny_llama), "ctranslate2", str(tmp_path / "out"), options=Options(type="Q4_K_M"))

@@ -19,7 +19,7 @@ from tunekit.exports.programs import program as module
 from tunekit.exports.programs.program import Program, find_program, run_script
 from tunekit.exports.programs.versions import PROGRAMS, STAMP
 
-PYTHON = Program("fake", "1.0", Path(sys.executable), Path())
+PYTHON = Program("fake", "1.0", Path(sys.executable))
 WAITS = """
 import subprocess, time
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_nothing_keeps_running_after_tunekit(scripts: Path, tmp_path: Path, numb
 from pathlib import Path
 from tunekit.exports.programs import program
 program.INSIDE = Path({str(scripts)!r})
-program.run_script(program.Program("fake", "1.0", Path({sys.executable!r}), Path()), "waits", {{"pids": {str(pids)!r}}})
+program.run_script(program.Program("fake", "1.0", Path({sys.executable!r})), "waits", {{"pids": {str(pids)!r}}})
 """
     tunekit = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (pids.exists() and " " in pids.read_text()):
@@ -117,7 +117,8 @@ def test_a_program_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEKIT_PROGRAMS", str(tmp_path))
-    installed = {"ctranslate2": "4.0.0"}
+    names = ("ctranslate2", "faster-whisper", "transformers", "torch", "onnxruntime")
+    installed = dict.fromkeys(names, "4.0.0")
 
     def version(name: str) -> str:
         if name not in installed:
@@ -128,7 +129,7 @@ def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program = find_program("ctranslate2")
     assert program is not None
     assert (program.version, program.python) == ("4.0.0", Path(sys.executable))
-    assert find_program("vllm") is None
+    assert find_program("onnx") is None  # without its converter
 
 
 def test_every_package_is_pinned() -> None:

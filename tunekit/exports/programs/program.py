@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,30 +32,27 @@ ENVIRONMENT = {  # of every program: no network; ggml states a failed assertion 
 
 @dataclass(frozen=True)
 class Program:
-    """An installed program. `python`: the interpreter that imports it; `packages`: the folder of its packages."""
+    """An installed program. `python`: the interpreter that imports it."""
 
     name: str
     version: str
     python: Path
-    packages: Path
 
 
 def find_program(name: str) -> Program | None:
     """The program in its own environment, else in tunekit's; None if it is not installed."""
-    distribution, environment = PROGRAMS[name].distribution, programs_folder() / name
+    distributions, environment = PROGRAMS[name].distributions, programs_folder() / name
     stamp = environment / STAMP
     installed = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else []
     if installed:
         number = installed[0].partition("==")[2]
-        places = sorted(environment.glob("lib/python*/site-packages")) or [environment / "Lib/site-packages"]
         python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        return Program(name, _version_text(name, distribution, number), python, places[0])
+        return Program(name, _version_text(name, distributions[0], number), python)
     try:
-        number = version(distribution)
+        numbers = [version(distribution) for distribution in distributions]
     except PackageNotFoundError:
         return None
-    own_packages = Path(sysconfig.get_path("purelib"))
-    return Program(name, _version_text(name, distribution, number), Path(sys.executable), own_packages)
+    return Program(name, _version_text(name, distributions[0], numbers[0]), Path(sys.executable))
 
 
 def _version_text(name: str, distribution: str, number: str) -> str:

