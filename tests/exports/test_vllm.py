@@ -1,0 +1,135 @@
+"""`tunekit export --to vllm`: what vLLM's rules admit is written as an adapter, and everything else is merged."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.arithmetic.test_merge import logits_of, merged_logits, write_base
+from tests.arithmetic.test_normalise import by_peft
+from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder.read import save_adapter_folder
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.arithmetic.normalise import PlainAdapter
+from tunekit.errors import InputError
+from tunekit.export import export_verb
+from tunekit.exports.format import Options
+from tunekit.exports.programs.program import find_program
+from tunekit.exports.vllm import refusal
+from tunekit.recipe.adapters.prompt import PromptSettings
+
+peft = pytest.importorskip("peft")
+FLOAT32 = ["model.dtype=float32"]
+TIED = {"tie_word_embeddings": True}
+# Fields with which vLLM refuses an adapter, or that change it, at their only values here.
+NEUTRAL = {
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "lora_bias": False,
+    "init_lora_weights": True,
+    **dict.fromkeys(("modules_to_save", "alora_invocation_tokens", "layer_replication", "use_bdlora")),
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "peft_type": "LORA",
+}
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("qwen2", {}),
+    "rsLoRA": (
+        "llama",
+        {"use_rslora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"q_proj": 1}},
+    ),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}),
+    "tied embedding": ("llama", {"target_modules": ["embed_tokens", "k_proj"], "base": TIED}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_vllm_admits_is_written_as_one_rank(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_type, values = ADAPTERS[name]
+    expected = logits_of(by_peft(tmp_path, model_type, **values))
+    export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: fields.get(key) for key in NEUTRAL} == NEUTRAL
+    rank = {"plain": 4, "rsLoRA": 9, "pissa": 8, "tied embedding": 4}[name]
+    assert (fields["r"], fields["lora_alpha"]) == (rank, rank)
+    printed = " ".join(capsys.readouterr().out.split())
+    allowed = 16 if rank > 8 else 8
+    assert f"--enable-lora --max-lora-rank {allowed} --lora-modules tuned={tmp_path}/out" in printed
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits_of(again), expected, rtol=0, atol=2e-5)
+
+
+MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dora": ("llama", {"use_dora": True}, "a dora adapter cannot be converted to LoRA exactly"),
+    "saved head": ("llama", {"modules_to_save": ["lm_head"]}, "besides low-rank updates it trains lm_head.weight"),
+    "embedding": (
+        "qwen2",
+        {"target_modules": ["embed_tokens"]},
+        "no adapter of model.embed_tokens in Qwen2",
+    ),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "no adapters of GPT2LMHeadModel"),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_what_vllm_refuses_is_merged_with_the_reason(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_type, values, reason = MERGED[name]
+    expected = logits_of(by_peft(tmp_path, model_type, **values))
+    export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "merged into the base: " in printed
+    assert reason in printed
+    assert f"vllm serve {tmp_path}/out" in printed
+    torch.testing.assert_close(merged_logits(tmp_path / "out"), expected, rtol=0, atol=2e-5)
+
+
+def test_merged_is_an_option(tmp_path: Path) -> None:
+    expected = logits_of(by_peft(tmp_path, "llama"))
+    out, options = tmp_path / "out", Options(merged=True)
+    export_verb(str(tmp_path / "adapter"), "vllm", str(out), options=options, certify=False, overrides=FLOAT32)
+    torch.testing.assert_close(merged_logits(out), expected, rtol=0, atol=2e-5)
+
+
+def test_a_prompt_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    net = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    attached = attach_adapter(net, PromptSettings(num_virtual_tokens=3), seed=0, head_name="lm_head")
+    save_adapter_folder(attached, tmp_path / "adapter", base_name=str(base), base_fingerprint=None, revision=None)
+    with pytest.raises(InputError, match="a prompt adapter is no change of weights"):
+        export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rules_of_ranks_and_experts() -> None:
+    def plain(*names: str, rank: int = 2) -> PlainAdapter:
+        return PlainAdapter({name: LowRank(torch.ones(rank, 3), torch.ones(3, rank), 1.0) for name in names})
+
+    assert not refusal("LlamaForCausalLM", plain("model.layers.0.mlp.up_proj", rank=512))
+    assert "at most 512" in refusal("LlamaForCausalLM", plain("model.layers.0.mlp.up_proj", rank=513))
+    experts = [f"model.layers.0.mlp.experts.{n}.{matrix}_proj" for n in range(2) for matrix in ("gate", "up", "down")]
+    assert not refusal("Qwen3MoeForCausalLM", plain(*experts))
+    down = [name for name in experts if "down" in name]
+    assert "all or none" in refusal("Qwen3MoeForCausalLM", plain(*down))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_program("vllm") is None, reason="vLLM is not installed: scripts/certify vllm")
+def test_vllm_computes_what_torch_computes(tmp_path: Path) -> None:
+    """Minutes: vLLM compiles its kernels of LoRA."""
+    by_peft(tmp_path, "llama", use_rslora=True, rank_pattern={"v_proj": 2})
+    export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=True, overrides=FLOAT32)
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())["certificate"]
+    assert certificate["parts"]["adapter"]["largest"] < 1e-4

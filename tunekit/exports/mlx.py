@@ -1,0 +1,96 @@
+"""A folder for mlx-lm 0.32: an adapter in its layout, otherwise a merged model."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tunekit.arithmetic.normalise import PlainAdapter
+from tunekit.contracts import Tensors
+from tunekit.errors import Problem
+from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
+from tunekit.exports.plain_or_merged import (
+    compare_parts,
+    merging_unties,
+    plain_or_reason,
+    quantization_note,
+    unwritable,
+    write_merged,
+)
+from tunekit.exports.programs.mlx import answers
+from tunekit.exports.programs.program import find_program
+from tunekit.files.durable import write_json
+from tunekit.files.tensors import write_tensors
+from tunekit.records import JsonObject
+from tunekit.targets.exportable import Exportable
+
+TAKES = frozenset({"adapter"})
+OPTIONS = frozenset({"merged"})
+SUFFIX = ""
+PROGRAM = "mlx"
+# Models of mlx-lm 0.32 with the module names of transformers; those of gpt2 begin otherwise.
+SAME_NAMES = (
+    "gemma gemma2 gemma3_text gpt2 granite llama mistral mixtral olmo2 phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
+    "smollm3 starcoder2"
+)
+# Those that have no head, whatever tie_word_embeddings says.
+ALWAYS_TIED = "afm7 cohere cohere2 gemma gemma2 gemma3n gpt2 hunyuan internlm2 lfm2 lfm2_moe olmo phi3small"
+LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name that mlx-lm's keys leave out
+
+
+def problems(exportable: Exportable, options: Options) -> list[Problem]:
+    """mlx-lm has no adapters that are prompts, and some of its models have no head that differs from the embedding."""
+    kind = exportable.config.get("model_type", "")
+    if (wrong := unwritable(exportable)) or kind not in ALWAYS_TIED.split() or not merging_unties(exportable):
+        return wrong
+    what = f"mlx-lm's {kind} uses its embedding as head, and the adapter changes one of them alone"
+    return [Problem(what, "export it for another program, such as --to vllm")]
+
+
+def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+    """Write the pairs of one rank with scale 1, or the merged model."""
+    plain, reason = plain_or_reason(exportable, options, partial(refusal, exportable.config))
+    if plain is None:
+        return write_merged(exportable, path, reason, "mlx_lm.generate --model PATH --prompt ...")
+    plain, base = plain.padded(), exportable.target.model.name_or_path
+    tensors: Tensors = {}
+    names = {name: re.sub(r"^transformer\.", "model.", name) for name in plain.pairs}
+    for name, pair in plain.pairs.items():
+        tensors |= {f"{names[name]}.lora_a": pair.a.t().contiguous(), f"{names[name]}.lora_b": pair.b.t().contiguous()}
+    keys = sorted({LAYER.sub("", name) for name in names.values()})
+    config = exportable.config
+    fields = {
+        "model": base,
+        "fine_tune_type": "lora",
+        "num_layers": config.get("num_hidden_layers", config.get("n_layer")),
+        "lora_parameters": {"rank": plain.rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
+    }
+    path.mkdir(parents=True)
+    write_tensors(path / "adapters.safetensors", tensors, {"format": "mlx"})
+    write_json(path / "adapter_config.json", fields)
+    command = f"mlx_lm.generate --model {base} --adapter-path {path} --prompt ..."
+    return Exported(path, "adapter", (command, *quantization_note(exportable)))
+
+
+def refusal(config: JsonObject, plain: PlainAdapter) -> str:
+    """Why mlx-lm would not hold these pairs; an empty text if it does."""
+    kind = config.get("model_type")
+    if kind not in SAME_NAMES.split():
+        return f"mlx-lm's names of {kind} are not known to be those of transformers"
+    if plain.tied_pairs:
+        return f"mlx-lm changes embedding and head together, and the adapter changes {plain.tied_pairs[0]} alone"
+    return "mlx-lm stores all experts in one module" if plain.experts else ""
+
+
+def certify(
+    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+) -> Certificate | None:
+    """Compare all log-probabilities."""
+    program = find_program(PROGRAM)
+    if program is None:
+        return None
+    asked = questions()
+    parts = compare_parts(
+        written, exportable, asked, lambda model, adapter: answers(program, model, asked.rows, adapter)
+    )
+    return Certificate("MLX", program.version, asked.described, parts)

@@ -1,0 +1,93 @@
+"""The choice that formats of LoRA folders share: the adapter as low-rank pairs, or a merged model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tunekit.arithmetic.merge import merge
+from tunekit.arithmetic.merge_output import collect_changes
+from tunekit.arithmetic.nearest_lora import NotLowRank
+from tunekit.arithmetic.normalise import PlainAdapter, normalise
+from tunekit.arithmetic.on_base import attach_to_base
+from tunekit.errors import AdapterError, Problem
+from tunekit.exports.compare import difference
+from tunekit.exports.format import Difference, Exported, Options, Questions
+from tunekit.exports.programs.answer import NextTokens
+from tunekit.targets.exportable import Exportable
+
+
+def unwritable(exportable: Exportable) -> list[Problem]:
+    """Why the adapter can be neither written nor merged: a prompt is no change of weights."""
+    try:
+        normalise(exportable.target)
+    except NotLowRank:
+        return []
+    except AdapterError as error:
+        return list(error.problems)
+    return []
+
+
+def plain_or_reason(
+    exportable: Exportable, options: Options, refusal: Callable[[PlainAdapter], str]
+) -> tuple[PlainAdapter | None, str]:
+    """The adapter as pairs; or None, and why a merged model is written instead.
+
+    `refusal`: why the format does not hold these pairs, or an empty text.
+    """
+    if options.merged:
+        return None, "asked for with --merged"
+    if exportable.family != "causal" or not exportable.config:
+        return None, "only adapters of a text model that is a folder of safetensors are read"
+    try:
+        plain = normalise(exportable.target)
+    except NotLowRank as error:
+        return None, error.problems[0].what
+    reason = _left_out(plain) or refusal(plain)
+    return (None, reason) if reason else (plain, "")
+
+
+def _left_out(plain: PlainAdapter) -> str:
+    """The trained tensors besides low-rank updates, as a reason, or an empty text."""
+    if plain.rest:
+        key = next(iter(plain.rest)).removeprefix("base_model.model.")
+        return f"besides low-rank updates it trains {key} ({len(plain.rest)} such tensors)"
+    return "" if plain.pairs else "it has no low-rank update"
+
+
+def merging_unties(exportable: Exportable) -> bool:
+    """Whether the merged model has two matrices where the base has one for embedding and head."""
+    attached, rewriter = attach_to_base(exportable.adapter, exportable.target.model)
+    return rewriter.unties(collect_changes(attached))
+
+
+def write_merged(exportable: Exportable, path: Path, reason: str, command: str) -> Exported:
+    """Write the merged model. `command`: runs it, with PATH in place of the folder."""
+    merge(exportable.target, path)
+    return Exported(path, "merged", (f"merged into the base: {reason}", command.replace("PATH", str(path))))
+
+
+def quantization_note(exportable: Exportable) -> tuple[str, ...]:
+    """A warning if the adapter was trained on packed weights, which the other program does not have."""
+    kind = exportable.target.model.quantization
+    if kind == "none":
+        return ()
+    what = f"the adapter was trained on {kind} weights, so on the full base it differs by their rounding"
+    return (f"{what}; --merged writes the weights that it was trained on",)
+
+
+def compare_parts(
+    written: Exported,
+    exportable: Exportable,
+    asked: Questions,
+    answers: Callable[[Path, Path | None], list[NextTokens]],
+) -> dict[str, Difference]:
+    """The merged model compared with torch, or the base without and with the adapter.
+
+    `answers`: the program's answers with a model's folder, and an adapter's or None.
+    """
+    if written.what == "merged":
+        return {"merged": difference(asked.rows, asked.expected, answers(written.path, None))}
+    base = exportable.folder
+    return {
+        "base": difference(asked.rows, asked.base, answers(base, None)),
+        "adapter": difference(asked.rows, asked.expected, answers(base, written.path)),
+    }

@@ -1,0 +1,80 @@
+"""A folder for vLLM 0.32: an adapter that its rules admit, otherwise a merged model."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tunekit.adapters.folder.config import read_fields
+from tunekit.arithmetic.normalise import PlainAdapter, write_plain
+from tunekit.errors import Problem
+from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
+from tunekit.exports.plain_or_merged import compare_parts, plain_or_reason, quantization_note, unwritable, write_merged
+from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.vllm import RANKS, answers, max_lora_rank
+from tunekit.targets.exportable import Exportable
+
+TAKES = frozenset({"adapter"})
+OPTIONS = frozenset({"merged"})
+SUFFIX = ""
+PROGRAM = "vllm"
+NAME = "tuned"  # of the adapter, in requests
+# Classes of vLLM 0.32 with SupportsLoRA, without "ForCausalLM"; the first ones also adapt embedding and head.
+WITH_EMBEDDINGS = (
+    "Apertus DeciLM Ernie4_5 Exaone Exaone4 ExaoneMoe FalconH1 Granite GraniteMoe GraniteMoeHybrid "
+    "GraniteMoeShared InternLM3 Jamba Lfm2 Lfm2Moe Llama Llama4 MiniCPM MiniCPM3 Mixtral Nemotron NemotronH "
+    "Phi3 PhiMoE Qwen3 Qwen3Moe Qwen3_5 Qwen3_5Moe Solar"
+)
+LAYERS_ONLY = (
+    "Afmoe BailingMoe BailingMoeV2 Cohere Cohere2 Deepseek DeepseekV2 DeepseekV3 Ernie4_5_Moe Gemma Gemma2 "
+    "Gemma3 Gemma4 Glm4 Glm4Moe Glm4MoeLite GptOss InternLM2 MiMo MiniMaxM2 Ministral3 Mistral OlmoHybrid "
+    "Olmoe OPT Plamo3 Qwen2 Qwen2Moe Qwen3Next"
+)
+EXPERT_MATRICES = 3  # vLLM asserts that all matrices of an expert are adapted
+
+
+def problems(exportable: Exportable, options: Options) -> list[Problem]:
+    """vLLM has no adapters that are prompts."""
+    return unwritable(exportable)
+
+
+def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+    """Write the adapter as plain LoRA of one rank, or the merged model."""
+    plain, reason = plain_or_reason(exportable, options, partial(refusal, exportable.architecture))
+    if plain is None:
+        return write_merged(exportable, path, reason, "vllm serve PATH")
+    write_plain(path, exportable.target, plain)
+    flags = f"--enable-lora --max-lora-rank {max_lora_rank(plain.rank)} --lora-modules {NAME}={path}"
+    flags += " --enable-mixed-moe-lora-format" if plain.experts else ""
+    command = f"vllm serve {exportable.target.model.name_or_path} {flags}"
+    return Exported(path, "adapter", (command, f"requests name the model {NAME}", *quantization_note(exportable)))
+
+
+def refusal(architecture: str, plain: PlainAdapter) -> str:
+    """Why vLLM would refuse these pairs; an empty text if it admits them."""
+    name = architecture.removesuffix("ForCausalLM")
+    if name not in f"{WITH_EMBEDDINGS} {LAYERS_ONLY}".split():
+        return f"vLLM takes no adapters of {architecture or 'this architecture'}"
+    ends = [module for module in (plain.embedding, plain.head) if module in plain.pairs]
+    if ends and name not in WITH_EMBEDDINGS.split():
+        return f"vLLM takes no adapter of {ends[0]} in {architecture}"
+    if plain.rank > RANKS[-1]:
+        return f"its rank is {plain.rank}, and vLLM takes at most {RANKS[-1]}"
+    parts = {tuple(module.rsplit(".", 2)[::2]) for module in plain.experts}  # (module of the experts, matrix)
+    if len(parts) != EXPERT_MATRICES * len({experts for experts, _ in parts}):
+        return "it adapts some matrices of its experts, and vLLM takes all or none"
+    return ""
+
+
+def certify(
+    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+) -> Certificate | None:
+    """Compare vLLM's 20 largest log-probabilities."""
+    program = find_program(PROGRAM)
+    if program is None:
+        return None
+    asked = questions()
+    rank = 1 if written.what == "merged" else read_fields(written.path)["r"]
+    parts = compare_parts(
+        written, exportable, asked, lambda model, adapter: answers(program, model, asked.rows, adapter, rank)
+    )
+    return Certificate("vLLM", program.version, asked.described, parts)
