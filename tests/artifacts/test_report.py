@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tunekit.artifacts.report.markdown import curve, escape, markdown_page
+from tunekit.artifacts.report.plan_page import memory_rows
 from tunekit.artifacts.report.sections import Chart, ReportPage, ReportSection, Series
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import EXPORTS, RunFolder
@@ -191,6 +192,12 @@ def test_what_was_not_measured_is_absent_never_null_zero_or_nan() -> None:
 def test_true_zeros_stay() -> None:
     values = report_values(dataclasses.replace(FACTS, best_step=0, final_loss=0.0, adapter_bytes=0))
     assert (values["best_step"], values["final_loss"], values["adapter_bytes"]) == (0, 0.0, 0)
+
+
+@pytest.mark.parametrize(("logits", "shown"), [(4, False), (MIB, True)])
+def test_a_plan_shows_logits_that_take_memory(logits: int, shown: bool) -> None:
+    plan = make_plan(peak_bytes=PeakBytes(50 * MIB, 2 * MIB, 4 * MIB, 40 * MIB, logits, 110 * MIB))
+    assert ("logits" in [name for name, _ in memory_rows(plan, None)]) == shown
 
 
 @pytest.mark.parametrize("best", ["eval.loss", "eval.accuracy"])

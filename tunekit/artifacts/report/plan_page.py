@@ -11,6 +11,7 @@ ATTENTION = {
     "eager_per_document": "eager, separately for each document of a row",
     "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it cannot be used",
 }
+SMALLEST_LOGITS = 1024  # bytes; of a denoiser nothing counts as logits, of a classifier often only the loss
 
 
 def facts(plan: Plan) -> dict[str, object]:
@@ -68,7 +69,7 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)
-    shown = {name: size for name, size in parts.items() if size or name != "logits"}  # a denoiser has no logits
+    shown = {name: size for name, size in parts.items() if size >= SMALLEST_LOGITS or name != "logits"}
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in shown.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
