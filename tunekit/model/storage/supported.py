@@ -54,10 +54,11 @@ TRANSFORMERS_4 = _names("""
 TRANSFORMERS_4_THETA = _numbers("""
     EvollaModel=500000 apertus=1.2e7 bitnet=500000 blt=500000 blt_global_transformer=500000 blt_local_decoder=500000
     blt_local_encoder=500000 csm=500000 csm_depth_decoder_model=500000 dinov3_vit=100 emu3_text_model=1e6
-    ernie4_5=500000 ernie4_5_moe=500000 falcon_h1=100000 flex_olmo=500000 fuyu=25000 gemma3_text=1e6 gemma3n_text=1e6
-    gpt_oss=150000 helium=100000 kyutai_speech_to_text=100000 lfm2=1e6 llama4_text=500000 longcat_flash=1e7 minimax=1e6
-    mixtral=1e6 mllama_text_model=500000 persimmon=25000 phimoe=1e6 qwen2_5_omni_talker=1e6 qwen2_5_omni_text=1e6
-    qwen2_5_vl_text=1e6 qwen2_vl_text=1e6 qwen3_omni_moe_text=1e6 qwen3_vl_moe_text=5e6 qwen3_vl_text=5e6 smollm3=2e6
+    ernie4_5=500000 ernie4_5_moe=500000 evolla=500000 falcon_h1=100000 flex_olmo=500000 fuyu=25000 gemma3_text=1e6
+    gemma3n_text=1e6 gpt_oss=150000 helium=100000 kyutai_speech_to_text=100000 lfm2=1e6 llama4_text=500000
+    longcat_flash=1e7 minimax=1e6 mixtral=1e6 mllama_text_model=500000 persimmon=25000 phimoe=1e6
+    qwen2_5_omni_talker=1e6 qwen2_5_omni_text=1e6 qwen2_5_vl_text=1e6 qwen2_vl_text=1e6 qwen3_omni_moe_text=1e6
+    qwen3_vl_moe_text=5e6 qwen3_vl_text=5e6 smollm3=2e6
 """)
 # mlx-lm 0.32.2: the files of mlx_lm/models, and MODEL_REMAPPING
 MLX_LM = _names("""
