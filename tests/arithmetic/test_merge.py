@@ -26,6 +26,7 @@ from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
 from tunekit.merge import merge_verb
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized.weights import packed_layers
+from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
@@ -336,10 +337,9 @@ def test_a_base_with_the_names_of_an_older_version(tmp_path: Path) -> None:
 
 def test_companions_come_along_byte_for_byte(tmp_path: Path) -> None:
     adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
-    written = tmp_path / "base" / "tokenizer_config.json"
-    named = {"TokenizersBackend": "PreTrainedTokenizerFast", "extra_special": "additional_special"}  # as every version
-    for newer, older in named.items():
-        written.write_text(written.read_text().replace(newer, older))
+    config = (tmp_path / "base" / "config.json").read_bytes()
+    make_portable(tmp_path / "base")  # nothing is left to add then
+    (tmp_path / "base" / "config.json").write_bytes(config)  # by which the adapter knows its base
     (tmp_path / "base" / "LICENSE").write_text("as you like")
     (tmp_path / "base" / "modeling_evil.py").write_text("raise SystemExit")
     merge(adapter, tmp_path / "merged")

@@ -289,3 +289,31 @@ def test_other_programs_compute_the_same(reader: str, kind: str, model_type: str
         logits = net(input_ids=torch.tensor([ids])).logits[0]
     assert their_ids == ids
     assert float((torch.tensor(their_logits) - logits).abs().max()) < 1e-4
+
+
+PARTS = ("llava", "gemma3", "gemma3n", "mistral3", "qwen2_5_vl", "llava_onevision")
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_the_parts_of_mended_folders(tmp_path: Path) -> None:
+    python = os.environ.get("TUNEKIT_TRANSFORMERS4")
+    if python is None:
+        pytest.skip("no environment of transformers 4; see the test above")
+    for kind in PARTS:
+        config = CONFIG_MAPPING[kind]()
+        rope = config.text_config.rope_parameters
+        for frequency, part in zip((7e4, 5e3), (rope[FULL], rope[SLIDING]) if FULL in rope else (rope,), strict=False):
+            part["rope_theta"] = frequency
+        config.save_pretrained(tmp_path / f"{kind}-5")
+        write_portable_copy(tmp_path / f"{kind}-5", tmp_path / kind)
+    program = "import json, sys; from transformers import AutoConfig; kinds = sys.argv[1:]\n"
+    program += "parts = [AutoConfig.from_pretrained(kind).text_config for kind in kinds]\n"
+    program += "print(json.dumps([[getattr(part, 'rope_local_base_freq', None), part.rope_theta] for part in parts]))"
+    done = subprocess.run(
+        [python, "-c", program, *(str(tmp_path / kind) for kind in PARTS)],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [[5e3 if "gemma3" in kind else None, 7e4] for kind in PARTS]

@@ -190,7 +190,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 theta, share = {}, {}
 for name in CONFIG_MAPPING_NAMES:
     values = inspect.signature(CONFIG_MAPPING[name].__init__).parameters
-    for key, into in (("rope_theta", theta), ("rotary_emb_base", theta), ("partial_rotary_factor", share)):
+    shares = (("partial_rotary_factor", share), ("rotary_pct", share))
+    for key, into in (("rope_theta", theta), ("rotary_emb_base", theta), *shares):
         if key in values and values[key].default is not None:
             into[name] = values[key].default
 print(json.dumps([sorted(CONFIG_MAPPING_NAMES), theta, share]))

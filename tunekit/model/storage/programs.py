@@ -32,17 +32,17 @@ NEWER_TOKENIZERS = {
 THETA = 10_000.0
 OLDER_DEFAULTS = {
     "rotary_emb_base": THETA,
-    "rotary_pct": 0.25,
     "rope_local_base_freq": THETA,
     "local_rope_theta": THETA,
     "global_rope_theta": 160_000.0,
     "partial_rotary_factor": 1.0,
 }
-PARTIAL = {  # the default of partial_rotary_factor there, where it is not 1
-    **dict.fromkeys(("fuyu", "glm", "glm4", "glm4_moe", "nemotron", "persimmon", "phi", "recurrent_gemma"), 0.5),
+PARTIAL = {  # the default of partial_rotary_factor (or rotary_pct) there, where it is not 1
+    **dict.fromkeys(
+        ("fuyu", "glm", "glm4", "glm4_moe", "glm4v_moe_text", "nemotron", "persimmon", "phi", "recurrent_gemma"), 0.5
+    ),
+    **dict.fromkeys(("gpt_neox", "qwen3_next", "stablelm"), 0.25),
     "moonshine": 0.9,
-    "qwen3_next": 0.25,
-    "stablelm": 0.25,
 }
 
 
@@ -132,7 +132,7 @@ def _older_rope_of_transformers_4(files: ModelFiles) -> Iterator[str]:
     for place, part in _parts(files.config):
         kind = str(part.get("model_type"))
         theta, share = supported.TRANSFORMERS_4_THETA.get(kind, THETA), PARTIAL.get(kind, 1.0)
-        defaults = {**OLDER_DEFAULTS, "rope_theta": theta, "partial_rotary_factor": share}
+        defaults = {**OLDER_DEFAULTS, "rope_theta": theta, "partial_rotary_factor": share, "rotary_pct": share}
         if kind == "modernbert-decoder":
             defaults["local_rope_theta"] = defaults["global_rope_theta"]
         keys = ("rope_theta", "rope_scaling", *OLDER_DEFAULTS)
