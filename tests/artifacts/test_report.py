@@ -215,6 +215,14 @@ def test_a_metric_that_was_better_at_another_step_is_noted(run: RunFolder, best:
     assert "perplexity was better" not in page
 
 
+def test_a_metric_that_was_better_before_training_is_noted(run: RunFolder) -> None:
+    evaluations = [{"step": step, "eval": {"loss": 3.0 - step, "accuracy": 0.75 - step / 8}} for step in (0, 2)]
+    facts, plan = dataclasses.replace(FACTS, evaluations=evaluations), make_plan()
+    page = written(run, facts, dataclasses.replace(plan, recipe={**plan.recipe, "evaluation": {"best": "eval.loss"}}))
+    assert "accuracy was better at step 0 (before training): 0.75 instead of 0.5." in page.replace("\\", "")
+    assert "eval.accuracy" not in page, "step 0 is never exported"
+
+
 def test_the_page_tells_all_of_it(run: RunFolder) -> None:
     page = written(run, FACTS)
     for text in (

@@ -103,10 +103,11 @@ def _better_elsewhere(run: RunValues) -> Iterator[str]:
         choose = max if facts_of("metrics", name).HIGHER_IS_BETTER else min
         best, record = choose(measured, key=lambda pair: pair[0])
         if best != values[name]:
-            step = _step_label(record.count("step"), None)
+            step = record.count("step")  # the state before training is never exported
+            how = f" To choose by it, set evaluation.best: eval.{name}." if step else ""
             yield (
-                f"The loss chose this step, but {name} was better at step {step}: {best:.4g} instead of "
-                f"{values[name]:.4g}. To choose by it, set evaluation.best: eval.{name}."
+                f"The loss chose this step, but {name} was better at step {_step_label(step, None)}: "
+                f"{best:.4g} instead of {values[name]:.4g}.{how}"
             )
 
 
