@@ -53,7 +53,8 @@ def export_verb(
     if options.push:
         console.info(f"uploaded to {upload_folder(path, path.name)}")
     if certify is not False and format.PROGRAM:
-        _certify(to, format, written, exportable, options, required=bool(certify))
+        with StopSignals(announce=False) as signals, signals.at_once(f"before it was certified; {path} is complete"):
+            _certify(to, format, written, exportable, options, required=bool(certify))
     elif certify:
         raise InputError(f"no program certifies {to}; the export is written", "leave --certify out", key="--certify")
 

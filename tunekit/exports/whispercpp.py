@@ -55,6 +55,7 @@ RENAMED = (  # transformers' names -> whisper.cpp's
 )
 POSITIONS, CONVOLUTION_BIAS = ".positional_embedding", r"^encoder\.conv\d\.bias$"
 LENGTH = struct.Struct("<i")
+NOTE = "whisper.cpp keeps matrices and its cache in float16; it got torch's log-mel features"
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
@@ -154,4 +155,4 @@ def certify(
     compared = recordings.questions
     answered = answers(program, written.path, compared.rows, recordings.prompts, recordings.features)
     parts = {"F16": difference(compared.rows, compared.expected, answered)}
-    return Certificate("whisper.cpp", program.version, compared.described, parts)
+    return Certificate("whisper.cpp", program.version, compared.described, parts, NOTE)

@@ -135,3 +135,28 @@ def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_every_package_is_pinned() -> None:
     for packages in PROGRAMS.values():
         assert all("==" in requirement for requirement in packages.requirements)
+
+
+@pytest.mark.slow
+def test_a_stopped_certificate(tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM ends the program; the export remains, and no temporary file does."""
+    environment, temporary = tmp_path / "programs" / "whisper.cpp", tmp_path / "temporary"
+    (environment / "bin").mkdir(parents=True)
+    temporary.mkdir()
+    (environment / STAMP).write_text(json.dumps(PROGRAMS["whisper.cpp"].requirements))
+    python = environment / "bin/python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nsleep 300\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("TUNEKIT_PROGRAMS", str(environment.parent))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    command = [sys.executable, "-m", "tunekit", "export", tiny_whisper, "--to", "whispercpp", "--output"]
+    tunekit = subprocess.Popen([*command, tmp_path / "model.bin"], stderr=subprocess.PIPE, text=True)
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert tunekit.poll() is None
+        time.sleep(0.05)
+    tunekit.send_signal(signal.SIGTERM)
+    _, error = tunekit.communicate()
+    assert (tunekit.returncode, (tmp_path / "model.bin").exists()) == (143, True)
+    assert "stopped by SIGTERM before it was certified" in error
+    assert ended(int((tmp_path / "pid").read_text()))
+    assert list(temporary.iterdir()) == []
