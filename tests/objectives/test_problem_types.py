@@ -598,3 +598,27 @@ def test_a_new_head_starts_at_the_labels_frequencies_or_the_mean_number(kind: st
     count = values.sum(dim=0)
     expected = torch.log((count + 0.5) / (42 - count + 0.5)) if kind == "multi" else values.mean(dim=0)
     assert bias.double().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_numbers_near_2000_are_learned_in_bfloat16(method: str, bert: Path, tmp_path: Path) -> None:
+    """In training, and from the files of a merged or fully trained model of bfloat16."""
+    model = {"name_or_path": str(bert), "dtype": "bfloat16"}
+    recipe = write_recipe(tmp_path, bert, "one", model=model, training={"learning_rate": 5e-3, "epochs": 20})
+    if method == "full":
+        values = json.loads(recipe.read_text("utf-8")) | {"adapter": {"method": "full"}}
+        recipe.write_text(json.dumps(values), encoding="utf-8")
+    for name, count in (("train", 42), ("test", 14)):
+        rows = [json.dumps({"text": text, "label": 2000.5 + 2 * label}) for text, label in rows_of("one", count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    run = train(recipe)
+    report = result_of(run / "report.json")
+    assert report["eval_loss"] < 0.5 * report["base_eval_loss"]
+    texts = [text for text, _ in rows_of("one", 7)]
+    answers = [json.loads(each) for each in answer(load_target(find_target(str(run), None, []), CPU), texts)]
+    folder = run / "model"
+    if method == "lora":
+        folder = tmp_path / "merged"
+        merge_verb(str(run), str(folder), None, None, [], "bfloat16")
+    merged = load_target(find_target(str(folder), None, ["model.dtype=bfloat16"]), CPU)
+    assert [json.loads(each) for each in answer(merged, texts)] == pytest.approx(answers, abs=0.5)

@@ -17,6 +17,7 @@ from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
+from tunekit.model.families.heads import compute_in_float32
 from tunekit.model.families.structure import modules_with_statistics
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
@@ -284,6 +285,9 @@ def _finish(
     net: nn.Module, spec: BaseSpec, notes: list[str], new_modules: tuple[str, ...] = (), *, meta: bool = False
 ) -> LoadedModel:
     """Freeze the net, set eval mode and collect the facts. `meta`: the net is on the meta device."""
+    exact = spec.family.exact_head(net)
+    if exact is not None:
+        compute_in_float32(net.get_submodule(exact))
     net.requires_grad_(False)
     net.eval()
     if spec.family.looks_back(net):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tunekit.contracts import ModelOutput, NamedModules, Processor, Stages, Tensors
 from tunekit.errors import ModelError
-from tunekit.formats.labels import SINGLE_LABEL
+from tunekit.formats.labels import REGRESSION, SINGLE_LABEL
 from tunekit.model.families.heads import (
     TextHead,
     draw_module,
@@ -153,7 +153,8 @@ class Family:
         for name in self.new_head(section, net):
             other_labels = section.new_head and name == self.head_name(net)
             if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
-                draw_module(net, name, section.head_seed, dtype)
+                exact = name == self.exact_head(net)
+                draw_module(net, name, section.head_seed, torch.float32 if exact else dtype)
                 if section.head_bias and name == self.head_name(net):
                     set_bias(net.get_submodule(name), section.head_bias)
 
@@ -209,6 +210,12 @@ class Family:
     def head_name(self, net: nn.Module) -> str | None:
         """Module name of the output projection."""
         return label_head_name(net) if self.labelled else name_of(net, as_pretrained(net).get_output_embeddings())
+
+    def exact_head(self, net: nn.Module) -> str | None:
+        """Name of a head that computes in float32: one of numbers, because near 2000 bfloat16 has only multiples of
+        8."""
+        numbers = self.labelled and getattr(config_of(net), "problem_type", None) == REGRESSION
+        return self.head_name(net) if numbers else None
 
     def embedding_name(self, net: nn.Module) -> str | None:
         """Module name of the token embedding."""

@@ -111,6 +111,11 @@ def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> Non
     drawn.to(dtype)
 
 
+def compute_in_float32(head: nn.Module) -> None:
+    """Convert the head to float32, and its inputs at each call."""
+    head.float().register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
+
+
 def set_bias(head: nn.Module, values: Sequence[float]) -> None:
     """Set the bias of the head's last projection, if it has one."""
     projection = [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]

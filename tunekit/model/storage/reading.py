@@ -278,6 +278,9 @@ def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
     """The net of `unfilled_net`, and its reader from `open_base`; None if there is no reader."""
     folder = spec.source.folder
     net = unfilled_net(spec.family.auto_class(), spec.config, spec.dtype, spec.attention)
+    exact = spec.family.exact_head(net)
+    if exact is not None:
+        net.get_submodule(exact).float()
     reader = open_base(net, folder, spec.dtype, spec.family.new_head(spec.section, net))
     if reader is None:
         return None

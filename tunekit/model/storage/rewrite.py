@@ -116,6 +116,7 @@ class Rewriter:
         self.family, self.net, self.config = meta.family, meta.net, meta.config
         self.new_modules = meta.new_modules
         self.head = self.family.head_name(self.net)
+        self.exact_head = self.family.exact_head(self.net)
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
@@ -243,7 +244,10 @@ class Rewriter:
         return sum(self.tensors.meta[name].numel() * self.dtype_of_output(name).itemsize for name in names)
 
     def dtype_of_output(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is written: the output dtype if set, otherwise the base's own."""
+        """The dtype in which a tensor is written: float32 in a head of numbers, otherwise the output dtype if set, or
+        the base's own."""
+        if self.exact_head is not None and name.startswith(f"{self.exact_head}."):
+            return torch.float32
         stored = self.tensors.meta[self.aliases.get(name, name)].dtype
         return self.output_dtype if self.output_dtype is not None and stored.is_floating_point else stored
 
