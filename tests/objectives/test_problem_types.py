@@ -465,7 +465,7 @@ def test_fitted_thresholds_go_with_the_result(bert: Path, tmp_path: Path) -> Non
     }
     facts = result_of(other / "tunekit.json") | {"objective": {"method": "classify", **labels}}
     (other / "tunekit.json").write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(TunekitError, match=r"single_label_classification, and .* for multi_label_classification"):
+    with pytest.raises(TunekitError, match=r"single_label_classification, but .* for multi_label_classification"):
         combine_verb([str(folder), str(other)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
     before = tensors_of(run), result_of(run / "adapter" / "tunekit.json")
     (run / "status.json").unlink()
