@@ -18,9 +18,10 @@ from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage import inspection
-from tunekit.model.storage.converted import StoredPieces, stored_names
+from tunekit.model.storage.base_tensors import BaseTensors, LoadedTensors
+from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.packing import packable_layers
-from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
+from tunekit.model.storage.shards import ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -46,49 +47,6 @@ class Changes:
         """A whole parameter after its change, float32; the stored one if it does not change."""
         change = self.parameters.get(name)
         return stored if change is None else change(stored.float())
-
-
-class BaseTensors:
-    """The base's tensors under the names of the net's parameters, read one at a time.
-
-    A checkpoint may leave out the base model's prefix, or use the names of an older version. A tensor that is not a
-    parameter of the net keeps its name.
-    """
-
-    def __init__(self, folder: Path, net: nn.Module) -> None:
-        self.reader, renamed = ShardReader(folder), stored_names(net)
-        parameters, prefix = frozenset(net.state_dict()), str(getattr(net, "base_model_prefix", ""))
-        self.files: dict[str, str] = {}  # net's name -> name in the file
-        for name in self.reader:
-            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            net_name = next((candidate for candidate in candidates if candidate in parameters), renamed.get(name, name))
-            self.files[net_name] = name
-        self.older = {new: old for new, old in self.files.items() if renamed.get(old) == new}
-        entries = {new: self.reader.headers[old] for new, old in self.files.items()}
-        # name -> meta tensor with the shape and dtype to write
-        self.meta = {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        return self.reader.read(self.files[name])
-
-
-class LoadedTensors:
-    """Like BaseTensors, but for a net in memory, if only transformers can read the base (GGUF). `dtype`: the dtype to
-    write."""
-
-    def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
-        stored: Tensors = dict(net.state_dict(keep_vars=True))
-        stored.pop(f"{tied_head}.weight", None)
-        once = {id(tensor): name for name, tensor in reversed(stored.items())}  # tied tensors keep their first name
-        self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
-        self.meta = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
-        self.meta |= {name: tensor.to(dtype) for name, tensor in self.meta.items() if tensor.is_floating_point()}
-        self.older: dict[str, str] = {}
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
 
 
 class Rewriter:
@@ -139,9 +97,9 @@ class Rewriter:
                 entry.dtype for entry in read_headers(self.source.folder).values() if entry.dtype.is_floating_point
             }
             self.output_dtype = max(stored, key=lambda dtype: dtype.itemsize)
-        return LoadedTensors(loaded.net, self.head if self.tied else None, self._base_dtype())
+        return LoadedTensors(loaded.net, self.head if self.tied else None, self.base_dtype())
 
-    def _base_dtype(self) -> torch.dtype:
+    def base_dtype(self) -> torch.dtype:
         """The dtype of the largest tensor in the base's files; for a GGUF file the compute dtype."""
         if self.source.gguf_file is not None:
             return self.compute_dtype
@@ -186,7 +144,7 @@ class Rewriter:
         Raises: ModelError if the base's files lack a changed tensor; NumericsError for NaN or infinity.
         """
         self._check(changes)
-        config = self._configuration(changes)
+        config = self.configuration(changes)
         writer = ShardWriter(folder)
         # Packed layers use the current names of modules.
         older = {} if self.onto == "quantized" else self.tensors.older
@@ -269,13 +227,13 @@ class Rewriter:
             places[name].data = places[stored].data
         self.output_dtype = output_dtype
 
-    def _configuration(self, changes: Changes) -> JsonObject:
+    def configuration(self, changes: Changes) -> JsonObject:
         """The base's configuration, changed only as far as the new weights require."""
         if not self._writes_loaded_net:
             config = inspection.read_config(self.source)
         else:
             self.config.use_cache = True
-            config = json.loads(self.config.to_json_string()) | {"dtype": str(self._base_dtype())[6:]}
+            config = json.loads(self.config.to_json_string()) | {"dtype": str(self.base_dtype())[6:]}
             for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a local path
                 config.pop(key, None)
             config["architectures"] = [type(self.net).__name__]
@@ -301,6 +259,28 @@ class Rewriter:
             }
         return config
 
+    def outputs(self, changes: Changes) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
+        """The shape and a reader of every tensor that `write` would write, by the name that it would have there.
+
+        The tensors that a reader computes together, such as a layer's weight and bias, are kept until another reader
+        needs different ones.
+        Raises: ModelError if the base's files lack a changed tensor.
+        """
+        self._check(changes)
+        names = [*self.tensors.meta, *(self.aliases if self.unties(changes) else ())]
+        last: Tensors = {}
+
+        def read(name: str) -> Tensor:
+            if name not in last:
+                last.clear()
+                last.update(self._joint_outputs(name, changes))
+            return last[name]
+
+        shapes = {name: self.tensors.meta[self.aliases.get(name, name)].shape for name in names}
+        if changes.vocabulary_size is not None:
+            shapes |= {name: read(name).shape for name in names if name in changes.parameters}
+        return {self.tensors.older.get(name, name): (shapes[name], partial(read, name)) for name in names}
+
     def _outputs(self, changes: Changes) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the new model, by name."""
         done: set[str] = set()
@@ -308,24 +288,30 @@ class Rewriter:
             module_name, _, suffix = name.rpartition(".")
             if name in done or (suffix == "bias" and module_name in changes.layers):
                 continue  # a changed layer's bias is written with its weight
-            if name in self.pieces:
-                pieces = self.pieces[name]
-                done.update(pieces.names)
-                changed = changes.changed(pieces.parameter, pieces.join(self.tensors.read))
-                yield from ((piece, self._cast(piece, tensor)) for piece, tensor in pieces.split(changed).items())
-                continue
-            module = self.modules.get(module_name)
-            if suffix == "weight" and module is not None and layer_kind(module) is not None:
-                bias_name = f"{module_name}.bias"
-                changed_bias = module_name in changes.layers and bias_name in self.names
-                bias = self.tensors.read(bias_name) if changed_bias else None
-                for new_name, tensor in self._layer(module_name, self.tensors.read(name), bias, changes):
-                    done.add(new_name)
-                    yield new_name, tensor
-            else:
-                yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
-        for name, stored in self.aliases.items() if self.unties(changes) else ():
-            yield from self._layer(name.removesuffix(".weight"), self.tensors.read(stored), None, changes)
+            for new_name, tensor in self._joint_outputs(name, changes):
+                done.add(new_name)
+                yield new_name, tensor
+        for name in self.aliases if self.unties(changes) else ():
+            yield from self._joint_outputs(name, changes)
+
+    def _joint_outputs(self, name: str, changes: Changes) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of the new model, and those that are computed together with it."""
+        module_name, _, suffix = name.rpartition(".")
+        if name in self.pieces:
+            pieces = self.pieces[name]
+            changed = changes.changed(pieces.parameter, pieces.join(self.tensors.read))
+            yield from ((piece, self._cast(piece, tensor)) for piece, tensor in pieces.split(changed).items())
+        elif name in self.aliases:
+            yield from self._layer(module_name, self.tensors.read(self.aliases[name]), None, changes)
+        elif suffix == "bias" and module_name in changes.layers:
+            yield from self._joint_outputs(f"{module_name}.weight", changes)
+        elif suffix == "weight" and (module := self.modules.get(module_name)) is not None and layer_kind(module):
+            bias_name = f"{module_name}.bias"
+            changed_bias = module_name in changes.layers and bias_name in self.names
+            bias = self.tensors.read(bias_name) if changed_bias else None
+            yield from self._layer(module_name, self.tensors.read(name), bias, changes)
+        else:
+            yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
 
     def is_packed(self, module_name: str) -> bool:
         """Whether training used this layer's matrix in packed form."""
@@ -378,5 +364,5 @@ def _replacement(tensor: Tensor, _old: Tensor) -> Tensor:
 
 
 def _refuse_non_finite(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # makes no tensor of this size
         raise NumericsError(f"{name} would contain NaN or infinity", "training diverged; nothing was written")

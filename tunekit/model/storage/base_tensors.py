@@ -1,0 +1,53 @@
+"""The tensors of a base under the names of the net's parameters: read from its files, or those of a net in memory."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.contracts import Tensors
+from tunekit.model.storage.converted import stored_names
+from tunekit.model.storage.shards import ShardReader
+
+
+class BaseTensors:
+    """The base's tensors under the names of the net's parameters, read one at a time.
+
+    A checkpoint may leave out the base model's prefix, or use the names of an older version. A tensor that is not a
+    parameter of the net keeps its name.
+    """
+
+    def __init__(self, folder: Path, net: nn.Module) -> None:
+        self.reader, renamed = ShardReader(folder), stored_names(net)
+        parameters, prefix = frozenset(net.state_dict()), str(getattr(net, "base_model_prefix", ""))
+        self.files: dict[str, str] = {}  # net's name -> name in the file
+        for name in self.reader:
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            net_name = next((candidate for candidate in candidates if candidate in parameters), renamed.get(name, name))
+            self.files[net_name] = name
+        self.older = {new: old for new, old in self.files.items() if renamed.get(old) == new}
+        entries = {new: self.reader.headers[old] for new, old in self.files.items()}
+        # name -> meta tensor with the shape and dtype to write
+        self.meta = {
+            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self.reader.read(self.files[name])
+
+
+class LoadedTensors:
+    """Like BaseTensors, but for a net in memory, if only transformers can read the base (GGUF). `dtype`: the dtype to
+    write."""
+
+    def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
+        stored: Tensors = dict(net.state_dict(keep_vars=True))
+        stored.pop(f"{tied_head}.weight", None)
+        once = {id(tensor): name for name, tensor in reversed(stored.items())}  # tied tensors keep their first name
+        self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
+        self.meta = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        self.meta |= {name: tensor.to(dtype) for name, tensor in self.meta.items() if tensor.is_floating_point()}
+        self.older: dict[str, str] = {}
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
