@@ -1,0 +1,170 @@
+"""A GGUF file for llama.cpp and programs that build on it: a LoRA adapter, or a whole model in any ggml type."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from tunekit.arithmetic.merge import choose_onto
+from tunekit.arithmetic.merge_output import collect_changes
+from tunekit.arithmetic.on_base import attach_without_weights
+from tunekit.contracts import Array
+from tunekit.errors import Problem
+from tunekit.exports.compare import difference
+from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
+from tunekit.exports.llama_cpp.activations import column_squares
+from tunekit.exports.llama_cpp.adapter import adapter_problems, write_adapter
+from tunekit.exports.llama_cpp.converter import ConvertedModel, imported, knows, make_model, placements
+from tunekit.exports.llama_cpp.fixed import fixed_problems
+from tunekit.exports.llama_cpp.stream import write_model
+from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
+from tunekit.exports.programs.llama_cpp import answers
+from tunekit.exports.programs.program import find_program
+from tunekit.model.quantized.weights import layer_kind
+from tunekit.model.storage.model_folder import copy_other_files
+from tunekit.model.storage.rewrite import Changes, Rewriter
+from tunekit.targets.exportable import Exportable
+
+TAKES = frozenset({"adapter", "model"})
+OPTIONS = frozenset({"type", "merged", "imatrix"})
+SUFFIX, PROGRAM = ".gguf", "llama.cpp"
+ROWS, TOKENS = 64, 512  # of the importance matrix
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def problems(exportable: Exportable, options: Options) -> list[Problem]:
+    """The type, the architecture, and what a GGUF adapter cannot hold."""
+    wrong = []
+    if options.type is not None and options.type not in FILE_TYPES:
+        wrong.append(Problem(f"{options.type} is unknown", f"choose {', '.join(FILE_TYPES)}", key="--type"))
+    if options.imatrix and options.type in (None, *FLOATS):
+        wrong.append(
+            Problem(
+                f"nothing is quantized in {options.type or 'an unnamed type'}", "add --type Q4_K_M", key="--imatrix"
+            )
+        )
+    architecture = exportable.architecture
+    with imported() as converter:
+        if not knows(converter, architecture):
+            what = f"llama.cpp's converter does not know the architecture {architecture}"
+            return [*wrong, Problem(what, "choose another --to")]
+    wrong += fixed_problems(exportable.config)
+    if writes_adapter(exportable, options):
+        wrong += adapter_problems(exportable)
+    return wrong
+
+
+def writes_adapter(exportable: Exportable, options: Options) -> bool:
+    """Whether the file is an adapter, which has no type and is not merged."""
+    return exportable.kind == "adapter" and not options.merged and options.type is None
+
+
+def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+    """Write the file; of a model, one tensor after the other."""
+    if writes_adapter(exportable, options):
+        write_adapter(exportable, path)
+        return Exported(path, "adapter", (f"run it with: llama-server -m BASE.gguf --lora {path}",))
+    squares, notes = None, []
+    if options.imatrix:
+        rows, described = evidence.rows(ROWS, TOKENS)
+        squares = column_squares(exportable.target, rows)
+        notes = [f"the importance of the weights is from {described}"]
+    counts = Counter(_write_model(exportable, path, options.type, squares).values()).most_common()
+    notes.append(f"tensors by type: {', '.join(f'{count} {name}' for name, count in counts)}")
+    what = "model" if exportable.kind == "model" else "merged"
+    return Exported(path, what, (*notes, f"run it with: llama-server -m {path}"))
+
+
+@torch.no_grad()
+def _write_model(
+    exportable: Exportable, path: Path, file_type: str | None, squares: Mapping[str, Array] | None
+) -> dict[str, str]:
+    """Write the base with the changes of its adapter; returns the type of each tensor. By default the weights keep the
+    base's type, which is exact for a base without an adapter."""
+    rewriter, changes = _rewriter(exportable)
+    file_type = file_type or STORED[rewriter.base_dtype()]
+    with _files(exportable, rewriter, changes) as folder, imported() as converter:
+        architecture = exportable.architecture
+        model = make_model(converter, folder, architecture, rewriter.outputs(changes))
+        make = partial(make_model, converter, folder, architecture, {})
+        imatrix = None if squares is None else _by_tensor(make, rewriter, squares)
+        return write_model(converter, model, path, file_type, imatrix)
+
+
+def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
+    """The base's weights in float32, and their changes by the adapter."""
+    target = exportable.target
+    onto, _ = choose_onto(target, None)
+    rewriter = Rewriter(target.model, onto, torch.float32)
+    if target.adapter is None:
+        return rewriter, Changes({}, {})
+    return rewriter, collect_changes(attach_without_weights(target.adapter, target.model, rewriter))
+
+
+def _by_tensor(
+    make: Callable[[], ConvertedModel], rewriter: Rewriter, squares: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The importance of the columns of the file's tensors, by name; as in llama.cpp, only of those in the blocks."""
+    shapes, values, transposed = {}, {}, []
+    for module_name, importance in squares.items():
+        name = f"{module_name}.weight"
+        if name in rewriter.names:
+            stored, rows_first = rewriter.tensors.older.get(name, name), rewriter.tensors.meta[name].shape
+            if layer_kind(rewriter.modules[module_name]) == "conv1d":
+                transposed.append(stored)
+                rows_first = rows_first[::-1]
+            shapes[stored], values[stored] = (rows_first[0], rows_first[1]), importance
+    placed = placements(make, shapes, transposed=transposed)
+    return {
+        name: values[tensor.sources[0]][tensor.columns] for name, tensor in placed.items() if name.startswith("blk.")
+    }
+
+
+@contextmanager
+def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iterator[Path]:
+    """A temporary folder with the files of the merged model, except for its weights."""
+    target, objective = exportable.target, exportable.objective
+    with TemporaryDirectory(prefix="tunekit-") as name:
+        folder = Path(name) / Path(target.model.name_or_path).name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(rewriter.configuration(changes)), encoding="utf-8")
+        answering = None if objective is None else objective.answering
+        copy_other_files(target.model, exportable.folder, exportable.processor, target.chat_template, folder, answering)
+        sentencepiece = exportable.folder / "tokenizer.model"
+        if sentencepiece.is_file():
+            shutil.copyfile(sentencepiece, folder / sentencepiece.name)
+        yield folder
+
+
+def certify(
+    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+) -> Certificate | None:
+    """Ask llama.cpp; an adapter is read with a temporary file of its base."""
+    program = find_program(PROGRAM)
+    if program is None:
+        return None
+    compared = questions()
+    if written.what != "adapter":
+        found = answers(program, written.path, compared.rows)
+        parts = {f"{written.what} {options.type or ''}".strip(): difference(compared.rows, compared.expected, found)}
+    else:
+        assert compared.tuned is not None
+        with TemporaryDirectory(prefix="tunekit-", dir=written.path.parent) as folder:
+            base = Path(folder) / "base.gguf"
+            _write_model(
+                replace(exportable, target=replace(exportable.target, adapter=None), kind="model"), base, None, None
+            )
+            parts = {
+                "base": difference(compared.rows, compared.base, answers(program, base, compared.rows)),
+                "base + adapter": difference(
+                    compared.rows, compared.tuned, answers(program, base, compared.rows, written.path)
+                ),
+            }
+    return Certificate(PROGRAM, program.version, compared.described, parts)

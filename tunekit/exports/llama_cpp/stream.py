@@ -1,0 +1,84 @@
+"""Writes a GGUF file of a model tensor by tensor: each one is read, merged, quantized, written and freed."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import libgguf
+import numpy as np
+import torch
+
+from tunekit.contracts import Array
+from tunekit.exports.llama_cpp.converter import ConvertedModel, Converter, TensorInfo, Writer
+from tunekit.exports.llama_cpp.types import FLOATS, Structure, block_size, choose_types
+
+CHUNK_VALUES = 2**22  # values that a thread quantizes at once
+
+
+def write_model(
+    converter: Converter, model: ConvertedModel, path: Path, file_type: str, imatrix: Mapping[str, Array] | None
+) -> dict[str, str]:
+    """Write the file. Returns the type of each tensor. `imatrix`: mean squares of the columns' activations, by tensor.
+
+    The file begins with the names, shapes and types of all tensors, so these are computed first, without values.
+    Raises: InputError if a tensor cannot have a suitable type.
+    """
+    gguf = converter.gguf
+    model.prepare_tensors()
+    writer, prefix = model.gguf_writer, "MOSTLY" if file_type != "F32" else "ALL"
+    model.ftype = gguf.LlamaFileType[f"{prefix}_{file_type}"]
+    model.prepare_metadata(vocab_only=False)
+    infos = writer.tensors[0]
+    shapes = {name: tuple(info.shape) for name, info in infos.items() if info.dtype.name == "F32"}
+    types = choose_types(file_type, shapes, structure_of(writer), imatrix)
+    for name, chosen in types.items():
+        infos[name].dtype = gguf.GGMLQuantizationType[chosen]
+        infos[name].nbytes = int(np.prod(shapes[name])) // block_size(chosen) * libgguf.type_size(chosen_type(chosen))
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for name, info in list(infos.items()):
+            weights = None if imatrix is None else imatrix.get(name)
+            writer.write_tensor_data(_stored(gguf, info, types.get(name), weights, threads))
+    writer.close()
+    return types
+
+
+def _stored(
+    gguf: ModuleType, info: TensorInfo, chosen: str | None, weights: Array | None, threads: ThreadPoolExecutor
+) -> Array:
+    """The data of a tensor, read now; nothing else keeps its values."""
+    values = gguf.LazyNumpyTensor.to_eager(info.tensor)
+    info.tensor = None
+    return values if chosen is None else quantized(values, chosen, weights, threads)
+
+
+def structure_of(writer: Writer) -> Structure:
+    """The facts that the choice of types needs, from the file's metadata."""
+    values = {key.partition(".")[2]: entry.value for key, entry in writer.kv_data[0].items()}
+
+    def first(key: str) -> int:
+        value = values.get(key, 0)
+        return int(value[0] if isinstance(value, list | tuple) else value)
+
+    heads, key_heads = first("attention.head_count"), first("attention.head_count_kv")
+    ratio = heads // key_heads if key_heads else (1 if "attention.head_count_kv" not in values else 0)
+    return Structure(writer.arch, first("block_count"), ratio, first("expert_count"))
+
+
+def chosen_type(name: str) -> libgguf.GGMLQuantizationType:
+    return libgguf.GGMLQuantizationType[name]
+
+
+def quantized(values: Array, name: str, weights: Array | None, threads: ThreadPoolExecutor) -> Array:
+    """The rows (..., O, I) in a ggml type, as bytes; exact for F32. `weights` (I,): the importance of each column."""
+    if name == "F32":
+        return np.ascontiguousarray(values, dtype=np.float32)
+    rows = values.reshape(-1, values.shape[-1])
+    kind = chosen_type(name)
+    weights = None if name in FLOATS else weights
+    size = max(1, CHUNK_VALUES // rows.shape[1])
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return np.concatenate(list(threads.map(lambda chunk: libgguf.quantize_rows(chunk, kind, weights), chunks)))
