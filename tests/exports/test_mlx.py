@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +17,7 @@ from tests.arithmetic.test_normalise import by_peft
 from tunekit.errors import InputError
 from tunekit.export import export_verb
 from tunekit.exports.programs.program import find_program
+from tunekit.model.storage.portable import make_portable
 
 pytest.importorskip("peft")
 FLOAT32 = ["model.dtype=float32"]
@@ -37,6 +38,21 @@ def fused_as_mlx_does(base: Path, adapter: Path) -> Tensor:
     return logits_of(net)
 
 
+def adapter_by_peft(folder: Path, model_type: str, *, portable: bool = True, **values: Any) -> Tensor:
+    """The folders base/ and adapter/, and PEFT's logits. GPT-2's tensors have the hub's names.
+
+    `portable`: whether mlx-lm reads the base's configuration rightly.
+    """
+    expected = logits_of(by_peft(folder, model_type, **values))
+    if model_type == "gpt2":
+        file = folder / "base" / "model.safetensors"
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    if portable:
+        make_portable(folder / "base")
+    return expected
+
+
 ADAPTERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "plain": ("qwen2", {}, ["mlp.down_proj", "self_attn.q_proj", "self_attn.v_proj"]),
     "patterns": (
@@ -54,7 +70,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_written_as_mlx_reads_it(name: str, tmp_path: Path) -> None:
     model_type, values, keys = ADAPTERS[name]
-    expected = logits_of(by_peft(tmp_path, model_type, **values))
+    expected = adapter_by_peft(tmp_path, model_type, **values)
     export_verb(str(tmp_path / "adapter"), "mlx", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
     fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     rank = {"patterns": 9, "pissa": 8}.get(name, 4)
@@ -66,6 +82,8 @@ def test_an_adapter_is_written_as_mlx_reads_it(name: str, tmp_path: Path) -> Non
 MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "tied embedding": ("llama", {"target_modules": ["embed_tokens"], "base": TIED}, "changes model.embed_tokens alone"),
     "biases": ("qwen2", {"bias": "lora_only"}, "it trains model.layers.0.self_attn.q_proj.base_layer.bias"),
+    "a base that mlx reads wrongly": ("qwen2", {}, "does not read rope_parameters, and computes with rope_theta"),
+    "a base without n_ctx": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2 needs n_ctx"),
     "other names": ("gpt_neox", {"target_modules": ["query_key_value"]}, "names of gpt_neox"),
 }
 
@@ -75,17 +93,22 @@ def test_what_mlx_does_not_hold_is_merged_with_the_reason(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model_type, values, reason = MERGED[name]
-    expected = logits_of(by_peft(tmp_path, model_type, **values))
+    expected = adapter_by_peft(tmp_path, model_type, portable="a base" not in name, **values)
     export_verb(str(tmp_path / "adapter"), "mlx", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
     assert reason in " ".join(capsys.readouterr().out.split())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("n_ctx") == config.get("n_positions")  # GPT-2's
     torch.testing.assert_close(merged_logits(tmp_path / "out"), expected, rtol=0, atol=2e-5)
 
 
-def test_two_matrices_are_refused_where_mlx_has_one(tmp_path: Path) -> None:
+def test_what_mlx_cannot_read_even_merged_is_refused(tmp_path: Path) -> None:
     """mlx-lm's gpt2 and gemma have no head of their own."""
-    by_peft(tmp_path, "gpt2", target_modules=["wte"])
+    adapter_by_peft(tmp_path, "gpt2", target_modules=["wte"])
     with pytest.raises(InputError, match="mlx-lm's gpt2 uses its embedding as head"):
         export_verb(str(tmp_path / "adapter"), "mlx", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
+    by_peft(tmp_path / "prefix", "gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(InputError, match=r"reads tensors with names such as h\.0\.attn"):
+        export_verb(str(tmp_path / "prefix" / "adapter"), "mlx", str(tmp_path / "out"), certify=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -95,7 +118,8 @@ def test_two_matrices_are_refused_where_mlx_has_one(tmp_path: Path) -> None:
 def test_mlx_computes_what_torch_computes(model_type: str, tmp_path: Path) -> None:
     targets = {"gpt2": ["c_attn", "c_fc"], "phi3": ["qkv_proj", "down_proj"]}
     values = {"target_modules": targets.get(model_type, ["q_proj", "down_proj"]), "rank_pattern": {"layers.0": 2}}
-    by_peft(tmp_path, model_type, fan_in_fan_out=model_type == "gpt2", **values)
+    base = {"num_hidden_layers": 6} if "gemma" in model_type else {}  # with a layer of full attention
+    adapter_by_peft(tmp_path, model_type, fan_in_fan_out=model_type == "gpt2", base=base, **values)
     export_verb(str(tmp_path / "adapter"), "mlx", str(tmp_path / "out"), certify=True, overrides=FLOAT32)
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())["certificate"]
     assert certificate["parts"]["adapter"]["largest"] < 1e-3

@@ -21,6 +21,7 @@ from tunekit.exports.programs.mlx import answers
 from tunekit.exports.programs.program import find_program
 from tunekit.files.durable import write_json
 from tunekit.files.tensors import write_tensors
+from tunekit.model.storage.shards import read_headers
 from tunekit.records import JsonObject
 from tunekit.targets.exportable import Exportable
 
@@ -28,6 +29,7 @@ TAKES = frozenset({"adapter"})
 OPTIONS = frozenset({"merged"})
 SUFFIX = ""
 PROGRAM = "mlx"
+READER = "mlx-lm"  # its name in model/storage/programs.py
 # Models of mlx-lm 0.32 with the module names of transformers; those of gpt2 begin otherwise.
 SAME_NAMES = (
     "gemma gemma2 gemma3_text gpt2 granite llama mistral mixtral olmo2 phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
@@ -35,21 +37,28 @@ SAME_NAMES = (
 )
 # Those that have no head, whatever tie_word_embeddings says.
 ALWAYS_TIED = "afm7 cohere cohere2 gemma gemma2 gemma3n gpt2 hunyuan internlm2 lfm2 lfm2_moe olmo phi3small"
+OTHER_PROGRAM = "export it for another program, such as --to vllm"
 LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name that mlx-lm's keys leave out
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """mlx-lm has no adapters that are prompts, and some of its models have no head that differs from the embedding."""
-    kind = exportable.config.get("model_type", "")
-    if (wrong := unwritable(exportable)) or kind not in ALWAYS_TIED.split() or not merging_unties(exportable):
-        return wrong
-    what = f"mlx-lm's {kind} uses its embedding as head, and the adapter changes one of them alone"
-    return [Problem(what, "export it for another program, such as --to vllm")]
+    """mlx-lm has no adapters that are prompts, some of its models have no head that differs from the embedding, and its
+    gpt2 reads only the names of the hub's files."""
+    kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
+    if kind == "gpt2" and any(name.startswith("transformer.") for name in read_headers(exportable.folder)):
+        what = (
+            "mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, and the base's begin transformer."
+        )
+        wrong.append(Problem(what, OTHER_PROGRAM))
+    elif not wrong and kind in ALWAYS_TIED.split() and merging_unties(exportable):
+        what = f"mlx-lm's {kind} uses its embedding as head, and the adapter changes one of them alone"
+        wrong.append(Problem(what, OTHER_PROGRAM))
+    return wrong
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
     """Write the pairs of one rank with scale 1, or the merged model."""
-    plain, reason = plain_or_reason(exportable, options, partial(refusal, exportable.config))
+    plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.config))
     if plain is None:
         return write_merged(exportable, path, reason, "mlx_lm.generate --model PATH --prompt ...")
     plain, base = plain.padded(), exportable.target.model.name_or_path

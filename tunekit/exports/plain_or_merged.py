@@ -12,11 +12,17 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.exports.compare import difference
 from tunekit.exports.format import Difference, Exported, Options, Questions
 from tunekit.exports.programs.answer import NextTokens
+from tunekit.model.storage.portable import read_model_files
+from tunekit.model.storage.programs import FolderReading, readings
 from tunekit.targets.exportable import Exportable
 
 
-def unwritable(exportable: Exportable) -> list[Problem]:
-    """Why the adapter can be neither written nor merged: a prompt is no change of weights."""
+def unwritable(exportable: Exportable, program: str) -> list[Problem]:
+    """Why the adapter can be neither written nor merged: a prompt is no change of weights, and a program knows only
+    some models."""
+    reading = _reading(exportable, program)
+    if reading.unsupported:
+        return [Problem(f"{program} {reading.version} {reading.unsupported}", "choose another --to", key="--to")]
     try:
         normalise(exportable.target)
     except NotLowRank:
@@ -26,17 +32,25 @@ def unwritable(exportable: Exportable) -> list[Problem]:
     return []
 
 
+def _reading(exportable: Exportable, program: str) -> FolderReading:
+    """How a program reads the base."""
+    every = readings(read_model_files(exportable.folder))
+    return next(reading for reading in every if reading.program == program)
+
+
 def plain_or_reason(
-    exportable: Exportable, options: Options, refusal: Callable[[PlainAdapter], str]
+    exportable: Exportable, options: Options, program: str, refusal: Callable[[PlainAdapter], str]
 ) -> tuple[PlainAdapter | None, str]:
     """The adapter as pairs; or None, and why a merged model is written instead.
 
-    `refusal`: why the format does not hold these pairs, or an empty text.
+    `refusal`: why the program does not hold these pairs, or an empty text.
     """
     if options.merged:
         return None, "asked for with --merged"
     if exportable.family != "causal" or not exportable.config:
         return None, "only adapters of a text model that is a folder of safetensors are read"
+    for finding in _reading(exportable, program).findings:  # the merged model is written in the portable form
+        return None, f"with this base {program} {finding.what}"
     try:
         plain = normalise(exportable.target)
     except NotLowRank as error:

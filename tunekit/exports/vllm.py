@@ -17,6 +17,7 @@ TAKES = frozenset({"adapter"})
 OPTIONS = frozenset({"merged"})
 SUFFIX = ""
 PROGRAM = "vllm"
+READER = "vLLM"  # its name in model/storage/programs.py
 NAME = "tuned"  # of the adapter, in requests
 # Classes of vLLM 0.32 with SupportsLoRA, without "ForCausalLM"; the first ones also adapt embedding and head.
 WITH_EMBEDDINGS = (
@@ -34,12 +35,12 @@ EXPERT_MATRICES = 3  # vLLM asserts that all matrices of an expert are adapted
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
     """vLLM has no adapters that are prompts."""
-    return unwritable(exportable)
+    return unwritable(exportable, READER)
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
     """Write the adapter as plain LoRA of one rank, or the merged model."""
-    plain, reason = plain_or_reason(exportable, options, partial(refusal, exportable.architecture))
+    plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.architecture))
     if plain is None:
         return write_merged(exportable, path, reason, "vllm serve PATH")
     write_plain(path, exportable.target, plain)
@@ -77,4 +78,4 @@ def certify(
     parts = compare_parts(
         written, exportable, asked, lambda model, adapter: answers(program, model, asked.rows, adapter, rank)
     )
-    return Certificate("vLLM", program.version, asked.described, parts)
+    return Certificate(READER, program.version, asked.described, parts)

@@ -181,12 +181,18 @@ def _generation(files: ModelFiles) -> JsonObject:
 
 
 def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, including its parts, with `torch_dtype` in addition to `dtype`, and `rope_theta`,
-    `rope_scaling` and similar keys in addition to `rope_parameters`."""
+    """The configuration, including its parts, with `torch_dtype` in addition to `dtype`, `rope_theta`, `rope_scaling`
+    and similar keys in addition to `rope_parameters`, and GPT-2's `n_ctx`."""
     parts = {name: with_older_keys(part) for name, part in config_parts(config)}
     dtype = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     numbers = {name: untagged(value) for name, value in config.items()}
-    return {**numbers, **parts, **dtype, **older_rope(config)}
+    length = {"n_ctx": config["n_positions"]} if needs_n_ctx(config) else {}
+    return {**numbers, **parts, **dtype, **length, **older_rope(config)}
+
+
+def needs_n_ctx(config: Mapping[str, Any]) -> bool:
+    """Whether GPT-2's configuration lacks the older name of n_positions, which mlx-lm requires."""
+    return config.get("model_type") == "gpt2" and "n_positions" in config and "n_ctx" not in config
 
 
 def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -15,6 +15,7 @@ from tunekit.model.storage.portable import (
     TEMPLATE,
     ModelFiles,
     config_parts,
+    needs_n_ctx,
     older_rope,
     portable,
     untagged,
@@ -152,6 +153,11 @@ def _rope_of_mlx(files: ModelFiles) -> Iterator[str]:
             yield f"refuses it: {kind} needs {place}{missing[-1]}, and it does not read rope_parameters"
 
 
+def _length_of_mlx(files: ModelFiles) -> Iterator[str]:
+    if needs_n_ctx(files.config):
+        yield "refuses it: gpt2 needs n_ctx, the older name of n_positions"
+
+
 def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
     theta = supported.OLLAMA_OWN_THETA.get(files.architecture)
     if theta is not None:
@@ -211,7 +217,7 @@ _TRANSFORMERS_4 = (_older_rope_of_transformers_4, _newer_tokenizer, _tagged_numb
 PROGRAMS: dict[str, tuple[str, Support, tuple[Rule, ...]]] = {
     "transformers 4": ("4.57.6", _type_in(lambda: supported.TRANSFORMERS_4), _TRANSFORMERS_4),
     "transformers 5": (version("transformers"), _type_in(_installed_types), _ANSWERS),
-    "mlx-lm": ("0.32.2", _type_in(lambda: supported.MLX_LM), (_rope_of_mlx, _packed)),
+    "mlx-lm": ("0.32.2", _type_in(lambda: supported.MLX_LM), (_rope_of_mlx, _length_of_mlx, _packed)),
     "Ollama": ("2026-08-21", _architecture_in(supported.OLLAMA), (_rope_of_ollama, _template_of_ollama)),
     "llama.cpp's converter": ("2026-08", _architecture_in(supported.LLAMA_CPP), (_other_template, _packed)),
     "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; takes other models through transformers
