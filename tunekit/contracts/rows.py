@@ -234,7 +234,7 @@ class Labels:
         """Raises: DataError for a label that is not listed."""
         if self.names and label not in self.head_rows:
             what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
-            raise DataError(what, "correct it, or list it under objective.labels")
+            raise DataError(what, "correct it, leave the row out, or train with it listed under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
         """(N,) the index of each label among the head's rows."""
