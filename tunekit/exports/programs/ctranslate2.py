@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tunekit.contracts import Array
 from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script, ask_speech
-from tunekit.exports.programs.program import Program, run_script
+from tunekit.exports.programs.program import CONVERSION_SECONDS, Program, run_script
 
 NAME = "ctranslate2"
 
@@ -15,7 +15,8 @@ def convert(program: Program, folder: Path, output: Path, quantization: str, cop
 
     Raises: InputError with the converter's log if it cannot.
     """
-    run_script(program, NAME, {"model": str(folder), "output": str(output), "type": quantization, "files": copied})
+    request = {"model": str(folder), "output": str(output), "type": quantization, "files": copied}
+    run_script(program, NAME, request, seconds=CONVERSION_SECONDS)
 
 
 def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:

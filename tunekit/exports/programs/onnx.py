@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script
-from tunekit.exports.programs.program import Program, run_script
+from tunekit.exports.programs.program import CONVERSION_SECONDS, Program, run_script
 
 NAME = "onnx"
 
@@ -13,7 +13,8 @@ def convert(program: Program, folder: Path, output: Path) -> None:
 
     Raises: InputError with optimum's log if it cannot.
     """
-    run_script(program, NAME, {"model": str(folder), "output": str(output)})
+    request = {"model": str(folder), "output": str(output)}
+    run_script(program, NAME, request, seconds=CONVERSION_SECONDS)
 
 
 def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:

@@ -22,7 +22,7 @@ from tunekit.exports.programs.versions import PROGRAMS, STAMP, programs_folder
 from tunekit.records import JsonObject
 
 INSIDE = Path(__file__).parent / "inside"  # scripts that a program's own Python runs
-LIMIT_SECONDS = 1800.0
+LIMIT_SECONDS, CONVERSION_SECONDS = 1800.0, 24 * 3600.0
 LOG_LINES, LINE_LENGTH = 3, 200  # of the log in an error message
 ENVIRONMENT = {  # of every program: no network; ggml states a failed assertion in its last line, without a debugger
     **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "GGML_NO_BACKTRACE"), "1"),

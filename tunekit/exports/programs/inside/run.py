@@ -25,7 +25,8 @@ def main(script: str, folder: Path) -> None:
     except Exception as error:  # without the traceback, so that the end of the log is the program's own
         sys.exit(f"{type(error).__name__}: {error}")
     with (folder / "partial").open("wb") as file:
-        np.savez(file, **arrays)
+        halved = {name: values.astype(np.float32) for name, values in arrays.items() if values.dtype == np.float64}
+        np.savez(file, **{**arrays, **halved})
     os.replace(folder / "partial", folder / "answer.npz")
 
 
