@@ -84,7 +84,9 @@ def test_nothing_keeps_running_after_tunekit(scripts: Path, tmp_path: Path, numb
     (scripts / "waits.py").write_text(WAITS.replace("child.pid", "__import__('os').getpid()} {child.pid"))
     pids = tmp_path / "pid"
     code = f"""
+import signal
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 from tunekit.exports.programs import program
 program.INSIDE = Path({str(scripts)!r})
 program.run_script(program.Program("fake", "1.0", Path({sys.executable!r})), "waits", {{"pids": {str(pids)!r}}})
@@ -95,7 +97,7 @@ program.run_script(program.Program("fake", "1.0", Path({sys.executable!r})), "wa
         time.sleep(0.05)
     program, child = map(int, pids.read_text().split())
     tunekit.send_signal(number)
-    tunekit.wait()
+    tunekit.wait(60)
     assert ended(program)
     if number is signal.SIGINT:
         assert ended(child)
@@ -155,7 +157,7 @@ def test_a_stopped_certificate(tiny_whisper: Path, tmp_path: Path, monkeypatch: 
         assert tunekit.poll() is None
         time.sleep(0.05)
     tunekit.send_signal(signal.SIGTERM)
-    _, error = tunekit.communicate()
+    _, error = tunekit.communicate(timeout=60)
     assert (tunekit.returncode, (tmp_path / "model.bin").exists()) == (143, True)
     assert "stopped by SIGTERM before it was certified" in error
     assert ended(int((tmp_path / "pid").read_text()))
