@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.programs import needs
+from tests.support.train_case import write_recipe
 from tunekit.errors import InputError
 from tunekit.export import CERTIFICATE, export_verb
 from tunekit.exports import ctranslate2 as module
@@ -31,6 +32,12 @@ def test_unknown_types(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     texts = [str(problem) for problem in error.value.problems]
     assert any("does not read models of type llama" in text for text in texts)
     assert any("--type: Q4_K_M is unknown; choose float32" in text for text in texts)
+
+
+def test_a_base_that_the_recipe_quantizes(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, model={"quantization": "nf4"})
+    with pytest.raises(InputError, match=r"loads the base as nf4, .*; add model\.quantization=none to the command"):
+        export_verb(str(recipe), "ctranslate2", str(tmp_path / "out"))
 
 
 class TestProgram:

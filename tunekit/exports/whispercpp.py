@@ -16,7 +16,7 @@ from tunekit.exports.format import Certificate, Evidence, Exported, Options, Que
 from tunekit.exports.programs.program import find_program
 from tunekit.exports.programs.whisper_cpp import NAME, answers
 from tunekit.exports.recordings import make_recordings
-from tunekit.exports.whole_model import whole_model
+from tunekit.exports.whole_model import packed_problems, whole_model
 from tunekit.files.tensors import tensor_bytes
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.model.storage.shards import ShardReader
@@ -65,7 +65,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
         kind = exportable.config.get("model_type", exportable.family)
         return [Problem(f"whisper.cpp reads Whisper models, and this is {kind}", "choose another --to")]
     config, frequencies = exportable.config, len(processor.extractor.mel_filters)
-    wrong, widths = list[Problem](), {config["encoder_ffn_dim"], config["decoder_ffn_dim"]}
+    wrong, widths = packed_problems(exportable), {config["encoder_ffn_dim"], config["decoder_ffn_dim"]}
     if widths != {WIDENING * config["d_model"]}:
         what = f"its feed-forward layers have {' and '.join(map(str, sorted(widths)))} units"
         wrong.append(Problem(f"{what}, and whisper.cpp has {WIDENING * config['d_model']}", "choose another --to"))

@@ -13,9 +13,18 @@ from tunekit.model.storage.portable import make_portable
 from tunekit.targets.exportable import Exportable
 
 
+def packed_problems(exportable: Exportable) -> list[Problem]:
+    """A bare base that the recipe quantizes: the export has its full weights, which the run would not compute with."""
+    packing = exportable.target.model.quantization
+    if exportable.kind == "adapter" or packing == "none":
+        return []
+    what = f"the recipe loads the base as {packing}, and the export has its full weights"
+    return [Problem(what, "add model.quantization=none to the command")]
+
+
 def conversion_problems(exportable: Exportable, program: str, model_types: str) -> list[Problem]:
     """Why the converter of a program cannot read the model. `model_types`: those that it knows."""
-    wrong = []
+    wrong = packed_problems(exportable)
     if find_program(program) is None:
         how = f"install it with: scripts/certify {program}"
         wrong.append(Problem(f"{program}, which converts the model, is not installed", how))

@@ -115,11 +115,9 @@ def _start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and the processes that it started."""
+    """End the process and the processes that it started, if any is left (macOS does not permit to end a zombie)."""
     if hasattr(os, "killpg"):
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # the group is empty; macOS: only a zombie is left
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
