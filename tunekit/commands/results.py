@@ -62,7 +62,7 @@ def watch(
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="a model folder: which programs would read it wrongly")
+        str | None, typer.Argument(metavar="MODEL", help="a model folder: which programs would read it wrongly")
     ] = None,
     fix: Annotated[
         str | None, typer.Option("--fix", metavar="OUT", help="write a copy of MODEL that these programs read")
