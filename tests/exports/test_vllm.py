@@ -133,4 +133,7 @@ def test_vllm_computes_what_torch_computes(tmp_path: Path) -> None:
     by_peft(tmp_path, "llama", base, use_rslora=True, rank_pattern={"v_proj": 2})
     export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=True, overrides=FLOAT32)
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())["certificate"]
-    assert certificate["parts"]["adapter"]["largest"] < 1e-4
+    for part in ("base", "adapter"):
+        assert certificate["parts"][part]["largest"] < 1e-4
+        perplexities = [certificate["parts"][part][key] for key in ("perplexity", "torch_perplexity")]
+        assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
