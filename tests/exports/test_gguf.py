@@ -353,3 +353,25 @@ def test_the_pairs_of_all_experts_are_one_tensor(tmp_path: Path, installed: None
     one = adapter_of(base, tmp_path / "one", **both | {"target_parameters": ("down_proj",)})
     (problem,) = format.problems(exportable(one), Options())
     assert "experts" in problem.what
+
+
+def test_added_tokens_are_in_the_file_next_to_the_pieces(tmp_path: Path, installed: None) -> None:
+    """The tokenizer is a file of sentencepiece; tokens that were added later are in tokenizer.json alone."""
+    base = write_base(tmp_path / "base", "llama")
+    with imported():
+        sentencepiece = pytest.importorskip("sentencepiece")
+    text = [f"{word} {number}" for number in range(400) for word in ("tea", "cake", "bread")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(base / "tokenizer"), vocab_size=60, model_type="bpe"
+    )
+    written = json.loads((base / "tokenizer.json").read_text())
+    added = {"id": 265, "content": "<order>", "special": True} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False
+    )
+    (base / "tokenizer.json").write_text(json.dumps(written | {"added_tokens": [*written["added_tokens"], added]}))
+    _, facts = read_of(base, tmp_path / "model.gguf", "F16")
+    assert facts["tokenizer.ggml.model"] == "llama"
+    assert facts["tokenizer.ggml.tokens"][265] == "<order>"
+    assert facts["tokenizer.ggml.token_type"][265] == 3  # control
+    assert facts["tokenizer.ggml.tokens"][59] not in ("", "[PAD59]")
+    assert facts["tokenizer.ggml.tokens"][200] == "[PAD200]"

@@ -1,6 +1,5 @@
 """A GGUF file for llama.cpp and programs that build on it: a LoRA adapter, or a whole model in any ggml type."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,9 +26,11 @@ from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.programs.llama_cpp import answers
 from tunekit.exports.programs.program import find_program
+from tunekit.files.durable import write_json
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.model_folder import copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
+from tunekit.model.storage.source import read_json
 from tunekit.targets.exportable import Exportable
 
 TAKES = frozenset({"adapter", "model"})
@@ -134,13 +135,22 @@ def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iter
     with TemporaryDirectory(prefix="tunekit-") as name:
         folder = Path(name) / Path(target.model.name_or_path).name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(rewriter.configuration(changes)), encoding="utf-8")
+        write_json(folder / "config.json", rewriter.configuration(changes))
         answering = None if objective is None else objective.answering
         copy_other_files(target.model, exportable.folder, exportable.processor, target.chat_template, folder, answering)
         sentencepiece = exportable.folder / "tokenizer.model"
         if sentencepiece.is_file():
             shutil.copyfile(sentencepiece, folder / sentencepiece.name)
+            _name_added_tokens(folder)
         yield folder
+
+
+def _name_added_tokens(folder: Path) -> None:
+    """State the added tokens in tokenizer_config.json too: the file of sentencepiece lacks them, and transformers 5
+    writes them in tokenizer.json alone."""
+    path = folder / "tokenizer_config.json"
+    added = {str(token["id"]): token for token in read_json(folder / "tokenizer.json").get("added_tokens", ())}
+    write_json(path, {**read_json(path), "added_tokens_decoder": added})
 
 
 def certify(
