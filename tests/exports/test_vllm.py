@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.arithmetic.test_merge import logits_of, merged_logits, write_base
+from tests.arithmetic.test_merge import logits_of, merged_logits, prepared, train, write_base
 from tests.arithmetic.test_normalise import by_peft
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
@@ -20,9 +20,12 @@ from tunekit.arithmetic.normalise import PlainAdapter
 from tunekit.errors import InputError
 from tunekit.export import export_verb
 from tunekit.exports.format import Options
+from tunekit.exports.llama_cpp.converter import converter_folder
 from tunekit.exports.programs.program import find_program
 from tunekit.exports.vllm import refusal
+from tunekit.model.load import load_model
 from tunekit.recipe.adapters.prompt import PromptSettings
+from tunekit.recipe.model import ModelSection
 
 peft = pytest.importorskip("peft")
 FLOAT32 = ["model.dtype=float32"]
@@ -101,6 +104,33 @@ def test_merged_is_an_option(tmp_path: Path) -> None:
     out, options = tmp_path / "out", Options(merged=True)
     export_verb(str(tmp_path / "adapter"), "vllm", str(out), options=options, certify=False, overrides=FLOAT32)
     torch.testing.assert_close(merged_logits(out), expected, rtol=0, atol=2e-5)
+
+
+def test_an_adapter_of_packed_weights_is_written_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, running = prepared(tmp_path, "llama", quantization="nf4")
+    export_verb(str(adapter), "vllm", str(tmp_path / "out"), certify=False)
+    assert "trained on nf4 weights, so on the full base it differs" in " ".join(capsys.readouterr().out.split())
+    export_verb(str(adapter), "vllm", str(tmp_path / "merged"), options=Options(merged=True), certify=False)
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_a_gguf_base_is_merged_next_to_it(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        converter_folder()
+    except InputError as error:
+        pytest.skip(error.problems[0].what)
+    model = load_model(ModelSection(name_or_path=str(stories), dtype="float32"), device=torch.device("cpu"))
+    adapter = train(model, tmp_path / "adapter", target_modules=["q_proj"])
+    (adapter / "tunekit.json").unlink()  # with the fingerprint of the folder
+    base, out = str(tmp_path / "base.gguf"), tmp_path / "out"
+    export_verb(str(stories), "gguf", base, options=Options(type="F32"), certify=False)
+    export_verb(str(adapter), "vllm", str(out), base=base, certify=False, overrides=FLOAT32)
+    assert "only adapters of a text model that is a folder of safetensors" in " ".join(capsys.readouterr().out.split())
+    torch.testing.assert_close(merged_logits(out), logits_of(model.net), rtol=0, atol=2e-5)
 
 
 def test_a_prompt_is_refused_before_anything_is_written(tmp_path: Path) -> None:

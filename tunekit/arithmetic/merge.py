@@ -67,7 +67,7 @@ def _merge_model(
     processor = processor_of(target)
     target, objective = with_objective(target, processor)
     output = output.expanduser().absolute()
-    merge_output.check_output(output, [source.folder, adapter])
+    merge_output.check_output(output, [source.folder / (source.gguf_file or ""), adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
     attached = attach_without_weights(adapter, target.model, rewriter)
     changes = merge_output.collect_changes(attached)

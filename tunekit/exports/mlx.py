@@ -11,6 +11,7 @@ from tunekit.errors import Problem
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
     compare_parts,
+    is_model_folder,
     merging_unties,
     plain_or_reason,
     quantization_note,
@@ -45,7 +46,8 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     """mlx-lm has no adapters that are prompts, some of its models have no head that differs from the embedding, and its
     gpt2 reads only the names of the hub's files."""
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
-    if kind == "gpt2" and any(name.startswith("transformer.") for name in read_headers(exportable.folder)):
+    stored = read_headers(exportable.folder) if kind == "gpt2" and is_model_folder(exportable) else ()
+    if any(name.startswith("transformer.") for name in stored):
         what = (
             "mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, and the base's begin transformer."
         )

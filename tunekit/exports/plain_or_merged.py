@@ -1,6 +1,7 @@
 """The choice that formats of LoRA folders share: the adapter as low-rank pairs, or a merged model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tunekit.arithmetic.merge import merge
@@ -12,7 +13,7 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.exports.compare import difference
 from tunekit.exports.format import Difference, Exported, Options, Questions
 from tunekit.exports.programs.answer import NextTokens
-from tunekit.model.storage.portable import read_model_files
+from tunekit.model.storage.portable import CONFIG, read_model_files
 from tunekit.model.storage.programs import FolderReading, readings
 from tunekit.targets.exportable import Exportable
 
@@ -32,9 +33,14 @@ def unwritable(exportable: Exportable, program: str) -> list[Problem]:
     return []
 
 
+def is_model_folder(exportable: Exportable) -> bool:
+    """Whether the base is a folder of safetensors, and not a GGUF file."""
+    return (exportable.folder / CONFIG).is_file()
+
+
 def _reading(exportable: Exportable, program: str) -> FolderReading:
     """How a program reads the base."""
-    every = readings(read_model_files(exportable.folder))
+    every = readings(replace(read_model_files(exportable.folder), config=exportable.config))
     return next(reading for reading in every if reading.program == program)
 
 
@@ -47,7 +53,7 @@ def plain_or_reason(
     """
     if options.merged:
         return None, "asked for with --merged"
-    if exportable.family != "causal" or not exportable.config:
+    if exportable.family != "causal" or not is_model_folder(exportable):
         return None, "only adapters of a text model that is a folder of safetensors are read"
     for finding in _reading(exportable, program).findings:  # the merged model is written in the portable form
         return None, f"with this base {program} {finding.what}"
