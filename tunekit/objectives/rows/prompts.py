@@ -137,7 +137,7 @@ class PromptRows(TextRows):
         return self.make_row({**row.parts, "prompt": ids}, row.origin, row.number)
 
     def spans(self, row: Row) -> list[Span]:
-        """The prompt, titled with the columns that reward functions read. No token is trained on."""
+        """The prompt as one untrained span; its title names the columns that reward functions read."""
         columns = {name: value for name, value in read_context(row)["columns"].items() if value is not None}
         values = "".join(f", {name}: {value}" for name, value in columns.items())
         ids = row.parts["prompt"]
