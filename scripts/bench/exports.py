@@ -1,0 +1,193 @@
+"""Every kind of adapter in every format, read back by the program that runs the format.
+
+    scripts/bench/run exports --tokenizer MODEL [--formats gguf,mlx,vllm,...] [--shapes llama,...] [--cases plain,...]
+                              [--seed N --cells N] [--minutes N] [--page] [--work FOLDER] [--output FOLDER]
+
+The bases are random and tiny, with the tokenizer of MODEL (whose pre-tokenizer llama.cpp's converter must know); peft
+writes the adapters. A cell is one `tunekit export`: the largest difference of log-probabilities from torch, or what the
+format refuses, and then the merged model. A finished cell is in exports.json and is never made again. --cells: only so
+many, drawn with --seed. Programs that are not installed (scripts/certify) leave their cells out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from objectives import Results
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tunekit.errors import TunekitError
+from tunekit.export import export_verb
+from tunekit.exports.format import Options
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SIZE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZE, "num_key_value_heads": 2, "max_position_embeddings": 512}
+SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # model type, sizes, an attention layer, the embedding
+    "llama": ("llama", GROUPED, "q_proj", "embed_tokens"),
+    "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}, "q_proj", "embed_tokens"),
+    "qwen3": ("qwen3", {**GROUPED, "head_dim": 64}, "q_proj", "embed_tokens"),
+    "gemma3": ("gemma3_text", {**GROUPED, "head_dim": 64, "sliding_window": 64}, "q_proj", "embed_tokens"),
+    "phi3": ("phi3", GROUPED, "qkv_proj", "embed_tokens"),
+    "gpt2": ("gpt2", {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}, "c_attn", "wte"),
+}
+CASES = (
+    *("plain", "rslora", "patterns", "dora", "pissa", "embedding", "lm_head", "modules_to_save", "ia3"),
+    *("merged", "Q8_0", "Q4_K_M"),
+)
+HEAD = """# Exports, read back by their programs
+
+Tiny random bases; adapters written by peft, with a large effect. Each figure is the largest difference of a program's
+log-probabilities (nats) from torch's in float32, on {tokens} tokens. "merged": the format or the program cannot hold
+the adapter, which the export says, and the figure is that of the merged model. Made by `scripts/bench/run exports`.
+"""
+
+
+def write_base(shape: str, tokenizer: Path, folder: Path) -> None:
+    """A random base whose answers are not nearly uniform."""
+    kind, sizes, _, _ = SHAPES[shape]
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.eos_token_id}
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(words), **sizes, **ids))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+    net.save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def adapter_config(case: str, shape: str) -> PeftConfig:
+    """peft's configuration of a case."""
+    _, _, attention, embedding = SHAPES[shape]
+    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    changes: dict[str, dict[str, Any]] = {
+        "rslora": {"use_rslora": True},
+        "patterns": {"rank_pattern": {attention: 4}, "alpha_pattern": {attention: 32}},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
+        "embedding": {"target_modules": [attention, embedding]},
+        "lm_head": {"target_modules": [attention, "lm_head"]},
+        "modules_to_save": {"modules_to_save": [embedding]},
+    }
+    if case == "ia3":
+        return IA3Config(target_modules=[attention], feedforward_modules=[], task_type="CAUSAL_LM")
+    return LoraConfig(**{**lora, **changes.get(case, {})})
+
+
+def write_adapter(case: str, shape: str, base: Path, folder: Path) -> None:
+    """An adapter with random values, as training could have left it."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(case, shape))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.add_(torch.randn_like(parameter) * (0.1 if "modules_to_save" not in name else 0.02))
+    model.save_pretrained(folder)
+
+
+def run_cell(target: Path, form: str, case: str, place: Path) -> dict[str, Any]:
+    """Export and certify. A refused adapter is merged, and what was refused is kept."""
+    quantized = case in ("Q8_0", "Q4_K_M")
+    attempts = [Options(merged=True, type=case if quantized else None)]
+    if case != "merged" and not quantized:
+        attempts.insert(0, Options())
+    refused = ""
+    for options in attempts:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        output = place / ("model.gguf" if form == "gguf" else "model")
+        try:
+            export_verb(str(target), form, str(output), None, options, certify=True)
+        except TunekitError as error:
+            refused = refused or str(error.problems[0]).replace(str(place), "")
+            continue
+        file = Path(f"{output}.certificate.json") if form == "gguf" else output / "certificate.json"
+        facts = json.loads(file.read_text("utf-8"))
+        parts = facts["certificate"]["parts"]
+        return {"refused": refused, "what": facts["what"], "parts": parts, "program": program_of(facts)}
+    return {"refused": refused, "what": None, "parts": {}, "program": ""}
+
+
+def program_of(facts: dict[str, Any]) -> str:
+    return f"{facts['certificate']['program']} {facts['certificate']['version']}"
+
+
+def cell_text(unit: dict[str, Any]) -> str:
+    """The largest difference of everything that the program computed from the export, except the base alone."""
+    if not unit["parts"]:
+        return "refused"
+    figures = [part["largest"] for name, part in unit["parts"].items() if name != "base" or len(unit["parts"]) == 1]
+    merged = "merged " if unit["refused"] and unit["what"] == "merged" else ""
+    return f"{merged}{max(figures):.1g}"
+
+
+def page(units: dict[str, dict[str, Any]]) -> str:
+    names = [tuple(name.split("|")) for name in units]
+    tokens = max((part["tokens"] for unit in units.values() for part in unit["parts"].values()), default=0)
+    lines = [HEAD.format(tokens=tokens)]
+    for form in dict.fromkeys(form for form, _, _ in names):
+        shapes = [shape for shape in SHAPES if any((form, shape) == name[:2] for name in names)]
+        program = next(
+            (unit["program"] for name, unit in units.items() if name.startswith(form) and unit["program"]), ""
+        )
+        lines += [f"## {form}: {program}", "", f"| adapter | {' | '.join(shapes)} |", f"|---|{'--:|' * len(shapes)}"]
+        for case in CASES:
+            cells = [units.get(f"{form}|{shape}|{case}") for shape in shapes]
+            if any(cells):
+                lines.append(f"| {case} | {' | '.join('' if cell is None else cell_text(cell) for cell in cells)} |")
+        reasons = sorted(
+            {unit["refused"] for name, unit in units.items() if name.startswith(f"{form}|") and unit["refused"]}
+        )
+        lines += ["", *(f"- {reason}" for reason in reasons), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--formats", default="gguf,mlx,vllm")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cells", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "bench" / "exports")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "scripts" / "results")
+    asked = parser.parse_args()
+    results, started = Results(asked.output / "exports.json"), time.monotonic()
+    lists = (asked.formats.split(","), asked.shapes.split(","), asked.cases.split(","))
+    cells = [cell for cell in itertools.product(*lists) if cell[0] == "gguf" or not cell[2].startswith("Q")]
+    if asked.cells is not None:
+        cells = random.Random(asked.seed).sample(cells, min(asked.cells, len(cells)))
+        print(f"{len(cells)} cells drawn with --seed {asked.seed}")
+    for form, shape, case in [] if asked.page else cells:
+        name = f"{form}|{shape}|{case}"
+        if name in results.units or time.monotonic() - started > asked.minutes * 60:
+            continue
+        base, adapter = asked.work / "bases" / shape, asked.work / "adapters" / f"{shape}-{case}"
+        if not base.exists():
+            write_base(shape, asked.tokenizer, base)
+        if not adapter.exists():
+            write_adapter(case, shape, base, adapter)
+        results.add(name, run_cell(adapter, form, case, asked.work / "cell"))
+        print(
+            f"{time.strftime('%H:%M:%S')} {name}: {cell_text(results.units[name])} {results.units[name]['refused']}",
+            flush=True,
+        )
+    (asked.output / "exports.md").write_text(page(results.units), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
