@@ -48,7 +48,7 @@ HEAD = """# Exports, read back by their programs
 
 Tiny random bases; adapters written by peft, with a large effect. Each figure is the largest difference of a program's
 log-probabilities (nats) from torch's in float32, on {tokens} tokens. "merged": the format or the program cannot hold
-the adapter, which the export says, and the figure is that of the merged model. Made by `scripts/bench/run exports`.
+the adapter, so that the export is a merged model, and says why. Made by `scripts/bench/run exports`.
 """
 
 
@@ -124,12 +124,11 @@ def program_of(facts: dict[str, Any]) -> str:
 
 
 def cell_text(unit: dict[str, Any]) -> str:
-    """The largest difference of everything that the program computed from the export, except the base alone."""
+    """The largest difference of what the program computed from the export, and whether a model had to be merged."""
     if not unit["parts"]:
         return "refused"
-    figures = [part["largest"] for name, part in unit["parts"].items() if name != "base" or len(unit["parts"]) == 1]
-    merged = "merged " if unit["refused"] and unit["what"] == "merged" else ""
-    return f"{merged}{max(figures):.1g}"
+    largest = max(part["largest"] for part in unit["parts"].values())
+    return f"{largest:.1g} merged" if unit["what"] == "merged" else f"{largest:.1g}"
 
 
 def page(units: dict[str, dict[str, Any]]) -> str:
