@@ -1,0 +1,62 @@
+"""`--to ollama`: the Modelfile and its GGUF files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.arithmetic.test_merge import write_base
+from tests.exports.test_gguf import adapter_of, read
+from tunekit.errors import InputError
+from tunekit.export import export_verb
+from tunekit.exports.format import Options
+from tunekit.exports.llama_cpp.converter import converter_folder
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    try:
+        converter_folder()
+    except InputError as error:
+        pytest.skip(error.problems[0].what)
+    folder = write_base(tmp_path / "base", "llama")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    settings = {"do_sample": True, "temperature": 0.2, "repetition_penalty": 1.1, "eos_token_id": [1, 2]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_the_folder_has_base_adapter_and_modelfile(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter")
+    export_verb(str(adapter), "ollama", str(tmp_path / "small"), certify=False)
+    lines = (tmp_path / "small" / "Modelfile").read_text("utf-8")
+    assert lines.startswith('FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ range $i, $_ := .Messages }}')
+    assert '{{ if eq .Role "user" }}{{ "<|im_start|>user\\n" }}{{ .Content }}{{ "<|im_end|>\\n" }}{{ end }}' in lines
+    assert "PARAMETER temperature 0.2\nPARAMETER repeat_penalty 1.1\n" in lines
+    assert len(re.findall("^PARAMETER stop ", lines, re.MULTILINE)) == 2
+    assert read(tmp_path / "small" / "adapter.gguf")[1]["general.type"] == "adapter"
+    assert read(tmp_path / "small" / "base.gguf")[1]["general.architecture"] == "llama"
+
+
+def test_a_type_writes_one_merged_model(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter")
+    export_verb(str(adapter), "ollama", str(tmp_path / "small"), None, Options(type="Q8_0"), certify=False)
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["Modelfile", "model.gguf"]
+    assert (tmp_path / "small" / "Modelfile").read_text("utf-8").startswith("FROM ./model.gguf\nTEMPLATE ")
+
+
+def test_a_template_that_is_a_program_is_refused(base: Path, tmp_path: Path) -> None:
+    (base / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ loop.index }} {{ message.content }}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="writes more than fixed texts around each message"):
+        export_verb(str(base), "ollama", str(tmp_path / "small"))
+    assert not (tmp_path / "small").exists()
