@@ -106,9 +106,9 @@ def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
     if attached.model_adapter is not None:
         what = f"a {config.settings.method} adapter is no change of weights, and no other program can hold it"
         raise AdapterError(what, "use it with tunekit", file=config.file)
-    updates, losses, rest, _ = layer_updates(attached, config, rewriter.trained_on, rank)
+    updates, losses, others, _ = layer_updates(attached, config, rewriter.trained_on, rank)
     for name, rows in attached.added_rows.items():
-        rest.setdefault(f"{PREFIX}{name}.weight", rows)
+        others.setdefault(f"{PREFIX}{name}.weight", rows)
     older = rewriter.tensors.older
 
     def renamed(name: str | None) -> str | None:
@@ -120,7 +120,7 @@ def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
     conv1d = any(target.kind == "conv1d" for target in attached.targets)
     return PlainAdapter(
         dict(sorted(pairs.items())),
-        rest,
+        others,
         renamed(rewriter.embedding),
         renamed(rewriter.head),
         rewriter.tied,

@@ -62,7 +62,10 @@ def serve(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
     device: Device = None,
 ) -> None:
-    """Serve a run, an adapter or a model to clients of OpenAI's API, for tests. Each adapter is a model name."""
+    """Serve a run, an adapter or a model to clients of OpenAI's API.
+
+    Each adapter is a model name.
+    """
     from tunekit.serve import serve_verb
 
     serve_verb(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size)

@@ -100,8 +100,8 @@ def certify(
     program = find_program(PROGRAM)
     if program is None:
         return None
-    asked = questions()
+    compared = questions()
     parts = compare_parts(
-        written, exportable, asked, lambda model, adapter: answers(program, model, asked.rows, adapter)
+        written, exportable, compared, lambda model, adapter: answers(program, model, compared.rows, adapter)
     )
-    return Certificate("MLX", program.version, asked.described, parts)
+    return Certificate("MLX", program.version, compared.described, parts)

@@ -97,7 +97,7 @@ def quantization_note(exportable: Exportable) -> tuple[str, ...]:
 def compare_parts(
     written: Exported,
     exportable: Exportable,
-    asked: Questions,
+    compared: Questions,
     answers: Callable[[Path, Path | None], list[NextTokens]],
 ) -> dict[str, Difference]:
     """The merged model compared with torch, or the base without and with the adapter.
@@ -105,9 +105,9 @@ def compare_parts(
     `answers`: the program's answers with a model's folder, and an adapter's or None.
     """
     if written.what == "merged":
-        return {"merged": difference(asked.rows, asked.expected, answers(written.path, None))}
+        return {"merged": difference(compared.rows, compared.expected, answers(written.path, None))}
     base = exportable.folder
     return {
-        "base": difference(asked.rows, asked.base, answers(base, None)),
-        "adapter": difference(asked.rows, asked.expected, answers(base, written.path)),
+        "base": difference(compared.rows, compared.base, answers(base, None)),
+        "adapter": difference(compared.rows, compared.expected, answers(base, written.path)),
     }

@@ -73,9 +73,9 @@ def certify(
     program = find_program(PROGRAM)
     if program is None:
         return None
-    asked = questions()
+    compared = questions()
     rank = 1 if written.what == "merged" else read_fields(written.path)["r"]
     parts = compare_parts(
-        written, exportable, asked, lambda model, adapter: answers(program, model, asked.rows, adapter, rank)
+        written, exportable, compared, lambda model, adapter: answers(program, model, compared.rows, adapter, rank)
     )
-    return Certificate(READER, program.version, asked.described, parts)
+    return Certificate(READER, program.version, compared.described, parts)
