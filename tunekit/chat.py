@@ -221,11 +221,7 @@ def chat_verb(
         chat.name = speaker.default
         if system is not None:
             chat.system(system)
-        model_name = (
-            "the base"
-            if chat.name == BASE
-            else "base asks the base/the tuned model; /base lets the base answer/base asks the base"
-        )
+        model_name = "the base" if chat.name == BASE else "the tuned model; /base asks the base"
         console.info(
             f"You are chatting with {model_name}. /help lists the commands; Ctrl-C ends an answer, Ctrl-D the program."
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tunekit.chat import Chat, read_history
+from tunekit.chat import Chat, chat_verb, read_history
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError, InputError
@@ -192,6 +193,19 @@ def test_a_conversation_in_the_terminal(speaker: Speaker, tmp_path: Path, capsys
     history.write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match="contains no conversation"):
         read_history(history)
+
+
+def test_chat_says_who_answers(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = {
+        str(tiny_llama): "the base. ",
+        str(adapter_of(tiny_llama, tmp_path / "one", 1)): "the tuned model; /base ",
+    }
+    for target, text in targets.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        chat_verb(target, None, [], [], None, None, (0.0, 1.0, 0, 0), None)
+        assert f"You are chatting with {text}" in capsys.readouterr().out
 
 
 def test_an_interrupted_answer_is_kept_and_the_next_one_right(
