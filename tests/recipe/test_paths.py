@@ -62,6 +62,14 @@ def test_relative_to_the_recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recipe.model.name_or_path == "org/model"
 
 
+def test_a_run_folder_is_continued_from_its_adapter(tmp_path: Path) -> None:
+    text = "model: org/model\ndata: {train: rows.jsonl}\nadapter: {init_from: sft}\noutput: {dir: run}\n"
+    (tmp_path / "sft").mkdir()
+    assert load(tmp_path, text).adapter.init_from == str(tmp_path / "sft")
+    (tmp_path / "sft" / "plan.json").write_text("{}", encoding="utf-8")
+    assert load(tmp_path, text).adapter.init_from == str(tmp_path / "sft" / "adapter")
+
+
 def test_of_the_command_line_relative_to_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shell = tmp_path / "shell"
     (shell / "base").mkdir(parents=True)

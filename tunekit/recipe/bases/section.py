@@ -99,7 +99,7 @@ class AdapterSettings(MethodSettings):
         return self.calibration is not None
 
     init_from: AdapterPath | None = Field(
-        None, description="an existing adapter folder, ours or peft's, that training continues"
+        None, description="a run folder or an adapter folder, ours or peft's, that training continues"
     )
 
 

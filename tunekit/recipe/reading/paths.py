@@ -79,7 +79,8 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
         base = Path.cwd() if draft.place(path.key).file == COMMAND_LINE else folder
         absolute = os.path.normpath(base / os.path.expanduser(path.text))
         if path.mark.endings is None or _is_local(path.text, path.mark.endings) or os.path.lexists(absolute):
-            path.holder[path.key[-1]] = absolute
+            is_run = path.mark.expected == "adapter" and os.path.exists(f"{absolute}/plan.json")
+            path.holder[path.key[-1]] = f"{absolute}/adapter" if is_run else absolute  # a run folder: its result
 
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:
