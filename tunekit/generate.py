@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.folder import is_media, media_folder, passed_over
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError
 from tunekit.evaluation.choices import choose
 from tunekit.evaluation.evaluator import choices_of
@@ -32,6 +33,7 @@ from tunekit.recipe.data import Source
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
 TextOrPair = str | tuple[str, str]  # a text, or a pair of texts
+TABLES = (".csv", ".tsv")  # endings of files of prompts with columns
 PROMPT_LINE = 'write {"prompt": "..."}, or for a pair {"sentence1": "...", "sentence2": "..."}'
 
 
@@ -137,8 +139,8 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
 
 def read_prompts(path: Path) -> list[TextOrPair]:
     """The prompts in a file, one per line; `-` is standard input. A line is plain text; in a .jsonl file it is an
-    object with `prompt` or with the two texts of a pair. A recording or image is one prompt, a folder one prompt per
-    file.
+    object with `prompt`, `text` or the two texts of a pair, and a .csv or .tsv file has such columns. A recording or
+    image is one prompt, a folder one prompt per file.
 
     Raises: DataError with the line.
     """
@@ -151,6 +153,11 @@ def read_prompts(path: Path) -> list[TextOrPair]:
         raise DataError("there is no such file or folder", "check the path of --prompts", file=str(path))
     if is_media(path.name):
         return [path.name]
+    if path.suffix.lower() in TABLES:
+        problems = Problems()
+        prompts = [_prompt_in(row.values, path, row.line) for row in read_source(Source(path=str(path)), problems)]
+        problems.raise_if_any()
+        return prompts
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
@@ -171,14 +178,21 @@ def _prompt_of(line: str, path: Path, number: int) -> TextOrPair:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"is not JSON ({error})", PROMPT_LINE, file=str(path), line=number) from error
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-        return str(value["prompt"])
-    if isinstance(value, dict) and names_pair(value):
+    return _prompt_in(value if isinstance(value, dict) else {}, path, number)
+
+
+def _prompt_in(row: Mapping[str, Any], path: Path, number: int) -> TextOrPair:
+    """The prompt in a row. Raises: DataError if it has none."""
+    if isinstance(row.get("prompt"), str):
+        return str(row["prompt"])
+    if names_pair(row):
         try:
-            return read_pair(value)
+            return read_pair(row)
         except DataError as error:
             raise DataError(error.problems[0].what, PROMPT_LINE, file=str(path), line=number) from None
-    raise DataError("has no text under 'prompt'", PROMPT_LINE, file=str(path), line=number)
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    raise DataError("has no text under 'prompt' or 'text'", PROMPT_LINE, file=str(path), line=number)
 
 
 @torch.no_grad()

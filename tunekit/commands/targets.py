@@ -51,7 +51,10 @@ def generate(
     base: Base = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
     prompts: Annotated[
-        str | None, typer.Option(metavar="FILE|-", help='one prompt per line (.jsonl: {"prompt": ...})')
+        str | None,
+        typer.Option(
+            metavar="FILE|-", help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text)'
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="the maximum length of an answer")

@@ -1,0 +1,47 @@
+"""The verbs after the training of a text classifier: what they read, and what they refuse before they load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.objectives.test_classify import bert as bert
+from tests.objectives.test_classify import llama as llama
+from tests.objectives.test_classify import texts, train, write_recipe
+from tunekit.adapter import diff_verb
+from tunekit.chat import chat_verb
+from tunekit.console import Console
+from tunekit.console.progress import StepProgress
+from tunekit.errors import TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import generate_verb
+from tunekit.planning.findings import raise_refusals
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.records import EvaluationRecord
+
+PAIR = {"sentence1": "good", "sentence2": "bad", "label": "positive"}
+
+
+@pytest.fixture(scope="module")
+def run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    return train(write_recipe(folder, bert, training={"epochs": None, "max_steps": 1}, data={"eval": "test.jsonl"}))
+
+
+def answers(run: Path, prompts: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    capfd.readouterr()
+    generate_verb(str(run), None, None, str(prompts), [])
+    return [json.loads(line)["prompt"] for line in capfd.readouterr().out.splitlines()]
+
+
+def test_prompts_are_read_from_columns(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.csv").write_text('label,text\nx,"good, so\nso"\ny,bad\n', encoding="utf-8")
+    assert answers(run, tmp_path / "rows.csv", capfd) == ["good, so\nso", "bad"]
+    assert answers(run, run.parent / "test.jsonl", capfd) == [text for text, _ in texts(12)]
+    (tmp_path / "rows.csv").write_text("label,review\nx,good\n", encoding="utf-8")
+    with pytest.raises(TunekitError, match=r"rows\.csv:2: has no text under 'prompt' or 'text'"):
+        answers(run, tmp_path / "rows.csv", capfd)
