@@ -45,3 +45,11 @@ def test_prompts_are_read_from_columns(run: Path, tmp_path: Path, capfd: pytest.
     (tmp_path / "rows.csv").write_text("label,review\nx,good\n", encoding="utf-8")
     with pytest.raises(TunekitError, match=r"rows\.csv:2: has no text under 'prompt' or 'text'"):
         answers(run, tmp_path / "rows.csv", capfd)
+
+
+def test_pairs_are_refused_by_a_classifier_of_single_texts(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n", encoding="utf-8")
+    with pytest.raises(TunekitError, match=r"pairs\.jsonl:1: the row is a pair of texts"):
+        evaluate_verb(str(run), None, str(tmp_path / "pairs.jsonl"), None, [], None, [])
+    with pytest.raises(TunekitError, match="the prompt is a pair of texts"):
+        generate_verb(str(run), None, None, str(tmp_path / "pairs.jsonl"), [])

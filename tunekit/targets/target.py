@@ -292,6 +292,8 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     bare models."""
     config = None if target.adapter is None else read_adapter_config(target.adapter)
     facts = dict((config.objective if config else None) or {})
+    if "labels" in facts:
+        facts.setdefault("pairs", False)  # the folder of an adapter for pairs of texts states it
     method, _ = facts.pop("method", None), [facts.pop(key, None) for key in STEP_0]
     if target.recipe is not None:
         facts = start_facts(target.recipe) if target.kind == "recipe" else facts

@@ -115,7 +115,11 @@ class LabelledTexts(RowKind):
         return self.cut_ids(self.tokenizer.encode_source(text))
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
-        """Ids of a pair of texts with the tokenizer's special tokens, truncated like rows."""
+        """Ids of a pair of texts with the tokenizer's special tokens, truncated like rows. Raises: InputError if rows
+        are single texts."""
+        if self.pairs is False:
+            what = f"the prompt is a pair of texts ('{first[:40]}' ...), but the model was trained on single texts"
+            raise InputError(what, 'write {"prompt": "..."}')
         return self.cut_ids(join_texts(self.tokenizer, first, second))
 
     def readable(self, prompt: Sequence[int]) -> str:
