@@ -53,3 +53,15 @@ def test_pairs_are_refused_by_a_classifier_of_single_texts(run: Path, tmp_path: 
         evaluate_verb(str(run), None, str(tmp_path / "pairs.jsonl"), None, [], None, [])
     with pytest.raises(TunekitError, match="the prompt is a pair of texts"):
         generate_verb(str(run), None, None, str(tmp_path / "pairs.jsonl"), [])
+
+
+def test_eval_refuses_before_it_loads(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TunekitError, match="no metric mse"):
+        evaluate_verb(str(run), None, None, None, ["mse"], None, [])
+    with pytest.raises(TunekitError, match=r"nope\.csv: no such file; check the path of --data"):
+        evaluate_verb(str(run), None, str(tmp_path / "nope.csv"), None, [], None, [])
+    moved = Path(shutil.copytree(run, tmp_path / "a" / "b" / "run"))
+    earlier = run.parent / "test.jsonl"
+    with pytest.raises(TunekitError, match=rf"no such file \(in training it was {earlier}\); .*with --data FILE"):
+        evaluate_verb(str(moved), None, None, None, [], None, [])
+    assert "loading" not in capsys.readouterr().out

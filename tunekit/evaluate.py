@@ -1,7 +1,9 @@
 """`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or a recipe's untuned base."""
 
+import glob
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
 from tunekit.files.durable import json_result
+from tunekit.files.untrusted import parse_json, read_small
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import class_facts, columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
@@ -45,7 +49,11 @@ def evaluate_verb(
         overrides = [f"data.eval=[{{path: {yaml_scalar(data)}, format: {yaml_scalar(format or 'auto')}}}]", *overrides]
     of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
     spec = find_target(target, base, [text for text in overrides if text not in of_data])
+    if spec.recipe is not None:
+        settings = spec.recipe.objective
+        _refuse_unmeasurable(metrics, settings.method, settings.model_dump(), spec.evaluation)
     section = _data_section(spec, of_data)
+    _refuse_missing_files(section, spec, data)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
@@ -67,7 +75,8 @@ def evaluate_verb(
         name, sums = loaded.objective.name, evaluation.sums
         sizes, units = (text.replace(" ", "_") for text in (shows_of(name).sizes, shows_of(name).units))
         counts = {"rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
-        values = {**evaluation.metrics, **counts}
+        defined = {name: value for name, value in evaluation.metrics.items() if name == "loss" or not math.isnan(value)}
+        values = {**defined, **counts}  # a correlation with a constant is not defined
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
         result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}
         if evaluation.sources is not None:
@@ -87,6 +96,39 @@ def _check_metrics(names: Sequence[str]) -> None:
     if unknown:
         how = f"known metrics: {', '.join(known_names('metrics'))}"
         raise RecipeError(f"unknown metric {unknown[0]!r}", how, key="--metric")
+
+
+def _refuse_unmeasurable(
+    metrics: Sequence[str], objective: str, facts: Mapping[str, Any], evaluation: EvaluationSection
+) -> None:
+    """Raises: RecipeError for a metric that the objective does not measure."""
+    for name in metrics:
+        wrong = unmeasurable(name, objective_class(objective), facts, chosen=evaluation.choices is not None)
+        if wrong is not None:
+            raise RecipeError(*wrong, key="--metric")
+
+
+def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | None) -> None:
+    """Raises: InputError for a missing file, with its path in training if the run folder was moved since."""
+    for number, source in enumerate(section.eval if isinstance(section.eval, tuple) else section.train):
+        path = source.path
+        if not os.path.isabs(path) or os.path.lexists(path) or glob.has_magic(path):
+            continue
+        if data is not None:
+            raise InputError(f"{path}: no such file", "check the path of --data")
+        earlier = "" if target.run is None else _path_in_training(target.run, section, number)
+        moved = f" (in training it was {earlier})" if earlier not in ("", path) else ""
+        raise InputError(f"{path}: no such file{moved}", "name the rows with --data FILE")
+
+
+def _path_in_training(run: Path, section: DataSection, number: int) -> str:
+    """The absolute path of a source when the run was planned; empty if the plan does not state it."""
+    plan = run / "plan.json"
+    try:
+        stated = parse_json(read_small(plan), str(plan))["recipe"]["data"]
+        return str(stated["eval" if isinstance(section.eval, tuple) else "train"][number]["path"])
+    except (InputError, KeyError, IndexError, TypeError):
+        return ""
 
 
 def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
@@ -114,11 +156,7 @@ def evaluate_rows(
     """Evaluate the model on the evaluation rows. `data`: the section whose rows give the choices `from_data`."""
     settings, model, evaluation = loaded.target.evaluation, loaded.model, rows.evaluation
     assert evaluation is not None  # _data_section ensures it
-    kind = objective_class(rows.objective.name)
-    for name in metrics:
-        wrong = unmeasurable(name, kind, rows.objective.facts, chosen=settings.choices is not None)
-        if wrong is not None:
-            raise RecipeError(*wrong, key="--metric")
+    _refuse_unmeasurable(metrics, rows.objective.name, rows.objective.facts, settings)
     problems = row_problems(model.base, loaded.processor, rows.objective.rows, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
