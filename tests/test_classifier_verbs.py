@@ -65,3 +65,18 @@ def test_eval_refuses_before_it_loads(run: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(TunekitError, match=rf"no such file \(in training it was {earlier}\); .*with --data FILE"):
         evaluate_verb(str(moved), None, None, None, [], None, [])
     assert "loading" not in capsys.readouterr().out
+
+
+def test_heads_of_two_sizes_are_not_compared(
+    run: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, bert, training={"epochs": None, "max_steps": 1})
+    for name in ("train", "test"):
+        rows = [json.dumps({"text": text, "label": label[0]}) + "\n" for text, label in [("good", "p"), ("bad", "n")]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    other = train(recipe)
+    capsys.readouterr()
+    diff_verb(str(run / "adapter"), str(other / "adapter"), None, None, None, None, None)
+    shown = capsys.readouterr().out
+    assert "2 not compared, because A and B have other shapes: " in shown
+    assert "classifier.bias" not in shown.partition("not compared")[0]

@@ -235,7 +235,13 @@ def _write_extracted(
 
 
 def _tell_differences(console: Console, what: str, differences: list[TensorDifference]) -> None:
-    """Print the different tensors, and the difference of all tensors together."""
+    """Print the different tensors, and the difference of all tensors together. Tensors of two shapes have none."""
+    shapes = [d.name for d in differences if d.distance is None and None not in (d.left, d.right)]
+    if shapes:
+        _list(console, "not compared, because A and B have other shapes", shapes)
+    differences = [d for d in differences if d.name not in shapes]
+    if shapes and not differences:
+        return
     rows = [(d.name, d.left, d.right, d.distance, d.cosine) for d in differences if not d.equal]
     if rows:
         console.table(["name", "|A|", "|B|", "|B - A|", "cosine"], rows)
