@@ -67,6 +67,21 @@ def test_eval_refuses_before_it_loads(run: Path, tmp_path: Path, capsys: pytest.
     assert "loading" not in capsys.readouterr().out
 
 
+def test_chat_names_the_verb_for_classifiers(run: Path) -> None:
+    with pytest.raises(TunekitError, match="does not generate text; use `tunekit generate`"):
+        chat_verb(str(run), None, [], [], None, None, (0.0, 1.0, 0, 0), None)
+
+
+def test_lists_as_labels_are_one_problem(bert: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, bert)
+    rows = [json.dumps({"text": "so", "label": label}) + "\n" for label in ([], ["a"], ["b"], ["a", "b"])]
+    (tmp_path / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+    with pytest.raises(TunekitError) as caught:
+        raise_refusals(make_plan(load_recipe(recipe))[0])
+    assert [problem.line for problem in caught.value.problems] == [1]
+    assert "(3 more: line 2, 3, 4)" in str(caught.value)
+
+
 def test_heads_of_two_sizes_are_not_compared(
     run: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,3 +95,8 @@ def test_heads_of_two_sizes_are_not_compared(
     shown = capsys.readouterr().out
     assert "2 not compared, because A and B have other shapes: " in shown
     assert "classifier.bias" not in shown.partition("not compared")[0]
+
+
+def test_an_undefined_correlation_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    StepProgress(Console(), 1).evaluation(EvaluationRecord(0, {"loss": float("nan"), "pearson": float("nan")}))
+    assert capsys.readouterr().out == "step 0  eval  loss nan\n"

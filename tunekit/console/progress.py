@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -70,7 +71,8 @@ class StepProgress:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Report an evaluation; its line stays on the screen."""
-        values = "  ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items()))
+        metrics = sorted(record.metrics.items())  # a correlation with a constant is not defined: NaN
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics if name == "loss" or not math.isnan(value))
         self._console.info(f"step {record.step}  eval  {values}")
 
     def _headline_value(self, record: StepRecord) -> tuple[str, float]:

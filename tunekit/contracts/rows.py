@@ -251,8 +251,10 @@ class Labels:
             value = tuple(spelled)
         several = isinstance(value, tuple)
         texts = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
-        what = f"the label {self.text([*map(str, value)]) if isinstance(value, tuple) else value} is "
-        what += "a list, and a row has one label here" if several else "a fractional number, and no name of a class"
+        # without the value, so that the rows with this problem are one message
+        what = "the label is a list, and a row has one label here"
+        if not several:
+            what = "the label is a fractional number, and no name of a class"
         wanted = MULTI_LABEL if texts else REGRESSION
         raise DataError(what, f"to learn such labels, write objective.problem_type: {wanted}")
 

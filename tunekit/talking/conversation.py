@@ -228,7 +228,8 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     model, template = loaded.model, loaded.target.chat_template
     if not model.base.family.answers or not model.base.family.reads_ids:
         does = "does not read" if model.base.family.answers else "does not generate"
-        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} text")
+        what = f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} text"
+        raise InputError(what, "use `tunekit generate`, which prints labels, scores, transcripts or images")
     if template is None and loaded.tokenizer.chat_template is None:
         how = "use `tunekit generate`, or set data.chat_template in its recipe"
         raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)

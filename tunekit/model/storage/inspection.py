@@ -119,7 +119,7 @@ def _obstacle(
         return "is a vision-language or audio-language model"
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
-        return next(known, f"has the architecture {architecture}, which tunekit does not know")
+        return next(known, f"has the architecture {architecture}, which has no head for this objective or is unknown")
     reasons = (candidate.obstacle(config) for candidate in (family, requested) if candidate is not None)
     return next((reason for reason in reasons if reason), None)
 
