@@ -2,11 +2,15 @@
 
     scripts/bench/run exports --tokenizer MODEL [--formats gguf,mlx,vllm,...] [--shapes llama,...] [--cases plain,...]
                               [--seed N --cells N] [--minutes N] [--page] [--work FOLDER] [--output FOLDER]
+    scripts/bench/run exports --run RUN [--exports F16,Q8_0,Q4_K_M,mlx,vllm]
 
 The bases are random and tiny, with the tokenizer of MODEL (whose pre-tokenizer llama.cpp's converter must know); peft
 writes the adapters. A cell is one `tunekit export`: the largest difference of log-probabilities from torch, or what the
 format refuses, and then the merged model. A finished cell is in exports.json and is never made again. --cells: only so
 many, drawn with --seed. Programs that are not installed (scripts/certify) leave their cells out.
+
+--run: the exports of a run answer its evaluation rows. A row is exact if the most probable token is the row's own at
+each trained position, after the row's own tokens before it: then a greedy answer is the row's, token by token.
 """
 
 from __future__ import annotations
@@ -25,9 +29,16 @@ from objectives import Results
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tunekit.arithmetic.merge import logits_of
+from tunekit.data.rows import load_rows
 from tunekit.errors import TunekitError
 from tunekit.export import export_verb
 from tunekit.exports.format import Options
+from tunekit.exports.programs import llama_cpp, mlx, vllm
+from tunekit.exports.programs.answer import NextTokens
+from tunekit.exports.programs.program import find_program
+from tunekit.targets.exportable import make_exportable
+from tunekit.targets.target import find_target, load_target
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -44,6 +55,8 @@ CASES = (
     *("plain", "rslora", "patterns", "dora", "pissa", "embedding", "lm_head", "modules_to_save", "ia3"),
     *("merged", "Q8_0", "Q4_K_M"),
 )
+ASKED = {"torch": None, "mlx": mlx.answers, "vllm": vllm.answers}  # every other export is a type of GGUF
+AT_ONCE = 8  # rows, whose log-probabilities are all in memory
 HEAD = """# Exports, read back by their programs
 
 Tiny random bases; adapters written by peft, with a large effect. Each figure is the largest difference of a program's
@@ -131,7 +144,79 @@ def cell_text(unit: dict[str, Any]) -> str:
     return f"{largest:.1g} merged" if unit["what"] == "merged" else f"{largest:.1g}"
 
 
+def run_rows(run: str) -> list[tuple[list[int], list[bool]]]:
+    """Ids of the run's evaluation rows, and which of them are trained."""
+    target = find_target(run, None, [])
+    objective = make_exportable(target).objective
+    assert objective is not None
+    assert target.data is not None
+    rows = load_rows(target.data, objective, seed=target.seed).evaluation
+    assert rows is not None
+    parts = [rows[index].parts for index in range(len(rows))]
+    return [(part["ids"].tolist(), part["trained"].astype(bool).tolist()) for part in parts]
+
+
+def torch_answers(run: str, rows: list[list[int]]) -> list[NextTokens]:
+    """All log-probabilities of the run's model in float32."""
+    target = find_target(run, None, ["model.dtype=float32"])
+    model = load_target(target, torch.device("cpu")).model.base
+    inputs = [model.family.inputs_of(torch.tensor(row)[None]) for row in rows]
+    found = [logits.log_softmax(-1).numpy() for logits in logits_of(model, inputs)]
+    return [
+        NextTokens(values, None, values[range(len(row) - 1), row[1:]]) for values, row in zip(found, rows, strict=True)
+    ]
+
+
+def run_export(run: str, name: str, work: Path) -> dict[str, Any]:
+    """The exact rows of one export, by number."""
+    output = work / ("model.gguf" if name not in ASKED else name)
+    if name != "torch" and not output.exists():
+        options = Options(merged=True, type=None if name in ASKED else name)
+        export_verb(run, "gguf" if name not in ASKED else name, str(output), None, options, certify=False)
+    program, ask = (
+        find_program("llama.cpp" if name not in ASKED else name) if name != "torch" else None,
+        ASKED.get(name),
+    )
+    exact, rows = [], run_rows(run)
+    for first in range(0, len(rows), AT_ONCE):
+        ids = [each for each, _ in rows[first : first + AT_ONCE]]
+        answers = torch_answers(run, ids) if program is None else (ask or llama_cpp.answers)(program, output, ids)
+        for number, answer in enumerate(answers, start=first):
+            tokens, trained = rows[number]
+            best = answer.values.argmax(-1) if answer.tokens is None else answer.tokens[:, 0]
+            if all(best[at - 1] == tokens[at] for at in range(1, len(tokens)) if trained[at]):
+                exact.append(number)
+    size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
+    if output.is_file():
+        output.unlink()
+    return {
+        "exact": exact,
+        "rows": len(rows),
+        "bytes": size,
+        "program": program.version if program else torch.__version__,
+    }
+
+
+def run_page(units: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "## A run, answered by each program",
+        "",
+        "| export | program | exact rows | differ from torch | size |",
+        "|---|---|--:|---|--:|",
+    ]
+    torch_exact = set(units["torch"]["exact"]) if "torch" in units else set()
+    for name, unit in units.items():
+        other = sorted(torch_exact ^ set(unit["exact"]))
+        lines.append(
+            f"| {name} | {unit['program']} | {len(unit['exact'])} of {unit['rows']} | {', '.join(map(str, other))} "
+            f"| {unit['bytes'] / 1e6:,.0f} MB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def page(units: dict[str, dict[str, Any]]) -> str:
+    answered = {name.removeprefix("run|"): unit for name, unit in units.items() if name.startswith("run|")}
+    units = {name: unit for name, unit in units.items() if not name.startswith("run|")}
     names = [tuple(name.split("|")) for name in units]
     tokens = max((part["tokens"] for unit in units.values() for part in unit["parts"].values()), default=0)
     lines = [HEAD.format(tokens=tokens)]
@@ -149,7 +234,7 @@ def page(units: dict[str, dict[str, Any]]) -> str:
             {unit["refused"] for name, unit in units.items() if name.startswith(f"{form}|") and unit["refused"]}
         )
         lines += ["", *(f"- {reason}" for reason in reasons), ""]
-    return "\n".join(lines)
+    return "\n".join(lines) + (run_page(answered) if answered else "")
 
 
 def main() -> None:
@@ -159,6 +244,8 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--cells", type=int)
+    parser.add_argument("--run")
+    parser.add_argument("--exports", default="torch,F16,Q8_0,Q4_K_M,mlx,vllm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--page", action="store_true")
@@ -171,7 +258,12 @@ def main() -> None:
     if asked.cells is not None:
         cells = random.Random(asked.seed).sample(cells, min(asked.cells, len(cells)))
         print(f"{len(cells)} cells drawn with --seed {asked.seed}")
-    for form, shape, case in [] if asked.page else cells:
+    for name in asked.exports.split(",") if asked.run and not asked.page else ():
+        if f"run|{name}" not in results.units:
+            asked.work.mkdir(parents=True, exist_ok=True)
+            results.add(f"run|{name}", run_export(asked.run, name, asked.work))
+            print(f"{time.strftime('%H:%M:%S')} {name}: {len(results.units[f'run|{name}']['exact'])} exact", flush=True)
+    for form, shape, case in [] if asked.page or asked.run else cells:
         name = f"{form}|{shape}|{case}"
         if name in results.units or time.monotonic() - started > asked.minutes * 60:
             continue
