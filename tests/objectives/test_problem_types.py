@@ -269,14 +269,14 @@ SECOND = "train.jsonl:2: "
 @pytest.mark.parametrize(
     ("problem_type", "labels", "message"),
     [
-        (None, ["a", ["b"]], SECOND + "the label b is a list.*objective.problem_type: multi_label_classification"),
+        (None, ["a", ["b"]], SECOND + "the label is a list.*objective.problem_type: multi_label_classification"),
         (
             None,
             ["a", '["b", "c"]'],
-            SECOND + "the label b, c is a list.*objective.problem_type: multi_label_classification",
+            SECOND + "the label is a list.*objective.problem_type: multi_label_classification",
         ),
-        (None, ["a", 0.5], SECOND + "the label 0.5 is a fractional number.*objective.problem_type: regression"),
-        (None, ["a", [0.5, 1]], SECOND + "the label 0.5, 1 is a list.*objective.problem_type: regression"),
+        (None, ["a", 0.5], SECOND + "the label is a fractional number.*objective.problem_type: regression"),
+        (None, ["a", [0.5, 1]], SECOND + "the label is a list.*objective.problem_type: regression"),
         (None, ["1", "2.5"], SECOND + "the label 2.5 is a number with a fraction.*objective.problem_type: regression"),
         (MULTI, [["a"], "b"], SECOND + r"the label 'b' is not a list of names; write a list of names, such as \["),
         (MULTI, [["a"], [0.5]], SECOND + r"the label \[0.5\] is not a list of names"),
