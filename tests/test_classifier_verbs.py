@@ -100,3 +100,8 @@ def test_heads_of_two_sizes_are_not_compared(
 def test_an_undefined_correlation_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     StepProgress(Console(), 1).evaluation(EvaluationRecord(0, {"loss": float("nan"), "pearson": float("nan")}))
     assert capsys.readouterr().out == "step 0  eval  loss nan\n"
+
+
+def test_an_encoder_without_a_head_is_not_called_unknown(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(TunekitError, match="architecture BertModel, which has no head for this objective"):
+        make_plan(load_recipe(write_recipe(tmp_path, bert, objective="sft", data={"eval": None})))
