@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunekit.arithmetic.merge import logits_of
 from tunekit.data.rows import load_rows
-from tunekit.errors import TunekitError
+from tunekit.errors import Stopped, TunekitError
 from tunekit.export import export_verb
 from tunekit.exports.format import Options
 from tunekit.exports.programs import llama_cpp, mlx, vllm
@@ -47,7 +47,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # model type, sizes
     "llama": ("llama", GROUPED, "q_proj", "embed_tokens"),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}, "q_proj", "embed_tokens"),
     "qwen3": ("qwen3", {**GROUPED, "head_dim": 64}, "q_proj", "embed_tokens"),
-    "gemma3": ("gemma3_text", {**GROUPED, "head_dim": 64, "sliding_window": 64}, "q_proj", "embed_tokens"),
+    "gemma3": (
+        "gemma3_text",
+        {**GROUPED, "head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64},
+        "q_proj",
+        "embed_tokens",
+    ),
     "phi3": ("phi3", GROUPED, "qkv_proj", "embed_tokens"),
     "gpt2": ("gpt2", {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}, "c_attn", "wte"),
 }
@@ -122,6 +127,8 @@ def run_cell(target: Path, form: str, case: str, place: Path) -> dict[str, Any]:
         output = place / ("model.gguf" if form == "gguf" else "model")
         try:
             export_verb(str(target), form, str(output), None, options, certify=True)
+        except Stopped:
+            raise
         except TunekitError as error:
             refused = refused or str(error.problems[0]).replace(str(place), "")
             continue
