@@ -49,7 +49,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # model type, sizes
     "qwen3": ("qwen3", {**GROUPED, "head_dim": 64}, "q_proj", "embed_tokens"),
     "gemma3": (
         "gemma3_text",
-        {**GROUPED, "head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64},
+        {**GROUPED, "head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64, "num_hidden_layers": 6},
         "q_proj",
         "embed_tokens",
     ),
