@@ -12,15 +12,18 @@ import tunekit.export
 from tests.conftest import write_tiny_llama
 from tunekit.errors import InputError, Problem
 from tunekit.export import export_verb
+from tunekit.exports import questions
 from tunekit.exports.format import Certificate, Difference, Evidence, Exported, Options, Questions, known_formats
+from tunekit.exports.questions import NotComparable
 from tunekit.files.durable import new_path
-from tunekit.targets.exportable import Exportable
+from tunekit.targets.exportable import Exportable, make_exportable
+from tunekit.targets.target import find_target
 
 
 class Format:
     """A format that copies config.json, and whose program answers as torch does."""
 
-    TAKES, OPTIONS, SUFFIX, PROGRAM = frozenset({"model"}), frozenset({"type"}), ".copy", "cat"
+    TAKES, OPTIONS, SUFFIX, PROGRAM = frozenset({"model"}), frozenset({"type"}), ".copy", "mlx"
     installed = True
 
     def problems(self, exportable: Exportable, options: Options) -> list[Problem]:
@@ -33,11 +36,11 @@ class Format:
         return Exported(path, "model", (f"cat {path}",))
 
     def certify(
-        self, written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
+        self, written: Exported, exportable: Exportable, ask: Callable[[], Questions], options: Options
     ) -> Certificate | None:
         if not self.installed:
             return None
-        asked = questions()
+        asked = ask()
         count = sum(map(len, asked.rows))
         return Certificate("cat", "9.1", asked.described, {"model": Difference(0.0, 0.0, 2.0, 2.0, 0, count)})
 
@@ -55,7 +58,7 @@ def test_the_export_and_its_certificate_are_written(base: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert file.read_text() == (base / "config.json").read_text()
     assert f"cat {file}" in printed
-    assert "cat 9.1 beside torch" in printed
+    assert "cat 9.1 and torch" in printed
     facts = json.loads(file.with_name("config.copy.certificate.json").read_text())
     assert facts["certificate"]["parts"]["model"]["perplexity"] == 2.0
     assert facts["certificate"]["parts"]["model"]["tokens"] > 4
@@ -87,10 +90,37 @@ def test_a_program_that_is_required_must_be_installed(
 ) -> None:
     monkeypatch.setattr(Format, "installed", False)
     export_verb(str(base), "copy", str(base.parent / "first.copy"))
-    assert "not certified: cat is not installed" in capsys.readouterr().out
-    with pytest.raises(InputError, match="the export is written, but not certified"):
+    assert "not certified: mlx is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(tunekit.export, "find_program", lambda name: None)
+    with pytest.raises(InputError, match=r"--certify: mlx is not installed; install it with: scripts/certify mlx"):
         export_verb(str(base), "copy", str(base.parent / "second.copy"), certify=True)
-    assert (base.parent / "second.copy").exists()
+    assert not (base.parent / "second.copy").exists()
+
+
+def test_a_model_that_does_not_fit_into_memory_is_exported_without_certificate(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(questions, "available_bytes", lambda device: 1000)
+    export_verb(str(base), "copy", str(base.parent / "first.copy"))
+    assert "not certified: torch needs " in capsys.readouterr().out
+    assert not (base.parent / "first.copy.certificate.json").exists()
+    with pytest.raises(NotComparable, match="are free"):
+        questions.make_questions(make_exportable(find_target(str(base), None, [])))
+
+
+def test_a_program_that_does_not_read_the_export_is_an_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("mlx ended with exit code 1", "see its log")
+
+    monkeypatch.setattr(Format, "certify", fail)
+    with pytest.raises(InputError, match="the export is written, but mlx ended with exit code 1; see its log"):
+        export_verb(str(base), "copy", str(base.parent / "first.copy"))
+    assert (base.parent / "first.copy").exists()
+
+
+def test_merged_needs_an_adapter(base: Path) -> None:
+    with pytest.raises(InputError, match="--merged: there is no adapter to merge"):
+        export_verb(str(base), "copy", str(base.parent / "first.copy"), None, Options(merged=True))
 
 
 def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:

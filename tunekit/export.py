@@ -12,14 +12,15 @@ from tunekit.artifacts.run import EXPORTS, read_json
 from tunekit.console import Console
 from tunekit.errors import InputError, Problem
 from tunekit.exports.format import Evidence, Exported, Format, Options, load_format
-from tunekit.exports.questions import make_questions, row_ids
+from tunekit.exports.programs.program import find_program
+from tunekit.exports.questions import NotComparable, make_questions, row_ids
 from tunekit.files.durable import new_path, write_json
 from tunekit.machine.signals import StopSignals
 from tunekit.model.storage.upload import upload_folder
 from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable, make_exportable
 
-CERTIFICATE = "certificate.json"
+CERTIFICATE, INSTALL = "certificate.json", "scripts/certify"
 
 
 def export_verb(
@@ -40,9 +41,9 @@ def export_verb(
     console.info(*spec.rewrites)
     exportable = make_exportable(spec)
     path = Path(os.path.abspath(Path(output).expanduser()))
-    _check(to, format, exportable, options, path)
-    run = exportable.target.run
-    evidence = Evidence(partial(row_ids, exportable), None if run is None else read_run(run), path.name)
+    _check(to, format, exportable, options, path, certify=bool(certify))
+    run = _run_of(exportable)
+    evidence = Evidence(partial(row_ids, exportable, held_out=False), None if run is None else read_run(run), path.name)
     stopped = "in the export; its partial output was removed"
     with StopSignals(announce=False) as signals, signals.at_once(stopped), new_path(path) as partial_path:
         written = format.write(exportable, partial_path, evidence, options)
@@ -55,20 +56,31 @@ def export_verb(
     if certify is not False and format.PROGRAM:
         with StopSignals(announce=False) as signals, signals.at_once(f"before it was certified; {path} is complete"):
             _certify(to, format, written, exportable, options, required=bool(certify))
-    elif certify:
-        raise InputError(f"no program certifies {to}; the export is written", "leave --certify out", key="--certify")
 
 
-def _check(to: str, format: Format, exportable: Exportable, options: Options, path: Path) -> None:
+def _run_of(exportable: Exportable) -> Path | None:
+    """The run whose final result is exported. A checkpoint of it has other weights than its report describes."""
+    return None if exportable.target.kind == "checkpoint" else exportable.target.run
+
+
+def _check(to: str, format: Format, exportable: Exportable, options: Options, path: Path, *, certify: bool) -> None:
     """Raises: InputError with all problems."""
     if exportable.kind not in format.TAKES:
-        takes = " or ".join(f"a {kind}" for kind in sorted(format.TAKES))
-        raise InputError(f"{to} takes {takes}, and this is a {exportable.kind}", "choose another --to", key="--to")
+        takes = " or ".join(map(_with_article, sorted(format.TAKES)))
+        what = f"{to} takes {takes}, and this is {_with_article(exportable.kind)}"
+        raise InputError(what, "choose another --to", key="--to")
     wrong = [
         Problem(f"{to} does not read --{name}", "leave it out", key=f"--{name}")
         for name in options.given()
         if name not in format.OPTIONS
     ]
+    if options.merged and "adapter" not in exportable.kind:
+        wrong.append(Problem("there is no adapter to merge", "leave --merged out", key="--merged"))
+    if certify and not format.PROGRAM:
+        wrong.append(Problem(f"no program certifies {to}", "leave --certify out", key="--certify"))
+    elif certify and find_program(format.PROGRAM) is None:
+        how = f"install it with: {INSTALL} {format.PROGRAM}"
+        wrong.append(Problem(f"{format.PROGRAM} is not installed", how, key="--certify"))
     if os.path.lexists(path):
         wrong.append(Problem(f"{path} exists", "choose another --output", key="--output"))
     if format.SUFFIX and path.suffix != format.SUFFIX:
@@ -78,34 +90,44 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
         raise InputError.of(wrong)
 
 
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
 def _certify(
     to: str, format: Format, written: Exported, exportable: Exportable, options: Options, *, required: bool
 ) -> None:
-    """Ask the program, print its figures, and write them next to the export.
+    """Ask the program, print its figures, and write them next to the export. Without `required`, an export that cannot
+    be compared is only noted.
 
-    Raises: InputError if the program is required and not installed.
+    Raises: InputError if the program cannot read the export.
     """
     console = Console()
-    certificate = format.certify(written, exportable, partial(make_questions, exportable), options)
-    if certificate is None:
-        what, how = f"{format.PROGRAM} is not installed", f"install it with: scripts/certify {format.PROGRAM}"
+    try:
+        certificate = format.certify(written, exportable, partial(make_questions, exportable), options)
+    except NotComparable as reason:
         if required:
-            raise InputError(f"the export is written, but not certified: {what}", how, key="--certify")
-        console.info(f"not certified: {what}; {how}")
+            raise
+        console.info(f"not certified: {reason.problems[0].what}")
+        return
+    except InputError as error:
+        raise InputError(f"the export is written, but {error.problems[0].what}", error.problems[0].how) from error
+    if certificate is None:
+        console.info(f"not certified: {format.PROGRAM} is not installed ({INSTALL} {format.PROGRAM})")
         return
     console.table(
-        ["computed by the program", "largest", "mean", "perplexity", "torch's", "other greedy tokens"],
+        ["computed by the program", "largest", "mean", "perplexity", "in torch", "greedy tokens that differ"],
         [
             [name, part.largest, part.mean, part.perplexity, part.torch_perplexity, part.greedy_differences]
             for name, part in certificate.parts.items()
         ],
-        title=f"{certificate.program} {certificate.version} beside torch: log-probabilities of {certificate.rows}",
+        title=f"{certificate.program} {certificate.version} and torch: log-probabilities of {certificate.rows}",
     )
     if certificate.note:
         console.info(certificate.note)
-    facts = {"format": to, "path": str(written.path), "what": written.what, "options": asdict(options)}
+    facts = {"format": to, "path": written.path.name, "what": written.what, "options": asdict(options)}
     result = facts | {"certificate": asdict(certificate)}
     beside = written.path / CERTIFICATE if written.path.is_dir() else Path(f"{written.path}.{CERTIFICATE}")
     write_json(beside, result)
-    if (run := exportable.target.run) is not None:
+    if (run := _run_of(exportable)) is not None:
         write_json(run / EXPORTS, [*(read_json(run / EXPORTS) or ()), result])

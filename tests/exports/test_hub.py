@@ -18,6 +18,7 @@ from tunekit.errors import InputError, ResourceError
 from tunekit.export import export_verb
 from tunekit.exports.card import evaluation_results
 from tunekit.exports.format import Options
+from tunekit.model.storage.upload import hub_name
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(
         run / "adapter/adapter_model.safetensors"
     ).read_bytes()
     printed = capsys.readouterr().out
-    assert "4 files are uploaded with --push, into a private repository orders:" in printed
+    assert "4 files are uploaded with --push, into the repository orders (private if it is new):" in printed
     assert "README.md (" in printed
     assert "write its hub name into README.md" in printed
 
@@ -67,8 +68,8 @@ def test_a_secret_or_a_private_path_ends_the_export(run: Path, tmp_path: Path) -
     with pytest.raises(InputError) as refused:
         export_verb(str(copied), "hub", str(tmp_path / "orders"))
     lines = [str(problem) for problem in refused.value.problems]
-    assert lines[0].startswith("chat_template.jinja:1: holds a secret, which is private")
-    assert lines[1].startswith(f"chat_template.jinja:2: holds {home}, which is private")
+    assert lines[0].startswith("chat_template.jinja:1: contains a secret, which is private")
+    assert lines[1].startswith(f"chat_template.jinja:2: contains {home}, which is private")
     assert not (tmp_path / "orders").exists()
 
 
@@ -99,6 +100,40 @@ def test_results_on_a_data_set_of_the_hub_are_an_entry(run: Path, tmp_path: Path
     plan = json.loads((copied / "plan.json").read_text())
     plan["recipe"]["data"]["eval"] = [{"path": "org/rows", "revision": "main", "split": "test"}]
     (copied / "plan.json").write_text(json.dumps(plan))
-    [entry] = yaml.safe_load(evaluation_results(read_run(copied)) or "")
+    entries = yaml.safe_load(evaluation_results(read_run(copied)) or "")
+    assert [entry["notes"].partition(" ")[0] for entry in entries] == ["loss", "perplexity"]
+    entry = entries[0]
     assert entry["dataset"] == {"id": "org/rows", "task_id": "default", "revision": "main"}
     assert entry["value"] == json.loads((copied / "report.json").read_text())["eval_loss"]
+
+
+def test_a_model_folder_is_copied_without_what_is_private_or_of_a_training(run: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(run.parent / "small-base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(tmp_path / "elsewhere")}))
+    (base / ".env").write_text("KEY=1")
+    export_verb(str(base), "hub", str(tmp_path / "plain"))
+    assert "_name_or_path" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert not (tmp_path / "plain" / ".env").exists()
+    assert (tmp_path / "plain" / "README.md").read_text() == (base / "README.md").read_text()
+    (base / "run.log").write_text(f"saved in {base}")
+    with pytest.raises(InputError, match=r"run\.log:1: contains .*base, which is private"):
+        export_verb(str(base), "hub", str(tmp_path / "logged"))
+    (base / "optimizer.pt").write_bytes(b"state")
+    with pytest.raises(InputError, match=r"contains optimizer\.pt, which is the state of a training"):
+        export_verb(str(base), "hub", str(tmp_path / "trained"))
+
+
+def test_a_folder_whose_name_begins_like_a_private_one_is_not_private(run: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(run.parent / "small-base", tmp_path / "base")
+    (base / "notes.txt").write_text(f"{base}line and {base}.d")
+    export_verb(str(base), "hub", str(tmp_path / "plain"))
+    assert (tmp_path / "plain" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("org/base", "org/base"), ("./base", None), ("base.gguf", None), ("builtin:tiny-llama", None)],
+)
+def test_names_of_the_hub(name: str, expected: str | None) -> None:
+    assert hub_name(name) == expected

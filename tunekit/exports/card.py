@@ -44,7 +44,10 @@ def licence_of(folder: Path) -> str | None:
 
 def model_card(exportable: Exportable, run: RunValues | None, what: str, name: str) -> str:
     """README.md. `what`: "adapter", "merged" or "model"; `name`: of the repository."""
-    base, licence = hub_name(exportable.target.model), licence_of(exportable.folder)
+    origin = exportable.target.model.name_or_path
+    if what == "model" and run is not None:  # the run trained the whole base, which its recipe names
+        origin = str(run.recipe.part("model").get("name_or_path"))
+    base, licence = hub_name(origin), licence_of(exportable.folder)
     auto_class = make_family(exportable.family).auto_class().__name__
     library = "peft" if what == "adapter" else "transformers"
     header: JsonObject = {"library_name": library, "tags": ["tunekit"]}
@@ -54,7 +57,7 @@ def model_card(exportable: Exportable, run: RunValues | None, what: str, name: s
     header |= {"pipeline_tag": TASKS[auto_class]} if auto_class in TASKS else {}
     if data := sorted({path for path, _ in _sources(run) if not is_like_path(path)}):
         header["datasets"] = data
-    shown = base or last_name(exportable.target.model.name_or_path)
+    shown = base or last_name(origin)
     lines = ["---", *yaml_lines(header), "---", "", f"# {escape(name)}", "", _first_words(shown, what, run is not None)]
     lines += ["", "```python", *_usage(auto_class, name, shown, what), "```"]
     for section in () if run is None else (_training(run), _results(run), _costs(run)):
@@ -71,14 +74,16 @@ def evaluation_results(run: RunValues | None) -> str | None:
     paths = [str(source.get("path")) for source in sources]
     if run is None or len(paths) != 1 or is_like_path(paths[0]):
         return None
-    measured = [(name, value) for name, value in run.exported.numbers("eval").items() if name != "perplexity"]
-    name, value = measured[-1]
-    entry = {
-        "dataset": {"id": paths[0], "task_id": "default", "revision": sources[0].get("revision")},
-        "value": value,
-        "notes": f"{name} on the split {sources[0].get('split')}, measured by tunekit {__version__}",
-    }
-    return "\n".join(line.removeprefix("  ") for line in yaml_lines({"results": [entry]})[1:]) + "\n"
+    entries = [
+        {
+            "dataset": {"id": paths[0], "task_id": "default", "revision": sources[0].get("revision")},
+            "value": value,
+            "notes": f"{name} on the split {sources[0].get('split')}, measured by tunekit {__version__}",
+        }
+        for name, value in run.exported.numbers("eval").items()
+    ]
+    lines = yaml_lines({"results": entries})[1:]
+    return "\n".join(line.removeprefix("  ") for line in lines) + "\n" if entries else None
 
 
 def _sources(run: RunValues | None) -> Iterator[tuple[str, Path]]:

@@ -32,9 +32,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a format may want besides the model. `rows(count, tokens)`: token ids of at most so many of the run's rows,
-    each cut to so many tokens, and a description of these rows. `run`: the values of the run's files, if there is a
-    run. `name`: of the output."""
+    """What a format may want besides the model. `rows(count, tokens)`: token ids of at most `count` training rows, each
+    cut to `tokens`, and a description of them. No certificate measures on training rows. `run`: the values of the run's
+    files, if there is a run. `name`: the name of the output."""
 
     rows: Callable[[int, int], tuple[list[list[int]], str]]
     run: RunValues | None

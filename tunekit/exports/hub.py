@@ -14,6 +14,8 @@ from tunekit.exports.card import evaluation_results, model_card
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.files.durable import write_json
 from tunekit.files.untrusted import parse_json, read_small, sha256_of
+from tunekit.model.storage.model_folder import WEIGHTS, write_portable_copy
+from tunekit.model.storage.source import read_json
 from tunekit.model.storage.upload import hub_name
 from tunekit.recipe.bases.paths import last_name
 from tunekit.records import bytes_text
@@ -23,18 +25,22 @@ TAKES = frozenset({"adapter", "model"})
 OPTIONS = frozenset({"merged", "push"})
 SUFFIX = ""
 PROGRAM = ""
-TEXTS = {".json", ".md", ".yaml", ".txt", ".jinja", ".py"}
-WITH_ANY_TEXT = {"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"}  # a vocabulary may hold such a path
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")  # may hold any text
+TRAINING_STATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 _HOME = re.compile(r"(/(home|Users|root)/|[A-Za-z]:\\+Users\\+)[^\s\"']*")
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """A pushed adapter must name a base that others can download."""
-    pushed_adapter = options.push and not options.merged and exportable.kind == "adapter"
-    if pushed_adapter and hub_name(exportable.target.model) is None:
-        what = (
-            f"the base {exportable.target.model.name_or_path} is on this machine only: others cannot load the adapter"
-        )
+    """A model must be a folder of weights alone. A pushed adapter must name a base that others can download."""
+    name, folder = exportable.target.model.name_or_path, exportable.folder
+    if exportable.kind == "model":
+        if name.endswith(".gguf"):
+            return [Problem(f"{name} is one file and not a model folder", "upload the file itself", key="--to")]
+        states = [path.name for pattern in TRAINING_STATE for path in folder.glob(pattern)]
+        how = "move it elsewhere, or merge or copy the model into a new folder"
+        return [Problem(f"{folder} contains {state}, which is the state of a training", how) for state in states]
+    if options.push and not options.merged and hub_name(name) is None:
+        what = f"the base {name} is on this machine only: others cannot load the adapter"
         how = f"add --merged, or leave --push out and name the base in README.md and {CONFIG_NAME}"
         return [Problem(what, how, key="--push")]
     return []
@@ -44,13 +50,17 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     """Write the folder. Raises: InputError if one of its files has a private path or a secret."""
     what = exportable.kind
     if exportable.kind == "model":
-        shutil.copytree(exportable.folder, path)
+        write_portable_copy(exportable.folder, path)
     elif options.merged:
         what = "merged"
         merge(exportable.target, path)
     else:
         _copy_adapter(exportable, path)
-    (path / "README.md").write_text(model_card(exportable, evidence.run, what, evidence.name), "utf-8")
+    if what != "adapter":
+        config = path / "config.json"
+        write_json(config, {name: value for name, value in read_json(config).items() if name != "_name_or_path"})
+    if not (path / "README.md").exists() or evidence.run is not None:
+        (path / "README.md").write_text(model_card(exportable, evidence.run, what, evidence.name), "utf-8")
     if (results := evaluation_results(evidence.run)) is not None:
         (path / ".eval_results").mkdir()
         (path / ".eval_results" / "tunekit.yaml").write_text(results, "utf-8")
@@ -60,8 +70,8 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     files = sorted(file for file in path.rglob("*") if file.is_file())
     listed = [f"  {file.relative_to(path)} ({bytes_text(file.stat().st_size)})" for file in files]
     verb = "uploaded" if options.push else "uploaded with --push"
-    notes = [f"{len(files)} files are {verb}, into a private repository {evidence.name}:", *listed]
-    if what == "adapter" and hub_name(exportable.target.model) is None:
+    notes = [f"{len(files)} files are {verb}, into the repository {evidence.name} (private if it is new):", *listed]
+    if what == "adapter" and hub_name(exportable.target.model.name_or_path) is None:
         notes.append(f"the base is on this machine only: write its hub name into README.md and {CONFIG_NAME}")
     return Exported(path, what, tuple(notes))
 
@@ -81,7 +91,8 @@ def _copy_adapter(exportable: Exportable, path: Path) -> None:
     model = exportable.target.model
     config = parse_json(read_small(path / CONFIG_NAME), str(path / CONFIG_NAME))
     write_json(
-        path / CONFIG_NAME, config | {"base_model_name_or_path": hub_name(model) or last_name(model.name_or_path)}
+        path / CONFIG_NAME,
+        config | {"base_model_name_or_path": hub_name(model.name_or_path) or last_name(model.name_or_path)},
     )
     if (path / FACTS_NAME).exists():
         facts = parse_json(read_small(path / FACTS_NAME), str(path / FACTS_NAME))
@@ -92,17 +103,17 @@ def _copy_adapter(exportable: Exportable, path: Path) -> None:
 
 
 def _leaks(folder: Path, private: list[Path]) -> Iterator[Problem]:
-    """The lines of text files with a secret, or with a path of this machine."""
-    places = {str(place) for place in (Path.home(), Path.cwd(), *private) if len(place.parts) > 1}
+    """The lines of all files except weights that contain a secret, or a path of this machine."""
+    places = [place for place in (Path.home(), Path.cwd(), *private) if len(place.parts) > 1]
     for file in sorted(folder.rglob("*")):
-        if file.suffix not in TEXTS or not file.is_file():
+        if not file.is_file() or file.name.endswith(WEIGHTS):
             continue
+        is_vocabulary = file.name in VOCABULARIES
+        searched = [re.escape(str(place)) for place in places if not is_vocabulary or len(place.parts) > 2]
+        any_place = re.compile(rf"({'|'.join(searched)})(?![\w.-])") if searched else None
         for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
-            leak = next((place for place in places if place in line), None)
-            if leak is None and file.name not in WITH_ANY_TEXT:
-                leak = match[0] if (match := _HOME.search(line)) else None
-            if leak is None and holds_secret(line):
-                leak = "a secret"
+            match = (any_place and any_place.search(line)) or (None if is_vocabulary else _HOME.search(line))
+            leak = match[0] if match else "a secret" if holds_secret(line) else None
             if leak is not None:
-                what, where = f"holds {redact(leak)}, which is private", str(file.relative_to(folder))
-                yield Problem(what, "remove it from its source", file=where, line=number)
+                what, where = f"contains {redact(leak)}, which is private", str(file.relative_to(folder))
+                yield Problem(what, "remove it from this file of the exported folder", file=where, line=number)

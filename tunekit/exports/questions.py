@@ -10,28 +10,39 @@ from tunekit.arithmetic.merge import TEXTS, logits_of
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError
 from tunekit.exports.format import Questions
+from tunekit.machine.memory import available_bytes
+from tunekit.model.families import make_family
+from tunekit.model.load import make_meta_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable
 from tunekit.targets.target import TargetSpec, load_target
 
 ROWS, TOKENS = 8, 128  # of a certificate
+SPARE = 1.5  # needed memory, relative to the float32 weights
 MOST_VALUES = 2**26  # log-probabilities of all rows of one model, so that large vocabularies take 256 MiB too
 
 
-def row_ids(exportable: Exportable, count: int, tokens: int) -> tuple[list[list[int]], str]:
+class NotComparable(InputError):
+    """The model cannot be compared token by token here, whatever the program computes."""
+
+
+def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) -> tuple[list[list[int]], str]:
     """Token ids of at most `count` rows of the run, each cut to `tokens`, and a description of the rows.
 
-    They are its evaluation rows, else its training rows; fixed texts for a target without data.
-    Raises: InputError for a model that reads no text.
+    `held_out`: evaluation rows if there are any; otherwise training rows. A target without data has fixed texts.
+    Raises: NotComparable for a model that reads no text.
     """
     data, objective, tokenizer = exportable.target.data, exportable.objective, exportable.processor.tokenizer
     if not isinstance(tokenizer, LoadedTokenizer):
-        raise InputError(f"{exportable.family} models do not read text", "leave --certify and --imatrix out")
+        raise NotComparable(f"{exportable.family} models do not read text", "leave --certify and --imatrix out")
     if data is None or objective is None:
         start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return [[*start, *tokenizer.encode(text)][:tokens] for text in TEXTS[:count]], "fixed texts"
     loaded = load_rows(data, objective, seed=exportable.target.seed)
-    rows, noun = (loaded.train, "training") if loaded.evaluation is None else (loaded.evaluation, "evaluation")
+    rows, noun = loaded.train, "training"
+    if held_out and loaded.evaluation is not None:
+        rows, noun = loaded.evaluation, "evaluation"
     names = loaded.objective.rows.layout.token_parts
     chosen = [rows[index].parts for index in range(min(count, len(rows)))]
     ids = [np.concatenate([parts[name] for name in names])[:tokens].tolist() for parts in chosen]
@@ -41,13 +52,24 @@ def row_ids(exportable: Exportable, count: int, tokens: int) -> tuple[list[list[
 def make_questions(exportable: Exportable) -> Questions:
     """The rows, and the log-probabilities of base and running adapter in float32, with one model in memory at a time.
 
-    Raises: InputError for a model that does not predict tokens.
+    Raises: NotComparable for a model that does not predict tokens, or that is too large for the memory.
     """
-    rows, described = row_ids(exportable, ROWS, TOKENS)
+    target, cpu = exportable.target, torch.device("cpu")
+    family = make_family(exportable.family)
+    if not (family.answers and family.reads_ids):
+        raise NotComparable(f"{family.text} is not compared token by token", "leave --certify out")
+    values = sum(parameter.numel() for parameter in make_meta_model(target.model, device=cpu).net.parameters())
+    free, needed = available_bytes(cpu), int(SPARE * 4 * values)
+    if free is not None and free < needed:
+        what = f"torch needs {bytes_text(needed)} for the model in float32, and {bytes_text(free)} are free"
+        raise NotComparable(what, "leave --certify out, or use a machine with more memory")
+    rows, described = row_ids(exportable, ROWS, TOKENS, held_out=True)
     size = int(exportable.config.get("vocab_size") or 1)
     rows = [row for row in rows if len(row) > 1][: max(2, MOST_VALUES // (TOKENS * size))]
-    base = replace(exportable.target, adapter=None)
-    tuned = None if exportable.target.adapter is None else _log_probabilities(exportable.target, rows)
+    if not rows:
+        raise NotComparable("no row has two tokens", "leave --certify out")
+    base = replace(target, adapter=None)
+    tuned = None if target.adapter is None else _log_probabilities(target, rows)
     return Questions(rows, _log_probabilities(base, rows), tuned, described)
 
 
@@ -55,8 +77,6 @@ def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.
     """Of each row the log-probabilities (T, V) float32 of the next token after each of its T tokens."""
     section = target.model.model_copy(update={"dtype": "float32"})
     model = load_target(replace(target, model=section), torch.device("cpu")).model.base
-    if not (model.family.answers and model.family.reads_ids):
-        raise InputError(f"{model.family.text} is not compared token by token", "leave --certify out")
     inputs = [model.family.inputs_of(torch.tensor(row)[None]) for row in rows]
     answers = [logits.log_softmax(-1) for logits in logits_of(model, inputs)]
     del model

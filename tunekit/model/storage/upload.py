@@ -6,7 +6,6 @@ from typing import cast
 from tunekit.errors import InputError, ResourceError
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.bases.paths import is_like_path
-from tunekit.recipe.model import ModelSection
 
 
 def upload_folder(folder: Path, name: str) -> str:
@@ -34,7 +33,7 @@ def upload_folder(folder: Path, name: str) -> str:
     return str(address)
 
 
-def hub_name(section: ModelSection) -> str | None:
-    """The name of a base on the hub; None for a base that is known only by its place on this machine."""
-    name = section.name_or_path
-    return None if is_like_path(name) or Path(name).is_absolute() or name.endswith(".gguf") else name
+def hub_name(name: str) -> str | None:
+    """The name, if it is one of the hub; None for a base that is known only by its place on this machine."""
+    is_local = is_like_path(name) or Path(name).is_absolute() or name.endswith(".gguf") or ":" in name
+    return None if is_local else name
