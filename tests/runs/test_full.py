@@ -37,6 +37,7 @@ from tunekit.contracts import Window
 from tunekit.data.batching.windows import collate
 from tunekit.errors import AdapterError, InputError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
+from tunekit.export import export_verb
 from tunekit.generate import generate_verb
 from tunekit.memory.tiling import tile_layers
 from tunekit.merge import merge_verb
@@ -408,6 +409,13 @@ def test_the_run_is_a_target_of_every_verb(
     page = (run / "report.md").read_text("utf-8")
     assert "merge" not in page
     assert "modules were trained" not in page
+
+
+def test_the_card_of_the_exported_model_has_the_run_s_data_and_metrics(run: Path, tmp_path: Path) -> None:
+    export_verb(str(run), "hub", str(tmp_path / "hub"))
+    card = (tmp_path / "hub" / "README.md").read_text("utf-8")
+    assert "train.jsonl" in card
+    assert "| loss | 5." in card
 
 
 def test_transformers_loads_the_folder(run: Path, tied_llama: Path) -> None:

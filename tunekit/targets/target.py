@@ -197,9 +197,8 @@ def _from_folder(folder: Path, parsed: TargetOverrides) -> TargetSpec:
                 what = f"the run {folder} trained the whole model and not an adapter, so there is no base to choose"
                 raise InputError(what, "leave --base out")
             bare = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
-            return _from_recipe(
-                "run", bare, None, replace(parsed, model={**parsed.model, "name_or_path": str(model_folder)})
-            )
+            stated = replace(parsed, model={**parsed.model, "name_or_path": str(model_folder)})
+            return replace(_from_recipe("run", bare, None, stated), run=folder)
         if not (folder / "adapter" / "adapter_config.json").exists():
             how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
             raise InputError(f"{folder} is a run without a result yet", how)
