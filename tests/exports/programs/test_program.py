@@ -112,6 +112,9 @@ def test_a_program_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "mlx" / STAMP).write_text("[]")
     assert find_program("mlx") is None
     (tmp_path / "mlx" / STAMP).write_text(json.dumps(["mlx-lm==0.30.0"]))
+    assert find_program("mlx") is None  # its Python is missing
+    (tmp_path / "mlx/bin").mkdir()
+    (tmp_path / "mlx/bin/python").touch()
     program = find_program("mlx")
     assert program is not None
     assert (program.version, program.python) == ("0.30.0 of mlx-lm", tmp_path / "mlx/bin/python")
@@ -119,8 +122,7 @@ def test_a_program_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEKIT_PROGRAMS", str(tmp_path))
-    names = ("ctranslate2", "faster-whisper", "transformers", "torch", "onnxruntime")
-    installed = dict.fromkeys(names, "4.0.0")
+    installed = {"ctranslate2": "4.0.0", "faster-whisper": "1.0.0", "transformers": "5.0.0", "torch": "2.0.0+cpu"}
 
     def version(name: str) -> str:
         if name not in installed:
@@ -131,6 +133,10 @@ def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program = find_program("ctranslate2")
     assert program is not None
     assert (program.version, program.python) == ("4.0.0", Path(sys.executable))
+    assert find_program("transformers4") is None
+    installed["transformers"] = "4.50.0"
+    assert find_program("transformers4") is not None
+    installed["onnxruntime"] = "1.32.0"
     assert find_program("onnx") is None  # without its converter
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from tunekit.contracts import Array
 from tunekit.errors import InputError
-from tunekit.exports.programs.versions import PROGRAMS, STAMP, programs_folder
+from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, programs_folder
 from tunekit.records import JsonObject
 
 INSIDE = Path(__file__).parent / "inside"  # scripts that a program's own Python runs
@@ -40,23 +40,28 @@ class Program:
 
 
 def find_program(name: str) -> Program | None:
-    """The program in its own environment, else in tunekit's; None if it is not installed."""
-    distributions, environment = PROGRAMS[name].distributions, programs_folder() / name
-    stamp = environment / STAMP
+    """The program in its own environment, else in tunekit's if its packages have the major versions that PROGRAMS
+    states; None if it is not installed."""
+    wanted, stamp, python = PROGRAMS[name].versions, programs_folder() / name / STAMP, interpreter(name)
     installed = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else []
-    if installed:
-        number = installed[0].partition("==")[2]
-        python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        return Program(name, _version_text(name, distributions[0], number), python)
+    first = next(iter(wanted))
+    if installed and python.exists():
+        return Program(name, _version_text(name, first, installed[0].partition("==")[2]), python)
     try:
-        numbers = [version(distribution) for distribution in distributions]
+        numbers = {distribution: version(distribution) for distribution in wanted}
     except PackageNotFoundError:
         return None
-    return Program(name, _version_text(name, distributions[0], numbers[0]), Path(sys.executable))
+    if any(_major(numbers[distribution]) != _major(number) for distribution, number in wanted.items()):
+        return None
+    return Program(name, _version_text(name, first, numbers[first]), Path(sys.executable))
 
 
 def _version_text(name: str, distribution: str, number: str) -> str:
     return number if name == distribution else f"{number} of {distribution}"
+
+
+def _major(number: str) -> str:
+    return number.partition(".")[0]
 
 
 def run_script(

@@ -1,9 +1,10 @@
-"""The packages of each program that certifies exports, with their versions, and where `scripts/certify` installs them.
+"""The packages of each program that certifies exports, with their versions, and where install.py installs them.
 
-That script runs before anything is installed, so this file imports no package.
+`scripts/certify` runs it before anything is installed, so this file imports no package.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,10 @@ class Packages(NamedTuple):
     unneeded: tuple[str, ...] = ()  # dependencies of the first package that are left out
 
     @property
-    def distributions(self) -> list[str]:
-        """The names of the packages that this system needs. The first one's version is the program's version."""
+    def versions(self) -> dict[str, str]:
+        """The packages that this system needs, with their versions. The first one's is the program's version."""
         here = [each for each in self.requirements if f"'{sys.platform}'" in each or ";" not in each]
-        return [each.partition("==")[0].partition("[")[0] for each in here]
+        return dict(re.findall(r"^([\w.-]+).*?==([\w.]+)", "\n".join(here), re.MULTILINE))
 
 
 PROGRAMS = {
@@ -41,3 +42,8 @@ def programs_folder() -> Path:
     """The folder with one environment per program: TUNEKIT_PROGRAMS, else programs/ of the cache folder."""
     named = os.environ.get("TUNEKIT_PROGRAMS")
     return Path(named).expanduser() if named else default_cache_folder() / "programs"
+
+
+def interpreter(name: str) -> Path:
+    """The Python of a program's own environment."""
+    return programs_folder() / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
