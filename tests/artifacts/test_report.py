@@ -345,7 +345,11 @@ def test_many_evaluations_are_thinned_but_keep_first_best_and_last(run: RunFolde
 def test_the_page_shows_what_programs_computed_from_exports(run: RunFolder) -> None:
     part = {"largest": 0.25, "mean": 0.001, "perplexity": 3.5, "torch_perplexity": 3.4, "greedy_differences": 7}
     certificate = {"program": "llama.cpp", "version": "b10434", "parts": {"Q4_K_M": {**part, "tokens": 512}}}
-    run.write_json(EXPORTS, [{"format": "gguf", "path": "/elsewhere/small.gguf", "certificate": certificate}])
+    certificate |= {"rows": "8 evaluation rows of the run", "note": "Ollama itself was not run."}
+    export = {"format": "gguf", "path": "/elsewhere/small.gguf", "certificate": certificate}
+    run.write_json(EXPORTS, [export, export])
     page = written(run, FACTS)
+    text = "small.gguf in llama.cpp b10434: 8 evaluation rows of the run. Ollama itself was not run.\n"
+    assert page.count(text) == 1
     assert "| small.gguf | llama.cpp b10434 | Q4\\_K\\_M | 0.25 | 0.001 | 3.5 | 3.4 | 7 | 512 |" in page
     assert "/elsewhere" not in page

@@ -222,9 +222,10 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _exports(run: RunValues) -> Iterator[ReportSection]:
-    """What other programs computed from the exported files, beside torch."""
+    """The figures of other programs that read the exported files, beside torch's, and on which rows they computed."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
     lines = []
+    texts = ["Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."]
     for export in run.exports:
         certificate = export.part("certificate")
         program = f"{certificate.get('program')} {certificate.get('version')}"
@@ -232,9 +233,11 @@ def _exports(run: RunValues) -> Iterator[ReportSection]:
         for part, values in certificate.part("parts").items():
             figures = Values(values) if isinstance(values, dict) else Values()
             lines.append([name, program, part, *(figures.number(figure) for figure in CERTIFIED)])
+        stated = [str(certificate[key]).rstrip(".") for key in ("rows", "note") if certificate.get(key)]
+        texts.append(f"{name} in {program}: {'. '.join(stated)}.")
     if lines:
-        text = "Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."
-        yield ReportSection("Exports, computed by their programs", [text], tables=[ReportTable(head, lines)])
+        texts = list(dict.fromkeys(texts))  # a repeated export is stated once
+        yield ReportSection("Exports, computed by their programs", texts, tables=[ReportTable(head, lines)])
 
 
 def _use(run: RunValues) -> Iterator[ReportSection]:
