@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,11 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.arithmetic.normalise import PlainAdapter
 from tunekit.errors import InputError
 from tunekit.export import export_verb
-from tunekit.exports.format import Options
+from tunekit.exports import vllm
+from tunekit.exports.format import Exported, Options, Questions
 from tunekit.exports.llama_cpp.converter import converter_folder
-from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.answer import NextTokens
+from tunekit.exports.programs.program import Program, find_program
 from tunekit.exports.vllm import refusal
 from tunekit.model.load import load_model
 from tunekit.recipe.adapters.prompt import PromptSettings
@@ -153,6 +156,18 @@ def test_rules_of_ranks_and_experts() -> None:
     assert not refusal("Qwen3MoeForCausalLM", plain(*experts))
     down = [name for name in experts if "down" in name]
     assert "all or none" in refusal("Qwen3MoeForCausalLM", plain(*down))
+
+
+def test_the_certificate_states_how_many_values_were_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    questions = Questions([[0, 1]], [torch.full((2, 2), 0.5).log()], None, "fixed texts")
+    answer = NextTokens(np.log([[0.5], [0.5]]), np.array([[0], [0]]), np.log([0.5]))
+    monkeypatch.setattr(vllm, "find_program", lambda name: Program(name, "0.32.0", tmp_path))
+    monkeypatch.setattr(vllm, "answers", lambda *values: [answer])
+    exportable: Any = None  # only an adapter's certificate needs the base
+    certificate = vllm.certify(Exported(tmp_path, "merged"), exportable, lambda: questions, Options())
+    assert certificate is not None
+    assert certificate.parts["merged"].largest < 1e-6
+    assert "only the 20 largest" in certificate.note
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ OPTIONS = frozenset({"merged"})
 SUFFIX = ""
 PROGRAM = "vllm"
 READER = "vLLM"  # its name in model/storage/programs.py
+NOTE = "vLLM returns only the 20 largest log-probabilities of a position: the differences are of these alone"
 NAME = "tuned"  # of the adapter, in requests
 # Classes of vLLM 0.32 with SupportsLoRA, without "ForCausalLM"; the first ones also adapt embedding and head.
 WITH_EMBEDDINGS = (
@@ -78,4 +79,4 @@ def certify(
     parts = compare_parts(
         written, exportable, compared, lambda model, adapter: answers(program, model, compared.rows, adapter, rank)
     )
-    return Certificate(READER, program.version, compared.described, parts)
+    return Certificate(READER, program.version, compared.described, parts, NOTE)
