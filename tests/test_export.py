@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import tunekit.export
 from tests.conftest import write_tiny_llama
+from tunekit.cli import app
 from tunekit.errors import InputError, Problem
 from tunekit.export import export_verb
 from tunekit.exports import questions
@@ -130,6 +133,11 @@ def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
         export_verb(str(tmp_path / "base"), "kohya", str(tmp_path / "new.safetensors"))
     with pytest.raises(InputError, match=r"--to kohia is unknown; choose .*kohya"):
         export_verb(str(tmp_path / "base"), "kohia", str(tmp_path / "new.safetensors"))
+
+
+def test_the_help_names_every_format() -> None:
+    (option,) = (each for each in get_command(app).commands["export"].params if each.name == "to")
+    assert sorted(re.findall(r"\w+", option.help.replace(" or ", " "))) == list(known_formats())
 
 
 def test_a_new_folder_is_flushed_and_renamed(tmp_path: Path) -> None:

@@ -114,7 +114,12 @@ def merge(
 @app.command()
 def export(
     target: TargetName,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="such as gguf, ollama, vllm, mlx or kohya")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="FORMAT", help="gguf, ollama, vllm, mlx, onnx, ctranslate2, whispercpp, kohya or hub"
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", metavar="PATH", help="the new file or folder")],
     overrides: Annotated[list[str] | None, keys("changes keys of model.*", "model.")] = None,
     base: Base = None,

@@ -16,9 +16,9 @@ from tunekit.targets.exportable import Exportable
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command that only some formats read. `type`: the ggml type of the weights. `merged`: write a
-    merged model also where the format can hold the adapter. `imatrix`: weigh the quantization error by the run's own
-    rows. `push`: upload the export."""
+    """The options of the command that only some formats read. `type`: the type of the weights, in the words
+    of the format: Q4_K_M in gguf, int8 in ctranslate2. `merged`: write a merged model even if the format can hold the
+    adapter. `imatrix`: weigh the quantization error by the run's own rows. `push`: upload the export."""
 
     type: str | None = None
     merged: bool = False

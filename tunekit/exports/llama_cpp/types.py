@@ -132,7 +132,7 @@ class _Choice:
         chosen = self._fitting(name, self._preferred(name, category_of(name), shape) or default, shape[-1])
         needs = chosen in NEED_IMATRIX or (chosen == "Q2_K" and self.file_type == "Q2_K_S")
         if needs and name not in self.weighted and category_of(name) not in ("embedding", "output"):
-            what = f"{self.file_type} gives {name} the type {chosen}, which is garbage without measured activations"
+            what = f"{self.file_type} gives {name} the type {chosen}, which is unusable without an importance matrix"
             how = "choose a type such as Q4_K_M" if self.imatrix else "add --imatrix, or choose a type such as Q4_K_M"
             raise InputError(what, how, key="--type")
         return chosen
