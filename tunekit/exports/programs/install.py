@@ -26,16 +26,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true")
-    asked = parser.parse_args()
-    unknown = [name for name in asked.names if name not in PROGRAMS]
-    if unknown or not (asked.names or asked.list):
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in PROGRAMS]
+    if unknown or not (arguments.names or arguments.list):
         what = f"{unknown[0]} is unknown" if unknown else "no program is named"
         print(f"{what}; choose from {', '.join(PROGRAMS)}", file=sys.stderr)
         return 2
-    for name in PROGRAMS if asked.list else ():
+    for name in PROGRAMS if arguments.list else ():
         state = "installed" if is_installed(name) else "not installed"
         print(f"{name:14} {state:14} {', '.join(PROGRAMS[name].requirements)}")
-    return max((install(name) for name in asked.names), default=0)
+    return max((install(name) for name in arguments.names), default=0)
 
 
 def is_installed(name: str) -> bool:
