@@ -13,6 +13,7 @@ from tunekit.console import Console
 from tunekit.errors import InputError, Problem
 from tunekit.exports.format import Evidence, Exported, Format, Options, load_format
 from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.versions import INSTALL
 from tunekit.exports.questions import NotComparable, make_questions, row_ids
 from tunekit.files.durable import new_path, write_json
 from tunekit.machine.signals import StopSignals
@@ -20,7 +21,7 @@ from tunekit.model.storage.upload import upload_folder
 from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable, make_exportable
 
-CERTIFICATE, INSTALL = "certificate.json", "scripts/certify"
+CERTIFICATE = "certificate.json"
 
 
 def export_verb(

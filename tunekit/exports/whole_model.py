@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from tunekit.arithmetic.merge import merge
 from tunekit.errors import Problem
 from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.versions import INSTALL
 from tunekit.model.storage.portable import make_portable
 from tunekit.targets.exportable import Exportable
 
@@ -26,7 +27,7 @@ def conversion_problems(exportable: Exportable, program: str, model_types: str) 
     """Why the converter of a program cannot read the model. `model_types`: those that it knows."""
     wrong = packed_problems(exportable)
     if find_program(program) is None:
-        how = f"install it with: scripts/certify {program}"
+        how = f"install it with: {INSTALL} {program}"
         wrong.append(Problem(f"{program}, which converts the model, is not installed", how))
     kind = exportable.config.get("model_type")
     if not exportable.config and exportable.kind == "model":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tunekit.files.cache_folder import default_cache_folder
 
+INSTALL = "python -m tunekit.exports.programs.install"  # and the name of a program
 STAMP = "installed.json"  # in an environment: a list of its packages, empty until all are installed
 
 
