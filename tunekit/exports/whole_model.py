@@ -30,9 +30,9 @@ def conversion_problems(exportable: Exportable, program: str, model_types: str) 
         how = f"install it with: {INSTALL} {program}"
         wrong.append(Problem(f"{program}, which converts the model, is not installed", how))
     kind = exportable.config.get("model_type")
-    if not exportable.config and exportable.kind == "model":
+    if exportable.gguf_file is not None and exportable.kind == "model":
         wrong.append(Problem("the model is a GGUF file, which the converter does not read", "name a folder"))
-    elif exportable.config and kind not in model_types.split():
+    elif kind not in model_types.split():
         wrong.append(Problem(f"{program} does not read models of type {kind}", "choose another --to"))
     return wrong
 

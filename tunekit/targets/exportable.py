@@ -17,13 +17,15 @@ from tunekit.targets.target import TargetSpec, family_of, processor_of, with_obj
 @dataclass(frozen=True)
 class Exportable:
     """A target on this machine. `kind`: "adapter", "model", "pipeline adapter" or "pipeline". `folder`: the folder of
-    the base. `config`: the base's config.json, empty for a pipeline. `objective`: the objective of the training, if it
-    is known."""
+    the base. `gguf_file`: the base's name in this folder if it is a GGUF file, so that the other files there are not
+    the base's. `config`: the base's config.json, empty for a pipeline. `objective`: the objective of the training, if
+    it is known."""
 
     target: TargetSpec
     kind: str
     family: str
     folder: Path
+    gguf_file: str | None
     config: JsonObject
     processor: Processor
     objective: Objective | None
@@ -54,4 +56,4 @@ def make_exportable(target: TargetSpec) -> Exportable:
     elif nouns[0] == "model":
         config = read_config(source)
     kind = nouns[target.adapter is not None]
-    return Exportable(target, kind, family, source.folder, config, processor, objective)
+    return Exportable(target, kind, family, source.folder, source.gguf_file, config, processor, objective)
