@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from tests.arithmetic.test_merge import write_base
 from tests.exports.test_gguf import evidence, exportable
 from tunekit.errors import InputError
-from tunekit.exports import ctranslate2, gguf, onnx
+from tunekit.exports import ctranslate2, gguf, ollama, onnx
 from tunekit.exports.format import Options
 from tunekit.exports.llama_cpp.converter import converter_folder
+from tunekit.exports.plain_or_merged import plain_or_reason
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +36,16 @@ def test_a_program_s_converter_does_not_get_the_model_next_to_it(base: Path) -> 
     for format in (onnx, ctranslate2):
         texts = [str(problem) for problem in format.problems(target, Options())]
         assert any("the model is a GGUF file, which the converter does not read" in text for text in texts)
+
+
+def test_the_settings_and_the_tokenizer_next_to_it_are_not_read(base: Path, tmp_path: Path) -> None:
+    ollama.write(exportable(base), tmp_path / "out", evidence(), Options(type="F32"))
+    assert "PARAMETER temperature" not in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+
+
+def test_its_adapter_is_merged(base: Path) -> None:
+    """Other programs would load the adapter on the folder."""
+    adapted = replace(exportable(base), kind="adapter")
+    plain, reason = plain_or_reason(adapted, Options(), "vLLM", lambda plain: "")
+    assert plain is None
+    assert "only adapters of a text model that is a folder of safetensors" in reason

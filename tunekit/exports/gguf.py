@@ -1,6 +1,5 @@
 """A GGUF file for llama.cpp and programs that build on it: a LoRA adapter, or a whole model in any ggml type."""
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,9 +137,7 @@ def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iter
         write_json(folder / "config.json", rewriter.configuration(changes))
         answering = None if objective is None else objective.answering
         copy_other_files(target.model, exportable.folder, exportable.processor, target.chat_template, folder, answering)
-        sentencepiece = exportable.folder / "tokenizer.model"
-        if sentencepiece.is_file():
-            shutil.copyfile(sentencepiece, folder / sentencepiece.name)
+        if (folder / "tokenizer.model").is_file():
             _name_added_tokens(folder)
         yield folder
 

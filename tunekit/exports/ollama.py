@@ -65,7 +65,7 @@ def _settings(exportable: Exportable) -> list[str]:
     template = PLAIN if turns is None else turns.as_go()
     lines = [f'TEMPLATE """{template}"""']
     file = exportable.folder / "generation_config.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json(file) if exportable.gguf_file is None and file.is_file() else {}
     if settings.get("do_sample"):
         lines += [
             f"PARAMETER {NAMES.get(name, name)} {settings[name]}" for name in SETTINGS if settings.get(name) is not None

@@ -13,7 +13,7 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.exports.compare import difference
 from tunekit.exports.format import Difference, Exported, Options, Questions
 from tunekit.exports.programs.answer import NextTokens
-from tunekit.model.storage.portable import CONFIG, read_model_files
+from tunekit.model.storage.portable import read_model_files
 from tunekit.model.storage.programs import FolderReading, readings
 from tunekit.targets.exportable import Exportable
 
@@ -35,7 +35,7 @@ def unwritable(exportable: Exportable, program: str) -> list[Problem]:
 
 def is_model_folder(exportable: Exportable) -> bool:
     """Whether the base is a folder of safetensors, and not a GGUF file."""
-    return (exportable.folder / CONFIG).is_file()
+    return exportable.gguf_file is None
 
 
 def _reading(exportable: Exportable, program: str) -> FolderReading:
