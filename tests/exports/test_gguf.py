@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.arithmetic.test_merge import write_base
 from tunekit.adapters.attach import attach_adapter
@@ -21,7 +23,8 @@ from tunekit.arithmetic.merge import merge
 from tunekit.errors import InputError, ModelError
 from tunekit.export import export_verb
 from tunekit.exports import gguf as format
-from tunekit.exports.format import Evidence, Options
+from tunekit.exports import mlx
+from tunekit.exports.format import Evidence, Format, Options
 from tunekit.exports.llama_cpp import stream
 from tunekit.exports.llama_cpp.activations import column_squares
 from tunekit.exports.llama_cpp.converter import converter_folder, imported
@@ -226,6 +229,52 @@ def test_an_unknown_architecture_and_a_wrong_type_are_refused_by_name(base: Path
     assert "OddForCausalLM" in found[1].what
     found = format.problems(exportable(base), Options(imatrix=True))
     assert [problem.key for problem in found] == ["--imatrix"]
+
+
+@pytest.mark.parametrize("format", [format, mlx])
+def test_classifiers_are_refused(base: Path, format: Format) -> None:
+    (problem,) = format.problems(replace(exportable(base), family="classifier"), Options())
+    assert "classifier models are not converted" in str(problem)
+
+
+def copy_of(base: Path, folder: Path, name: str, **changes: Any) -> Path:
+    """A copy with changes in one JSON file."""
+    shutil.copytree(base, folder)
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(values | changes))
+    return folder
+
+
+def test_code_of_the_base_is_not_run(base: Path, tmp_path: Path) -> None:
+    """The converter trusts every tokenizer, and the base names code of another repository."""
+    code = {"AutoTokenizer": [None, f"{tmp_path}--own.Own"]}
+    folder = copy_of(base, tmp_path / "base", "tokenizer_config.json", auto_map=code)
+    text = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast\n"
+    (tmp_path / "own.py").write_text(f"{text}class Own(PreTrainedTokenizerFast): pass\n")
+    target = exportable(folder)
+    with format._files(target, *format._rewriter(target)) as files:
+        AutoTokenizer.from_pretrained(files, trust_remote_code=True)  # as its class for DeepSeek does
+    assert not (tmp_path / "ran").exists()
+
+
+def test_infinity_in_the_configuration(base: Path, tmp_path: Path) -> None:
+    folder = copy_of(base, tmp_path / "base", "config.json", time_step_limit=[0.0, float("inf")])
+    adapter = adapter_of(folder, tmp_path / "adapter", target_modules=["q_proj"])
+    assert not format.problems(exportable(adapter), Options())
+    assert read_of(adapter, tmp_path / "model.gguf", "F16")[0]
+
+
+def test_a_base_in_float64_is_written_as_f32(tmp_path: Path, installed: None) -> None:
+    base = write_base(tmp_path / "base", "llama", torch.float64)
+    format.write(exportable(base), tmp_path / "model.gguf", evidence(), Options())
+    assert {kind for _, kind in read(tmp_path / "model.gguf")[0].values()} == {"F32"}
+
+
+def test_a_tied_embedding_is_counted_once(tmp_path: Path, installed: None) -> None:
+    base = write_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    (problem,) = format.problems(exportable(adapter), Options())
+    assert "model.embed_tokens (1 such)" in problem.what
 
 
 def test_values_that_llama_cpp_fixes_are_refused(base: Path) -> None:

@@ -1,5 +1,6 @@
 """A GGUF file for llama.cpp and programs that build on it: a LoRA adapter, or a whole model in any ggml type."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,6 @@ from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.programs.llama_cpp import answers
 from tunekit.exports.programs.program import find_program
-from tunekit.files.durable import write_json
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.model_folder import copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
@@ -36,7 +36,7 @@ TAKES = frozenset({"adapter", "model"})
 OPTIONS = frozenset({"type", "merged", "imatrix"})
 SUFFIX, PROGRAM = ".gguf", "llama.cpp"
 ROWS, TOKENS = 64, 512  # of the importance matrix
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # all others as BF16
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
@@ -50,6 +50,9 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
                 f"nothing is quantized in {options.type or 'an unnamed type'}", "add --type Q4_K_M", key="--imatrix"
             )
         )
+    if exportable.family != "causal":
+        what = f"{exportable.family} models are not converted"
+        return [*wrong, Problem(what, "choose another --to", key="--to")]
     architecture = exportable.architecture
     with imported() as converter:
         if not knows(converter, architecture):
@@ -87,9 +90,9 @@ def _write_model(
     exportable: Exportable, path: Path, file_type: str | None, squares: Mapping[str, Array] | None
 ) -> dict[str, str]:
     """Write the base with the changes of its adapter; returns the type of each tensor. By default the weights keep the
-    base's type, which is exact for a base without an adapter."""
+    base's type, which is exact for a base without an adapter (float64 becomes F32)."""
     rewriter, changes = _rewriter(exportable)
-    file_type = file_type or STORED[rewriter.base_dtype()]
+    file_type = file_type or STORED.get(rewriter.base_dtype(), "BF16")
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
         architecture = exportable.architecture
         model = make_model(converter, folder, architecture, rewriter.outputs(changes))
@@ -134,12 +137,23 @@ def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iter
     with TemporaryDirectory(prefix="tunekit-") as name:
         folder = Path(name) / Path(target.model.name_or_path).name
         folder.mkdir()
-        write_json(folder / "config.json", rewriter.configuration(changes))
+        config = json.dumps(rewriter.configuration(changes))  # some have Infinity, which write_json refuses
+        (folder / "config.json").write_text(config, "utf-8")
         answering = None if objective is None else objective.answering
         copy_other_files(target.model, exportable.folder, exportable.processor, target.chat_template, folder, answering)
+        if not target.model.trust_remote_code:
+            _remove_code(folder)
         if (folder / "tokenizer.model").is_file():
             _name_added_tokens(folder)
         yield folder
+
+
+def _remove_code(folder: Path) -> None:
+    """Remove the names of classes of the model's own, whose code the converter would download and run unasked."""
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        values = read_json(path) if path.is_file() else {}
+        if values.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(values), "utf-8")
 
 
 def _name_added_tokens(folder: Path) -> None:
@@ -147,7 +161,7 @@ def _name_added_tokens(folder: Path) -> None:
     writes them in tokenizer.json alone."""
     path = folder / "tokenizer_config.json"
     added = {str(token["id"]): token for token in read_json(folder / "tokenizer.json").get("added_tokens", ())}
-    write_json(path, {**read_json(path), "added_tokens_decoder": added})
+    path.write_text(json.dumps({**read_json(path), "added_tokens_decoder": added}), "utf-8")
 
 
 def certify(

@@ -43,8 +43,10 @@ LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name t
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """mlx-lm has no adapters that are prompts, some of its models have no head that differs from the embedding, and its
-    gpt2 reads only the names of the hub's files."""
+    """mlx-lm has only text models and no adapters that are prompts, some of its models have no head that differs from
+    the embedding, and its gpt2 reads only the names of the hub's files."""
+    if exportable.family != "causal":
+        return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
     stored = read_headers(exportable.folder) if kind == "gpt2" and is_model_folder(exportable) else ()
     if any(name.startswith("transformer.") for name in stored):

@@ -1,5 +1,6 @@
 """A LoRA adapter as a GGUF file: the pairs of every layer under llama.cpp's names, in its order of rows and columns."""
 
+import json
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,6 @@ from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.errors import AdapterError, ModelError, Problem
 from tunekit.exports.llama_cpp.converter import Converter, Placed, imported, make_model, placements
-from tunekit.files.durable import write_json
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.targets.exportable import Exportable
@@ -32,6 +32,7 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     written = {source for tensor in placed.values() for source in tensor.sources}
     lost = [*plain.rest, *plain.tied_pairs, *(name for name in plain.pairs if name == plain.embedding)]
     lost += [name for name in plain.pairs if f"{name}.weight" not in written]
+    lost = list(dict.fromkeys(lost))  # a tied embedding is in several of these
     if not lost:
         return []
     return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such)", MERGE)]
@@ -69,7 +70,7 @@ def _placed(converter: Converter, exportable: Exportable, plain: PlainAdapter) -
     transposed = [f"{name}.weight" for name in plain.pairs if name in modules and layer_kind(modules[name]) == "conv1d"]
     with TemporaryDirectory(prefix="tunekit-") as name:
         folder = Path(name)
-        write_json(folder / "config.json", exportable.config)
+        (folder / "config.json").write_text(json.dumps(exportable.config), "utf-8")  # some have Infinity
         make = partial(make_model, converter, folder, exportable.architecture, {})
         name_there = converter.gguf.MODEL_ARCH_NAMES[make().model_arch]
         return placements(make, shapes, transposed=transposed), name_there
