@@ -47,7 +47,7 @@ def whole_model(exportable: Exportable, path: Path) -> Iterator[Path]:
         else:
             folder.mkdir()
             for file in exportable.folder.iterdir():
-                if file.suffix == ".json":
+                if file.suffix in (".json", ".jinja"):  # which make_portable may rewrite
                     shutil.copyfile(file, folder / file.name)
                 elif file.is_file():
                     (folder / file.name).symlink_to(file.resolve())
