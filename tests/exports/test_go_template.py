@@ -98,6 +98,16 @@ def test_a_template_that_writes_more_has_none(source: str) -> None:
     assert derive_turns(renderer(source)) is None
 
 
+def test_a_template_that_refuses_a_longer_conversation_has_none() -> None:
+    refusing = "{% if messages | length > 3 %}{{ raise('too long') }}{% endif %}"
+    assert derive_turns(renderer(FORMS["braces"])) is not None
+    assert derive_turns(renderer(refusing + FORMS["braces"])) is None
+
+
+def test_a_template_that_trims_contents_is_known() -> None:
+    assert {name for name in FORMS if derived(name)[1].trims} == {"llama 3"}
+
+
 @pytest.mark.skipif(shutil.which("go") is None, reason="needs the Go compiler")
 @pytest.mark.slow
 def test_go_renders_the_same(tmp_path: Path) -> None:

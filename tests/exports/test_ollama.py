@@ -53,6 +53,20 @@ def test_a_type_writes_one_merged_model(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "small" / "Modelfile").read_text("utf-8").startswith("FROM ./model.gguf\nTEMPLATE ")
 
 
+def test_what_ollama_leaves_out_without_a_word_is_noted(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_verb(str(base), "ollama", str(tmp_path / "with"), certify=False)
+    assert "leaves out" not in capsys.readouterr().out
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    trimming = CHATML.replace("message.content", "message.content | trim")
+    (base / "chat_template.jinja").write_text(refusal + trimming)
+    export_verb(str(base), "ollama", str(tmp_path / "without"), certify=False)
+    written = " ".join(capsys.readouterr().out.split())
+    assert "has no system message, so Ollama leaves out SYSTEM" in written
+    assert "removes spaces around a message, and Ollama does not" in written
+
+
 def test_a_template_that_is_a_program_is_refused(base: Path, tmp_path: Path) -> None:
     (base / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ loop.index }} {{ message.content }}{% endfor %}"

@@ -19,12 +19,13 @@ ROLES = ("system", "user", "assistant")
 class TurnTexts:
     """The fixed texts of a chat template. `before` and `after`: around a message, by role. `opening`: before a
     conversation without a system message. `answer`: after the last message, where the model's answer begins.
-    A template without "system" refuses system messages."""
+    A template without "system" refuses system messages. `trims`: whether it changes spaces around a content."""
 
     before: dict[str, str]
     after: dict[str, str]
     opening: str
     answer: str
+    trims: bool = False
 
     def render(self, messages: Sequence[JsonObject], answer: bool) -> str:
         """The text of a conversation."""
@@ -78,8 +79,17 @@ def derive_turns(render: Render) -> TurnTexts | None:
     conversations = [[user], [user, answer, more], [user, answer, more, answer, user]]
     if "system" in turns.before:
         conversations += [[system, *each] for each in conversations]
-    same = all(turns.render(each, ending) == render(each, ending) for each in conversations for ending in (False, True))
-    return turns if same else None
+
+    def same(messages: Sequence[JsonObject], ending: bool) -> bool:
+        return turns.render(messages, ending) == render(messages, ending)
+
+    try:
+        if not all(same(each, ending) for each in conversations for ending in (False, True)):
+            return None
+        spaced = [{**message, "content": f" {message['content']} "} for message in conversations[-1]]
+        return replace(turns, trims=not same(spaced, True))
+    except DataError:
+        return None
 
 
 def _with_system(turns: TurnTexts, render: Render, system: JsonObject, user: JsonObject) -> TurnTexts:

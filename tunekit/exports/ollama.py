@@ -47,7 +47,18 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
         written = gguf.write(exportable, path / MODEL, evidence, options)
         what, notes = written.what, written.notes[:-1]
     (path / "Modelfile").write_text("\n".join([*lines, *_settings(exportable), ""]), "utf-8")
+    notes += _template_notes(_turns(exportable))
     return Exported(path, what, (*notes, f"use it with: ollama create {evidence.name} -f {path}/Modelfile"))
+
+
+def _template_notes(turns: TurnTexts | None) -> tuple[str, ...]:
+    """Where Ollama's prompts differ from those of the chat template, which it does not tell."""
+    notes = []
+    if turns is not None and "system" not in turns.before:
+        notes.append("the chat template has no system message, so Ollama leaves out SYSTEM and system messages")
+    if turns is not None and turns.trims:
+        notes.append("the chat template removes spaces around a message, and Ollama does not: send messages without")
+    return tuple(notes)
 
 
 def certify(
