@@ -240,14 +240,14 @@ def test_what_is_no_pair_is_refused(
     a, b = write(tmp_path / "a", 1), write(tmp_path / "b", 2, fingerprint="g")
     cases: list[tuple[list[object], str]] = [
         ([a, bases("llama")], "an adapter and a model"),
-        ([a, b], "was trained on another base"),
+        ([a, b], "was trained on a different base"),
         ([a, a, "--extract-rank", "4"], "needs a rank and a folder"),
         ([a, a, "--extract-rank", "0", "--output", tmp_path / "new"], "needs a rank and a folder"),
         ([a, a, "--output", tmp_path / "new"], "needs a rank and a folder"),
         ([bases("llama"), bases("llama"), "--data", "x.jsonl"], "needs two adapters of one base"),
         ([bases("llama"), tmp_path / "none"], "there is no folder"),
         ([bases("llama"), bases("llama"), "--extract-rank", "4", "--output", tmp_path / "new"], "nothing to extract"),
-        ([bases("llama"), bases("gpt2"), "--extract-rank", "4", "--output", tmp_path / "new"], "other modules"),
+        ([bases("llama"), bases("gpt2"), "--extract-rank", "4", "--output", tmp_path / "new"], "different modules"),
         ([bases("llama"), bases("llama"), "--extract-rank", "4", "--output", bases("llama")], "is not empty"),
     ]
     for words, message in cases:

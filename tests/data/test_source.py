@@ -95,9 +95,11 @@ def test_columns_and_max_rows(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"q": "a", "prompt": "other"}\n' * 3, encoding="utf-8")
     assert [row.values for row in read(path, columns={"q": "prompt"}, max_rows=2)] == [{"prompt": "a"}] * 2
-    with pytest.raises(DataError, match=r"no column 'w'.*'q', 'prompt'"):
+    with pytest.raises(DataError, match=r"maps the column 'w', which does not exist.*'q', 'prompt'"):
         read(path, columns={"w": "prompt"})
-    with pytest.raises(DataError, match=r"no column 'completion'.*write columns: \{q: completion\}"):
+    with pytest.raises(
+        DataError, match=r"maps the column 'completion', which does not exist.*write columns: \{q: completion\}"
+    ):
         read(path, columns={"completion": "q"})
 
 

@@ -383,7 +383,10 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
         ({"data": {"train_on": "all"}}, "data.train_on: the objective compares the answers"),
         ({"data": {"excess_length": "split"}}, "data.excess_length: a later piece"),
         ({"data": {"packing": True}}, "data.packing: the two sequences of a pair are put end to end"),
-        ({"objective": {"label_smoothing": 0.1}}, "objective.label_smoothing: is read by robust, exo_pair, aot alone"),
+        (
+            {"objective": {"label_smoothing": 0.1}},
+            "objective.label_smoothing: has an effect only with robust, exo_pair, aot",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(base: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -168,7 +168,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     file.write_text('{"prompt": "p", "completion": ""}\n', encoding="utf-8")
     with pytest.raises(TunekitError, match=r"answers\.jsonl:1: empty answer"):
         score_file(loaded, file)
-    with pytest.raises(InputError, match="it was trained with sft and gives no scores"):
+    with pytest.raises(InputError, match="trained with sft, so it gives no scores"):
         score_file(replace(loaded, objective=objective_of()), file)
 
 

@@ -116,9 +116,9 @@ def test_rows_that_leave_a_part_empty_are_dropped_and_running_text_is_refused(mo
     tokenizer = tokenizer_of(model)
     with pytest.raises(Dropped, match=EMPTY_ANSWER):
         seq2seq_encoder(tokenizer).encode(CompletionExample("king", ""), "rows:1")
-    with pytest.raises(DataError, match="no source for the encoder"):
+    with pytest.raises(DataError, match="running text has no prompt for the encoder to read"):
         seq2seq_encoder(tokenizer).encode(TextExample("king"), "rows:1")
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(DataError, match="a conversation needs a chat template"):
         seq2seq_encoder(tokenizer).encode(chat(("user", "king"), ("assistant", "kˈɪŋ")), "rows:1")
     tokenizer.native.backend_tokenizer.post_processor = None
     with pytest.raises(Dropped, match=EMPTY_SOURCE):

@@ -111,7 +111,7 @@ def test_a_last_step_that_is_far_worse_than_those_before_is_told_with_what_to_do
     assert report["verdict"].startswith(f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is ")
     (reaction,) = report["reactions"]
     assert reaction["step"] == 30
-    assert "this was the last step, and its weights are exported; evaluation.best: eval.loss" in reaction["action"]
+    assert "this was the last step, and its weights are exported; with evaluation.best: eval.loss" in reaction["action"]
     assert "rows.jsonl:30" in reaction["action"]
     (warning,) = [line for line in ended.output.splitlines() if line.startswith(f"warning: {report['verdict']}")]
     assert "with evaluation.best: eval.loss, the best evaluated step" in warning
