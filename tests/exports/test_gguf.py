@@ -270,8 +270,11 @@ def test_a_base_in_float64_is_written_as_f32(tmp_path: Path, installed: None) ->
     assert {kind for _, kind in read(tmp_path / "model.gguf")[0].values()} == {"F32"}
 
 
-def test_a_tied_embedding_is_counted_once(tmp_path: Path, installed: None) -> None:
-    base = write_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("llama", {}), ("gemma3_text", {"head_dim": 64, "query_pre_attn_scalar": 64})]
+)
+def test_a_tied_embedding_is_counted_once(tmp_path: Path, installed: None, kind: str, sizes: dict[str, int]) -> None:
+    base = write_base(tmp_path / "base", kind, tie_word_embeddings=True, **sizes)
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["embed_tokens"])
     (problem,) = format.problems(exportable(adapter), Options())
     assert "model.embed_tokens (1 such)" in problem.what

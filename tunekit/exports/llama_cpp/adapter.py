@@ -23,16 +23,17 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     """Everything of the adapter that a GGUF adapter cannot hold, or that llama.cpp would not apply."""
     try:
         plain = normalise(exportable.target)
-        with imported() as converter:
-            placed, _ = _placed(converter, exportable, plain)
+        lost = [*plain.rest, *plain.tied_pairs, *(name for name in plain.pairs if name == plain.embedding)]
+        if not lost:  # the converter of some models reads the tokenizer for an embedding
+            with imported() as converter:
+                placed, _ = _placed(converter, exportable, plain)
+            written = {source for tensor in placed.values() for source in tensor.sources}
+            lost = [name for name in plain.pairs if f"{name}.weight" not in written]
     except AdapterError as error:  # no change of weights, which cannot be merged either
         return list(error.problems)
     except (NotLowRank, ModelError) as error:
         return [Problem(problem.what, MERGE, problem.file) for problem in error.problems]
-    written = {source for tensor in placed.values() for source in tensor.sources}
-    lost = [*plain.rest, *plain.tied_pairs, *(name for name in plain.pairs if name == plain.embedding)]
-    lost += [name for name in plain.pairs if f"{name}.weight" not in written]
-    lost = list(dict.fromkeys(lost))  # a tied embedding is in several of these
+    lost = list(dict.fromkeys(lost))  # a tied embedding is in two of these
     if not lost:
         return []
     return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such)", MERGE)]
