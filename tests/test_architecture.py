@@ -23,7 +23,8 @@ PACKAGE = REPOSITORY / "tunekit"
 LEVELS = {
     "": 0,  # tunekit/__init__.py: the version
     "errors": 0,
-    "records": 0,
+    "basics": 0,
+    "records": 1,
     "formats": 1,
     "metrics": 1,
     "recipe": 2,
@@ -72,7 +73,7 @@ DOORS = {
     "rensa": ("data/looking", "data_check"),
     "starlette": ("serve",),
     "uvicorn": ("serve",),
-    "regex": ("files/untrusted",),
+    "regex": ("files/patterns",),
     "transformers": ("model", "exports/programs/inside"),
     "tokenizers": ("model",),
     "huggingface_hub": ("model",),

@@ -289,7 +289,7 @@ def imported_by(*words: str) -> tuple[int, str, list[str]]:
         f"sys.argv = ['tunekit', *{list(words)!r}]\n"
         "def show(): print('\\nMODULES', *sys.modules)\n"
         "atexit.register(show)\n"
-        "from tunekit.cli import main\n"
+        "from tunekit.__main__ import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -314,6 +314,32 @@ def test_nothing_heavy_is_imported(words: list[str], recipe: Path) -> None:
     assert code == 0
     assert "tunekit.cli" in modules
     assert [name for name in modules if name.startswith(HEAVY)] == []
+
+
+@pytest.mark.parametrize(("words", "most"), [(["--help"], 25), (["validate", "RECIPE"], 125)])
+def test_few_modules_are_imported(words: list[str], most: int, recipe: Path) -> None:
+    """Half of the time of these commands is imports."""
+    code, _, modules = imported_by(*[str(recipe) if word == "RECIPE" else word for word in words])
+    assert code == 0
+    assert len([name for name in modules if name.startswith("tunekit")]) <= most
+    slow = {"psutil", "filelock", "regex", "tunekit.records"}  # each takes as long as twenty modules of ours
+    assert not slow & set(modules)
+    assert words != ["--help"] or "pydantic" not in modules
+
+
+def test_the_collector_rarely_scans_what_imports_leave(recipe: Path) -> None:
+    program = (
+        "import atexit, gc, sys\n"
+        f"sys.argv = ['tunekit', 'validate', {str(recipe)!r}]\n"
+        "def show(): print('', *(each['collections'] for each in gc.get_stats()), gc.get_freeze_count())\n"
+        "atexit.register(show)\n"
+        "from tunekit.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *collections, frozen = map(int, done.stdout.split()[-4:])
+    assert sum(collections) < 30  # 78 with Python's own settings
+    assert frozen > 10_000  # objects that the last collection skips
 
 
 def test_help_lists_the_verbs_and_every_verb_exists() -> None:
@@ -509,7 +535,7 @@ def test_shipped_recipes_are_listed_and_a_copy_overwrites_nothing(
 def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line puts collection off for the imports; the loop must not run that way."""
     import tunekit.train
-    from tunekit.cli import WHILE_STARTING
+    from tunekit.__main__ import WHILE_STARTING
 
     def stop(*_: object) -> None:
         raise Reached

@@ -1,6 +1,5 @@
 """The program: help, exit codes and error messages. The commands are in commands/."""
 
-import gc
 import os
 import sys
 import traceback
@@ -28,9 +27,6 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
 }
-# Importing torch and transformers makes hundreds of thousands of objects that are never freed. Scanning them again and
-# again took a fifth of the start (0.6 of 3.3 CPU seconds, measured). Training restores the collector's settings.
-WHILE_STARTING = (100_000, 20, 100)
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs")  # commands that import no torch
 
@@ -93,8 +89,7 @@ class Verb(TyperCommand):
         """Import the verb's module, and call the verb."""
         if self.name not in LIGHT and sys.stderr.isatty() and not is_quiet():
             print("loading ...", file=sys.stderr, flush=True)
-        ordinary, code = gc.get_threshold(), 0
-        gc.set_threshold(*WHILE_STARTING)
+        code = 0
         try:
             code = super().invoke(ctx) or 0
             sys.stdout.flush()
@@ -107,8 +102,6 @@ class Verb(TyperCommand):
             if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)
             code = _say(error)
-        finally:
-            gc.set_threshold(*ordinary)
         raise typer.Exit(code)
 
 
@@ -137,7 +130,7 @@ for command in _commands(app):
 
 
 def main() -> None:
-    """The `tunekit` script."""
+    """Run the command line."""
     if sys.stdout is None or sys.stderr is None:  # closed by the caller (`>&-`)
         silent = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
         sys.stdout, sys.stderr = sys.stdout or silent, sys.stderr or silent

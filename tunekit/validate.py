@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tunekit.artifacts.run import refuse_old_run
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import is_folder, is_saved, with_table
@@ -75,11 +74,6 @@ def _may_be_replaced(name: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(earlier, dict) and "valid" in earlier
-
-
-def check_new_run(loaded: LoadedRecipe) -> None:
-    """Check the output folder of a new run. Raises: RunFolderError if it already contains a run."""
-    refuse_old_run(Path(loaded.recipe.output.dir))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -28,7 +28,7 @@ from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.targets import find_targets, unreached_experts
 from tunekit.errors import AdapterError, InputError, RecipeError
-from tunekit.files.untrusted import compile_pattern
+from tunekit.files.patterns import compile_pattern
 from tunekit.model.quantized.weights import pack_linear
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.records import Target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,12 +72,12 @@ def train(
     device: Device = None,
 ) -> None:
     """Train, and write the run folder."""
+    from tunekit.artifacts.run import refuse_old_run
     from tunekit.recipe.load import load_recipe
-    from tunekit.validate import check_new_run
 
     loaded = load_recipe(recipe, overrides or []) if resume else _checked(recipe, overrides)
     if not (resume or dry_run or overwrite):
-        check_new_run(loaded)
+        refuse_old_run(Path(loaded.recipe.output.dir))
     from tunekit.train import train_verb
 
     train_verb(loaded, resume, dry_run, overwrite, json_file, accepted or [])

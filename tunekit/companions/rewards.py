@@ -20,7 +20,7 @@ from tunekit.companions.reward_model import find_reward_model, load_scorer, rewa
 from tunekit.console import visible
 from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows, RunView
 from tunekit.errors import Problem, RewardError
-from tunekit.files.untrusted import Match, compile_expression
+from tunekit.files.patterns import Match, compile_expression
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.objectives.losses.advantages import Rewards, weighted_sum
 from tunekit.objectives.rows.prompts import Completion, read_context

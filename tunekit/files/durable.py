@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from tunekit.basics import bytes_text
 from tunekit.errors import ResourceError, RunFolderError, TunekitError
-from tunekit.records import bytes_text
 
 T = TypeVar("T")
 WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early

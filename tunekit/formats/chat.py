@@ -6,10 +6,10 @@ multiplies the loss of its tokens. 0, or `train: false`, keeps the message as co
 
 from collections.abc import Mapping, Sequence
 
+from tunekit.basics import JsonObject
 from tunekit.errors import DataError
 from tunekit.formats.example import ROLES, ChatExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
-from tunekit.records import JsonObject
 
 DESCRIPTION = "messages: a list of {role, content}, as in OpenAI's API; tools: optional tool definitions"
 FIELDS = ("messages", "tools", "sample_weight")

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field
 
-from tunekit.records import JsonObject
+from tunekit.basics import JsonObject
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 

@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tunekit.basics import JsonObject
 from tunekit.errors import DataError
 from tunekit.formats import sharegpt
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, read_optional_text
-from tunekit.records import JsonObject
 
 DESCRIPTION = (
     "chosen, rejected: text or messages; prompt: the same, or their common beginning; system, tools, margin: optional"

@@ -7,12 +7,12 @@ conversation. Reward functions get all other columns without changes.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tunekit.basics import JsonObject
 from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import Fields, listed
 from tunekit.formats.preference import PromptedExample, conversation, read_prompt, read_side
-from tunekit.records import JsonObject
 
 ALIASES = {"messages": "conversations"}
 ANSWERS = ("answer", "completion", "output")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunekit.records import JsonObject
+from tunekit.basics import JsonObject
 
 COLUMNS = ("label", "precision", "recall", "f1", "threshold", "mse", "pearson", "spearman", "rows")
 MOST_SHOWN = 12

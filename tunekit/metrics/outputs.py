@@ -8,7 +8,7 @@ from itertools import groupby
 from math import fsum, isfinite, nan, sqrt
 from typing import Any
 
-from tunekit.records import JsonObject
+from tunekit.basics import JsonObject
 
 ROW_VALUES = "row values"  # entry of the sums: (rows, 2 C), the scores of each row, then its numbers
 

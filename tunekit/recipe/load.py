@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from tunekit.basics import JsonObject
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.bases.label_settings import PROBLEM_TYPES
 from tunekit.recipe.bases.section import Section
@@ -38,7 +39,6 @@ from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
-from tunekit.records import JsonObject
 
 __all__ = [
     "LoadedRecipe",

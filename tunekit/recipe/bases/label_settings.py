@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
+from tunekit.basics import Shows
 from tunekit.formats.labels import (
     MULTI_LABEL,
     PAIR_LABELS,
@@ -16,7 +17,6 @@ from tunekit.formats.labels import (
 )
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, Several, Text
-from tunekit.records import Shows
 
 
 def _label(value: object) -> object:

@@ -4,8 +4,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.section import ObjectiveSettings, PublishedRate
-from tunekit.records import Shows
 
 REWARDS = (
     "rewards_chosen",

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from tunekit.basics import Headline, Panel, Shows, Stall
 from tunekit.recipe.bases.paths import CodePath, FolderPath
 from tunekit.recipe.bases.section import (
     Count,
@@ -23,7 +24,6 @@ from tunekit.recipe.bases.section import (
     Text,
     Whole,
 )
-from tunekit.records import Headline, Panel, Shows, Stall
 
 KINDS = ("function", "regex", "exact_match", "model")
 REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # sums of an evaluation

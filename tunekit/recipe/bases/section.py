@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 from pydantic.fields import FieldInfo
 
+from tunekit.basics import DEFAULT_SHOWS, Shows
 from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.paths import AdapterPath
 from tunekit.recipe.bases.paths import Text as Text
-from tunekit.records import DEFAULT_SHOWS, Shows
 
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 

@@ -1,8 +1,8 @@
 """`objective: audio_classify`: audio classification. A head, trained with the adapter, predicts a label."""
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
-from tunekit.records import Shows
 
 
 class AudioClassifySettings(SpecAugmentSettings, HeadSettings, LabelSettings):

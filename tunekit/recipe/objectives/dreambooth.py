@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.paths import NewPath
 from tunekit.recipe.bases.section import (
     AutoOrBool,
@@ -19,7 +20,6 @@ from tunekit.recipe.bases.section import (
     Several,
     Text,
 )
-from tunekit.records import Shows
 
 LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
 

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
-from tunekit.records import Shows
 
 
 def _scale(value: tuple[float, ...]) -> tuple[float, ...]:

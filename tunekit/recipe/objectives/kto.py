@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.section import ObjectiveSettings, Positive, PublishedRate
-from tunekit.records import Shows
 
 LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
 

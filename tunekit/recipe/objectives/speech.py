@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.section import Text
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
-from tunekit.records import Shows
 
 
 class SpeechSettings(SpecAugmentSettings):

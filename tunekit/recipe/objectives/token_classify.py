@@ -1,7 +1,7 @@
 """`objective: token_classify`: token classification. A head, trained with the adapter, predicts a tag for each word."""
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.records import Shows
 
 
 class TokenClassifySettings(LabelSettings):

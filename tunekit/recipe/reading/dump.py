@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunekit.basics import JsonObject
 from tunekit.errors import MAX_LINES, Problem, first_lines, redact
 from tunekit.recipe.reading.draft import Draft, KeyPath, dotted
 from tunekit.recipe.reading.paths import named_paths, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import JsonObject
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 MAX_COMMENT = 300  # characters of a line

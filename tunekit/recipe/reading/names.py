@@ -9,14 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from tunekit.basics import Shows
 from tunekit.recipe.bases.section import AdapterSettings, MethodSettings, ObjectiveSettings
 from tunekit.recipe.evaluation import CHOICE_SUMS
-from tunekit.records import Shows
 
 Kind = Literal["adapters", "objectives", "starts", "families", "formats", "metrics"]
 SettingsKind = Literal["adapters", "objectives", "starts"]
 
-_STATES_FAMILY = re.compile(r"^FAMILY\b[^=\n]*=", re.MULTILINE)
+_MIXED = {"families": "model/families", "formats": "formats", "metrics": "metrics"}  # folders with other files too
+_STATES_NAME = re.compile(r"^(FAMILY|DESCRIPTION)\b[^=\n]*=", re.MULTILINE)
 
 
 @cache
@@ -24,15 +25,12 @@ def known_names(kind: Kind) -> tuple[str, ...]:
     """Every name of a kind, sorted.
 
     Adapters, objectives and starts are the files of recipe/KIND/. Formats and metrics are files that define
-    DESCRIPTION. Families are files that define FAMILY; they are searched as text because they import torch.
+    DESCRIPTION, families are files that define FAMILY. Those are searched as text: importing them takes longer than
+    the rest of `validate`, and families import torch.
     """
-    if kind == "families":
-        files = sorted((Path(__file__).parents[2] / "model" / kind).glob("*.py"))
-        return tuple(file.stem for file in files if _STATES_FAMILY.search(file.read_text("utf-8")))
-    listed = kind in ("formats", "metrics")
-    folder = Path(__file__).parents[2 if listed else 1] / kind
-    names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
-    return tuple(name for name in names if not listed or hasattr(facts_of(kind, name), "DESCRIPTION"))
+    folder = Path(__file__).parents[2] / _MIXED.get(kind, f"recipe/{kind}")
+    files = sorted(file for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    return tuple(file.stem for file in files if kind not in _MIXED or _STATES_NAME.search(file.read_text("utf-8")))
 
 
 def facts_of(kind: Kind, name: str) -> ModuleType:

@@ -5,11 +5,11 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from tunekit.basics import JsonObject
 from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.names import SettingsKind, known_names, settings_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
-from tunekit.records import JsonObject
 
 
 def kind_of(section: str) -> SettingsKind:
