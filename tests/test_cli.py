@@ -25,6 +25,7 @@ from tunekit.cli import ENVIRONMENT, main
 from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
+from tunekit.machine.threads import WAITING, thread_settings
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import check_draft, load_recipe, read_draft
 from tunekit.recipe.reading.shipped import shipped_recipes
@@ -36,8 +37,8 @@ HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "ri
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Call main() in this process; the exit code."""
     monkeypatch.setattr(sys, "argv", ["tunekit", *words])
-    for name in ENVIRONMENT:
-        monkeypatch.setenv(name, os.environ.get(name, ENVIRONMENT[name]))
+    for name, value in (ENVIRONMENT | thread_settings(os.environ)).items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
     with pytest.raises(SystemExit) as caught:
         main()
     return int(caught.value.code or 0)
@@ -67,6 +68,24 @@ def test_the_gpus_allocator_is_told_what_nobody_else_told_it(written: dict[str, 
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=clean | written
     )
     assert done.stderr.split()[-1] == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has another OpenMP library")
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({}, "OMP_WAIT_POLICY = 'PASSIVE'"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+        ({"GOMP_SPINCOUNT": "123"}, "GOMP_SPINCOUNT = '123'"),
+    ],
+)
+def test_threads_wait_without_spinning_unless_the_user_chose(written: dict[str, str], expected: str) -> None:
+    """As the OpenMP library itself prints it while torch loads it."""
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    command = [sys.executable, "-m", "tunekit", "doctor"]
+    environment = clean | written | {"OMP_DISPLAY_ENV": "VERBOSE", "TUNEKIT_DEVICE": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert expected in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,12 @@ class Verb(TyperCommand):
 
     def invoke(self, ctx: Any) -> NoReturn:
         """Import the verb's module, and call the verb."""
-        if self.name not in LIGHT and sys.stderr.isatty() and not is_quiet():
-            print("loading ...", file=sys.stderr, flush=True)
+        if self.name not in LIGHT:
+            from tunekit.machine.threads import thread_settings
+
+            os.environ.update(thread_settings(os.environ))  # read when torch loads its OpenMP library
+            if sys.stderr.isatty() and not is_quiet():
+                print("loading ...", file=sys.stderr, flush=True)
         code = 0
         try:
             code = super().invoke(ctx) or 0

@@ -109,7 +109,7 @@ class Choice:
 
     `streaming`: the storage of the base's weights: off (the device), host or disk. `pass_micro_batches`: how many
     micro-batches use a streamed layer before the next layer is copied. `streamed_head`: whether the output projection
-    is streamed too.
+    is streamed too. `threads`: threads that compute at the start, None in the plan of an older version.
     """
 
     micro_batch_size: int | None = None
@@ -123,6 +123,7 @@ class Choice:
     mlp_tile_tokens: int | None = None
     kernels: str = "none"
     compiled: bool = False
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ class StepRecord:
     peak_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)  # the objective's other numbers, as means over the step
     samples: list[Mapping[str, object]] | None = None  # completions of the model; only some steps have them
+    threads: int | None = None  # threads that computed the step; only where training.threads is adaptive
 
 
 @dataclass(frozen=True)

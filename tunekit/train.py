@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder
@@ -97,7 +99,7 @@ def _train(session: Session, resume: bool) -> None:
     trackers = run_files.make_trackers(session, run.state.step)
     progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
     with trackers, progress:
-        run.record = run_files.make_recorder(session, progress, trackers)
+        run.record, run.starting = run_files.make_recorder(session, progress, trackers), progress.start
         run_loop(run)
     reactions = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(reactions) if reaction not in reactions[:place]]
@@ -144,6 +146,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, RunIn
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, previous=previous))
     session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
     raise_refusals(plan)
+    torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
     facts, rows = plan.model, plan.rows.training
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
     console.info(

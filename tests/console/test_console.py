@@ -10,12 +10,16 @@ import pty
 import subprocess
 import sys
 import termios
+import threading
+import time
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
 from tunekit.console import Console, visible
-from tunekit.console.progress import CountProgress, StepProgress
+from tunekit.console.loudness import LOUDNESS
+from tunekit.console.progress import CountProgress, StepProgress, beat_waits
 from tunekit.console.text import Flow, cell_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord
 
@@ -191,6 +195,47 @@ def test_plain_lines_first_last_and_now_and_then() -> None:
     assert lines[-1] == "step 1000/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB"
     assert 40 < len(lines) <= 101
     assert "\r" not in output.getvalue()
+
+
+def heartbeats() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_first_step_has_a_heartbeat_that_its_record_ends(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunekit.console.progress.beat_waits", lambda _: iter([0.0, 0.0, 3600.0]))
+    console, output, _ = both(live)
+    with StepProgress(console, 9) as progress:
+        progress.start(4)
+        while output.getvalue().count("computing") < 2:  # from another thread
+            time.sleep(0.001)
+        progress.update(replace(record(4), seconds=7200.0))
+        assert not heartbeats(), "the heartbeat has ended, although its next beat is an hour away"
+        progress.update(record(5))
+    beats, steps = output.getvalue().split("step 4/9  loss")[0], output.getvalue()
+    assert beats.count("step 4/9  computing, 0s so far") == 2
+    assert steps.count("computing") == 2
+    assert ("\r" in beats) == live
+
+
+def test_a_heartbeat_ends_with_a_run_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = StepProgress(both()[0], 9)
+    progress.start(1)
+    assert heartbeats()
+    progress.__exit__(KeyError, KeyError(), None)
+    assert not heartbeats()
+    quiet, output, _ = both(True)
+    monkeypatch.setenv(LOUDNESS, "quiet")
+    for silent in (quiet, Console(enabled=False)):
+        with StepProgress(silent, 9) as progress:
+            progress.start(1)
+            assert not heartbeats(), "nothing to show, so no thread"
+    assert output.getvalue() == ""
+
+
+def test_a_log_gets_few_beats() -> None:
+    assert list(islice(beat_waits(False), 5)) == [10.0, 10.0, 20.0, 40.0, 80.0]
+    assert list(islice(beat_waits(True), 3)) == [0.0, 1.0, 1.0]
 
 
 def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from tests.architectures.tiny import write_tiny
 from tests.support.recipe_mutator import make_valid_case
 from tests.support.train_case import write_recipe
+from tunekit.artifacts.report.plan_page import facts
 from tunekit.errors import ModelError, RecipeError, TunekitError
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
@@ -257,6 +259,7 @@ def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest
     text = capsys.readouterr().out
     for words in ("q_proj", "trained", "peak", "free", "3 an epoch", "dropout is on"):
         assert words in text
+    assert f" threads {torch.get_num_threads()} " in " ".join(text.split())
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["steps"] == 3
     fixed = {"targets", "trainable_parameters", "total_parameters", "supervised_tokens", "refusals"}
@@ -266,6 +269,18 @@ def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest
     assert written["text"] == {"vocabulary_size": 264, "positions": plan.text.positions if plan.text else None}
     assert set(written["peak_bytes"]) == {"weights", "adapter", "optimizer", "activations", "logits", "total"}
     assert not (recipe.parent / "run").exists(), "plan makes no folder"
+
+
+def test_threads_of_the_recipe(recipe: Path) -> None:
+    plan, _ = plan_of(recipe, "training.threads=3")
+    assert (plan.choice.threads, facts(plan)["threads"]) == (3, "3")
+    plan, _ = plan_of(recipe, "training.threads=1000")
+    assert [note for note in plan.notes if note.startswith("training.threads: 1,000 is more than the")]
+    plan, _ = plan_of(recipe, "training.threads=adaptive")
+    assert plan.choice.threads == torch.get_num_threads()
+    adaptive = replace(plan, choice=replace(plan.choice, threads=4))
+    assert facts(adaptive)["threads"] == "4 at first, fewer while other programs use the cores"
+    assert facts(replace(adaptive, device="cuda:0"))["threads"] is None
 
 
 def test_the_verb_refuses_a_folder_that_holds_a_run(recipe: Path, tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
     else:
         value = asdict(record)
         value |= value.pop("metrics")
-        if record.samples is None:
-            del value["samples"]
+        for name in ("samples", "threads"):
+            if value[name] is None:
+                del value[name]
         if not math.isfinite(record.grad_norm):
             value["grad_norm"] = None  # float16 overflowed, and the step was skipped
     return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TextIO
 
@@ -40,6 +41,7 @@ class Console:
         self._output = output
         self._errors = errors
         self._drawn = False  # whether the terminal's last line is a live line
+        self._writing = threading.RLock()  # the heartbeat of the first step writes from its own thread
         self._closed: set[int] = set()  # ids of closed streams
 
     # Streams are looked up at each use, so that tests and callers may replace them.
@@ -167,9 +169,10 @@ class Console:
         if not self.is_terminal:
             self.info(text)
         elif not is_quiet():
-            self._drawn = False  # the new line covers the old one; no need to clear it first
-            self.write(f"\r{text[: self.columns - 1]}\x1b[K" + ("\n" if stays else ""))
-            self._drawn = not stays
+            with self._writing:
+                self._drawn = False  # the new line covers the old one; no need to clear it first
+                self.write(f"\r{text[: self.columns - 1]}\x1b[K" + ("\n" if stays else ""))
+                self._drawn = not stays
 
     def _print_rich(self, thing: object) -> None:
         """Render with rich into text, and write that like all other text."""
@@ -195,11 +198,12 @@ class Console:
         if not self.enabled or not text or id(stream) in self._closed:
             return
         try:
-            if self._drawn:
-                self._drawn = False
-                self.write("\r\x1b[K")
-            stream.write(encodable(stream, text))
-            stream.flush()
+            with self._writing:
+                if self._drawn:
+                    self._drawn = False
+                    self.write("\r\x1b[K")
+                stream.write(encodable(stream, text))
+                stream.flush()
         except (OSError, ValueError):
             self._closed.add(id(stream))
             redirect_to_nothing(stream)

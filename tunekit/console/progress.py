@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 
 from tunekit.console import Console
+from tunekit.console.loudness import is_quiet
 from tunekit.console.streams import can_encode
 from tunekit.console.text import BARS, curve_text, time_text
 from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord, bytes_text
 
 LIVE_SECONDS = 0.1  # minimum between two updates of the live line
 PLAIN_SECONDS = 10.0  # minimum between two plain lines
+BEAT_SECONDS = 1.0  # between two updates of the live line during the first step
 PLAIN_SHARE = 0.02  # minimum wait as a share of the elapsed time, so that a long run's log stays readable
 RATE_STEPS = 30  # steps whose mean duration gives the time left
 CURVE_STEPS, CURVE_COLUMNS = 500, 12
 BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
+
+
+class Heartbeat:
+    """Shows for how long a step has been computed, from its own thread, because the step itself reports nothing."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what = console, what
+        self._began, self._ended = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        for wait in beat_waits(self._console.is_terminal):
+            if self._ended.wait(wait):
+                return
+            self._console.draw(f"{self._what}, {time_text(time.monotonic() - self._began)} so far")
+
+    def stop(self) -> None:
+        """Show nothing more; returns when the thread has ended."""
+        self._ended.set()
+        self._thread.join()
+
+
+def beat_waits(live: bool) -> Iterator[float]:
+    """The seconds before each beat: a live line at once and then regularly, plain lines at intervals that double."""
+    yield 0.0 if live else PLAIN_SECONDS
+    for turn in count():
+        yield BEAT_SECONDS if live else PLAIN_SECONDS * 2**turn
 
 
 class StepProgress:
@@ -43,17 +75,30 @@ class StepProgress:
         self._reported: StepRecord | None = None
         self._pace: deque[float] = deque(maxlen=RATE_STEPS)  # seconds of the last steps
         self._stopped = False
+        self._heartbeat: Heartbeat | None = None
         self._is_live = console.is_terminal
 
     def __enter__(self) -> StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_heartbeat()
         if self._last is not None and (self._is_live or self._last is not self._reported):
             self._console.draw(self.line(self._last), stays=True)
 
+    def start(self, step: int) -> None:
+        """Show that the first step of this process is being computed; it can take minutes. `update` ends this."""
+        if self._console.enabled and not is_quiet():
+            self._heartbeat = Heartbeat(self._console, f"step {step}/{self._total}  computing")
+
+    def _end_heartbeat(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+
     def update(self, record: StepRecord) -> None:
         """Report a finished optimizer step."""
+        self._end_heartbeat()
         now = self._clock()
         self._last = record
         self._curve.append(self._headline_value(record)[1])

@@ -280,6 +280,8 @@ def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
         mlp_tile_tokens=memory.mlp_tile_tokens,
         kernels=training.kernels,
         compiled=planned_compile(training.compile, device, steps)[0],
+        # of a resumed run the count is that of its checkpoint, which is in effect already
+        threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
     )
 
 

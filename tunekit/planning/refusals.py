@@ -12,6 +12,7 @@ from tunekit.contracts import RowKind
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
+from tunekit.machine.threads import processors
 from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -168,6 +169,13 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
             yield f"{lacks}: plain torch unpacks the weights, with the same bits, but more slowly"
     if training.deterministic and device.type == "cpu":
         yield "training.deterministic has no effect: a CPU's kernels always add in a fixed order"
+    if training.threads is not None and device.type != "cpu":
+        yield "training.threads hardly matters: the run computes on the accelerator"
+    elif isinstance(training.threads, int) and training.threads > processors():
+        yield (
+            f"training.threads: {training.threads:,} is more than the {processors():,} processors that this process "
+            "may use, so threads wait for each other"
+        )
     if training.deterministic and device.type == "mps":
         yield (
             "training.deterministic: torch has no deterministic kernels for Metal; a resumed run is equal up to "

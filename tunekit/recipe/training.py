@@ -40,7 +40,25 @@ def _scheduler(value: object) -> str:
     return value.removesuffix("_with_warmup")
 
 
+MOST_THREADS = 1024  # no machine of this kind has more cores
+
+
+def _threads(value: object) -> object:
+    """A number of threads, or adaptive."""
+    if value == "adaptive":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(1, MOST_THREADS + 1):
+        raise ValueError(f"must be adaptive, or a number of threads from 1 to {MOST_THREADS:,}")
+    return int(value)
+
+
 SchedulerName = Annotated[str, BeforeValidator(_scheduler), WithJsonSchema({"enum": list(SCHEDULERS)})]
+
+Threads = Annotated[
+    int | Literal["adaptive"],
+    BeforeValidator(_threads),
+    WithJsonSchema({"anyOf": [{"enum": ["adaptive"]}, {"type": "integer", "minimum": 1, "maximum": MOST_THREADS}]}),
+]
 
 
 class TrainingSection(Section):
@@ -90,6 +108,11 @@ class TrainingSection(Section):
     )
     deterministic: bool = Field(
         False, description="on a GPU: kernels that add up in a fixed order, so that a resumed run repeats every bit"
+    )
+    threads: Threads | None = Field(
+        None,
+        description="threads of a run on a CPU; null: one per core that the process may use, or OMP_NUM_THREADS; "
+        "adaptive: fewer from the next step on if other programs use the cores",
     )
     seed: Seed = Field(0, description="of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")

@@ -6,6 +6,7 @@ a non-finite update.
 
 import math
 import time
+from dataclasses import replace
 from signal import Signals
 
 import torch
@@ -16,6 +17,7 @@ from tunekit.errors import InputError, Problem, Stopped
 from tunekit.evaluation.scores import EvaluationStopped
 from tunekit.records import EvaluationRecord
 from tunekit.training.divergence import watch_step
+from tunekit.training.pace import measured, watch_pace
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import PendingReadings, Reading, check_finite, means, start_reading
 from tunekit.training.state import Run, add_seconds, timed
@@ -45,12 +47,14 @@ def _make_steps(run: Run, pending: PendingReadings) -> None:
         _stop_if_asked(run, pending)
         if state.stopped_early:
             return
+        run.starting(state.step + 1)
         for window in run.windows.windows(state.step):
             reading = _make_step(run, window)
             _settle(run, pending)  # the previous step, whose numbers arrived while this one was queued
             pending.readings.append(reading)
             if not run.reads_later or _pauses(run):
                 _settle(run, pending)
+            watch_pace(run, state.step)
             saved_best = _evaluate_if_due(run)
             last = state.step == run.windows.steps or state.stopped_early
             if saved_best or last or state.step % run.training.save_steps == 0:
@@ -67,7 +71,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
-    with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
+    with measured(run), reaching_all(run.adapter, run.devices, state.step == state.saved_step):
         total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
     missing = run.devices.missing(int(counts[2]), len(window.batches))
     if missing and run.spare is not None:
@@ -95,7 +99,8 @@ def _settle(run: Run, pending: PendingReadings) -> None:
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
         watch_step(run, reading, loss)
         add_seconds(state.seconds, reading.spent(seconds))
-        run.record(reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step)))
+        record = reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step))
+        run.record(replace(record, threads=torch.get_num_threads()) if run.adapts_threads else record)
     pending.readings.clear()
 
 

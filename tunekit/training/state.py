@@ -10,6 +10,7 @@ from tunekit.contracts import Batch, Engine, Objective, Processor, WindowSource
 from tunekit.data.batching.windows import BatchSettings
 from tunekit.data.rows import RowSet
 from tunekit.evaluation.evaluator import Evaluation, is_better
+from tunekit.machine.cpu_times import CpuTimes
 from tunekit.machine.devices import Devices
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
@@ -90,6 +91,7 @@ class Run:
     state: LoopState
     save: Callable[[], None]
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
+    starting: Callable[[int], None] = lambda step: None  # called before the first step of this process
     evaluate: Callable[[], Evaluation] | None = None
     keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # writes losses of rows
     keep_pictures: Callable[[int, Evaluation], None] = lambda step, evaluation: None
@@ -97,6 +99,7 @@ class Run:
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
+    pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
     spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
 
     @property
@@ -113,6 +116,16 @@ class Run:
     def reads_later(self) -> bool:
         """Whether a step's numbers are read one step later, because the device itself skips a non-finite update."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether threads of this process compute the steps."""
+        return self.model.device.type == "cpu"
+
+    @property
+    def adapts_threads(self) -> bool:
+        """Whether the number of threads may fall during the run."""
+        return self.computes_on_cpu and self.training.threads == "adaptive"
 
     def shows_samples(self, step: int) -> bool:
         """Whether the report shows samples of this step: the first step, the last step, and steps with an

@@ -37,6 +37,7 @@ def facts(plan: Plan) -> dict[str, object]:
         "micro-batches": _micro_batches(plan),
         "longest first": f"{'yes' if plan.tries_longest_batch else 'no'}: {plan.trial_reason}",
         "recomputed": f"{choice.checkpointed_layers} of {model.layers} layers",
+        "threads": _threads(plan),
         "logits": None if plan.text is None else f"{choice.logits_chunk_tokens:,} positions at a time",
     }
 
@@ -50,6 +51,15 @@ def _micro_batches(plan: Plan) -> str:
     steps = plan.choice.gradient_accumulation_steps
     rows = f": {count * steps:,} {'packs' if plan.rows.packing else 'rows'} a step" if count else ""
     return f"{steps:,} a step, of {size} each{rows}"
+
+
+def _threads(plan: Plan) -> str | None:
+    """How many threads compute on a CPU."""
+    count = plan.choice.threads
+    if count is None or plan.device != "cpu":
+        return None
+    adapts = plan.recipe.get("training", {}).get("threads") == "adaptive" and count > 1
+    return f"{count:,}" + (" at first, fewer while other programs use the cores" if adapts else "")
 
 
 def target_rows(plan: Plan) -> list[list[object]]:

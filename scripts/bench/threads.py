@@ -1,0 +1,204 @@
+"""Speed and CPU time of the quickstart's training steps by number of threads, wait policy and busy neighbours.
+
+    scripts/bench/run threads --model FOLDER [--before CHECKOUT] [--sides NAME,...] [--neighbours 0,1] [--rounds 3]
+
+All sides are started first and then stopped (SIGSTOP). In each round every side continues for some steps, alone or next
+to programs that use a processor all the time. So sides are compared within seconds of each other. Rounds are added to
+scripts/results/threads.json, so the measurement can be made in pieces; the page is threads.md. A turn during which
+other programs used more than a tenth of a processor is recorded but not counted. --nice -20 (root only) takes the
+processors from the programs of other sessions. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "results" / "threads.json"
+PAGE = RESULTS.with_suffix(".md")
+PERIOD_SECONDS, LONGEST_TURN, LONGEST_START = 0.002, 40.0, 240.0
+QUIET = 0.1  # processors that other programs may use during a counted turn
+SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_")  # of the caller's environment, which no side gets
+RUN = (
+    "~training.epochs",
+    "training.max_steps=100000",
+    "training.scheduler=constant",
+    "training.save_steps=100000",
+    "data.eval=null",
+)
+BUSY = "while True: pass"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to run the quickstart: `before` runs the checkout of --before."""
+
+    name: str
+    threads: int
+    environment: dict[str, str] = field(default_factory=dict)
+    before: bool = False
+
+
+SIDES = [
+    Side("before, 1 thread", 1, {"OMP_NUM_THREADS": "1"}, before=True),
+    Side("before, 2 threads", 2, before=True),
+    Side("1 thread", 1, {"OMP_NUM_THREADS": "1"}),
+    Side("2 threads", 2),
+    Side("2 threads, PASSIVE", 2, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    *(Side(f"2 threads, spin {count}", 2, {"GOMP_SPINCOUNT": str(count)}) for count in (1_000, 10_000, 100_000)),
+]
+
+
+class Running:
+    """A training run of one side, which is stopped between its turns."""
+
+    def __init__(self, side: Side, folder: Path, model: str, output: Path) -> None:
+        self.side, self.log = side, output / "metrics.jsonl"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+        environment |= {"PYTHONPATH": str(folder), "TUNEKIT_DEVICE": "cpu", **side.environment}
+        recipe = [str(folder / "recipes" / "quickstart.yaml"), f"model.name_or_path={model}", f"output.dir={output}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tunekit", "train", *recipe, *RUN],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+        )
+        self.watched = psutil.Process(self.process.pid)
+
+    def tokens(self) -> list[int]:
+        """The tokens of every finished step."""
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        return [json.loads(line)["tokens"] for line in lines]
+
+    def wait(self, steps: int, seconds: float) -> int:
+        """Wait until at least `steps` steps are finished, or for `seconds`; returns the number of finished steps.
+        Raises: RuntimeError if the run has ended."""
+        ends = time.monotonic() + seconds
+        while (count := self.log.read_bytes().count(b"\n") if self.log.exists() else 0) < steps:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.side.name}: the run ended with {self.process.returncode}")
+            if time.monotonic() > ends:
+                break
+            time.sleep(PERIOD_SECONDS)
+        return count
+
+    def cpu_seconds(self) -> float:
+        """The CPU time of the run so far."""
+        times = self.watched.cpu_times()
+        return float(times.user + times.system)
+
+    def turn(self, steps: int, neighbours: list[subprocess.Popen[bytes]]) -> dict[str, object]:
+        """Let the run make `steps` steps; returns its tokens, seconds and CPU seconds between two ends of steps."""
+        for process in [self.process, *neighbours]:
+            process.send_signal(signal.SIGCONT)
+        first = self.wait(len(self.tokens()) + 2, LONGEST_TURN)
+        before = self._clocks(neighbours)
+        last = self.wait(first + steps, LONGEST_TURN)
+        after = self._clocks(neighbours)
+        for process in [self.process, *neighbours]:
+            process.send_signal(signal.SIGSTOP)
+        seconds, cpu, others, main_cpu, main_waited, waited = (
+            end - start for start, end in zip(before, after, strict=True)
+        )
+        return {
+            "side": self.side.name,
+            "neighbours": len(neighbours),
+            "steps": last - first,
+            "tokens": sum(self.tokens()[first:last]),
+            "seconds": round(seconds, 3),
+            "cpu_seconds": round(cpu, 3),
+            "others": round(others / max(seconds, 1e-9), 3),
+            "main_cpu_seconds": round(main_cpu, 3),
+            "main_waited_seconds": round(main_waited, 3),
+            "waited_seconds": round(waited, 3),
+        }
+
+    def _clocks(self, neighbours: list[subprocess.Popen[bytes]]) -> tuple[float, ...]:
+        """Seconds: the clock, the run's CPU time, the CPU time of all other programs but the neighbours, CPU time and
+        wait for a processor of the run's main thread, and the wait of all its threads."""
+        cpu, machine = self.cpu_seconds(), psutil.cpu_times()
+        beside = [psutil.Process(each.pid).cpu_times() for each in neighbours]
+        busy = machine.user + machine.nice + machine.system + machine.softirq + machine.irq
+        others = busy - cpu - sum(times.user + times.system for times in beside)
+        tasks = {int(task.name): _schedule(task) for task in Path(f"/proc/{self.process.pid}/task").iterdir()}
+        return time.monotonic(), cpu, others, *tasks[self.process.pid], sum(waited for _, waited in tasks.values())
+
+
+def _schedule(task: Path) -> tuple[float, float]:
+    """Seconds that a thread ran, and seconds that it waited for a processor."""
+    ran, waited, _ = (task / "schedstat").read_text(encoding="ascii").split()
+    return int(ran) / 1e9, int(waited) / 1e9
+
+
+def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, object]) -> None:
+    """Add rounds to the values, and write them after every turn."""
+    rounds = values.setdefault("turns", [])
+    assert isinstance(rounds, list)
+    with tempfile.TemporaryDirectory() as scratch:
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            running = []
+            for number, side in enumerate(sides):
+                folder = given.before.resolve() if side.before else ROOT
+                running.append(Running(side, folder, str(given.model.resolve()), Path(scratch) / str(number)))
+                processes.append(running[-1].process)
+            for each in running:
+                each.wait(2, LONGEST_START)
+                each.process.send_signal(signal.SIGSTOP)
+            neighbours = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(max(given.neighbours))]
+            processes += neighbours
+            for process in neighbours:
+                process.send_signal(signal.SIGSTOP)
+            for turn in range(given.rounds):
+                for count in given.neighbours:
+                    for side in running[turn % len(running) :] + running[: turn % len(running)]:
+                        rounds.append(side.turn(given.steps, neighbours[:count]))
+                        print(json.dumps(rounds[-1]), flush=True)
+                        write(values)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def write(values: dict[str, object]) -> None:
+    """Write the values and the page."""
+    RESULTS.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure, then write the page from all rounds so far."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--before", type=Path, help="a checkout of the commit that is compared with")
+    parser.add_argument("--sides", type=lambda text: text.split(";"), help="names, separated by ;")
+    parser.add_argument("--neighbours", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
+    parser.add_argument("--nice", type=int, default=0, help="of the session with the runs and the neighbours")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    given = parser.parse_args()
+    if given.nice:
+        if os.getsid(0) != os.getpid():
+            os.setsid()  # the kernel schedules the programs of one session as a group
+        Path("/proc/self/autogroup").write_text(str(given.nice), encoding="ascii")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the stopped runs are ended
+    sides = [each for each in SIDES if each.name in (given.sides or [each.name for each in SIDES])]
+    values = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    measure([each for each in sides if given.before or not each.before], given, values)
+    write(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""CPU time of this process beside wall time, and how long its threads waited for a processor."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS = Path("/proc/self/task")
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """Seconds of the clock and of this process. `main`: CPU time of the calling thread. `waited`: the time that the
+    process's threads were ready to run but had no processor, added up; None if the system does not report it."""
+
+    wall: float = 0.0
+    process: float = 0.0
+    main: float = 0.0
+    waited: float | None = 0.0
+
+    def __add__(self, other: CpuTimes) -> CpuTimes:
+        waited = None if self.waited is None or other.waited is None else self.waited + other.waited
+        return CpuTimes(self.wall + other.wall, self.process + other.process, self.main + other.main, waited)
+
+    def since(self, start: CpuTimes) -> CpuTimes:
+        """The times between `start` and this moment."""
+        waited = None if self.waited is None or start.waited is None else max(0.0, self.waited - start.waited)
+        return CpuTimes(self.wall - start.wall, self.process - start.process, self.main - start.main, waited)
+
+
+def cpu_times(tasks: Path = TASKS) -> CpuTimes:
+    """The times until now. Source of `waited`: Linux, Documentation/scheduler/sched-stats.rst, schedstat of a task."""
+    try:
+        texts = [(task / "schedstat").read_text(encoding="ascii") for task in tasks.iterdir()]
+        ran, waited = (sum(int(text.split()[at]) for text in texts) for at in (0, 1))
+    except (OSError, ValueError, IndexError):  # another system, or a thread that has just ended
+        ran, waited = 0, 0
+    return CpuTimes(time.monotonic(), time.process_time(), time.thread_time(), waited / 1e9 if ran else None)

@@ -1,0 +1,88 @@
+"""Watches whether a run on a CPU gets the processors that it computes on. States once if it does not, and lowers the
+number of threads of an adaptive run."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+
+from tunekit.machine.cpu_times import CpuTimes, cpu_times
+from tunekit.machine.threads import cpu_quota, processors
+from tunekit.records import Reaction
+from tunekit.training.state import Run
+
+WINDOW_SECONDS, WINDOW_STEPS = 15.0, 3  # a shorter burst of other programs is no reason to act
+BEHIND = 0.75  # a run is behind if its main thread computes for less than this share of the time
+EXPLAINED = 0.5  # share of the lost time that waiting for a processor must explain; else the run waited for a disk
+MARK = "CPU seconds in"  # in every statement about the pace
+
+
+@contextmanager
+def measured(run: Run) -> Iterator[None]:
+    """A block with the computation of a step, whose times are added to the run's window. The preparation of a step is
+    not included: it may wait for other processes, such as those of a reward."""
+    start = cpu_times()
+    yield
+    if run.computes_on_cpu:
+        run.pace.append(cpu_times().since(start))
+
+
+def watch_pace(run: Run, step: int) -> None:
+    """At the end of a window of steps, state once that threads lacked processors. An adaptive run has fewer threads
+    from the next step on, equally many on every rank."""
+    threads, adaptive = torch.get_num_threads(), run.adapts_threads
+    times, missing = sum(run.pace, CpuTimes()), 0
+    if times.wall >= WINDOW_SECONDS and len(run.pace) >= WINDOW_STEPS:
+        missing = missing_processors(times, threads)
+        run.pace.clear()
+    why = f"{threads_text(threads)} computed for {times.process:.0f} {MARK} {times.wall:.0f} seconds"
+    if adaptive:
+        why = why if missing else "another rank lacked processors"
+        missing = run.devices.any(missing)
+    fewer = max(1, threads - missing)
+    if adaptive and fewer < threads:
+        torch.set_num_threads(fewer)
+        run.pace.clear()
+        _react(run, step, why, f"{threads_text(fewer)} from the next step on, as training.threads: adaptive says")
+    elif missing and not any(MARK in reaction["probe"] for reaction in run.state.reactions):
+        _react(run, step, *_statement(why, threads, fewer))
+
+
+def _statement(why: str, threads: int, fewer: int) -> tuple[str, str]:
+    """What happened, with its cause, and what to do."""
+    quota = cpu_quota()
+    allowed = processors() if quota is None else min(processors(), math.ceil(quota))
+    if threads > allowed:
+        return f"{why}: this process may use only {allowed:,}", f"start with training.threads: {allowed}"
+    cure = f", or start with training.threads: adaptive (or {fewer})" if threads > 1 else ""
+    return f"{why}: other programs use the processors", f"close them{cure}"
+
+
+def threads_text(count: int) -> str:
+    """The number of threads in words."""
+    return "1 thread" if count == 1 else f"{count:,} threads"
+
+
+def missing_processors(times: CpuTimes, threads: int) -> int:
+    """How many of the threads had no processor, on average over a window of steps; 0 if the run is not behind.
+
+    All threads wait at the end of each product for the slowest. So the main thread's CPU time shows the loss, while
+    the CPU time of all threads is low in every run whose products are small.
+    """
+    lost = times.wall - times.main
+    if lost <= (1 - BEHIND) * times.wall:
+        return 0
+    if times.waited is None:
+        missing = threads - times.process / times.wall
+    elif times.waited < EXPLAINED * lost:
+        return 0
+    else:
+        missing = times.waited / times.wall
+    return min(max(1, round(missing)), threads)
+
+
+def _react(run: Run, step: int, probe: str, action: str) -> None:
+    run.state.reactions.append(asdict(Reaction(probe, action, step)))
+    run.warn(f"step {step}: {probe}; {action}")
