@@ -12,15 +12,19 @@ processors from the programs of other sessions. Linux only.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -38,6 +42,11 @@ RUN = (
     "data.eval=null",
 )
 BUSY = "while True: pass"
+INTRODUCTION = """# Threads
+
+Training steps of the quickstart (8 rows a step), made by `scripts/bench/run threads`: medians and ranges of turns of a
+few steps. A busy neighbour is a program that uses a processor all the time. `before` is the commit of `--before`, and
+the other sides are this version, with the wait policy in their name or the one that it chooses."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +151,14 @@ def _schedule(task: Path) -> tuple[float, float]:
     return int(ran) / 1e9, int(waited) / 1e9
 
 
-def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, object]) -> None:
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+
+
+def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, Any]) -> None:
     """Add rounds to the values, and write them after every turn."""
-    rounds = values.setdefault("turns", [])
-    assert isinstance(rounds, list)
+    rounds = values["turns"]
     with tempfile.TemporaryDirectory() as scratch:
         processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -163,8 +176,8 @@ def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, obje
                 process.send_signal(signal.SIGSTOP)
             for turn in range(given.rounds):
                 for count in given.neighbours:
-                    for side in running[turn % len(running) :] + running[: turn % len(running)]:
-                        rounds.append(side.turn(given.steps, neighbours[:count]))
+                    for each in running[turn % len(running) :] + running[: turn % len(running)]:
+                        rounds.append(each.turn(given.steps, neighbours[:count]))
                         print(json.dumps(rounds[-1]), flush=True)
                         write(values)
         finally:
@@ -173,9 +186,44 @@ def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, obje
                 process.wait()
 
 
-def write(values: dict[str, object]) -> None:
+def write(values: dict[str, Any]) -> None:
     """Write the values and the page."""
     RESULTS.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(values), encoding="utf-8")
+
+
+def page(values: dict[str, Any]) -> str:
+    """The results in Markdown: medians over the counted turns, with their range."""
+    counts = sorted({turn["neighbours"] for turn in values["turns"]})
+    heads = [f"{_neighbours(count)}: {what}" for count in counts for what in ("tokens/s", "CPU seconds a step")]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * len(heads)}"]
+    for side in SIDES:
+        turns = {count: _counted(values["turns"], side.name, count) for count in counts}
+        if any(turns.values()):
+            cells = (cell for count in counts for cell in _cells(turns[count]))
+            lines.append(f"| {side.name} | {' | '.join(cells)} |")
+    return f"{INTRODUCTION}\n\n{values['machine']}\n\n" + "\n".join(lines) + "\n"
+
+
+def _neighbours(count: int) -> str:
+    return "idle" if not count else f"{count} busy {'neighbour' if count == 1 else 'neighbours'}"
+
+
+def _counted(turns: list[dict[str, Any]], side: str, neighbours: int) -> list[dict[str, Any]]:
+    of_side = [turn for turn in turns if (turn["side"], turn["neighbours"]) == (side, neighbours) and turn["steps"]]
+    return [turn for turn in of_side if turn["others"] <= QUIET]
+
+
+def _cells(turns: list[dict[str, Any]]) -> list[str]:
+    """Median and range of tokens per second, and of CPU seconds per step."""
+    if not turns:
+        return ["", ""]
+    speeds = sorted(turn["tokens"] / turn["seconds"] for turn in turns)
+    costs = sorted(turn["cpu_seconds"] / turn["steps"] for turn in turns)
+    return [
+        f"{statistics.median(speeds):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})",
+        f"{statistics.median(costs):.2f} ({costs[0]:.2f} to {costs[-1]:.2f})",
+    ]
 
 
 def main() -> None:
@@ -195,7 +243,10 @@ def main() -> None:
         Path("/proc/self/autogroup").write_text(str(given.nice), encoding="ascii")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the stopped runs are ended
     sides = [each for each in SIDES if each.name in (given.sides or [each.name for each in SIDES])]
-    values = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    values: dict[str, Any] = {"turns": []}
+    values |= json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    cores = f"{psutil.cpu_count()} processors, {_processor()}"
+    values["machine"] = f"{cores}, torch {version('torch')}, {datetime.date.today()}."
     measure([each for each in sides if given.before or not each.before], given, values)
     write(values)
 
