@@ -123,6 +123,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.compile": (["auto", "false"], ["1", "null", "max-autotune"]),
     "training.deterministic": (["true", "false"], ["1", "null", "auto"]),
     "training.kernels": (["none"], ["ligers", "null", "true"]),
+    "training.threads": (["null", "1", "8", "adaptive"], ["0", "-1", "1.5", "1025", "true", "auto", "[1]", "9" * 5000]),
     "training.seed": (["0", "42", "4294967295"], ["-1", "4294967296", "0.5", "true", '"0"', "null", "9" * 5000]),
     "training.save_steps": (COUNTS, NOT_COUNTS),
     "training.keep_checkpoints": (COUNTS, NOT_COUNTS),
