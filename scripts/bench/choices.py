@@ -1,6 +1,6 @@
 """Rows a second of choosing one of many answers: over one shared prompt, and by one forward for each answer.
 
-    scripts/bench/run choices --model MODEL --data FILE.csv [--rows 48] [--plain-rows 4] [--batch-size 8]
+    scripts/bench/run choices --model MODEL --data FILE.csv [--rows 48] [--plain-rows 4] [--batch-size 8] [--json FILE]
 
 The file has a text and the name of its class in each line, such as Banking77's. One thread, float32, process CPU time.
 Both ways must give the same log-probabilities up to rounding.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import time
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,22 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.tuned.model import TunedModel
 
+FIGURES = {
+    "minutes": 5,
+    "options": "--model $TUNEKIT_SMOLLM2 --data $TUNEKIT_SHARED/data/banking77/test.csv --rows 36 "
+    "--json $RESULTS/choices.json",
+    "result": "choices.json",
+    "figures": {
+        "rate": {
+            "what": "77 choices: one shared prompt against one row per choice",
+            "unit": "rows per CPU second",
+            "digits": 3,
+            "ours": "shared",
+            "theirs": "plain",
+        },
+    },
+}
+
 
 def main() -> None:
     """Print both rates and their ratio."""
@@ -34,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--plain-rows", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     section, device = ModelSection(name_or_path=asked.model, dtype="float32"), torch.device("cpu")
@@ -62,6 +81,9 @@ def main() -> None:
     print(f"one shared prompt            {shared:8.3f} rows per CPU second ({asked.rows} rows)")
     print(f"one row for each answer      {plain:8.3f} rows per CPU second ({asked.plain_rows} rows)")
     print(f"ratio                        {shared / plain:8.1f}")
+    if asked.json:
+        found = {"shared": shared, "plain": plain, "answers": len(chosen.texts), "difference": difference}
+        asked.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

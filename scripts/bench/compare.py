@@ -29,6 +29,7 @@ from beside.gate import run_gate
 from beside.harness import (
     BESIDE,
     RATE,
+    REPOSITORY,
     ROWS_PER_STEP,
     Bench,
     best_flags,
@@ -44,6 +45,68 @@ from beside.harness import (
     summary,
 )
 
+from tunekit.model.storage.builtin import TINY_LLAMA, tiny_model_folder
+
+FIGURES = {
+    "minutes": 30,
+    "options": "--force --repeats 5",
+    "result": "cpu.json",
+    "figures": {
+        "defaults": {
+            "what": "SFT against TRL's defaults",
+            "unit": "tokens per CPU second",
+            "ours": "summary/tunekit/tokens_per_cpu_second/1",
+            "theirs": "summary/TRL, defaults/tokens_per_cpu_second/1",
+        },
+        "best": {
+            "what": "SFT against TRL's best flags",
+            "unit": "tokens per CPU second",
+            "ours": "summary/tunekit/tokens_per_cpu_second/1",
+            "theirs": "summary/TRL, {best_flags/name}/tokens_per_cpu_second/1",
+        },
+        "loop": {
+            "what": "SFT, one row at a time, against peft with a plain loop",
+            "unit": "tokens per CPU second",
+            "ours": "summary/tunekit, one row at a time/tokens_per_cpu_second/1",
+            "theirs": "summary/peft, plain loop/tokens_per_cpu_second/1",
+        },
+        "memory": {
+            "what": "SFT, memory above the weights, against TRL's defaults",
+            "unit": "MB",
+            "divisor": 1e6,
+            "ours": "summary/tunekit/above_weights_bytes",
+            "theirs": "summary/TRL, defaults/above_weights_bytes",
+        },
+        "memory_best": {
+            "what": "SFT, memory above the weights, against TRL's best flags",
+            "unit": "MB",
+            "divisor": 1e6,
+            "ours": "summary/tunekit/above_weights_bytes",
+            "theirs": "summary/TRL, {best_flags/name}/above_weights_bytes",
+        },
+        "memory_loop": {
+            "what": "SFT, one row at a time, memory above the weights, against peft with a plain loop",
+            "unit": "MB",
+            "divisor": 1e6,
+            "ours": "summary/tunekit, one row at a time/above_weights_bytes",
+            "theirs": "summary/peft, plain loop/above_weights_bytes",
+        },
+        "first_step": {
+            "what": "from the command to the end of the first step, against TRL",
+            "unit": "CPU seconds",
+            "digits": 1,
+            "ours": "first_step/first step: tunekit/first_step_cpu_seconds",
+            "theirs": "first_step/first step: TRL/first_step_cpu_seconds",
+        },
+        "smoke": {
+            "what": "recipes/smoke.yaml from the command to the end of the first step, against TRL",
+            "unit": "CPU seconds",
+            "digits": 1,
+            "ours": "first_step/smoke: tunekit/first_step_cpu_seconds",
+            "theirs": "first_step/smoke: TRL/first_step_cpu_seconds",
+        },
+    },
+}
 PLAIN = {"gradient_checkpointing": False}
 ONE_ROW = {"micro_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
@@ -99,6 +162,21 @@ def first_steps(bench: Bench) -> list[dict]:
     return runs
 
 
+def smoke_steps(bench: Bench) -> list[dict]:
+    """The same of recipes/smoke.yaml: a random base of 115,000 parameters and 12 rows, so that nearly all is start-up.
+    tunekit also evaluates the base before step 1, as the recipe says. What both write to a cache is there already."""
+    model, rows = tiny_model_folder(TINY_LLAMA), REPOSITORY / "recipes" / "data" / "smoke"
+    config = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 128}
+    runs = []
+    for repeat in range(-1, bench.settings.repeats):
+        recipe = REPOSITORY / "recipes" / "smoke.yaml"
+        ours = bench.recipe("smoke: tunekit", recipe, "~training.epochs", "training.max_steps=1")
+        theirs = bench.theirs("smoke: TRL", "trl", rows=str(rows), model=str(model), config=config)
+        if repeat >= 0:
+            runs += [ours | {"repeat": repeat}, theirs | {"repeat": repeat}]
+    return runs
+
+
 def main() -> None:
     parser = make_parser(__doc__, CANDIDATES, steps=6)
     parser.add_argument("--gate-only", action="store_true")
@@ -120,7 +198,7 @@ def main() -> None:
             measure(bench, settings, result)
     if not settings.gate_only:
         bench.say("first steps")
-        result["first_step_runs"] = first_steps(bench)
+        result["first_step_runs"] = [*first_steps(bench), *smoke_steps(bench)]
         result["first_step"] = summary(result["first_step_runs"])
     output = keep(bench, result | ended(bench), "cpu.json")
     if "summary" in result:

@@ -47,6 +47,32 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 
+FIGURES = {
+    "minutes": 30,
+    "options": "--force --lengths 256",
+    "result": "dpo.json",
+    "figures": {
+        "defaults": {
+            "what": "DPO, 256 tokens, against TRL's defaults",
+            "unit": "tokens per CPU second",
+            "ours": "256/summary/tunekit, 256/tokens_per_cpu_second/1",
+            "theirs": "256/summary/TRL, defaults, 256/tokens_per_cpu_second/1",
+        },
+        "best": {
+            "what": "DPO, 256 tokens, against TRL's best flags",
+            "unit": "tokens per CPU second",
+            "ours": "256/summary/tunekit, 256/tokens_per_cpu_second/1",
+            "theirs": "256/summary/TRL, one pair at a time, precomputed, 256/tokens_per_cpu_second/1",
+        },
+        "memory": {
+            "what": "DPO, 256 tokens, memory above the weights, against TRL's defaults",
+            "unit": "MB",
+            "divisor": 1e6,
+            "ours": "256/summary/tunekit, 256/above_weights_bytes",
+            "theirs": "256/summary/TRL, defaults, 256/above_weights_bytes",
+        },
+    },
+}
 BETA, WARM_STEPS, SAME = 0.1, 1, 1e-3
 DEFAULT_PAIRS = 2  # the micro-batch of a recipe that names none
 PLAIN = {"gradient_checkpointing": False}

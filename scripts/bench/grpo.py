@@ -42,6 +42,26 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
+FIGURES = {
+    "minutes": 25,
+    "options": "--force",
+    "result": "grpo.json",
+    "figures": {
+        "defaults": {
+            "what": "GRPO against TRL's defaults",
+            "unit": "tokens per CPU second",
+            "ours": "summary/tunekit/tokens_per_cpu_second/1",
+            "theirs": "summary/TRL, defaults/tokens_per_cpu_second/1",
+        },
+        "memory": {
+            "what": "GRPO, memory above the weights, against TRL's defaults",
+            "unit": "MB",
+            "divisor": 1e6,
+            "ours": "summary/tunekit/above_weights_bytes",
+            "theirs": "summary/TRL, defaults/above_weights_bytes",
+        },
+    },
+}
 GROUP, WARM_STEPS, SAME = 8, 1, 1e-3
 PLAIN = {"gradient_checkpointing": False}
 THEIRS = {  # TRL's settings; a step has the same 8 completions in each

@@ -26,6 +26,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+FIGURES = {
+    "minutes": 5,
+    "options": "chat --model $TUNEKIT_SMOLLM2 --json $RESULTS/people.json",
+    "result": "people.json",
+    "figures": {
+        "chat": {
+            "what": "chat, greedy answer of 48 tokens, against transformers' generate",
+            "unit": "tokens per CPU second",
+            "digits": 1,
+            "ours": "tunekit_tokens_per_cpu_second",
+            "theirs": "transformers_tokens_per_cpu_second",
+        },
+    },
+}
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 

@@ -29,6 +29,25 @@ from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
 from tunekit.tuned.model import TunedModel
 
+FIGURES = {
+    "minutes": 5,
+    "options": "$TUNEKIT_SMOLLM2",
+    "result": "sampling.json",
+    "figures": {
+        "short": {
+            "what": "sampling 16 tokens, against transformers' generate",
+            "unit": "tokens per CPU second",
+            "ours": "rates/0/tunekit",
+            "theirs": "rates/0/transformers",
+        },
+        "long": {
+            "what": "sampling 64 tokens, against transformers' generate",
+            "unit": "tokens per CPU second",
+            "ours": "rates/1/tunekit",
+            "theirs": "rates/1/transformers",
+        },
+    },
+}
 PAGE = """# Sampling on one CPU core
 
 Sampled tokens a CPU second of the whole process, one thread: {model} in {dtype}, {prompts} prompts of {tokens} tokens

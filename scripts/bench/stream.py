@@ -25,6 +25,20 @@ from pathlib import Path
 from estimate import PLAN, run_python, write_rows
 from load import GROUPS, HEADS, HIDDEN, INTERMEDIATE, VOCABULARY, WRITE
 
+FIGURES = {
+    "minutes": 15,
+    "options": "--tokens 128 --json $RESULTS/stream.json",
+    "result": "stream.json",
+    "figures": {
+        "memory": {
+            "what": "1.1B parameters in bfloat16, anonymous memory: streamed against resident",
+            "unit": "MB",
+            "divisor": 1e6,
+            "ours": "rows/0/streamed/anonymous",
+            "theirs": "rows/0/resident/anonymous",
+        },
+    },
+}
 STEPS = 3
 GB = 1_000_000_000
 

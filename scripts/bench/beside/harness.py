@@ -111,8 +111,20 @@ class Bench:
         tokens = [sum(line["tokens"] for line in lines[: number + 1]) for number in range(len(lines))]
         return self._named(name, found, place, [line["loss"] for line in lines], tokens, recipe, warm)
 
+    def recipe(self, name: str, file: Path, *overrides: str) -> dict:
+        """One real `tunekit train` of a recipe as it is, evaluations included."""
+        place = self.place(name)
+        log = place / "run" / "metrics.jsonl"
+        argv = [sys.executable, "-m", "tunekit", "train", str(file), f"output.dir={place / 'run'}", *overrides]
+        found = self._watch(argv, log, place)
+        lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        found["steps"] = [seen for seen, line in zip(found["steps"], lines, strict=True) if "loss" in line]
+        steps = [line for line in lines if "loss" in line]
+        losses, tokens = [line["loss"] for line in steps], [line["tokens"] for line in steps]
+        return self._named(name, found, place, losses, tokens, {"recipe": file.name, "overrides": list(overrides)})
+
     def theirs(self, name: str, kind: str, *, rows: str = "ids", **specification: object) -> dict:
-        """One run of the rival script."""
+        """One run of the rival script. `rows`: a file in the work folder, or a path; without its ending .jsonl."""
         place = self.place(name)
         log = place / "steps.jsonl"
         config = {**TRL, "output_dir": str(place / "out"), **(specification.pop("config", None) or {})}
@@ -208,9 +220,9 @@ def hardware() -> dict:
 
 
 def find_base() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, fetched where it is not there."""
+    """SmolLM2-135M-Instruct: a GGUF file or a model folder. The file is fetched where neither is there."""
     named = os.environ.get("TUNEKIT_SMOLLM2")
-    if named and Path(named).is_file():
+    if named and Path(named).exists():
         return Path(named)
     found = REPOSITORY / ".cache" / "smollm2-gguf" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not found.exists():
