@@ -110,6 +110,7 @@ class Choice:
     `streaming`: the storage of the base's weights: off (the device), host or disk. `pass_micro_batches`: how many
     micro-batches use a streamed layer before the next layer is copied. `streamed_head`: whether the output projection
     is streamed too. `threads`: threads that compute at the start, None in the plan of an older version.
+    `sampling_batch_size`: completions that are sampled together; 0 if none are.
     """
 
     micro_batch_size: int | None = None
@@ -124,6 +125,7 @@ class Choice:
     kernels: str = "none"
     compiled: bool = False
     threads: int | None = None
+    sampling_batch_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -344,12 +345,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
     assert tensors_of(run) == tensors_of(whole)
 
 
+@pytest.mark.parametrize("keeps", [True, "auto"])
 def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keeps: bool | str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two epochs of 18 rows and the evaluations of 6: 24 forwards of the reference, each of one row, whatever the
     micro-batches and however often the run is begun anew."""
-    plain = train(write_recipe(tmp_path / "plain", base))
+    plain = train(write_recipe(tmp_path / "plain", base, objective={"precompute_ref_log_probs": False}))
     asked: list[int] = []
     scored = TunedModel.score_batches
 
@@ -362,7 +364,7 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
         return not next(model.base.net.parameters()).is_meta
 
     monkeypatch.setattr(TunedModel, "score_batches", counted)
-    kept = {"objective": {"precompute_ref_log_probs": True}}
+    kept = {"objective": {"precompute_ref_log_probs": keeps}}
     run = train(write_recipe(tmp_path / "kept", base, **kept))
     assert asked == [1] * 24
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
@@ -375,6 +377,30 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     assert tensors_of(parts) == tensors_of(run)
     streamed = train(write_recipe(tmp_path / "streamed", base, **kept, memory={"streaming": "disk"}))
     assert tensors_of(streamed) == tensors_of(run)
+    asked.clear()
+    train(write_recipe(tmp_path / "once", base, **kept, training={"epochs": 1}))
+    assert (set(asked) == {1}) is (keeps is True), "one epoch never needs a score of the training rows again"
+
+
+def test_a_cpu_takes_no_more_long_pairs_at_a_time_than_full_speed_needs(base: Path, tmp_path: Path) -> None:
+    def planned(name: str, words: int, *overrides: str, previous: Choice | None = None) -> Any:
+        answers = [[{"role": "assistant", "content": f"{word} " * words}] for word in ("so", "no")]
+        rows = [
+            {"prompt": [{"role": "user", "content": str(n)}], "chosen": answers[0], "rejected": answers[1]}
+            for n in range(8)
+        ]
+        recipe = write_recipe(tmp_path / name, base, rows, data={"max_length": 4096, "eval": None})
+        return make_plan(load_recipe(recipe, list(overrides)), device=CPU, previous=previous)[0]
+
+    short, long = planned("short", 2), planned("long", 200)
+    sizes = [(plan.choice.micro_batch_size, plan.choice.gradient_accumulation_steps) for plan in (short, long)]
+    assert sizes == [(2, 3), (1, 6)]
+    assert short.steps == long.steps
+    assert "6 micro-batches of size 1 a step (the same as 3 of 2), because a CPU" in "\n".join(long.notes)
+    assert not any("because a CPU" in note for note in short.notes)
+    written = replace(long.choice, micro_batch_size=2, gradient_accumulation_steps=3)
+    assert planned("long", 200, previous=written).choice.micro_batch_size == 2, "a resumed run keeps its micro-batches"
+    assert planned("long", 200, "memory.budget=10GiB").choice == long.choice
 
 
 @pytest.mark.parametrize(

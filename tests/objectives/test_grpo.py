@@ -609,3 +609,32 @@ def test_what_samples_take_is_planned(base: Path, tmp_path: Path) -> None:
     cache = 2 * config.num_hidden_layers * 32 * longest * width * 4
     assert peaks[1].total > peaks[0].total
     assert peaks[1].activations > cache
+
+
+@pytest.mark.sampled(1)
+def test_as_many_completions_as_fit_are_sampled_together(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget for 16 completions at a time: the plan says so, and the run does so."""
+    training = {"micro_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 1, "epochs": None}
+
+    def recipe(name: str, size: int, **sections: Any) -> Path:
+        objective = {"num_generations": 2, "max_completion_length": 60, "sampling_batch_size": size}
+        return write_prompts(tmp_path / name, base, objective=objective, training=training, **sections)
+
+    enough, _ = make_plan(load_recipe(recipe("enough", 16)), device=CPU)
+    assert "sampling: 16 completions at a time; the keys and values of up to" in "\n".join(enough.notes)
+    budget = {"budget": f"{enough.peak_bytes.total * 10 // 9 + 1}B"}
+    plan, _ = make_plan(load_recipe(recipe("many", 32, memory=budget)), device=CPU)
+    assert (plan.choice.sampling_batch_size, plan.peak_bytes.total) == (16, enough.peak_bytes.total)
+    assert any("32 at a time do not fit into memory" in note for note in plan.notes)
+    sizes, generate = list[int](), TunedModel.generate
+
+    def noted(self: Any, *prompts: Any, **named: Any) -> Any:
+        sizes.append(named["batch_size"])
+        return generate(self, *prompts, **named)
+
+    monkeypatch.setattr(TunedModel, "generate", noted)
+    train(recipe("many", 32, memory=budget))
+    assert 16 in sizes
+    assert 32 not in sizes

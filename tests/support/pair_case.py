@@ -52,7 +52,7 @@ def run_of(rows: RowKind, gather: Gather = list, positions: int | None = None) -
         return [read(Output("reference" if reference else "policy", batch), batch).detach() for batch in batches]
 
     base = SimpleNamespace(net=None, family=SimpleNamespace(learned_positions=lambda net: positions))
-    more = {"base": base, "virtual_tokens": 0, "reference_scores": {}, "companions": {}}
+    more = {"base": base, "virtual_tokens": 0, "reference_scores": {}, "repeats_rows": False, "companions": {}}
     model: Any = SimpleNamespace(score_batches=score_batches, device=torch.device("cpu"), **more)
     return ModelRun(model, rows, gather)
 

@@ -1,6 +1,7 @@
 """Sampling of completions during training: its memory, and the window whose samples later steps reuse."""
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,14 +11,16 @@ from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, C
 from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel
 from tunekit.model.text.generation import draw
 from tunekit.recipe.bases.sample_settings import SampleSettings
+from tunekit.records import bytes_text
 from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """`window`: the last window with new samples. A rehearsal generates `count` completions in parallel, each with
-    `prompt_tokens` and `new_tokens`: the maximum of the run."""
+    """`window`: the last window with new samples. A rehearsal generates `sampling_batch_size` completions in parallel,
+    each with `prompt_tokens` and `new_tokens`: the maximum of the run."""
 
     rehearses = True
     window: Window | None = None
@@ -25,8 +28,9 @@ class Sampler(Companion):
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
         self.settings: SampleSettings = spec.settings
-        self.count, self.prompt_tokens = self.settings.sampling_batch_size, 0
+        self.sampling_batch_size, self.prompt_tokens = self.settings.sampling_batch_size, 0
         self.new_tokens = self.settings.max_completion_length
+        self.wanted = self.sampling_batch_size  # if they fit
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
         """Sampling may produce any token, and cannot stream layers."""
@@ -34,9 +38,22 @@ class Sampler(Companion):
         self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
         if training.micro_batch_size is not None:
             rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
-            self.count = min(self.count, rows_of_a_step * self.settings.num_generations)
+            of_a_step = rows_of_a_step * self.settings.num_generations
+            self.wanted = self.sampling_batch_size = min(self.sampling_batch_size, of_a_step)
         obstacle = f"{self.settings.method} samples token by token, so every layer would be copied for each token"
         return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
+
+    def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
+        """The number of completions that are sampled together, and the size of their keys and values."""
+        size, tokens = self.sampling_batch_size, self.prompt_tokens + self.new_tokens
+        bytes_of_cache = 2 * prod(cache_shape(planned.base, size, tokens)) * planned.base.dtype.itemsize
+        note = (
+            f"sampling: {size:,} completions at a time; the keys and values of up to {tokens:,} tokens of each take "
+            f"{bytes_text(bytes_of_cache)}"
+        )
+        if size < self.wanted:
+            note += f"; {self.wanted:,} at a time do not fit into memory"
+        return [note]
 
     def _problems(self, planned: PlanContext) -> Iterator[Problem]:
         """Problems for checkpoints between steps that reuse samples, which checkpoints do not contain."""
@@ -53,25 +70,35 @@ class Sampler(Companion):
                 yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate the forward of the prompts, then the last token's logits and draw, with the keys and values of all
-        layers."""
-        base = run.model.base
-        heads, width = heads_and_width(text_config(base.net))
+        """Simulate the forward of the different prompts, then the last token's logits and draw, with the keys and
+        values of all layers, those of one layer repeated for all heads."""
+        base, size = run.model.base, self.sampling_batch_size
 
-        def cache(tokens: int) -> Tensor:
-            shape = (2 * base.facts.layers, self.count, heads, tokens, width)
-            return torch.empty(shape, dtype=base.dtype, device="meta")
+        def cache(rows: int, tokens: int) -> list[Tensor]:
+            return [torch.empty(cache_shape(base, rows, tokens), dtype=base.dtype, device="meta") for _ in range(2)]
 
-        keys_values = cache(self.prompt_tokens)
-        ids = torch.zeros(self.count, self.prompt_tokens, dtype=torch.int64)
-        places = torch.arange(self.prompt_tokens).expand(self.count, -1)
+        prompts = min(size, size // self.settings.num_generations + 1)
+        keys_values = cache(prompts, self.prompt_tokens)
+        ids = torch.zeros(prompts, self.prompt_tokens, dtype=torch.int64)
+        places = torch.arange(self.prompt_tokens).expand(prompts, -1)
         hidden = run.model.output({"input_ids": ids, "position_ids": places}).hidden
         assert hidden is not None
-        hidden = hidden[:, -1].clone()
-        keys_values = cache(self.prompt_tokens + self.new_tokens)
-        with counting_as("logits"):
-            draw(base.family.head(base.net).logits(hidden), torch.zeros(self.count, device="meta"))
+        hidden = hidden.new_empty(size, hidden.shape[-1])
         del keys_values
+        keys_values = cache(size, self.prompt_tokens + self.new_tokens)
+        _, _, heads, tokens, width = keys_values[0].shape
+        repeats = int(text_config(base.net).num_attention_heads) // heads
+        repeated = [keys.new_empty(size, repeats * heads, tokens, width) for keys in keys_values]
+        del repeated
+        with counting_as("logits"):
+            draw(base.family.head(base.net).logits(hidden), torch.zeros(size, device="meta"))
+        del keys_values
+
+
+def cache_shape(base: LoadedModel, rows: int, tokens: int) -> tuple[int, ...]:
+    """The shape of the keys, and of the values, of all layers (layers, B, H, T, D)."""
+    heads, width = heads_and_width(text_config(base.net))
+    return base.facts.layers, rows, heads, tokens, width
 
 
 make = Sampler  # companions.base calls it with a CompanionSpec

@@ -79,6 +79,7 @@ class Model(Protocol):
     base: Any  # model.load.LoadedModel
     companions: Mapping[str, Any]  # Companion, by key
     reference_scores: dict[bytes, Tensor]  # cached by the loss, by row
+    repeats_rows: bool  # whether the run has more than one epoch
 
     @property
     def device(self) -> torch.device: ...

@@ -278,11 +278,11 @@ CountingAs = Callable[[str], AbstractContextManager[None]]  # memory part, such 
 class Companion:
     """A part of a run besides the trained model: a teacher, reward models, parts of a pipeline, or sampling.
 
-    companions/KIND.py makes it from a CompanionSpec. `rehearses`: whether `rehearse` simulates anything.
+    companions/KIND.py makes it. `rehearses`: whether `rehearse` simulates anything.
     """
 
     head: Head | None = None  # if the loss reads the companion's output projection
-    rehearses: bool = False
+    rehearses, sampling_batch_size = False, 0  # the latter: completions that it samples together, as plan decided
 
     def __init__(self, spec: CompanionSpec) -> None:
         self.spec, self.key = spec, spec.key

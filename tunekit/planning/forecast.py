@@ -106,7 +106,7 @@ class Forecast:
     any_token: bool = False
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
-    _rehearsals: list[Simulation | None] = field(default_factory=list, init=False, repr=False)
+    _rehearsals: dict[int, Simulation | None] = field(default_factory=dict, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
         """Peak memory of the run with this choice. All searches for settings use this function."""
@@ -139,12 +139,20 @@ class Forecast:
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
     def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of the run's companions (sampling, image generation). It does not depend on the choice."""
+        """The simulation of the run's companions (sampling, image generation). Of the choice, it depends only on the
+        number of completions that are sampled together."""
         if not any(companion.rehearses for companion in run.companions.values()):
             return None
-        if not self._rehearsals:
-            self._rehearsals.append(run.rehearsals(self.largest_batch(run.choice.micro_batch_size)))
-        return self._rehearsals[0]
+        known, size = self._rehearsals, run.choice.sampling_batch_size
+        if size not in known:
+            known[size] = run.rehearsals(self.largest_batch(run.choice.micro_batch_size))
+        return known[size]
+
+    def sampling_peak(self, size: int) -> int:
+        """Total peak bytes while `size` completions are sampled together."""
+        rehearsal = self._rehearsal(replace(self.run, choice=replace(self.run.choice, sampling_batch_size=size)))
+        assert rehearsal is not None
+        return peak_bytes(rehearsal, None, None, self.run.device, self.base.dtype).total + self.companion_bytes
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
         """The simulation of the longest evaluation batch; it depends only on the choice's logits chunk and tier."""

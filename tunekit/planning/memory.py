@@ -1,13 +1,15 @@
 """Choice of the settings that save memory: rows per micro-batch, recomputed layers, size of logits chunks, streaming.
 
-Micro-batches and logits chunks change only with memory.budget: otherwise a resumed run with more or less free memory
-would not be bitwise equal. Without a budget, free memory only decides how many layers are recomputed, which changes no
-bit, and whether weights are streamed.
+Free memory never decides micro-batches or logits chunks: otherwise a resumed run with more or less free memory would
+not be bitwise equal. They change with memory.budget. On a CPU, micro-batches of pairs have no more pairs than full
+speed needs. Without a budget, free memory only decides how many layers are recomputed, which changes no bit, and
+whether weights are streamed. How many completions are sampled together is halved until they fit; a resumed run keeps
+it.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +26,11 @@ from tunekit.records import Choice, PeakBytes, bytes_text
 DEVICE_SHARE = 128
 MARGIN = {"cpu": 0.10}  # share of the usable memory that is left free: the promised accuracy of predictions
 MARGIN_OF_A_GPU = 0.05
+# Tokens of a micro-batch from which a CPU is at full speed. Measured on one core with AMX: forward, backward of 1,280
+# tokens in pieces of 160, 320 and 640: in bfloat16, 1.62, 1.25 and 1.00 of the CPU seconds of one piece; in float32,
+# about 1.15 of them in each.
+FULL_SPEED_TOKENS, FULL_SPEED_TOKENS_16_BITS = 256, 768
+EXAMINED_ROWS = 2_000  # rows whose mean length is taken
 NEARLY_FULL = 0.8  # if the peak exceeds this share of a CPU's free memory, the longest batch is tried before step 1
 
 
@@ -73,6 +80,17 @@ class Peaks:
         """Total peak bytes of a choice."""
         return self.of(choice).total
 
+    def sampled_together(self, limit: float) -> int:
+        """The number of completions that are sampled together: the recipe's, halved until they fit; 0 if none are."""
+        companions = self.forecast.run.companions.values()
+        size = max((companion.sampling_batch_size for companion in companions), default=0)
+        try:
+            while size > 1 and self.forecast.sampling_peak(size) > limit:
+                size = (size + 1) // 2
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the model's own code; see `of`
+            pass
+        return size
+
 
 def plan_memory(
     forecast: Forecast,
@@ -89,14 +107,19 @@ def plan_memory(
     """
     run = forecast.run
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
-    space, workload = search_space(forecast, tiers, resumed), make_workload(forecast)
     limit = usable_bytes(run.device, budget, available)
+    space, workload = search_space(forecast, tiers, resumed), make_workload(forecast)
+    sampled = (resumed.sampling_batch_size if resumed else 0) or peaks.sampled_together(limit)
+    space = replace(space, written=replace(space.written, sampling_batch_size=sampled))
     fitting = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
     smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
     choice = fitting or min(smallest, key=peaks.total)
     needed = peaks.total(choice)
     if budget is None:
         reasons = [f"recomputed in the backward pass: {_recomputed(choice, space, fitting is not None, available)}"]
+        if choice.micro_batch_size != run.training.micro_batch_size and resumed is None:
+            size = _micro_batches_text(choice, run.training)
+            reasons.append(f"{size}, because a CPU computes them as fast and needs less memory")
     elif needed <= budget:
         reasons = list(_budget_reasons(choice, forecast, space, workload, fitting is not None))
     else:
@@ -140,12 +163,31 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
         chunks = [resumed.logits_chunk_tokens]
         if resumed.streaming in tiers:
             tiers, passes = [resumed.streaming], [resumed.pass_micro_batches]
-    elif run.memory.budget is not None:
-        chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
-        if run.adapter.calibration is None:
-            micro_batches = smaller_micro_batches(*written)
+    else:
+        if run.device.type == "cpu":
+            written = rows_at_full_speed(forecast)
+        micro_batches = [written]
+        if run.memory.budget is not None:
+            chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
+            if run.adapter.calibration is None:
+                micro_batches = smaller_micro_batches(*written)
     setting, layers = run.memory.gradient_checkpointing, base.facts.layers
     return SearchSpace(micro_batches, chunks, setting, layers, tiers, passes, run.choice)
+
+
+def rows_at_full_speed(forecast: Forecast) -> tuple[int | None, int]:
+    """The rows per micro-batch and micro-batches per step of a run on a CPU: as written, or, for rows of several
+    answers, no more rows than full speed needs. A step keeps its rows; its activations take less memory."""
+    training, rows, kind = forecast.run.training, forecast.rows, forecast.run.objective.rows
+    written = (training.micro_batch_size, training.gradient_accumulation_steps)
+    examined = [rows[at] for at in range(min(len(rows), EXAMINED_ROWS))]
+    sizes = [kind.sizes_of(row.parts) for row in examined]
+    if written[0] is None or not kind.layout.paired or forecast.run.adapter.calibration is not None:
+        return written
+    tokens = (sum(map(sum, sizes)) - sum(map(kind.shared, examined))) / len(examined)
+    enough = FULL_SPEED_TOKENS if forecast.base.dtype == torch.float32 else FULL_SPEED_TOKENS_16_BITS
+    options = smaller_micro_batches(*written)
+    return next((option for option in reversed(options) if (option[0] or 1) * tokens >= enough), written)
 
 
 def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
@@ -196,14 +238,18 @@ def make_workload(forecast: Forecast) -> Workload:
     )
 
 
+def _micro_batches_text(choice: Choice, training: TrainingSection) -> str:
+    """The chosen micro-batches as text, with the recipe's numbers if they differ."""
+    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    text = f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of size {rows:,} a step"
+    if rows == training.micro_batch_size:
+        return text
+    return f"{text} (the same as {training.gradient_accumulation_steps:,} of {training.micro_batch_size:,})"
+
+
 def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
     """The chosen settings as text, with the recipe's numbers if they differ."""
-    parts, rows, steps = [], choice.micro_batch_size, choice.gradient_accumulation_steps
-    if rows is not None:
-        parts.append(f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of size {rows:,} a step")
-        if rows != training.micro_batch_size:
-            written = f"{training.gradient_accumulation_steps:,} of {training.micro_batch_size:,}"
-            parts[-1] += f" (the same as {written})"
+    parts = [] if choice.micro_batch_size is None else [_micro_batches_text(choice, training)]
     if choice.streaming == "off":
         parts.append(f"{choice.checkpointed_layers:,} of {layers:,} layers recomputed")
     else:

@@ -384,5 +384,6 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += streaming_notes(inputs.base, device, choice, memory.largest_tokens)
     step_tokens, planned = choice.gradient_accumulation_steps * memory.largest_tokens, _planned(recipe, inputs, device)
     for companion in inputs.companions.values():
+        companion.sampling_batch_size = choice.sampling_batch_size
         notes += companion.notes(planned, step_tokens)
     return [*notes, *activation_notes(recipe.memory, device, choice.checkpointed_layers, memory.offloaded_bytes)]

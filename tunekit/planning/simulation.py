@@ -112,6 +112,7 @@ class SimulatedRun:
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
             with self._tracked() as (tuned, tracker, _):
                 companion = tuned.companions[key]
+                companion.sampling_batch_size = self.choice.sampling_batch_size
                 tracker.adopt(companion.present(tuned), "weights")
                 tracker.start()
                 with undisturbed(tuned):

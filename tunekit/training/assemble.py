@@ -151,6 +151,9 @@ def _make_model(
     with session.timed("calibrate" if recipe.adapter.calibration else "load"):
         model = prepare_network(base, plan.choice, attach)
     model.companions = companions
+    for companion in companions.values():
+        companion.sampling_batch_size = plan.choice.sampling_batch_size
+    model.repeats_rows = plan.steps > (plan.rows.steps_per_epoch or plan.steps)
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
     reset_peaks(devices.device)  # the report shows the peak of training, not of loading

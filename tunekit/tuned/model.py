@@ -48,6 +48,7 @@ class TunedModel:
     head_parts: HeadParts | None = None  # of a streamed output projection
     reference_state: Tensors | None = None  # the adapter's state at step 0, if the base alone is another policy
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # cached by the loss, by row
+    repeats_rows: bool = False  # whether the run has more than one epoch
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
 
     @property

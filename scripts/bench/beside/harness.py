@@ -154,7 +154,7 @@ class Bench:
         environment = {
             "PYTHONPATH": os.pathsep.join([str(BESIDE / "hook"), str(REPOSITORY)]),
             "COMPARE_MODULES": str(place / "modules.json"),
-            "HF_DATASETS_CACHE": str(self.work / "datasets"),
+            "HF_DATASETS_CACHE": str(place / "datasets"),  # of its own: trl keeps the reference's scores there
         }
         return watch(argv, log, place / "output.txt", core=self.settings.core, environment=environment)
 

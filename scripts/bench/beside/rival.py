@@ -8,6 +8,7 @@ losses.  For trl, dpo and grpo: config (fields of SFTConfig, DPOConfig or GRPOCo
 "bfloat16": in the base's dtype).  For dpo, grpo and loop: init (an adapter folder to begin from).
 For loop: dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (taken in
 float64) and save (where to leave the adapter).
+For dpo with precompute_ref_log_probs: reference.json gets the CPU seconds of that.
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 SPECIFICATION = json.loads(Path(sys.argv[1]).read_text("utf-8"))
@@ -49,6 +51,13 @@ def run_trl() -> list[float]:
 
             def _prepare_dataset(self, dataset, *rest):  # type: ignore[no-untyped-def]
                 return dataset  # rows of token ids
+
+            def _precompute_ref_logps(self, *settings):  # type: ignore[no-untyped-def]
+                before = time.process_time()
+                dataset = super()._precompute_ref_logps(*settings)
+                place = Path(SPECIFICATION["losses"]).with_name("reference.json")
+                place.write_text(json.dumps(time.process_time() - before), encoding="utf-8")
+                return dataset
 
     class Noting(TrainerCallback):
         def on_step_end(self, arguments, state, control, **named):  # type: ignore[no-untyped-def]

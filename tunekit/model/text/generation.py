@@ -219,7 +219,7 @@ def _generate(
     model: LoadedModel,
     prompts: list[Sequence[int]],
     pad_id: int,
-    settings: object,
+    settings: GenerationConfig,
     adapt: Callable[[ModelInputs], ModelInputs] | None,
     ends: Callable[[list[int]], list[bool]] | None,
     cache: Cache | None,
@@ -239,7 +239,8 @@ def _generate(
     extras: dict[str, Any] = {} if ends is None else {"stopping_criteria": [_stopping_criterion(ends)]}
     extras |= {} if draws is None else {"logits_processor": [draws]}
     with quiet():
-        cache = _shared_cache(model, prompts, ids, mask) if cache is None and adapt is None else cache
+        if cache is None and adapt is None:
+            cache = _bounded_cache(model, prompts, ids, mask, settings.max_new_tokens)
         extras |= {} if cache is None else {"past_key_values": cache}
         # recurrent_gemma keeps the last row's state in its modules, and drops it in a forward without a cache
         if any(hasattr(module, "_setup_cache") for module in net.modules()):
@@ -249,16 +250,24 @@ def _generate(
     return output[:, repeated:].tolist()
 
 
-def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Tensor, mask: Tensor) -> Cache | None:
-    """Keys and values of all but the last token of each prompt, computed once for equal prompts.
+def _bounded_cache(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, new_tokens: int
+) -> Cache | None:
+    """A cache for the prompts and their new tokens, with the keys and values of all but the last token of each prompt
+    if some prompts are equal, for which they are computed once; None if the base keeps other state.
 
-    None if no two prompts are equal, or the base keeps other state. Shapes: ids, mask (B, T), padded on the left.
+    Shapes: ids, mask (B, T), padded on the left.
     """
     places: dict[tuple[int, ...], int] = {}
     rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    cache = prompt_cache(model, (), None, ()) if len(places) < len(rows) and ids.shape[1] > 1 else None
-    if cache is None or not model.family.takes_positions(model.net):
+    cache = prompt_cache(model, (), None, ())
+    if cache is None:
         return None
+    from tunekit.model.text.bounded_cache import bound
+
+    cache = bound(cache, ids.shape[1] + new_tokens)
+    if len(places) == len(rows) or ids.shape[1] == 1 or not model.family.takes_positions(model.net):
+        return cache
     firsts = torch.tensor([rows.index(place) for place in range(len(places))])
     unique_mask = mask[firsts].to(model.device)
     positions = (unique_mask.cumsum(dim=-1) - 1).clamp(min=0)  # (U, T)

@@ -56,11 +56,14 @@ def by_row(scores: Tensor, sides: int) -> Array:
 
 
 def reference_scores(
-    run: RunView, batches: Sequence[Batch], read: Read, *, keeps: bool, further: Sequence[Batch] = ()
+    run: RunView, batches: Sequence[Batch], read: Read, *, keeps: str | bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
     """The reference's scores (S P,) of each batch, then of each `further` batch. Scores of `further` are not cached.
     `keeps`: the scores of rows are cached. Each row is then scored alone, so that its scores do not depend on the step.
+    auto: if the run meets its rows again, and a row alone takes hardly longer, which is so on a CPU.
     """
+    if keeps == "auto":
+        keeps = run.model.repeats_rows and run.model.device.type == "cpu"
     if not keeps:
         return run.reference([*batches, *further], read)
     known = run.model.reference_scores

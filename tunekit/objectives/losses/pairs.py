@@ -58,7 +58,7 @@ class PairLoss(AnswerLoss):
     `likelihood`: the weight of the mean loss over the step's chosen tokens; `prompts`: prompt tokens count too.
     `token_weights`: counts (S P,) -> (N,) weights of tokens in the scores; None: 1 each.
     `matches`: each pair is compared with the reference's preference of the same rank in the step (aot).
-    `keeps`: the reference scores each row only once.
+    `keeps`: whether the reference scores each row only once; auto: as in `reference_scores`.
 
     `share` (pairs per token of `likelihood`) and `matched` (by row number): values for all evaluation rows; None:
     `prepare` computes them for each step.
@@ -72,7 +72,7 @@ class PairLoss(AnswerLoss):
     token_weights: Callable[[Tensor], Tensor] | None = None
     reference: bool = False
     matches: bool = False
-    keeps: bool = False
+    keeps: str | bool = False
     metrics: Sequence[str] = ("loss", *REWARDS)
     logged: Sequence[str] = REWARDS
     share: float | None = None

@@ -149,7 +149,7 @@ class SampledLoss(LossKind):
             self.tokenizer,
             prompts,
             max_new_tokens=settings.max_completion_length,
-            batch_size=settings.sampling_batch_size,
+            batch_size=run.companion(SAMPLING).sampling_batch_size,
             stop_ids=stops,
             sampling=GREEDY if self.measures else drawn,
             seeds=None if self.measures else seeds,

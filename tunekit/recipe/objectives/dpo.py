@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.recipe.bases.pair_settings import PairSettings
-from tunekit.recipe.bases.section import NotNegative, Number, Positive, Several
+from tunekit.recipe.bases.section import AutoOrBool, NotNegative, Number, Positive, Several
 
 DpoLossType = Literal[
     "sigmoid",
@@ -58,9 +58,10 @@ class DpoSettings(PairSettings):
         0.0, description="for robust and aot: the assumed share of swapped pairs; for exo_pair: its epsilon, above 0"
     )
     discopop_tau: Positive = Field(0.05, description="for discopop: the temperature with which it blends two losses")
-    precompute_ref_log_probs: bool = Field(
-        False,
-        description="compute the reference model's log-probabilities once per row, for all epochs and evaluations",
+    precompute_ref_log_probs: AutoOrBool = Field(
+        "auto",
+        description="compute the reference model's log-probabilities once per row, for all epochs and evaluations; "
+        "auto: on a CPU, in runs of more than one epoch",
     )
     rpo_alpha: NotNegative | None = Field(
         None,

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from tunekit.basics import Shows
-from tunekit.recipe.bases.section import ObjectiveSettings, Positive, PublishedRate
+from tunekit.recipe.bases.section import AutoOrBool, ObjectiveSettings, Positive, PublishedRate
 
 LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
 
@@ -27,9 +27,10 @@ class KtoSettings(ObjectiveSettings):
         "kto",
         description="apo_zero_unpaired: without the KL; use it if the good answers are better than the model's own",
     )
-    precompute_ref_log_probs: bool = Field(
-        False,
-        description="compute the reference model's log-probabilities once per row, for all epochs and evaluations",
+    precompute_ref_log_probs: AutoOrBool = Field(
+        "auto",
+        description="compute the reference model's log-probabilities once per row, for all epochs and evaluations; "
+        "auto: on a CPU, in runs of more than one epoch",
     )
     desirable_weight: Positive = Field(1.0, description="weight of the loss of good answers")
     undesirable_weight: Positive = Field(1.0, description="weight of the loss of bad answers")
