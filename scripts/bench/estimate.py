@@ -1,12 +1,13 @@
 """Predicted against measured peak memory on a CPU: every shipped recipe with a random model, and drawn recipes.
 
-    scripts/bench/run estimate [--only NAME] [--drawn N] [--budgets N] [--seed N] [--dtype NAME] [--json FILE]
-        [--work FOLDER]
+    scripts/bench/run estimate [--only NAME] [--drawn N] [--budgets N] [--accumulated N,N] [--seed N] [--dtype NAME]
+        [--json FILE] [--work FOLDER]
 
 For each row: a seeded random model of 100M to 200M parameters is written (its own process), the recipe is planned (its
 own process), then a fresh process imports what planning had imported, notes its resident memory and trains a few steps.
 measured = VmHWM - resident memory after imports; error = predicted / measured - 1.  One thread, one row at a time.
 Rows with a budget are given a share of what their recipe needs without one: kept says whether measured <= budget.
+--accumulated: the same 64 micro-batches of rows of many lengths, so many of them to a step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 3
+STEPS, ACCUMULATED = 3, 64
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,27 @@ def budget_rows(count: int, seed: int, folder: Path) -> list[Row]:
         name, share = row.name.replace("drawn", "budget"), draw.choice([0.55, 0.7, 0.85])
         written = make_row(name, recipe, row.model, row.rows | {"count": 48}, folder)
         found.append(replace(written, budget_share=share))
+    return found
+
+
+def accumulated_rows(counts: list[int], folder: Path) -> list[Row]:
+    """One recipe whose 64 micro-batches make steps of so many micro-batches; 2 rows of 32 to 256 tokens in each."""
+    found = []
+    for count in counts:
+        model = {"family": "llama", "layers": 4, "hidden": 384, "vocabulary": 8192, "file_dtype": "bfloat16"}
+        recipe = {
+            "model": {"name_or_path": "replaced"},
+            "data": {"train": "rows.jsonl", "max_length": 256},
+            "adapter": {"method": "lora", "r": 16},
+            "training": {
+                "max_steps": ACCUMULATED // count,
+                "micro_batch_size": 2,
+                "gradient_accumulation_steps": count,
+            },
+            "output": {"dir": "run"},
+        }
+        rows = {"count": 2 * ACCUMULATED, "tokens": 256, "least": 32}
+        found.append(make_row(f"accumulated-{count:02d}", recipe, model, rows, folder))
     return found
 
 
@@ -199,10 +221,13 @@ def run_python(code: str, *arguments: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def write_rows(path: Path, count: int, tokens: int) -> None:
-    """Rows of exactly `tokens` bytes, which are tokens of the byte-level tokenizer, with their end."""
+def write_rows(path: Path, count: int, tokens: int, least: int | None = None) -> None:
+    """Rows of exactly `tokens` bytes, which are tokens of the byte-level tokenizer, with their end; with `least`, of
+    lengths from there on."""
+    longest, shortest = tokens, tokens if least is None else least
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
+            tokens = longest - number * 37 % (longest - shortest + 1)
             text = f"{number} " + "abcdefgh " * tokens
             file.write(
                 json.dumps({"prompt": text[: tokens // 3], "completion": text[: tokens - tokens // 3 - 1]}) + "\n"
@@ -265,6 +290,7 @@ def main() -> None:
     parser.add_argument("--only", help="names that contain this")
     parser.add_argument("--drawn", type=int, default=10)
     parser.add_argument("--budgets", type=int, default=5)
+    parser.add_argument("--accumulated", default="", help="numbers of micro-batches in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", help="of every row: auto, float32, bfloat16")
     parser.add_argument("--json", type=Path)
@@ -274,6 +300,7 @@ def main() -> None:
         folder = arguments.work or Path(scratch)
         rows = shipped_rows() + drawn_rows(arguments.drawn, arguments.seed, folder)
         rows += budget_rows(arguments.budgets, arguments.seed, folder)
+        rows += accumulated_rows([int(count) for count in arguments.accumulated.split(",") if count], folder)
         rows = [row for row in rows if arguments.only is None or arguments.only in row.name]
         if arguments.dtype:
             rows = [replace(row, overrides=[*row.overrides, f"model.dtype={arguments.dtype}"]) for row in rows]
