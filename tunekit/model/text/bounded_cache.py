@@ -1,7 +1,5 @@
 """A cache of keys and values with memory for a known number of tokens, which is allocated once and never grows."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -19,7 +17,9 @@ class BoundedLayer(DynamicLayer):  # type: ignore[misc]
         self.tokens = tokens
         self.memory: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *others: object, **named: object
+    ) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens. Shapes: (B, H, T, D) -> (B, H, tokens so far, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
