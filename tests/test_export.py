@@ -67,6 +67,12 @@ def test_the_export_and_its_certificate_are_written(base: Path, capsys: pytest.C
     assert facts["certificate"]["parts"]["model"]["tokens"] > 4
 
 
+def test_a_printed_command_can_be_pasted(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = base.parent / "my model.copy"
+    export_verb(str(base), "copy", str(file))
+    assert f"cat '{file}'" in capsys.readouterr().out
+
+
 def test_all_problems_are_shown_before_anything_is_written(base: Path) -> None:
     file = base.parent / "config.txt"
     with pytest.raises(InputError) as refused:
@@ -131,6 +137,8 @@ def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "base")
     with pytest.raises(InputError, match="kohya takes a pipeline adapter, and this is a model"):
         export_verb(str(tmp_path / "base"), "kohya", str(tmp_path / "new.safetensors"))
+    with pytest.raises(InputError, match=r"mlx takes an adapter, .*programs read the model's folder itself; .*doctor"):
+        export_verb(str(tmp_path / "base"), "mlx", str(tmp_path / "new"))
     with pytest.raises(InputError, match=r"--to kohia is unknown; choose .*kohya"):
         export_verb(str(tmp_path / "base"), "kohia", str(tmp_path / "new.safetensors"))
 

@@ -1,6 +1,7 @@
 """`tunekit export`: write a model or an adapter as another program reads it, and ask that program what it computes."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -48,7 +49,7 @@ def export_verb(
     stopped = "in the export; its partial output was removed"
     with StopSignals(announce=False) as signals, signals.at_once(stopped), new_path(path) as partial_path:
         written = format.write(exportable, partial_path, evidence, options)
-    notes = tuple(note.replace(str(partial_path), str(path)) for note in written.notes)
+    notes = tuple(note.replace(str(partial_path), shlex.quote(str(path))) for note in written.notes)
     written = Exported(path, written.what, notes)
     size = sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())
     console.info(f"written to {path} ({bytes_text(size)})", *written.notes)
@@ -69,7 +70,11 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
     if exportable.kind not in format.TAKES:
         takes = " or ".join(map(_with_article, sorted(format.TAKES)))
         what = f"{to} takes {takes}, and this is {_with_article(exportable.kind)}"
-        raise InputError(what, "choose another --to", key="--to")
+        how = "choose another --to"
+        if exportable.kind == "model" and "adapter" in format.TAKES:
+            command = f"tunekit doctor {shlex.quote(str(exportable.folder))}"
+            how = f"programs read the model's folder itself; check it with: {command}"
+        raise InputError(what, how, key="--to")
     wrong = [
         Problem(f"{to} does not read --{name}", "leave it out", key=f"--{name}")
         for name in options.given()

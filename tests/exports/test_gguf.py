@@ -20,7 +20,7 @@ from tests.arithmetic.test_merge import write_base
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.merge import merge
-from tunekit.errors import InputError, ModelError
+from tunekit.errors import InputError, ModelError, ResourceError
 from tunekit.export import export_verb
 from tunekit.exports import gguf as format
 from tunekit.exports import mlx
@@ -360,6 +360,15 @@ def test_the_packages_of_the_running_python_are_restored(installed: None) -> Non
     assert sys.modules["gguf"] is before
     assert "conversion" not in sys.modules
     assert (sys.path, logging.root.manager.disable) == (path, level)
+
+
+def test_a_full_disk_is_noticed_before_the_file_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.arithmetic.merge_output.free_bytes", lambda path: 1000)
+    with pytest.raises(ResourceError, match=r"model.gguf needs .*, but .* of its disk are free; choose another disk"):
+        format.write(exportable(base), tmp_path / "model.gguf", evidence(), Options())
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_a_missing_converter_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

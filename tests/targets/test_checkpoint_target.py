@@ -13,8 +13,10 @@ from tests.support.train_case import records, result_bytes, train_in_child, writ
 from tunekit.adapter import export_checkpoint_verb
 from tunekit.errors import InputError, RunFolderError
 from tunekit.evaluate import evaluate_verb
+from tunekit.exports.questions import row_ids
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
+from tunekit.targets.exportable import make_exportable
 from tunekit.targets.target import find_target
 
 
@@ -80,6 +82,21 @@ def test_what_is_no_checkpoint_is_said_with_those_that_there_are(stopped: Path, 
         export_checkpoint_verb(str(stopped), None, str(tmp_path / "adapter"))
     with pytest.raises(RunFolderError, match="was trained on a different base than"):
         find_target(f"{stopped}@1", str(write_tiny_llama(tmp_path / "other", seed=1)), [])
+
+
+def test_a_run_is_merged_and_compared_without_its_rows(
+    stopped: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = recipe.parent / "train.jsonl"
+    rows.rename(tmp_path / "moved.jsonl")
+    try:
+        merge_verb(f"{stopped}@3", str(tmp_path / "merged"), None, None, [])
+        _, described = row_ids(make_exportable(find_target(f"{stopped}@3", None, [])), 8, 128, held_out=True)
+    finally:
+        (tmp_path / "moved.jsonl").rename(rows)
+    reason = "fixed texts, because the run's rows cannot be read (train.jsonl: no such file)"
+    assert reason in capsys.readouterr().out.replace(f"{recipe.parent.resolve()}/", "").replace("\n", " ")
+    assert described.replace(f"{recipe.parent.resolve()}/", "") == reason
 
 
 def test_other_evaluation_steps_do_not_forbid_a_resume(stopped: Path, recipe: Path) -> None:

@@ -12,7 +12,6 @@ from tunekit.arithmetic import merge_output
 from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.arithmetic.on_base import attach_without_weights
-from tunekit.data.rows import load_rows
 from tunekit.errors import InputError
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
@@ -21,6 +20,7 @@ from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_f
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
+from tunekit.targets.rows import readable_rows
 from tunekit.targets.target import LoadedTarget, TargetSpec, family_of, load_target, processor_of, with_objective
 from tunekit.tuned.network import prepare_network
 
@@ -173,13 +173,15 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
     """The inputs of the rows for the comparison, and a description of these rows.
 
-    They are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. Without evaluation rows they are
-    fixed texts, or one row of noise for a model that reads no text.
+    They are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. Without evaluation rows, or if
+    these can no longer be read, they are fixed texts, or one row of noise for a model that reads no text.
     """
     base, objective = loaded.model.base, loaded.objective
     family = base.family
+    reason = ""
     if target.data is not None and target.data.eval is not None:
-        evaluation = load_rows(target.data, objective, seed=target.seed).evaluation
+        loaded_rows, reason = readable_rows(target, objective)
+        evaluation = None if loaded_rows is None else loaded_rows.evaluation
         if evaluation is not None and len(evaluation):
             chosen = [evaluation[index] for index in range(min(MAX_ROWS, len(evaluation)))]
             described = f"{len(chosen)} eval rows of the run"
@@ -189,12 +191,12 @@ def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], st
             ids = [torch.tensor(np.concatenate(each)[:MAX_TOKENS].astype("int64"))[None] for each in parts]
             return [family.inputs_of(each) for each in ids], described
     if not family.reads_ids or base.text is None:
-        return [family.trial_inputs(base.net)], "one row of noise"
+        return [family.trial_inputs(base.net)], f"one row of noise{reason}"
     tokenizer, size = loaded.tokenizer, base.text.vocabulary_size
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encoded = [[*start, *tokenizer.encode(text)][:MAX_TOKENS] for text in TEXTS]
     fitting = [torch.tensor(each)[None] for each in encoded if max(each, default=size) < size]
-    return [family.inputs_of(each) for each in fitting], f"{len(fitting)} fixed texts"
+    return [family.inputs_of(each) for each in fitting], f"{len(fitting)} fixed texts{reason}"
 
 
 @torch.no_grad()

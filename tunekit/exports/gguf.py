@@ -47,7 +47,9 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if options.imatrix and options.type in (None, *FLOATS):
         wrong.append(
             Problem(
-                f"nothing is quantized in {options.type or 'an unnamed type'}", "add --type Q4_K_M", key="--imatrix"
+                f"--imatrix needs a quantized type{f', and {options.type} is none' if options.type else ''}",
+                "add --type Q4_K_M",
+                key="--imatrix",
             )
         )
     if exportable.family != "causal":

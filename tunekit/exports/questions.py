@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from tunekit.arithmetic.merge import TEXTS, logits_of
-from tunekit.data.rows import load_rows
 from tunekit.errors import InputError
 from tunekit.exports.format import Questions
 from tunekit.machine.memory import available_bytes
@@ -16,6 +15,7 @@ from tunekit.model.load import make_meta_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable
+from tunekit.targets.rows import readable_rows
 from tunekit.targets.target import TargetSpec, load_target
 
 ROWS, TOKENS = 8, 128  # of a certificate
@@ -30,16 +30,17 @@ class NotComparable(InputError):
 def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) -> tuple[list[list[int]], str]:
     """Token ids of at most `count` rows of the run, each cut to `tokens`, and a description of the rows.
 
-    `held_out`: evaluation rows if there are any; otherwise training rows. A target without data has fixed texts.
+    `held_out`: evaluation rows if there are any; otherwise training rows. A target without
+    data has fixed texts, as one whose files are gone.
     Raises: NotComparable for a model that reads no text.
     """
-    data, objective, tokenizer = exportable.target.data, exportable.objective, exportable.processor.tokenizer
+    objective, tokenizer = exportable.objective, exportable.processor.tokenizer
     if not isinstance(tokenizer, LoadedTokenizer):
         raise NotComparable(f"{exportable.family} models do not read text", "leave --certify and --imatrix out")
-    if data is None or objective is None:
+    loaded, reason = readable_rows(exportable.target, objective)
+    if loaded is None:
         start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return [[*start, *tokenizer.encode(text)][:tokens] for text in TEXTS[:count]], "fixed texts"
-    loaded = load_rows(data, objective, seed=exportable.target.seed)
+        return [[*start, *tokenizer.encode(text)][:tokens] for text in TEXTS[:count]], f"fixed texts{reason}"
     rows, noun = loaded.train, "training"
     if held_out and loaded.evaluation is not None:
         rows, noun = loaded.evaluation, "evaluation"

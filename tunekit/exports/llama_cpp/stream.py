@@ -9,6 +9,7 @@ import libgguf
 import numpy as np
 import torch
 
+from tunekit.arithmetic.merge_output import check_space
 from tunekit.contracts import Array
 from tunekit.exports.llama_cpp.converter import ConvertedModel, Converter, TensorInfo, Writer
 from tunekit.exports.llama_cpp.types import FLOATS, Structure, block_size, choose_types
@@ -22,7 +23,7 @@ def write_model(
     """Write the file. Returns the type of each tensor. `imatrix`: mean squares of the columns' activations, by tensor.
 
     The file begins with the names, shapes and types of all tensors, so these are computed first, without values.
-    Raises: InputError if a tensor cannot have a suitable type.
+    Raises: InputError if a tensor cannot have a suitable type; ResourceError if the disk has too little space.
     """
     gguf = converter.gguf
     model.prepare_tensors()
@@ -35,6 +36,7 @@ def write_model(
     for name, chosen in types.items():
         infos[name].dtype = gguf.GGMLQuantizationType[chosen]
         infos[name].nbytes = int(np.prod(shapes[name])) // block_size(chosen) * libgguf.type_size(chosen_type(chosen))
+    check_space(path, sum(info.nbytes for info in infos.values()))
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -1,0 +1,19 @@
+"""The rows of a target's run, for comparisons that also work without them."""
+
+from tunekit.contracts import Objective
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.errors import DataError
+from tunekit.targets.target import TargetSpec
+
+
+def readable_rows(target: TargetSpec, objective: Objective | None) -> tuple[RowSet | None, str]:
+    """The rows of the target's run. None, and the reason in words, if their files are gone or can no longer be read:
+    a run is used elsewhere without its data too."""
+    if target.data is None or objective is None:
+        return None, ""
+    try:
+        return load_rows(target.data, objective, seed=target.seed), ""
+    except DataError as error:
+        problem = error.problems[0]
+        place = "" if problem.file is None else f"{problem.file}: "
+        return None, f", because the run's rows cannot be read ({place}{problem.what})"
