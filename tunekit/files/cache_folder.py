@@ -16,6 +16,7 @@ ENTRY_NAMES = {  # folder of the cache -> names of its entries, also while they 
     "tokens": re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-\w+"),
     "bases": re.compile(r"\.?[0-9a-f]{16}-[0-9a-f]{32}\.safetensors(\.part-\d+)?"),
     "models": re.compile(r"\.?tiny-llama-v\d+(-\w+)?"),
+    "kernels": re.compile(r"[0-9a-f]{64}\.so|\.\w+"),
 }
 PACKAGE = Path(__file__).resolve().parent.parent
 

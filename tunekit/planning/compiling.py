@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from tunekit.adapters.kernels.liger import liger_places
+from tunekit.adapters.kernels.native import has_native_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
+from tunekit.model.native.library import NoKernels, load_kernels
 
 LEAST_STEPS = 500  # shorter runs end before compiling has saved time
 KEY = "training.compile"
@@ -54,9 +56,22 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
         yield Problem("compiling for a CPU needs a C++ compiler", "install g++, or write compile: false", key=KEY)
 
 
+def planned_kernels(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels of the run, native, liger or none, and the reason for native or for the lack of it."""
+    if setting != "auto":
+        return setting, ""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):
+        return "none", ""
+    try:
+        load_kernels()
+    except NoKernels as error:
+        return "none", str(error)
+    return "native", "bfloat16 on a CPU with a C compiler"
+
+
 def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
     """Problems that prevent the use of the recipe's kernels."""
-    if kernels == "none":
+    if kernels != "liger":
         return
     if not kind_of(device).own_memory:
         yield Problem("liger-kernel's kernels run on a GPU only", "write kernels: none", key="training.kernels")
@@ -65,7 +80,11 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
         yield Problem("liger-kernel is not installed", how, key="training.kernels")
 
 
-def kernel_notes(kernels: str, net: nn.Module) -> Iterator[str]:
+def kernel_notes(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     """A note that says which computations the kernels replace."""
+    kernels, reason = planned_kernels(setting, net, device, dtype)
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where one computation does the MLP"
+    elif reason:
+        can = "yes" if kernels == "native" else "no"
+        yield f"norms, SwiGLU and attention by kernels in C: {can}, {reason}"

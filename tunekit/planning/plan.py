@@ -27,7 +27,14 @@ from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
-from tunekit.planning.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
+from tunekit.planning.compiling import (
+    compile_notes,
+    compile_problems,
+    kernel_notes,
+    kernel_problems,
+    planned_compile,
+    planned_kernels,
+)
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
@@ -252,7 +259,7 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
 def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
-    rows, choice = inputs.rows, _written_choice(recipe, device, windows.steps)
+    rows, choice = inputs.rows, _written_choice(recipe, inputs.base, device, windows.steps)
     sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
     bases = {recipe.model: inputs.base}
     run = SimulatedRun(*sections, choice, device, recipe.memory, inputs.companions, bases=bases)
@@ -268,7 +275,7 @@ def _forecast(
     return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token)
 
 
-def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
+def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int) -> Choice:
     """A Choice with the settings that only the recipe decides, and with defaults in all other fields."""
     training, memory = recipe.training, recipe.memory
     return Choice(
@@ -278,7 +285,7 @@ def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
         streamed_head=memory.streamed_head,
         activation_offload=memory.activation_offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
-        kernels=training.kernels,
+        kernels=planned_kernels(training.kernels, base.net, device, base.dtype)[0],
         compiled=planned_compile(training.compile, device, steps)[0],
         # of a resumed run the count is that of its checkpoint, which is in effect already
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
@@ -345,7 +352,7 @@ def _assemble(
             *loaded.defaults,
             *_notes(recipe, device, inputs, memory, windows.steps),
             *compile_notes(recipe.training.compile, device, windows.steps),
-            *kernel_notes(recipe.training.kernels, inputs.base.net),
+            *kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype),
         ],
         budget_bytes=recipe.memory.budget_bytes,
         tries_longest_batch=memory.tries_longest,

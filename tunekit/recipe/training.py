@@ -103,8 +103,10 @@ class TrainingSection(Section):
     compile: AutoOrBool = Field(
         False, description="decoder layers through torch.compile; auto: on a GPU, in runs of 500 steps or more"
     )
-    kernels: Literal["none", "liger"] = Field(
-        "none", description="liger: norms and SwiGLU by liger-kernel, on a GPU, where it is installed"
+    kernels: Literal["auto", "none", "liger"] = Field(
+        "auto",
+        description="auto: norms, SwiGLU and attention in C, for bfloat16 on a CPU with a C compiler; liger: norms and "
+        "SwiGLU by liger-kernel, on a GPU, where it is installed",
     )
     deterministic: bool = Field(
         False, description="on a GPU: kernels that add up in a fixed order, so that a resumed run repeats every bit"

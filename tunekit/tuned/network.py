@@ -10,6 +10,7 @@ from torch import nn
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.adapters.kernels.liger import use_liger
+from tunekit.adapters.kernels.native import use_native
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
 from tunekit.memory.checkpointing import prepare_layers
@@ -53,6 +54,8 @@ def prepare_network(
         tile_layers(layers, choice.mlp_tile_tokens, hidden)
     if choice.kernels == "liger":
         use_liger(base.net)
+    if choice.kernels == "native" and planned_for is None:
+        use_native(base.net)
     compile_layers(forwards)
     slots = stream_base(base, frozen, choice.streaming)
     parts = _streamed_head(base, choice)

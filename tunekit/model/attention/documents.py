@@ -22,6 +22,7 @@ from tunekit.machine.placing import to_device
 from tunekit.model.attention.cpu_kernel import MAX_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
+from tunekit.model.native.attention import attend_natively
 from tunekit.model.pretrained import as_pretrained, config_of, text_config
 from tunekit.model.transformers_guard import replaced
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 SUFFIX = "_per_document"
 LOOPED = ("sdpa", "eager")  # attention functions that can be called once per document
 PRODUCTS = "products" + SUFFIX  # matrix products, which replace sdpa on a CPU
+NATIVE = "native" + SUFFIX  # the same by a compiled kernel
 VARLEN = "varlen" + SUFFIX  # torch's kernel for documents of several lengths, for half precision on CUDA
 CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 HEAD_SIZES = range(8, 257, 8)  # supported by the kernel
@@ -211,7 +213,8 @@ def _register() -> None:
 
 def _functions() -> dict[str, Callable[..., AttentionOutput]]:
     """Our attention functions by their names in transformers' table."""
-    return {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
+    functions = {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
+    return {**functions, NATIVE: partial(_products, attend=attend_natively)}
 
 
 def known_documents() -> AbstractContextManager[None]:
@@ -293,7 +296,14 @@ def _kernel(
 
 
 def _products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LayerMask,
+    *,
+    attend: Callable[..., Tensor] | None = None,
+    **named: object,
 ) -> AttentionOutput:
     """Causal attention of documents by matrix products; other masks and long documents go to sdpa."""
     is_causal = named.get("is_causal")
@@ -308,7 +318,8 @@ def _products(
     if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > MAX_TOKENS and unpacked):
         return _sdpa(module, query, key, value, attention_mask, **named)
     if longest > MAX_TOKENS and shared is None:
-        return _each_document(_products, torch.bool, module, (query, key, value), attention_mask, named)
+        products = partial(_products, attend=attend)
+        return _each_document(products, torch.bool, module, (query, key, value), attention_mask, named)
     scaling = cast("float | None", named.get("scaling"))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     outputs = []
@@ -316,7 +327,7 @@ def _products(
         key_lengths = []
         if shared is not None:
             k, v, key_lengths = shared.keys_of(row, k), shared.keys_of(row, v), [shared.segments.key_lengths(row)]
-        outputs.append(attend_causally(q, k, v, lengths, scale, *key_lengths))  # (T, H, D)
+        outputs.append((attend or attend_causally)(q, k, v, lengths, scale, *key_lengths))  # (T, H, D)
     return torch.stack(outputs) if len(outputs) > 1 else outputs[0][None], None  # (B, T, H, D)
 
 

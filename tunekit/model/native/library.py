@@ -1,0 +1,71 @@
+"""Compiles kernels.c with this machine's C compiler and loads it. The result is in the cache folder, so that only the
+first run compiles."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from tunekit.files.cache_folder import default_cache_folder, hash_of
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+EXACT = "-ffp-contract=off"  # no fused multiplication and addition where torch's operations round in between
+COMPILING_SECONDS = 120
+
+
+class NoKernels(Exception):
+    """The kernels cannot be used on this machine; the message says why."""
+
+
+@cache
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises: NoKernels.
+    """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise NoKernels("they are for Linux on x86-64")
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise NoKernels("there is no C compiler")
+    version = _output_of([compiler, "--version"])
+    processor = [line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if line.startswith("flags")][:1]
+    key = hash_of([SOURCE.read_text("utf-8"), FLAGS, EXACT, version, processor])
+    path = default_cache_folder() / "kernels" / f"{key}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoKernels(str(error)) from error
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Write the library under a temporary name first, because another process may load it now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        result = Path(folder) / "kernels.so"
+        _output_of([compiler, *FLAGS, EXACT, "-shared", "-fPIC", str(SOURCE), "-o", str(result), "-lm"])
+        os.replace(result, path)
+
+
+def _output_of(command: list[str]) -> str:
+    """What the command prints.
+
+    Raises: NoKernels with the first error line.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILING_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(str(error)) from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise NoKernels(f"{Path(command[0]).name}: {lines[0] if lines else done.returncode}")
+    return done.stdout
