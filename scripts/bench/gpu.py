@@ -19,10 +19,11 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,13 +32,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "scripts" / "gpu"))
 sys.path.insert(0, str(REPOSITORY))
-if "--rehearse" in sys.argv and "TUNEKIT_SIMULATED_FAULTS" not in os.environ:
+if {"--rehearse", "--dry-run"} & set(sys.argv) == {"--rehearse"} and "TUNEKIT_SIMULATED_FAULTS" not in os.environ:
     os.environ.setdefault("TUNEKIT_SIMULATED_CAPABILITY", "9.0")
     import tests.devices.plugin  # noqa: F401  (before torch)
 
 import torch  # noqa: E402
 from arithmetic import Ceilings, as_json  # noqa: E402
 from shapes import DOUBLES, ROWS, Row, rehearsed, shrink_models  # noqa: E402
+from suite import counts, run_suite, stop  # noqa: E402
 
 RESULTS = REPOSITORY / "scripts" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
@@ -183,9 +185,9 @@ def run_rows(
     """
     ends, results, done = time.monotonic() + 60.0 * minutes, read_results(file), set[str]()
     if device.type == "cuda" and "tests" not in results:
-        results["tests"] = run_tests(min(ROW_SECONDS, 60.0 * minutes))
+        results["tests"] = run_tests(file, min(ROW_SECONDS, 60.0 * minutes))
         write_results(file, results)
-        print(f"tests/gpu: {results['tests']}", flush=True)
+        print(f"tests/gpu: {counts(results['tests'])}", flush=True)
     if CEILINGS not in results:
         left = max(1.0, ends - time.monotonic())
         results[CEILINGS] = in_child(CEILINGS, device, file, min(CEILING_SECONDS, left))
@@ -209,11 +211,16 @@ def run_rows(
             results["rows"][row.name]["rival_tokens_per_second"] = results["rows"][row.rival].get("tokens_per_second")
         write_results(file, results)
     print(f"results: {file}")
+    print_faults()
+
+
+def print_faults() -> None:
+    """Of a rehearsal: what the simulated device saw that a real device would compute wrongly."""
     if REHEARSES:
         from tests.devices.plugin import faults
 
-        found = faults()
-        print(f"faults that the device saw: {len(found)}", *sorted(set(found))[:8], sep="\n  ")
+        seen = faults()
+        print(f"faults that the device saw: {len(seen)}", *sorted(set(seen))[:8], sep="\n  ")
 
 
 def minutes_of(row: Row, device: torch.device, results: dict[str, Any]) -> float:
@@ -223,59 +230,62 @@ def minutes_of(row: Row, device: torch.device, results: dict[str, Any]) -> float
     return expected_minutes(row, device, known_ceilings(results))
 
 
-def run_tests(seconds: float) -> str:
-    """tests/gpu in a process of its own: its last line."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
-    if REHEARSES:
-        command += ["-p", "tests.devices.plugin"]
-    try:
-        done = subprocess.run(command, timeout=seconds, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s"
-    lines = [*done.stderr.strip().splitlines(), *done.stdout.strip().splitlines()]
-    return ([line for line in lines if " passed" in line or " failed" in line] or lines or ["no output"])[-1]
+def run_tests(file: Path, seconds: float) -> dict[str, dict[str, Any]]:
+    """The outcome of each test of tests/gpu, also of earlier calls with these results."""
+    return run_suite(file.with_suffix(".tests"), seconds, plugins=("tests.devices.plugin",) if REHEARSES else ())
 
 
 def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dict[str, Any]:
-    """What the child wrote; how it ended where it wrote nothing."""
+    """What the child wrote; how it ended, if it did not finish."""
     answer = file.with_name(f".{name}-of-{file.name}")
     answer.unlink(missing_ok=True)
     answer.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--child", name, "--device", device.type, "--json", str(answer)]
     command += ["--rehearse"] if REHEARSES else []
     environment = os.environ | {"TUNEKIT_DEVICE": device.type}
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, timeout=seconds, env=environment, capture_output=True, text=True, check=False)
+        errors, ended = child.communicate(timeout=seconds)[1], {}
     except subprocess.TimeoutExpired:
-        return {"outcome": f"stopped after {seconds:.0f} s"}
-    if answer.exists():
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        answer.unlink()
-        return found
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return {"outcome": f"ended with {done.returncode}: {last}", "output": done.stderr[-4000:]}
+        stop(child)
+        errors, ended = "", {"outcome": f"stopped after {seconds:.0f} s"}
+    measured = read_results(answer)
+    answer.unlink(missing_ok=True)
+    if ended or "outcome" not in measured:
+        measured.pop("rows", None)
+        lines = errors.strip().splitlines() or ["no output"]
+        last = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
+        measured |= ended or {"outcome": f"ended with {child.returncode}: {last}", "output": errors[-4000:]}
+    return measured
 
 
 def run_child(name: str, known: dict[str, Row], device: torch.device, answer: Path) -> None:
-    """One row (or the ceilings), whose result goes to `answer`: what was found until then, if it did not end well."""
+    """One row (or the ceilings). `answer` always contains what is known, so that a child that is stopped leaves it."""
     from tunekit.errors import TunekitError
 
-    found: dict[str, Any] = {"card": card(device)}
+    result: dict[str, Any] = {"card": card(device)}
+
+    def keep(part: dict[str, Any]) -> None:
+        result.update(part)
+        write_results(answer, result)
+
     try:
-        for part in child_work(name, known, device, answer):
-            found |= part
-        found["outcome"] = found.get("outcome", "ok")
+        for part in child_work(name, known, device, answer, keep):
+            keep(part)
+        keep({"outcome": result.get("outcome", "ok")})
     except torch.OutOfMemoryError as error:
-        found |= {"outcome": "out of memory", "message": str(error).partition("\n")[0]}
-        if device.type == "cuda":
-            found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        peak = {"peak_allocated_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
+        keep({"outcome": "out of memory", "message": str(error).partition("\n")[0], **peak})
     except (TunekitError, ImportError) as error:
-        found["outcome"] = f"not run: {error}"
-    answer.write_text(json.dumps(found), encoding="utf-8")
+        keep({"outcome": f"not run: {error}"})
 
 
-def child_work(name: str, known: dict[str, Row], device: torch.device, answer: Path) -> Iterator[dict[str, Any]]:
-    """The work of a child by its name: first the plan, then what was measured."""
+def child_work(
+    name: str, known: dict[str, Row], device: torch.device, answer: Path, keep: Callable[[dict[str, Any]], None]
+) -> Iterator[dict[str, Any]]:
+    """The work of a child by its name: first the plan, then what was measured; `keep` gets the steps of a row."""
     from planning import linear_shapes, plan_row
 
     if name == CEILINGS:
@@ -294,7 +304,7 @@ def child_work(name: str, known: dict[str, Row], device: torch.device, answer: P
     else:
         import ours
 
-        yield ours.run_row(row, device, plan)
+        yield ours.run_row(row, device, plan, keep)
 
 
 def summary(row: Row, found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,17 +27,20 @@ from tunekit.training.state import LoopState, Run
 from tunekit.tuned.network import prepare_network
 
 
-def run_row(row: Row, device: torch.device, plan: dict[str, Any]) -> dict[str, Any]:
-    """Build, train as the row's plan says, and say what it took."""
+def run_row(
+    row: Row, device: torch.device, plan: dict[str, Any], keep: Callable[[dict[str, Any]], None] = lambda part: None
+) -> dict[str, Any]:
+    """Build, train as the row's plan says, and say what it took. `keep` gets the load time and the steps so far."""
     cap_memory(row, device)
     host, started = HostMemory(), time.monotonic()
     host.start()
     home = device if row.engine == "resident" else torch.device("cpu")
     base = random_base(row.model, row.quantization, device, home)
     checkpointed = plan["checkpointed_layers"]
-    run, records = _run(row, base, checkpointed, device)
+    run, records = _run(row, base, checkpointed, device, keep)
     loaded = time.monotonic() - started
     found = reset_peaks(device)
+    keep({"load_seconds": loaded, "attention": base.facts.attention, **found})
     run_loop(run)
     peaks = device_peaks(device)
     return {
@@ -44,14 +48,24 @@ def run_row(row: Row, device: torch.device, plan: dict[str, Any]) -> dict[str, A
         **peaks,
         **speeds(*zip(*((each.tokens, each.supervised_tokens, each.seconds) for each in records), strict=True)),
         "host_anonymous_bytes": host.finish(),
-        "losses": [record.loss for record in records],
-        "gradient_norms": [record.grad_norm for record in records],
         "load_seconds": loaded,
         "attention": base.facts.attention,
+        **_curve(records),
     }
 
 
-def _run(row: Row, base: LoadedModel, checkpointed: int, device: torch.device) -> tuple[Run, list[StepRecord]]:
+def _curve(records: list[StepRecord]) -> dict[str, Any]:
+    """Losses, gradient norms and seconds of the steps."""
+    return {
+        "losses": [record.loss for record in records],
+        "gradient_norms": [record.grad_norm for record in records],
+        "step_seconds": [record.seconds for record in records],
+    }
+
+
+def _run(
+    row: Row, base: LoadedModel, checkpointed: int, device: torch.device, keep: Callable[[dict[str, Any]], None]
+) -> tuple[Run, list[StepRecord]]:
     base = replace(base, device=device)  # of a streamed one, the layers stay where they are
     choice = row_choice(row, base.text.vocabulary_size, checkpointed)
     head = base.family.head_name(base.net)
@@ -61,6 +75,12 @@ def _run(row: Row, base: LoadedModel, checkpointed: int, device: torch.device) -
     begin_alike(model.adapter.trained().items())
     training = training_section(row)
     records: list[StepRecord] = []
+
+    def record(each: Any) -> None:
+        if isinstance(each, StepRecord):
+            records.append(each)
+            keep(_curve(records) | device_peaks(device))
+
     run = Run(
         model=model,
         objective=objective_of(row),
@@ -73,6 +93,6 @@ def _run(row: Row, base: LoadedModel, checkpointed: int, device: torch.device) -
         warmup_steps=0,
         state=LoopState(),
         save=lambda: None,
-        record=lambda record: records.append(record) if isinstance(record, StepRecord) else None,
+        record=record,
     )
     return run, records

@@ -17,7 +17,7 @@ from arithmetic import (
     least_flops_per_token,
     passed_parameters,
 )
-from random_model import configuration_folder, model_section
+from random_model import PACKERS, configuration_folder, model_section
 from shapes import Row
 from work import micro_batch, objective_of
 
@@ -28,6 +28,7 @@ from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.slots import SLOTS
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import element_count, stored_bytes, weight_of
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.planning.simulated.estimate import peak_bytes
@@ -42,6 +43,7 @@ SPARE_SHARE = 0.06  # for what the allocator reserves beyond tensors, and the li
 HEAD_BYTES = 2  # of a parameter of the head, which is not packed
 LIKELY_SHARE = 0.5  # of the product ceiling, for the expected minutes
 START_SECONDS, DRAWN_BYTES_PER_SECOND = 45.0, 20e9
+PACKED_PER_SECOND = 5e7  # parameters, by one of random_model.PACKERS threads
 
 
 def adapter_settings(row: Row) -> LoraSettings:
@@ -201,6 +203,8 @@ def _times(row: Row, size: Size, share: float, layers: float, ceilings: Ceilings
     least = least_flops_per_token(size, row, supervised)
     likely = max(max(floors.values()), flops * row.step_tokens / ceilings.product_flops / LIKELY_SHARE)
     drawn = 2.0 * (size.body + 2 * size.head) / DRAWN_BYTES_PER_SECOND
+    if row.quantization in codec.FOUR_BIT and row.tool == "tunekit":
+        drawn += size.body / (PACKED_PER_SECOND * PACKERS)
     return {
         "flops_per_token": flops,
         "limit_tokens_per_second": ceilings.product_flops / least,

@@ -144,6 +144,7 @@ ROWS: list[Row] = [
     Row("8b-nf4-small-head", "G4", **SMALL_8B, **NF4, streamed_head=True, tile_tokens=2048, rival="8b-nf4-small-peft"),
     Row("8b-nf4-small-peft", "G4", **SMALL_8B, **NF4, **PEFT),
     Row("8b-nf4-streamed", "G4", model="llama-3.1-8b", **NF4, **STREAMED),
+    Row("8b-nf4-resident", "G4", model="llama-3.1-8b", **NF4, **(STREAMED | {"engine": "resident"})),
     Row("8b-nf4-small-streamed", "G4", **(SMALL_8B | {"rows": 1}), **NF4, micro_batches=2, engine="host",
         streamed_head=True),
     Row("70b-nf4-streamed", "G5", model="llama-70b", **NF4, **(STREAMED | {"micro_batches": 16}), length=2048, steps=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shapes import Row
+from suite import counts
 
 HEAD = (
     "row", "goal", "tool", "model", "weights", "tokens a step", "tokens/s (least)", "x peft", "% of 4N limit",
@@ -20,7 +21,7 @@ def make_table(results: dict[str, Any], rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())
     lines += [f"{card.get('device', 'no card yet')}; Python {card.get('python', '?')}; {versions}.", ""]
     if "tests" in results:
-        lines += [f"tests/gpu: {results['tests']}", ""]
+        lines += [f"tests/gpu: {counts(results['tests'])}", ""]
     if "product_flops" in ceilings:
         lines += [
             f"Ceilings: {ceilings['product_flops'] / 1e12:.1f} TFLOP/s ({ceilings['product_side']}^3, bf16), "

@@ -108,7 +108,7 @@ def test_out_of_memory_ends_with_4_or_a_split(folder: Path, gpu: torch.device, t
     [("none", 0, False), ("none", "every", False), ("nf4", 0, False), ("nf4", "every", True), ("none", 0, True)],
 )
 def test_the_peak_is_foreseen_within_5_percent(
-    gpu: torch.device, quantization: str, checkpointing: Any, documents: bool
+    gpu: torch.device, quantization: str, checkpointing: Any, documents: bool, record_property: Any
 ) -> None:
     if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -127,6 +127,8 @@ def test_the_peak_is_foreseen_within_5_percent(
     before = torch.cuda.memory_allocated()
     plan = planning.plan_row(row, gpu, arithmetic.Ceilings())
     measured = ours.run_row(row, gpu, plan)["peak_allocated_bytes"] - before
+    record_property("predicted_bytes", plan["predicted_bytes"]["total"])
+    record_property("measured_bytes", measured)
     assert plan["predicted_bytes"]["total"] / measured == pytest.approx(1.0, abs=0.05)
 
 
