@@ -646,7 +646,8 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (kWaits.count(call.name)) host_waits(s, call.name);
   if (call.by_mask) host_waits(s, call.name + " by a mask");
   torch::jit::drop(*stack, count);
-  for (auto& argument : arguments) stack->push_back(std::move(argument));
+  // Copied: a kernel returns references to its outputs among these, which the stack drops before it takes them.
+  for (const auto& argument : arguments) stack->push_back(argument);
   lock.unlock();
   {
     const Drawing drawing(kDraws.count(call.name) && call.uses_device ? call.index : -1);
