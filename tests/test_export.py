@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tunekit.errors import InputError, Problem
 from tunekit.export import export_verb
 from tunekit.exports import questions
 from tunekit.exports.format import Certificate, Difference, Evidence, Exported, Options, Questions, known_formats
+from tunekit.exports.programs.program import Program
 from tunekit.exports.questions import NotComparable
 from tunekit.files.durable import new_path
 from tunekit.targets.exportable import Exportable, make_exportable
@@ -27,7 +29,6 @@ class Format:
     """A format that copies config.json, and whose program answers as torch does."""
 
     TAKES, OPTIONS, SUFFIX, PROGRAM = frozenset({"model"}), frozenset({"type"}), ".copy", "mlx"
-    installed = True
 
     def problems(self, exportable: Exportable, options: Options) -> list[Problem]:
         return [Problem("no such type", "choose another", key="--type")] if options.type == "none" else []
@@ -39,11 +40,15 @@ class Format:
         return Exported(path, "model", (f"cat {path}",))
 
     def certify(
-        self, written: Exported, exportable: Exportable, ask: Callable[[], Questions], options: Options
-    ) -> Certificate | None:
-        if not self.installed:
-            return None
+        self,
+        written: Exported,
+        exportable: Exportable,
+        program: Program,
+        ask: Callable[[], Questions],
+        options: Options,
+    ) -> Certificate:
         asked = ask()
+        assert asked.base is None  # computed only for an adapter alone
         count = sum(map(len, asked.rows))
         return Certificate("cat", "9.1", asked.described, {"model": Difference(0.0, 0.0, 2.0, 2.0, 0, count)})
 
@@ -51,6 +56,7 @@ class Format:
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tunekit.export, "load_format", lambda name: Format())
+    monkeypatch.setattr(tunekit.export, "find_program", lambda name: Program(name, "1.0", Path(sys.executable)))
     write_tiny_llama(tmp_path / "base")
     return tmp_path / "base"
 
@@ -97,10 +103,9 @@ def test_an_existing_file_is_never_replaced_and_a_broken_one_removed(base: Path)
 def test_a_program_that_is_required_must_be_installed(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Format, "installed", False)
+    monkeypatch.setattr(tunekit.export, "find_program", lambda name: None)
     export_verb(str(base), "copy", str(base.parent / "first.copy"))
     assert "not certified: mlx is not installed" in capsys.readouterr().out
-    monkeypatch.setattr(tunekit.export, "find_program", lambda name: None)
     with pytest.raises(InputError, match=r"--certify: mlx is not installed; install it with: python -m .* mlx"):
         export_verb(str(base), "copy", str(base.parent / "second.copy"), certify=True)
     assert not (base.parent / "second.copy").exists()

@@ -108,9 +108,13 @@ def _certify(
 
     Raises: InputError if the program cannot read the export.
     """
-    console = Console()
+    console, program = Console(), find_program(format.PROGRAM)
+    if program is None:
+        console.info(f"not certified: {format.PROGRAM} is not installed ({INSTALL} {format.PROGRAM})")
+        return
+    questions = partial(make_questions, exportable, with_base=written.what == "adapter")
     try:
-        certificate = format.certify(written, exportable, partial(make_questions, exportable), options)
+        certificate = format.certify(written, exportable, program, questions, options)
     except NotComparable as reason:
         if required:
             raise
@@ -118,9 +122,6 @@ def _certify(
         return
     except InputError as error:
         raise InputError(f"the export is written, but {error.problems[0].what}", error.problems[0].how) from error
-    if certificate is None:
-        console.info(f"not certified: {format.PROGRAM} is not installed ({INSTALL} {format.PROGRAM})")
-        return
     console.table(
         ["computed by the program", "largest", "mean", "perplexity", "in torch", "greedy tokens that differ"],
         [

@@ -1,11 +1,14 @@
 """Every kind of adapter in every format, read back by the program that runs the format.
 
-    scripts/bench/run exports --tokenizer MODEL [--formats gguf,mlx,vllm,...] [--shapes llama,...] [--cases plain,...]
-                              [--seed N --cells N] [--minutes N] [--page] [--work FOLDER] [--output FOLDER]
+    scripts/bench/run exports --tokenizer MODEL [--speech MODEL] [--formats gguf,mlx,...] [--shapes llama,...]
+                              [--cases plain,...] [--seed N --cells N] [--minutes N] [--page] [--work FOLDER]
+                              [--output FOLDER]
     scripts/bench/run exports --run RUN [--exports F16,Q8_0,Q4_K_M,mlx,vllm]
 
-The bases are random and tiny, with the tokenizer of MODEL (whose pre-tokenizer llama.cpp's converter must know); peft
-writes the adapters. A cell is one `tunekit export`: the largest difference of log-probabilities from torch, or what the
+The bases are random and tiny, with the tokenizer of MODEL (whose pre-tokenizer llama.cpp's converter must know), or the
+files of a Whisper; peft writes the adapters. transformers4 is no format: it reads the merged folder for the hub. In the
+formats kohya and diffusers, diffusers reads tiny pipelines: kohya's file, or the run's own file and merged pipelines.
+A cell is one `tunekit export`: the largest difference of log-probabilities from torch, or what the
 format refuses, and then the merged model. A finished cell is in exports.json and is never made again. --cells: only so
 many, drawn with --seed. Programs that are not installed (scripts/certify) leave their cells out.
 
@@ -20,29 +23,41 @@ import itertools
 import json
 import random
 import shutil
+import sys
 import time
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from objectives import Results
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
-from tunekit.arithmetic.merge import logits_of
+from tunekit.arithmetic.merge import logits_of, merge
 from tunekit.data.rows import load_rows
 from tunekit.errors import Stopped, TunekitError
-from tunekit.export import export_verb
-from tunekit.exports.format import Options
-from tunekit.exports.programs import llama_cpp, mlx, vllm
+from tunekit.export import CERTIFICATE, export_verb
+from tunekit.exports.compare import difference
+from tunekit.exports.format import Options, load_format
+from tunekit.exports.programs import llama_cpp, mlx, transformers4, vllm
 from tunekit.exports.programs.answer import NextTokens
 from tunekit.exports.programs.program import find_program
+from tunekit.exports.questions import make_questions
 from tunekit.targets.exportable import make_exportable
 from tunekit.targets.target import find_target, load_target
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))  # for the tiny pipelines of the tests
 SIZE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZE, "num_key_value_heads": 2, "max_position_embeddings": 512}
+WHISPER = {
+    **{f"{part}_{size}": value for part in ("encoder", "decoder") for size, value in (("layers", 2), ("ffn_dim", 256))},
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "d_model": 64,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # model type, sizes, an attention layer, the embedding
     "llama": ("llama", GROUPED, "q_proj", "embed_tokens"),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}, "q_proj", "embed_tokens"),
@@ -55,6 +70,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # model type, sizes
     ),
     "phi3": ("phi3", GROUPED, "qkv_proj", "embed_tokens"),
     "gpt2": ("gpt2", {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}, "c_attn", "wte"),
+    "whisper": ("whisper", WHISPER, "q_proj", "embed_tokens"),
+}
+SPEECH_FORMATS, IMAGE_FORMATS = ("ctranslate2", "whispercpp"), ("kohya", "diffusers")
+IMAGE_SHAPES = ("sd", "sdxl", "sd3")
+IMAGE_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 7}},
+    "dora": {"method": "dora"},
+    "merged": {},
 }
 CASES = (
     *("plain", "rslora", "patterns", "dora", "pissa", "embedding", "lm_head", "modules_to_save", "ia3"),
@@ -70,25 +95,46 @@ the adapter, so that the export is a merged model, and says why. Made by `script
 """
 
 
-def write_base(shape: str, tokenizer: Path, folder: Path) -> None:
-    """A random base whose answers are not nearly uniform."""
+def fits(form: str, shape: str, case: str) -> bool:
+    """Whether there is such a cell."""
+    if shape in IMAGE_SHAPES or form in IMAGE_FORMATS:
+        known = shape in IMAGE_SHAPES and case in IMAGE_CASES and form in IMAGE_FORMATS
+        return known and (form == "diffusers" or case != "merged")
+    if shape == "whisper" or form == "whispercpp":
+        return shape == "whisper" and form in SPEECH_FORMATS and case not in ("lm_head", "Q8_0", "Q4_K_M")
+    return form == "gguf" or case not in ("Q8_0", "Q4_K_M")
+
+
+def write_base(shape: str, source: Path, folder: Path) -> None:
+    """A random base whose answers are not nearly uniform. `source`: has its tokenizer, of Whisper all small files."""
     kind, sizes, _, _ = SHAPES[shape]
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.eos_token_id}
     torch.manual_seed(0)
-    net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(words), **sizes, **ids))
+    if shape == "whisper":
+        config = AutoConfig.from_pretrained(source, **sizes, dtype=torch.float32)
+        net = AutoModelForSpeechSeq2Seq.from_config(config)
+    else:
+        words = AutoTokenizer.from_pretrained(source)
+        end = words.eos_token_id
+        ids = {"bos_token_id": words.bos_token_id, "eos_token_id": end, "pad_token_id": end}
+        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(words), **sizes, **ids))
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)
     net.save_pretrained(folder)
-    words.save_pretrained(folder)
+    if shape != "whisper":
+        words.save_pretrained(folder)
+        return
+    for file in source.glob("*.json"):
+        if file.name not in ("config.json", "model.safetensors.index.json"):
+            shutil.copyfile(file, folder / file.name)
 
 
 def adapter_config(case: str, shape: str) -> PeftConfig:
     """peft's configuration of a case."""
     _, _, attention, embedding = SHAPES[shape]
-    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    task = None if shape == "whisper" else "CAUSAL_LM"
+    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": task}
     changes: dict[str, dict[str, Any]] = {
         "rslora": {"use_rslora": True},
         "patterns": {"rank_pattern": {attention: 4}, "alpha_pattern": {attention: 32}},
@@ -99,13 +145,14 @@ def adapter_config(case: str, shape: str) -> PeftConfig:
         "modules_to_save": {"modules_to_save": [embedding]},
     }
     if case == "ia3":
-        return IA3Config(target_modules=[attention], feedforward_modules=[], task_type="CAUSAL_LM")
+        return IA3Config(target_modules=[attention], feedforward_modules=[], task_type=task)
     return LoraConfig(**{**lora, **changes.get(case, {})})
 
 
 def write_adapter(case: str, shape: str, base: Path, folder: Path) -> None:
     """An adapter with random values, as training could have left it."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(case, shape))
+    kind = AutoModelForSpeechSeq2Seq if shape == "whisper" else AutoModelForCausalLM
+    model = get_peft_model(kind.from_pretrained(base), adapter_config(case, shape))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -116,27 +163,68 @@ def write_adapter(case: str, shape: str, base: Path, folder: Path) -> None:
 
 def run_cell(target: Path, form: str, case: str, place: Path) -> dict[str, Any]:
     """Export and certify. A refused adapter is merged, and what was refused is kept."""
-    quantized = case in ("Q8_0", "Q4_K_M")
-    attempts = [Options(merged=True, type=case if quantized else None)]
-    if case != "merged" and not quantized:
-        attempts.insert(0, Options())
+    quantized, format = case in ("Q8_0", "Q4_K_M"), load_format("hub" if form == "transformers4" else form)
+    attempts = [Options(merged="merged" in format.OPTIONS, type=case if quantized else None)]
+    if case != "merged" and not quantized and form != "transformers4":
+        attempts = [*dict.fromkeys([Options(), *attempts])]
     refused = ""
     for options in attempts:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        output = place / ("model.gguf" if form == "gguf" else "model")
+        output = place / f"model{format.SUFFIX}"
         try:
+            if form == "transformers4":
+                return transformers4_cell(target, output)
             export_verb(str(target), form, str(output), None, options, certify=True)
         except Stopped:
             raise
         except TunekitError as error:
             refused = refused or str(error.problems[0]).replace(str(place), "")
             continue
-        file = Path(f"{output}.certificate.json") if form == "gguf" else output / "certificate.json"
+        file = output / CERTIFICATE if output.is_dir() else Path(f"{output}.{CERTIFICATE}")
         facts = json.loads(file.read_text("utf-8"))
         parts = facts["certificate"]["parts"]
         return {"refused": refused, "what": facts["what"], "parts": parts, "program": program_of(facts)}
     return {"refused": refused, "what": None, "parts": {}, "program": ""}
+
+
+def transformers4_cell(target: Path, output: Path) -> dict[str, Any]:
+    """The merged folder for the hub in transformers 4."""
+    export_verb(str(target), "hub", str(output), None, Options(merged=True))
+    program = find_program("transformers4")
+    assert program is not None
+    compared = make_questions(make_exportable(find_target(str(target), None, [])))
+    part = difference(compared.rows, compared.expected, transformers4.answers(program, output, compared.rows))
+    return {
+        "refused": "",
+        "what": "merged",
+        "parts": {"merged": asdict(part)},
+        "program": f"transformers {program.version.split()[0]}",
+    }
+
+
+def image_cell(form: str, shape: str, case: str, place: Path) -> dict[str, Any]:
+    """The largest difference of the denoiser's output, which diffusers computes from an exported file or pipeline."""
+    from tests.adapters import test_diffusers_file as images
+
+    shutil.rmtree(place, ignore_errors=True)
+    adapter, processor = images.attached(place, shape, **IMAGE_CASES[case])
+    folder = images.saved(adapter, place / "adapter", processor)
+    expected, file, refused = images.ours(adapter, processor), folder / images.DIFFUSERS_NAME, ""
+    try:
+        if form == "kohya":
+            file = place / "kohya.safetensors"
+            export_verb(str(folder), form, str(file))
+        elif case == "merged":
+            merge(find_target(str(folder), None, []), place / "merged")
+            processor, file = images.load_processor(images.ModelSection(name_or_path=str(place / "merged"))), None
+    except TunekitError as error:
+        refused = str(error.problems[0]).replace(str(place), "")
+    parts: dict[str, Any] = {}
+    if not refused:
+        largest = float((images.theirs(processor, shape, file) - expected).abs().max())
+        parts = {"output": {"largest": largest, "tokens": 0}}
+    return {"refused": refused, "what": case, "parts": parts, "program": f"diffusers {version('diffusers')}"}
 
 
 def program_of(facts: dict[str, Any]) -> str:
@@ -228,7 +316,7 @@ def page(units: dict[str, dict[str, Any]]) -> str:
     tokens = max((part["tokens"] for unit in units.values() for part in unit["parts"].values()), default=0)
     lines = [HEAD.format(tokens=tokens)]
     for form in dict.fromkeys(form for form, _, _ in names):
-        shapes = [shape for shape in SHAPES if any((form, shape) == name[:2] for name in names)]
+        shapes = [shape for shape in (*SHAPES, *IMAGE_SHAPES) if any((form, shape) == name[:2] for name in names)]
         program = next(
             (unit["program"] for name, unit in units.items() if name.startswith(form) and unit["program"]), ""
         )
@@ -244,11 +332,24 @@ def page(units: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + (run_page(answered) if answered else "")
 
 
+def measured(form: str, shape: str, case: str, work: Path, source: Path) -> dict[str, Any]:
+    """The unit of a cell; base and adapter are made once."""
+    if shape in IMAGE_SHAPES:
+        return image_cell(form, shape, case, work / "cell")
+    base, adapter = work / "bases" / shape, work / "adapters" / f"{shape}-{case}"
+    if not base.exists():
+        write_base(shape, source, base)
+    if not adapter.exists():
+        write_adapter(case, shape, base, adapter)
+    return run_cell(adapter, form, case, work / "cell")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--formats", default="gguf,mlx,vllm")
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join((*SHAPES, *IMAGE_SHAPES)))
+    parser.add_argument("--speech", type=Path)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--cells", type=int)
     parser.add_argument("--run")
@@ -261,7 +362,7 @@ def main() -> None:
     asked = parser.parse_args()
     results, started = Results(asked.output / "exports.json"), time.monotonic()
     lists = (asked.formats.split(","), asked.shapes.split(","), asked.cases.split(","))
-    cells = [cell for cell in itertools.product(*lists) if cell[0] == "gguf" or not cell[2].startswith("Q")]
+    cells = [cell for cell in itertools.product(*lists) if fits(*cell)]
     if asked.cells is not None:
         cells = random.Random(asked.seed).sample(cells, min(asked.cells, len(cells)))
         print(f"{len(cells)} cells drawn with --seed {asked.seed}")
@@ -274,12 +375,9 @@ def main() -> None:
         name = f"{form}|{shape}|{case}"
         if name in results.units or time.monotonic() - started > asked.minutes * 60:
             continue
-        base, adapter = asked.work / "bases" / shape, asked.work / "adapters" / f"{shape}-{case}"
-        if not base.exists():
-            write_base(shape, asked.tokenizer, base)
-        if not adapter.exists():
-            write_adapter(case, shape, base, adapter)
-        results.add(name, run_cell(adapter, form, case, asked.work / "cell"))
+        results.add(
+            name, measured(form, shape, case, asked.work, asked.speech if shape == "whisper" else asked.tokenizer)
+        )
         print(
             f"{time.strftime('%H:%M:%S')} {name}: {cell_text(results.units[name])} {results.units[name]['refused']}",
             flush=True,

@@ -73,10 +73,11 @@ def _inputs(processor: PipelineProcessor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def theirs(processor: PipelineProcessor, kind: str, file: Path) -> torch.Tensor:
-    """What the pipeline computes once diffusers has loaded the file."""
+def theirs(processor: PipelineProcessor, kind: str, file: Path | None) -> torch.Tensor:
+    """What the pipeline computes in diffusers, with the file of an adapter if there is one."""
     pipeline = loaded_by_diffusers(processor.folder, kind)
-    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    if file is not None:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     given, prompt = _inputs(processor), "a photo of sks dog"
     if kind == "sd":
         embeddings = pipeline.encode_prompt(prompt, "cpu", 1, False)[0]

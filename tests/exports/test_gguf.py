@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tunekit.exports.format import Evidence, Format, Options
 from tunekit.exports.llama_cpp import stream
 from tunekit.exports.llama_cpp.activations import column_squares
 from tunekit.exports.llama_cpp.converter import converter_folder, imported
+from tunekit.exports.llama_cpp.fixed import fixed_problems
 from tunekit.exports.llama_cpp.types import FILE_TYPES, Structure, choose_types
 from tunekit.exports.llama_cpp.vocabulary import merge_scores, named_pre_tokenizer
 from tunekit.model.load import load_model
@@ -284,7 +286,21 @@ def test_values_that_llama_cpp_fixes_are_refused(base: Path) -> None:
     odd = exportable(base)
     odd.config["hidden_act"] = "relu"
     (problem,) = format.problems(odd, Options(type="F16"))
-    assert "hidden_act is relu" in problem.what
+    assert "hidden_act is relu in this base, and llama.cpp computes with silu or swish" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        ({"model_type": "gpt2", "activation_function": "gelu"}, 0),  # llama.cpp has one GELU
+        ({"model_type": "olmo", "hidden_act": "gelu"}, 1),
+        ({"model_type": "nemotron", "hidden_act": "relu2"}, 0),
+        ({"model_type": "of its own", "hidden_act": "relu"}, 0),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": False}, 1),
+    ],
+)
+def test_the_activation_of_every_type_is_its_default(config: dict[str, Any], wrong: int) -> None:
+    assert len(fixed_problems(config)) == wrong
 
 
 def test_types_that_need_activations_are_refused_without(base: Path, tmp_path: Path) -> None:
@@ -414,6 +430,57 @@ def test_the_pairs_of_all_experts_are_one_tensor(tmp_path: Path, installed: None
     one = adapter_of(base, tmp_path / "one", **both | {"target_parameters": ("down_proj",)})
     (problem,) = format.problems(exportable(one), Options())
     assert "experts" in problem.what
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_importance_of_experts_is_that_of_their_own_tokens(
+    tmp_path: Path, installed: None, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a router's choices and the rules of the experts, computed a second time by hand."""
+    base = target = write_base(tmp_path / "base", "qwen3_moe", **EXPERTS | {"moe_intermediate_size": 256})
+    if adapted:
+        both = {"target_modules": ("q_proj",), "target_parameters": ("gate_up_proj", "down_proj")}
+        target = adapter_of(base, tmp_path / "adapter", **both)
+        merge(find_target(str(target), None, []), tmp_path / "merged")
+    rows = [[5, 9, 17, 33], [7, 8, 250]]
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" if adapted else base, dtype=torch.float32)
+    experts, seen = net.model.layers[1].mlp.experts, []
+    experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    with torch.no_grad():
+        for row in rows:
+            net(torch.tensor([row]))
+        hidden, chosen = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        expected = {"gate_up_proj": torch.ones(4, 64), "down_proj": torch.ones(4, 256)}
+        for expert in chosen.unique().tolist():
+            inputs = hidden[(chosen == expert).any(-1)]
+            gate, up = (inputs @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            expected["gate_up_proj"][expert] = inputs.square().mean(0)
+            expected["down_proj"][expert] = (torch.nn.functional.silu(gate) * up).square().mean(0)
+    squares = column_squares(find_target(str(target), None, ["model.dtype=float32"]), rows)
+    for name, values in expected.items():
+        np.testing.assert_allclose(squares[f"model.layers.1.mlp.experts.{name}"], values, rtol=1e-3, err_msg=name)
+    written: dict[str, Any] = {}
+
+    def note(converter: Any, model: Any, path: Path, file_type: str, weights: Any) -> dict[str, str]:
+        written.update(weights)
+        return dict.fromkeys(weights, "Q8_0")
+
+    monkeypatch.setattr(format, "write_model", note)
+    format.write(exportable(target), tmp_path / "model.gguf", evidence(rows), Options(type="Q8_0", imatrix=True))
+    np.testing.assert_allclose(written["blk.1.ffn_up_exps.weight"], expected["gate_up_proj"], rtol=0.1, atol=2e-5)
+    np.testing.assert_allclose(written["blk.1.ffn_down_exps.weight"], expected["down_proj"], rtol=0.1, atol=2e-5)
+
+
+def test_each_expert_is_quantized_with_its_own_importance() -> None:
+    import libgguf
+
+    values = np.random.default_rng(0).normal(size=(3, 8, 256)).astype(np.float32)
+    weights = np.random.default_rng(1).random((3, 256)).astype(np.float32)
+    kind = libgguf.GGMLQuantizationType.Q4_K
+    with ThreadPoolExecutor(1) as threads:
+        result = stream.quantized(values, "Q4_K", weights, threads)
+    expected = [libgguf.quantize_rows(*each) for each in zip(values, [kind] * 3, weights, strict=True)]
+    np.testing.assert_array_equal(result, np.concatenate(expected))
 
 
 def test_added_tokens_are_in_the_file_next_to_the_pieces(tmp_path: Path, installed: None) -> None:

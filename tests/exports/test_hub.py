@@ -86,7 +86,7 @@ def test_a_push_needs_a_base_that_others_have_and_can_be_repeated(
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(
-        ResourceError, match=r"connection lost; the folder is complete; upload it with: hf upload merged"
+        ResourceError, match=r"connection lost; the folder is complete; upload it with: hf upload --private merged"
     ):
         export_verb(str(run), "hub", str(tmp_path / "merged"), None, Options(push=True, merged=True))
     assert made == [("merged", True)]

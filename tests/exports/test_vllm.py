@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,11 +162,10 @@ def test_rules_of_ranks_and_experts() -> None:
 def test_the_certificate_states_how_many_values_were_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     questions = Questions([[0, 1]], [torch.full((2, 2), 0.5).log()], None, "fixed texts")
     answer = NextTokens(np.log([[0.5], [0.5]]), np.array([[0], [0]]), np.log([0.5]))
-    monkeypatch.setattr(vllm, "find_program", lambda name: Program(name, "0.32.0", tmp_path))
-    monkeypatch.setattr(vllm, "answers", lambda *values: [answer])
-    exportable: Any = None  # only an adapter's certificate needs the base
-    certificate = vllm.certify(Exported(tmp_path, "merged"), exportable, lambda: questions, Options())
-    assert certificate is not None
+    monkeypatch.setattr(vllm, "answers", lambda *values, rank: [answer])
+    exportable: Any = SimpleNamespace(folder=tmp_path)  # only an adapter's certificate reads the base
+    program = Program("vllm", "0.32.0", tmp_path)
+    certificate = vllm.certify(Exported(tmp_path, "merged"), exportable, program, lambda: questions, Options())
     assert certificate.parts["merged"].largest < 1e-6
     assert "only the 20 largest" in certificate.note
 
@@ -178,7 +178,7 @@ def test_vllm_computes_what_torch_computes(tmp_path: Path) -> None:
     by_peft(tmp_path, "llama", base, use_rslora=True, rank_pattern={"v_proj": 2})
     export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=True, overrides=FLOAT32)
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())["certificate"]
-    for part in ("base", "adapter"):
+    for part in ("base", "base + adapter"):
         assert certificate["parts"][part]["largest"] < 1e-4
         perplexities = [certificate["parts"][part][key] for key in ("perplexity", "torch_perplexity")]
         assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)

@@ -20,7 +20,6 @@ from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
 from tunekit.arithmetic.nearest_lora import NotLowRank, RankLoss, layer_updates
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.write import base_of, write_lora
-from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.targets.target import TargetSpec, base_override, find_target
@@ -143,24 +142,14 @@ def _parameter_pairs(
     left, right = factors  # (E, P, R), (E, R, Q); of a matrix (P, R), (R, Q)
     if left.dim() == 2:
         return {stored_name.removesuffix(".weight"): LowRank(right.contiguous(), left.contiguous(), 1.0)}
-    count, rows, columns = adapter.parameter.shape
-    pieces = StoredPieces(net, name, ())
-    # the number of its row, and of its column, at each place of the parameter
-    row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
-    column_of = torch.arange(columns).expand(count, rows, columns)
-    columns_of, pairs = _split(pieces, column_of), {}
-    for key, places in _split(pieces, row_of).items():
-        if places.dim() != 2 or adapter.target.transposed or bool((places[0] != places[0, 0]).any()):
-            what = f"the base's files store the experts of '{name}' in a form that names no module (O, I) for each"
-            raise NotLowRank(what, MERGE, file=file)
-        expert, its_rows = int(places[0, 0]) // rows, places[:, 0] % rows
-        a, b = right[expert][:, columns_of[key][0]], left[expert][its_rows]
-        pairs[key.removesuffix(".weight")] = LowRank(a.contiguous(), b.contiguous(), 1.0)
-    return pairs
-
-
-def _split(pieces: StoredPieces, numbers: Tensor) -> Tensors:
-    return pieces.views(numbers) or pieces.split(numbers)
+    matrices = None if adapter.target.transposed else StoredPieces(net, name, ()).matrices()
+    if matrices is None:
+        what = f"the base's files store the experts of '{name}' in a form that names no module (O, I) for each"
+        raise NotLowRank(what, MERGE, file=file)
+    return {
+        key.removesuffix(".weight"): LowRank(right[expert][:, columns].contiguous(), left[expert][rows].contiguous(), 1)
+        for key, (expert, rows, columns) in matrices.items()
+    }
 
 
 def write_plain(output: Path, target: TargetSpec, plain: PlainAdapter) -> int:

@@ -1,14 +1,15 @@
 """How far the log-probabilities that a program computes are from torch's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunekit.errors import NumericsError
-from tunekit.exports.format import Difference
-from tunekit.exports.programs.answer import NextTokens
+from tunekit.exports.format import Difference, Exported, Questions
+from tunekit.exports.programs.answer import IdRows, NextTokens
 
 
 def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answers: Sequence[NextTokens]) -> Difference:
@@ -45,6 +46,27 @@ def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answer
         greedy_differences=changed,
         tokens=sum(map(len, rows)),
     )
+
+
+def compare_parts(
+    written: Exported,
+    base: Path,
+    compared: Questions,
+    answers: Callable[[Path, IdRows, Path | None], list[NextTokens]],
+    name: str = "merged",
+) -> dict[str, Difference]:
+    """A whole model, under `name`, compared with torch; or the base without and with the exported adapter.
+
+    `answers`: the program's answers with a model, rows, and an adapter or None.
+    """
+    rows = compared.rows
+    if written.what != "adapter":
+        return {name: difference(rows, compared.expected, answers(written.path, rows, None))}
+    assert compared.base is not None
+    return {
+        "base": difference(rows, compared.base, answers(base, rows, None)),
+        "base + adapter": difference(rows, compared.expected, answers(base, rows, written.path)),
+    }
 
 
 def _perplexity(log_probabilities: Sequence[Tensor]) -> float:

@@ -7,7 +7,7 @@ from tunekit.errors import Problem
 from tunekit.exports.compare import difference
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.programs.ctranslate2 import NAME, answers, convert, speech_answers
-from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.program import Program, find_program
 from tunekit.exports.recordings import make_recordings
 from tunekit.exports.whole_model import conversion_problems, whole_model
 from tunekit.targets.exportable import Exportable
@@ -32,7 +32,7 @@ FILES = (  # of the model, which other programs read in the converted folder
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
     """The program, the model's type, and the type of the weights."""
-    wrong = conversion_problems(exportable, NAME, MODEL_TYPES)
+    wrong = conversion_problems(exportable, NAME, MODEL_TYPES.split())
     if options.type not in (None, *TYPES):
         wrong.append(Problem(f"{options.type} is unknown", f"choose {', '.join(TYPES)}", key="--type"))
     if exportable.family not in ("causal", "speech"):
@@ -47,10 +47,9 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     with whole_model(exportable, path) as folder:
         files = [name for name in FILES if (folder / name).is_file()]
         convert(program, folder, path, weight_type(exportable, options), files)
-    what = "merged" if exportable.kind == "adapter" else "model"
     speech = exportable.family == "speech"
     command = f"faster_whisper.WhisperModel({str(path)!r})" if speech else f"ctranslate2.Generator({str(path)!r})"
-    return Exported(path, what, (f"load it with: {command}",))
+    return Exported(path, exportable.whole, (f"load it with: {command}",))
 
 
 def weight_type(exportable: Exportable, options: Options) -> str:
@@ -60,12 +59,9 @@ def weight_type(exportable: Exportable, options: Options) -> str:
 
 
 def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
+    written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
+) -> Certificate:
     """Compare all log-probabilities."""
-    program = find_program(NAME)
-    if program is None:
-        return None
     if exportable.family == "speech":
         recordings = make_recordings(exportable)
         compared, prompts = recordings.questions, recordings.prompts

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import InputError, Problem
+from tunekit.exports.programs.program import Program
 from tunekit.targets.exportable import Exportable
 
 
@@ -55,19 +56,15 @@ class Exported:
 class Questions:
     """Rows of token ids, and torch's log-probabilities of the next token in float32.
 
-    Shapes: each of `base` and `tuned` has one (T, V) float32 tensor for each row. `tuned`: the base with its running
-    adapter; None for a bare model. `described`: where the rows are from.
+    Shapes: each of `expected` and `base` has one (T, V) float32 tensor for each row. `expected`: of the exported model,
+    with its adapter. `base`: without the adapter; only for the export of an adapter alone. `described`: where the rows
+    are from.
     """
 
     rows: Sequence[Sequence[int]]
-    base: Sequence[Tensor]
-    tuned: Sequence[Tensor] | None
+    expected: Sequence[Tensor]
+    base: Sequence[Tensor] | None
     described: str
-
-    @property
-    def expected(self) -> Sequence[Tensor]:
-        """The log-probabilities that the whole export must have."""
-        return self.base if self.tuned is None else self.tuned
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Certificate:
 class Format(Protocol):
     """A module of this folder. `TAKES`: the kinds of exportables that it takes. `OPTIONS`: the options that it reads.
     `SUFFIX`: the ending of the file that it writes; empty for a folder. `PROGRAM`: the program that certifies the
-    export, by the name that scripts/certify knows; empty if there is none."""
+    export, by the name that scripts/certify knows; empty if there is none, and then `certify` is never called."""
 
     TAKES: frozenset[str]
     OPTIONS: frozenset[str]
@@ -115,9 +112,14 @@ class Format(Protocol):
         """Write the export at the new path `path`."""
 
     def certify(
-        self, written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-    ) -> Certificate | None:
-        """Ask the program that reads this format; None if it is not installed. `questions` computes the questions."""
+        self,
+        written: Exported,
+        exportable: Exportable,
+        program: Program,
+        questions: Callable[[], Questions],
+        options: Options,
+    ) -> Certificate:
+        """Ask the program. `questions` computes the questions."""
 
 
 @cache

@@ -4,11 +4,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from tunekit.arithmetic.merge import choose_onto
@@ -16,17 +16,18 @@ from tunekit.arithmetic.merge_output import collect_changes
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Array
 from tunekit.errors import Problem
-from tunekit.exports.compare import difference
+from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.llama_cpp.activations import column_squares
 from tunekit.exports.llama_cpp.adapter import adapter_problems, write_adapter
-from tunekit.exports.llama_cpp.converter import ConvertedModel, imported, knows, make_model, placements
+from tunekit.exports.llama_cpp.converter import ConvertedModel, Placed, imported, knows, make_model, placements
 from tunekit.exports.llama_cpp.fixed import fixed_problems
 from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.programs.llama_cpp import answers
-from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.program import Program
 from tunekit.model.quantized.weights import layer_kind
+from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.model_folder import copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import read_json
@@ -81,18 +82,26 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
         rows, described = evidence.rows(ROWS, TOKENS)
         squares = column_squares(exportable.target, rows)
         notes = [f"the importance of the weights is from {described}"]
-    counts = Counter(_write_model(exportable, path, options.type, squares).values()).most_common()
+    types, unmeasured = _write_model(exportable, path, options.type, squares)
+    if unmeasured:
+        notes.append(f"no importance was measured for {unmeasured[0]} ({len(unmeasured)} such matrices)")
+    counts = Counter(types.values()).most_common()
     notes.append(f"tensors by type: {', '.join(f'{count} {name}' for name, count in counts)}")
-    what = "model" if exportable.kind == "model" else "merged"
-    return Exported(path, what, (*notes, f"run it with: llama-server -m {path}"))
+    return Exported(path, exportable.whole, (*notes, f"run it with: llama-server -m {path}"))
+
+
+def write_base(exportable: Exportable, path: Path) -> None:
+    """Write the base without its adapter, in its own type."""
+    _write_model(exportable.without_adapter, path, None, None)
 
 
 @torch.no_grad()
 def _write_model(
     exportable: Exportable, path: Path, file_type: str | None, squares: Mapping[str, Array] | None
-) -> dict[str, str]:
-    """Write the base with the changes of its adapter; returns the type of each tensor. By default the weights keep the
-    base's type, which is exact for a base without an adapter (float64 becomes F32)."""
+) -> tuple[dict[str, str], list[str]]:
+    """Write the base with the changes of its adapter; returns the type of each tensor, and the quantized tensors of the
+    blocks that `squares` lacks. By default the weights keep the base's type, which is exact for a base without an
+    adapter (float64 becomes F32)."""
     rewriter, changes = _rewriter(exportable)
     file_type = file_type or STORED.get(rewriter.base_dtype(), "BF16")
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
@@ -100,7 +109,9 @@ def _write_model(
         model = make_model(converter, folder, architecture, rewriter.outputs(changes))
         make = partial(make_model, converter, folder, architecture, {})
         imatrix = None if squares is None else _by_tensor(make, rewriter, squares)
-        return write_model(converter, model, path, file_type, imatrix)
+        types = write_model(converter, model, path, file_type, imatrix)
+    missing = [name for name, kind in types.items() if kind not in FLOATS and name.startswith("blk.")]
+    return types, [name for name in missing if imatrix is not None and name not in imatrix]
 
 
 def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
@@ -116,20 +127,30 @@ def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
 def _by_tensor(
     make: Callable[[], ConvertedModel], rewriter: Rewriter, squares: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The importance of the columns of the file's tensors, by name; as in llama.cpp, only of those in the blocks."""
+    """The importance of the columns of the file's tensors, (I,) or (E, I), by name; as in llama.cpp, only of those in
+    the blocks."""
     shapes, values, transposed = {}, {}, []
     for module_name, importance in squares.items():
         name = f"{module_name}.weight"
-        if name in rewriter.names:
+        if importance.ndim == 2:  # of fused experts, each of which is a matrix in the base's files
+            matrices = StoredPieces(rewriter.net, module_name, ()).matrices() or {}
+            for stored, (expert, rows, columns) in matrices.items():
+                shapes[stored], values[stored] = (len(rows), len(columns)), importance[expert][columns.numpy()]
+        elif name in rewriter.names:
             stored, rows_first = rewriter.tensors.older.get(name, name), rewriter.tensors.meta[name].shape
             if layer_kind(rewriter.modules[module_name]) == "conv1d":
                 transposed.append(stored)
                 rows_first = rows_first[::-1]
             shapes[stored], values[stored] = (rows_first[0], rows_first[1]), importance
     placed = placements(make, shapes, transposed=transposed)
-    return {
-        name: values[tensor.sources[0]][tensor.columns] for name, tensor in placed.items() if name.startswith("blk.")
-    }
+    return {name: _in_order(tensor, values) for name, tensor in placed.items() if name.startswith("blk.")}
+
+
+def _in_order(tensor: Placed, values: Mapping[str, Array]) -> Array:
+    """The importance of the columns of a tensor of the file: (I,), or (E, I) of E experts."""
+    orders = np.atleast_2d(tensor.columns)
+    parts = [values[source][order] for source, order in zip(tensor.sources, orders, strict=True)]
+    return np.stack(parts) if tensor.columns.ndim > 1 else parts[0]
 
 
 @contextmanager
@@ -167,27 +188,21 @@ def _name_added_tokens(folder: Path) -> None:
 
 
 def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
+    written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
+) -> Certificate:
     """Ask llama.cpp; an adapter is read with a temporary file of its base."""
-    program = find_program(PROGRAM)
-    if program is None:
-        return None
-    compared = questions()
     if written.what != "adapter":
-        found = answers(program, written.path, compared.rows)
-        parts = {f"{written.what} {options.type or ''}".strip(): difference(compared.rows, compared.expected, found)}
-    else:
-        assert compared.tuned is not None
-        with TemporaryDirectory(prefix="tunekit-", dir=written.path.parent) as folder:
-            base = Path(folder) / "base.gguf"
-            _write_model(
-                replace(exportable, target=replace(exportable.target, adapter=None), kind="model"), base, None, None
-            )
-            parts = {
-                "base": difference(compared.rows, compared.base, answers(program, base, compared.rows)),
-                "base + adapter": difference(
-                    compared.rows, compared.tuned, answers(program, base, compared.rows, written.path)
-                ),
-            }
+        return certify_files(written, program, written.path, questions(), options)
+    with TemporaryDirectory(prefix="tunekit-", dir=written.path.parent) as folder:
+        base = Path(folder) / "base.gguf"
+        write_base(exportable, base)
+        return certify_files(written, program, base, questions(), options)
+
+
+def certify_files(
+    written: Exported, program: Program, base: Path, compared: Questions, options: Options
+) -> Certificate:
+    """Ask llama.cpp about a file, which is an adapter of the file `base` or a whole model."""
+    name = f"{written.what} {options.type or ''}".strip()
+    parts = compare_parts(written, base, compared, partial(answers, program), name)
     return Certificate(PROGRAM, program.version, compared.described, parts)

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME
@@ -11,7 +11,7 @@ from tunekit.adapters.folder.write import OUR_FILES
 from tunekit.arithmetic.merge import merge
 from tunekit.errors import InputError, Problem, holds_secret, redact
 from tunekit.exports.card import evaluation_results, model_card
-from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
+from tunekit.exports.format import Evidence, Exported, Options
 from tunekit.files.durable import write_json
 from tunekit.files.untrusted import parse_json, read_small, sha256_of
 from tunekit.model.storage.model_folder import WEIGHTS, write_portable_copy
@@ -74,13 +74,6 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     if what == "adapter" and hub_name(exportable.target.model.name_or_path) is None:
         notes.append(f"the base is on this machine only: write its hub name into README.md and {CONFIG_NAME}")
     return Exported(path, what, tuple(notes))
-
-
-def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
-    """No program is asked."""
-    return None
 
 
 def _copy_adapter(exportable: Exportable, path: Path) -> None:

@@ -1,6 +1,5 @@
 """A LoRA of a diffusion pipeline as one file with the names of kohya's scripts, which ComfyUI and others read."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from tunekit.adapters.folder.config import adapter_header, tensors_path
 from tunekit.adapters.folder.diffusers_file import kohya_tensors
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.errors import Problem
-from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
+from tunekit.exports.format import Evidence, Exported, Options
 from tunekit.files.tensors import read_tensor, write_tensors
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.source import read_json
@@ -42,13 +41,6 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
         layers = int(read_json(unet)["layers_per_block"])
     write_tensors(path, kohya_tensors(tensors, attached.settings, attached.targets, layers), header)
     return Exported(path, "adapter")
-
-
-def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
-    """No program is asked."""
-    return None
 
 
 def _attached(exportable: Exportable) -> AttachedAdapter:

@@ -8,9 +8,9 @@ from pathlib import Path
 from tunekit.arithmetic.normalise import PlainAdapter
 from tunekit.contracts import Tensors
 from tunekit.errors import Problem
+from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
-    compare_parts,
     is_model_folder,
     merging_unties,
     plain_or_reason,
@@ -19,7 +19,7 @@ from tunekit.exports.plain_or_merged import (
     write_merged,
 )
 from tunekit.exports.programs.mlx import answers
-from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.program import Program
 from tunekit.files.durable import write_json
 from tunekit.files.tensors import write_tensors
 from tunekit.model.storage.shards import read_headers
@@ -96,14 +96,9 @@ def refusal(config: JsonObject, plain: PlainAdapter) -> str:
 
 
 def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
+    written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
+) -> Certificate:
     """Compare all log-probabilities."""
-    program = find_program(PROGRAM)
-    if program is None:
-        return None
     compared = questions()
-    parts = compare_parts(
-        written, exportable, compared, lambda model, adapter: answers(program, model, compared.rows, adapter)
-    )
+    parts = compare_parts(written, exportable.folder, compared, partial(answers, program))
     return Certificate("MLX", program.version, compared.described, parts)

@@ -13,6 +13,7 @@ from tunekit.errors import Problem
 from tunekit.exports import gguf
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.go_template import TurnTexts, derive_turns
+from tunekit.exports.programs.program import Program
 from tunekit.model.storage.source import read_json
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.targets.exportable import Exportable
@@ -39,8 +40,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     path.mkdir()
     lines, notes = [f"FROM ./{MODEL}"], tuple[str, ...]()
     if gguf.writes_adapter(exportable, options):
-        base = replace(exportable, kind="model", target=replace(exportable.target, adapter=None))
-        gguf.write(base, path / BASE, evidence, Options())
+        gguf.write_base(exportable, path / BASE)
         gguf.write(exportable, path / ADAPTER, evidence, options)
         lines, what = [f"FROM ./{BASE}", f"ADAPTER ./{ADAPTER}"], "adapter"
     else:
@@ -62,13 +62,12 @@ def _template_notes(turns: TurnTexts | None) -> tuple[str, ...]:
 
 
 def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
+    written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
+) -> Certificate:
     """Ask llama.cpp, with which Ollama computes. The template was compared when it was derived."""
-    file = ADAPTER if written.what == "adapter" else MODEL
-    certificate = gguf.certify(replace(written, path=written.path / file), exportable, questions, options)
-    note = "Ollama itself was not run: it computes with llama.cpp, which was."
-    return certificate and replace(certificate, note=f"{certificate.note} {note}".strip())
+    file = replace(written, path=written.path / (ADAPTER if written.what == "adapter" else MODEL))
+    certificate = gguf.certify_files(file, program, written.path / BASE, questions(), options)
+    return replace(certificate, note="Ollama itself was not run: it computes with llama.cpp, which was.")
 
 
 def _settings(exportable: Exportable) -> list[str]:

@@ -10,9 +10,7 @@ from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError, Problem
-from tunekit.exports.compare import difference
-from tunekit.exports.format import Difference, Exported, Options, Questions
-from tunekit.exports.programs.answer import NextTokens
+from tunekit.exports.format import Exported, Options
 from tunekit.model.storage.portable import read_model_files
 from tunekit.model.storage.programs import FolderReading, readings
 from tunekit.targets.exportable import Exportable
@@ -92,22 +90,3 @@ def quantization_note(exportable: Exportable) -> tuple[str, ...]:
         return ()
     what = f"the adapter was trained on {kind} weights, so on the full base it differs by their rounding"
     return (f"{what}; --merged writes the weights that it was trained on",)
-
-
-def compare_parts(
-    written: Exported,
-    exportable: Exportable,
-    compared: Questions,
-    answers: Callable[[Path, Path | None], list[NextTokens]],
-) -> dict[str, Difference]:
-    """The merged model compared with torch, or the base without and with the adapter.
-
-    `answers`: the program's answers with a model's folder, and an adapter's or None.
-    """
-    if written.what == "merged":
-        return {"merged": difference(compared.rows, compared.expected, answers(written.path, None))}
-    base = exportable.folder
-    return {
-        "base": difference(compared.rows, compared.base, answers(base, None)),
-        "adapter": difference(compared.rows, compared.expected, answers(base, written.path)),
-    }

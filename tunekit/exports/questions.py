@@ -50,8 +50,9 @@ def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) 
     return ids, f"{len(ids)} {noun} rows of the run"
 
 
-def make_questions(exportable: Exportable) -> Questions:
-    """The rows, and the log-probabilities of base and running adapter in float32, with one model in memory at a time.
+def make_questions(exportable: Exportable, *, with_base: bool = False) -> Questions:
+    """The rows, and the log-probabilities of the model with its adapter in float32. `with_base`: those of the base
+    alone too, with one model in memory at a time.
 
     Raises: NotComparable for a model that does not predict tokens, or that is too large for the memory.
     """
@@ -69,9 +70,8 @@ def make_questions(exportable: Exportable) -> Questions:
     rows = [row for row in rows if len(row) > 1][: max(2, MOST_VALUES // (TOKENS * size))]
     if not rows:
         raise NotComparable("no row has two tokens", "leave --certify out")
-    base = replace(target, adapter=None)
-    tuned = None if target.adapter is None else _log_probabilities(target, rows)
-    return Questions(rows, _log_probabilities(base, rows), tuned, described)
+    base = _log_probabilities(replace(target, adapter=None), rows) if with_base else None
+    return Questions(rows, _log_probabilities(target, rows), base, described)
 
 
 def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.Tensor]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from tunekit.adapters.folder.config import read_fields
 from tunekit.arithmetic.normalise import PlainAdapter, write_plain
 from tunekit.errors import Problem
+from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
-from tunekit.exports.plain_or_merged import compare_parts, plain_or_reason, quantization_note, unwritable, write_merged
-from tunekit.exports.programs.program import find_program
+from tunekit.exports.plain_or_merged import plain_or_reason, quantization_note, unwritable, write_merged
+from tunekit.exports.programs.program import Program
 from tunekit.exports.programs.vllm import RANKS, answers, max_lora_rank
 from tunekit.targets.exportable import Exportable
 
@@ -68,15 +69,10 @@ def refusal(architecture: str, plain: PlainAdapter) -> str:
 
 
 def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
+    written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
+) -> Certificate:
     """Compare vLLM's 20 largest log-probabilities."""
-    program = find_program(PROGRAM)
-    if program is None:
-        return None
     compared = questions()
     rank = 1 if written.what == "merged" else read_fields(written.path)["r"]
-    parts = compare_parts(
-        written, exportable, compared, lambda model, adapter: answers(program, model, compared.rows, adapter, rank)
-    )
+    parts = compare_parts(written, exportable.folder, compared, partial(answers, program, rank=rank))
     return Certificate(READER, program.version, compared.described, parts, NOTE)

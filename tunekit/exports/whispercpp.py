@@ -13,7 +13,7 @@ from torch import Tensor
 from tunekit.errors import InputError, Problem
 from tunekit.exports.compare import difference
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
-from tunekit.exports.programs.program import find_program
+from tunekit.exports.programs.program import Program
 from tunekit.exports.programs.whisper_cpp import NAME, answers
 from tunekit.exports.recordings import make_recordings
 from tunekit.exports.whole_model import packed_problems, whole_model
@@ -85,8 +85,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
         _write_vocabulary(file, exportable.processor)
         for name, tensor in _tensors(ShardReader(folder)):
             _write_tensor(file, name, tensor)
-    what = "merged" if exportable.kind == "adapter" else "model"
-    return Exported(path, what, (f"run it with: whisper-cli -m {path} -f RECORDING.wav",))
+    return Exported(path, exportable.whole, (f"run it with: whisper-cli -m {path} -f RECORDING.wav",))
 
 
 def _write_filters(file: BinaryIO, processor: SpeechProcessor) -> None:
@@ -145,12 +144,9 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:
 
 
 def certify(
-    written: Exported, exportable: Exportable, questions: Callable[[], Questions], options: Options
-) -> Certificate | None:
+    written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
+) -> Certificate:
     """Compare all log-probabilities of transcripts, with the features that torch gets."""
-    program = find_program(NAME)
-    if program is None:
-        return None
     recordings = make_recordings(exportable)
     compared = recordings.questions
     answered = answers(program, written.path, compared.rows, recordings.prompts, recordings.features)

@@ -1,7 +1,7 @@
 """The folder that a program's own converter reads: the merged model, or the base with the keys of older programs."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ def packed_problems(exportable: Exportable) -> list[Problem]:
     return [Problem(what, "add model.quantization=none to the command")]
 
 
-def conversion_problems(exportable: Exportable, program: str, model_types: str) -> list[Problem]:
+def conversion_problems(exportable: Exportable, program: str, model_types: Collection[str]) -> list[Problem]:
     """Why the converter of a program cannot read the model. `model_types`: those that it knows."""
     wrong = packed_problems(exportable)
     if find_program(program) is None:
@@ -32,7 +32,7 @@ def conversion_problems(exportable: Exportable, program: str, model_types: str) 
     kind = exportable.config.get("model_type")
     if exportable.gguf_file is not None and exportable.kind == "model":
         wrong.append(Problem("the model is a GGUF file, which the converter does not read", "name a folder"))
-    elif kind not in model_types.split():
+    elif kind not in model_types:
         wrong.append(Problem(f"{program} does not read models of type {kind}", "choose another --to"))
     return wrong
 

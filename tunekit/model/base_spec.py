@@ -13,6 +13,7 @@ from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.records import JsonObject
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
     attention = resolve_attention(section, config, device, family.auto_class())
     fingerprint = inspection.fingerprint(source) if weights else None
     return BaseSpec(section, source, config, family, dtype, device, attention, fingerprint)
+
+
+def default_config(kind: str) -> JsonObject:
+    """The settings of a model type where config.json states none; empty for a type that transformers does not know."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return JsonObject(AutoConfig.for_model(kind).to_dict()) if kind in CONFIG_MAPPING_NAMES else {}
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:

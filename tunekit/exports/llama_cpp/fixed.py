@@ -4,17 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tunekit.errors import Problem
+from tunekit.model.base_spec import default_config
 
 Configuration = Mapping[str, Any]  # a model's configuration
-SILU = ("silu", "swish")
-TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # the names of this setting
-# model type -> the activations that llama.cpp computes; it has one GELU for both of its formulas
-EXPECTED = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "olmo2", "smollm3"), SILU),
-    **dict.fromkeys(("granite", "lfm2", "lfm2_moe"), SILU),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "starcoder2", "falcon"), (*TANH, "gelu")),
-}
+# names of one activation in llama.cpp, which has one GELU for both of its formulas
+SAME = (("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python", "gelu"))
 
 
 def _gemma_scale(config: Configuration) -> object:
@@ -39,14 +34,16 @@ FIXED: dict[str, dict[str, Callable[[Configuration], object]]] = {
 
 
 def fixed_problems(config: Configuration) -> list[Problem]:
-    """The settings with which llama.cpp would compute something else."""
+    """The settings with which llama.cpp would compute something else. It has the default activation of every type."""
     config = config | config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
     kind = str(config.get("model_type"))
-    wrong = [
-        (name, config[name], " or ".join(EXPECTED[kind]))
-        for name in ACTIVATIONS
-        if config.get(name) is not None and kind in EXPECTED and config[name] not in EXPECTED[kind]
-    ]
+    defaults, wrong = default_config(kind), []
+    for name in ACTIVATIONS:
+        taken: tuple[str, ...] = next(
+            (names for names in SAME if defaults.get(name) in names), (defaults.get(name, ""),)
+        )
+        if None not in (config.get(name), defaults.get(name)) and config[name] not in taken:
+            wrong.append((name, config[name], " or ".join(taken)))
     for name, expected in FIXED.get(kind, {}).items():
         if config.get(name) is not None and config[name] != expected(config):
             wrong.append((name, config[name], str(expected(config))))

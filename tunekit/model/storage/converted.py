@@ -38,6 +38,22 @@ class StoredPieces:
         """The pieces by their names in the files."""
         return revert_weight_conversion(self.net, {self.parameter: parameter})
 
+    def matrices(self) -> dict[str, tuple[int, Tensor, Tensor]] | None:
+        """The expert, the rows (O,) and the columns (I,) of the fused parameter (E, P, Q) that each piece consists of;
+        None if a piece is no matrix (O, I) of one expert."""
+        count, rows, columns = self.shape
+        # the number of its row, and of its column, at each place of the parameter
+        row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
+        column_of = torch.arange(columns).expand(count, rows, columns)
+        columns_of = self.views(column_of) or self.split(column_of)
+        pieces = self.views(row_of) or self.split(row_of)
+        if any(places.dim() != 2 or bool((places[0] != places[0, 0]).any()) for places in pieces.values()):
+            return None
+        return {
+            name: (int(places[0, 0]) // rows, places[:, 0] % rows, columns_of[name][0])
+            for name, places in pieces.items()
+        }
+
     def views(self, parameter: Tensor) -> Tensors | None:
         """Views of `parameter` into which pieces can be read; None if a piece is not a contiguous part of
         `parameter`."""

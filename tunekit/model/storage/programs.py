@@ -221,5 +221,5 @@ PROGRAMS: dict[str, tuple[str, Support, tuple[Rule, ...]]] = {
     "Ollama": ("2026-08-21", _architecture_in(supported.OLLAMA), (_rope_of_ollama, _template_of_ollama)),
     "llama.cpp's converter": ("2026-08", _architecture_in(supported.LLAMA_CPP), (_other_template, _packed)),
     "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; takes other models through transformers
-    "ONNX (optimum)": ("0.1.0", _type_in(lambda: supported.TRANSFORMERS_4), _TRANSFORMERS_4),  # on transformers 4
+    "ONNX (optimum)": ("0.1.0", _type_in(lambda: supported.OPTIMUM), _TRANSFORMERS_4),  # on transformers 4
 }

@@ -166,3 +166,21 @@ LLAMA_CPP = _names("""
     XverseForCausalLM YoutuForCausalLM YoutuVLForConditionalGeneration modeling_grove_moe.GroveMoeForCausalLM
     modeling_sarvam_moe.SarvamMoEForCausalLM
 """)
+# optimum-onnx 0.1.0: the types that exporters/onnx/model_configs.py registers, decoders of text first
+OPTIMUM_DECODERS = _names("""
+    arcee bloom codegen cohere deepseek_v3 falcon gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox
+    gpt_oss gptj granite helium internlm2 llama mistral mpt nemotron olmo olmo2 opt phi phi3 qwen2 qwen3 qwen3_moe
+    smollm3 stablelm
+""")
+OPTIMUM = OPTIMUM_DECODERS | _names("""
+    albert audio-spectrogram-transformer bart beit bert big_bird bigbird_pegasus blenderbot blenderbot-small
+    camembert chinese_clip clip clip_vision_model colpali convbert convnext convnextv2 cvt d_fine data2vec-audio
+    data2vec-text data2vec-vision deberta deberta-v2 decision_transformer deit detr dinov2 distilbert donut-swin dpt
+    efficientnet electra encoder-decoder esm flaubert gemma3 glpn groupvit hiera hubert ibert imagegpt layoutlm
+    layoutlmv3 levit lilt longformer longt5 m2m_100 marian markuplm maskformer mbart mctct megatron-bert metaclip_2
+    mgp-str mobilebert mobilenet_v1 mobilenet_v2 mobilevit modernbert moonshine mpnet mt5 musicgen nystromformer
+    owlv2 owlvit patchtsmixer patchtst pegasus perceiver pix2struct poolformer pvt regnet rembert resnet roberta
+    roformer rt_detr rt_detr_v2 sam segformer sew sew-d siglip siglip_vision_model speech_to_text speecht5 splinter
+    squeezebert swin swin2sr swinv2 t5 table-transformer trocr unispeech unispeech-sat vision-encoder-decoder
+    visual_bert vit vit_mae vit_msn vitpose vits wav2vec2 wav2vec2-conformer wavlm whisper xlm xlm-roberta yolos
+""")

@@ -7,11 +7,13 @@ from tunekit.errors import InputError, ResourceError
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.bases.paths import is_like_path
 
+LENGTH = 300  # of the hub's answer in a message
+
 
 def upload_folder(folder: Path, name: str) -> str:
     """Upload to the repository `name`, or NAMESPACE/name, which is made private if it is new. Returns its address.
 
-    An interrupted upload is resumed by the same call: the hub skips what it already has.
+    An interrupted upload is resumed by the command of the error: the hub skips the files that it already has.
     Raises: InputError without permission; ResourceError if the network fails.
     """
     from huggingface_hub import HfApi
@@ -19,13 +21,14 @@ def upload_folder(folder: Path, name: str) -> str:
 
     failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # its base class, also of a failed connection
 
-    api, again = HfApi(), f"the folder is complete; upload it with: hf upload {name} {folder}"
+    api, again = HfApi(), f"the folder is complete; upload it with: hf upload --private {name} {folder}"
     try:
         with quiet():
             address = api.create_repo(name, private=True, exist_ok=True)
             api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload from tunekit")
-    except (LocalTokenNotFoundError, HFValidationError, failed, OSError) as error:
-        what = f"the upload did not finish: {str(error).strip().partition(chr(10))[0]}"
+    except (LocalTokenNotFoundError, HFValidationError, failed, OSError, RuntimeError) as raised:
+        error = raised.__cause__ or raised  # of a file that was not uploaded, a RuntimeError names the file alone
+        what = f"the upload did not finish: {' '.join(str(error).split())[:LENGTH]}"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError | HFValidationError):
             raise InputError(what, f"log in with: hf auth login; {again}") from error
