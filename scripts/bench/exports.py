@@ -90,8 +90,9 @@ AT_ONCE = 8  # rows, whose log-probabilities are all in memory
 HEAD = """# Exports, read back by their programs
 
 Tiny random bases; adapters written by peft, with a large effect. Each figure is the largest difference of a program's
-log-probabilities (nats) from torch's in float32, on {tokens} tokens. "merged": the format or the program cannot hold
-the adapter, so that the export is a merged model, and says why. Made by `scripts/bench/run exports`.
+log-probabilities (nats) from torch's in float32, on at most {tokens} tokens. In kohya and diffusers it is that of the
+denoiser's output. "merged": the format or the program cannot hold the adapter, so that the export is a merged model,
+and says why. Made by `scripts/bench/run exports`.
 """
 
 

@@ -4,9 +4,8 @@ llama.cpp's quantizer weighs the error of each weight by it. Source: llama.cpp, 
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +56,15 @@ class ExpertInputs(TorchFunctionMode):
             choose("eager")  # the other implementations multiply all experts at once
 
     def __torch_function__(
-        self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if func is F.linear and len(args) > 1:
-            self._add(*args[:2])
+        x, weight = (*args, None, None)[:2]
+        if func is F.linear and isinstance(x, Tensor) and isinstance(weight, Tensor | ChangedParameter):
+            self._add(x, weight)
         return func(*args, **(kwargs or {}))
 
     def _add(self, x: Tensor, weight: Tensor | ChangedParameter) -> None:
