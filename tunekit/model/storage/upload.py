@@ -1,5 +1,6 @@
 """Upload of a folder to a repository of the hub."""
 
+import shlex
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,8 @@ def upload_folder(folder: Path, name: str) -> str:
 
     failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # its base class, also of a failed connection
 
-    api, again = HfApi(), f"the folder is complete; upload it with: hf upload --private {name} {folder}"
+    command = f"hf upload --private {name} {shlex.quote(str(folder))}"
+    api, again = HfApi(), f"the folder is complete; upload it with: {command}"
     try:
         with quiet():
             address = api.create_repo(name, private=True, exist_ok=True)
