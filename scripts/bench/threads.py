@@ -5,8 +5,9 @@
 All sides are started first and then stopped (SIGSTOP). In each round every side continues for some steps, alone or next
 to programs that use a processor all the time. So sides are compared within seconds of each other. Rounds are added to
 scripts/results/threads.json, so the measurement can be made in pieces; the page is threads.md. A turn during which
-other programs used more than a tenth of a processor is recorded but not counted. --nice -20 (root only) takes the
-processors from the programs of other sessions. Linux only.
+other programs used more than a tenth of a processor is recorded but not counted. On a machine with other programs, as
+root: with --nice -20 the runs and the neighbours have priority over other sessions, and with --realtime a run without
+neighbours has priority over everything else. Then the turns count in any case. Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "results" / "threads.json"
 PAGE = RESULTS.with_suffix(".md")
-PERIOD_SECONDS, LONGEST_TURN, LONGEST_START = 0.002, 40.0, 240.0
+PERIOD_SECONDS, LONGEST_TURN, LONGEST_START = 0.002, 90.0, 240.0
 QUIET = 0.1  # processors that other programs may use during a counted turn
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_")  # of the caller's environment, which no side gets
 RUN = (
@@ -46,7 +47,14 @@ INTRODUCTION = """# Threads
 
 Training steps of the quickstart (8 rows a step), made by `scripts/bench/run threads`: medians and ranges of turns of a
 few steps. A busy neighbour is a program that uses a processor all the time. `before` is the commit of `--before`, and
-the other sides are this version, with the wait policy in their name or the one that it chooses."""
+the other sides are this version, with the wait policy in their name or the one that it chooses (PASSIVE; a spin is a
+GOMP_SPINCOUNT, of which torch's own default is 300,000)."""
+PRIORITY = """
+
+Other programs ran on the machine. The runs and the neighbour had priority over them, and without a neighbour real-time
+priority. Other programs still used the caches and the memory, so speeds vary between turns; sides were compared within
+seconds of each other. A single thread shared its processor with the neighbour at times, because other programs were
+waiting for the second processor."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,11 @@ class Running:
         times = self.watched.cpu_times()
         return float(times.user + times.system)
 
-    def turn(self, steps: int, neighbours: list[subprocess.Popen[bytes]]) -> dict[str, object]:
+    def turn(self, steps: int, neighbours: list[subprocess.Popen[bytes]], realtime: bool) -> dict[str, object]:
         """Let the run make `steps` steps; returns its tokens, seconds and CPU seconds between two ends of steps."""
+        policy, priority = (os.SCHED_FIFO, 1) if realtime else (os.SCHED_OTHER, 0)
+        for task in os.listdir(f"/proc/{self.process.pid}/task"):
+            os.sched_setscheduler(int(task), policy, os.sched_param(priority))
         for process in [self.process, *neighbours]:
             process.send_signal(signal.SIGCONT)
         first = self.wait(len(self.tokens()) + 2, LONGEST_TURN)
@@ -124,6 +135,7 @@ class Running:
         return {
             "side": self.side.name,
             "neighbours": len(neighbours),
+            "realtime": realtime,
             "steps": last - first,
             "tokens": sum(self.tokens()[first:last]),
             "seconds": round(seconds, 3),
@@ -177,8 +189,9 @@ def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, Any]
             for turn in range(given.rounds):
                 for count in given.neighbours:
                     for each in running[turn % len(running) :] + running[: turn % len(running)]:
-                        rounds.append(each.turn(given.steps, neighbours[:count]))
+                        rounds.append(each.turn(given.steps, neighbours[:count], given.realtime and not count))
                         print(json.dumps(rounds[-1]), flush=True)
+                        rounds[-1]["nice"] = given.nice
                         write(values)
         finally:
             for process in processes:
@@ -202,7 +215,8 @@ def page(values: dict[str, Any]) -> str:
         if any(turns.values()):
             cells = (cell for count in counts for cell in _cells(turns[count]))
             lines.append(f"| {side.name} | {' | '.join(cells)} |")
-    return f"{INTRODUCTION}\n\n{values['machine']}\n\n" + "\n".join(lines) + "\n"
+    notes = PRIORITY if any(turn["nice"] < 0 for turn in values["turns"]) else ""
+    return f"{INTRODUCTION}{notes}\n\n{values['machine']}\n\n" + "\n".join(lines) + "\n"
 
 
 def _neighbours(count: int) -> str:
@@ -210,12 +224,14 @@ def _neighbours(count: int) -> str:
 
 
 def _counted(turns: list[dict[str, Any]], side: str, neighbours: int) -> list[dict[str, Any]]:
-    of_side = [turn for turn in turns if (turn["side"], turn["neighbours"]) == (side, neighbours) and turn["steps"]]
-    return [turn for turn in of_side if turn["others"] <= QUIET]
+    of_side = [turn for turn in turns if (turn["side"], turn["neighbours"]) == (side, neighbours)]
+    return [turn for turn in of_side if turn["others"] <= QUIET or turn["nice"] < 0]
 
 
 def _cells(turns: list[dict[str, Any]]) -> list[str]:
     """Median and range of tokens per second, and of CPU seconds per step."""
+    if not all(turn["steps"] for turn in turns):
+        return [f"no step in {min(turn['seconds'] for turn in turns if not turn['steps']):.0f} s", ""]
     if not turns:
         return ["", ""]
     speeds = sorted(turn["tokens"] / turn["seconds"] for turn in turns)
@@ -234,6 +250,7 @@ def main() -> None:
     parser.add_argument("--sides", type=lambda text: text.split(";"), help="names, separated by ;")
     parser.add_argument("--neighbours", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
     parser.add_argument("--nice", type=int, default=0, help="of the session with the runs and the neighbours")
+    parser.add_argument("--realtime", action="store_true", help="runs without neighbours have real-time priority")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()

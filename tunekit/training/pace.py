@@ -15,7 +15,7 @@ from tunekit.training.state import Run
 
 WINDOW_SECONDS, WINDOW_STEPS = 15.0, 3  # a shorter burst of other programs is no reason to act
 BEHIND = 0.75  # a run is behind if its main thread computes for less than this share of the time
-EXPLAINED = 0.5  # share of the lost time that waiting for a processor must explain; else the run waited for a disk
+EXPLAINED = 0.8  # share of the lost time that waiting for a processor must explain; else the run waited for a disk
 MARK = "CPU seconds in"  # in every statement about the pace
 
 
