@@ -110,6 +110,8 @@ def test_an_adaptive_run_lowers_its_threads_and_records_it(tiny_llama: Path, mon
         (3, "1 thread from the next step on, as training.threads: adaptive says")
     ]
     assert len(warnings) == len(state.reactions) == 1
+    what = "2 threads computed for 18 CPU seconds in 18 seconds: other programs use the processors"
+    assert state.reactions[0]["probe"] == what
     assert checkpoint_facts(case.optimizer, state, {})["threads"] == torch.get_num_threads() == 1
 
 

@@ -37,21 +37,20 @@ def watch_pace(run: Run, step: int) -> None:
     if times.wall >= WINDOW_SECONDS and len(run.pace) >= WINDOW_STEPS:
         missing = missing_processors(times, threads)
         run.pace.clear()
-    why = f"{threads_text(threads)} computed for {times.process:.0f} {MARK} {times.wall:.0f} seconds"
-    if adaptive:
-        why = why if missing else "another rank lacked processors"
-        missing = run.devices.any(missing)
+    here, missing = missing, run.devices.any(missing) if adaptive else missing
     fewer = max(1, threads - missing)
+    what, cure = _statement(times, threads, fewer) if here else ("another rank lacked processors", "")
     if adaptive and fewer < threads:
         torch.set_num_threads(fewer)
         run.pace.clear()
-        _react(run, step, why, f"{threads_text(fewer)} from the next step on, as training.threads: adaptive says")
-    elif missing and not any(MARK in reaction["probe"] for reaction in run.state.reactions):
-        _react(run, step, *_statement(why, threads, fewer))
+        _react(run, step, what, f"{threads_text(fewer)} from the next step on, as training.threads: adaptive says")
+    elif here and not any(MARK in reaction["probe"] for reaction in run.state.reactions):
+        _react(run, step, what, cure)
 
 
-def _statement(why: str, threads: int, fewer: int) -> tuple[str, str]:
+def _statement(times: CpuTimes, threads: int, fewer: int) -> tuple[str, str]:
     """What happened, with its cause, and what to do."""
+    why = f"{threads_text(threads)} computed for {times.process:.0f} {MARK} {times.wall:.0f} seconds"
     quota = cpu_quota()
     allowed = processors() if quota is None else min(processors(), math.ceil(quota))
     if threads > allowed:
