@@ -20,6 +20,7 @@ class Call:
     """One forward: whether adapters are bypassed, which of several adapters is used, the step and micro-batch (for
     seeds), the segments of packed rows, and the routing of rows to adapters.
 
+    `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
     `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
     """
 
@@ -30,6 +31,7 @@ class Call:
     seed: int = 0
     segments: Segments | None = None
     rows: object = None
+    real_tokens: object = None
     fuses: bool = False
 
 

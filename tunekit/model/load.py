@@ -14,6 +14,7 @@ from torch import nn
 from tunekit.errors import ModelError, listed
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
+from tunekit.model.attention.padding_free import skip_padding
 from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
@@ -292,6 +293,8 @@ def _finish(
     net.eval()
     if spec.family.looks_back(net):
         attend_per_document(net, spec.device, spec.dtype)
+    elif spec.family.labelled and spec.family.reads_ids:
+        skip_padding(net, [layer for _, layer in spec.family.layers(net)], spec.device)
     config = config_of(net)
     if hasattr(config, "use_cache"):
         config.use_cache = False

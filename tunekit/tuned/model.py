@@ -27,6 +27,7 @@ from tunekit.machine.placing import to_device
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.vocabulary import HeadParts, StreamedHead
+from tunekit.model.attention.padding_free import real_tokens
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
@@ -158,8 +159,9 @@ class TunedModel:
             return self.real_positions(self.base.family.hidden(self.base.net, self.prepare_inputs(inputs)))
 
     def call_for(self, inputs: Tensors) -> Call:
-        """The current call with the documents of these inputs."""
-        return replace(current_call(), segments=self._segments(inputs))
+        """The current call with the documents, or the real tokens, of these inputs."""
+        real = None if self.virtual_tokens else real_tokens(inputs)
+        return replace(current_call(), segments=self._segments(inputs), real_tokens=real)
 
     def prepare_inputs(self, inputs: Tensors) -> Tensors:
         """The base's inputs, on the device; recordings and images in the compute dtype."""

@@ -19,6 +19,7 @@ from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weigh
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
 from tunekit.model.attention.documents import uncompiled_attention
+from tunekit.model.attention.padding_free import uncompiled_rows
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers
 from tunekit.records import Choice
@@ -121,6 +122,7 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
     from torch._dynamo import config
 
     uncompiled_attention()
+    uncompiled_rows()
     for forward in forwards:
         for module in forward.layer.modules():
             if _stays_uncompiled(module):

@@ -213,7 +213,7 @@ def _register() -> None:
 
 def _functions() -> dict[str, Callable[..., AttentionOutput]]:
     """Our attention functions by their names in transformers' table."""
-    functions = {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
+    functions = {LOOPED[0] + SUFFIX: attend_by_sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
     return {**functions, NATIVE: partial(_products, attend=attend_natively)}
 
 
@@ -255,9 +255,10 @@ def _mask_function(plain: str) -> Callable[..., object]:
     return make_mask
 
 
-def _sdpa(
+def attend_by_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
+    """torch's kernel, for each document if the mask says so. Shapes: (B, H, T, D) -> (B, T, H, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), attention_mask, named)
@@ -280,7 +281,7 @@ def _kernel(
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
     if not isinstance(attention_mask, DocumentMask) or attention_mask.allowed is not None or other:
-        return _sdpa(module, query, key, value, attention_mask, **named)
+        return attend_by_sdpa(module, query, key, value, attention_mask, **named)
     tokens = [query.transpose(1, 2).flatten(0, 1)]  # (B * T, H, D)
     for tensor in (key, value):
         rows = (attention_mask.keys_of(row, states).transpose(0, 1) for row, states in enumerate(tensor.unbind(0)))
@@ -316,7 +317,7 @@ def _products(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
     if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > MAX_TOKENS and unpacked):
-        return _sdpa(module, query, key, value, attention_mask, **named)
+        return attend_by_sdpa(module, query, key, value, attention_mask, **named)
     if longest > MAX_TOKENS and shared is None:
         products = partial(_products, attend=attend)
         return _each_document(products, torch.bool, module, (query, key, value), attention_mask, named)

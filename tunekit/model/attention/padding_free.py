@@ -1,0 +1,215 @@
+"""Encoder layers without padding: the real tokens of all rows are one sequence in the layers, and each row attends to
+itself.
+
+A hook before the first layer removes the padding, and a hook after the last layer restores it as zeros, which no head
+reads. Only a CPU does this: elsewhere the number of real tokens would have to be read from the device.
+
+  P = softmax(scale Q K^T),  O = drop(P) V;   with G = dL/dO and H = drop'(G V^T):
+  dV = drop(P)^T G,  S = scale P * (H - rowsum(H * P)),  dQ = S K,  dK = S^T Q
+
+Short rows attend in one padded product in float32, as torch's plain attention computes it. Longer rows go to torch's
+kernel one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunekit.contracts import Tensors
+from tunekit.model.attention.documents import AttentionOutput, DocumentMask, LayerMask, attend_by_sdpa
+from tunekit.model.attention.segments import Segments
+from tunekit.model.autograd import Context
+from tunekit.model.call import current_call
+from tunekit.model.dropout import dropout_noise, quicken_dropout
+from tunekit.model.pretrained import config_of, text_config
+
+NAME = "sdpa_padding_free"  # of the attention function, in transformers' table
+TOKENS = 64  # oneDNN compiles its products anew for each number of tokens, so that number is a multiple of this one
+MAX_TOKENS = 128  # maximum length of a row in the padded product, whose scores grow with the square of the length
+
+# Families for which tests prove that rows without padding equal padded rows. Their layers need nothing but hidden
+# states and a mask, and only attention connects tokens.
+PROVEN = frozenset(["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"])
+
+
+class RealTokens:
+    """The real tokens of padded rows. `lengths`: the number of tokens in each row of width `width`."""
+
+    def __init__(self, lengths: Sequence[int], width: int) -> None:
+        self.lengths, self.width = tuple(lengths), width
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(N,) positions of the real tokens in the flattened (B * T)."""
+        return torch.cat([torch.arange(length) + row * self.width for row, length in enumerate(self.lengths)])
+
+    @cached_property
+    def filled_index(self) -> Tensor:
+        """(M,) `index`, filled with zeros to a multiple of TOKENS. Nothing reads the outputs at these copies of the
+        first token, so their gradient is zero."""
+        return F.pad(self.index, (0, -len(self.index) % TOKENS))
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """(B, 1, 1, T) float32: minus infinity at padding, 0 elsewhere; T is the length of the longest row."""
+        longest = torch.arange(max(self.lengths))
+        real = longest[None] < torch.tensor(self.lengths)[:, None]  # (B, T)
+        return torch.zeros(real.shape).masked_fill(~real, -math.inf)[:, None, None]
+
+    def places(self, heads: int) -> tuple[Tensor, Tensor]:
+        """(B * H * T,) the index in (N * H) of each place of padded heads, any index at padding; and (N * H,) the
+        inverse."""
+        if heads not in self._places:
+            count, longest = len(self.lengths), max(self.lengths)
+            rows = torch.repeat_interleave(torch.arange(count), torch.tensor(self.lengths))  # (N,)
+            tokens = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
+            of_head = torch.arange(heads)
+            there = (rows[:, None] * heads + of_head) * longest + tokens[:, None]  # (N, H)
+            back = torch.zeros(count * heads * longest, dtype=torch.int64)
+            back[there.flatten()] = torch.arange(there.numel())
+            self._places[heads] = back, there.flatten()
+        return self._places[heads]
+
+
+def real_tokens(inputs: Mapping[str, Tensor]) -> RealTokens | None:
+    """The real tokens of inputs with a mask of padding at the end of rows; None if there is no such mask."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.device.type != "cpu":
+        return None
+    return RealTokens(mask.sum(dim=1).tolist(), mask.shape[1])
+
+
+def skip_padding(net: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
+    """Make the net compute its layers without padding, if it is proven and runs on a CPU with torch's attention."""
+    config = config_of(net)
+    if device.type != "cpu" or config._attn_implementation != "sdpa" or text_config(net).model_type not in PROVEN:
+        return
+    if getattr(text_config(net), "is_decoder", False):
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    config._attn_implementation = NAME
+    quicken_dropout(net)
+    layers[0].register_forward_pre_hook(_remove_padding, with_kwargs=True)
+    layers[-1].register_forward_hook(_restore_padding)
+
+
+def uncompiled_rows() -> None:
+    """Exclude attention of rows without padding from compiled layers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
+
+
+def _remove_padding(
+    layer: nn.Module, inputs: tuple[Any, ...], named: Tensors
+) -> tuple[tuple[Any, ...], Tensors] | None:
+    """The first layer's inputs with hidden states (1, M, D) in place of (B, T, D)."""
+    real = current_call().real_tokens
+    if not isinstance(real, RealTokens):
+        return None
+    hidden, *others = inputs
+    real_hidden = hidden.flatten(0, 1).index_select(0, real.filled_index.to(hidden.device))  # (M, D)
+    return (real_hidden[None], *others), named
+
+
+def _restore_padding(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """(B, T, D) from the last layer's output (1, M, D); zeros at padding."""
+    real = current_call().real_tokens
+    if not isinstance(real, RealTokens):
+        return None
+    places, width = len(real.lengths) * real.width, output.shape[-1]
+    padded = output.new_zeros(places, width).index_copy(0, real.index.to(output.device), output[0, : len(real.index)])
+    return padded.view(len(real.lengths), real.width, width)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
+) -> AttentionOutput:
+    """Attention of rows without padding, (1, H, M, D) -> (1, M, H, D); other calls go to sdpa."""
+    real = current_call().real_tokens
+    if not isinstance(real, RealTokens) or query.shape[:3:2] != (1, len(real.filled_index)):
+        return attend_by_sdpa(module, query, key, value, attention_mask, **named)
+    if max(real.lengths) > MAX_TOKENS:
+        mask = DocumentMask(Segments((real.lengths,)), None, query.device)
+        count = len(real.index)
+        parts = (tensor[:, :, :count] for tensor in (query, key, value))
+        output = attend_by_sdpa(module, *parts, mask, **named)[0]  # (1, N, H, D)
+        return F.pad(output, (0, 0, 0, 0, 0, query.shape[2] - count)), None
+    scale = cast("float | None", named.get("scaling")) or query.shape[-1] ** -0.5
+    dropout = cast("float | None", named.get("dropout")) or 0.0
+    tensors = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, H, D), as the projections return them
+    return _RowAttention.apply(*tensors, real, scale, dropout)[None], None  # type: ignore[no-untyped-call]
+
+
+class _RowAttention(torch.autograd.Function):
+    """Attention of each row to itself; zeros beyond the real tokens.
+
+    Shapes: query, key, value (M, H, D) -> (M, H, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Context[tuple[RealTokens, float]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        real: RealTokens,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        queries, keys, values = (_padded(tensor, real) for tensor in (query, key, value))  # (B * H, T, D)
+        bias = real.bias.to(queries).expand(-1, query.shape[1], -1, -1).flatten(0, 1)  # (B * H, 1, T)
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
+        probabilities = torch.softmax(scores, -1, out=scores)
+        weights, mask = probabilities, None
+        if dropout:
+            mask = dropout_noise(probabilities, dropout)  # (B * H, T, T)
+            weights = probabilities * mask
+        ctx.save_for_backward(query, key, value, probabilities, *(() if mask is None else (mask,)))
+        ctx.extra = real, scale
+        return _real(torch.bmm(weights, values), real, query)
+
+    @staticmethod
+    def backward(ctx: Context[tuple[RealTokens, float]], *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, probabilities, *masks = ctx.saved_tensors
+        real, scale = ctx.extra
+        queries, keys, values = (_padded(tensor, real) for tensor in (query, key, value))
+        of_output = _padded(gradients[0], real, exact=True)  # (B * H, T, D)
+        weights = probabilities * masks[0] if masks else probabilities
+        of_value = torch.bmm(weights.transpose(1, 2), of_output)
+        of_scores = torch.bmm(of_output, values.transpose(1, 2))  # (B * H, T, T)
+        of_scores = of_scores.mul_(masks[0]) if masks else of_scores
+        offsets = torch.linalg.vecdot(of_scores, probabilities)[..., None]
+        of_scores.sub_(offsets).mul_(probabilities).mul_(scale)
+        of_query, of_key = torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries)
+        return *(_real(tensor, real, query) for tensor in (of_query, of_key, of_value)), None, None, None
+
+
+def _padded(tensor: Tensor, real: RealTokens, *, exact: bool = False) -> Tensor:
+    """(B * H, T, D) in float32 from (M, H, D). Padding has the values of a real token, or zeros if `exact`."""
+    back, there = (index.to(tensor.device) for index in real.places(tensor.shape[1]))
+    flat = tensor.flatten(0, 1).to(torch.promote_types(tensor.dtype, torch.float32))  # (M * H, D)
+    if exact:
+        padded = flat.new_zeros(len(back), flat.shape[1]).index_copy_(0, there, flat[: len(there)])
+    else:
+        padded = flat.index_select(0, back)
+    return padded.view(-1, max(real.lengths), flat.shape[1])
+
+
+def _real(tensor: Tensor, real: RealTokens, like: Tensor) -> Tensor:
+    """(M, H, D) in the dtype of `like`, from (B * H, T, D); zeros beyond the real tokens."""
+    there = real.places(like.shape[1])[1].to(tensor.device)
+    output = like.new_zeros(like.shape)
+    output.view(-1, like.shape[-1])[: len(there)] = tensor.flatten(0, 1).index_select(0, there)
+    return output

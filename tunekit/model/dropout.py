@@ -1,0 +1,41 @@
+"""Dropout on a CPU with numbers of 16 bits from numpy's SFC64. torch draws a larger number of a slower generator for
+each element (8 ns an element, measured on a busy core). The rate is rounded to a multiple of 2^-16, and the scale fits
+the rounded rate.
+
+The numbers depend only on one draw from torch's generator, which is seeded for each layer, so a recomputed layer drops
+the same elements.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = 2**16
+
+
+def quicken_dropout(net: nn.Module) -> None:
+    """Replace the forward of all dropout modules of a net on the CPU."""
+    for module in net.modules():
+        if type(module) is nn.Dropout and 0 < module.p < 1:
+            module.forward = partial(_dropped, module)  # type: ignore[method-assign]
+
+
+def _dropped(module: nn.Dropout, x: Tensor) -> Tensor:
+    if not module.training or x.device.type != "cpu":
+        return F.dropout(x, module.p, module.training)
+    return x * dropout_noise(x, module.p)
+
+
+def dropout_noise(x: Tensor, rate: float) -> Tensor:
+    """A factor for each element of x: 0 with probability `rate`, otherwise 1 / (1 - rate)."""
+    if x.is_meta:
+        return torch.empty_like(x)
+    count, dropped = x.numel(), round(rate * LEVELS)
+    seed = int(torch.randint(2**62, ()))
+    numbers = np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count]
+    remains = torch.from_numpy(numbers).view(x.shape) >= dropped - LEVELS // 2
+    scale = torch.tensor(LEVELS / (LEVELS - dropped), dtype=x.dtype)
+    return torch.where(remains, scale, torch.zeros((), dtype=x.dtype))
