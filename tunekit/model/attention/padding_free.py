@@ -143,10 +143,10 @@ def _attend(
         return attend_by_sdpa(module, query, key, value, attention_mask, **named)
     if max(real.lengths) > MAX_TOKENS:
         mask = DocumentMask(Segments((real.lengths,)), None, query.device)
-        count = len(real.index)
-        parts = (tensor[:, :, :count] for tensor in (query, key, value))
-        output = attend_by_sdpa(module, *parts, mask, **named)[0]  # (1, N, H, D)
-        return F.pad(output, (0, 0, 0, 0, 0, query.shape[2] - count)), None
+        count, filled = len(real.index), query.shape[2]
+        query, key, value = (tensor[:, :, :count] for tensor in (query, key, value))
+        output = attend_by_sdpa(module, query, key, value, mask, **named)[0]  # (1, N, H, D)
+        return F.pad(output, (0, 0, 0, 0, 0, filled - count)), None
     scale = cast("float | None", named.get("scaling")) or query.shape[-1] ** -0.5
     dropout = cast("float | None", named.get("dropout")) or 0.0
     tensors = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, H, D), as the projections return them
