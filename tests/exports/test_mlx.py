@@ -16,6 +16,7 @@ from tests.arithmetic.test_merge import logits_of, merged_logits
 from tests.arithmetic.test_normalise import by_peft
 from tunekit.errors import InputError
 from tunekit.export import export_verb
+from tunekit.exports.format import Options
 from tunekit.exports.programs.program import find_program
 from tunekit.model.storage.portable import make_portable
 
@@ -84,7 +85,11 @@ MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases": ("qwen2", {"bias": "lora_only"}, "it trains model.layers.0.self_attn.q_proj.base_layer.bias"),
     "a base that mlx reads wrongly": ("qwen2", {}, "does not read rope_parameters, and computes with rope_theta"),
     "a base without n_ctx": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2 needs n_ctx"),
-    "other names": ("gpt_neox", {"target_modules": ["query_key_value"]}, "names of gpt_neox"),
+    "other names": (
+        "gpt_neox",
+        {"target_modules": ["query_key_value"], "base": {"intermediate_size": 256}},
+        "names of gpt_neox",
+    ),
 }
 
 
@@ -110,6 +115,22 @@ def test_what_mlx_cannot_read_even_merged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"reads tensors with names such as h\.0\.attn"):
         export_verb(str(tmp_path / "prefix" / "adapter"), "mlx", str(tmp_path / "out"), certify=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_mlx_computes_otherwise_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another activation is refused; with a window, the length is printed up to which mlx-lm is right."""
+    by_peft(tmp_path, "mistral", base={"hidden_act": "gelu"})
+    with pytest.raises(InputError, match="cannot compute this model: computes with silu instead of hidden_act gelu"):
+        export_verb(str(tmp_path / "adapter"), "mlx", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
+    adapter_by_peft(tmp_path / "window", "mistral", base={"sliding_window": 20})
+    for merged in (False, True):
+        options, output = Options(merged=merged), tmp_path / f"out{merged}"
+        export_verb(
+            str(tmp_path / "window" / "adapter"), "mlx", str(output), None, options, certify=False, overrides=FLOAT32
+        )
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "right up to 20 tokens: mlx-lm ignores the sliding window" in printed
+        assert (output / "adapter_config.json").exists() != merged
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ CASES: dict[str, tuple[ModelFiles, set[str], str, bool]] = {
         True,
     ),
     "infinity": (
-        typed("mamba2", "Mamba2ForCausalLM", time_step_limit=[0.0, {"__float__": "Infinity"}]),
+        typed("mamba2", "Mamba2ForCausalLM", hidden_size=8, time_step_limit=[0.0, {"__float__": "Infinity"}]),
         {"transformers 4"},  # optimum has no mamba2
         "time_step_limit",
         True,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tunekit.errors import Problem
 from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
-    is_model_folder,
+    limit_notes,
     merging_unties,
     plain_or_reason,
     quantization_note,
@@ -22,7 +23,6 @@ from tunekit.exports.programs.mlx import answers
 from tunekit.exports.programs.program import Program
 from tunekit.files.durable import write_json
 from tunekit.files.tensors import write_tensors
-from tunekit.model.storage.shards import read_headers
 from tunekit.records import JsonObject
 from tunekit.targets.exportable import Exportable
 
@@ -43,18 +43,12 @@ LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name t
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """mlx-lm has only text models and no adapters that are prompts, some of its models have no head that differs from
-    the embedding, and its gpt2 reads only the names of the hub's files."""
+    """mlx-lm has only text models and no adapters that are prompts, computes some models wrongly, and some of its
+    models have no head that differs from the embedding."""
     if exportable.family != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
-    stored = read_headers(exportable.folder) if kind == "gpt2" and is_model_folder(exportable) else ()
-    if any(name.startswith("transformer.") for name in stored):
-        what = (
-            "mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, and the base's begin transformer."
-        )
-        wrong.append(Problem(what, OTHER_PROGRAM))
-    elif not wrong and kind in ALWAYS_TIED.split() and merging_unties(exportable):
+    if not wrong and kind in ALWAYS_TIED.split() and merging_unties(exportable):
         what = f"mlx-lm's {kind} uses its embedding as head, and the adapter changes one of them alone"
         wrong.append(Problem(what, OTHER_PROGRAM))
     return wrong
@@ -62,9 +56,11 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
     """Write the pairs of one rank with scale 1, or the merged model."""
+    limits = limit_notes(exportable, READER)
     plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.config))
     if plain is None:
-        return write_merged(exportable, path, reason, "mlx_lm.generate --model PATH --prompt ...")
+        merged = write_merged(exportable, path, reason, "mlx_lm.generate --model PATH --prompt ...")
+        return replace(merged, notes=(*merged.notes, *limits))
     plain, base = plain.padded(), exportable.target.model.name_or_path
     tensors: Tensors = {}
     names = {name: re.sub(r"^transformer\.", "model.", name) for name in plain.pairs}
@@ -82,7 +78,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     write_tensors(path / "adapters.safetensors", tensors, {"format": "mlx"})
     write_json(path / "adapter_config.json", fields)
     command = f"mlx_lm.generate --model {base} --adapter-path {path} --prompt ..."
-    return Exported(path, "adapter", (command, *quantization_note(exportable)))
+    return Exported(path, "adapter", (command, *limits, *quantization_note(exportable)))
 
 
 def refusal(config: JsonObject, plain: PlainAdapter) -> str:

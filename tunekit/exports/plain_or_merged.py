@@ -18,10 +18,14 @@ from tunekit.targets.exportable import Exportable
 
 def unwritable(exportable: Exportable, program: str) -> list[Problem]:
     """Why the adapter can be neither written nor merged: a prompt is no change of weights, and a program knows only
-    some models."""
+    some models, and computes some of them wrongly."""
     reading = _reading(exportable, program)
     if reading.unsupported:
         return [Problem(f"{program} {reading.version} {reading.unsupported}", "choose another --to", key="--to")]
+    wrong = [finding.what for finding in reading.findings if not (finding.mendable or finding.limit)]
+    if wrong:
+        what = f"{program} {reading.version} cannot compute this model: {'; '.join(wrong)}"
+        return [Problem(what, "export it for another program, such as --to vllm", key="--to")]
     try:
         normalise(exportable.target)
     except NotLowRank:
@@ -42,6 +46,11 @@ def _reading(exportable: Exportable, program: str) -> FolderReading:
     return next(reading for reading in every if reading.program == program)
 
 
+def limit_notes(exportable: Exportable, program: str) -> tuple[str, ...]:
+    """The lengths of text for which the program computes the base as torch does."""
+    return tuple(finding.what for finding in _reading(exportable, program).findings if finding.limit)
+
+
 def plain_or_reason(
     exportable: Exportable, options: Options, program: str, refusal: Callable[[PlainAdapter], str]
 ) -> tuple[PlainAdapter | None, str]:
@@ -53,8 +62,9 @@ def plain_or_reason(
         return None, "asked for with --merged"
     if exportable.family != "causal" or not is_model_folder(exportable):
         return None, "only adapters of a text model that is a folder of safetensors are read"
-    for finding in _reading(exportable, program).findings:  # the merged model is written in the portable form
-        return None, f"with this base {program} {finding.what}"
+    for finding in _reading(exportable, program).findings:
+        if not finding.limit:  # the merged model is written in the portable form
+            return None, f"with this base {program} {finding.what}"
     try:
         plain = normalise(exportable.target)
     except NotLowRank as error:

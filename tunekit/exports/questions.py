@@ -12,13 +12,15 @@ from tunekit.exports.format import Questions
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
 from tunekit.model.load import make_meta_model
+from tunekit.model.storage.windows import sliding_window
 from tunekit.model.text.tokenizer import LoadedTokenizer
-from tunekit.records import bytes_text
+from tunekit.records import JsonObject, bytes_text
 from tunekit.targets.exportable import Exportable
 from tunekit.targets.rows import readable_rows
 from tunekit.targets.target import TargetSpec, load_target
 
 ROWS, TOKENS = 8, 128  # of a certificate
+LONGEST_WINDOW, BEYOND = 1100, 8  # a window that is shorter is measured by a row of so many tokens more
 SPARE = 1.5  # needed memory, relative to the float32 weights
 MOST_VALUES = 2**26  # log-probabilities of all rows of one model, so that large vocabularies take 256 MiB too
 
@@ -61,17 +63,25 @@ def make_questions(exportable: Exportable, *, with_base: bool = False) -> Questi
     if not (family.answers and family.reads_ids):
         raise NotComparable(f"{family.text} is not compared token by token", "leave --certify out")
     values = sum(parameter.numel() for parameter in make_meta_model(target.model, device=cpu).net.parameters())
-    free, needed = available_bytes(cpu), int(SPARE * 4 * values)
+    size, length = int(exportable.config.get("vocab_size") or 1), _longest_row(exportable.config)
+    free, needed = available_bytes(cpu), int(SPARE * 4 * values) + 3 * 4 * length * size
     if free is not None and free < needed:
         what = f"torch needs {bytes_text(needed)} for the model in float32, and {bytes_text(free)} are free"
         raise NotComparable(what, "leave --certify out, or use a machine with more memory")
     rows, described = row_ids(exportable, ROWS, TOKENS, held_out=True)
-    size = int(exportable.config.get("vocab_size") or 1)
     rows = [row for row in rows if len(row) > 1][: max(2, MOST_VALUES // (TOKENS * size))]
     if not rows:
         raise NotComparable("no row has two tokens", "leave --certify out")
+    if max(map(len, rows)) < length:
+        rows = [*rows[:-1], (rows[-1] * length)[:length]]
     base = _log_probabilities(replace(target, adapter=None), rows) if with_base else None
     return Questions(rows, _log_probabilities(target, rows), base, described)
+
+
+def _longest_row(config: JsonObject) -> int:
+    """The tokens of a row that shows whether a program has the model's sliding window; 0 without a short window."""
+    window = sliding_window(config.get("text_config") or config)
+    return 0 if window is None or window >= LONGEST_WINDOW else window + BEYOND
 
 
 def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import MODEL_FILE, read_small
+from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import read_json
 from tunekit.records import JsonObject
 
@@ -31,6 +32,17 @@ ONLY_TYPE = {
     **dict.fromkeys(("phi3", "phi4_multimodal"), ("short_factor", "long_factor")),
     **dict.fromkeys(("chameleon", "olmo", "olmo2", "phimoe"), None),
 }
+# Of each type: an older key, and the newer one with the same value. transformers 4 or mlx-lm requires the older.
+RENAMED = {
+    "lfm2": {"block_dim": "hidden_size"},
+    **{kind: {"num_experts": "num_local_experts"} for kind in ("mellum", "qwen3_moe", "qwen3_vl_moe_text")},
+}
+# Keys of older configurations whose value newer code fixes, and types whose head_dim newer code computes
+CONSTANT = {"apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True}}
+HEAD_DIM = frozenset({"exaone4", "exaone_moe", "glm4_moe", "mellum", "qwen3_moe", "qwen3_vl_moe_text"})
+# Types of which mlx-lm reads not layer_types but sliding_window_pattern: a number, with its default there, or letters
+PERIODS = {"gemma3_text": 6, "cohere2": 4}
+LETTERS = frozenset({"exaone4"})
 SAME_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows
 TAGGED_NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # {"__float__": "NaN"}
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of architectures that answer
@@ -57,6 +69,7 @@ class ModelFiles:
     template: str | None  # chat_template.jinja
     special: JsonObject  # special_tokens_map.json
     ids: Mapping[str, int]  # of the special tokens
+    prefixed: bool = False  # GPT-2: whether the tensors' names begin with "transformer."; the hub's do not
 
     @property
     def architecture(self) -> str:
@@ -116,7 +129,16 @@ def read_model_files(folder: Path) -> ModelFiles:
     )
     path = folder / TEMPLATE
     template = read_small(path, MODEL_FILE).decode("utf-8", "replace") if path.is_file() else ""
-    return ModelFiles(config, tokenizer, generation, template or None, special, _special_ids(folder, tokenizer))
+    prefixed = False
+    with suppress(ModelError):  # the weights' own reader reports that
+        prefixed = config.get("model_type") == "gpt2" and any(map(_is_prefixed, read_headers(folder)))
+    return ModelFiles(
+        config, tokenizer, generation, template or None, special, _special_ids(folder, tokenizer), prefixed
+    )
+
+
+def _is_prefixed(name: str) -> bool:
+    return name.startswith("transformer.")
 
 
 def _special_ids(folder: Path, tokenizer: JsonObject) -> dict[str, int]:
@@ -182,12 +204,40 @@ def _generation(files: ModelFiles) -> JsonObject:
 
 def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration, including its parts, with `torch_dtype` in addition to `dtype`, `rope_theta`, `rope_scaling`
-    and similar keys in addition to `rope_parameters`, and GPT-2's `n_ctx`."""
+    and similar keys in addition to `rope_parameters`, GPT-2's `n_ctx`, and other keys that older programs require."""
     parts = {name: with_older_keys(part) for name, part in config_parts(config)}
     dtype = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     numbers = {name: untagged(value) for name, value in config.items()}
     length = {"n_ctx": config["n_positions"]} if needs_n_ctx(config) else {}
-    return {**numbers, **parts, **dtype, **length, **older_rope(config)}
+    return {**numbers, **parts, **dtype, **length, **_required_keys(config), **older_rope(config)}
+
+
+def _required_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The missing keys whose values follow from the others."""
+    kind, kinds = str(config.get("model_type")), config.get("layer_types")
+    required = {old: config[new] for old, new in RENAMED.get(kind, {}).items() if new in config}
+    required |= CONSTANT.get(kind, {})
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if kind in HEAD_DIM and isinstance(width, int) and isinstance(heads, int) and heads:
+        required["head_dim"] = width // heads
+    expand = config.get("expand", 2)
+    if kind == "mamba2" and isinstance(width, int) and isinstance(expand, int | float):
+        required["intermediate_size"] = int(expand * width)
+    required = {key: value for key, value in required.items() if config.get(key) is None}
+    period = period_of(kinds) if isinstance(kinds, list) and kind in PERIODS else None
+    if period not in (None, config.get("sliding_window_pattern", PERIODS.get(kind))):
+        required["sliding_window_pattern"] = period
+    if kind in LETTERS and isinstance(kinds, list) and isinstance(config.get("sliding_window_pattern"), int):
+        letters = "".join("L" if each == "sliding_attention" else "G" for each in kinds)
+        required["sliding_window_pattern"] = letters if "L" in letters else None
+    return required
+
+
+def period_of(layer_types: list[Any]) -> int | None:
+    """N, if every Nth layer has full attention and the others a sliding window; None for another order."""
+    full = [each != "sliding_attention" for each in layer_types]
+    period = full.index(True) + 1 if True in full else 0
+    return period if period and full == [(index + 1) % period == 0 for index in range(len(full))] else None
 
 
 def needs_n_ctx(config: Mapping[str, Any]) -> bool:

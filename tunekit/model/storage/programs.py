@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from tunekit.model.storage import supported
+from tunekit.model.storage import mlx_lm, supported
 from tunekit.model.storage.portable import (
+    BY_LAYER_TYPE,
+    RENAMED,
     SAME_TOKENIZER,
     TEMPLATE,
     ModelFiles,
@@ -49,11 +51,13 @@ PARTIAL = {  # the default of partial_rotary_factor (or rotary_pct) there, where
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason why a program reads a folder wrongly or refuses it. `mendable`: by a copy in the portable form."""
+    """One reason why a program reads a folder wrongly or refuses it. `mendable`: by a copy in the portable form.
+    `limit`: the program is right for some lengths of text."""
 
     program: str
     what: str
     mendable: bool
+    limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,10 @@ def readings(files: ModelFiles) -> list[FolderReading]:
         unsupported = support(files)
         remaining = {what for rule in rules for what in rule(mended)}
         whats = [] if unsupported else [what for rule in rules for what in rule(files)]
-        findings = tuple(Finding(name, what, what not in remaining) for what in whats)
-        results.append(FolderReading(name, its_version, unsupported, findings))
+        findings = [Finding(name, what, what not in remaining) for what in whats]
+        if name == "mlx-lm" and not unsupported:
+            findings += [Finding(name, what, mendable=False, limit=True) for what in mlx_lm.limits(files.config)]
+        results.append(FolderReading(name, its_version, unsupported, tuple(findings)))
     return results
 
 
@@ -158,12 +164,44 @@ def _length_of_mlx(files: ModelFiles) -> Iterator[str]:
         yield "refuses it: gpt2 needs n_ctx, the older name of n_positions"
 
 
+def _others_of_mlx(files: ModelFiles) -> Iterator[str]:
+    yield from mlx_lm.cannot(files.config)
+    if files.prefixed:
+        yield (
+            "refuses it: mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, and the base's begin "
+            "transformer."
+        )
+
+
+def _one_frequency(files: ModelFiles) -> Iterator[str]:
+    """Programs that know one base frequency of a model whose layer types differ in transformers 5."""
+    for place, part in _parts(files.config):
+        keys = next(
+            (keys for start, keys in BY_LAYER_TYPE.items() if str(part.get("model_type")).startswith(start)), None
+        )
+        rope = part.get("rope_parameters")
+        if keys is None or keys[1] is not None or not isinstance(rope, Mapping):
+            continue
+        each = [rope.get(name) for name in ("full_attention", "sliding_attention")]
+        full, sliding = (one.get("rope_theta") if isinstance(one, Mapping) else None for one in each)
+        if full != sliding and sliding is not None:
+            yield f"computes all layers with one rope_theta; {place}rope_parameters has {full} and {sliding}"
+
+
 def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
     theta = supported.OLLAMA_OWN_THETA.get(files.architecture)
     if theta is not None:
         defaults = {"rope_theta": theta, "rope_local_base_freq": THETA}
         for place, part in _parts(files.config):
             yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
+
+
+def _renamed(files: ModelFiles) -> Iterator[str]:
+    """Keys of transformers 4 whose default would replace what transformers 5 writes under another name."""
+    for place, part in _parts(files.config):
+        for old, new in RENAMED.get(str(part.get("model_type")), {}).items():
+            if old == "num_experts" and new in part and old not in part:
+                yield f"does not read {place}{new}, the newer name of {old}"
 
 
 def _newer_tokenizer(files: ModelFiles) -> Iterator[str]:
@@ -213,13 +251,29 @@ def _packed(files: ModelFiles) -> Iterator[str]:
 
 
 _ANSWERS = (_endless, _no_padding)
-_TRANSFORMERS_4 = (_older_rope_of_transformers_4, _newer_tokenizer, _tagged_numbers, *_ANSWERS)
+_MLX = (_rope_of_mlx, _length_of_mlx, _one_frequency, _others_of_mlx, _packed)
+_TRANSFORMERS_4 = (
+    _older_rope_of_transformers_4,
+    _one_frequency,
+    _renamed,
+    _newer_tokenizer,
+    _tagged_numbers,
+    *_ANSWERS,
+)
 PROGRAMS: dict[str, tuple[str, Support, tuple[Rule, ...]]] = {
     "transformers 4": ("4.57.6", _type_in(lambda: supported.TRANSFORMERS_4), _TRANSFORMERS_4),
     "transformers 5": (version("transformers"), _type_in(_installed_types), _ANSWERS),
-    "mlx-lm": ("0.32.2", _type_in(lambda: supported.MLX_LM), (_rope_of_mlx, _length_of_mlx, _packed)),
-    "Ollama": ("2026-08-21", _architecture_in(supported.OLLAMA), (_rope_of_ollama, _template_of_ollama)),
-    "llama.cpp's converter": ("2026-08", _architecture_in(supported.LLAMA_CPP), (_other_template, _packed)),
+    "mlx-lm": ("0.32.2", _type_in(lambda: supported.MLX_LM), _MLX),
+    "Ollama": (
+        "2026-08-21",
+        _architecture_in(supported.OLLAMA),
+        (_rope_of_ollama, _one_frequency, _template_of_ollama),
+    ),
+    "llama.cpp's converter": (
+        "2026-08",
+        _architecture_in(supported.LLAMA_CPP),
+        (_one_frequency, _other_template, _packed),
+    ),
     "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; takes other models through transformers
     "ONNX (optimum)": ("0.1.0", _type_in(lambda: supported.OPTIMUM), _TRANSFORMERS_4),  # on transformers 4
 }

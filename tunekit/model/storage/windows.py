@@ -1,0 +1,28 @@
+"""The sliding window that a configuration states: how many tokens each token sees in the layers that have one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Types whose sliding_window counts only where use_sliding_window is true; it is false where it is missing.
+ON_REQUEST = frozenset(["qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe", "smollm3"])
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """The window of W tokens, or None if no text is longer: the last of a row of W + 1 tokens misses the first.
+
+    Source: the configuration classes of transformers 5.24.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        return None
+    if not config.get("use_sliding_window", str(config.get("model_type")) not in ON_REQUEST):
+        return None
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and longest <= window:
+        return None
+    if isinstance(kinds, list):
+        return window if "sliding_attention" in kinds else None
+    first, layers = config.get("max_window_layers"), config.get("num_hidden_layers")
+    if "use_sliding_window" in config and isinstance(first, int) and isinstance(layers, int) and first >= layers:
+        return None  # the layers below the first one see all tokens
+    return window
