@@ -25,7 +25,7 @@ from tunekit.files.durable import json_result
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
-from tunekit.records import bytes_text
+from tunekit.records import bytes_text, with_article
 from tunekit.targets.export import export_checkpoint
 from tunekit.targets.target import base_override, trained_base
 
@@ -122,7 +122,7 @@ def _convert_method(
     """Convert an adapter of a different method than LoRA to an equal LoRA, or to the nearest one of this rank."""
     method = config.settings.method
     if initial is not None:
-        raise InputError(f"--initial has no effect on a {method} adapter", "remove it", key="--initial")
+        raise InputError(f"--initial has no effect on {with_article(method)} adapter", "remove it", key="--initial")
     attached, rewriter = attach_to_base(config.folder, trained_base(config, base))
     lora, losses = nearest_lora(attached, config, rewriter.trained_on, rank)
     if rank is not None:

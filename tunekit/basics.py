@@ -67,6 +67,11 @@ class Shows:
 DEFAULT_SHOWS = Shows()
 
 
+def with_article(noun: str) -> str:
+    """The noun after "a" or "an"."""
+    return f"{'an' if noun[:1] in tuple('aeiou') else 'a'} {noun}"
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes with its unit: 1536 -> "1.5 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

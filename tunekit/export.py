@@ -19,7 +19,7 @@ from tunekit.exports.questions import NotComparable, make_questions, row_ids
 from tunekit.files.durable import new_path, write_json
 from tunekit.machine.signals import StopSignals
 from tunekit.model.storage.upload import upload_folder
-from tunekit.records import bytes_text
+from tunekit.records import bytes_text, with_article
 from tunekit.targets.exportable import Exportable, make_exportable
 
 CERTIFICATE = "certificate.json"
@@ -68,8 +68,8 @@ def _run_of(exportable: Exportable) -> Path | None:
 def _check(to: str, format: Format, exportable: Exportable, options: Options, path: Path, *, certify: bool) -> None:
     """Raises: InputError with all problems."""
     if exportable.kind not in format.TAKES:
-        takes = " or ".join(map(_with_article, sorted(format.TAKES)))
-        what = f"{to} takes {takes}, and this is {_with_article(exportable.kind)}"
+        takes = " or ".join(map(with_article, sorted(format.TAKES)))
+        what = f"{to} takes {takes}, and this is {with_article(exportable.kind)}"
         how = "choose another --to"
         if exportable.kind == "model" and "adapter" in format.TAKES:
             command = f"tunekit doctor {shlex.quote(str(exportable.folder))}"
@@ -94,10 +94,6 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
     wrong += format.problems(exportable, options)
     if wrong:
         raise InputError.of(wrong)
-
-
-def _with_article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _certify(

@@ -13,6 +13,7 @@ from tunekit.basics import Panel as Panel
 from tunekit.basics import Shows as Shows
 from tunekit.basics import Stall as Stall
 from tunekit.basics import bytes_text as bytes_text
+from tunekit.basics import with_article as with_article
 
 
 @dataclass(frozen=True)

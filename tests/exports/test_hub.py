@@ -86,10 +86,12 @@ def test_a_push_needs_a_base_that_others_have_and_can_be_repeated(
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(
-        ResourceError, match=r"connection lost; the folder is complete; upload it with: hf upload --private merged"
+        ResourceError,
+        match=r"the hub cannot be reached: connection lost; the folder is complete; .*hf upload --private merged",
     ):
         export_verb(str(run), "hub", str(tmp_path / "merged"), None, Options(push=True, merged=True))
     assert made == [("merged", True)]
+    assert "files are to be uploaded, into the repository merged" in capsys.readouterr().out
     assert ModelCard.load(tmp_path / "merged" / "README.md").data.to_dict()["library_name"] == "transformers"
     assert (tmp_path / "merged" / "model.safetensors").exists()
 

@@ -17,6 +17,7 @@ from tunekit.arithmetic.low_rank import LowRank, reduce_rank, weighted_sum
 from tunekit.arithmetic.nearest_lora import RankLoss, layer_change, loss_between, nearest_update, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
+from tunekit.records import with_article
 from tunekit.targets.target import trained_base
 
 PIECE = 2**22  # elements that are summed at a time
@@ -71,7 +72,8 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
         return AdapterChanges(config, names, lora.updates.get, lora.rest, embeddings, conv1d)
     attached, rewriter = attach_to_base(folder, trained_base(config, base))
     if attached.model_adapter is not None or attached.parameters:
-        what = f"a {config.settings.method} adapter does not change weights of layers, so it cannot be compared"
+        named = with_article(config.settings.method)
+        what = f"{named} adapter does not change weights of layers, so it cannot be compared"
         raise AdapterError(what, "summarise each adapter with: tunekit adapter show", file=config.file)
     kinds = {target.name: target.kind for target in attached.targets}
     embeddings = frozenset(name for name, kind in kinds.items() if kind == "embedding")

@@ -14,6 +14,7 @@ from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import printable
+from tunekit.records import with_article
 
 PREFIX = AdapterPart.file_prefix
 FACTORS = {  # suffix -> the factor, and whether the layer is an embedding
@@ -58,7 +59,9 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
     config = read_adapter_config(folder, instead=instead)
     if config.method is not plain_lora_method():
         how = "convert it to the nearest LoRA with: tunekit adapter convert --rank R"
-        raise AdapterError(f"contains a {config.low_rank.method} adapter instead of a LoRA", how, file=config.file)
+        raise AdapterError(
+            f"contains {with_article(config.low_rank.method)} adapter instead of a LoRA", how, file=config.file
+        )
     path = tensors_path(config.folder)
     header = adapter_header(path)
     factors, other_keys = _sort(config, header)

@@ -18,6 +18,7 @@ from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighte
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, InputError
 from tunekit.recipe.bases.low_rank import LowRankSettings
+from tunekit.records import with_article
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
 SAME = 1e-6  # a smaller relative change of a bias is rounding
@@ -97,7 +98,9 @@ def layer_updates(
         factors = layer.low_rank(lambda name=name: base_layer(name)[0])  # type: ignore[misc]
         if factors is None and rank is None:
             raise NotLowRank(
-                f"a {config.settings.method} adapter cannot be converted to LoRA exactly", HOW, file=config.file
+                f"{with_article(config.settings.method)} adapter cannot be converted to LoRA exactly",
+                HOW,
+                file=config.file,
             )
         if factors is None or any(key.endswith("bias") for key in layer.state()):
             weight, bias = base_layer(name)

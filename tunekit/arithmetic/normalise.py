@@ -22,6 +22,7 @@ from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.write import base_of, write_lora
 from tunekit.errors import AdapterError
 from tunekit.model.storage.converted import StoredPieces
+from tunekit.records import with_article
 from tunekit.targets.target import TargetSpec, base_override, find_target
 
 MERGE = "merge it instead"
@@ -103,7 +104,9 @@ def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
     config = read_adapter_config(target.adapter)
     attached, rewriter = attach_to_base(target.adapter, target.model)
     if attached.model_adapter is not None:
-        what = f"a {config.settings.method} adapter is no change of weights, and no other program can hold it"
+        what = (
+            f"{with_article(config.settings.method)} adapter is no change of weights, and no other program can hold it"
+        )
         raise AdapterError(what, "use it with tunekit", file=config.file)
     updates, losses, others, _ = layer_updates(attached, config, rewriter.trained_on, rank)
     for name, rows in attached.added_rows.items():

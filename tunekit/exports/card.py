@@ -131,7 +131,7 @@ def _training(run: RunValues) -> list[str]:
         "rows of a step": run.report.get("rows_per_step"),
         "seed": training.get("seed"),
         "computed in": run.plan.part("model").get("dtype"),
-        "weights of the base": run.plan.part("model").get("quantization"),
+        "quantization of the base": run.plan.part("model").get("quantization"),
     }
     return ["", "## Training", "", markdown_table(["setting", "value"], list(rows.items()))]
 

@@ -69,7 +69,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
         raise InputError.of(leaks)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     listed = [f"  {file.relative_to(path)} ({bytes_text(file.stat().st_size)})" for file in files]
-    verb = "uploaded" if options.push else "uploaded with --push"
+    verb = "to be uploaded" if options.push else "uploaded with --push"
     notes = [f"{len(files)} files are {verb}, into the repository {evidence.name} (private if it is new):", *listed]
     if what == "adapter" and hub_name(exportable.target.model.name_or_path) is None:
         notes.append(f"the base is on this machine only: write its hub name into README.md and {CONFIG_NAME}")

@@ -16,16 +16,18 @@ from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.contracts import Answering, Objective, Processor, Tensors
 from tunekit.data.encoding.sources import read_template
-from tunekit.errors import RunFolderError
+from tunekit.errors import ModelError, RunFolderError
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
 from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
 from tunekit.model.storage.rewrite import Rewriter
+from tunekit.model.storage.source import find_source
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 
+NAME_BASE = "name the base with --base"
 BUFFER_PREFIX = "adapter."  # prefix in checkpoints of adapter state that is not trained: seeds, indices, importances
 
 REFERENCE_PREFIX = "reference."  # and of the complete state at step 0, if the loss compares with it
@@ -92,6 +94,14 @@ def facts_for_export(adapter: AttachedAdapter, objective: Objective, measured: J
     }
 
 
+def _require_base(section: ModelSection) -> None:
+    """Raises: ModelError with the advice to name the base, if it is not where the recipe says."""
+    try:
+        find_source(section, weights=False)
+    except ModelError as error:
+        raise ModelError(error.problems[0].what, NAME_BASE, key="model.name_or_path") from error
+
+
 def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) -> int:
     """Write the adapter folder that the run would have exported after this step; returns its bytes.
 
@@ -112,6 +122,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         what = f"{checkpoint} is of an older tunekit and cannot be exported"
         raise RunFolderError(what, "finish the run with --resume")
     section = recipe.model.model_copy(update=model)
+    _require_base(section)
     named = {key: value for key, value in facts["objective"].items() if key not in ("method", *STEP_0)}
     objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")

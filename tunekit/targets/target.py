@@ -30,13 +30,11 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
-from tunekit.targets.export import STEP_0, export_checkpoint
+from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint
 from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
-
-NAME_BASE = "name the base with --base"
 
 
 @dataclass(frozen=True)

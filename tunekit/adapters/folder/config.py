@@ -3,7 +3,7 @@ before any tensor."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,10 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
         fields=file_fields,
     )
     refuse_pickle(folder)
-    return config
+    if method.peft.stored is None or not tensors_path(folder).is_file():
+        return config
+    shapes = {name: entry.shape for name, entry in adapter_header(tensors_path(folder)).items()}
+    return replace(config, settings=method.peft.stored(config.settings, shapes))
 
 
 def read_fields(folder: Path) -> PeftConfig:

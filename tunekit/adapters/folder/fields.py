@@ -66,6 +66,7 @@ class PeftSide(Generic[Settings]):
     `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and treats
     layers with names of former experts as fused ones (see peft_models.py).
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
+    `stored`: (settings, the shapes of the file's tensors) -> the settings with which PEFT computed those tensors.
     """
 
     peft_type: str
@@ -78,6 +79,7 @@ class PeftSide(Generic[Settings]):
     refuses_kernel_layers: bool = False
     takes_experts: bool = False
     resolve: Callable[[Any, Sequence[Target], PeftConfig], PeftConfig] | None = None
+    stored: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
 
     def __post_init__(self) -> None:
         """Add the fields that have our setting's name."""

@@ -1,5 +1,7 @@
 """BOFT, for linear layers and Conv1D, packed or not."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -73,10 +75,17 @@ def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tenso
     return (starts[:, None] + run).flatten()
 
 
+def stored_factors(settings: BoftSettings, shapes: Mapping[str, tuple[int, ...]]) -> BoftSettings:
+    """The settings with one butterfly factor if the file has only one: without its CUDA extension, PEFT computes one,
+    and writes the number that was asked for."""
+    stored = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and len(shape) == 4}
+    return settings.model_copy(update={"butterfly_factors": 1}) if stored == {1} else settings
+
+
 FIELDS: PeftFields = {
     "boft_block_size": ("block_size", 4),
     "boft_block_num": ("blocks", 0),
     "boft_n_butterfly_factor": ("butterfly_factors", 1),
 }
 FIXED: Fixed = {**LAYER_FIXED, "boft_dropout": (0.0, ANY)}  # used only in peft's training
-METHOD = Method(peft=PeftSide("BOFT", BoftSettings, FIELDS, FIXED), layer=Boft)
+METHOD = Method(peft=PeftSide("BOFT", BoftSettings, FIELDS, FIXED, stored=stored_factors), layer=Boft)

@@ -31,6 +31,8 @@ def upload_folder(folder: Path, name: str) -> str:
     except (LocalTokenNotFoundError, HFValidationError, failed, OSError, RuntimeError) as raised:
         error = raised.__cause__ or raised  # of a file that was not uploaded, a RuntimeError names the file alone
         what = f"the upload did not finish: {' '.join(str(error).split())[:LENGTH]}"
+        if not isinstance(error, HfHubHTTPError) and isinstance(error, failed | ConnectionError | TimeoutError):
+            what = f"the hub cannot be reached: {' '.join(str(error).split())[:LENGTH]}"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError | HFValidationError):
             raise InputError(what, f"log in with: hf auth login; {again}") from error
