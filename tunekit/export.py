@@ -108,7 +108,8 @@ def _certify(
     if program is None:
         console.info(f"not certified: {format.PROGRAM} is not installed ({INSTALL} {format.PROGRAM})")
         return
-    questions = partial(make_questions, exportable, with_base=written.what == "adapter")
+    adapter = written.what == "adapter"  # of which vLLM computes each beginning of a row anew
+    questions = partial(make_questions, exportable, with_base=adapter, past_window=not (adapter and to == "vllm"))
     try:
         certificate = format.certify(written, exportable, program, questions, options)
     except NotComparable as reason:
@@ -128,6 +129,8 @@ def _certify(
     )
     if certificate.note:
         console.info(certificate.note)
+    if certificate.warning:
+        console.warn(certificate.warning)
     facts = {"format": to, "path": written.path.name, "what": written.what, "options": asdict(options)}
     result = facts | {"certificate": asdict(certificate)}
     beside = written.path / CERTIFICATE if written.path.is_dir() else Path(f"{written.path}.{CERTIFICATE}")

@@ -11,6 +11,8 @@ from tunekit.errors import NumericsError
 from tunekit.exports.format import Difference, Exported, Questions
 from tunekit.exports.programs.answer import IdRows, NextTokens
 
+SHOWN = 5  # tokens in a warning
+
 
 def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answers: Sequence[NextTokens]) -> Difference:
     """Compare p, the log-probabilities of a program, with q, those of torch, over all tokens of all rows.
@@ -67,6 +69,20 @@ def compare_parts(
         "base": difference(rows, compared.base, answers(base, rows, None)),
         "base + adapter": difference(rows, compared.expected, answers(base, rows, written.path)),
     }
+
+
+def difference_of_tokens(texts: Sequence[str], expected: IdRows, computed: IdRows) -> str:
+    """What differs between the tokenizer's ids of some texts and those of a program; empty if nothing does."""
+    wrong = [each for each in zip(texts, expected, computed, strict=True) if list(each[1]) != list(each[2])]
+    if not wrong:
+        return ""
+    text, wanted, ids = wrong[0]
+    at = next(
+        (at for at, pair in enumerate(zip(wanted, ids, strict=False)) if pair[0] != pair[1]),
+        min(map(len, wrong[0][1:])),
+    )
+    shown = f"{list(ids[at : at + SHOWN])} and not {list(wanted[at : at + SHOWN])} from token {at} on"
+    return f"the program reads {len(wrong)} of {len(texts)} texts as other tokens; {text[:40]!r} becomes {shown}"
 
 
 def _perplexity(log_probabilities: Sequence[Tensor]) -> float:

@@ -66,6 +66,11 @@ class Questions:
     base: Sequence[Tensor] | None
     described: str
 
+    def cut(self, tokens: int) -> "Questions":
+        """At most the first `tokens` of each row."""
+        base = None if self.base is None else [each[:tokens] for each in self.base]
+        return Questions([row[:tokens] for row in self.rows], [e[:tokens] for e in self.expected], base, self.described)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -86,13 +91,15 @@ class Difference:
 @dataclass(frozen=True)
 class Certificate:
     """What a program computed from an export. `parts`: such as base, adapter, merged or Q4_K_M. `note`: what the
-    reader must know to judge the figures, such as the arithmetic that stands for a program that cannot be run."""
+    reader must know to judge the figures, such as the arithmetic that stands for a program that cannot be run.
+    `warning`: what the program does in another way than the model."""
 
     program: str
     version: str
     rows: str
     parts: Mapping[str, Difference]
     note: str = ""
+    warning: str = ""
 
 
 class Format(Protocol):

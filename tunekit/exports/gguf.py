@@ -16,27 +16,44 @@ from tunekit.arithmetic.merge_output import collect_changes
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Array
 from tunekit.errors import Problem
-from tunekit.exports.compare import compare_parts
+from tunekit.exports.compare import compare_parts, difference_of_tokens
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.llama_cpp.activations import column_squares
 from tunekit.exports.llama_cpp.adapter import adapter_problems, write_adapter
-from tunekit.exports.llama_cpp.converter import ConvertedModel, Placed, imported, knows, make_model, placements
+from tunekit.exports.llama_cpp.converter import (
+    ConvertedModel,
+    Converter,
+    Placed,
+    imported,
+    knows,
+    make_model,
+    placements,
+)
 from tunekit.exports.llama_cpp.fixed import fixed_problems
+from tunekit.exports.llama_cpp.metadata import limit_notes, right_up_to
 from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
-from tunekit.exports.programs.llama_cpp import answers
+from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.model_folder import copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import read_json
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.targets.exportable import Exportable
 
 TAKES = frozenset({"adapter", "model"})
 OPTIONS = frozenset({"type", "merged", "imatrix"})
 SUFFIX, PROGRAM = ".gguf", "llama.cpp"
 ROWS, TOKENS = 64, 512  # of the importance matrix
+ROW_TEXTS = 4  # of the certificate's rows, whose tokens are compared
+TEXTS = (
+    "Once upon a time, there was a little girl named Lily.",
+    "  two spaces, 1234567 digits, and\n\n\ttabs; naïve café 你好 🚀",
+    "def add(first, second):\n    return first + second\n",
+    "She asks: 'I've been there, and WE'LL go?' ",
+)
 STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # all others as BF16
 
 
@@ -76,12 +93,13 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     """Write the file; of a model, one tensor after the other."""
     if writes_adapter(exportable, options):
         write_adapter(exportable, path)
-        return Exported(path, "adapter", (f"run it with: llama-server -m BASE.gguf --lora {path}",))
-    squares, notes = None, []
+        how = f"run it with: llama-server -m BASE.gguf --lora {path}"
+        return Exported(path, "adapter", (*limit_notes(exportable.config), how))
+    squares, notes = None, list(limit_notes(exportable.config))
     if options.imatrix:
         rows, described = evidence.rows(ROWS, TOKENS)
         squares = column_squares(exportable.target, rows)
-        notes = [f"the importance of the weights is from {described}"]
+        notes.append(f"the importance of the weights is from {described}")
     types, unmeasured = _write_model(exportable, path, options.type, squares)
     if unmeasured:
         notes.append(f"no importance was measured for {unmeasured[0]} ({len(unmeasured)} such matrices)")
@@ -103,15 +121,32 @@ def _write_model(
     blocks that `squares` lacks. By default the weights keep the base's type, which is exact for a base without an
     adapter (float64 becomes F32)."""
     rewriter, changes = _rewriter(exportable)
-    file_type = file_type or STORED.get(rewriter.base_dtype(), "BF16")
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
         architecture = exportable.architecture
-        model = make_model(converter, folder, architecture, rewriter.outputs(changes))
+        file_type = file_type or _stored_type(converter, exportable, rewriter)
+        model = make_model(converter, folder, architecture, rewriter.outputs(changes), _around(exportable))
         make = partial(make_model, converter, folder, architecture, {})
         imatrix = None if squares is None else _by_tensor(make, rewriter, squares)
         types = write_model(converter, model, path, file_type, imatrix)
     missing = [name for name, kind in types.items() if kind not in FLOATS and name.startswith("blk.")]
     return types, [name for name in missing if imatrix is not None and name not in imatrix]
+
+
+def _stored_type(converter: Converter, exportable: Exportable, rewriter: Rewriter) -> str:
+    """The type of the base's weights, or BF16 if that is none of FLOATS."""
+    if exportable.gguf_file is None:
+        return STORED.get(rewriter.base_dtype(), "BF16")
+    tensors = converter.gguf.GGUFReader(exportable.folder / exportable.gguf_file).tensors
+    kind: str = max(tensors, key=lambda tensor: tensor.n_elements).tensor_type.name
+    return kind if kind in FLOATS else "BF16"
+
+
+def _around(exportable: Exportable) -> tuple[bool, bool]:
+    """Whether the tokenizer puts the first token in front of a text, and the last token behind it."""
+    tokenizer = exportable.processor.tokenizer
+    assert isinstance(tokenizer, LoadedTokenizer)
+    ids = tokenizer.encode_source("a")
+    return tokenizer.adds_bos, tokenizer.eos_id is not None and ids[-1:] == [tokenizer.eos_id]
 
 
 def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
@@ -192,17 +227,26 @@ def certify(
 ) -> Certificate:
     """Ask llama.cpp; an adapter is read with a temporary file of its base."""
     if written.what != "adapter":
-        return certify_files(written, program, written.path, questions(), options)
+        return certify_files(written, exportable, program, written.path, questions(), options)
     with TemporaryDirectory(prefix="tunekit-", dir=written.path.parent) as folder:
         base = Path(folder) / "base.gguf"
         write_base(exportable, base)
-        return certify_files(written, program, base, questions(), options)
+        return certify_files(written, exportable, program, base, questions(), options)
 
 
 def certify_files(
-    written: Exported, program: Program, base: Path, compared: Questions, options: Options
+    written: Exported, exportable: Exportable, program: Program, base: Path, compared: Questions, options: Options
 ) -> Certificate:
-    """Ask llama.cpp about a file, which is an adapter of the file `base` or a whole model."""
-    name = f"{written.what} {options.type or ''}".strip()
+    """Ask llama.cpp about a file, which is an adapter of the file `base` or a whole model: its log-probabilities, up to
+    the length to which it is right, and its tokens."""
+    name, limit = f"{written.what} {options.type or ''}".strip(), right_up_to(exportable.config)
+    if limit is not None:
+        compared = compared.cut(limit[0])
     parts = compare_parts(written, base, compared, partial(answers, program), name)
-    return Certificate(PROGRAM, program.version, compared.described, parts)
+    tokenizer = exportable.processor.tokenizer
+    assert isinstance(tokenizer, LoadedTokenizer)
+    texts = [*TEXTS, *map(tokenizer.decode, compared.rows[:ROW_TEXTS])]
+    expected = [tokenizer.native(text, truncation=False, verbose=False)["input_ids"] for text in texts]
+    file = base if written.what == "adapter" else written.path
+    warning = difference_of_tokens(texts, expected, tokens_of(program, file, texts))
+    return Certificate(PROGRAM, program.version, compared.described, parts, warning=warning)

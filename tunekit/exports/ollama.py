@@ -41,7 +41,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     lines, notes = [f"FROM ./{MODEL}"], tuple[str, ...]()
     if gguf.writes_adapter(exportable, options):
         gguf.write_base(exportable, path / BASE)
-        gguf.write(exportable, path / ADAPTER, evidence, options)
+        notes = gguf.write(exportable, path / ADAPTER, evidence, options).notes[:-1]
         lines, what = [f"FROM ./{BASE}", f"ADAPTER ./{ADAPTER}"], "adapter"
     else:
         written = gguf.write(exportable, path / MODEL, evidence, options)
@@ -66,7 +66,7 @@ def certify(
 ) -> Certificate:
     """Ask llama.cpp, with which Ollama computes. The template was compared when it was derived."""
     file = replace(written, path=written.path / (ADAPTER if written.what == "adapter" else MODEL))
-    certificate = gguf.certify_files(file, program, written.path / BASE, questions(), options)
+    certificate = gguf.certify_files(file, exportable, program, written.path / BASE, questions(), options)
     return replace(certificate, note="Ollama itself was not run: it computes with llama.cpp, which was.")
 
 

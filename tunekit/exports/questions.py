@@ -52,9 +52,9 @@ def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) 
     return ids, f"{len(ids)} {noun} rows of the run"
 
 
-def make_questions(exportable: Exportable, *, with_base: bool = False) -> Questions:
+def make_questions(exportable: Exportable, *, with_base: bool = False, past_window: bool = True) -> Questions:
     """The rows, and the log-probabilities of the model with its adapter in float32. `with_base`: those of the base
-    alone too, with one model in memory at a time.
+    alone too, with one model in memory at a time. `past_window`: one row passes a short sliding window.
 
     Raises: NotComparable for a model that does not predict tokens, or that is too large for the memory.
     """
@@ -63,7 +63,8 @@ def make_questions(exportable: Exportable, *, with_base: bool = False) -> Questi
     if not (family.answers and family.reads_ids):
         raise NotComparable(f"{family.text} is not compared token by token", "leave --certify out")
     values = sum(parameter.numel() for parameter in make_meta_model(target.model, device=cpu).net.parameters())
-    size, length = int(exportable.config.get("vocab_size") or 1), _longest_row(exportable.config)
+    size = int(exportable.config.get("vocab_size") or 1)
+    length = _longest_row(exportable.config) if past_window else 0
     free, needed = available_bytes(cpu), int(SPARE * 4 * values) + 3 * 4 * length * size
     if free is not None and free < needed:
         what = f"torch needs {bytes_text(needed)} for the model in float32, and {bytes_text(free)} are free"

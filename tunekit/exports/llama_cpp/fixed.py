@@ -1,6 +1,6 @@
 """Settings of architectures that llama.cpp fixes: a GGUF file cannot state them, so other values would be ignored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tunekit.errors import Problem
@@ -10,6 +10,9 @@ Configuration = Mapping[str, Any]  # a model's configuration
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # the names of this setting
 # names of one activation in llama.cpp, which has one GELU for both of its formulas
 SAME = (("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python", "gelu"))
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+# model type -> layers of a group, of which the last one has full attention, where the file states no other number
+GROUPS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
 
 
 def _gemma_scale(config: Configuration) -> object:
@@ -18,24 +21,72 @@ def _gemma_scale(config: Configuration) -> object:
     return config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
 
 
+def _without_positions(config: Configuration) -> object:
+    """Every fourth layer has no positions (0)."""
+    return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+
+
+def _exaone_window(config: Configuration) -> object:
+    """Only the 32B model has windows."""
+    return config["sliding_window"] if config["num_hidden_layers"] == 64 else None
+
+
 # model type -> setting -> the value that llama.cpp takes
 FIXED: dict[str, dict[str, Callable[[Configuration], object]]] = {
     "gemma2": {"query_pre_attn_scalar": _gemma_scale},
-    "gemma3_text": {"query_pre_attn_scalar": _gemma_scale, "attn_logit_softcapping": lambda config: None},
+    "gemma3_text": {
+        "query_pre_attn_scalar": _gemma_scale,
+        "attn_logit_softcapping": lambda config: None,
+        "use_bidirectional_attention": lambda config: False,
+    },
     "qwen2_moe": {"norm_topk_prob": lambda config: False},
     "qwen3_moe": {"norm_topk_prob": lambda config: True},
-    "gpt2": {"n_inner": lambda config: 4 * config["n_embd"], "scale_attn_weights": lambda config: True},
+    "gpt2": {
+        "n_inner": lambda config: 4 * config["n_embd"],
+        "scale_attn_weights": lambda config: True,
+        "scale_attn_by_inverse_layer_idx": lambda config: False,
+    },
     "falcon": {
         "alibi": lambda config: False,
         "parallel_attn": lambda config: True,
         "ffn_hidden_size": lambda config: 4 * config["hidden_size"],
+        "bias": lambda config: False,
     },
+    "phi": {"intermediate_size": lambda config: 4 * config["hidden_size"]},
+    "bloom": {"apply_residual_connection_post_layernorm": lambda config: False},
+    "smollm3": {"no_rope_layers": _without_positions},
+    "llama4_text": {"no_rope_layers": _without_positions},
+    "exaone4": {"sliding_window": _exaone_window},
+    "cohere": {"use_qk_norm": lambda config: config["num_hidden_layers"] >= 64},
 }
+# model type -> whether llama.cpp has the biases of this setting; of a type that is not named it has them if they exist
+NO_BIAS = (
+    *("arcee", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "olmoe"),
+    *("qwen3", "qwen3_moe", "smollm3"),
+)
+BIASES: dict[str, dict[str, bool]] = {kind: {"attention_bias": False, "mlp_bias": False} for kind in NO_BIAS} | {
+    "ernie4_5": {"use_bias": False},
+    "gpt_neox": {"attention_bias": True},
+    "gpt_oss": {"attention_bias": True},
+    "jais2": {"attention_bias": True, "mlp_bias": True},
+    "lfm2": {"conv_bias": False},
+    "phi": {"qk_layernorm": False},
+    "seed_oss": {"attention_out_bias": False, "mlp_bias": False},
+    "starcoder2": {"use_bias": True},
+}
+NEEDED = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}  # numbers, where None would mean "none"
+
+
+def complete_config(config: Configuration) -> Configuration:
+    """The configuration of the text model, with transformers' values of the settings that config.json leaves out."""
+    text = config["text_config"] if isinstance(config.get("text_config"), Mapping) else {}
+    kind = str(text.get("model_type") or config.get("model_type"))
+    return {**config, **text, **default_config(kind, text or config)}
 
 
 def fixed_problems(config: Configuration) -> list[Problem]:
     """The settings with which llama.cpp would compute something else. It has the default activation of every type."""
-    config = config | config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
+    config = complete_config(config)
     kind = str(config.get("model_type"))
     defaults, wrong = default_config(kind), []
     for name in ACTIVATIONS:
@@ -47,7 +98,39 @@ def fixed_problems(config: Configuration) -> list[Problem]:
     for name, expected in FIXED.get(kind, {}).items():
         if config.get(name) is not None and config[name] != expected(config):
             wrong.append((name, config[name], str(expected(config))))
+    wrong += [
+        (name, config[name], str(taken))
+        for name, taken in BIASES.get(kind, {}).items()
+        if config.get(name, taken) not in (taken, None)
+    ]
+    wrong += [(name, None, "a number") for name in NEEDED.get(kind, ()) if config.get(name) is None]
+    wrong += _position_problems(kind, config)
     return [
         Problem(f"{name} is {value} in this base, and llama.cpp computes with {taken}", "choose another --to")
         for name, value, taken in wrong
     ]
+
+
+def _position_problems(kind: str, config: Configuration) -> Iterator[tuple[str, object, str]]:
+    """Windows and rotations of positions: the setting, its value, and what llama.cpp takes."""
+    types = config.get("layer_types")
+    if kind in GROUPS and types and group_size(types) is None:
+        yield "layer_types", f"[{', '.join(types)}]", "equal groups of layers, of which only the last one is full"
+    rope = config.get("rope_parameters") or {}
+    sliding, full = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
+    if full.get("rope_type") == "yarn":
+        for name, taken in YARN.items():
+            # gpt-oss has exact bounds; llama.cpp, its main program, rounds them
+            if full.get(name, taken) not in (taken, None) and (kind, name) != ("gpt_oss", "truncate"):
+                yield name, full[name], str(taken)
+    if sliding.get("rope_type", "default") != "default" and kind != "gemma4_text":
+        yield "rope_type", f"{sliding['rope_type']} for layers with a window", "default"
+    if kind == "olmo3" and sliding.get("rope_theta") != full.get("rope_theta"):
+        yield "rope_theta", f"{sliding.get('rope_theta')} for layers with a window", f"{full.get('rope_theta')}"
+
+
+def group_size(types: Sequence[str]) -> int | None:
+    """The number of layers in a group, of which only the last one has full attention; None for another order."""
+    full = [kind != "sliding_attention" for kind in types]
+    size = full.index(True) + 1 if any(full) else len(full) + 1
+    return size if full == [(layer + 1) % size == 0 for layer in range(len(full))] else None

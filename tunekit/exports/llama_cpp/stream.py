@@ -11,7 +11,7 @@ import torch
 
 from tunekit.arithmetic.merge_output import check_space
 from tunekit.contracts import Array
-from tunekit.exports.llama_cpp.converter import ConvertedModel, Converter, TensorInfo, Writer
+from tunekit.exports.llama_cpp.converter import ConvertedModel, Converter, TensorInfo, Writer, converting
 from tunekit.exports.llama_cpp.types import FLOATS, Structure, block_size, choose_types
 
 CHUNK_VALUES = 2**22  # values that a thread quantizes at once
@@ -23,13 +23,15 @@ def write_model(
     """Write the file. Returns the type of each tensor. `imatrix`: mean squares of the columns' activations, by tensor.
 
     The file begins with the names, shapes and types of all tensors, so these are computed first, without values.
-    Raises: InputError if a tensor cannot have a suitable type; ResourceError if the disk has too little space.
+    Raises: InputError if a tensor cannot have a suitable type, or if the converter fails; ResourceError if the disk has
+    too little space.
     """
     gguf = converter.gguf
-    model.prepare_tensors()
     writer, prefix = model.gguf_writer, "MOSTLY" if file_type != "F32" else "ALL"
-    model.ftype = gguf.LlamaFileType[f"{prefix}_{file_type}"]
-    model.prepare_metadata(vocab_only=False)
+    with converting():
+        model.prepare_tensors()
+        model.ftype = gguf.LlamaFileType[f"{prefix}_{file_type}"]
+        model.prepare_metadata(vocab_only=False)
     infos = writer.tensors[0]
     shapes = {name: tuple(info.shape) for name, info in infos.items() if info.dtype.name == "F32"}
     types = choose_types(file_type, shapes, structure_of(writer), imatrix)

@@ -22,8 +22,7 @@ def named_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name for the step that splits texts into words. Raises: ModelError if it has none."""
     if not tokenizer["model"].get("merges"):
         return "gpt-2"  # without merges it does not matter where texts are split
-    step = tokenizer.get("pre_tokenizer") or {}
-    steps = tuple(_step(part) for part in step.get("pretokenizers", [step]))
+    steps = tuple(_step(part) for part in _parts(tokenizer, "pre_tokenizer"))
     if steps in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[steps]
     what = f"llama.cpp has no name for this tokenizer's pre-tokenizer ({', '.join(str(kind) for kind, _ in steps)})"
@@ -53,5 +52,24 @@ def merge_scores(tokenizer: Mapping[str, Any], tokens: Sequence[bytes]) -> list[
 
 def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
     """Whether texts get a space in front before they are split."""
-    step = tokenizer.get("normalizer") or {}
-    return any(part.get("type") == "Prepend" for part in step.get("normalizers", [step]))
+    return any(part.get("type") == "Prepend" for part in _parts(tokenizer, "normalizer")) or any(
+        part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never"
+        for part in _parts(tokenizer, "pre_tokenizer")
+    )
+
+
+def check_normalizer(tokenizer: Mapping[str, Any], space: str | None = None) -> None:
+    """Raises: ModelError for changes of a text before it is split, which llama.cpp does not make. It replaces spaces by
+    `space` in a tokenizer of pieces; most texts are in the form NFC anyway."""
+    for part in _parts(tokenizer, "normalizer"):
+        kind = part.get("type")
+        replaced = (part.get("pattern"), part.get("content")) == ({"String": " "}, space)
+        if kind not in (None, "NFC", *(["Prepend"] if space else [])) and not (kind == "Replace" and replaced):
+            what = f"this tokenizer changes texts before it splits them ({kind}), which llama.cpp does not"
+            raise ModelError(what, "choose another --to")
+
+
+def _parts(tokenizer: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The steps of a tokenizer's normalizer or pre-tokenizer."""
+    step = tokenizer.get(name) or {}
+    return list(step.get(f"{name.replace('_', '')}s", [step]))
