@@ -209,7 +209,8 @@ def image_cell(form: str, shape: str, case: str, place: Path) -> dict[str, Any]:
     from tests.adapters import test_diffusers_file as images
 
     shutil.rmtree(place, ignore_errors=True)
-    adapter, processor = images.attached(place, shape, **IMAGE_CASES[case])
+    settings = {"target_modules": images.ATTENTION, **IMAGE_CASES[case]}  # the denoiser alone, as by default
+    adapter, processor = images.attached(place, shape, **settings)
     folder = images.saved(adapter, place / "adapter", processor)
     expected, file, refused = images.ours(adapter, processor), folder / images.DIFFUSERS_NAME, ""
     try:
