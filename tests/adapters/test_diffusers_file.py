@@ -19,6 +19,7 @@ from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.summary import summarise_adapter
 from tunekit.errors import AdapterError
+from tunekit.export import export_verb
 from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PIPELINES, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor, load_processor
@@ -118,6 +119,25 @@ def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind:
     save_file(converted, file)
     assert torch.allclose(theirs(processor, kind, file), ours(adapter, processor), atol=1e-5)
     assert read_foreign(file, [target.name for target in adapter.targets]).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "lost"),
+    [
+        ({"method": "dora"}, "magnitudes of DoRA"),
+        ({"alpha_pattern": {"up_blocks.*to_q": 7}}, "alphas that differ"),
+        ({}, ""),
+    ],
+)
+def test_an_export_says_what_diffusers_ignores_in_kohyas_file(
+    tmp_path: Path, settings: dict[str, Any], lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, processor = attached(tmp_path, "sd", target_modules=ATTENTION, **settings)
+    folder, file = saved(adapter, tmp_path / "adapter", processor), tmp_path / "kohya.safetensors"
+    export_verb(str(folder), "kohya", str(file))
+    printed = capsys.readouterr().out
+    assert lost in printed
+    assert ("diffusers ignores" in printed) == bool(lost)
 
 
 def layers_per_block(processor: PipelineProcessor) -> int:

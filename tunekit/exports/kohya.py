@@ -39,8 +39,15 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     if (exportable.folder / SECOND_ENCODER).exists() and (unet := exportable.folder / "unet" / "config.json").exists():
         header |= {"ss_base_model_version": "sdxl_base_v1-0"}
         layers = int(read_json(unet)["layers_per_block"])
-    write_tensors(path, kohya_tensors(tensors, attached.settings, attached.targets, layers), header)
-    return Exported(path, "adapter")
+    converted = kohya_tensors(tensors, attached.settings, attached.targets, layers)
+    write_tensors(path, converted, header)
+    alphas = {float(value) for key, value in converted.items() if key.endswith(".alpha")}
+    lost = [
+        *(["alphas that differ between layers"] if len(alphas) > 1 else []),
+        *(["the magnitudes of DoRA"] if any(key.endswith(".dora_scale") for key in converted) else []),
+    ]
+    what = f"diffusers ignores {' and '.join(lost)} in a kohya file; give it the adapter's own folder instead"
+    return Exported(path, "adapter", (what,) if lost else ())
 
 
 def _attached(exportable: Exportable) -> AttachedAdapter:
