@@ -180,10 +180,10 @@ def rows_at_full_speed(forecast: Forecast) -> tuple[int | None, int]:
     answers, no more rows than full speed needs. A step keeps its rows; its activations take less memory."""
     training, rows, kind = forecast.run.training, forecast.rows, forecast.run.objective.rows
     written = (training.micro_batch_size, training.gradient_accumulation_steps)
-    examined = [rows[at] for at in range(min(len(rows), EXAMINED_ROWS))]
-    sizes = [kind.sizes_of(row.parts) for row in examined]
     if written[0] is None or not kind.layout.paired or forecast.run.adapter.calibration is not None:
         return written
+    examined = [rows[at] for at in range(min(len(rows), EXAMINED_ROWS))]
+    sizes = [kind.sizes_of(row.parts) for row in examined]
     tokens = (sum(map(sum, sizes)) - sum(map(kind.shared, examined))) / len(examined)
     enough = FULL_SPEED_TOKENS if forecast.base.dtype == torch.float32 else FULL_SPEED_TOKENS_16_BITS
     options = smaller_micro_batches(*written)
