@@ -17,6 +17,7 @@ from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, find_plain_target, normalise, write_plain
 from tunekit.errors import AdapterError
 from tunekit.merge import merge_verb
+from tunekit.records import with_article
 
 peft = pytest.importorskip("peft")
 EXACT = 1e-6
@@ -168,6 +169,7 @@ def test_other_changes_are_stated(tmp_path: Path) -> None:
 
 def test_dora_is_merged_or_extracted_with_its_error(tmp_path: Path) -> None:
     theirs = by_peft(tmp_path, "llama", use_dora=True, target_modules=["q_proj"])
+    assert (with_article("ia3"), with_article("dora")) == ("an ia3", "a dora")
     with pytest.raises(NotLowRank, match="a dora adapter cannot be converted to LoRA exactly; merge it"):
         plain_of(tmp_path)
     plain = plain_of(tmp_path, rank=5)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from typing import Any
 
 import pytest
 
+from tunekit.model.storage import mlx_lm
 from tunekit.model.storage.portable import ModelFiles, portable
 from tunekit.model.storage.programs import Finding, readings
 from tunekit.model.storage.windows import sliding_window
@@ -147,3 +151,35 @@ def test_yarn_that_mlx_computes_is_no_finding() -> None:
 def test_odd_values_have_no_window() -> None:
     for value in (None, True, 0, -1, "200", [200], 4.5):
         assert sliding_window({"sliding_window": value}) is None
+
+
+FILES = """
+import importlib, inspect, json
+from mlx_lm.utils import MODEL_REMAPPING
+required, windows = {}, {}
+for kind in KINDS:
+    if kind == "olmo":  # needs a package of its own
+        continue
+    name = kind.removesuffix("_text").replace("qwen3_vl_moe", "qwen3_moe")
+    file = MODEL_REMAPPING.get(name, name)
+    code = importlib.import_module(f"mlx_lm.models.{file}")
+    values = inspect.signature(code.ModelArgs).parameters
+    required[kind] = [key for key, value in values.items() if value.default is inspect.Parameter.empty]
+    windows[kind] = "sliding_window" in inspect.getsource(code)
+print(json.dumps([required, windows]))
+"""
+
+
+@pytest.mark.slow
+def test_the_tables_are_those_of_the_files() -> None:
+    """Of mlx-lm's llama, which reads mistral too, only layer_types asks for a window."""
+    python = os.environ.get("TUNEKIT_MLX")
+    if python is None:
+        pytest.skip("no environment: TUNEKIT_MLX=ENV/bin/python")
+    script = f"KINDS = {sorted(mlx_lm.REQUIRED.keys() | mlx_lm.WINDOWLESS)!r}" + FILES
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", script], env=env, capture_output=True, text=True, check=True)
+    required, windows = json.loads(done.stdout.splitlines()[-1])
+    for kind, keys in mlx_lm.REQUIRED.items():
+        assert kind == "olmo" or set(keys.split()) <= set(required[kind])
+    assert {kind for kind in mlx_lm.WINDOWLESS if windows[kind]} == {"mistral"}
