@@ -190,3 +190,42 @@ def test_llama_cpp_computes_what_torch_does(llama_cpp: Program, kind: str, tmp_p
         wrong = {name: part for name, part in certificate.parts.items() if part.largest > tolerance}
         assert not wrong
         assert len(certificate.parts) == (1 if options.type else 2)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"rope_type": "default", "rope_theta": 100.0},
+    "falcon": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+    "llama": YARN | {"attention_factor": 0.7},
+    "gemma3_text": {},
+    "mistral": {},
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_facts_that_the_converter_leaves_out_count_in_llama_cpp(llama_cpp: Program, kind: str, tmp_path: Path) -> None:
+    """Gemma has a window in every second layer; Mistral's is ignored, and the file ends there."""
+    changes: dict[str, Any] = {"rope_parameters": ROTATIONS[kind]} if ROTATIONS[kind] else {"sliding_window": 16}
+    if kind == "gemma3_text":
+        types = ["sliding_attention", "full_attention"]
+        changes |= {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": types}
+    if kind == "falcon":
+        changes |= {"num_key_value_heads": None, "ffn_hidden_size": 256}
+    target = exportable(write_base(tmp_path / "base", kind, **changes))
+    assert format.problems(target, Options()) == []
+    written = format.write(target, tmp_path / "model.gguf", EVIDENCE, Options(type="F32"))
+    certificate = format.certify(written, target, llama_cpp, lambda: make_questions(target), Options(type="F32"))
+    assert certificate.warning == ""
+    (part,) = certificate.parts.values()
+    assert part.largest < (2e-4 if kind in ("llama", "mistral") else 1e-2)
+
+
+def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_named(llama_cpp: Program, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    target = exportable(base)
+    written = format.write(target, tmp_path / "model.gguf", EVIDENCE, Options(type="F32"))
+    values = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(values | {"normalizer": {"type": "Lowercase"}}))
+    other = exportable(base)
+    certificate = format.certify(written, other, llama_cpp, lambda: make_questions(other), Options(type="F32"))
+    assert "texts as other tokens" in certificate.warning

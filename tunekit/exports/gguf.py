@@ -245,7 +245,8 @@ def certify_files(
     parts = compare_parts(written, base, compared, partial(answers, program), name)
     tokenizer = exportable.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)
-    texts = [*TEXTS, *map(tokenizer.decode, compared.rows[:ROW_TEXTS])]
+    rows = [row[1:] if row[0] == tokenizer.bos_id else row for row in compared.rows[:ROW_TEXTS]]  # it is put in front
+    texts = [*TEXTS, *map(tokenizer.decode, rows)]
     expected = [tokenizer.native(text, truncation=False, verbose=False)["input_ids"] for text in texts]
     file = base if written.what == "adapter" else written.path
     warning = difference_of_tokens(texts, expected, tokens_of(program, file, texts))
