@@ -69,7 +69,8 @@ def default_config(kind: str, settings: Mapping[str, object] | None = None) -> J
     if kind not in CONFIG_MAPPING_NAMES:
         return {}
     stated = {name: value for name, value in (settings or {}).items() if name != "model_type"}
-    return JsonObject(AutoConfig.for_model(kind, **stated).to_dict())
+    with quiet():  # its advice is printed where the base is read
+        return JsonObject(AutoConfig.for_model(kind, **stated).to_dict())
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:
