@@ -18,6 +18,7 @@ import torch
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import load_into
+from tunekit.companions.base import make_companions
 from tunekit.companions.rewards import RewardFunctions, make, name_of
 from tunekit.console import Console, visible
 from tunekit.contracts import CompanionSpec, Window
@@ -34,7 +35,7 @@ from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.advantages import Rewards, mean, spread, teaches_nothing
-from tunekit.objectives.losses.samples import REWARD, SampledLoss
+from tunekit.objectives.losses.samples import REWARD, SAMPLING, SampledLoss
 from tunekit.objectives.rows.prompts import Completion, completions_of, context_json
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import LoadedRecipe
@@ -190,7 +191,8 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     order = epoch_rows(rows.draws, seed=seed, epoch=0, shuffle=recipe.data.shuffle)[:count]
     chosen = [rows.train[int(index)] for index in order]
     base = load_model(objective.section(recipe.model, 0), device=device)
-    model, adapter = TunedModel(base, None), getattr(recipe.adapter, "init_from", None)
+    sampling = make_companions([spec for spec in rows.objective.companions if spec.key == SAMPLING])
+    model, adapter = TunedModel(base, None, companions=sampling), getattr(recipe.adapter, "init_from", None)
     if adapter is not None:
         head = base.family.head_name(base.net)
         model.adapter = attach_adapter(base.net, recipe.adapter, seed=seed, head_name=head, device=device)
