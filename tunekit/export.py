@@ -108,7 +108,7 @@ def _certify(
     if program is None:
         console.info(f"not certified: {format.PROGRAM} is not installed ({INSTALL} {format.PROGRAM})")
         return
-    adapter = written.what == "adapter"  # of which vLLM computes each beginning of a row anew
+    adapter = written.what == "adapter"  # vLLM computes each beginning of a row anew
     questions = partial(make_questions, exportable, with_base=adapter, past_window=not (adapter and to == "vllm"))
     try:
         certificate = format.certify(written, exportable, program, questions, options)

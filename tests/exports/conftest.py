@@ -8,6 +8,17 @@ import pytest
 
 from tests.support import speech_case
 from tests.support.train_case import train_in_child, write_recipe
+from tunekit.errors import InputError
+from tunekit.exports.llama_cpp.converter import converter_folder
+
+
+@pytest.fixture(scope="session")
+def installed() -> None:
+    """llama.cpp's converter, which some tests need."""
+    try:
+        converter_folder()
+    except InputError as error:
+        pytest.skip(error.problems[0].what)
 
 
 @pytest.fixture(scope="session")

@@ -44,14 +44,6 @@ Read = dict[str, tuple[np.ndarray, str]]  # name -> values (O, I), type
 
 
 @pytest.fixture(scope="module")
-def installed() -> None:
-    try:
-        converter_folder()
-    except InputError as error:
-        pytest.skip(error.problems[0].what)
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, installed: None) -> Path:
     """A llama with rows of 256 numbers, so that they can have every type."""
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}

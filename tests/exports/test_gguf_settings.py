@@ -12,12 +12,12 @@ import torch
 
 from tests.arithmetic.test_merge import write_base
 from tests.exports.test_gguf import evidence, exportable, read
-from tunekit.errors import InputError, ModelError
+from tunekit.errors import ModelError
 from tunekit.exports import gguf
 from tunekit.exports.compare import difference_of_tokens
 from tunekit.exports.format import Options
 from tunekit.exports.llama_cpp.adapter import adapter_problems
-from tunekit.exports.llama_cpp.converter import converter_folder, converting
+from tunekit.exports.llama_cpp.converter import converting
 from tunekit.exports.llama_cpp.fixed import fixed_problems, group_size
 from tunekit.exports.llama_cpp.metadata import complete_facts, right_up_to
 from tunekit.exports.llama_cpp.vocabulary import check_normalizer, puts_space_first
@@ -25,14 +25,6 @@ from tunekit.exports.questions import make_questions
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
-
-
-@pytest.fixture(scope="module")
-def installed() -> None:
-    try:
-        converter_folder()
-    except InputError as error:
-        pytest.skip(error.problems[0].what)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def _by_tensor(
     shapes, values, transposed = {}, {}, []
     for module_name, importance in squares.items():
         name = f"{module_name}.weight"
-        if importance.ndim == 2:  # of fused experts, each of which is a matrix in the base's files
+        if importance.ndim == 2:  # fused experts: in the base's files, each expert has its own matrix
             matrices = StoredPieces(rewriter.net, module_name, ()).matrices() or {}
             for stored, (expert, rows, columns) in matrices.items():
                 shapes[stored], values[stored] = (len(rows), len(columns)), importance[expert][columns.numpy()]

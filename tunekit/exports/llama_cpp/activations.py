@@ -43,7 +43,7 @@ def column_squares(target: TargetSpec, rows: Sequence[Sequence[int]]) -> dict[st
 
 
 class ExpertInputs(TorchFunctionMode):
-    """Adds up the squares of the inputs of fused experts, one of which computes F.linear(x, parameter[expert])."""
+    """Adds up the squares of the inputs of fused experts. An expert computes F.linear(x, parameter[expert])."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

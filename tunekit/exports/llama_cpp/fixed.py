@@ -11,7 +11,7 @@ ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activa
 # names of one activation in llama.cpp, which has one GELU for both of its formulas
 SAME = (("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python", "gelu"))
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-# model type -> layers of a group, of which the last one has full attention, where the file states no other number
+# model type -> layers of a group, where the file does not state the number; the last layer has full attention
 GROUPS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
 
 
@@ -130,7 +130,7 @@ def _position_problems(kind: str, config: Configuration) -> Iterator[tuple[str, 
 
 
 def group_size(types: Sequence[str]) -> int | None:
-    """The number of layers in a group, of which only the last one has full attention; None for another order."""
+    """The number of layers in a group. Only its last layer has full attention; None for a different order."""
     full = [kind != "sliding_attention" for kind in types]
     size = full.index(True) + 1 if any(full) else len(full) + 1
     return size if full == [(layer + 1) % size == 0 for layer in range(len(full))] else None

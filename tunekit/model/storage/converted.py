@@ -40,7 +40,7 @@ class StoredPieces:
 
     def matrices(self) -> dict[str, tuple[int, Tensor, Tensor]] | None:
         """The expert, the rows (O,) and the columns (I,) of the fused parameter (E, P, Q) that each piece consists of;
-        None if a piece is no matrix (O, I) of one expert."""
+        None if a piece is not a matrix (O, I) of one expert."""
         count, rows, columns = self.shape
         # the number of its row, and of its column, at each place of the parameter
         row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
