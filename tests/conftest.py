@@ -1,6 +1,7 @@
 """Fixtures that many test files share. Real files are found through two environment variables, else skipped.
 
-Of a matrix that is marked `sampled(N)` the quick tier runs N cells, drawn by a seed that follows from the commit.
+The quick tier runs N cells of a matrix that is marked `sampled(N)`, and one in DRAWN of the longer tests, marked
+`drawn`. A seed that follows from the commit draws them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = "TUNEKIT_TEST_SEED"
+DRAWN = 5
 pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
 
 
@@ -41,22 +43,25 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the cells that are not drawn to the slow tier."""
-    matrices: dict[str, list[pytest.Item]] = {}
+    """Leave the cells and the longer tests that are not drawn to the slow tier."""
+    pools: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
-            matrices.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for name, cells in matrices.items():
-        (count,) = cells[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
-        drawn = random.Random(f"{os.environ[SEED]} {name}").sample(range(len(cells)), min(count, len(cells)))
-        for number, cell in enumerate(sorted(cells, key=lambda cell: cell.nodeid)):
+            pools.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        elif item.get_closest_marker("drawn") and not item.get_closest_marker("slow"):
+            pools.setdefault("drawn", []).append(item)
+    for name, pool in pools.items():
+        mark = pool[0].get_closest_marker("sampled")
+        count = mark.args[0] if mark else -(-len(pool) // DRAWN)
+        drawn = random.Random(f"{os.environ[SEED]} {name}").sample(range(len(pool)), min(count, len(pool)))
+        for number, item in enumerate(sorted(pool, key=lambda item: item.nodeid)):
             if number not in drawn:
-                cell.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the seed."""
-    terminalreporter.write_line(f"cells of large matrices drawn with {SEED}={os.environ[SEED]}")
+    terminalreporter.write_line(f"cells of large matrices and longer tests drawn with {SEED}={os.environ[SEED]}")
 
 
 @pytest.fixture(scope="session", autouse=True)

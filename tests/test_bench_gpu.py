@@ -148,6 +148,7 @@ def test_peft_is_measured_in_the_call_of_what_is_held_against_it(
     assert "| 2.00 |" in line
 
 
+@pytest.mark.drawn
 def test_every_row_of_the_table_can_be_rehearsed_and_fits_in_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "PACKERS", 16)  # cores of a machine with a GPU
     for row in shapes.ROWS:

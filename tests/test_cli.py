@@ -70,6 +70,7 @@ def test_the_gpus_allocator_is_told_what_nobody_else_told_it(written: dict[str, 
     assert done.stderr.split()[-1] == expected
 
 
+@pytest.mark.drawn
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has another OpenMP library")
 @pytest.mark.parametrize(
     ("written", "expected"),
@@ -197,6 +198,7 @@ def test_validate_in_json(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert run(monkeypatch, "validate", str(recipe), "--json", str(recipe.parent / "absent" / "x.json")) == 2
 
 
+@pytest.mark.drawn
 def test_something_is_said_within_a_second_on_a_terminal(recipe: Path) -> None:
     """Before anything heavy is imported, and on a terminal only."""
     main_end, other_end = pty.openpty()
@@ -210,6 +212,7 @@ def test_something_is_said_within_a_second_on_a_terminal(recipe: Path) -> None:
     assert "loading" not in call("eval", "./absent").stderr
 
 
+@pytest.mark.drawn
 def test_json_on_standard_output_is_alone_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +408,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
         assert not [value for value in call.args if isinstance(value, ast.Starred)], name
 
 
+@pytest.mark.drawn
 def test_usage_errors() -> None:
     for words in [
         ["validate"],
@@ -419,6 +423,7 @@ def test_usage_errors() -> None:
     assert (done.returncode, done.stderr) == (2, "absent.yaml: no such file; `tunekit init` writes a start\n")
 
 
+@pytest.mark.drawn
 def test_a_reader_that_leaves_is_no_fault() -> None:
     shell = f"{sys.executable} -m tunekit schema | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)

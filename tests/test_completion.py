@@ -60,6 +60,7 @@ def test_a_word_is_completed(words: list[str], expected: set[str]) -> None:
     assert set(completed(*words)) == expected
 
 
+@pytest.mark.drawn
 def test_other_shells_get_the_whole_word_and_its_meaning() -> None:
     (first, *_) = completed("train", RECIPE, "training.optimizer=paged", shell="fish")
     assert first == "training.optimizer=paged_adamw"

@@ -38,6 +38,7 @@ def script() -> Any:
 first = script()
 
 
+@pytest.mark.drawn
 def test_the_dry_mode_shows_the_plans_of_a_call() -> None:
     """In a process of its own, without a GPU, with tiny shapes."""
     done = subprocess.run(
@@ -101,6 +102,7 @@ def test_is_last():
 """
 
 
+@pytest.mark.drawn
 def test_a_crash_a_hang_and_a_broken_device_cost_one_test_each(tmp_path: Path) -> None:
     file, tests = tmp_path / "gpu.tests", tmp_path / "test_written.py"
     tests.write_text(SUITE, encoding="utf-8")
@@ -128,6 +130,7 @@ def test_a_crash_a_hang_and_a_broken_device_cost_one_test_each(tmp_path: Path) -
     assert again == outcomes
 
 
+@pytest.mark.drawn
 def test_a_suite_that_cannot_start_is_a_failure_with_its_reason(tmp_path: Path) -> None:
     outcomes = suite.run_suite(tmp_path / "gpu.tests", 300.0, suite=str(tmp_path / "absent"))
     assert outcomes[str(tmp_path / "absent")]["outcome"] == "failed"
@@ -177,6 +180,7 @@ def test_a_failed_row_ends_nothing_and_is_tried_again(tmp_path: Path, capsys: py
     assert "| products, 8^3 in bfloat16 | 798 | 700 TFLOP/s |" in page
 
 
+@pytest.mark.drawn
 def test_a_child_that_is_stopped_leaves_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file, answer = tmp_path / "r.json", tmp_path / ".tiny-of-r.json"
     child = tmp_path / "child.py"

@@ -65,6 +65,7 @@ def test_what_is_written_passes_the_tests_of_its_kind(kind: str, copy: Path) -> 
     assert "exists already" in again.stderr
 
 
+@pytest.mark.drawn
 def test_what_is_written_keeps_the_rules_of_the_project(copy: Path) -> None:
     done = call(copy, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_architecture.py")
     assert done.returncode == 0, done.stdout[-3000:]

@@ -110,6 +110,7 @@ def expected(tiny_llama: Path, folders: Path, questions: list[str]) -> dict[str,
     }
 
 
+@pytest.mark.drawn
 def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders: Path) -> None:
     asked, answers = client(port), expected(tiny_llama, folders, QUESTIONS)
     assert [model.id for model in asked.models.list()] == ["base", "one", "two"]
@@ -208,6 +209,7 @@ def body_of(**more: Any) -> ChatRequest:
     return read_body(json.dumps(BODY | more).encode(), ["one"], 4)
 
 
+@pytest.mark.drawn
 def test_clients_that_leave_while_they_wait_are_let_go() -> None:
     """Whoever leaves before the first piece: the job ends, and so does what waits for it."""
 

@@ -130,6 +130,7 @@ def test_merged_parameters_compute_the_same(mixture: Path, implementation: str) 
     torch.testing.assert_close(logits(net), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
@@ -252,6 +253,7 @@ def test_four_steps(mixture: Path) -> None:
     assert all(torch.equal(second.adapter.state()[name], tensor) for name, tensor in after.items())
 
 
+@pytest.mark.drawn
 def test_a_run_from_a_recipe(mixture: Path, tmp_path: Path) -> None:
     adapter = {"dropout": 0.0, "target_modules": [], "target_parameters": list(BOTH)}
     recipe = write_recipe(tmp_path, mixture, adapter=adapter)

@@ -194,6 +194,7 @@ def test_gradient_checkpointing_changes_no_bit(tiny_llama: Path) -> None:
     assert all(torch.equal(recomputed[name], tensor) for name, tensor in plain.items())
 
 
+@pytest.mark.drawn
 def test_a_run_from_a_recipe(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "llama", tie_word_embeddings=True)
     recipe = write_recipe(tmp_path, base, adapter={"trainable_token_indices": [5, 4, 60]})

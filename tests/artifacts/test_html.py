@@ -43,6 +43,7 @@ def test_nothing_of_a_file_ends_the_script_or_shows_a_token(tmp_path: Path) -> N
     assert json.loads(data.group(1))["charts"]
 
 
+@pytest.mark.drawn
 def test_a_long_run_stays_small_and_keeps_its_mean(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "long", steps=20_000, rate=1e-4))
     assert len(html_page(run_report(run))) < 300_000

@@ -460,6 +460,7 @@ def test_environment_names_versions_and_machine_but_no_person(monkeypatch: pytes
     assert os.path.expanduser("~") not in text or os.path.expanduser("~") == "/"
 
 
+@pytest.mark.drawn
 def test_versions_are_read_without_importing() -> None:
     code = (
         "import sys; from tunekit.machine.environment import library_versions; v = library_versions();"

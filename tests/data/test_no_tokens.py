@@ -70,6 +70,7 @@ def test_a_row_without_a_token_is_dropped(name: str, tokenizer: LoadedTokenizer)
             assert rows.encode(example, "").supervised
 
 
+@pytest.mark.drawn
 def test_they_are_counted_by_plan_and_data_check(base: Path, tmp_path: Path) -> None:
     texts = [("one", "no"), (LOST, "yes"), ("two", "yes"), ("three", "no")]
     lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in texts]

@@ -31,6 +31,7 @@ def in_processes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outcomes.os, "sched_getaffinity", lambda _: {0, 1})
 
 
+@pytest.mark.drawn
 def test_processes_make_the_same_entry(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = [
         {"prompt": f"{number}: " + "a word " * (number % 20), "completion": f"done {number}"} for number in range(32)

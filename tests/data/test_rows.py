@@ -403,6 +403,7 @@ def test_stored_rows_are_copies(tiny: LoadedTokenizer, tmp_path: Path, cache: Pa
         rows.train[1]
 
 
+@pytest.mark.drawn
 def test_real_chat_rows_train_exactly_their_answers(smollm2: Path, shared: Path, cache: Path) -> None:
     tokenizer = tokenizer_of(smollm2)
     path = shared / "data" / "chat_multiturn" / "fastchat_identity.jsonl"

@@ -191,6 +191,7 @@ def write_recipe(folder: Path, base: Path, **evaluation: Any) -> Path:
     return path
 
 
+@pytest.mark.drawn
 def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base")
     recipe = write_recipe(tmp_path, base)
@@ -254,6 +255,7 @@ def test_wrong_choices_are_named(tmp_path: Path, evaluation: dict[str, Any], sai
         assert caught.value.exit_code == 2
 
 
+@pytest.mark.drawn
 def test_calibrated_choices_steer_a_run_resident_streamed_and_resumed(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base")
     recipe = write_recipe(tmp_path, base, content_free_prompt="{} Do:")

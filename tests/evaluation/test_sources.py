@@ -29,6 +29,7 @@ def evaluated(run: Path) -> list[dict[str, Any]]:
     return [record for record in records(run) if "eval" in record]
 
 
+@pytest.mark.drawn
 def test_each_source_is_measured_as_if_it_were_alone(tiny_llama: Path, tmp_path: Path) -> None:
     sources = write_sources(tmp_path, "a.jsonl", "b.jsonl")
     metrics = {"metrics": ["loss", "token_accuracy"]}

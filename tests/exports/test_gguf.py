@@ -82,6 +82,7 @@ def interleaved(matrix: np.ndarray, heads: int) -> np.ndarray:
     return matrix.reshape(heads, 2, -1, matrix.shape[-1]).swapaxes(1, 2).reshape(matrix.shape)
 
 
+@pytest.mark.drawn
 def test_the_file_has_the_merged_weights_the_tokenizer_and_the_facts(base: Path, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "adapter", use_rslora=True, modules_to_save=["lm_head"])
     export_verb(str(adapter), "gguf", str(tmp_path / "model.gguf"), options=Options(type="F32"), certify=False)
@@ -112,6 +113,7 @@ def test_the_file_has_the_merged_weights_the_tokenizer_and_the_facts(base: Path,
     assert facts["general.file_type"] == 0
 
 
+@pytest.mark.drawn
 def test_a_quantized_file_has_the_types_of_llama_cpp_and_near_values(base: Path, tmp_path: Path) -> None:
     written = format.write(exportable(base), tmp_path / "model.gguf", evidence(), Options(type="Q4_K_M"))
     exact, _ = read_of(base, tmp_path / "exact.gguf", "F32")
@@ -161,6 +163,7 @@ def test_a_tensor_is_freed_before_the_next_one_is_read(
     assert max(most) == 1
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     "settings", [{"use_rslora": True, "alpha": 24}, {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"q_proj": 40}}]
 )
@@ -186,6 +189,7 @@ def test_an_adapter_s_file_has_the_change_of_every_layer(base: Path, tmp_path: P
 LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
+@pytest.mark.drawn
 def test_the_pairs_of_conv1d_layers_and_fused_matrices(tmp_path: Path, installed: None) -> None:
     base = write_base(tmp_path / "base", "gpt_neox", intermediate_size=256)
     adapter = adapter_of(base, tmp_path / "adapter")
@@ -251,6 +255,7 @@ def test_code_of_the_base_is_not_run(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.drawn
 def test_infinity_in_the_configuration(base: Path, tmp_path: Path) -> None:
     folder = copy_of(base, tmp_path / "base", "config.json", time_step_limit=[0.0, float("inf")])
     adapter = adapter_of(folder, tmp_path / "adapter", target_modules=["q_proj"])
@@ -301,6 +306,7 @@ def test_types_that_need_activations_are_refused_without(base: Path, tmp_path: P
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.drawn
 def test_the_importance_of_columns_is_their_mean_square(base: Path, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "adapter")
     rows = [[5, 9, 17, 33], [7, 8, 250]]
@@ -316,6 +322,7 @@ def test_the_importance_of_columns_is_their_mean_square(base: Path, tmp_path: Pa
     np.testing.assert_allclose(squares["model.layers.3.mlp.down_proj"], expected, rtol=1e-4)
 
 
+@pytest.mark.drawn
 def test_the_importance_of_columns_changes_the_quantized_values(base: Path, tmp_path: Path) -> None:
     rows = [[5, 9, 17, 33], [7, 8, 250]]
     options = Options(type="IQ4_XS", imatrix=True)
@@ -406,6 +413,7 @@ def test_scores_have_the_order_of_the_merges() -> None:
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True, "num_experts_per_tok": 2}
 
 
+@pytest.mark.drawn
 def test_the_pairs_of_all_experts_are_one_tensor(tmp_path: Path, installed: None) -> None:
     base = write_base(tmp_path / "base", "qwen3_moe", **EXPERTS)
     both = {"target_modules": ("q_proj",), "target_parameters": ("gate_up_proj", "down_proj")}

@@ -163,6 +163,7 @@ def test_a_tokenizer_of_pieces_puts_a_space_first(scheme: str, first: bool) -> N
     assert puts_space_first({"normalizer": None, "pre_tokenizer": steps}) is first
 
 
+@pytest.mark.drawn
 def test_the_type_of_a_gguf_base_is_kept(installed: None, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "llama", torch.bfloat16)
     for kind in ("F32", "F16", "BF16"):

@@ -121,6 +121,7 @@ def run(hub: Hub, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.drawn
 def test_an_interrupted_push_is_resumed_by_the_command_of_its_error(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
     """The first attempt sends one of two large files; the second one sends only the other."""
     folder = tmp_path / "orders"
@@ -145,6 +146,7 @@ def test_an_interrupted_push_is_resumed_by_the_command_of_its_error(hub: Hub, ti
     assert "private" in hub.repositories.values()
 
 
+@pytest.mark.drawn
 def test_a_push_in_one_go(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
     export = ("export", str(tiny_llama), "--to", "hub", "--output", str(tmp_path / "orders"), "--push")
     ended = run(hub, sys.executable, "-m", "tunekit", *export)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.arithmetic.test_normalise import by_peft
@@ -13,6 +14,7 @@ from tunekit.targets.exportable import make_exportable
 from tunekit.targets.target import find_target
 
 
+@pytest.mark.drawn
 def test_a_full_run_is_compared_on_its_evaluation_rows(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, data={"eval": 0.3}, training={"epochs": 1.0})
     values = yaml.safe_load(recipe.read_text()) | {"adapter": {"method": "full"}}

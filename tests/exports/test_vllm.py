@@ -110,6 +110,7 @@ def test_merged_is_an_option(tmp_path: Path) -> None:
     torch.testing.assert_close(merged_logits(out), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.drawn
 def test_an_adapter_of_packed_weights_is_written_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +121,7 @@ def test_an_adapter_of_packed_weights_is_written_with_a_warning(
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.drawn
 def test_an_adapter_of_a_gguf_base_is_merged_next_to_it(
     stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

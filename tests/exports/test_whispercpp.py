@@ -62,6 +62,7 @@ def test_layout(tiny_whisper: Path, tmp_path: Path) -> None:
     assert len(tensors) == len([name for name in stored if name != "proj_out.weight"])
 
 
+@pytest.mark.drawn
 def test_the_adapter_is_merged(speech_run: Path, tiny_whisper: Path, tmp_path: Path) -> None:
     export_verb(str(speech_run), "whispercpp", str(tmp_path / "model.bin"), certify=False)
     query = read_file(tmp_path / "model.bin")[3]["decoder.blocks.0.attn.query.weight"]

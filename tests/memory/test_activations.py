@@ -156,7 +156,7 @@ def compare(folder: Path, cell: Cell) -> None:
     assert ours[2] == pytest.approx(theirs[2], rel=1e-5)
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("cell", pairwise(TABLE, SEED), ids=lambda cell: "-".join(map(str, cell)))
 def test_pairs_of_values(cell: Cell, llama: Path) -> None:
     print(f"cells drawn with seed {SEED}")
@@ -302,6 +302,7 @@ def test_the_simulation_knows_tiles(llama: Path) -> None:
     assert tiled.peak["activations"] < plain.peak["activations"]
 
 
+@pytest.mark.drawn
 def test_what_waits_is_counted_on_the_host_on_a_gpu_and_saves_nothing_on_a_cpu(llama: Path, tmp_path: Path) -> None:
     on_gpu = {way: simulated(llama, "cuda", LAYERS, activation_offload=way) for way in (False, True, "auto")}
     assert on_gpu[True].total == on_gpu[False].total, "of four inputs one stays, two are on their way, one comes back"

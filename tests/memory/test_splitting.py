@@ -196,6 +196,7 @@ def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
         gradient(case, WindowEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_run_with_split_batches_is_the_plain_run(tiny_llama: Path, where: str) -> None:
     plain = make_model(tiny_llama)
@@ -281,6 +282,7 @@ def fail_large(tokens: int) -> Callable[[], None]:
     return install
 
 
+@pytest.mark.drawn
 def test_a_whole_run_tells_and_keeps_what_was_split(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", tiny_llama, adapter={"dropout": 0.0}, training={"epochs": 1.0})
     for name, before in (("plain", lambda: None), ("split", fail_large(100))):

@@ -78,7 +78,7 @@ def same(pair: tuple[Case, Case]) -> bool:
     return pair[0].losses == pair[1].losses and torch.equal(weights(pair[0]), weights(pair[1]))
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("method", sorted(known_names("adapters")))
 def test_every_method_trains_alike(folder: Path, method: str) -> None:
     if method == "bitfit":
@@ -134,6 +134,7 @@ def check(folder: Path, chosen: dict[str, Any]) -> None:
     assert same(both(folder, streaming, adapter=settings, model=section, packing=chosen["packing"])), chosen
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", range(8))
 def test_drawn_settings_train_alike(folder: Path, number: int) -> None:
     print(f"seed {SEED}")
@@ -151,6 +152,7 @@ OTHERS = sorted((PROVEN - set(MODELS)) & set(NAMES))
 QUICK = ("falcon", "modernbert-decoder")  # layers that give a tuple; a head of more than its projection
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("model_type", [*sorted(MODELS), *QUICK])
 def test_every_family_trains_alike(tmp_path: Path, model_type: str) -> None:
     if model_type in MODELS:

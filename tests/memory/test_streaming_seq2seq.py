@@ -163,6 +163,7 @@ def test_every_proven_family_is_tested() -> None:
     assert {kind for kind, _ in NETS.values()} == PROVEN - set(NAMES) - elsewhere
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NETS)
 def test_every_family_trains_alike(folders: dict[str, Path], name: str) -> None:
     """The bases' dropout of 0.1 and the adapter's included."""
@@ -180,6 +181,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # on T5, v1.1 and BART
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("what", METHODS)
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_methods_train_alike(folders: dict[str, Path], name: str, what: str) -> None:

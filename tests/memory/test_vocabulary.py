@@ -89,6 +89,7 @@ def run(place: Path, folder: Path, **memory: Any) -> tuple[list[float], dict[str
     return found, json.loads((place / "run" / "plan.json").read_text())
 
 
+@pytest.mark.drawn
 def test_a_run_with_it_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_tiny_llama(tmp_path / "base", layers=2)
     monkeypatch.setattr(vocabulary, "PART_BYTES", 64 * 64 * 4)

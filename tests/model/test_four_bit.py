@@ -179,6 +179,7 @@ for kind in ("nf4", "fp4", "int8_weight_only"):
 """
 
 
+@pytest.mark.drawn
 def test_a_base_is_packed_and_run_on_a_cpu_without_bitsandbytes(tiny_llama: Path) -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT, str(tiny_llama)], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True"] * 3, done.stderr[-2000:]

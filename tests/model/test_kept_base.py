@@ -295,6 +295,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_kept(base: Path,
     assert list(bases.iterdir()) == []
 
 
+@pytest.mark.drawn
 def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that torch has allocated at most: in memory of its own, and where the sidecar takes the tensors."""
     monkeypatch.setattr(four_bit, "CHUNK_ELEMENTS", 2**12)

@@ -281,6 +281,7 @@ def test_a_classifier_is_no_base_of_text_objectives(folders: Path, tmp_path: Pat
         evaluate_verb(str(classifier), None, str(tmp_path / "rows.jsonl"), "prompt_completion", [], None, [])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -121,6 +121,7 @@ def test_only_trained_parts_are_modules_of_the_net(tmp_path: Path) -> None:
     assert list(net.text_encoders) == ["text_encoder", "text_encoder_2"]
 
 
+@pytest.mark.drawn
 def test_a_net_without_weights_has_the_same_modules(tmp_path: Path) -> None:
     for kind in KINDS:
         real, meta = (loaded(tmp_path, kind, "text_encoder", meta=meta)[0] for meta in (False, True))

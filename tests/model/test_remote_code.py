@@ -82,6 +82,7 @@ def test_code_of_a_folder_is_refused_by_name_without_a_question(
     assert not list(tmp_path.rglob("ran"))
 
 
+@pytest.mark.drawn
 def test_every_from_pretrained_says_whether_code_may_run() -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)}:{line}"

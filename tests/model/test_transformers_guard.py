@@ -145,6 +145,7 @@ assert torch.compile is compiler
 """
 
 
+@pytest.mark.drawn
 def test_a_failed_import_of_bitsandbytes_leaves_the_compiler(tmp_path: Path) -> None:
     lines = "import torch\nraise ImportError(f'replaced: {torch.compile.__module__.startswith(\"tunekit\")}')\n"
     (tmp_path / "bitsandbytes.py").write_text(lines)

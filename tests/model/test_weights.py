@@ -251,6 +251,7 @@ assert sys.modules["kernels"] is trap
 """
 
 
+@pytest.mark.drawn
 def test_import_of_bitsandbytes_fetches_and_compiles_nothing() -> None:
     """bitsandbytes asks `kernels` for native code on some CPUs, and compiles at import."""
     result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=False)

@@ -127,6 +127,7 @@ def features_of(base: Path, recordings: Path) -> tuple[torch.Tensor, torch.Tenso
 # The oracle.
 
 
+@pytest.mark.drawn
 def test_twenty_steps_equal_transformers_and_peft(whisper: Path, recordings: Path, tmp_path: Path) -> None:
     recipe = write(tmp_path, whisper, recordings, training={"max_steps": STEPS})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
@@ -286,6 +287,7 @@ def test_other_encoders_are_refused(whisper: Path, recordings: Path, tmp_path: P
 # Steps.
 
 
+@pytest.mark.drawn
 def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, recordings: Path, tmp_path: Path) -> None:
     recipe = write(tmp_path, whisper, recordings, objective=AUGMENTED)
     one = losses(train(recipe, f"output.dir={tmp_path / 'one'}"))
@@ -297,6 +299,7 @@ def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, re
     assert objective.evaluation_copy().prepare(None, "as it is") == "as it is"
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, recordings: Path, tmp_path: Path) -> None:
     recipe = write(tmp_path, whisper, recordings, objective=AUGMENTED, adapter={"dropout": 0.1})
     steps = ["training.max_steps=6", "training.save_steps=3", "data.shuffle=true"]
@@ -331,6 +334,7 @@ def test_a_packed_base_learns(kind: str, whisper: Path, recordings: Path, tmp_pa
     assert packed[6] < packed[0]  # of the same rows
 
 
+@pytest.mark.drawn
 def test_nf4_is_trained_and_merged(tmp_path: Path, recordings: Path) -> None:
     wide = write_tiny_whisper(tmp_path / "wide", d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64)
     recipe = write(tmp_path, wide, recordings, model={"quantization": "nf4"}, training={"max_steps": 13})
@@ -355,6 +359,7 @@ def test_a_base_of_float32_is_merged_as_such_whatever_was_computed_in(
     assert json.loads((tmp_path / "merged" / "config.json").read_text("utf-8"))["dtype"] == "float32"
 
 
+@pytest.mark.drawn
 def test_a_folder_packed_from_float32_is_read_in_bfloat16(tmp_path: Path, recordings: Path) -> None:
     wide = write_tiny_whisper(tmp_path / "wide", d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64)
     settings = {"quantization": "nf4", "dtype": "float32"}
@@ -486,6 +491,7 @@ def test_what_cannot_be_is_refused(whisper: Path, recordings: Path, tmp_path: Pa
 # Verbs.
 
 
+@pytest.mark.drawn
 def test_every_verb_takes_a_run(
     whisper: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_auto_enlarges_no_picture(size: tuple[int, int], bucket: tuple[int, int]
     assert fitting_bucket(size, sets[:1]) == nearest_bucket(size, sets[0])  # listed buckets enlarge
 
 
+@pytest.mark.drawn
 def test_small_photos_are_trained_on_as_they_are(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     objective = {"aspect_ratio_buckets": "auto", "resolution": 32}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective)
@@ -189,6 +190,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipe
     assert [record["loss"] for record in records(cut)] == [record["loss"] for record in records(whole)]
 
 
+@pytest.mark.drawn
 def test_evaluation_knows_no_batch_size_and_the_adapters_folder_its_buckets(
     tmp_path: Path, pipeline: Path, photos: Path
 ) -> None:
@@ -207,6 +209,7 @@ def test_evaluation_knows_no_batch_size_and_the_adapters_folder_its_buckets(
     assert target.objective.facts["resolution"] == SIZE
 
 
+@pytest.mark.drawn
 def test_the_plan_is_of_the_largest_bucket(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     peaks = []
     for buckets in ([[16, 16]], [[16, 16], [36, 24]], [[48, 48]]):

@@ -94,6 +94,7 @@ def test_the_accuracy_of_the_most_frequent_label_is_stated(llama: Path, tmp_path
     assert "always answering 'yes', the most frequent label, has an eval.accuracy of 0.3333" in plan.notes
 
 
+@pytest.mark.drawn
 def test_evaluation_measures_without_weights_and_smoothing(llama: Path, tmp_path: Path) -> None:
     found = []
     for name, settings in (("plain", {}), ("weighted", {"class_weights": {"yes": 9}, "label_smoothing": 0.3})):
@@ -107,6 +108,7 @@ def test_evaluation_measures_without_weights_and_smoothing(llama: Path, tmp_path
     assert found[0] == found[1]
 
 
+@pytest.mark.drawn
 def test_a_weighted_run_resumes_and_streams_exactly(llama: Path, tmp_path: Path) -> None:
     objective = {"method": "classify", "class_weights": {"yes": 3.0}, "label_smoothing": 0.1}
     training = {"epochs": None, "max_steps": 6, "save_steps": 3}

@@ -179,6 +179,7 @@ def test_the_untuned_base_of_a_recipe_is_measured_with_the_labels_of_its_rows(ba
     assert before["loss"] == pytest.approx(math.log(3), rel=0.3), "a drawn head knows nothing"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_packed_pooler_of_the_base_is_not_new(quantization: str, bert: Path, tmp_path: Path) -> None:
     training = {"epochs": None, "max_steps": 2}
@@ -189,6 +190,7 @@ def test_a_packed_pooler_of_the_base_is_not_new(quantization: str, bert: Path, t
     assert found["loss"] == pytest.approx(report["evaluations"][-1]["eval"]["loss"], rel=1e-6)
 
 
+@pytest.mark.drawn
 def test_padding_is_not_taken_for_the_end_that_a_head_looks_for(t5: Path, tmp_path: Path) -> None:
     shutil.copytree(t5, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(t5)
@@ -205,6 +207,7 @@ def test_padding_is_not_taken_for_the_end_that_a_head_looks_for(t5: Path, tmp_pa
     assert padded == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_two_classifiers_of_a_base_without_a_head_are_compared(method: str, bert: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, bert, adapter={"method": method}, training={"epochs": None, "max_steps": 3})
@@ -340,6 +343,7 @@ def test_the_batch_size_is_a_memory_knob(base: Path, tmp_path: Path) -> None:
     assert losses(one) == pytest.approx(losses(other), rel=1e-5)
 
 
+@pytest.mark.drawn
 def test_a_decoder_streamed_is_the_resident_run_and_packed_nearly(llama: Path, tmp_path: Path) -> None:
     plain = train(write_recipe(tmp_path / "plain", llama))
     streamed = train(write_recipe(tmp_path / "streamed", llama, memory={"streaming": "disk"}))
@@ -406,6 +410,7 @@ def test_labels_of_a_stream_are_listed_and_others_named(
         train(recipe)
 
 
+@pytest.mark.drawn
 def test_virtual_tokens_before_padded_rows_of_a_decoder(llama: Path, tmp_path: Path) -> None:
     def run(name: str, rows: int, steps: int) -> list[float]:
         sizes = {"learning_rate": 2e-3, "epochs": 1, "micro_batch_size": rows, "gradient_accumulation_steps": steps}

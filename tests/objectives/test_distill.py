@@ -98,6 +98,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records(run) if "loss" in record]
 
 
+@pytest.mark.drawn
 def test_a_run_learns_and_no_layout_changes_it(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
     run = trained(tmp_path, tiny_llama, teacher, "run")
     evaluations = [record["eval"] for record in records(run) if "eval" in record]
@@ -158,6 +159,7 @@ def test_a_teacher_that_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_
         make_plan(load_recipe(path), device=CPU)
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
     run = trained(tmp_path, tiny_llama, teacher, "run", "training.save_steps=2", "data.packing=true")
     whole, lines = result_bytes(run), records(run)
@@ -177,6 +179,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: P
     assert len(caught.value.problems) == 1, "the base is the same, and where the teacher lies says nothing"
 
 
+@pytest.mark.drawn
 def test_a_teacher_teaches_nothing_to_itself_and_no_share_of_it_is_sft(
     tiny_llama: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_teacher_teaches_nothing_to_itself_and_no_share_of_it_is_sft(
     assert half == pytest.approx((whole + losses(none)[0]) / 2, rel=1e-5)
 
 
+@pytest.mark.drawn
 def test_the_result_is_evaluated_and_answers(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
     """With its recipe against the teacher, as training did; a folder alone by cross entropy."""
     run = trained(tmp_path, tiny_llama, teacher, "run", "evaluation.metrics=[loss, token_accuracy]")

@@ -226,6 +226,7 @@ def tensors_of(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.drawn
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
     run = train(write_recipe(tmp_path, base, training={"epochs": 8, "eval_steps": 4}))
     steps = [record for record in records(run) if "loss" in record]
@@ -250,6 +251,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path:
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.drawn
 def test_micro_batches_layouts_and_engines_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +273,7 @@ def test_micro_batches_layouts_and_engines_are_one_run(
     assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.drawn
 def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt once and both answers behind it, or each with its own; or two padded lines a pair."""
     found = []
@@ -336,6 +339,7 @@ def test_a_prompt_computed_once_is_two_plain_rows(base: Path, tmp_path: Path, ob
             torch.testing.assert_close(found[0][1].metrics[name], metric, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
     whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
     recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 2})
@@ -345,6 +349,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
     assert tensors_of(run) == tensors_of(whole)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("keeps", [True, "auto"])
 def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     keeps: bool | str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -382,6 +387,7 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     assert (set(asked) == {1}) is (keeps is True), "one epoch never needs a score of the training rows again"
 
 
+@pytest.mark.drawn
 def test_a_cpu_takes_no_more_long_pairs_at_a_time_than_full_speed_needs(base: Path, tmp_path: Path) -> None:
     def planned(name: str, words: int, *overrides: str, previous: Choice | None = None) -> Any:
         answers = [[{"role": "assistant", "content": f"{word} " * words}] for word in ("so", "no")]

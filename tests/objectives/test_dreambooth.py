@@ -182,6 +182,7 @@ def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     assert not [word for word in ("logits", "Packing", "PeftModel") if word in text]
 
 
+@pytest.mark.drawn
 def test_a_calibrated_initialisation_looks_at_class_pictures_too(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     """They are made before it: the base draws the same ones as for any other start."""
     classes, objective = tmp_path / "classes", {"num_inference_steps": 1, **with_prior(tmp_path)}
@@ -255,6 +256,7 @@ def test_a_result_is_drawn_with_and_merged(
         generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
 
 
+@pytest.mark.drawn
 def test_a_layer_that_sdxl_never_reads_gets_no_adapter(tmp_path: Path, photos: Path) -> None:
     objective, adapter = {"train_text_encoder": True}, {"target_modules": [*ATTENTION, *OF_TEXT]}
     recipe = write_image_recipe(
@@ -271,6 +273,7 @@ def test_a_layer_that_sdxl_never_reads_gets_no_adapter(tmp_path: Path, photos: P
     assert layers == [("text_encoder", 0), ("text_encoder", 1), *(("text_encoder_2", number) for number in range(3))]
 
 
+@pytest.mark.drawn
 def test_other_class_images_refuse_a_resume(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     training = {"max_steps": 2, "save_steps": 1}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=with_prior(tmp_path), training=training)
@@ -286,6 +289,7 @@ def test_other_class_images_refuse_a_resume(tmp_path: Path, pipeline: Path, phot
     trained(recipe, run, resume=True)
 
 
+@pytest.mark.drawn
 def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) -> None:
     folder, objective = write_photos(tmp_path / "photos", 2), with_prior(tmp_path)
     (folder / "IMG_1.HEIC").write_bytes(b"no format that is read")
@@ -304,6 +308,7 @@ def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) ->
         make_plan(load_recipe(str(recipe), []))
 
 
+@pytest.mark.drawn
 def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     recipe = write_image_recipe(tmp_path, pipeline, photos, training={"micro_batch_size": 4})
     plan = make_plan(load_recipe(str(recipe), []))[0]
@@ -359,6 +364,7 @@ def test_what_cannot_be_obeyed_is_refused_by_key(
         make_plan(load_recipe(str(recipe), []))
 
 
+@pytest.mark.drawn
 def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> None:
     folder = write_photos(tmp_path / "photos", 2)
     Image.new("RGB", (1, 1)).save(folder / "one.png")

@@ -233,6 +233,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     assert "completions of an epoch" in shown
 
 
+@pytest.mark.drawn
 def test_micro_batches_layouts_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +260,7 @@ def test_micro_batches_layouts_and_interruptions_are_one_run(
             ]
 
 
+@pytest.mark.drawn
 def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> None:
     recipe = write_prompts(
         tmp_path, base, training={"epochs": 1, "save_steps": 1, "micro_batch_size": 6}, data={"eval": None}
@@ -271,6 +273,7 @@ def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "ran").exists(), "a run that is refused runs none of the code"
 
 
+@pytest.mark.drawn
 def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +331,7 @@ def test_what_is_no_reward_is_named(base: Path, tmp_path: Path, body: str, said:
         rewards.scored_by(0, [Completion("p", {"answer": "1"}, text) for text in ("a", "b")])
 
 
+@pytest.mark.drawn
 def test_a_reward_may_be_silent_on_the_rows_of_a_step_and_of_an_evaluation(base: Path, tmp_path: Path) -> None:
     """Two rewards for two kinds of rows, a row at a time; and some rows that neither can judge."""
     rows = [{"prompt": f"say {n}", **({"right": "7"} if n % 3 else {})} for n in range(12)]
@@ -354,6 +358,7 @@ def letters(completions, right=None):
         train(alone)
 
 
+@pytest.mark.drawn
 def test_a_reward_that_falls_silent_is_warned_about_at_once_and_ends_the_run(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -487,6 +492,7 @@ def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_pat
         make_plan(load_recipe(write_prompts(tmp_path, base, data={"excess_length": "truncate"})), device=CPU)
 
 
+@pytest.mark.drawn
 def test_equal_rewards_and_truncated_completions_are_said(base: Path, tmp_path: Path) -> None:
     objective = {"reward": [{"regex": "never said"}], "num_generations": 2, "max_completion_length": 1}
     training = {"max_steps": 21, "epochs": None, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -512,6 +518,7 @@ def test_every_layout_of_prompts_is_read() -> None:
         assert (example.prompt_value, example.answer, dict(example.columns)) == (prompt, reference, columns)
 
 
+@pytest.mark.drawn
 def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None:
     model = train(write_reward(tmp_path / "model", base, training={"epochs": 1}))
     objective = {"reward": [{"model": str(model)}, {"exact_match": "answer", "weight": 2.0}]}
@@ -538,6 +545,7 @@ def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None
         train(write_prompts(tmp_path / "other", base, objective={"reward": [{"model": str(run)}]}))
 
 
+@pytest.mark.drawn
 def test_an_adapter_folder_alone_still_answers(base: Path, tmp_path: Path) -> None:
     run = train(write_prompts(tmp_path, base, training={"epochs": 1}, data={"eval": None}))
     (run / "adapter").rename(tmp_path / "alone")
@@ -546,6 +554,7 @@ def test_an_adapter_folder_alone_still_answers(base: Path, tmp_path: Path) -> No
     assert len(answer(loaded, ["say 3"])) == 1
 
 
+@pytest.mark.drawn
 def test_steps_repeat_their_completions(base: Path, tmp_path: Path) -> None:
     """Each window twice in a row, the second time off policy; a run is gone on with before a first time alone."""
     objective = {"num_iterations": 2, "epsilon": 0.001, "num_generations": 6}

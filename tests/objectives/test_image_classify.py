@@ -197,6 +197,7 @@ def test_colours_are_learnt_answered_and_merged(
     }
 
 
+@pytest.mark.drawn
 def test_another_size_is_kept_by_the_adapter_and_the_merged_model(
     tmp_path: Path, vit: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

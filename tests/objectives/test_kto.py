@@ -193,6 +193,7 @@ def measured(target: Path, *overrides: str) -> dict[str, float]:
     return json.loads((target.parent / "eval.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 
+@pytest.mark.drawn
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +219,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     assert "completion, label: " in capsys.readouterr().out
 
 
+@pytest.mark.drawn
 def test_each_source_s_rewards_are_means_over_its_own_good_and_bad_rows(base: Path, tmp_path: Path) -> None:
     """As of the source alone, whatever share of its rows is good; the KL is that of all rows."""
     rows = unpaired(30)
@@ -239,6 +241,7 @@ def test_each_source_s_rewards_are_means_over_its_own_good_and_bad_rows(base: Pa
         assert values["kl"] == pytest.approx(together["kl"], rel=1e-6)
 
 
+@pytest.mark.drawn
 def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

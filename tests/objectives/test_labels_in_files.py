@@ -132,6 +132,7 @@ def test_other_names_of_the_column_are_recognised(column: str, bert: Path, tmp_p
     assert labels_format.make_example({"text": "a", "category": "x", "label": "y"}).label == "y"
 
 
+@pytest.mark.drawn
 def test_a_merged_decoder_classifier_states_its_problem_and_its_padding(llama: Path, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(llama).pad_token is None
     run = train(write_recipe(tmp_path, llama, training={"epochs": 3}))

@@ -84,6 +84,7 @@ def heard(sounds: Path, number: int) -> torch.Tensor:
     return resampled(torch.from_numpy(samples), rate, 16000)
 
 
+@pytest.mark.drawn
 def test_twenty_steps_equal_transformers_and_peft(moonshine: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, moonshine, sounds, training={"max_steps": STEPS}, objective=NO_LANGUAGE)
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
@@ -120,6 +121,7 @@ def test_answers_are_those_of_transformers(moonshine: Path, sounds: Path) -> Non
     assert answer(target, [str(sounds / f"{number}.wav") for number in range(3)]) == expected
 
 
+@pytest.mark.drawn
 def test_micro_batches_change_nothing(moonshine: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, moonshine, sounds, objective=NO_LANGUAGE)
     whole = train(recipe, f"output.dir={tmp_path / 'whole'}")
@@ -127,6 +129,7 @@ def test_micro_batches_change_nothing(moonshine: Path, sounds: Path, tmp_path: P
     assert losses(train(recipe, *cut, f"output.dir={tmp_path / 'cut'}")) == pytest.approx(losses(whole), rel=1e-6)
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_is_the_same_to_the_bit(moonshine: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, moonshine, sounds, objective=NO_LANGUAGE, adapter={"dropout": 0.1})
     steps = ["training.max_steps=6", "training.save_steps=3", "data.shuffle=true"]
@@ -140,6 +143,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(moonshine: Path, sounds: Path, tmp
         assert (part / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
 
 
+@pytest.mark.drawn
 def test_merged_it_answers_the_same(moonshine: Path, sounds: Path, tmp_path: Path) -> None:
     run, merged = train(write_recipe(tmp_path, moonshine, sounds, objective=NO_LANGUAGE)), tmp_path / "merged"
     merge_verb(str(run), str(merged), None, None, [], None)

@@ -110,6 +110,7 @@ def test_a_run_learns_whatever_its_micro_batches_and_engine(base: Path, tmp_path
     assert set(REWARDS) < set(after)
 
 
+@pytest.mark.drawn
 def test_a_method_without_a_reference_takes_any_adapter(base: Path, tmp_path: Path) -> None:
     """Virtual tokens stand before each sequence, which is a padded line then; and starts that move weights."""
     prompt = {"method": "prompt", "num_virtual_tokens": 4}

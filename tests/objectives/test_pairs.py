@@ -217,7 +217,7 @@ def test_ids_and_types_of_every_length_are_those_of_transformers(name: str, toke
             assert ("token_type_ids" in expected) == bool(ours.pairing.types)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_ten_steps_and_the_result_are_those_of_transformers_and_peft(
@@ -354,6 +354,7 @@ def test_a_text_in_a_stream_of_pairs_is_refused(
         make_plan(load_recipe(recipe), device=CPU)
 
 
+@pytest.mark.drawn
 def test_report_and_merged_folder_show_that_rows_are_pairs(
     bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,6 +379,7 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
         evaluate_verb(str(run), None, str(tmp_path / "texts.jsonl"), None, [], None, [])
 
 
+@pytest.mark.drawn
 def test_init_writes_a_length_for_which_the_model_has_positions(bases: dict[str, Path], tmp_path: Path) -> None:
     words = [*range(2, 20), 80, 81]  # the last rows have more than 512 tokens
     rows = [{"sentence1": "good so " * many, "sentence2": "bad", "label": many % 2} for many in words]
@@ -445,6 +447,7 @@ def test_long_pairs_are_cut_dropped_or_errors(bases: dict[str, Path], tmp_path: 
         make_plan(load_recipe(recipe, [*short, "data.excess_length=split"]), device=CPU)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("names", "columns"), [(("sentence1", "sentence2"), {}), (("a", "b"), {"a": "sentence1", "b": "sentence2"})]
 )
@@ -495,6 +498,7 @@ def test_other_objectives_take_no_pairs(bases: dict[str, Path], tmp_path: Path) 
         generate_verb(str(write_tiny_llama(tmp_path / "llama")), None, None, str(tmp_path / "asked.jsonl"), [])
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_is_the_uninterrupted_one(bases: dict[str, Path], tmp_path: Path) -> None:
     whole = tensors_of(train(write_pairs(tmp_path / "whole", bases["bert"])))
     recipe = write_pairs(tmp_path / "parts", bases["bert"], training={"save_steps": 5})
@@ -505,6 +509,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(bases: dict[str, Path], tmp_path
     assert tensors_of(train(recipe, resume=True)) == whole
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_end_to_end_have_the_losses_of_rows_alone(packing: bool, bases: dict[str, Path], tmp_path: Path) -> None:
     """A decoder reads the pairs of a micro-batch end to end, also streamed from the host."""
@@ -591,6 +596,7 @@ def test_data_check_compares_both_texts(
     assert findings == {"contrary": [3], "leak": [4], "near": [6, 7]}, "a shared premise alone is no finding"
 
 
+@pytest.mark.drawn
 def test_pairs_may_have_a_number(bases: dict[str, Path], tmp_path: Path) -> None:
     """Semantic similarity (STS): ten steps of MSE as transformers computes it; -1 is a number like any other."""
     base, tokenizer = bases["bert"], AutoTokenizer.from_pretrained(bases["bert"])

@@ -80,7 +80,7 @@ def result_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))  # type: ignore[no-any-return]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_ten_steps_equal_transformers_and_peft(kind: str, method: str, base: Path, tmp_path: Path) -> None:
@@ -330,6 +330,7 @@ def test_labels_of_the_evaluation_rows_must_be_known(llama: Path, tmp_path: Path
             make_plan(load_recipe(recipe), device=CPU)
 
 
+@pytest.mark.drawn
 def test_ten_thousand_labels_are_refused_or_learned(llama: Path, tmp_path: Path) -> None:
     recipe = write_labelled(tmp_path, llama, data={"eval": None})
 
@@ -425,6 +426,7 @@ def test_a_threshold_tells_probabilities_near_one_apart() -> None:
     assert loss.predicted(scores).tolist() == [[False], [True]]
 
 
+@pytest.mark.drawn
 def test_fitted_thresholds_go_with_the_result(bert: Path, tmp_path: Path) -> None:
     fitted = {"fit_thresholds": True}
     training = {"epochs": None, "max_steps": 6, "save_steps": 3, "eval_steps": 3, "learning_rate": 2e-3}
@@ -511,6 +513,7 @@ def test_a_recipe_cannot_continue_a_head_of_another_kind(llama: Path, tmp_path: 
     assert prepared.rows.objective.facts == {"problem_type": NUMBERS, "labels": ["LABEL_0", "LABEL_1", "LABEL_2"]}
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("medium", ["image", "audio"])
 def test_images_and_recordings_take_the_same_key(medium: str, tmp_path: Path) -> None:
     """Several labels of images, numbers of recordings."""
@@ -600,6 +603,7 @@ def test_a_new_head_starts_at_the_labels_frequencies_or_the_mean_number(kind: st
     assert bias.double().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_numbers_near_2000_are_learned_in_bfloat16(method: str, bert: Path, tmp_path: Path) -> None:
     """In training, and from the files of a merged or fully trained model of bfloat16."""

@@ -46,6 +46,7 @@ def supervised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(recipe) / "adapter"
 
 
+@pytest.mark.drawn
 def test_a_continued_adapter_is_one_run(
     base: Path, supervised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def check_it_equals(run: Path, trainer: Any, supervised: Path) -> None:
     assert apart < 1e-4 * moved, "as a whole: AdamW makes a full step of a gradient that is only rounding"
 
 
+@pytest.mark.drawn
 def test_dpo_equals_trls_with_its_reference_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {n}:", "chosen": f" so {n}", "rejected": " no" * (n + 1)} for n in range(6)]
     sections = {"data": {"eval": None}, "adapter": continued(supervised), "training": TRAINING}
@@ -208,6 +210,7 @@ STARTS: dict[str, dict[str, Any]] = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("prompt", "hra", "prefix", "eva")]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("start", [None, "pissa", *SLOW])
 def test_the_policy_at_step_0_is_its_own_reference(
     base: Path, supervised: Path, tmp_path: Path, start: str | None
@@ -226,6 +229,7 @@ def test_the_policy_at_step_0_is_its_own_reference(
     assert tensors_of(run) == whole
 
 
+@pytest.mark.drawn
 def test_a_resume_needs_no_folder_of_the_continued_adapter(base: Path, supervised: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(supervised, tmp_path / "supervised")
     recipe = write_recipe(tmp_path, base, adapter=continued(copied), training={"save_steps": 2, "epochs": 1})
@@ -253,6 +257,7 @@ def test_plan_refuses_the_folder_of_a_different_adapter(
     assert any(said in refusal.message for refusal in plan.refusals)
 
 
+@pytest.mark.drawn
 def test_unpaired_preferences_and_samples_compare_with_it_too(base: Path, supervised: Path, tmp_path: Path) -> None:
     adapter = continued(supervised)
     kto = train(write_kto(tmp_path / "kto", base, adapter=adapter))
@@ -281,6 +286,7 @@ def test_two_ranks_give_the_curve_of_one(base: Path, supervised: Path, tmp_path:
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.drawn
 def test_eval_compares_with_it_or_refuses(base: Path, supervised: Path, tmp_path: Path) -> None:
     training = {"eval_steps": 6, "save_steps": 6}
     run = train(write_recipe(tmp_path, base, adapter=continued(supervised), training=training))
@@ -292,6 +298,7 @@ def test_eval_compares_with_it_or_refuses(base: Path, supervised: Path, tmp_path
         measured(tmp_path / "copied", f"data.eval=[{tmp_path / 'train.jsonl'}]")
 
 
+@pytest.mark.drawn
 def test_room_on_the_disk_is_asked_for_the_copy_too(
     base: Path, supervised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

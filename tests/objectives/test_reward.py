@@ -127,6 +127,7 @@ def scores_of(target: Path, base: str | None, file: Path, capsys: pytest.Capture
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.drawn
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
         score_file(replace(loaded, objective=objective_of()), file)
 
 
+@pytest.mark.drawn
 def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

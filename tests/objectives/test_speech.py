@@ -99,6 +99,7 @@ def encoded(processor: SpeechProcessor, settings: SpeechSettings | None = None, 
 # The oracle.
 
 
+@pytest.mark.drawn
 def test_twenty_steps_equal_transformers_and_peft(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, training={"max_steps": STEPS})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
@@ -343,6 +344,7 @@ def test_masks_are_as_many_as_transformers_draws(processor: SpeechProcessor) -> 
     assert not np.array_equal(again, drawn_masks(settings, rows[8], 16, (1, 3, 8)))
 
 
+@pytest.mark.drawn
 def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, objective=AUGMENTED)
     one = losses(train(recipe, "output.dir=" + str(tmp_path / "one")))
@@ -358,6 +360,7 @@ def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, so
     assert {"loss", "perplexity", "rows", "frames_and_tokens", "supervised_tokens"} <= set(measured[0])
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, objective=AUGMENTED, adapter={"dropout": 0.1})
     recipe_steps = ["training.max_steps=6", "training.save_steps=3", "data.shuffle=true"]
@@ -472,6 +475,7 @@ def test_a_bad_file_is_named_with_its_row(processor: SpeechProcessor, tmp_path: 
 # Verbs.
 
 
+@pytest.mark.drawn
 def test_every_verb_takes_a_run(
     whisper: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_the_accuracy_of_the_most_frequent_tag_is_stated(llama: Path, tmp_path: 
     assert f"always answering 'O', the most frequent label, has an eval.token_accuracy of {share}" in plan.notes
 
 
+@pytest.mark.drawn
 @bases("bert", "llama")
 def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
     run = train(write_recipe(tmp_path, base, training={"epochs": 20}))
@@ -136,6 +137,7 @@ def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> N
     assert answer(again, ["rome is"]) == ["B-LOC O"]
 
 
+@pytest.mark.drawn
 @bases("llama", "bert")
 def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base, training={"learning_rate": 2e-3, "epochs": None, "max_steps": STEPS})
@@ -168,6 +170,7 @@ def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) ->
     assert ours == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, STEPS, loss_of), rel=1e-5)
 
 
+@pytest.mark.drawn
 @bases("llama", "bert")
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
     dropping = {"adapter": {"dropout": 0.1}}

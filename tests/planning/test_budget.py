@@ -131,6 +131,7 @@ def budget_for(total: int) -> str:
     return f"memory.budget={-(-total * 1000 // (1000 - round(1000 * MARGIN['cpu'])))}B"
 
 
+@pytest.mark.drawn
 def test_a_budget_that_everything_fits_changes_nothing(recipe: Path) -> None:
     plain, _ = plan_of(recipe)
     plan, _ = plan_of(recipe, "memory.budget=10GiB")
@@ -143,6 +144,7 @@ def test_a_budget_that_everything_fits_changes_nothing(recipe: Path) -> None:
     assert any("memory.budget 10GiB" in note for note in plan.notes)
 
 
+@pytest.mark.drawn
 def test_within_a_budget_rows_go_before_recomputation(recipe: Path) -> None:
     plain, _ = plan_of(recipe)
     half, _ = plan_of(recipe, "training.micro_batch_size=2", "training.gradient_accumulation_steps=2")
@@ -170,6 +172,7 @@ def test_within_a_budget_rows_go_before_recomputation(recipe: Path) -> None:
     assert not tight.refusals
 
 
+@pytest.mark.drawn
 def test_what_the_recipe_writes_is_obeyed(recipe: Path) -> None:
     plain, _ = plan_of(recipe)
     budget = budget_for(plain.peak_bytes.total - 1)
@@ -203,6 +206,7 @@ def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) 
         assert new == pytest.approx(float(needs), abs=0.3), f"{key}: {value} is what it was said to be"
 
 
+@pytest.mark.drawn
 def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +278,7 @@ def half_batches(recipe: Path) -> str:
     return budget_for(half.peak_bytes.total)
 
 
+@pytest.mark.drawn
 def test_a_run_within_a_budget_is_the_run_without(recipe: Path, tmp_path: Path) -> None:
     budget = half_batches(recipe)
     for name, overrides in (("plain", ()), ("within", (budget,))):
@@ -288,6 +293,7 @@ def test_a_run_within_a_budget_is_the_run_without(recipe: Path, tmp_path: Path) 
     assert "budget of" in (tmp_path / "within" / "report.md").read_text()
 
 
+@pytest.mark.drawn
 def test_a_resume_keeps_to_the_plan_of_the_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is predicted or free when it goes on."""
     budget = half_batches(recipe)

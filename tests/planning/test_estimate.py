@@ -154,6 +154,7 @@ def layouts(output: object, inputs: object) -> list[object]:
     ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8_weight_only"])
 @pytest.mark.parametrize("streaming", ["off", "host"])
 def test_a_remembered_output_is_what_torch_makes(
@@ -194,6 +195,7 @@ def test_an_output_that_shares_a_storage_is_not_remembered() -> None:
         assert whole.dtype == dtype
 
 
+@pytest.mark.drawn
 def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> None:
     batch = collate(make_rows(2), [(0,), (1,)], objective_of().rows)
     peaks = {}

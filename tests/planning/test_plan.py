@@ -165,6 +165,7 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, tiny_llama: Pat
     assert "59" in plan.refusals[0].message
 
 
+@pytest.mark.drawn
 def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     longer = ("data.packing=true", "data.max_length=512")
     plain, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=false")
@@ -207,6 +208,7 @@ def test_ranks_too_large_are_refused(recipe: Path) -> None:
         plan_of(recipe, "adapter.r=33")
 
 
+@pytest.mark.drawn
 def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError) as caught:
         plan_verb(
@@ -229,6 +231,7 @@ def test_a_problem_of_an_adapter_folder_names_its_file(recipe: Path, tmp_path: P
         plan_verb(load_recipe(recipe, [f"adapter.init_from={folder}", f"output.dir={tmp_path / 'run'}"]), None)
 
 
+@pytest.mark.drawn
 def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None)
     loaded = ("model.quantization=int8", "training.optimizer=adamw", "output.report_to=[tensorboard]")
@@ -293,6 +296,7 @@ def test_the_verb_refuses_a_folder_that_holds_a_run(recipe: Path, tmp_path: Path
         assert json.loads((tmp_path / "plan.json").read_text())["refusals"]
 
 
+@pytest.mark.drawn
 def test_drawn_valid_recipes_are_planned(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_recipe(tmp_path / "recipe", tiny_llama)
     monkeypatch.chdir(path.parent)  # paths in overrides are the shell's

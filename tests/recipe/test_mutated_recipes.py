@@ -41,6 +41,7 @@ def find_problems(path: Path, case: Case) -> tuple[Problem, ...]:
     return ()
 
 
+@pytest.mark.drawn
 def test_valid_recipes_are_read_and_written_back_equal(cases: Iterable[Case], tmp_path: Path) -> None:
     elsewhere = tmp_path / "runs" / "first"
     elsewhere.mkdir(parents=True)
@@ -57,6 +58,7 @@ def test_valid_recipes_are_read_and_written_back_equal(cases: Iterable[Case], tm
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("key", VALUES)
 def test_every_text_of_every_key(key: str, tmp_path: Path) -> None:
     for text in VALUES[key][0]:
@@ -68,6 +70,7 @@ def test_every_text_of_every_key(key: str, tmp_path: Path) -> None:
         assert any(f": {key}" in line for line in lines), f"{lines}\n{case}"
 
 
+@pytest.mark.drawn
 def test_bad_recipes_are_refused_with_a_place(cases: Iterable[Case], tmp_path: Path) -> None:
     for case in cases:
         if case.valid:

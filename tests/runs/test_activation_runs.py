@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 RECOMPUTED = "memory.gradient_checkpointing=true"
 
 
+@pytest.mark.drawn
 def test_a_run_whose_inputs_wait_is_the_same_run(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", tiny_llama, rows=12)
     for name, overrides in (("plain", ()), ("waiting", (RECOMPUTED, "memory.activation_offload=true"))):
@@ -29,6 +30,7 @@ def test_a_run_whose_inputs_wait_is_the_same_run(tmp_path: Path, tiny_llama: Pat
     assert "host and device share one memory" in " ".join(ended.output.split())
 
 
+@pytest.mark.drawn
 def test_a_run_in_tiles_follows_the_plain_one(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", tiny_llama, rows=12)
     for name, tokens in (("plain", "null"), ("tiled", "16")):

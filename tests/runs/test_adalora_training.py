@@ -90,6 +90,7 @@ def make_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     return recipe
 
 
+@pytest.mark.drawn
 def test_a_run_from_a_recipe(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_llama, dropout=0.1)
     assert train_in_child(recipe, tmp_path / "whole").code == 0

@@ -208,6 +208,7 @@ def sixteen_bits(folder: Path, **changes: Any) -> Case:
     return make_case(folder, make_rows(37), training=training(**changes), adapter=FullSettings(), model=section)
 
 
+@pytest.mark.drawn
 def test_masters_in_float32_keep_what_16_bits_would_round_away(tied_llama: Path) -> None:
     """Twenty updates far below a bfloat16's last place add up as those of a float32 loop over the same forwards."""
     changes = {"learning_rate": 1e-6, "weight_decay": 0.0, "scheduler": "constant", "max_grad_norm": None}
@@ -243,6 +244,7 @@ def test_masters_in_float32_keep_what_16_bits_would_round_away(tied_llama: Path)
     assert (rounded - way[1]).norm() > 0.5 * way[1].norm(), "an update is smaller than what 16 bits can hold"
 
 
+@pytest.mark.drawn
 def test_gradients_of_16_bits_are_summed_in_float32(tied_llama: Path) -> None:
     """Over chunks of logits and tiles of an MLP, one token each: a sum in bfloat16 would stall."""
     generator = torch.Generator().manual_seed(0)
@@ -284,6 +286,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype: Any, tied_llama: Path) ->
     assert all(torch.equal(value, right[name]) for name, value in left.items())
 
 
+@pytest.mark.drawn
 def test_the_micro_batch_is_a_memory_knob(tied_llama: Path) -> None:
     cases = []
     for size, steps in ((6, 1), (2, 3), (1, 6)):
@@ -382,6 +385,7 @@ def run(tied_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.drawn
 def test_the_run_is_a_target_of_every_verb(
     run: Path, tied_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,7 @@ def test_killed_at_some_moments(
         assert_resumes_to(recipe, tmp_path / "run", run)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_killed_in_an_evaluation(
     recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path, evaluation: int
@@ -155,6 +156,7 @@ def test_killed_at_every_event_of_one_save(recipe: Path, whole: tuple[Path, list
         assert_resumes_to(recipe, tmp_path / "run", run)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=["term", "int", "hup"]
 )
@@ -170,6 +172,7 @@ def test_a_stop_signal_saves_and_the_resume_is_exact(
     assert_resumes_to(recipe, tmp_path / "run", run)
 
 
+@pytest.mark.drawn
 def test_twice_interrupted(recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path) -> None:
     run, events = whole
     lines = [index for index, (_, path) in enumerate(events) if path.endswith("metrics.jsonl")]

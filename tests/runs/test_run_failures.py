@@ -147,6 +147,7 @@ CHANGES: list[tuple[str, list[str], Callable[[Path], None], int]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("named", "overrides", "change", "code"), CHANGES, ids=[c[0] or "allowed" for c in CHANGES])
 def test_a_resume_with_something_changed(
     tiny_llama: Path, whole: Path, tmp_path: Path, named: str, overrides: list[str], change: Any, code: int
@@ -167,6 +168,7 @@ def test_a_resume_with_something_changed(
         assert list((tmp_path / "run" / "tracking").rglob("*tfevents*"))
 
 
+@pytest.mark.drawn
 def test_another_base_is_refused(tmp_path: Path, whole: Path) -> None:
     from tests.conftest import write_tiny_llama
 

@@ -274,6 +274,7 @@ def _cosine(warmup: int, steps: int) -> Any:
     return lambda step: rate(step, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=0.5)
 
 
+@pytest.mark.drawn
 def test_a_real_model_is_tuned_measured_asked_and_merged(
     model: Path, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +304,7 @@ def test_a_real_model_is_tuned_measured_asked_and_merged(
     assert merged["loss"] == pytest.approx(after["loss"], rel=1e-4)
 
 
+@pytest.mark.drawn
 def test_a_resumed_a_recomputed_and_a_streamed_run_are_the_same(model: Path, words: Path, tmp_path: Path) -> None:
     """Bit for bit, the base's dropout of 0.1 included."""
     recipe = write_recipe(tmp_path, model, words, epochs=None, max_steps=4, save_steps=2)

@@ -99,6 +99,7 @@ def test_the_layers_weights_are_views_into_files(model: Path, kept: Path) -> Non
             assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.drawn
 def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", model)
     train(recipe, tmp_path / "whole", "memory.streaming=disk", "evaluation.patience=null")
@@ -128,6 +129,7 @@ def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) 
     assert result(tmp_path / "run")[0] == result(tmp_path / "whole")[0]
 
 
+@pytest.mark.drawn
 def test_a_streamed_run_is_evaluated_alike(tmp_path: Path, model: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", model)
     for tier in ("off", "disk"):
@@ -136,6 +138,7 @@ def test_a_streamed_run_is_evaluated_alike(tmp_path: Path, model: Path) -> None:
     assert (tmp_path / "off.json").read_text() == (tmp_path / "disk.json").read_text()
 
 
+@pytest.mark.drawn
 def test_a_budget_too_small_for_the_base_streams_it(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
     assert not list(streaming_notes(base, CPU, Choice(1, 4, 64), tokens=50))
 
 
+@pytest.mark.drawn
 def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path / "recipe", model)
     accumulation = "training.gradient_accumulation_steps=4"
@@ -191,6 +195,7 @@ def test_what_cannot_be_streamed_is_refused_by_name(
     assert any(words in refusal.message for refusal in plan.refusals)
 
 
+@pytest.mark.drawn
 def test_a_disk_too_full_for_the_sidecar_is_said(
     tmp_path: Path, model: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def trained(recipe: Path, name: str, *overrides: str) -> tuple[Path, Ended]:
     return recipe.parent / name, ended
 
 
+@pytest.mark.drawn
 def test_the_evaluation_before_training_changes_no_bit_and_can_be_switched_off(recipe: Path) -> None:
     looked, ended = trained(recipe, "looked")
     blind, _ = trained(recipe, "blind", "evaluation.before_training=false")
@@ -57,6 +58,7 @@ def test_the_evaluation_before_training_changes_no_bit_and_can_be_switched_off(r
     assert "worse than" not in ended.output
 
 
+@pytest.mark.drawn
 def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Path) -> None:
     training = {"epochs": 4.0, "learning_rate": RATE, "scheduler": "constant"}
     recipe = write_recipe(tmp_path / "work", stories, data={"train": [{"path": "rows.jsonl"}]}, training=training)
@@ -75,6 +77,7 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     assert f"warning: step {reaction['step']}: {reaction['probe']}" in ended.output
 
 
+@pytest.mark.drawn
 def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None:
     data = {"train": [{"path": "rows.jsonl"}], "eval": None}
     recipe = write_recipe(

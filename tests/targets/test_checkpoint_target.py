@@ -44,6 +44,7 @@ def loss_of(target: str | Path, folder: Path) -> float:
     return float(json.loads((folder / "values.json").read_text())["loss"])
 
 
+@pytest.mark.drawn
 def test_a_checkpoint_has_the_loss_that_the_run_had_then(stopped: Path, tmp_path: Path) -> None:
     logged = {record["step"]: record["eval"]["loss"] for record in records(stopped) if "eval" in record}
     last = max(logged)

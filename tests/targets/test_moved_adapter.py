@@ -72,6 +72,7 @@ def prompt_of(loaded: LoadedTarget) -> str:
     return loaded.tokenizer.decode(kind.question("q"))
 
 
+@pytest.mark.drawn
 def test_the_template_goes_with_the_adapter(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "adapter"
     shutil.copytree(run / "adapter", moved)

@@ -22,6 +22,7 @@ def train(recipe: Path, run: Path, *overrides: str, dry_run: bool = False) -> No
     train_verb(load_recipe(recipe, [f"output.dir={run}", "adapter.dropout=0", *overrides]), False, dry_run)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("start", ["default", "eva"])
 def test_rows_that_see_each_other_are_padded_instead(
     start: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

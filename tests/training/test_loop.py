@@ -63,6 +63,7 @@ def test_the_last_partial_window_is_stepped_with_its_own_count(tiny_llama: Path)
     assert case.saved == [3]
 
 
+@pytest.mark.drawn
 def test_checkpointed_layers_change_no_bit_with_dropout(tiny_llama: Path) -> None:
     rows = make_rows(23)
     adapter = LoraSettings(r=4, dropout=0.3)
@@ -79,6 +80,7 @@ def test_checkpointed_layers_change_no_bit_with_dropout(tiny_llama: Path) -> Non
         assert_same_bits(own, results[0][1])
 
 
+@pytest.mark.drawn
 def test_micro_batch_size_is_only_a_memory_knob(tiny_llama: Path) -> None:
     rows = make_rows(40)
     curves = []

@@ -106,6 +106,7 @@ finally:
 """
 
 
+@pytest.mark.drawn
 def test_ranks_make_equally_many_forwards_and_the_curve_of_one(recipe: Path, tmp_path: Path) -> None:
     """Steps, evaluations and answers: a rank that has none left goes along, and changes nothing."""
     (tmp_path / "counting.py").write_text(COUNTING)

@@ -71,6 +71,7 @@ def test_a_signal_is_named(scripts: Path) -> None:
         run_script(PYTHON, "aborts", {})
 
 
+@pytest.mark.drawn
 def test_the_time_limit_ends_the_program_and_its_children(scripts: Path, tmp_path: Path) -> None:
     (scripts / "waits.py").write_text(WAITS)
     with pytest.raises(InputError, match="took longer than 2 s"):
@@ -78,6 +79,7 @@ def test_the_time_limit_ends_the_program_and_its_children(scripts: Path, tmp_pat
     assert ended(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_keeps_running_after_tunekit(scripts: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C ends program and children; after a kill the program notices that its standard input closed."""
