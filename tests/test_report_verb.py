@@ -60,7 +60,10 @@ def test_no_output_replaces_the_rows_or_the_recipe_of_a_run(output: str, tmp_pat
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     (folder / "recipe.yaml").touch()
     rows.write_text("mine", encoding="utf-8")
-    for file in (rows, folder / "recipe.yaml"):
+    (folder / "adapter").mkdir(exist_ok=True)
+    (folder / "adapter" / "adapter_config.json").touch()
+    parts = ("recipe.yaml", "plan.json", "metrics.jsonl", "adapter/adapter_config.json")
+    for file in (rows, *(folder / part for part in parts)):
         files = {"html": None, "json": None, "csv": None} | {output: str(file)}
         before = file.read_bytes()
         with pytest.raises(InputError, match=rf"--{output} .* would replace"):

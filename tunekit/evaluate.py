@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunekit.artifacts.run import refuse_to_replace_part
 from tunekit.companions.base import load_companions
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
@@ -55,6 +56,7 @@ def evaluate_verb(
     section = _data_section(spec, of_data)
     _refuse_missing_files(section, spec, data)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
+    refuse_to_replace_part("--json", json_file, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

@@ -11,6 +11,7 @@ from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
+from tunekit.artifacts.run import refuse_to_replace_part
 from tunekit.console import Console
 from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.errors import InputError, RunFolderError
@@ -32,6 +33,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     for option, name in (("--html", html), ("--json", json_file), ("--csv", csv_file)):
         for run in runs:
             refuse_to_replace_named(option, name, run.recipe, run.path / "recipe.yaml")
+            refuse_to_replace_part(option, name, run.path)
     outcome, keys, repeats = outcome_table(runs), differing_keys(runs), same_but_seed(runs)
     texts = zip(runs, outcome.texts(), strict=True)
     head, *lines = [["run", "state", *outcome.labels], *([name, run.state, *cells] for run, (name, *cells) in texts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     Siglip2ImageProcessor,
     SiglipImageProcessor,
     TextNetImageProcessor,
+    ViTConfig,
     ViTImageProcessor,
 )
 
@@ -148,3 +150,12 @@ def test_a_size_that_is_no_square_is_refused(tmp_path: Path) -> None:
     ViTImageProcessor(size={"height": 24, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="32 x 24 pixels, but only squares"):
         _ = PixelProcessor(tmp_path).resolution
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_an_absent_package_is_to_be_installed(tmp_path: Path) -> None:
+    config = {"image_processor_type": "TimmWrapperImageProcessor", "architecture": "resnet18", "pretrained_cfg": {}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"TimmWrapperImageProcessor.*; install the package"):
+        _ = PixelProcessor(tmp_path).processor

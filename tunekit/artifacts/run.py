@@ -16,7 +16,7 @@ from typing import Any
 
 from tunekit.artifacts import metrics_log
 from tunekit.console.text import visible
-from tunekit.errors import ResourceError, RunFolderError, redact
+from tunekit.errors import InputError, ResourceError, RunFolderError, redact
 from tunekit.files import durable
 from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.files.untrusted import RUN_RECORD, read_small
@@ -41,6 +41,16 @@ RESULT_FILES = {  # result folder -> names of its files
 def print_warning(text: str) -> None:
     """Print a warning to standard error; the default of `warn`."""
     print(visible(redact(text)), file=sys.stderr)
+
+
+def refuse_to_replace_part(option: str, name: str | None, run: Path) -> None:
+    """Raises: InputError if the file of an option is a file of the run folder that only `train` writes."""
+    if name is None or name == "-":
+        return
+    target, folder = Path(name).resolve(), run.resolve()
+    parts = [folder / part for part in (*FILES, *FOLDERS) if part != "report.html"]
+    if any(target.is_relative_to(part) for part in parts):
+        raise InputError(f"{option} {name} would replace a file of the run", "name a new file")
 
 
 class RunFolder:

@@ -180,7 +180,9 @@ class PixelProcessor:
             return InputError(what, "run: pip install 'tunekit[images]'")
         first = str(error).strip().partition("\n")[0]
         what = f"is not a usable image processor ({first})"
-        return ModelError(what, "fetch the model again", file=str(self.folder / CONFIG))
+        absent = isinstance(error, ImportError) or "could be imported" in first  # a package such as timm
+        how = "install the package that this class needs" if absent else "fetch the model again"
+        return ModelError(what, how, file=str(self.folder / CONFIG))
 
     def save(self, folder: Path) -> None:
         """Write preprocessor_config.json into a model folder, with the image size used in training."""
