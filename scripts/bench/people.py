@@ -73,7 +73,7 @@ def chat(model: Path, rounds: int = 4, tokens: int = 48) -> dict[str, Any]:
         return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
     def of_ours() -> str:
-        speaker._caches.clear()  # a first question, not the same one again
+        speaker.states.clear()  # a first question, not the same one again
         (reply,) = speaker.answer([request], speaker.names[0])
         assert reply.new_tokens == tokens
         return reply.text

@@ -69,10 +69,10 @@ def test_what_is_kept_from_the_turn_before_changes_no_answer(speaker: Speaker) -
     messages = list(QUESTION)
     for turn in range(3):
         kept = ask(speaker, "one", messages)
-        lengths = {len(ids) for ids, _ in speaker._caches.values()}
-        speaker._caches.clear()
+        lengths = {len(states.ids) for states in speaker.states.values()}
+        speaker.states.clear()
         assert ask(speaker, "one", messages) == kept
-        assert lengths == {len(ids) for ids, _ in speaker._caches.values()}
+        assert lengths == {len(states.ids) for states in speaker.states.values()}
         messages += [Message("assistant", kept), Message("user", f"And {turn}?")]
     ask(speaker, "one", [Message("user", "Say another thing.")])  # shares its beginning only
     assert ask(speaker, "one", messages[:-2]) == messages[-2].content

@@ -12,7 +12,8 @@ from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
-from tunekit.model.text.generation import draw
+from tunekit.model.text.draws import draw
+from tunekit.model.text.generation import PREFILL_TOKENS
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.records import bytes_text
 from tunekit.tuned.fit import longest_tokens
@@ -70,29 +71,28 @@ class Sampler(Companion):
                 yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate the forward of the different prompts, then the last token's logits and draw, with the keys and
-        values of all layers, those of one layer repeated for all heads."""
+        """Simulate the forward of some prompts, then the last token's logits and draw, with the keys and values of all
+        layers in all slots and of these prompts, and those of one layer repeated for all heads."""
         base, size = run.model.base, self.sampling_batch_size
 
         def cache(rows: int, tokens: int) -> list[Tensor]:
             return [torch.empty(cache_shape(base, rows, tokens), dtype=base.dtype, device="meta") for _ in range(2)]
 
-        prompts = min(size, size // self.settings.num_generations + 1)
-        keys_values = cache(prompts, self.prompt_tokens)
-        ids = torch.zeros(prompts, self.prompt_tokens, dtype=torch.int64)
-        places = torch.arange(self.prompt_tokens).expand(prompts, -1)
+        prompts = min(size // self.settings.num_generations + 1, size, max(PREFILL_TOKENS // self.prompt_tokens, 1))
+        keys_values = cache(size, self.prompt_tokens + self.new_tokens)
+        of_prompts = cache(prompts, self.prompt_tokens)
+        places = torch.arange(min(self.prompt_tokens, PREFILL_TOKENS)).expand(prompts, -1)
+        ids = torch.zeros_like(places)
         hidden = run.model.output({"input_ids": ids, "position_ids": places}).hidden
         assert hidden is not None
         hidden = hidden.new_empty(size, hidden.shape[-1])
-        del keys_values
-        keys_values = cache(size, self.prompt_tokens + self.new_tokens)
         _, _, heads, tokens, width = keys_values[0].shape
         repeats = int(text_config(base.net).num_attention_heads) // heads
         repeated = [keys.new_empty(size, repeats * heads, tokens, width) for keys in keys_values]
         del repeated
         with counting_as("logits"):
             draw(base.family.head(base.net).logits(hidden), torch.zeros(size, device="meta"))
-        del keys_values
+        del keys_values, of_prompts
 
 
 def cache_shape(base: LoadedModel, rows: int, tokens: int) -> tuple[int, ...]:

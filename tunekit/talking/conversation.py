@@ -3,16 +3,15 @@
 The keys and values of a conversation are cached for its next turn.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
@@ -20,12 +19,13 @@ from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.rendering.render import Renderer, too_long
 from tunekit.errors import InputError
 from tunekit.formats.example import Message
-from tunekit.model.call import Call, calling
-from tunekit.model.text.generation import find_stop_ids, generate_texts, prompt_cache
+from tunekit.model.call import calling, current_call
+from tunekit.model.text.continuation import Continuation, States
+from tunekit.model.text.decoder import Decoder, decoding
+from tunekit.model.text.generation import find_stop_ids
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.records import TextFacts
 from tunekit.targets.target import LoadedTarget
-from tunekit.tuned.model import TunedModel
 
 BASE = "base"  # the name of the base without an adapter
 UNFINISHED = "�"  # the character that stands for an incomplete multi-byte character
@@ -68,8 +68,7 @@ class Speaker:
     default: str  # the name that answers by default: BASE, or the target's own adapter
     template: str | None
     stop_ids: frozenset[int]  # the tokens that end an answer
-    # by name: ids, and their keys and values
-    _caches: dict[str, tuple[Sequence[int], Any]] = field(default_factory=dict)
+    states: dict[str, States] = field(default_factory=dict)  # of each name's last conversation
 
     @property
     def names(self) -> list[str]:
@@ -97,7 +96,6 @@ class Speaker:
             raise too_long(f"{len(ids):,}", facts.positions)
         return ids
 
-    @torch.no_grad()
     def answer(
         self,
         requests: Sequence[Request],
@@ -105,63 +103,54 @@ class Speaker:
         on_text: OnText = lambda row, text: True,
         on_end: OnEnd = lambda row, reply: None,
     ) -> list[Reply]:
-        """Answer conversations with equal sampling settings as one batch.
+        """Answer conversations side by side, each as if it were alone.
 
         Raises: InputError for an unknown name; DataError if a conversation is too long or the template refuses it.
         """
-        if name not in self.names:
-            raise InputError(f"there is no adapter '{name}'", f"there are: {', '.join(self.names)}")
-        prompts = [request.prompt or self.prompt_ids(request.messages) for request in requests]
-        writers = [_Writer(self.target.tokenizer.decode, request, self.stop_ids) for request in requests]
-        rooms = [self._room(prompt) for prompt in prompts]
-        room = min(rooms)
-        if any(limit != room < request.max_new_tokens for limit, request in zip(rooms, requests, strict=True)):
-
-            def alone(row: int) -> Reply:
-                text, end = (lambda _, text: on_text(row, text)), (lambda _, reply: on_end(row, reply))
-                return self.answer([requests[row]], name, text, end)[0]
-
-            return [alone(row) for row in range(len(requests))]
         replies: dict[int, Reply] = {}
 
-        def end(row: int) -> None:
-            writer = writers[row]
-            if remainder := writer.finish():
-                on_text(row, remainder)
-            replies[row] = Reply(writer.written, len(prompts[row]), len(writer.ids), writer.reason)
-            on_end(row, replies[row])
+        def end(row: int, reply: Reply) -> None:
+            replies[row] = reply
+            on_end(row, reply)
 
-        def ends(rows: Sequence[int], tokens: list[int]) -> list[bool]:
-            for row, token in zip(rows, tokens, strict=True):
-                if row not in replies:
-                    more = writers[row].add(token)
-                    if not on_text(row, more) or writers[row].ended:
-                        end(row)
-            return [row in replies for row in rows]
-
-        with self._model_of(name) as model:
-            cached, cache = self._caches.pop(name, ((), None)), None  # unusable if this call is interrupted
-            if len(prompts) == 1 and not model.virtual_tokens:
-                cache = prompt_cache(model.base, *cached, prompts[0])
-            produced = generate_texts(
-                model.base,
-                self.target.tokenizer,
-                prompts,
-                max_new_tokens=int(min(room, max(request.max_new_tokens for request in requests))),
-                batch_size=len(prompts),
-                sampling=requests[0].sampling,
-                stop_ids=sorted(self.stop_ids),
-                adapt=model.adapt_inputs,
-                virtual_tokens=model.virtual_tokens,
-                ends=ends,
-                cache=cache,
-            )
-        if cache is not None:
-            self._caches[name] = ([*prompts[0], *produced[0]][: cache.get_seq_length()], cache)
-        for row in range(len(requests)):
-            if row not in replies:
-                end(row)
+        requests = [replace(each, prompt=each.prompt or self.prompt_ids(each.messages)) for each in requests]
+        tokens = max(self.columns(request, name) for request in requests)
+        with self.answering(len(requests), tokens) as answers:
+            for row, request in enumerate(requests):
+                answers.put(request, name, partial(on_text, row), partial(end, row), keeps_states=len(requests) == 1)
+            while answers.is_busy:
+                answers.step()
         return [replies[row] for row in range(len(requests))]
+
+    @contextmanager
+    def answering(self, slots: int, tokens: int) -> Iterator[Answers]:
+        """A block in which up to `slots` requests are answered at once, each with up to `tokens` keys and values. One
+        block at a time."""
+        base = self.target.model.base
+        with decoding(base.net):
+            yield Answers(
+                self, Decoder(base, self.target.tokenizer.pad_id, slots=slots, tokens=tokens, using=self._using)
+            )
+
+    def columns(self, request: Request, name: str) -> int:
+        """The keys and values that the answer to a request with a prompt needs at most."""
+        return self.continuation(request, name).columns
+
+    def continuation(self, request: Request, name: str) -> Continuation:
+        """What the decoder continues for a request with a prompt. Raises: InputError for an unknown name."""
+        if name not in self.names:
+            raise InputError(f"there is no adapter '{name}'", f"there are: {', '.join(self.names)}")
+        model, room = replace(self.target.model, adapter=self.adapters.adapters.get(name)), self._room(request.prompt)
+        changes_inputs = model.adapter is not None and model.adapter.model_adapter is not None
+        return Continuation(
+            request.prompt,
+            int(min(room, request.max_new_tokens)),
+            request.sampling,
+            self.stop_ids,
+            adapter=name,
+            adapt=model.adapt_inputs if changes_inputs else None,
+            virtual_tokens=model.virtual_tokens,
+        )
 
     def _room(self, prompt: Sequence[int]) -> float:
         """The maximum number of tokens of an answer; an encoder's prompt takes no positions of the answer."""
@@ -174,12 +163,80 @@ class Speaker:
         return facts
 
     @contextmanager
-    def _model_of(self, name: str) -> Iterator[TunedModel]:
-        """A block in which the model answers with this adapter, in eval mode."""
-        model = replace(self.target.model, adapter=self.adapters.adapters.get(name))
-        adapter = nullcontext() if name == BASE else self.adapters.using(name)
-        with model.training_mode(False), calling(Call(bypassed=name == BASE)), adapter:
-            yield model
+    def _using(self, name: str | None) -> Iterator[None]:
+        """A block in which this adapter answers."""
+        bypassed = name is None or name == BASE
+        with calling(replace(current_call(), bypassed=True)) if bypassed else self.adapters.using(str(name)):
+            yield
+
+
+class Answers:
+    """The requests that are being answered. A request that joins changes no other answer."""
+
+    def __init__(self, speaker: Speaker, decoder: Decoder) -> None:
+        self.speaker, self.decoder = speaker, decoder
+        self._running: dict[int, _Answer] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an answer has not ended."""
+        return self.decoder.is_busy
+
+    def put(
+        self,
+        request: Request,
+        name: str,
+        on_text: Callable[[str], bool],
+        on_end: Callable[[Reply], None],
+        *,
+        keeps_states: bool = False,
+    ) -> int:
+        """Answer a request that has a prompt, as soon as a slot is free; returns its handle.
+
+        `keeps_states`: keep the keys and values of this conversation for its next turn.
+        Raises: InputError for an unknown name.
+        """
+        speaker = self.speaker
+        wanted = speaker.continuation(request, name)
+        if keeps_states:
+            wanted = replace(wanted, states=speaker.states.pop(name, None), keeps_states=not wanted.virtual_tokens)
+        handle = self.decoder.add(wanted)
+        writer = _Writer(speaker.target.tokenizer.decode, request, speaker.stop_ids)
+        self._running[handle] = _Answer(name, writer, on_text, on_end)
+        return handle
+
+    def step(self) -> None:
+        """Write the next token of each answer."""
+        for token in self.decoder.step():
+            answer = self._running[token.handle]
+            is_read = answer.on_text(answer.writer.add(token.id))
+            if token.reason or answer.writer.ended or not is_read:
+                self._end(token.handle, token.states)
+
+    def cancel(self, handle: int) -> None:
+        """End an answer whose reader has left; `on_end` is not called."""
+        self._running.pop(handle, None)
+        self.decoder.cancel(handle)
+
+    def _end(self, handle: int, states: States | None) -> None:
+        answer = self._running.pop(handle)
+        states = self.decoder.cancel(handle) or states
+        if states is not None:
+            self.speaker.states[answer.name] = states
+        writer = answer.writer
+        if remainder := writer.finish():
+            answer.on_text(remainder)
+        answer.on_end(Reply(writer.written, len(writer.request.prompt), len(writer.ids), writer.reason))
+
+
+@dataclass
+class _Answer:
+    """One answer while it is generated."""
+
+    name: str
+    writer: _Writer
+    on_text: Callable[[str], bool]
+    on_end: Callable[[Reply], None]
 
 
 class _Writer:

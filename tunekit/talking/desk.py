@@ -23,13 +23,8 @@ class Job:
     name: str
     on_text: Callable[[str], None]
     on_end: Callable[[Reply | Exception], None]
-    seeded: bool = False  # whether the client set the seed, so that the request must be sampled alone
+    seeded: bool = False  # whether the client set the seed
     cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """The properties that must be equal for requests to share a batch. Rows of a batch share one seed."""
-        return self.name, self.request.sampling, id(self) if self.seeded and self.request.sampling.temperature else 0
 
 
 def shutdown_error() -> ConnectionAbortedError:
@@ -95,7 +90,7 @@ class Desk:
                 for job in jobs:
                     self._end(job, shutdown_error())
                 return
-            batch = [job for job in jobs if job.kind == jobs[0].kind][: self.batch_size]
+            batch = [job for job in jobs if job.name == jobs[0].name][: self.batch_size]
             jobs = deque(job for job in jobs if job not in batch)
             self._answer(list(filter(self._is_wanted, batch)))
 
@@ -127,10 +122,12 @@ class Desk:
             unanswered.discard(row)
             self._end(jobs[row], reply)
 
-        requests, sampling = [job.request for job in jobs], jobs[0].request.sampling
-        if not jobs[0].seeded:
-            seeded = replace(sampling, seed=secrets.randbits(62))
-            requests = [replace(request, sampling=seeded) for request in requests]
+        requests = [
+            job.request
+            if job.seeded
+            else replace(job.request, sampling=replace(job.request.sampling, seed=secrets.randbits(62)))
+            for job in jobs
+        ]
         try:
             self.speaker.answer(requests, jobs[0].name, on_text, on_end)
         except Exception as error:

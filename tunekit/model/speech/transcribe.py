@@ -12,7 +12,8 @@ from tunekit.machine.placing import to_device
 from tunekit.model.call import seed_for
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained
-from tunekit.model.text.generation import sampling_settings, unchanged_generation
+from tunekit.model.text.decoder import decoding
+from tunekit.model.text.generation import sampling_settings
 from tunekit.model.transformers_guard import quiet
 
 
@@ -39,7 +40,7 @@ def transcribe(
     settings.forced_decoder_ids, settings.return_timestamps = None, timestamps
     chosen = sampling_settings(sampling)
     settings.update(max_new_tokens=max_tokens, max_length=None, num_beams=1, use_cache=True, **chosen)
-    with unchanged_generation(model.net), quiet():
+    with decoding(model.net), quiet():
         torch.manual_seed(seed_for("generate", sampling.seed, place))
         inputs = to_device(features, model.device).to(model.dtype)
         output = as_pretrained(model.net).generate(inputs, generation_config=settings, **language_and_task)

@@ -1,0 +1,186 @@
+"""Rows that start together and are decoded as transformers prepares them, for bases that cannot share slots: those with
+an encoder or a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Tensors
+from tunekit.errors import ModelError
+from tunekit.model.families import text_config
+from tunekit.model.families.structure import accepted_names
+from tunekit.model.load import LoadedModel
+from tunekit.model.pretrained import as_pretrained
+from tunekit.model.text.continuation import DecoderRow, States
+from tunekit.model.text.draws import Score, score
+from tunekit.model.transformers_guard import quiet
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+PROBE_TOKENS = 8
+Steps = Generator[Tensor, Tensor, None]
+
+
+class Cohort:
+    """`rows`: those that have not ended. The others are computed, too, until all have ended."""
+
+    nbytes = 0  # transformers allocates their states token by token
+
+    def __init__(self, model: LoadedModel, pad_id: int, rows: Sequence[DecoderRow]) -> None:
+        self.rows, self._places = list(rows), {row: place for place, row in enumerate(rows)}
+        self._size, self._pad_id, self._device = len(rows), pad_id, model.device
+        prompts = [row.continuation.prompt for row in rows]
+        inputs = padded(prompts, pad_id, left=not model.family.reads_source, device=model.device)
+        adapt = rows[0].continuation.adapt
+        inputs = inputs if adapt is None else adapt(inputs)
+        for row in rows:
+            row.prompt_scores = _scored_prompt(model, row) if row.continuation.scores_prompt else ()
+        reset_state(model)
+        longest = max(row.continuation.max_new_tokens for row in rows)
+        self._steps = steps(model, inputs, generation_settings(model, pad_id, longest))
+
+    def logits(self) -> Tensor:
+        """(B, V) float32: for the next token of each row."""
+        if not self.rows[0].tokens:
+            with quiet():
+                logits = next(self._steps)
+        else:
+            last = {self._places[row]: row.tokens[-1] for row in self.rows}
+            tokens = [last.get(place, self._pad_id) for place in range(self._size)]
+            logits = self._steps.send(torch.tensor(tokens, device=self._device))
+        return logits if len(self.rows) == self._size else logits[[self._places[row] for row in self.rows]]
+
+    def remove(self, row: DecoderRow) -> None:
+        """End a row."""
+        self.rows.remove(row)
+
+    def states(self, row: DecoderRow) -> States | None:
+        """None: these states cannot be cut to a prefix."""
+        return None
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool, device: torch.device) -> Tensors:
+    """Ids and mask (B, T) of the prompts. An encoder counts positions from the start of the row, so it needs its
+    padding on the right."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
+    mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
+    for row, prompt in enumerate(prompts):
+        columns = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+        ids[row, columns], mask[row, columns] = torch.tensor(list(prompt)), 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> Steps:
+    """Yields the scores (B, V) of the next token, and receives the chosen tokens (B,).
+
+    transformers prepares inputs, encoder and cache as for its own loop, and then calls this loop instead.
+    """
+
+    def loop(
+        net: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        *_: object,
+        **named: object,
+    ) -> Steps:
+        for name in ("stopping_criteria", "generation_config", "synced_gpus", "streamer"):
+            named.pop(name, None)
+        ids, count = input_ids, dict[str, int | None]()
+        while True:
+            prepared = net.prepare_inputs_for_generation(ids, is_first_iteration=not count, **count, **named)
+            output = net(**prepared, return_dict=True)
+            named = net._update_model_kwargs_for_generation(
+                output, named, is_encoder_decoder=net.config.is_encoder_decoder
+            )
+            tokens = yield logits_processor(ids, output.logits[:, -1].float())
+            ids, count = (
+                torch.cat([ids, tokens[:, None]], dim=1),
+                {"next_sequence_length": 1 if named.get("use_cache") else None},
+            )
+
+    net = as_pretrained(model.net)
+    return net.generate(**inputs, generation_config=settings, custom_generate=loop)
+
+
+def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> GenerationConfig:
+    """transformers' settings, with nothing that changes scores except the forced tokens of an encoder-decoder."""
+    from transformers import GenerationConfig
+
+    ends = _answer_ends(model) if model.family.reads_source else {}
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        pad_token_id=pad,
+        eos_token_id=None,
+        bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
+        use_cache=True,
+        do_sample=False,
+        num_beams=1,
+        **ends,
+    )
+
+
+def _answer_ends(model: LoadedModel) -> dict[str, int]:
+    """The tokens that start an encoder-decoder's answer, and the token that ends a truncated answer.
+
+    Raises: ModelError if neither the configuration nor the generation settings name the first one.
+    """
+    names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    holders = (model.config, model.generation_config)  # the generation settings are newer, so they have priority
+    values = [(name, getattr(holder, name, None)) for holder in holders for name in names]
+    tokens = {name: int(value) for name, value in values if value is not None}
+    if "decoder_start_token_id" not in tokens:
+        what = f"{model.facts.name_or_path} does not define the token with which answers begin"
+        raise ModelError(what, "write decoder_start_token_id into its config.json")
+    return tokens
+
+
+def keeps_state_in_modules(model: LoadedModel) -> bool:
+    """Whether the base keeps a state in its modules, so that only one cohort can run (recurrent_gemma)."""
+    return any(hasattr(module, "_setup_cache") for module in model.net.modules())
+
+
+def reset_state(model: LoadedModel) -> None:
+    """Drop the last row's state from the modules, by a forward without a cache."""
+    if keeps_state_in_modules(model):
+        model.net(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+
+
+@torch.no_grad()
+def rows_interact(model: LoadedModel, pad_id: int) -> bool:
+    """Whether a row's answer depends on its cohort, because a state reads the padding (xlstm, recurrent_gemma) or mixes
+    rows (rwkv). Nets with a state or without a mask are tested with two rows."""
+    net = as_pretrained(model.net)
+    if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
+        return False
+    rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
+    mask, half = torch.ones_like(rows), PROBE_TOKENS // 2  # (B, T)
+    rows[0, :half], mask[0, :half] = pad_id, 0
+    runs = []
+    for ids, row_mask in ((rows[:1, half:], mask[:1, half:]), (rows, mask)):
+        with quiet():
+            reset_state(model)
+            run = steps(model, {"input_ids": ids, "attention_mask": row_mask}, generation_settings(model, pad_id, 2))
+            first = next(run)
+            runs.append(torch.stack([first[0], run.send(first.argmax(dim=-1))[0]]))  # (2, V)
+    alone, batched = runs
+    allowed = max(1e-4, 2 * torch.finfo(net.dtype).eps) * float(alone.abs().max())
+    return float((batched - alone).abs().max()) > allowed
+
+
+def _scored_prompt(model: LoadedModel, row: DecoderRow) -> list[Score]:
+    """The scores of the prompt's tokens from the second one on, by a forward of the whole prompt.
+
+    Raises: ModelError if an encoder reads the prompt.
+    """
+    if model.family.reads_source:
+        raise ModelError(f"{model.facts.name_or_path} reads prompts with an encoder, which predicts no token of them")
+    wanted = row.continuation
+    ids = torch.tensor([list(wanted.prompt)], device=model.device)  # (1, T)
+    logits = model.net(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+    return score(logits, list(wanted.prompt[1:]), wanted.top or 0) if len(logits) else []

@@ -1,0 +1,93 @@
+"""What the decoder continues, and what it returns for each new token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from tunekit.contracts import GREEDY, Sampling, Tensors
+from tunekit.model.text.draws import Score, TokenSampler
+
+Adapt = Callable[[Tensors], Tensors]
+
+
+@dataclass(frozen=True)
+class States:
+    """The keys and values of the tokens `ids`: two tensors (1, H, T, D) for each layer."""
+
+    ids: tuple[int, ...]
+    layers: Sequence[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """A prompt to continue with up to `max_new_tokens` tokens, or up to one of `stop_ids`.
+
+    `sampling`: its seed belongs to this continuation alone.
+    `allowed`: gets the new tokens so far, and returns which tokens may come next, (V,) bool; None: all.
+    `top`: report log-probabilities, with those of this many most likely tokens; None: no log-probabilities. They are
+    the model's own, without temperature and `allowed`.
+    `scores_prompt`: also report those of the prompt, from its second token on; needs `top`.
+    `adapter`: the name of the adapter that answers, for the decoder's `using`.
+    `adapt`: changes the inputs of the prompt's forward, for an adapter that adds `virtual_tokens` positions.
+    `states`: of a prefix of the prompt, from an earlier continuation that `keeps_states`.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_ids: Collection[int] = ()
+    allowed: Callable[[Sequence[int]], Tensor | None] | None = None
+    top: int | None = None
+    scores_prompt: bool = False
+    adapter: str | None = None
+    adapt: Adapt | None = None
+    virtual_tokens: int = 0
+    states: States | None = None
+    keeps_states: bool = False
+
+    @property
+    def columns(self) -> int:
+        """The keys and values that it needs at most: its last token needs none."""
+        return self.virtual_tokens + len(self.prompt) + self.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A new token of the continuation `handle`. `reason`: why it is the last one, "stop" or "length"; None: more
+    follow. `states`: with the last token, if they are kept and the base allows it."""
+
+    handle: int
+    id: int
+    reason: str | None = None
+    score: Score | None = None
+    prompt_scores: Sequence[Score] = ()
+    states: States | None = None
+
+
+@dataclass(eq=False)
+class DecoderRow:
+    """A continuation that waits or runs. `offset`: the first column of its keys and values; `position`: the position
+    of its last token; `prompt_scores`: until they are reported."""
+
+    handle: int
+    continuation: Continuation
+    sampler: TokenSampler
+    tokens: list[int] = field(default_factory=list)
+    offset: int = 0
+    position: int = 0
+    prompt_scores: Sequence[Score] = ()
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Rows with equal keys have the same keys and values of their prompts."""
+        wanted = self.continuation
+        return tuple(wanted.prompt), wanted.adapter, wanted.adapt is None, self.handle if self.is_special else None
+
+    @property
+    def is_special(self) -> bool:
+        """Whether the forward of its prompt cannot be shared with other rows."""
+        return self.continuation.scores_prompt or self.continuation.states is not None

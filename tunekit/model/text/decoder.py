@@ -1,0 +1,192 @@
+"""One decoder for chat, serve, generate, evaluation and sampling: it continues many prompts at once, token by token.
+
+Rows join and leave at any token. What a row draws depends only on its seed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.machine.devices import forked_random
+from tunekit.model.call import calling, current_call
+from tunekit.model.families.structure import training_mode
+from tunekit.model.load import LoadedModel
+from tunekit.model.pretrained import as_pretrained
+from tunekit.model.text.cohort import Cohort, keeps_state_in_modules, rows_interact
+from tunekit.model.text.continuation import Continuation, DecoderRow, NewToken, States
+from tunekit.model.text.draws import TokenSampler, choose, score
+from tunekit.model.text.slot_batch import SlotBatch, Using
+from tunekit.model.text.slots import shares_slots
+
+PIECE_TOKENS = 256  # prompt tokens that are computed between two tokens of the running rows
+
+
+class Decoder:
+    """Continues up to `slots` prompts at once; each, with its new tokens, of up to `tokens` keys and values.
+
+    `piece_tokens`: the tokens of prompts that one step computes at most; running rows wait for them.
+    `using`: a block in which the named adapter answers.
+    Use it inside `decoding`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pad_id: int,
+        *,
+        slots: int,
+        tokens: int,
+        piece_tokens: int = PIECE_TOKENS,
+        using: Using = lambda adapter: nullcontext(),
+    ) -> None:
+        self.model, self.pad_id, self.slots, self.tokens = model, pad_id, slots, tokens
+        self.piece_tokens, self.using = piece_tokens, using
+        self._numbers, self._waiting = count(), deque[DecoderRow]()
+        self._slot_batch = SlotBatch(model, pad_id, slots, tokens, using) if shares_slots(model) else None
+        self._cohorts: list[Cohort] = []
+        shares = self._slot_batch is not None or slots == 1
+        self._cohort_size = 1 if shares or rows_interact(model, pad_id) else slots
+        self._is_single = self._slot_batch is None and keeps_state_in_modules(model)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the memory of keys and values, which is allocated with the first prompt."""
+        return 0 if self._slot_batch is None else self._slot_batch.nbytes
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a continuation waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def free_slots(self) -> int:
+        """The number of continuations that could start now."""
+        return max(self.slots - len(self._running) - len(self._waiting), 0)
+
+    def add(self, continuation: Continuation) -> int:
+        """Queue a continuation; returns its handle. Raises: ValueError if it is empty or does not fit into a slot."""
+        if not len(continuation.prompt) or continuation.max_new_tokens < 1 or continuation.columns > self.tokens:
+            raise ValueError(f"a continuation of {continuation.columns} tokens, but a slot has {self.tokens}")
+        row = DecoderRow(next(self._numbers), continuation, TokenSampler(continuation.sampling))
+        self._waiting.append(row)
+        return row.handle
+
+    def cancel(self, handle: int) -> States | None:
+        """End a continuation now, and return its states if it keeps them; one that has ended already is ignored."""
+        self._waiting = deque(row for row in self._waiting if row.handle != handle)
+        for batch in self._batches:
+            for row in [row for row in batch.rows if row.handle == handle]:
+                states = batch.states(row) if row.continuation.keeps_states else None
+                batch.remove(row)
+                return states
+        return None
+
+    def step(self) -> list[NewToken]:
+        """The next token of each running row, and the first tokens of rows that join."""
+        tokens: list[NewToken] = []
+        for batch in self._batches:
+            if batch.rows:
+                logits = self._logits(batch)  # which may put the rows into another order
+                tokens += self._chosen(batch, list(batch.rows), logits)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+        if self._slot_batch is not None:
+            return tokens + self._join(self._slot_batch)
+        return tokens + self._start_cohorts()
+
+    @property
+    def _batches(self) -> list[SlotBatch | Cohort]:
+        return [*([] if self._slot_batch is None else [self._slot_batch]), *self._cohorts]
+
+    @property
+    def _running(self) -> list[DecoderRow]:
+        return [row for batch in self._batches for row in batch.rows]
+
+    def _logits(self, batch: SlotBatch | Cohort) -> Tensor:
+        if isinstance(batch, SlotBatch):
+            return batch.logits()
+        with self.using(batch.rows[0].continuation.adapter):
+            return batch.logits()
+
+    def _join(self, batch: SlotBatch) -> list[NewToken]:
+        """Compute prompts, and choose the first tokens of the rows that join."""
+        tokens: list[NewToken] = []
+        joined = batch.admit(self._waiting, self.piece_tokens)
+        if joined:
+            rows = [row for row, _ in joined]
+            self._waiting = deque(row for row in self._waiting if row not in set(rows))
+            tokens = self._chosen(batch, rows, torch.stack([logits for _, logits in joined]))
+        return tokens
+
+    def _start_cohorts(self) -> list[NewToken]:
+        """Start waiting rows together, as soon as half of the slots are free: a cohort of one row costs as much time as
+        a large one."""
+        tokens: list[NewToken] = []
+        while self._waiting and not (self._is_single and self._cohorts):
+            free = min(self.slots - len(self._running), self._cohort_size)
+            if 2 * free < min(self._cohort_size, len(self._waiting)) or not free:
+                break
+            first = self._waiting[0].continuation
+            rows = [self._waiting.popleft()]
+            while self._waiting and len(rows) < free and not first.scores_prompt:
+                other = self._waiting[0].continuation
+                if (other.adapter, other.adapt) != (first.adapter, first.adapt):
+                    break
+                rows.append(self._waiting.popleft())
+            with self.using(first.adapter):
+                cohort = Cohort(self.model, self.pad_id, rows)
+            self._cohorts.append(cohort)
+            tokens += self._chosen(cohort, rows, self._logits(cohort))
+        return tokens
+
+    def _chosen(self, batch: SlotBatch | Cohort, rows: list[DecoderRow], logits: Tensor) -> list[NewToken]:
+        """The chosen token of each row, and the end of rows. Shapes: logits (B, V) float32."""
+        scores = logits
+        for place, row in enumerate(rows):
+            allowed = row.continuation.allowed and row.continuation.allowed(row.tokens)
+            if allowed is not None:
+                scores = scores.clone() if scores is logits else scores
+                scores[place].masked_fill_(~allowed.to(scores.device), -torch.inf)
+        ids = choose(scores, [row.sampler for row in rows]).tolist()
+        tokens = []
+        for place, (row, token) in enumerate(zip(rows, ids, strict=True)):
+            wanted = row.continuation
+            row.tokens.append(token)
+            ended = "length" if len(row.tokens) >= wanted.max_new_tokens else None
+            reason = "stop" if token in wanted.stop_ids else ended
+            scored = None if wanted.top is None else score(logits[place : place + 1], [token], wanted.top)[0]
+            states = batch.states(row) if reason and wanted.keeps_states else None
+            tokens.append(NewToken(row.handle, token, reason, scored, row.prompt_scores, states))
+            row.prompt_scores = ()
+            if reason:
+                batch.remove(row)
+        return tokens
+
+
+@contextmanager
+def decoding(net: nn.Module) -> Iterator[None]:
+    """A block without gradients, in eval mode, with the cache on and no generation defaults; modes, settings and random
+    state are restored after it."""
+    from transformers import GenerationConfig
+
+    holder = as_pretrained(net)
+    use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
+    device = next(
+        (parameter.device for parameter in net.parameters() if parameter.device.type != "cpu"), torch.device("cpu")
+    )
+    holder.config.use_cache, holder.generation_config = True, GenerationConfig()
+    # A head copies a non-contiguous slice (each row's last position) once per row of the batch.
+    contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        call = replace(current_call(), fuses=True)
+        with torch.no_grad(), training_mode(net, False), forked_random(device), calling(call):
+            yield
+    finally:
+        contiguous.remove()
+        holder.config.use_cache, holder.generation_config = use_cache, defaults

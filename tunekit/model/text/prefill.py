@@ -1,0 +1,131 @@
+"""Computes the keys and values of prompts in pieces, so that running rows need not wait for a long prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Tensors
+from tunekit.model.attention.self_attention import CACHE_NAMES
+from tunekit.model.families.structure import accepted_names
+from tunekit.model.load import LoadedModel
+from tunekit.model.text.continuation import DecoderRow, States
+from tunekit.model.text.draws import Score, score
+from tunekit.model.text.slots import Columns, SlotMemory
+from tunekit.model.transformers_guard import quiet
+
+SCORED_TOKENS = 256  # a piece whose tokens are scored needs logits of each of them
+
+
+class Forward:
+    """Calls a net that keeps keys and values, with those of the arguments that it accepts."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.net, self.device = model.net, model.device
+        self._names = accepted_names(model.net)
+        self._cache = next(name for name in CACHE_NAMES if name in self._names)
+
+    def __call__(
+        self, inputs: Tensors, mask: Tensor, positions: Tensor, slots: SlotMemory, *, last: bool = True
+    ) -> Tensor:
+        """The logits (B, T, V), or (B, 1, V) of the `last` token. Shapes: mask (B, columns), positions (B, T)."""
+        named = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": int(last)}
+        arguments = {name: value for name, value in named.items() if name in self._names}
+        logits: Tensor = self.net(**inputs, **arguments, **{self._cache: slots.cache}, use_cache=True).logits
+        return logits[:, -1:] if last else logits
+
+
+class Prefill:
+    """The prompts of some rows, padded on the left. `advance` computes the next columns of all of them.
+
+    `logits` (B, V): of the last tokens, when all columns are computed. `scores`: those of a single prompt.
+    """
+
+    def __init__(self, forward: Forward, model: LoadedModel, rows: Sequence[DecoderRow], pad_id: int) -> None:
+        self.forward, self.rows = forward, list(rows)
+        self.places = {row.key: place for place, row in enumerate(rows)}
+        wanted = rows[0].continuation
+        width = max(len(row.continuation.prompt) for row in rows)
+        ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)  # (B, T)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)  # (B, T)
+        for place, row in enumerate(rows):
+            prompt = torch.tensor(list(row.continuation.prompt))
+            ids[place, width - len(prompt) :], mask[place, width - len(prompt) :] = prompt, 1
+        inputs: Tensors = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        inputs = inputs if wanted.adapt is None else wanted.adapt(inputs)
+        self._mask = inputs["attention_mask"]
+        self._inputs = {name: part for name, part in inputs.items() if name not in ("attention_mask", "position_ids")}
+        self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
+        self.columns = Columns(len(rows), self._mask.shape[1])
+        self.slots = SlotMemory(model, self.columns)
+        self.logits = torch.empty(0)
+        self.scores: list[Score] = []
+        if wanted.states is not None:
+            self._reuse(wanted.states)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all columns are computed."""
+        return self.columns.end == self.columns.capacity
+
+    def length(self, row: DecoderRow) -> int:
+        """The number of columns of a row's prompt, with virtual tokens."""
+        return row.continuation.virtual_tokens + len(row.continuation.prompt)
+
+    def advance(self, tokens: int) -> int:
+        """Compute about this many tokens of all prompts together; returns their number."""
+        start, wanted = self.columns.end, self.rows[0].continuation
+        count = max(tokens // len(self.rows), 1)
+        count = min(count, SCORED_TOKENS) if wanted.scores_prompt else count
+        end = min(start + count, self.columns.capacity)
+        inputs = {name: part[:, start:end] for name, part in self._inputs.items()}
+        with quiet():
+            logits = self.forward(
+                inputs,
+                self._mask[:, :end],
+                self._positions[:, start:end],
+                self.slots,
+                last=not wanted.scores_prompt,
+            )
+        self.columns.end = end
+        if wanted.scores_prompt:
+            self._score(logits[0], start - wanted.virtual_tokens)
+        self.logits = logits[:, -1]
+        return (end - start) * len(self.rows)
+
+    def _reuse(self, states: States) -> None:
+        """Write the states of the common prefix; the last token must be computed."""
+        pairs = zip(states.ids, self.rows[0].continuation.prompt[:-1], strict=False)
+        if shared := len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))):
+            self.slots.put([[part[:, :, :shared] for part in layer] for layer in states.layers], 0, 0)
+            self.columns.end = shared
+
+    def _score(self, logits: Tensor, start: int) -> None:
+        """Score the tokens that follow these logits (T, V) of the tokens from `start` on."""
+        wanted = self.rows[0].continuation
+        first = max(-start, 0)  # virtual tokens come before
+        following = list(wanted.prompt[start + first + 1 : start + len(logits) + 1])
+        if following:
+            self.scores += score(logits[first : first + len(following)], following, wanted.top or 0)
+
+
+def shared_prefill(waiting: Iterable[DecoderRow], count: int, tokens: int) -> list[DecoderRow]:
+    """The next rows, at most `count`, whose different prompts can be computed together within `tokens` tokens. The
+    first row is always among them; rows whose inputs an adapter changes have prompts of equal length."""
+    first, *others = waiting
+    rows, wanted = {first.key: first}, first.continuation
+    width = len(wanted.prompt)
+    for row in others:
+        other = row.continuation
+        if first.is_special or row.is_special or len(rows) == count or other.adapter != wanted.adapter:
+            break
+        adapted = (wanted.adapt, len(wanted.prompt)) != (other.adapt, len(other.prompt))
+        widest = max(width, len(other.prompt))
+        if row.key not in rows and ((adapted and (wanted.adapt or other.adapt)) or widest * (len(rows) + 1) > tokens):
+            break
+        rows.setdefault(row.key, row)
+        width = widest
+    return list(rows.values())

@@ -1,0 +1,128 @@
+"""Keys and values of many rows in memory that is allocated once: one slot for each row, and columns that all share.
+
+Every forward writes all rows at the same column, so a row that joins later starts at a later column. Differences of
+columns then equal differences of positions, and windows and masks stay those of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from tunekit.model.attention.self_attention import CACHE_NAMES
+from tunekit.model.families.structure import accepted_names
+from tunekit.model.load import LoadedModel
+from tunekit.model.pretrained import as_pretrained, config_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+
+@dataclass
+class Columns:
+    """The part of the memory that a forward reads, rows x columns from `start` to `end`, and where it writes: from
+    `end` on. `slots` and `capacity`: the size of the memory."""
+
+    slots: int
+    capacity: int
+    rows: slice = field(default_factory=lambda: slice(None))
+    start: int = 0
+    end: int = 0
+
+
+class SlotLayer(DynamicLayer):  # type: ignore[misc]
+    """The keys and values of one layer: two tensors (slots, H, capacity, D), which are allocated once.
+
+    Masked columns are multiplied with probabilities of 0, so the memory starts with zeros.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__()
+        self.columns = columns
+        self.memory: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *others: object, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values; returns those of all columns. Shapes: (B, H, T, D) -> (B, H, columns, D)."""
+        self.allocate((key_states, value_states))
+        columns, count = self.columns, key_states.shape[-2]
+        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+            # An error beyond the memory, where a slice would drop tokens.
+            memory[columns.rows].narrow(2, columns.end, count).copy_(states)
+        self.keys, self.values = (
+            memory[columns.rows, :, columns.start : columns.end + count] for memory in self.memory
+        )
+        return self.keys, self.values
+
+    def allocate(self, like: Sequence[Tensor]) -> None:
+        """Allocate the memory for keys and values like these (B, H, T, D)."""
+        if not self.memory:
+            self.device, self.is_initialized = like[0].device, True
+            slots, capacity = self.columns.slots, self.columns.capacity
+            self.memory = tuple(part.new_zeros(slots, part.shape[1], capacity, part.shape[3]) for part in like)
+
+    def get_seq_length(self) -> int:
+        """The number of columns before those that a forward writes."""
+        return self.columns.end - self.columns.start
+
+
+class SlotMemory:
+    """The memory of all layers. `cache`: the form in which the net reads and writes it."""
+
+    def __init__(self, model: LoadedModel, columns: Columns) -> None:
+        self.columns = columns
+        self.cache: Cache = DynamicCache(config=config_of(model.net))
+        self.layers = [SlotLayer(columns) for _ in self.cache.layers]
+        self.cache.layers = self.layers
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the memory that is allocated."""
+        return sum(memory.nbytes for layer in self.layers for memory in layer.memory)
+
+    def read(self, row: int, start: int, end: int) -> list[tuple[Tensor, ...]]:
+        """Copies of a row's keys and values (1, H, T, D) of each layer."""
+        parts = (layer.memory for layer in self.layers)
+        return [tuple(part[row : row + 1, :, start:end].clone() for part in memory) for memory in parts]
+
+    def put(self, states: Sequence[Sequence[Tensor]], row: int, start: int) -> None:
+        """Write keys and values (1, H, T, D) into the columns of a row from `start` on."""
+        for layer, parts in zip(self.layers, states, strict=True):
+            if parts:  # a layer that shares those of another one has none
+                layer.allocate(parts)
+                for memory, part in zip(layer.memory, parts, strict=True):
+                    memory[row : row + 1, :, start : start + part.shape[2]] = part
+
+    def copy(self, row: int, end: int, source: SlotMemory, source_row: int, source_end: int, tokens: int) -> None:
+        """Copy a row's last tokens before column `source_end`, so that they end at column `end` of `row`."""
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            if other.memory:
+                layer.allocate(other.memory)
+            for memory, states in zip(layer.memory, other.memory, strict=True):
+                memory[row, :, end - tokens : end] = states[source_row, :, source_end - tokens : source_end]
+
+    def shift(self, rows: int, start: int, columns: int) -> None:
+        """Move the columns of the first rows from `start` on to the right, or (negative) to the left."""
+        end = self.columns.end
+        for layer in self.layers:
+            for memory in layer.memory:
+                memory[:rows, :, start + columns : end + columns] = memory[:rows, :, start:end].clone()
+        self.columns.end += columns
+
+
+def shares_slots(model: LoadedModel) -> bool:
+    """Whether rows of different lengths can share columns: every layer keeps keys and values of single tokens, and a
+    mask hides columns. Bases with an encoder or a state cannot."""
+    net = as_pretrained(model.net)
+    if model.family.reads_source or getattr(net, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=config_of(model.net)).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    names = accepted_names(net)
+    return plain and "attention_mask" in names and not names.isdisjoint(CACHE_NAMES)
