@@ -3,6 +3,8 @@ them, and what happens without a compiler."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from tests.adapters.test_joined_lora import adapted, gradients
+from tests.architectures.tiny import tiny_config
 from tests.model.test_causal_attention import LENGTHS, make_inputs, reference, values_and_gradients
 from tests.support.train_case import write_recipe
 from tunekit.adapters.kernels.lora_products import Gated
@@ -19,7 +23,9 @@ from tunekit.adapters.kernels.native import NativeGated, NativeNorm, use_native
 from tunekit.adapters.kernels.norms import LightNorm, computes_rms_norm
 from tunekit.errors import ModelError
 from tunekit.model.attention.cpu_kernel import attend_causally
-from tunekit.model.attention.documents import NATIVE, attend_per_document
+from tunekit.model.attention.documents import NATIVE, attend_per_document, known_documents
+from tunekit.model.attention.segments import find_segments
+from tunekit.model.call import Call, calling
 from tunekit.model.native import library
 from tunekit.model.native.attention import attend_natively
 from tunekit.model.native.library import NoKernels, load_kernels
@@ -67,6 +73,18 @@ def test_a_norm_rounds_as_torchs_operations_do() -> None:
         assert (light != native).float().mean() < 2e-3, "only the order of the sums differs"
         torch.testing.assert_close(native, light, rtol=1e-2, atol=1e-3)
     assert not NativeNorm(module)(x.detach()).requires_grad
+
+
+@needs_kernels
+def test_a_norm_with_a_weight_of_each_head_and_a_whole_epsilon() -> None:
+    """The kernel has one weight per number of a row, and takes epsilon as a float."""
+    net, _ = adapted("llama", dtype=torch.bfloat16)
+    module = next(module for module in net.modules() if computes_rms_norm(module))
+    module.weight.data, module.variance_epsilon = numbers(2, 32, seed=1), 1
+    x = numbers(3, 2, 32)
+    assert torch.equal(NativeNorm(module)(x), type(module).forward(module, x))
+    module.weight.data = numbers(32, seed=1)
+    torch.testing.assert_close(NativeNorm(module)(x), type(module).forward(module, x), rtol=2**-7, atol=1e-3)
 
 
 @needs_kernels
@@ -147,6 +165,44 @@ def test_a_network_computes_with_them(checkpointed: int, threads: Callable[[int]
         assert torch.equal(found[name], results[1][1][name]), "the number of threads changes no bit"
 
 
+FAMILIES = ["qwen3", "granite", "gemma", "glm4", "mistral"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_round_as_much_as_with_torchs_operations(model_type: str) -> None:
+    """Norms of queries and keys, a scale of attention, norms with an offset or after a layer, and a window that
+    is shorter than some documents: the distance from float64 is that of torch's operations in bfloat16."""
+    values = [values_of(model_type, dtype, native) for dtype, native in MODES]
+    for exact, plain, native in zip(*values, strict=True):
+        assert (native - exact).norm() <= 1.1 * (plain - exact).norm()
+
+
+MODES = [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+
+
+def values_of(model_type: str, dtype: torch.dtype, native: bool) -> tuple[Tensor, Tensor]:
+    """Logits of documents in one row, and the gradient of the embeddings."""
+    config = tiny_config(model_type)
+    config.hidden_size, config.head_dim = 128, 32
+    torch.manual_seed(0)
+    net: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for weight in net.parameters():
+        weight.add_(torch.randn(weight.shape), alpha=0.3 if weight.dim() == 1 else weight.shape[-1] ** -0.5)
+    net = net.to(torch.bfloat16).to(dtype)
+    attend_per_document(net, CPU, dtype)
+    if native:
+        use_native(net)
+        assert net.config._attn_implementation == NATIVE
+    positions = torch.cat([torch.arange(length) for length in (1, 70, 33, 2, 100)])[None]
+    ids = torch.randint(5, 260, positions.shape, generator=torch.Generator().manual_seed(1))
+    inputs = net.get_input_embeddings()(ids).detach().requires_grad_()
+    with calling(Call(segments=find_segments(positions))), known_documents():
+        logits = net(inputs_embeds=inputs, position_ids=positions, use_cache=False).logits.double()
+    logits.square().sum().backward()
+    return logits.detach(), inputs.grad.double()
+
+
 @needs_kernels
 def test_plan_chooses_them_in_bfloat16_on_a_cpu(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
@@ -173,6 +229,29 @@ def test_without_a_compiler_torchs_operations_remain(
         assert any("kernels in C: no, there is no C compiler" in note for note in plan.notes)
         with pytest.raises(ModelError, match="this run computes with kernels in C, but there is no C compiler"):
             use_native(nn.Module())
+    finally:
+        load_kernels.cache_clear()
+
+
+@needs_kernels
+def test_a_cache_that_does_not_serve_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(cache: Path) -> Path:
+        monkeypatch.setenv("TUNEKIT_CACHE", str(cache))
+        load_kernels.cache_clear()
+        return Path(load_kernels()._name)
+
+    try:
+        good = loaded(tmp_path / "good")
+        assert good == loaded(tmp_path / "good")
+        assert [*(tmp_path / "good" / "kernels").iterdir()] == [good]
+        (tmp_path / "damaged" / "kernels").mkdir(parents=True)
+        (tmp_path / "damaged" / "kernels" / good.name).touch()  # as after a loss of power
+        assert tmp_path not in loaded(tmp_path / "damaged").parents
+        assert tmp_path not in loaded(good).parents, "a file, in which no folder can be made"
+        if os.getuid() == 0:
+            shutil.copytree(tmp_path / "good", tmp_path / "foreign")
+            os.chown(tmp_path / "foreign" / "kernels" / good.name, 4711, -1)
+            assert tmp_path not in loaded(tmp_path / "foreign").parents, "another user's"
     finally:
         load_kernels.cache_clear()
 

@@ -67,9 +67,11 @@ class NativeNorm(LightNorm):
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight: Tensor = self.norm.weight  # type: ignore[assignment]  # a plain tensor within functional_call
-        if weight.requires_grad or not _fits(hidden_states, weight):
+        fits = _fits(hidden_states, weight) and weight.shape == hidden_states.shape[-1:]  # else it is broadcast
+        if weight.requires_grad or not fits:
             return super().__call__(hidden_states)
-        return _NativeNorm.apply(hidden_states, weight, self.norm.variance_epsilon)  # type: ignore[no-untyped-call]
+        epsilon = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
+        return _NativeNorm.apply(hidden_states, weight, epsilon)  # type: ignore[no-untyped-call]
 
 
 class _NativeNorm(torch.autograd.Function):

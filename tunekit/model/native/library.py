@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class NoKernels(Exception):
 
 @cache
 def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels.
+    """The compiled kernels: from the cache folder, or compiled for this process if that folder does not serve.
 
     Raises: NoKernels.
     """
@@ -37,14 +38,23 @@ def load_kernels() -> ctypes.CDLL:
         raise NoKernels("there is no C compiler")
     version = _output_of([compiler, "--version"])
     processor = [line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if line.startswith("flags")][:1]
-    key = hash_of([SOURCE.read_text("utf-8"), FLAGS, EXACT, version, processor])
-    path = default_cache_folder() / "kernels" / f"{key}.so"
+    name = f"{hash_of([SOURCE.read_text('utf-8'), FLAGS, EXACT, version, processor])}.so"
+    with suppress(OSError):  # the folder cannot be written, or the file is damaged or another user's
+        return _library(compiler, default_cache_folder() / "kernels" / name)
     try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        with tempfile.TemporaryDirectory(prefix="tunekit-") as folder:
+            return _library(compiler, Path(folder) / name)
     except OSError as error:
         raise NoKernels(str(error)) from error
+
+
+def _library(compiler: str, path: Path) -> ctypes.CDLL:
+    """The library at `path`, which is compiled if it is not there. Raises: NoKernels, OSError."""
+    if not path.exists():
+        _compile(compiler, path)
+    if path.stat().st_uid not in (os.getuid(), 0):
+        raise PermissionError(f"{path} is another user's")
+    return ctypes.CDLL(str(path))
 
 
 def _compile(compiler: str, path: Path) -> None:
