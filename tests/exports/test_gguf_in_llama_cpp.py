@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from tests.exports.test_gguf import adapter_of, exportable
 from tunekit.exports import gguf as format
 from tunekit.exports.format import Evidence, Options
 from tunekit.exports.llama_cpp.converter import imported
+from tunekit.exports.llama_cpp.texts import sample_texts
 from tunekit.exports.llama_cpp.types import FILE_TYPES
+from tunekit.exports.programs.llama_cpp import tokens_of
 from tunekit.exports.programs.program import Program, find_program
 from tunekit.exports.questions import make_questions
 from tunekit.targets.exportable import make_exportable
@@ -166,6 +169,26 @@ def test_texts_become_the_same_tokens(
     found = json.loads(run(llama_cpp, TOKENIZE, tmp_path / "model.gguf", json.dumps(TEXTS)))
     assert exported.processor.tokenizer is not None
     assert found == [exported.processor.tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", ["stories", "smollm2"])
+def test_added_tokens_are_found_in_the_same_places(
+    llama_cpp: Program, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """New tokens, and tokens of the vocabulary that became added ones, as plain text and in a conversation."""
+    base = shutil.copytree(request.getfixturevalue(name), tmp_path / "base", copy_function=shutil.copyfile)
+    base.chmod(0o755)
+    tokenizer = json.loads((base / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    inside = next(token for token, number in vocabulary.items() if number > 300 and token.isalpha() and len(token) > 2)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": vocabulary[inside], "content": inside, **flags})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    exported = make_exportable(find_target(str(base), None, []))
+    written = format.write(exported, tmp_path / "model.gguf", EVIDENCE, Options(type="F16"))
+    texts = [f"{inside} and {inside}{inside}.", *sample_texts(exported)]
+    tokenizer_ids = [exported.processor.tokenizer.native(text)["input_ids"] for text in texts]  # type: ignore[union-attr]
+    assert tokens_of(llama_cpp, written.path, texts) == tokenizer_ids
 
 
 EXPERTS = {"target_modules": ("q_proj",), "target_parameters": ("gate_up_proj", "down_proj")}
