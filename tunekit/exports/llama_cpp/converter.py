@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -212,7 +212,7 @@ def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, Any]:
     with converting():
         complete.prepare_tensors()
         complete.set_gguf_parameters()
-        type(plain).__mro__[1].set_gguf_parameters(plain)  # the converter's own method
+        cast("type[ConvertedModel]", type(plain).__mro__[1]).set_gguf_parameters(plain)  # the converter's own method
     theirs = {name: entry.value for name, entry in plain.gguf_writer.kv_data[0].items()}
     ours = {name: entry.value for name, entry in complete.gguf_writer.kv_data[0].items()}
     return {name: value for name, value in ours.items() if theirs.get(name) != value}
