@@ -222,13 +222,29 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "llama": YARN | {"attention_factor": 0.7},
     "gemma3_text": {},
     "mistral": {},
+    "afmoe": {},
+    "cohere2": {},
+}
+WINDOWS: dict[str, dict[str, Any]] = {  # with 16 tokens
+    "afmoe": {
+        "mup_enabled": True,
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 1,
+    },
+    "cohere2": {"num_hidden_layers": 5},
 }
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_facts_that_the_converter_leaves_out_count_in_llama_cpp(llama_cpp: Program, kind: str, tmp_path: Path) -> None:
-    """Gemma has a window in every second layer; Mistral's is ignored, and the file ends there."""
+    """Gemma has a window in every second layer; Mistral's is ignored, and the file ends there. AFMoE's experts have
+    weights that add up to 1, which no configuration states."""
     changes: dict[str, Any] = {"rope_parameters": ROTATIONS[kind]} if ROTATIONS[kind] else {"sliding_window": 16}
+    changes |= WINDOWS.get(kind, {})
     if kind == "gemma3_text":
         types = ["sliding_attention", "full_attention"]
         changes |= {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": types}

@@ -20,7 +20,7 @@ from tunekit.exports.format import Options
 from tunekit.exports.llama_cpp.adapter import adapter_problems
 from tunekit.exports.llama_cpp.converter import converting
 from tunekit.exports.llama_cpp.fixed import fixed_problems, group_size
-from tunekit.exports.llama_cpp.metadata import complete_facts, right_up_to
+from tunekit.exports.llama_cpp.metadata import complete_facts, limit_notes, right_up_to
 from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
 from tunekit.exports.llama_cpp.vocabulary import added_kinds, check_normalizer, file_name, space_scheme, strips_as_phi3
 from tunekit.exports.questions import make_questions
@@ -50,6 +50,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ({"model_type": "gpt_neox", "attention_bias": False}, "attention_bias"),
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm"),
         ({"model_type": "falcon", "bias": True}, "bias"),
+        ({"model_type": "afmoe"}, "mup_enabled"),
+        ({"model_type": "afmoe", "mup_enabled": True, "num_hidden_layers": 4}, None),
+        ({"model_type": "afmoe", "mup_enabled": True, "layer_types": [SLIDING, FULL] * 16}, "layer_types"),
         ({"model_type": "qwen3_moe"}, "norm_topk_prob"),  # False where config.json does not state it
         ({"model_type": "llama", "rope_parameters": YARN | {"beta_fast": 4.0}}, "beta_fast"),
         ({"model_type": "llama", "rope_parameters": YARN | {"truncate": False}}, "truncate"),
@@ -110,6 +113,13 @@ def test_facts_that_the_converter_leaves_out_are_written(
         key = next(key for key in stated if key.endswith(name))
         assert stated[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
     assert any("right up to 32 tokens" in note for note in written.notes) == (kind == "mistral")
+
+
+def test_the_rounded_bounds_of_gpt_oss_are_noted() -> None:
+    rope = YARN | {"truncate": False}
+    (note,) = limit_notes({"model_type": "gpt_oss", "rope_parameters": rope})
+    assert "rounds the bounds of yarn" in note
+    assert list(limit_notes({"model_type": "gpt_oss", "rope_parameters": YARN})) == []
 
 
 def test_a_scaling_that_the_converter_does_not_write_is_refused() -> None:

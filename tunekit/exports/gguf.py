@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +104,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     return Exported(path, exportable.whole, (*notes, f"run it with: llama-server -m {path}"))
 
 
-def _base_notes(exportable: Exportable, facts: Mapping[str, Any]) -> tuple[str, ...]:
+def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[str, ...]:
     """What the base's file must state, unless it is a GGUF file that states it."""
     if exportable.gguf_file is not None:
         with imported() as converter:
@@ -119,9 +118,10 @@ def _base_notes(exportable: Exportable, facts: Mapping[str, Any]) -> tuple[str, 
     return (f"the base's GGUF file must state {listed}, which llama.cpp's converter leaves out; {how}",)
 
 
-def _equal(stated: Any, value: Any) -> bool:
+def _equal(stated: object, value: object) -> bool:
     """Whether a value of a GGUF file, which has float32 numbers, is the given one."""
-    return math.isclose(stated, value, rel_tol=1e-6) if isinstance(stated, float) else bool(stated == value)
+    numbers = isinstance(stated, float) and isinstance(value, int | float)
+    return math.isclose(stated, value, rel_tol=1e-6) if numbers else stated == value
 
 
 def write_base(exportable: Exportable, path: Path) -> None:

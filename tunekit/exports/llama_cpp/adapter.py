@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such)", MERGE)]
 
 
-def write_adapter(exportable: Exportable, path: Path) -> dict[str, Any]:
+def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
     """Write the pairs in float32, with one rank for all; alpha = rank, so the scale is 1. Returns the facts that the
     base's file must state, and that llama.cpp's converter does not write."""
     plain = normalise(exportable.target).padded()
@@ -70,7 +69,7 @@ def write_adapter(exportable: Exportable, path: Path) -> dict[str, Any]:
 
 def _placed(
     converter: Converter, exportable: Exportable, plain: PlainAdapter
-) -> tuple[dict[str, Placed], str, dict[str, Any]]:
+) -> tuple[dict[str, Placed], str, dict[str, object]]:
     """Where the file has the pairs, llama.cpp's name of the architecture, and the base's added facts."""
     meta = make_meta_model(exportable.target.model, device=torch.device("cpu"))
     modules = dict(meta.net.named_modules())

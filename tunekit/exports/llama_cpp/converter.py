@@ -206,7 +206,7 @@ def make_model(
         return type(base.__name__, (base,), members)(folder, file_type, folder / "model.gguf", hparams=hparams)
 
 
-def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, Any]:
+def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, object]:
     """The facts that llama.cpp's converter leaves out of a file, or states in another way, with the right values."""
     complete, plain = make(), make()
     with converting():
@@ -225,6 +225,8 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
         values["n_ctx"] = values["n_positions"]
     if values.get("model_type") == "falcon" and values["multi_query"] and not values["new_decoder_architecture"]:
         values["num_kv_heads"] = 1  # transformers states the number of all heads there, and ignores it
+    if values.get("model_type") == "cohere2":
+        values.setdefault("rotary_pct", 1.0)  # the key of older files, which transformers ignores
     return values
 
 

@@ -26,6 +26,12 @@ def _without_positions(config: Configuration) -> object:
     return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
 
 
+def _every_fourth_full(config: Configuration) -> object:
+    """Every fourth layer sees all tokens; the others have a window, and alone have positions."""
+    layers = range(config["num_hidden_layers"])
+    return ["sliding_attention" if (layer + 1) % 4 else "full_attention" for layer in layers]
+
+
 def _exaone_window(config: Configuration) -> object:
     """Only the 32B model has windows."""
     return config["sliding_window"] if config["num_hidden_layers"] == 64 else None
@@ -39,6 +45,7 @@ FIXED: dict[str, dict[str, Callable[[Configuration], object]]] = {
         "attn_logit_softcapping": lambda config: None,
         "use_bidirectional_attention": lambda config: False,
     },
+    "afmoe": {"mup_enabled": lambda config: True, "layer_types": _every_fourth_full},
     "qwen2_moe": {"norm_topk_prob": lambda config: False},
     "qwen3_moe": {"norm_topk_prob": lambda config: True},
     "gpt2": {

@@ -6,6 +6,7 @@ from typing import Any
 
 from tunekit.errors import ModelError
 
+Definition = Mapping[str, Any]  # of a tokenizer, or of one of its steps, as in tokenizer.json
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -22,7 +23,7 @@ NEVER_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 UNUSED_MERGE = "<|left|> <|right|>"
 
 
-def named_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
+def named_pre_tokenizer(tokenizer: Definition) -> str:
     """llama.cpp's name for the step that splits texts into words. Raises: ModelError if it has none."""
     if not tokenizer["model"].get("merges"):
         return "gpt-2"  # without merges it does not matter where texts are split
@@ -33,7 +34,7 @@ def named_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     raise ModelError(what, "it would split texts differently; choose another --to")
 
 
-def _step(part: Mapping[str, Any]) -> tuple[str | None, Any]:
+def _step(part: Definition) -> tuple[str | None, Any]:
     kind = part.get("type")
     if kind == "ByteLevel" and part.get("add_prefix_space"):
         return kind, "with a space in front"
@@ -45,7 +46,7 @@ def _step(part: Mapping[str, Any]) -> tuple[str | None, Any]:
     return kind, options.get(str(kind))
 
 
-def merge_scores(tokenizer: Mapping[str, Any], tokens: Sequence[bytes]) -> list[float]:
+def merge_scores(tokenizer: Definition, tokens: Sequence[bytes]) -> list[float]:
     """The score of each token, so that llama.cpp, which merges to the token with the highest score first, merges in the
     order of tokenizer.json."""
     ranks: dict[str, int] = {}
@@ -54,7 +55,7 @@ def merge_scores(tokenizer: Mapping[str, Any], tokens: Sequence[bytes]) -> list[
     return [-float(ranks.get(token.decode("utf-8", "replace"), len(ranks))) for token in tokens]
 
 
-def added_kinds(tokenizer: Mapping[str, Any], kinds: Sequence[int]) -> dict[int, int]:
+def added_kinds(tokenizer: Definition, kinds: Sequence[int]) -> dict[int, int]:
     """The kinds of the added tokens, by id, which a text is searched for before it is split. The converter gives those
     the kind of normal tokens that are also in the vocabulary.
 
@@ -67,7 +68,7 @@ def added_kinds(tokenizer: Mapping[str, Any], kinds: Sequence[int]) -> dict[int,
     }
 
 
-def space_scheme(tokenizer: Mapping[str, Any]) -> str:
+def space_scheme(tokenizer: Definition) -> str:
     """Where texts get a space before they are split: "always" in front of them and after each added token, only in
     front of them ("first"), or "never"."""
     if any(part.get("type") == "Prepend" for part in _parts(tokenizer, "normalizer")):
@@ -76,7 +77,7 @@ def space_scheme(tokenizer: Mapping[str, Any]) -> str:
     return str(steps[0].get("prepend_scheme", "always")) if steps else "never"
 
 
-def strips_as_phi3(tokenizer: Mapping[str, Any]) -> bool:
+def strips_as_phi3(tokenizer: Definition) -> bool:
     """Whether the tokenizer removes spaces where llama.cpp does so in a file with "phi-3" in its name: after each added
     token except these three, all of which must exist."""
     added = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
@@ -92,7 +93,7 @@ def file_name(name: str, *, strips: bool) -> str:
     return f"{other} (phi-3)" if strips else other
 
 
-def check_normalizer(tokenizer: Mapping[str, Any], space: str | None = None) -> None:
+def check_normalizer(tokenizer: Definition, space: str | None = None) -> None:
     """Raises: ModelError for changes of a text before it is split, which llama.cpp does not make. It replaces spaces by
     `space` in a tokenizer of pieces; most texts are in the form NFC anyway."""
     for part in _parts(tokenizer, "normalizer"):
@@ -103,7 +104,7 @@ def check_normalizer(tokenizer: Mapping[str, Any], space: str | None = None) -> 
             raise ModelError(what, "choose another --to")
 
 
-def _parts(tokenizer: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def _parts(tokenizer: Definition, name: str) -> list[Definition]:
     """The steps of a tokenizer's normalizer or pre-tokenizer."""
     step = tokenizer.get(name) or {}
     return list(step.get(f"{name.replace('_', '')}s", [step]))
