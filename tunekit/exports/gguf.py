@@ -120,8 +120,9 @@ def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[st
 
 def _equal(stated: object, value: object) -> bool:
     """Whether a value of a GGUF file, which has float32 numbers, is the given one."""
-    numbers = isinstance(stated, float) and isinstance(value, int | float)
-    return math.isclose(stated, value, rel_tol=1e-6) if numbers else stated == value
+    if isinstance(stated, float) and isinstance(value, int | float):
+        return math.isclose(stated, value, rel_tol=1e-6)
+    return stated == value
 
 
 def write_base(exportable: Exportable, path: Path) -> None:
