@@ -53,6 +53,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ({"model_type": "afmoe"}, "mup_enabled"),
         ({"model_type": "afmoe", "mup_enabled": True, "num_hidden_layers": 4}, None),
         ({"model_type": "afmoe", "mup_enabled": True, "layer_types": [SLIDING, FULL] * 16}, "layer_types"),
+        ({"model_type": "llama4_text"}, None),
+        ({"model_type": "llama4_text", "attention_chunk_size": 32}, "attention_chunk_size"),
+        ({"model_type": "gemma3n_text"}, None),
+        ({"model_type": "gemma3n_text", "hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input"),
         ({"model_type": "qwen3_moe"}, "norm_topk_prob"),  # False where config.json does not state it
         ({"model_type": "llama", "rope_parameters": YARN | {"beta_fast": 4.0}}, "beta_fast"),
         ({"model_type": "llama", "rope_parameters": YARN | {"truncate": False}}, "truncate"),

@@ -12,11 +12,15 @@ from tunekit.model.storage.windows import sliding_window
 WINDOWED = frozenset(
     (
         *("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "cohere2", "olmo3", "exaone4"),
-        *("afmoe", "laguna", "llama4_text", "mellum", "mimo_v2"),
+        *("afmoe", "cohere2_moe", "exaone_moe", "laguna", "llama4_text", "mellum", "mimo_v2"),
     )
 )
 OWN_SCALING = ("hunyuan_v1_dense", "hunyuan_v1_moe")  # the converter computes theirs
-ALWAYS = {"afmoe": "expert_weights_norm"}  # facts that are true of a type, and that its configuration does not state
+# facts that are true of a type, and that its configuration does not state
+ALWAYS: dict[str, dict[str, int]] = {
+    "afmoe": {"expert_weights_norm": True},
+    "exaone_moe": {"expert_gating_func": 2},  # sigmoid
+}
 FACTORS = {"llama3": "rope_freqs", "longrope": "rope_factors_long"}  # kind of scaling -> tensor with its factors
 
 
@@ -72,8 +76,8 @@ def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
     size = group_size(types) if kind in GROUPS and types else None
     if size not in (None, GROUPS.get(kind)):
         writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", size)
-    if kind in ALWAYS:
-        writer.add_bool(f"{writer.arch}.{ALWAYS[kind]}", True)
+    for name, value in ALWAYS.get(kind, {}).items():
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"{writer.arch}.{name}", value)
     rope = config.get("rope_parameters") or {}
     _complete_positions(writer, rope.get("full_attention") or rope)
 
