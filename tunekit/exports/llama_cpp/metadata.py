@@ -77,7 +77,10 @@ def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
     if size not in (None, GROUPS.get(kind)):
         writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", size)
     for name, value in ALWAYS.get(kind, {}).items():
-        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"{writer.arch}.{name}", value)
+        if isinstance(value, bool):
+            writer.add_bool(f"{writer.arch}.{name}", value)
+        else:
+            writer.add_uint32(f"{writer.arch}.{name}", value)
     rope = config.get("rope_parameters") or {}
     _complete_positions(writer, rope.get("full_attention") or rope)
 
