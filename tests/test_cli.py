@@ -398,7 +398,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     nodes = [node for tree in trees for node in ast.walk(tree)]
     homes = {name.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_verb")]
-    assert len(calls) == 28
+    assert len(calls) == 29
     for call in calls:
         name = ast.unparse(call.func)
         tree = ast.parse((package.parent / f"{homes[name]}.py".replace("tunekit.", "tunekit/")).read_text("utf-8"))
@@ -578,7 +578,7 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
         gc.set_threshold(*WHILE_STARTING)
         session = SimpleNamespace(signals=SimpleNamespace(at_once=lambda _: nullcontext()))
         with pytest.raises(Reached):
-            tunekit.train._train(session, False)
+            tunekit.train.train_session(session, False)
         assert gc.get_threshold() == tunekit.train.ORDINARY_COLLECTION
     finally:
         gc.set_threshold(*before)

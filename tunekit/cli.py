@@ -34,8 +34,9 @@ app = typer.Typer(
     name="tunekit",
     cls=InOrderOfUse,
     help="Fine-tune language models from a YAML recipe.",
-    epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite; "
-    "4 memory, disk or another resource ran out; 129, 130, 143 hung up, interrupted, terminated.",
+    epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite, "
+    "or audit computed other numbers; 4 memory, disk or another resource ran out; "
+    "129, 130, 143 hung up, interrupted, terminated.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

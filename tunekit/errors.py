@@ -122,7 +122,7 @@ class RunFolderError(InputError):
 
 
 class NumericsError(TunekitError):
-    """The numbers are invalid: a non-finite loss or gradient, or a collapsed loss scale."""
+    """The numbers are invalid: a non-finite loss or gradient, a collapsed loss scale, or other numbers in an audit."""
 
     exit_code = 3
 

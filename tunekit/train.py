@@ -79,7 +79,7 @@ def train_verb(
                 console.info(f"{path} contains a finished run; nothing to do")
             else:
                 with run_files.locked_folder(session, path, resume, overwrite):
-                    _train(session, resume)
+                    train_session(session, resume)
             if devices.is_main:
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
     except TunekitError as error:
@@ -89,7 +89,9 @@ def train_verb(
         devices.close()
 
 
-def _train(session: Session, resume: bool) -> None:
+def train_session(session: Session, resume: bool) -> None:
+    """Train in the session's run folder: plan, load, train, export, report. Raises: Stopped at the session's last
+    step, or after a stop signal."""
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = _plan(session, run_files.previous_choice(session) if resume else None)

@@ -1,10 +1,10 @@
-"""The commands that show runs (report, runs, watch) and this machine or a model folder (doctor)."""
+"""The commands that show or check runs (report, runs, watch, audit) and this machine or a model folder (doctor)."""
 
 from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import JsonFile
+from tunekit.commands.options import Device, JsonFile
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -57,6 +57,23 @@ def watch(
     from tunekit.watch import watch_verb
 
     watch_verb(run, port)
+
+
+@app.command()
+def audit(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
+    parts: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="compute N parts again, drawn by --seed; default: the whole run"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="the seed of the draw")] = 0,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Prove a run: compute its steps again, and compare every byte."""
+    from tunekit.audit import audit_verb
+
+    audit_verb(run, parts, seed, json_file)
 
 
 @app.command()

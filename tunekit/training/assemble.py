@@ -95,7 +95,7 @@ def assemble_run(
         evaluate=_make_evaluate(session, prepared, model, state),
         keep_rows=_make_keep_rows(session, prepared),
         keep_pictures=partial(_keep_pictures, session),
-        stop_signal=lambda: session.signals.requested or 0,
+        stop_signal=lambda: session.stop_signal(state.step),
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
         shows=recipe.objective.shows,

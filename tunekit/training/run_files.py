@@ -196,7 +196,8 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
 
     def write(folder: RunFolder) -> None:
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
-        environment = read_environment(device=str(session.devices.device), more={"fingerprint": fingerprint})
+        more = {"processes": session.devices.world, "fingerprint": fingerprint}
+        environment = read_environment(device=str(session.devices.device), more=more)
         folder.write_json("environment.json", environment)
         folder.truncate_metrics(step)
         folder.write_json("plan.json", asdict(plan))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from signal import SIGTERM
 from typing import TypeVar
 
 from tunekit.artifacts.run import RunFolder
@@ -33,6 +34,7 @@ class Session:
     dry_run: bool = False
     accepted: tuple[str, ...] = ()  # keys of the recipe whose files may have changed since the resumed run
     changed: list[str] = field(default_factory=list)  # accepted keys whose files did change
+    last_step: int | None = None  # an audit stops after this step, with a checkpoint
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # times of the parts before the loop
     baseline_bytes: int = 0  # memory of the process with libraries imported, before the base was loaded
@@ -40,6 +42,10 @@ class Session:
     def timed(self, part: str) -> AbstractContextManager[None]:
         """A block whose time is added to `part` of the report's seconds."""
         return timed(self.seconds, part)
+
+    def stop_signal(self, step: int) -> int:
+        """The number of the signal that stops the run after `step`; 0 if it continues."""
+        return self.signals.requested or (SIGTERM if step == self.last_step else 0)
 
     def in_folder(self, use: Callable[[RunFolder], Result]) -> Result | None:
         """The result of `use` on the main rank, if there is a run folder; an error is raised on every rank."""

@@ -1,0 +1,207 @@
+"""`tunekit audit`: an honest run is proved; a forged one fails at the first forged step; other machines are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.train_case import in_child, lose_the_end, records, train_in_child, write_recipe
+from tunekit import audit
+
+FILES = ("tensors.safetensors", "state.json")
+SECTIONS = {"training": {"save_steps": 2, "eval_steps": 3, "keep_checkpoints": 2, "max_grad_norm": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def honest(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe, rows and a finished run: 6 steps, checkpoints of steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("audit")
+    recipe = write_recipe(folder, tiny_llama, **SECTIONS)
+    ended = train_in_child(recipe, folder / "run")
+    assert ended.code == 0, ended.output
+    return folder
+
+
+@pytest.fixture
+def case(honest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in a copy of it, in a folder of the same depth: the recipe has relative paths."""
+    return Path(shutil.copytree(honest, tmp_path_factory.mktemp("case"), dirs_exist_ok=True)) / "run"
+
+
+def audited(run: Path, count: int | None = None, seed: int = 0, before: Callable[[], None] = lambda: None) -> Any:
+    """How the audit ended, and what it wrote."""
+    proof = run.parent / "proof.json"
+
+    def work() -> None:
+        audit.audit_verb(str(run), count, seed, str(proof))
+
+    ended = in_child(work, run.parent / "audit.log", before)
+    return ended, json.loads(proof.read_text("utf-8")) if proof.exists() else None
+
+
+def files_of(run: Path) -> dict[Path, tuple[bytes, int]]:
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file()}
+
+
+def edit(file: Path, change: Callable[[Any], None]) -> None:
+    value = json.loads(file.read_text("utf-8"))
+    change(value)
+    file.write_text(json.dumps(value), encoding="utf-8")
+
+
+def forge_manifests(run: Path) -> None:
+    """The sha256 of each file, as one who changes a checkpoint would write them."""
+    for folder in (run / "checkpoints").iterdir():
+        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
+
+        def change(manifest: Any, hashes: Any = hashes, sizes: Any = sizes) -> None:
+            manifest["files"] = {name: {"bytes": sizes[name], "sha256": hashes[name]} for name in FILES}
+
+        edit(folder / "manifest.json", change)
+
+
+def forge_fingerprint(run: Path, other: Path) -> None:
+    """Put the fingerprint of another run wherever this run has its own."""
+    other_fingerprint = json.loads((other / "environment.json").read_text("utf-8"))["fingerprint"]
+    edit(run / "environment.json", lambda value: value.update(fingerprint=other_fingerprint))
+    for folder in (run / "checkpoints").iterdir():
+        edit(folder / "state.json", lambda value: value["facts"].update(fingerprint=other_fingerprint))
+    forge_manifests(run)
+
+
+def flip(file: Path, offset: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+def first_different_step(run: Path, other: Path) -> int:
+    """The first step whose loss is not the same in two runs."""
+    pairs = zip(records(run), records(other), strict=True)
+    return next(one["step"] for one, two in pairs if one.get("loss") != two.get("loss"))
+
+
+def test_an_honest_run_is_proved_and_not_touched(case: Path) -> None:
+    before = files_of(case)
+    ended, proof = audited(case)
+    assert ended.code == 0, ended.output
+    assert files_of(case) == before
+    assert [(part["start"], part["end"]) for part in proof["parts"]] == [(0, 4), (4, 6)]
+    assert [part["records"] for part in proof["parts"]] == [6, 3]  # with the evaluations of steps 0, 3 and 6
+    assert proof["equal"]
+    assert proof["proved_steps"] == proof["steps"] == 6
+    weights = hashlib.sha256((case / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert proof["parts"][1]["weights"] == {"adapter/adapter_model.safetensors": weights}
+    rows = hashlib.sha256((case.parent / "train.jsonl").read_bytes()).hexdigest()
+    assert proof["files"]["data.train.0.path"] == rows
+    recorded = json.loads((case / "environment.json").read_text("utf-8"))["fingerprint"]
+    assert (proof["data"], proof["base"]) == (recorded["data"], recorded["base"])
+
+
+def test_a_stopped_run_is_audited_to_its_checkpoint(case: Path) -> None:
+    lose_the_end(case)
+    ended, proof = audited(case)
+    assert ended.code == 0, ended.output
+    assert [(part["end"], part["weights"]) for part in proof["parts"]] == [(4, {})]
+
+
+def test_the_seed_draws_the_parts(case: Path) -> None:
+    ended, proof = audited(case, 1, seed=1)
+    assert ended.code == 0, ended.output
+    drawn = random.Random(1).sample([4, 6], 1)
+    assert [part["end"] for part in proof["parts"]] == drawn
+    assert proof["proved_steps"] == {4: 4, 6: 2}[drawn[0]]
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_named(case: Path) -> None:
+    tensors = case / "checkpoints" / "step-000004" / "tensors.safetensors"
+    flip(tensors, -100)
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "step-000004 is damaged: tensors.safetensors differs from its sha256" in ended.output
+    forge_manifests(case)
+    ended, proof = audited(case)
+    assert ended.code == 3
+    assert "error: step 4: the checkpoint has other bytes in " in ended.output
+    assert proof["parts"][0]["differences"][0]["step"] == 4
+
+
+def test_a_flipped_byte_of_the_result_is_named(case: Path) -> None:
+    flip(case / "adapter" / "adapter_model.safetensors", -2)
+    ended, _ = audited(case)
+    assert ended.code == 3
+    assert "step 6: adapter/adapter_model.safetensors has other bytes" in ended.output
+
+
+def test_a_changed_row_is_refused_and_with_forged_hashes_named(case: Path) -> None:
+    rows = (case.parent / "train.jsonl").read_text("utf-8").splitlines()
+    rows[6] = rows[6].replace("very", "most")
+    (case.parent / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "the training or evaluation rows differ" in ended.output
+    other = case.parent / "other"
+    assert train_in_child(case.parent / "recipe.yaml", other).code == 0
+    forge_fingerprint(case, other)
+    ended, proof = audited(case)
+    assert ended.code == 3
+    step = first_different_step(case, other)
+    assert f"error: step {step}: " in ended.output
+    assert proof["parts"][0]["differences"][0]["step"] == step
+    assert not proof["equal"]
+
+
+def test_another_seed_is_refused_and_with_a_forged_fingerprint_named(case: Path) -> None:
+    recipe = case / "recipe.yaml"
+    recipe.write_text(recipe.read_text("utf-8").replace("\n  seed: 0", "\n  seed: 1"), encoding="utf-8")
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "training.seed: changed since the run: was 0, is 1" in ended.output
+    other = case.parent / "other"
+    assert train_in_child(case.parent / "recipe.yaml", other, "training.seed=1").code == 0
+    forge_fingerprint(case, other)
+    ended, proof = audited(case)
+    assert ended.code == 3
+    assert "error: step 0: eval.loss was " in ended.output  # the seed also draws the evaluation rows
+    assert "\nstep 1: loss was " in ended.output
+    assert proof["proved_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda value: value.update(cpu="Another CPU"), "processor was Another CPU, is "),
+        (lambda value: value["fingerprint"]["versions"].update(torch="1.0"), "torch was 1.0, is "),
+        (lambda value: value["fingerprint"].update(threads=10**4), "computed with 10000 threads"),
+        (lambda value: value.update(processes=2), "2 processes computed the run"),
+        (lambda value: value["fingerprint"].update(device="cuda"), "device was cuda, is cpu"),
+    ],
+)
+def test_a_run_without_equal_bits_is_refused(case: Path, change: Callable[[Any], None], text: str) -> None:
+    edit(case / "environment.json", change)
+    ended, proof = audited(case)
+    assert ended.code == 2
+    assert text in ended.output
+    assert proof is None
+
+
+def test_adaptive_threads_and_missing_data_are_refused(case: Path) -> None:
+    recipe = case / "recipe.yaml"
+    text = recipe.read_text("utf-8")
+    recipe.write_text(text.replace("\n  threads: null", "\n  threads: adaptive"), encoding="utf-8")
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "training.threads: adaptive" in ended.output
+    recipe.write_text(text, encoding="utf-8")
+    (case.parent / "train.jsonl").unlink()
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "train.jsonl" in ended.output

@@ -1,0 +1,255 @@
+"""`tunekit audit`: re-executes parts of a run in a temporary folder and compares their bytes with the run.
+
+A part reaches from one checkpoint to the next. It is resumed in the way of `train --resume`, from a copy.
+"""
+
+import gc
+import hashlib
+import platform
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
+from tunekit.artifacts.equality import (
+    Mismatch,
+    compare_checkpoints,
+    compare_records,
+    compare_results,
+    result_hashes,
+)
+from tunekit.artifacts.metrics_log import METRICS_NAME
+from tunekit.artifacts.report.values import RunValues, damage_named, read_run
+from tunekit.artifacts.run import refuse_to_replace_part
+from tunekit.console import Console
+from tunekit.console.text import time_text
+from tunekit.data.reading.replaced import refuse_to_replace
+from tunekit.errors import InputError, NumericsError, Problem, RunFolderError, Stopped
+from tunekit.files.durable import json_result
+from tunekit.files.lock import is_held
+from tunekit.files.untrusted import RUN_RECORD, sha256_of
+from tunekit.machine.devices import Devices, deterministic_kernels, make_devices
+from tunekit.machine.environment import accelerator_names, library_versions, processor_name
+from tunekit.machine.signals import StopSignals
+from tunekit.machine.threads import processors
+from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.recipe.reading.draft import dotted
+from tunekit.recipe.reading.paths import named_paths
+from tunekit.records import JsonObject
+from tunekit.train import train_session
+from tunekit.training import run_files
+from tunekit.training.session import Session
+
+COPIED = ("plan.json", "environment.json", METRICS_NAME)  # files of the run that a resume reads
+RESULT_VERSIONS = ("tunekit", "torch", "transformers")
+HOW = "audit on the machine of the run, or on an equal one"
+
+
+@dataclass(frozen=True, order=True)
+class RunPart:
+    """The steps after `start` up to `end`. `exports`: whether the result of the run is written at the end."""
+
+    start: int
+    end: int
+    exports: bool
+
+    def __str__(self) -> str:
+        return f"steps {self.start + 1} to {self.end}"
+
+
+def audit_verb(run: str, count: int | None, seed: int, json_file: str | None) -> None:
+    """Re-execute `count` parts of the run, drawn by `seed` (None: all parts), and write what was proved.
+
+    Raises: NumericsError if a number differs; InputError if the run cannot be audited here.
+    """
+    path, devices = Path(run), make_devices()
+    values = read_run(path)
+    loaded = load_recipe(path / "recipe.yaml")
+    refuse_to_replace("--json", json_file, loaded)
+    refuse_to_replace_part("--json", json_file, path)
+    write_result, console = json_result(json_file), Console(json_file=json_file)
+    with damage_named(path):
+        checkpoints = dict(sorted(list_checkpoints(path / "checkpoints")))
+        facts = {step: load_checkpoint(folder).facts for step, folder in checkpoints.items()}
+        _refuse(values, loaded, devices, list(facts.values()))
+        parts = _parts(values, list(checkpoints))
+    drawn = parts if count is None else sorted(random.Random(seed).sample(parts, min(count, len(parts))))
+    torch.set_num_threads(int(values.environment.part("fingerprint").count("threads")))
+    results = []
+    with StopSignals(announce=False) as signals, deterministic_kernels(loaded.recipe.training.deterministic):
+        for part in drawn:
+            began = time.monotonic()
+            console.info(f"{part} of {parts[-1].end}: computing again ...")
+            results.append(_repeat(part, path, facts.get(part.start), devices, signals))
+            state = f"{len(results[-1]['differences'])} DIFFERENCES" if results[-1]["differences"] else "equal"
+            console.info(f"{part}: {_compared(results[-1])}: {state} ({time_text(time.monotonic() - began)})")
+    differences = [Mismatch(**each) for result in results for each in result["differences"]]
+    write_result(_proof(values, loaded, parts, results, seed))
+    if differences:
+        raise NumericsError.of([Problem(f"step {each.step}: {each.what}") for each in differences])
+    complete = "the whole run" if len(drawn) == len(parts) else f"{len(drawn)} of {len(parts)} parts"
+    console.info(f"proved: {complete}, {sum(part.end - part.start for part in drawn)} of {parts[-1].end} steps")
+
+
+def _compared(result: Mapping[str, Any]) -> str:
+    """The compared things in words."""
+    names = [f"{result['records']} records", "checkpoint" if result["checkpoint"] else "", *result["weights"]]
+    return ", ".join(filter(None, names))
+
+
+def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
+    """The parts between step 0, the checkpoints, and the end of a finished run."""
+    finished = values.status.get("exit_code") == 0
+    last = values.steps[-1].count("step") if finished and values.steps else 0
+    ends = sorted({0, *steps, last})
+    if len(ends) < 2:
+        raise RunFolderError(f"{values.path} has no checkpoint and no result to compare with", "finish the run first")
+    return [RunPart(start, end, finished and end == ends[-1]) for start, end in pairwise(ends)]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Sequence[JsonObject]) -> None:
+    """Raises: InputError with every reason why equal bits are not promised here. `facts`: of the checkpoints."""
+    if is_held(values.path):
+        raise RunFolderError(f"{values.path} is running", "audit it when it has ended")
+    environment, kind = values.environment, devices.device.type
+    past = environment.part("fingerprint")
+    if not past:
+        raise RunFolderError(f"{values.path} has no fingerprint in environment.json", "restore the file")
+    now = library_versions()
+    pairs = [(name, past.part("versions").get(name), now.get(name)) for name in RESULT_VERSIONS]
+    pairs += [("device", past.get("device"), kind)]
+    if kind == "cpu":
+        pairs += [("processor", environment.get("cpu"), processor_name())]
+    else:
+        pairs += [("accelerator", past.get("accelerator"), next(iter(accelerator_names()), None))]
+    precision = "float32_matmul_precision"
+    pairs += [(precision, environment.get(precision), torch.get_float32_matmul_precision())]
+    problems = [(f"{name} was {was}, is {is_}", HOW) for name, was, is_ in pairs if was != is_]
+    problems += [(what, "equal bits are not promised for such a run") for what in _not_promised(values, loaded, facts)]
+    threads = past.count("threads")
+    if kind == "cpu" and not 1 <= threads <= processors():
+        problems.append((f"the run computed with {threads} threads, but there are {processors()} processors", HOW))
+    if devices.world > 1:
+        problems.append(("audit computes in one process", "start it without torchrun"))
+    if problems:
+        raise InputError.of([Problem(what, how) for what, how in problems])
+
+
+def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonObject]) -> list[str]:
+    """Properties of the run because of which its bits depend on more than the recipe, the data and the base."""
+    training, kind = loaded.recipe.training, values.environment.part("fingerprint").get("device")
+    reasons = []
+    if training.threads == "adaptive" and kind == "cpu":
+        reasons.append("training.threads: adaptive (the number of threads depended on other programs)")
+    if kind == "mps":
+        reasons.append("Metal has no deterministic kernels")
+    elif kind != "cpu" and not training.deterministic:
+        reasons.append("training.deterministic is false, and a GPU adds in no fixed order")
+    if (processes := values.environment.count("processes")) > 1:
+        reasons.append(f"{processes} processes computed the run (the order of sums depends on their number)")
+    if any(each["loop"].get("split_tokens") is not None for each in facts):
+        reasons.append("micro-batches were split when memory ran out")
+    return reasons
+
+
+# --- computing again -----------------------------------------------------------------------------------------------
+
+
+def _repeat(
+    part: RunPart, run: Path, facts: JsonObject | None, devices: Devices, signals: StopSignals
+) -> dict[str, Any]:
+    """Resume a copy of the run at the start of a part, and compare it at the end. `facts`: of the checkpoint there."""
+    gc.collect()  # the model of the part before
+    with tempfile.TemporaryDirectory(prefix="tunekit-audit-") as folder:
+        repeat = Path(folder) / "run"
+        _copy(run, repeat, part.start, facts)
+        loaded = load_recipe(run / "recipe.yaml", [f"output.dir={repeat}", "output.report_to=[]"])
+        quiet = Console(enabled=False)
+        session = Session(loaded, devices, quiet, signals, last_step=None if part.exports else part.end)
+        with run_files.locked_folder(session, repeat, True, False):
+            try:
+                train_session(session, True)
+            except Stopped as error:
+                if signals.requested:
+                    raise Stopped("stopped during the audit; nothing was proved", signals.requested) from error
+        records, differences = compare_records(run, repeat, part.start, part.end)
+        ours, theirs = (place / "checkpoints" / f"step-{part.end:06d}" for place in (run, repeat))
+        if ours.exists():
+            differences += compare_checkpoints(ours, theirs)
+        if part.exports:
+            differences += compare_results(run, repeat, part.end)
+        return {
+            "start": part.start,
+            "end": part.end,
+            "records": records,
+            "checkpoint": sha256_of(ours / "tensors.safetensors", RUN_RECORD) if ours.exists() else None,
+            "weights": result_hashes(run) if part.exports else {},
+            "fingerprint": read_run(repeat).environment.part("fingerprint"),
+            "differences": [asdict(each) for each in sorted(differences, key=lambda each: each.step)],
+        }
+
+
+def _copy(run: Path, repeat: Path, start: int, facts: JsonObject | None) -> None:
+    """Copy what a resume after step `start` reads. A finished run exports its best checkpoint, so it is copied too."""
+    (repeat / "checkpoints").mkdir(parents=True)
+    for name in COPIED:
+        shutil.copyfile(run / name, repeat / name)
+    best = None if facts is None else facts["loop"].get("best_step")
+    for step in {start, best} - {0, None}:
+        name = f"checkpoints/step-{step:06d}"
+        if (run / name).exists():
+            shutil.copytree(run / name, repeat / name)
+
+
+# --- the proof -----------------------------------------------------------------------------------------------------
+
+
+def _proof(
+    values: RunValues, loaded: LoadedRecipe, parts: Sequence[RunPart], results: Sequence[dict[str, Any]], seed: int
+) -> JsonObject:
+    """What --json writes: the parts, and the inputs and programs that computed them again."""
+    now = results[0]["fingerprint"]
+    return {
+        "run": str(values.path),
+        "equal": not any(result["differences"] for result in results),
+        "steps": parts[-1].end,
+        "proved_steps": sum(each["end"] - each["start"] for each in results if not each["differences"]),
+        "seed": seed,
+        "parts": [{name: value for name, value in each.items() if name != "fingerprint"} for each in results],
+        "recipe": {"sha256": sha256_of(values.path / "recipe.yaml", RUN_RECORD), "values": now["recipe"]},
+        "data": now["data"],
+        "base": now["base"],
+        "files": _file_hashes(loaded),
+        "versions": library_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": processor_name(),
+        "device": now["device"],
+        "accelerator": now["accelerator"],
+        "threads": now["threads"],
+    }
+
+
+def _file_hashes(loaded: LoadedRecipe) -> dict[str, str]:
+    """sha256 of every local file that the recipe reads, by its key. A folder: of the names and hashes of its files."""
+    paths = named_paths(loaded.recipe.model_dump(mode="json", exclude={"output"}))
+    return {dotted(path.key): _hash_of(path.file) for path in paths if path.file.exists()}
+
+
+def _hash_of(path: Path) -> str:
+    if path.is_file():
+        return sha256_of(path, RUN_RECORD)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = (f"{sha256_of(file, RUN_RECORD)}  {file.relative_to(path).as_posix()}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
