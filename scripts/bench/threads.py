@@ -1,13 +1,15 @@
 """Speed and CPU time of the quickstart's training steps by number of threads, wait policy and busy neighbours.
 
     scripts/bench/run threads --model FOLDER [--before CHECKOUT] [--sides NAME,...] [--neighbours 0,1] [--rounds 3]
+                          [--again]
 
 All sides are started first and then stopped (SIGSTOP). In each round every side continues for some steps, alone or next
 to programs that use a processor all the time. So sides are compared within seconds of each other. Rounds are added to
-scripts/results/threads.json, so the measurement can be made in pieces; the page is threads.md. A turn during which
-other programs used more than a tenth of a processor is recorded but not counted. On a machine with other programs, as
-root: with --nice -20 the runs and the neighbours have priority over other sessions, and with --realtime a run without
-neighbours has priority over everything else. Then the turns count in any case. Linux only.
+scripts/results/threads.json, so the measurement can be made in pieces; --again starts with none. The page is
+threads.md. A turn during which other programs used more than a tenth of a processor is recorded but not counted. On a
+machine with other programs, as root: with --nice -20 the runs and the neighbours have priority over other sessions, and
+with --realtime a run without neighbours has priority over everything else. Then the turns count in any case. Linux
+only.
 """
 
 from __future__ import annotations
@@ -29,6 +31,25 @@ from typing import Any
 
 import psutil
 
+FIGURES = {
+    "minutes": 12,
+    "options": "--again --model $TUNEKIT_SMOLLM2",
+    "result": "threads.json",
+    "figures": {
+        "idle": {
+            "what": "the quickstart with two threads, idle: with our wait policy against torch's own",
+            "unit": "tokens per second",
+            "ours": "speeds/2 threads/0",
+            "theirs": "speeds/2 threads, spin 300000/0",
+        },
+        "busy": {
+            "what": "the quickstart with two threads next to a busy program: with our wait policy against torch's own",
+            "unit": "tokens per second",
+            "ours": "speeds/2 threads/1",
+            "theirs": "speeds/2 threads, spin 300000/1",
+        },
+    },
+}
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "results" / "threads.json"
 PAGE = RESULTS.with_suffix(".md")
@@ -73,7 +94,7 @@ SIDES = [
     Side("1 thread", 1, {"OMP_NUM_THREADS": "1"}),
     Side("2 threads", 2),
     Side("2 threads, PASSIVE", 2, {"OMP_WAIT_POLICY": "PASSIVE"}),
-    *(Side(f"2 threads, spin {count}", 2, {"GOMP_SPINCOUNT": str(count)}) for count in (1_000, 10_000, 100_000)),
+    *(Side(f"2 threads, spin {count}", 2, {"GOMP_SPINCOUNT": str(count)}) for count in (1_000, 10_000, 300_000)),
 ]
 
 
@@ -200,7 +221,13 @@ def measure(sides: list[Side], given: argparse.Namespace, values: dict[str, Any]
 
 
 def write(values: dict[str, Any]) -> None:
-    """Write the values and the page."""
+    """Write the values, the median speeds, and the page."""
+    values["speeds"] = {
+        side.name: {
+            count: statistics.median(map(_speed, turns)) for count in (0, 1) if (turns := _turns(values, side, count))
+        }
+        for side in SIDES
+    }
     RESULTS.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(values), encoding="utf-8")
 
@@ -211,7 +238,7 @@ def page(values: dict[str, Any]) -> str:
     heads = [f"{_neighbours(count)}: {what}" for count in counts for what in ("tokens/s", "CPU seconds a step")]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * len(heads)}"]
     for side in SIDES:
-        turns = {count: _counted(values["turns"], side.name, count) for count in counts}
+        turns = {count: _turns(values, side, count) for count in counts}
         if any(turns.values()):
             cells = (cell for count in counts for cell in _cells(turns[count]))
             lines.append(f"| {side.name} | {' | '.join(cells)} |")
@@ -223,9 +250,15 @@ def _neighbours(count: int) -> str:
     return "idle" if not count else f"{count} busy {'neighbour' if count == 1 else 'neighbours'}"
 
 
-def _counted(turns: list[dict[str, Any]], side: str, neighbours: int) -> list[dict[str, Any]]:
-    of_side = [turn for turn in turns if (turn["side"], turn["neighbours"]) == (side, neighbours)]
+def _turns(values: dict[str, Any], side: Side, neighbours: int) -> list[dict[str, Any]]:
+    """The counted turns of a side."""
+    of_side = [turn for turn in values["turns"] if (turn["side"], turn["neighbours"]) == (side.name, neighbours)]
     return [turn for turn in of_side if turn["others"] <= QUIET or turn["nice"] < 0]
+
+
+def _speed(turn: dict[str, Any]) -> float:
+    """Tokens per second."""
+    return float(turn["tokens"] / turn["seconds"])
 
 
 def _cells(turns: list[dict[str, Any]]) -> list[str]:
@@ -234,7 +267,7 @@ def _cells(turns: list[dict[str, Any]]) -> list[str]:
         return [f"no step in {min(turn['seconds'] for turn in turns if not turn['steps']):.0f} s", ""]
     if not turns:
         return ["", ""]
-    speeds = sorted(turn["tokens"] / turn["seconds"] for turn in turns)
+    speeds = sorted(map(_speed, turns))
     costs = sorted(turn["cpu_seconds"] / turn["steps"] for turn in turns)
     return [
         f"{statistics.median(speeds):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})",
@@ -251,6 +284,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
     parser.add_argument("--nice", type=int, default=0, help="of the session with the runs and the neighbours")
     parser.add_argument("--realtime", action="store_true", help="runs without neighbours have real-time priority")
+    parser.add_argument("--again", action="store_true", help="without the rounds of before")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()
@@ -261,7 +295,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the stopped runs are ended
     sides = [each for each in SIDES if each.name in (given.sides or [each.name for each in SIDES])]
     values: dict[str, Any] = {"turns": []}
-    values |= json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    values |= json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() and not given.again else {}
     cores = f"{psutil.cpu_count()} processors, {_processor()}"
     values["machine"] = f"{cores}, torch {version('torch')}, {datetime.date.today()}."
     measure([each for each in sides if given.before or not each.before], given, values)

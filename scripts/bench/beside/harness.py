@@ -123,8 +123,11 @@ class Bench:
         losses, tokens = [line["loss"] for line in steps], [line["tokens"] for line in steps]
         return self._named(name, found, place, losses, tokens, {"recipe": file.name, "overrides": list(overrides)})
 
-    def theirs(self, name: str, kind: str, *, rows: str = "ids", **specification: object) -> dict:
-        """One run of the rival script. `rows`: a file in the work folder, or a path; without its ending .jsonl."""
+    def theirs(
+        self, name: str, kind: str, *, rows: str = "ids", script: str = "rival.py", **specification: object
+    ) -> dict:
+        """One run of a script of the other side. `rows`: a file in the work folder, or a path; without its ending
+        .jsonl."""
         place = self.place(name)
         log = place / "steps.jsonl"
         config = {**TRL, "output_dir": str(place / "out"), **(specification.pop("config", None) or {})}
@@ -140,11 +143,7 @@ class Bench:
         if "save" in whole:
             whole["save"] = str(place / str(whole["save"]))
         (place / "specification.json").write_text(json.dumps(whole, indent=1), "utf-8")
-        argv = [
-            str(self.rival_python),
-            str(FOLDER / "bench" / "beside" / "rival.py"),
-            str(place / "specification.json"),
-        ]
+        argv = [str(self.rival_python), str(BESIDE / script), str(place / "specification.json")]
         found = self._watch(argv, log, place)
         tokens = [json.loads(line)["tokens"] for line in log.read_text("utf-8").splitlines()]
         losses = json.loads((place / "losses.json").read_text("utf-8"))
