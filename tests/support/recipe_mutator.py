@@ -42,7 +42,10 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "model.revision": (["main", "no", '"1234567"', "v1.0", "2024-01-01"], NOT_TEXT),
     "model.family": (["auto", "causal"], ["gpt", "true", "null", "[causal]", "Causal"]),
     "model.dtype": (["auto", "float32", "bfloat16", "float16"], ["bf16", "32", "null", "Float32"]),
-    "model.quantization": (["none", "nf4", "fp4", "int8", '"int8_weight_only"', "fp8"], ["int4", "4", "null", "true"]),
+    "model.quantization": (
+        ["none", "nf4", "fp4", "int8", '"int8_weight_only"', "fp8", "kept"],
+        ["int4", "4", "null", "true"],
+    ),
     "model.double_quantization": (BOOLEANS, NOT_BOOLEANS),
     "model.attention": (["auto", "eager", "sdpa", "flash_attention_2"], ["flash", "true", "null"]),
     "model.trust_remote_code": (["false"], NOT_BOOLEANS),

@@ -11,7 +11,7 @@ from tunekit.recipe.bases.paths import ModelPath
 from tunekit.recipe.bases.section import Section, Several, Text
 from tunekit.recipe.reading.names import known_names
 
-Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
+Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8", "kept"]
 FAMILIES = ("auto", *known_names("families"))
 
 
@@ -37,7 +37,9 @@ class ModelSection(Section):
         description="compute dtype; auto: bfloat16 if the device supports it natively, float16 with a loss scale on "
         "other CUDA devices (T4, RTX 20xx), else float32",
     )
-    quantization: Quantization = Field("none", description="the storage of the frozen base weights")
+    quantization: Quantization = Field(
+        "none", description="the storage of the frozen base weights; kept: the blocks of a .gguf file"
+    )
     double_quantization: bool = Field(True, description="also quantize the scales of nf4 and fp4")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="attention implementation"

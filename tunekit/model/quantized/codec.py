@@ -1,4 +1,5 @@
-"""Packs and unpacks quantized matrices: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale per row.
+"""Packs and unpacks quantized matrices: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale per row. It also
+unpacks the blocks of GGUF files.
 
 bitsandbytes is imported only here, and only when needed: for 4 bits on devices other than a CPU, and for LLM.int8.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
-from tunekit.model.quantized import four_bit, fp8
+from tunekit.model.quantized import blocks, four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
 from tunekit.model.transformers_guard import no_fetched_code, replaced
 
@@ -85,7 +86,9 @@ def packed_shapes(
 
 def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """Pack a dense (O, I) matrix. The same matrix gives the same bytes on every device: 4 bits are packed on the CPU,
-    because bitsandbytes' GPU kernels round differently."""
+    because bitsandbytes' GPU kernels round differently. Raises: ModelError for the blocks of a GGUF file."""
+    if quantization not in (*FOUR_BIT, *EIGHT_BIT, "fp8"):
+        raise ModelError(f"numbers cannot be written into {quantization} blocks", "merge --onto dequantized")
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)
@@ -109,7 +112,10 @@ def _pack_rows(matrix: Tensor) -> Tensors:
 
 def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype) -> Tensor:
     """The dense (O, I) matrix in `dtype`; on the meta device a meta tensor of that size."""
-    packed, absmax = tensors["packed"], tensors["absmax"]
+    packed = tensors["packed"]
+    if "absmax" not in tensors:
+        return blocks.unpack(packed, shape, quantization, dtype)
+    absmax = tensors["absmax"]
     if quantization in EIGHT_BIT:
         return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # one rounding: 8 bits fit every dtype
     if quantization == "fp8":
@@ -133,11 +139,11 @@ def fused_product(
 ) -> Tensor | None:
     """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel, which decides by x's number of rows
     whether to unpack the matrix first. None if there is no such kernel, or a block of weights crosses a row's end."""
-    absmax, bits = tensors["absmax"], quantization in FOUR_BIT and shape[1] % BLOCK == 0
+    bits = quantization in FOUR_BIT and shape[1] % BLOCK == 0
     if not bits or x.device.type in ("cpu", "meta") or not kind_of(x.device).bitsandbytes or not has_bitsandbytes():
         return None
     import_bitsandbytes()
-    named: dict[str, Tensor] = {}
+    named, absmax = dict[str, Tensor](), tensors["absmax"]
     if "nested_absmax" in tensors:
         named = {
             "absmax_8bit": absmax,

@@ -130,6 +130,14 @@ def pack_linear(
     return PackedLinear(shape[1], shape[0], quantization, double_quantization, tensors, frozen)
 
 
+def kept_linear(linear: nn.Module, kind: str, packed: Tensor, compute_dtype: torch.dtype) -> PackedLinear:
+    """A PackedLinear with the blocks (O, bytes) of a GGUF file, of a type such as "q4_k", and the bias of `linear`."""
+    weight = weight_of(linear)
+    assert weight is not None
+    bias = None if weight.bias is None else nn.Parameter(weight.bias.detach().to(compute_dtype), requires_grad=False)
+    return PackedLinear(weight.shape[1], weight.shape[0], kind, False, {"packed": packed}, bias)
+
+
 def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """The packed tensors of a matrix (O, I) of the base.
 
@@ -167,7 +175,7 @@ class Weight:
     """A handle of one module's matrix. `shape`: (O, I) for any storage; (vocabulary, D) for an embedding."""
 
     module: nn.Module
-    kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8
+    kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8, or a type of GGUF blocks such as q4_k
     shape: tuple[int, int]
     transposed: bool = False  # stored as (I, O)
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.contracts import Tensors
-from tunekit.errors import ModelError
+from tunekit.errors import ModelError, listed
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.base_spec import BaseSpec
 from tunekit.model.families import Family
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
+from tunekit.model.storage.gguf import FileBlocks
 from tunekit.model.storage.reading import BaseReader, place
 from tunekit.model.storage.sidecar import Sidecar, StoredTensor
 from tunekit.model.uncalled import uncalled_layers
@@ -21,19 +22,29 @@ from tunekit.recipe.model import ModelSection
 
 def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str] = ()) -> list[str]:
     """Pack every linear layer except the head, one at a time, so that only one is in memory twice. Returns notes."""
-    section = spec.section
+    section, dense_layers = spec.section, list[str]()
+    file_blocks = FileBlocks(spec.source, net) if section.quantization == "kept" else None
     for name in packable_layers(net, spec.family, new_modules):
         dense = net.get_submodule(name)
-        packed = pack_linear(dense, section.quantization, section.double_quantization, spec.dtype)
-        net.set_submodule(name, packed.to(device))
+        packed: nn.Module | None
+        if file_blocks is None:
+            packed = pack_linear(dense, section.quantization, section.double_quantization, spec.dtype)
+        else:
+            packed = file_blocks.layer(name, dense, spec.dtype)
+        if packed is None:
+            dense_layers.append(name)
+        else:
+            net.set_submodule(name, packed.to(device))
         del dense
     for parameter in net.parameters():
         parameter.data = parameter.data.clone()  # a view would keep the whole file mapped
     gc.collect()
     trim_heap()
     if not packed_layers(net):
-        raise ModelError("the model has no linear layer to quantize", key="model.quantization")
-    return _left_dense(net, section)
+        what = "the file has no blocks that can be kept" if file_blocks else "the model has no linear layer to quantize"
+        raise ModelError(what, "write quantization: none", key="model.quantization")
+    notes = [f"{len(dense_layers)} layers stay dense ({listed(dense_layers, 2)}): the file has no blocks of them"]
+    return [*(notes if dense_layers else []), *_left_dense(net, section)]
 
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:

@@ -314,8 +314,8 @@ class Rewriter:
             yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
 
     def is_packed(self, module_name: str) -> bool:
-        """Whether training used this layer's matrix in packed form."""
-        return self.section.quantization != "none" and module_name in self.packable_layers
+        """Whether training used other numbers of this layer than the base's own: those of its packed form."""
+        return self.section.quantization not in ("none", "kept") and module_name in self.packable_layers
 
     def _layer(
         self, module_name: str, stored: Tensor, bias: Tensor | None, changes: Changes

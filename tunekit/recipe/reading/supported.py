@@ -10,7 +10,8 @@ from tunekit.recipe.recipe import Recipe
 def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     """One problem for every option that this recipe cannot combine with its other options."""
     beside = _problems_of_a_trained_base(recipe)
-    return [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
+    problems = [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
+    return [*problems, *_kept_problems(recipe)]
 
 
 def _family_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -55,6 +56,14 @@ def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
         what = "LLM.int8 rounds over all tokens of a call, so tiles would change its results"
         how = "remove it, or write model.quantization: int8_weight_only"
         yield Problem(what, how, key="memory.mlp_tile_tokens")
+
+
+def _kept_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A problem if the base has no blocks to keep."""
+    name = recipe.model.name_or_path
+    if recipe.model.quantization == "kept" and not name.lower().endswith(".gguf"):
+        what, how = f"kept keeps the blocks of a .gguf file, and the base is {name}", "name a .gguf file, or write nf4"
+        yield Problem(what, how, key="model.quantization")
 
 
 def _start_problems(recipe: Recipe) -> Iterator[Problem]:
