@@ -73,6 +73,7 @@ DOORS = {
     "rensa": ("data/looking", "data_check"),
     "starlette": ("serve",),
     "uvicorn": ("serve",),
+    "llguidance": ("talking/grammar",),
     "regex": ("files/patterns",),
     "transformers": ("model", "exports/programs/inside"),
     "tokenizers": ("model",),

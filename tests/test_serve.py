@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import HTTPError
@@ -22,16 +23,13 @@ import torch
 from tests.talking.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
-from tunekit.serve import (
-    Generation,
-    bind,
-    make_app,
-    make_server,
-    serve_verb,
-)
-from tunekit.talking.conversation import Reply, add_folders, make_speaker, name_of
+from tunekit.serve import bind, make_app, make_server, serve_verb
+from tunekit.talking.adapters import name_of
+from tunekit.talking.answer import AnswerPiece
+from tunekit.talking.completion import ClientAnswer
+from tunekit.talking.conversation import make_speaker
 from tunekit.talking.desk import Desk, Job
-from tunekit.talking.protocol import ChatRequest, ProtocolError, read_body
+from tunekit.talking.protocol import ClientQuestion, ProtocolError, read_body
 from tunekit.targets.target import find_target, load_target
 
 openai = pytest.importorskip("openai")
@@ -44,8 +42,8 @@ QUESTIONS = [f"Say {word}, please." for word in ("something", "a longer thing ab
 def serving(base: Path, adapters: Path, key: str | None = None) -> Iterator[int]:
     """The port of a server of the base and each adapter in the folder."""
     speaker = make_speaker(load_target(find_target(str(base), None, ["model.dtype=float32"]), CPU))
-    add_folders(speaker, [str(adapters)])
-    desk = Desk(speaker, 8)
+    speaker.adapters.add_folder(str(adapters))
+    desk = Desk(speaker, 8, 512)
     with running(make_server(desk, make_app(desk, key, 16))) as port:
         yield port
     desk.close()
@@ -137,7 +135,13 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"model": "three"}, 404, "there is no model 'three'"),
         ({"temperature": 3}, 400, "'temperature' must be a number"),
         ({"max_tokens": 0}, 400, "'max_tokens' must be a number"),
-        ({"n": 2}, 400, "'n' is not supported"),
+        ({"n": 200}, 400, "'n' must be a number from 1 to 128"),
+        ({"top_logprobs": 2}, 400, "'top_logprobs' needs 'logprobs'"),
+        ({"presence_penalty": 1}, 400, "'presence_penalty' is not supported"),
+        ({"response_format": {"type": "json_schema"}}, 400, "json_schema with a schema"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "'tools' is not supported: the chat"),
+        ({"tools": [{"type": "function"}]}, 400, "a tool needs a function with a name"),
+        ({"tool_choice": "required"}, 400, "'tool_choice' must be none or auto"),
         ({"extra_body": {"top_z": 1}}, 400, "'top_z' is not a known field"),
         ({"messages": []}, 400, "one message or more"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "needs a role"),
@@ -182,102 +186,134 @@ def test_a_client_that_leaves_stops_its_answer(port: int) -> None:
     assert ask(client(port), "two", "x").choices
 
 
-class Slow:
-    """A speaker that begins when it is let go and ends each answer when nobody wants more; the seeds of each batch."""
+class Names:
+    """The adapters of a server that has one model."""
 
     names: ClassVar[list[str]] = ["one"]
+    listing = "one"
+
+    def knows(self, name: str) -> bool:
+        return name in self.names
+
+    def read_folders(self) -> None:
+        pass
+
+
+class Slow:
+    """A speaker that begins when it is let go, and whose answers never end; the seeds of its requests."""
 
     def __init__(self) -> None:
-        self.free, self.batches = threading.Event(), list[list[int]]()
+        self.free, self.seeds, self.adapters = threading.Event(), list[int](), Names()
+        self.running: dict[int, Any] = {}
 
-    def prompt_ids(self, messages: Any) -> list[int]:
-        return [1]
+    def prepare(self, request: Any) -> Any:
+        return replace(request, prompt=[1])
 
-    def answer(self, requests: Any, name: str, on_text: Any, on_end: Any) -> None:
-        self.batches.append([request.sampling.seed for request in requests])
+    @contextmanager
+    def answering(self, slots: int, tokens: int) -> Iterator[Any]:
+        self.slots = slots
+        yield self
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - len(self.running)
+
+    def put(self, request: Any, name: str, on_piece: Any, on_end: Any) -> int:
+        self.seeds.append(request.sampling.seed)
+        self.running[len(self.seeds)] = on_piece, on_end
+        return len(self.seeds)
+
+    def step(self) -> None:
         self.free.wait(10)
-        while on_text(0, "x"):
-            time.sleep(0.001)
-        for row in range(len(requests)):
-            on_end(row, Reply("x", 1, 1, "stop"))
+        time.sleep(0.001)
+        for on_piece, _ in list(self.running.values()):
+            on_piece(AnswerPiece("x"))
+
+    def cancel(self, handle: int) -> None:
+        del self.running[handle]
 
 
 BODY = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
 
 
-def body_of(**more: Any) -> ChatRequest:
-    return read_body(json.dumps(BODY | more).encode(), ["one"], 4)
+def body_of(**more: Any) -> ClientQuestion:
+    names: Any = Names()
+    return read_body(json.dumps(BODY | more).encode(), names, 4)
 
 
-@pytest.mark.drawn
-def test_clients_that_leave_while_they_wait_are_let_go() -> None:
-    """Whoever leaves before the first piece: the job ends, and so does what waits for it."""
+class Client:
+    """A client that reads what it is sent; it leaves when it is let go."""
 
-    class Gone:
-        async def is_disconnected(self) -> bool:
-            return True
+    def __init__(self) -> None:
+        self.leaves, self.sent = asyncio.Event(), list[Any]()
+
+    async def receive(self) -> Any:
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
+    """Also one that leaves while it waits for a slot. The client after it is answered."""
 
     async def leave() -> None:
         speaker: Any = Slow()
-        desk = Desk(speaker, 1)
-        kept = Generation(desk, body_of())
-        left = [Generation(desk, body_of(stream=True)), Generation(desk, body_of())]
-        waits = [asyncio.ensure_future(left[0].wait_for_text(Gone())), asyncio.ensure_future(left[1].result(Gone()))]
-        while not all(talk.job.cancelled.is_set() for talk in left):
+        desk, clients = Desk(speaker, 1, 9), [Client(), Client(), Client()]
+        talks = [ClientAnswer(desk, body_of(stream=stream or client is clients[2])) for client in clients]
+        tasks = [
+            asyncio.ensure_future(talk({}, client.receive, client.send))
+            for talk, client in zip(talks, clients, strict=True)
+        ]
+        speaker.free.set()
+        while not speaker.seeds:
             await asyncio.sleep(0.01)
-        speaker.free.set()
-        await kept.wait_for_text(Gone())
-        kept.job.cancelled.set()
-        assert all(isinstance(end, ProtocolError) for end in await asyncio.gather(*waits, return_exceptions=True))
-        assert len(speaker.batches) == 1
-        desk.close()
+        for place in (1, 0):
+            clients[place].leaves.set()
+            await asyncio.gather(tasks[place], return_exceptions=True)
+        while len(clients[2].sent) < 3:
+            await asyncio.sleep(0.01)
+        assert len(speaker.seeds) == 2
+        clients[2].leaves.set()
+        await tasks[2]
+        await asyncio.to_thread(desk.close)
+        assert speaker.running == {}
 
-    asyncio.run(asyncio.wait_for(leave(), 10))
+    asyncio.run(asyncio.wait_for(leave(), 60))
 
 
-def test_a_stream_whose_client_left_before_it_began_ends_its_job() -> None:
-    async def stream() -> None:
+def test_an_error_before_the_first_piece_has_a_status() -> None:
+    """Afterwards it is an event of the stream."""
+
+    async def fail() -> None:
         speaker: Any = Slow()
-        speaker.free.set()
-        desk = Desk(speaker, 1)
-        sent = iter(
-            [{"type": "http.request", "body": json.dumps(BODY | {"stream": True}).encode(), "more_body": False}]
-        )
+        desk, client = Desk(speaker, 1, 9), Client()
+        desk.stop()
+        with pytest.raises(ProtocolError, match="shutting down"):
+            await ClientAnswer(desk, body_of(stream=True))({}, client.receive, client.send)
+        assert client.sent == []
+        await asyncio.to_thread(desk.close)
 
-        async def receive() -> Any:
-            return next(sent, {"type": "http.disconnect"})
-
-        async def send(message: Any) -> None:
-            await asyncio.sleep(0)
-
-        headers = [(b"host", b"localhost:8000"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
-        scope |= {"headers": headers}
-        await make_app(desk, None, 4)(scope, receive, send)
-        await asyncio.to_thread(desk.close)  # after the answer that is being made, which else has no end
-
-    asyncio.run(asyncio.wait_for(stream(), 10))
+    asyncio.run(asyncio.wait_for(fail(), 60))
 
 
 def test_only_a_seed_that_was_asked_for_repeats_itself() -> None:
-    """Requests with and without a seed share a batch, in which every row draws from its own seed."""
+    """Choices of one request have different seeds, and the first one draws as a single choice does."""
     speaker: Any = Slow()
-    desk, ended = Desk(speaker, 8), queue.SimpleQueue[Any]()
-    for more in ({}, {}, {}, {"seed": 7}, {"seed": 7}, {"temperature": 0, "seed": 7}, {"temperature": 0}):
-        asked = body_of(**more)
-        job = Job(asked.request, "one", lambda text: None, ended.put, asked.seeded)
-        job.on_text = lambda text, job=job: job.cancelled.set()  # type: ignore[misc]
-        desk.put(job)
-        while not speaker.batches:
-            time.sleep(0.001)
     speaker.free.set()
-    for _ in range(7):
-        ended.get(timeout=10)
+    desk, ended = Desk(speaker, 8, 9), queue.SimpleQueue[Any]()
+    for more in ({}, {}, {"seed": 7}, {"seed": 7, "n": 3}):
+        asked = body_of(**more)
+        for request in asked.requests:
+            job = Job(request, "one", lambda text: None, ended.put, asked.seeded)
+            job.on_piece = lambda piece, job=job: job.cancelled.set()  # type: ignore[misc]
+            desk.put([job])
+            ended.get(timeout=10)
     desk.close()
-    first, second = speaker.batches
-    assert [len(first), len(second)] == [1, 6]
-    assert len({*first, *second[:2]}) == 3
-    assert second[2:4] == [7, 7]
+    assert speaker.seeds[2] == speaker.seeds[3] == 7
+    assert len(set(speaker.seeds)) == 5
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
@@ -305,7 +341,7 @@ def test_elsewhere_than_here_a_key_is_needed(tiny_llama: Path, monkeypatch: pyte
 def test_a_folder_without_adapters_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     speaker = make_speaker(load_target(find_target(str(tiny_llama), None, []), CPU))
     with pytest.raises(InputError, match="contains no adapter"):
-        add_folders(speaker, [str(tmp_path)])
+        speaker.adapters.add_folder(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -330,7 +366,7 @@ def test_a_signal_ends_the_answers_that_are_being_made() -> None:
     """Streams end with the protocol's error, and the server is gone in no time; without the stop it would wait."""
     speaker: Any = Slow()
     speaker.free.set()
-    desk = Desk(speaker, 8)
+    desk = Desk(speaker, 8, 9)
     server, body = make_server(desk, make_app(desk, None, 4)), json.dumps(BODY | {"stream": True}).encode()
     with (
         running(server) as port,

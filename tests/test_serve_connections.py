@@ -19,11 +19,11 @@ from urllib.error import URLError
 
 import pytest
 
-from tests.test_serve import BODY, JSON, Slow, ask_raw, running
+from tests.test_serve import BODY, JSON, Names, Slow, ask_raw, running
 from tunekit import serve
 from tunekit.serve import bind, make_app, make_server
 from tunekit.talking import desk as desk_module
-from tunekit.talking.conversation import Reply
+from tunekit.talking.answer import Reply
 from tunekit.talking.desk import Desk, Job
 from tunekit.talking.protocol import read_body
 
@@ -41,20 +41,20 @@ class Patient(Slow):
         if free:
             self.free.set()
 
-    def prompt_ids(self, messages: Any) -> list[int]:
-        if messages[0].content == "wait":
+    def prepare(self, request: Any) -> Any:
+        if request.messages[0].content == "wait":
             self.reading.wait(10)
-        return [1]
+        return super().prepare(request)
 
-    def answer(self, requests: Any, name: str, on_text: Any, on_end: Any) -> None:
+    def step(self) -> None:
         self.free.wait(10)
-        for row in range(len(requests)):
-            on_end(row, Reply("x", 1, 1, "stop"))
+        for handle in list(self.running):
+            self.running.pop(handle)[1](Reply("x", 1, 1, "stop"))
 
 
 @contextmanager
 def serving(speaker: Any, key: str | None = None) -> Iterator[int]:
-    desk = Desk(speaker, 8)
+    desk = Desk(speaker, 8, 9)
     with running(make_server(desk, make_app(desk, key, 4))) as port:
         yield port
     desk.close()
@@ -150,7 +150,7 @@ def shared_port() -> Iterator[int]:
 
 
 def test_a_server_that_others_reach_is_asked_by_any_name() -> None:
-    desk: Any = Desk(Patient(), 8)  # type: ignore[arg-type]
+    desk: Any = Desk(Patient(), 8, 9)  # type: ignore[arg-type]
     with running(make_server(desk, make_app(desk, "secret", 4, only_local=False))) as port:
         headers = JSON | {"Authorization": "Bearer secret", "Host": "models.example"}
         assert ask_raw(port, PLACE, json.dumps(BODY).encode(), headers)[0] == 200
@@ -160,14 +160,15 @@ def test_a_server_that_others_reach_is_asked_by_any_name() -> None:
 def ended(desk: Desk, content: str = "x", **more: Any) -> queue.SimpleQueue[Any]:
     """What a job ends with."""
     body = {**BODY, "messages": [{"role": "user", "content": content}], **more}
-    asked, found = read_body(json.dumps(body).encode(), ["one"], 4), queue.SimpleQueue[Any]()
-    desk.put(Job(asked.request, "one", lambda text: None, found.put))
+    names: Any = Names()
+    asked, found = read_body(json.dumps(body).encode(), names, 4), queue.SimpleQueue[Any]()
+    desk.put([Job(asked.requests[0], "one", lambda piece: None, found.put)])
     return found
 
 
 def test_a_prompt_that_is_read_holds_up_no_answer() -> None:
     speaker: Any = Patient(free=False)
-    desk = Desk(speaker, 8)
+    desk = Desk(speaker, 8, 9)
     first, second = ended(desk), ended(desk, "wait")
     speaker.free.set()
     assert first.get(timeout=10) == Reply("x", 1, 1, "stop")
@@ -180,7 +181,7 @@ def test_a_prompt_that_is_read_holds_up_no_answer() -> None:
 def test_one_request_too_many_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk_module, "MAX_JOBS", 2)
     speaker: Any = Patient(free=False)
-    desk = Desk(speaker, 8)
+    desk = Desk(speaker, 8, 9)
     waiting = [ended(desk) for _ in range(3)]
     assert "2 requests are waiting already" in str(waiting[2].get(timeout=10))
     speaker.free.set()

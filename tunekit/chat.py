@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
 from tunekit.formats.example import Message
 from tunekit.machine.devices import make_devices
-from tunekit.talking.conversation import BASE, Reply, Request, Speaker, make_speaker
+from tunekit.talking.adapters import BASE
+from tunekit.talking.answer import Reply, Request
+from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.targets.target import find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
@@ -102,14 +104,13 @@ class Chat:
 
     def adapter(self, argument: str) -> None:
         """choose an adapter, or load one from a folder; without an argument: list the adapters"""
-        if argument and argument not in self.speaker.names:
-            folder = Path(argument).expanduser()
-            if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
-                folder /= "adapter"
-            argument = folder.parent.name if folder.name == "adapter" else folder.name
-            self.speaker.add(argument, folder.absolute())
+        adapters = self.speaker.adapters
+        if argument and not adapters.knows(argument):
+            before = adapters.names
+            adapters.add_folder(argument)
+            argument = next(name for name in adapters.names if name not in before)
         self.name = argument or self.name
-        names = [f"{name} (answers)" if name == self.name else name for name in self.speaker.names]
+        names = [f"{name} (answers)" if name == self.name else name for name in adapters.names]
         self.console.info(", ".join(names))
 
     def system(self, argument: str) -> None:
@@ -150,6 +151,8 @@ class Chat:
         """end the program, like Ctrl-D"""
         self.ended = True
 
+    exit = quit
+
 
 COMMANDS = {  # methods of Chat, and the arguments after their names
     "help": "",
@@ -161,6 +164,7 @@ COMMANDS = {  # methods of Chat, and the arguments after their names
     "reset": "",
     "save": "FILE",
     "quit": "",
+    "exit": "",
 }
 
 
@@ -234,22 +238,62 @@ def chat_verb(
 
 def _talk(chat: Chat, console: Console) -> None:
     """Read lines until the input ends."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (gives input() line editing and a history)
-    while not chat.ended:
-        try:
-            text = input("> " if interactive else "")
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            console.info("", "Ctrl-D or /quit ends the program")
-            continue
-        try:
-            if text.strip():
-                chat.line(text.strip())
-        except TunekitError as error:
-            console.warn(str(error))
+    interactive, typed = sys.stdin.isatty(), ""
+    with _pending_input() if interactive else contextlib.nullcontext():
+        while not chat.ended:
+            try:
+                text = _read_line(typed) if interactive else input()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                typed = _typed_text()
+                console.info("", "Ctrl-D or /quit ends the program")
+                continue
+            typed = ""
+            try:
+                if text.strip():
+                    chat.line(text.strip())
+            except TunekitError as error:
+                console.warn(str(error))
     if interactive:
         console.info("")
+
+
+def _read_line(typed: str) -> str:
+    """A line from the terminal, which starts with the text that was typed before Ctrl-C."""
+    try:
+        import readline  # gives input() line editing and a history
+    except ImportError:
+        return input("> ")
+    readline.set_startup_hook(lambda: readline.insert_text(typed))
+    try:
+        return input("> ")
+    finally:
+        readline.set_startup_hook(None)
+
+
+def _typed_text() -> str:
+    """The text of the line that Ctrl-C interrupted."""
+    try:
+        import readline
+    except ImportError:
+        return ""
+    return readline.get_line_buffer()
+
+
+@contextlib.contextmanager
+def _pending_input() -> Iterator[None]:
+    """A block in which Ctrl-C does not discard the text that was typed during an answer."""
+    try:
+        import termios
+
+        before = termios.tcgetattr(sys.stdin)
+    except (ImportError, termios.error):
+        yield
+        return
+    flags = [*before[:3], before[3] | termios.NOFLSH, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, flags)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

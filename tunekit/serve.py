@@ -1,6 +1,6 @@
 """`tunekit serve`: serves a model to OpenAI clients until it is stopped. Each adapter of the base is a model name.
 
-GET /v1/models; POST /v1/chat/completions, streamed or complete.
+GET /v1/models; POST /v1/chat/completions and /v1/completions, streamed or complete.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import os
 import socket
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from tunekit.basics import bytes_text
 from tunekit.console import Console
-from tunekit.errors import DataError, InputError, TunekitError
+from tunekit.errors import InputError
 from tunekit.machine.devices import make_devices
+from tunekit.machine.memory import available_bytes
 from tunekit.machine.network import LOCAL_HOSTS, connection_limit, names_this_machine
-from tunekit.talking.conversation import Reply, Speaker, add_folders, make_speaker, name_of
-from tunekit.talking.desk import Desk, Job
-from tunekit.talking.protocol import ChatRequest, ProtocolError, read_body, usage
+from tunekit.recipe.memory import size_bytes
+from tunekit.talking.adapters import name_of
+from tunekit.talking.completion import ClientAnswer
+from tunekit.talking.conversation import Speaker, make_speaker
+from tunekit.talking.desk import Desk
+from tunekit.talking.protocol import ProtocolError, read_body
 from tunekit.targets.target import find_target, load_target
 
 if TYPE_CHECKING:
@@ -31,11 +34,11 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
     from starlette.requests import Request
-    from starlette.responses import Response, StreamingResponse
+    from starlette.responses import Response
     from uvicorn import Server
 
-AsgiApp = Callable[..., Awaitable[None]]  # (scope, receive, send) -> nothing
 MAX_BODY_BYTES = 4_000_000
+MIN_TOKENS = 32  # a slot with fewer tokens has no room for a question and its answer
 QUEUED_CONNECTIONS = 1024
 HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # time limits for a client to send a request's header and body
 
@@ -61,10 +64,10 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
-    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    names, started = desk.speaker.names, int(time.time())
+    adapters, started = desk.speaker.adapters, int(time.time())
 
     def error_response(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
@@ -91,105 +94,29 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
 
     async def models(request: Request) -> Response:
         check(request)
-        entries = [{"id": name, "object": "model", "created": started, "owned_by": "tunekit"} for name in names]
+        adapters.read_folders()
+        entries = [
+            {"id": name, "object": "model", "created": started, "owned_by": "tunekit"} for name in adapters.names
+        ]
         return JSONResponse({"object": "list", "data": entries})
 
-    async def completions(request: Request) -> Response | AsgiApp:
+    async def chat_completions(request: Request) -> ClientAnswer:
         check(request)
-        chat_request = read_body(await read_request(request), names, max_tokens)
-        completion = Generation(desk, chat_request)
-        if not chat_request.stream:
-            return JSONResponse(await completion.result(request))
-        await completion.wait_for_text(request)
-        events = StreamingResponse(completion.events(), media_type="text/event-stream")
-        return partial(completion.send, events)
+        return ClientAnswer(desk, read_body(await read_request(request), adapters, max_tokens))
+
+    async def completions(request: Request) -> ClientAnswer:
+        check(request)
+        return ClientAnswer(desk, read_body(await read_request(request), adapters, max_tokens, is_chat=False))
 
     return Starlette(
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
-            Route("/v1/chat/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
         ],
         exception_handlers=dict.fromkeys((ProtocolError, HTTPException, ClientDisconnect), error_response),
     )
-
-
-class Generation:
-    """One completion, passed from the desk's thread to the client."""
-
-    def __init__(self, desk: Desk, chat_request: ChatRequest) -> None:
-        self.chat_request = chat_request
-        self.arrived: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(item: str | Reply | Exception) -> None:
-            loop.call_soon_threadsafe(self.arrived.put_nowait, item)
-
-        self.job = Job(chat_request.request, chat_request.name, deliver, deliver, chat_request.seeded)
-        self.facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat_request.name}
-        self._first: str | Reply | None = None
-        desk.put(self.job)
-
-    async def _next(self) -> str | Reply:
-        """The next piece of text, or the reply at the end. Raises: ProtocolError."""
-        item = await self.arrived.get()
-        if isinstance(item, DataError):
-            code = "context_length_exceeded" if "tokens" in str(item) else None
-            raise ProtocolError(400, str(item), "messages", code)
-        if isinstance(item, TunekitError):
-            raise ProtocolError(400, str(item))
-        if isinstance(item, Exception):
-            raise ProtocolError(503 if isinstance(item, ConnectionError) else 500, str(item))
-        return item
-
-    async def result(self, request: Request) -> dict[str, Any]:
-        """The complete answer."""
-        while not isinstance(reply := await self._next_for(request), Reply):
-            pass
-        message = {"role": "assistant", "content": reply.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.reason}
-        return {**self.facts, "object": "chat.completion", "choices": [choice], "usage": usage(reply)}
-
-    async def wait_for_text(self, request: Request) -> None:
-        """Wait for the first piece of text, because an HTTP status cannot report an error after it."""
-        self._first = await self._next_for(request)
-
-    async def _next_for(self, request: Request) -> str | Reply:
-        """The next piece of text; cancels the job if the client is gone."""
-        waiting = asyncio.ensure_future(self._next())
-        while not (await asyncio.wait([waiting], timeout=1.0))[0]:
-            if await request.is_disconnected():
-                self.job.cancelled.set()
-        return waiting.result()
-
-    async def send(self, events: StreamingResponse, *of_asgi: object) -> None:
-        """Send the events; the job ends when its client leaves, even before the first event."""
-        try:
-            await events(*of_asgi)
-        finally:
-            self.job.cancelled.set()
-
-    async def events(self) -> AsyncIterator[str]:
-        """The answer as events of the protocol."""
-        try:
-            yield self._event({"role": "assistant", "content": ""}, None)
-            item = self._first
-            while isinstance(item, str):
-                yield self._event({"content": item}, None)
-                item = await self._next()
-            assert isinstance(item, Reply)
-            yield self._event({}, item.reason)
-            if self.chat_request.with_usage:
-                yield self._data({"choices": [], "usage": usage(item)})
-        except ProtocolError as error:
-            yield f"data: {json.dumps(error.body)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    def _event(self, delta: dict[str, str], reason: str | None) -> str:
-        return self._data({"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
-
-    def _data(self, value: dict[str, Any]) -> str:
-        return f"data: {json.dumps({**self.facts, 'object': 'chat.completion.chunk', **value})}\n\n"
 
 
 def serve_verb(
@@ -202,8 +129,13 @@ def serve_verb(
     key: str | None,
     max_tokens: int,
     batch_size: int,
+    memory: tuple[str | None, str | None] = (None, None),
 ) -> None:
-    """Serve until a stop signal arrives. Raises: TunekitError; the command line returns its exit code."""
+    """Serve until a stop signal arrives. `memory`: sizes of the cache and of the adapters; None: a quarter of the free
+    memory each.
+
+    Raises: TunekitError; the command line returns its exit code.
+    """
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -212,15 +144,19 @@ def serve_verb(
     if host not in LOCAL_HOSTS and not key:
         how = "set --api-key or TUNEKIT_API_KEY, or remove --host"
         raise InputError(f"on {host} other machines could use the server without a key", how)
+    cache_bytes, adapter_bytes = (None if size is None else read_size(size) for size in memory)
     console, spec = Console(), find_target(target, base, overrides)
     listening = bind(host, port)
     console.warn(*spec.rewrites)
     console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:
-        speaker = make_speaker(load_target(spec, devices.device), name_of(target))
-        add_folders(speaker, adapters)
-        desk = Desk(speaker, batch_size)
+        speaker = make_speaker(load_target(spec, devices.device), name_of(target), needs_template=False)
+        quarter = (available_bytes(devices.device) or 0) // 4
+        speaker.adapters.limit_bytes = quarter if adapter_bytes is None else adapter_bytes
+        for folder in adapters:
+            speaker.adapters.add_folder(folder)
+        desk = make_desk(speaker, batch_size, quarter if cache_bytes is None else cache_bytes, console)
         app = make_app(desk, key, max_tokens, only_local=host in LOCAL_HOSTS)
         server = make_server(desk, app)
         threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
@@ -229,6 +165,27 @@ def serve_verb(
     finally:
         listening.close()
         devices.close()
+
+
+def make_desk(speaker: Speaker, slots: int, cache_bytes: int, console: Console) -> Desk:
+    """A desk whose cache fits into the memory. Raises: InputError if the memory is too small for any answer."""
+    tokens, used_bytes = speaker.slot_tokens(slots, cache_bytes)
+    if tokens < MIN_TOKENS:
+        what = f"{bytes_text(cache_bytes)} of cache are {tokens} tokens for each of {slots} answers"
+        raise InputError(what, "set a larger --cache-memory or a smaller --batch-size")
+    size = f", {bytes_text(used_bytes)} of cache" if used_bytes else ""
+    console.info(f"up to {slots} answers at once, each with up to {tokens:,} tokens of prompt and answer{size}")
+    if speaker.adapters.reloads:
+        console.info(f"adapters in memory: up to {bytes_text(speaker.adapters.limit_bytes or 0)} (--adapter-memory)")
+    return Desk(speaker, slots, tokens)
+
+
+def read_size(text: str) -> int:
+    """The bytes of a size such as 8GiB. Raises: InputError."""
+    try:
+        return size_bytes(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a size", f"it {error}") from error
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -324,4 +281,4 @@ def _announce(server: Server, console: Console, speaker: Speaker, host: str, por
     """Print the address, once the server listens."""
     while not server.started:
         time.sleep(0.05)
-    console.info(f"models: {', '.join(speaker.names)}", f"serving at http://{host}:{port}/v1 - Ctrl-C ends it")
+    console.info(f"models: {speaker.adapters.listing}", f"serving at http://{host}:{port}/v1 - Ctrl-C ends it")

@@ -57,7 +57,8 @@ def chat(model: Path, rounds: int = 4, tokens: int = 48) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tunekit.formats.example import Message
-    from tunekit.talking.conversation import Request, make_speaker
+    from tunekit.talking.answer import Request
+    from tunekit.talking.conversation import make_speaker
     from tunekit.targets.target import find_target, load_target
 
     torch.set_num_threads(1)
@@ -65,7 +66,7 @@ def chat(model: Path, rounds: int = 4, tokens: int = 48) -> dict[str, Any]:
     theirs = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
     request = Request([Message("user", QUESTION)], tokens)
-    ids = torch.tensor([speaker.prompt_ids(request.messages)])
+    ids = torch.tensor([speaker.prepare(request).prompt])
 
     def of_theirs() -> str:
         with torch.no_grad():
@@ -74,7 +75,7 @@ def chat(model: Path, rounds: int = 4, tokens: int = 48) -> dict[str, Any]:
 
     def of_ours() -> str:
         speaker.states.clear()  # a first question, not the same one again
-        (reply,) = speaker.answer([request], speaker.names[0])
+        (reply,) = speaker.answer([request], speaker.adapters.names[0])
         assert reply.new_tokens == tokens
         return reply.text
 

@@ -445,3 +445,13 @@ def test_text_that_comes_in_pieces_is_broken_between_words() -> None:
             *("The ship left", "the harbour at", "dawn", "with a map that", "was very bad", "indeed")
         ]
     assert Flow(None).add("as it is, however long") == "as it is, however long"
+
+
+def test_the_first_piece_is_written_at_once() -> None:
+    flow = Flow(12)
+    pieces = [flow.add(piece) for piece in ("On", "ce upon", " a time", "less", " long day", "\nSo", "on")] + [
+        flow.end()
+    ]
+    assert "".join(pieces) == "Once upon a \ntimeless \nlong day\nSoon"
+    assert pieces[0] == "On"
+    assert pieces[5].endswith("\nSo")

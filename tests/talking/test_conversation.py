@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import select
+import signal
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,9 @@ from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError, InputError
 from tunekit.formats.example import Message
 from tunekit.generate import answer
-from tunekit.talking.conversation import BASE, Request, Speaker, _Writer, make_speaker
+from tunekit.talking.adapters import BASE
+from tunekit.talking.answer import AnswerWriter, Reply, Request
+from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.targets.target import find_target, load_target
 
 CPU = torch.device("cpu")
@@ -42,7 +49,7 @@ def adapter_of(base: Path, folder: Path, seed: int) -> Path:
 def speaker(tiny_llama: Path, tmp_path: Path) -> Speaker:
     """The tiny model with two adapters that answer otherwise than it and each other."""
     found = make_speaker(load(adapter_of(tiny_llama, tmp_path / "one", seed=1)), "one")
-    found.add("two", adapter_of(tiny_llama, tmp_path / "two", seed=2))
+    found.adapters.add("two", adapter_of(tiny_llama, tmp_path / "two", seed=2))
     return found
 
 
@@ -59,7 +66,7 @@ def test_everyone_answers_as_generate_does(tiny_llama: Path, tmp_path: Path, spe
     assert len(set(answers.values())) == 3
     for name in ("two", "base", "one", "two"):
         assert ask(speaker, name, QUESTION) == answers[name]
-    assert speaker.names == [BASE, "one", "two"]
+    assert speaker.adapters.names == [BASE, "one", "two"]
     assert speaker.default == "one"
     with pytest.raises(InputError, match="no adapter 'three'"):
         ask(speaker, "three", QUESTION)
@@ -69,10 +76,10 @@ def test_what_is_kept_from_the_turn_before_changes_no_answer(speaker: Speaker) -
     messages = list(QUESTION)
     for turn in range(3):
         kept = ask(speaker, "one", messages)
-        lengths = {len(states.ids) for states in speaker.states.values()}
+        lengths = {len(states.ids) for _, states in speaker.states.values()}
         speaker.states.clear()
         assert ask(speaker, "one", messages) == kept
-        assert lengths == {len(states.ids) for states in speaker.states.values()}
+        assert lengths == {len(states.ids) for _, states in speaker.states.values()}
         messages += [Message("assistant", kept), Message("user", f"And {turn}?")]
     ask(speaker, "one", [Message("user", "Say another thing.")])  # shares its beginning only
     assert ask(speaker, "one", messages[:-2]) == messages[-2].content
@@ -89,13 +96,13 @@ def test_a_temperature_near_zero_is_greedy(speaker: Speaker) -> None:
 
 
 def test_the_first_of_several_stop_texts_ends_the_answer() -> None:
-    writer = _Writer(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
-    assert [writer.add(5), writer.finish(), writer.reason] == ["one ", "", "stop"]
+    writer = AnswerWriter(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
+    assert [writer.add(5).text, writer.finish().text, writer.reason] == ["one ", "", "stop"]
 
 
 def test_an_adapter_called_base_does_not_hide_behind_the_base(tiny_llama: Path, tmp_path: Path) -> None:
     found = make_speaker(load(adapter_of(tiny_llama, tmp_path / "base", seed=1)), "base")
-    assert (found.names, found.default) == ([BASE, "adapter"], "adapter")
+    assert (found.adapters.names, found.default) == ([BASE, "adapter"], "adapter")
 
 
 def test_several_are_answered_side_by_side(speaker: Speaker) -> None:
@@ -113,22 +120,38 @@ def test_several_are_answered_side_by_side(speaker: Speaker) -> None:
     assert {reply.reason for reply in replies} == {"length"}
 
 
-def test_a_finished_answer_does_not_wait_for_a_longer_one(speaker: Speaker) -> None:
-    """Also where it ends with a stop text, and where each is answered alone."""
-    events: list[tuple[int, object]] = []
-    requests = [Request(QUESTION, 40), Request([Message("user", "a")], 2)]
+def test_a_request_that_joins_late_ends_early_and_changes_no_answer(speaker: Speaker) -> None:
+    """It has another adapter, other sampling settings and another length."""
+    requests = [Request(QUESTION, 40), Request([Message("user", "a")], 3, Sampling(1.5, 0.9, 0, 7))]
+    names, replies, events = ("two", "one"), dict[int, Reply](), list[int]()
+    alone = [speaker.answer([request], name)[0] for request, name in zip(requests, names, strict=True)]
+    with speaker.answering(2, 512) as answers:
+        for row, (request, name) in enumerate(zip(requests, names, strict=True)):
+            answers.put(
+                speaker.prepare(request),
+                name,
+                lambda piece, row=row: events.append(row) or True,  # type: ignore[misc]
+                partial(replies.__setitem__, row),
+            )
+            for _ in range(4):
+                answers.step()
+        assert list(replies) == [1]
+        assert answers.free_slots == 1
+        while answers.is_busy:
+            answers.step()
+    assert [replies[0], replies[1]] == alone
+    assert events.index(1) <= 5
 
-    def on_text(row: int, text: str) -> bool:
-        events.append((row, ""))
-        return True
 
-    answered = speaker.answer(requests, "two", on_text, lambda *end: events.append(end))
-    ends = [at for at, (_, what) in enumerate(events) if what]
-    assert [events[at] for at in ends] == [(1, answered[1]), (0, answered[0])]
-    assert len(events) - ends[0] > 30
-    events.clear()
-    long = [Request([Message("user", "word " * 90)], 60), Request(QUESTION, 60)]
-    assert speaker.answer(long, "two", on_end=lambda *end: events.append(end)) == [reply for _, reply in events]
+def test_a_prompt_longer_than_a_slot_is_refused_and_a_long_answer_is_cut(speaker: Speaker) -> None:
+    replies: list[Reply] = []
+    with speaker.answering(1, 64) as answers:
+        with pytest.raises(DataError, match="which leave no room for an answer"):
+            answers.put(speaker.prepare(Request([Message("user", "x" * 80)], 4)), "one", lambda _: True, replies.append)
+        answers.put(speaker.prepare(Request(QUESTION, 400)), "one", lambda _: True, replies.append)
+        while answers.is_busy:
+            answers.step()
+    assert (replies[0].reason, replies[0].prompt_tokens + replies[0].new_tokens) == ("length", 65)
 
 
 def test_a_prompt_is_measured_before_it_is_tokenized(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,11 +166,11 @@ def test_a_prompt_is_measured_before_it_is_tokenized(speaker: Speaker, monkeypat
         [Message("user", "a")] * 100_000,
     ):
         with pytest.raises(DataError, match="has more than 512 tokens, but the model reads at most 512"):
-            speaker.prompt_ids(messages)
+            speaker.prepare(Request(messages))
     assert sum(read) < 200_000
     with pytest.raises(DataError, match="has 519 tokens, but the model reads at most 512"):
-        speaker.prompt_ids([Message("user", "x" * 500)])
-    assert len(speaker.prompt_ids([Message("user", "x" * 490)])) == 509
+        speaker.prepare(Request([Message("user", "x" * 500)]))
+    assert len(speaker.prepare(Request([Message("user", "x" * 490)])).prompt) == 509
 
 
 def test_an_answer_ends_before_a_stop_text_and_where_nobody_listens(speaker: Speaker) -> None:
@@ -183,6 +206,8 @@ def test_a_conversation_in_the_terminal(speaker: Speaker, tmp_path: Path, capsys
     assert chat.messages[-1].content == ask(speaker, "two", chat.messages[:-1], 8)
     chat.line("/undo")
     assert [message.role for message in chat.messages] == ["system", "user", "assistant"]
+    chat.line("/exit")
+    assert chat.ended
     chat.line("/reset")
     assert [message.role for message in read_history(history)] == ["system"]
     chat.line("/set temperature 0.5")
@@ -226,3 +251,60 @@ def test_an_interrupted_answer_is_kept_and_the_next_one_right(
     assert visible(ask(speaker, "one", QUESTION, 8)).startswith("".join(written[:3]))
     chat.line("Go on.")
     assert chat.messages[-1].content == ask(speaker, "one", chat.messages[:-1], 8)
+
+
+def read_terminal(terminal: int, until: str) -> str:
+    """The output of a terminal up to a text."""
+    text = ""
+    while until not in text:
+        ready = select.select([terminal], [], [], 300)[0]
+        assert ready, f"{until!r} did not come after {text!r}"
+        text += os.read(terminal, 4096).decode()
+    return text
+
+
+TYPING = """
+import time
+from types import SimpleNamespace
+from tunekit import chat
+from tunekit.console import Console
+
+def line(text):
+    talk.ended = text == "/exit"
+    print("LINE", repr(text), flush=True)
+    try:
+        time.sleep(300 * (text == "wait"))
+    except KeyboardInterrupt:
+        print("STOPPED", flush=True)
+
+talk = SimpleNamespace(ended=False, line=line)
+chat._talk(talk, Console())
+"""
+
+
+def test_text_typed_before_ctrl_c_is_kept() -> None:
+    """At the prompt, and while an answer is written; in a terminal."""
+    pty = pytest.importorskip("pty")
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-c", TYPING])
+    try:
+        read_terminal(terminal, "> ")
+        os.write(terminal, b"Hello wor")
+        read_terminal(terminal, "wor")
+        os.write(terminal, b"\x03")
+        read_terminal(terminal, "> Hello wor")
+        os.write(terminal, b"ld\n")
+        read_terminal(terminal, "LINE 'Hello world'")
+        os.write(terminal, b"wait\n")
+        read_terminal(terminal, "LINE 'wait'")
+        os.write(terminal, b"/ex")
+        read_terminal(terminal, "/ex")
+        os.write(terminal, b"\x03")
+        read_terminal(terminal, "STOPPED")
+        os.write(terminal, b"it\n")
+        read_terminal(terminal, "LINE '/exit'")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)

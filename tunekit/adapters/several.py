@@ -8,6 +8,7 @@ so logits equal those of the adapter alone, up to the order of sums.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -58,11 +59,16 @@ class Switch(Wrapper):
         self.__dict__["choice"] = choice
         self.indices: dict[str, str] = {}  # adapter's name -> its key: names may contain dots, keys may not
         self.wrappers = nn.ModuleDict()
+        self._keys = count()
 
     def add(self, name: str, wrapper: nn.Module) -> None:
         """Add one adapter's wrapper of this module."""
-        self.indices[name] = str(len(self.indices))
+        self.indices[name] = str(next(self._keys))
         self.wrappers[self.indices[name]] = wrapper
+
+    def remove(self, name: str) -> None:
+        """Remove one adapter's wrapper."""
+        del self.wrappers[self.indices.pop(name)]
 
     def forward(self, *inputs: object, **named: object) -> object:
         key = self.indices.get(self.choice.name() or "")
@@ -75,8 +81,7 @@ class AdapterSet:
     def __init__(self, net: nn.Module) -> None:
         self.net, self.choice = net, ActiveAdapter()
         self.adapters: dict[str, AttachedAdapter] = {}
-        self._wrappers: dict[str, list[tuple[nn.Module, str, nn.Module]]] = {}
-        self._installed: list[tuple[nn.Module, str, Switch]] = []
+        self._switches: dict[tuple[int, str], tuple[nn.Module, Switch]] = {}  # by parent and attribute
         self._guards: list[Any] = []
 
     def add(self, name: str, attach: Callable[[], AttachedAdapter]) -> AttachedAdapter:
@@ -93,7 +98,9 @@ class AdapterSet:
             wrappers = attached.wrappers()
             attached.detach()
             self._refuse_nested(name, attached)
-            self.adapters[name], self._wrappers[name] = attached, wrappers
+            for parent, attribute, wrapper in wrappers:
+                self._switch(parent, attribute).add(name, wrapper)
+            self.adapters[name] = attached
             self.choice.names[name] = attached.model_adapter is not None
         finally:
             self._install()
@@ -106,7 +113,11 @@ class AdapterSet:
         if self.choice.active == name:
             self.switch(None)
         self._uninstall()
-        del self._wrappers[name]
+        for place, (_, switch) in list(self._switches.items()):
+            if name in switch.indices:
+                switch.remove(name)
+            if not switch.indices:
+                del self._switches[place]
         del self.choice.names[name]
         self._install()
         return self.adapters.pop(name)
@@ -135,7 +146,7 @@ class AdapterSet:
         self.switch(None)
         self._uninstall()
         self.adapters.clear()
-        self._wrappers.clear()
+        self._switches.clear()
         self.choice.names.clear()
 
     # A whole-model adapter works through hooks, which are in the net only while the adapter is in use.
@@ -153,28 +164,27 @@ class AdapterSet:
         """Make the net plain; returns the adapter whose hooks were in it."""
         hooked = self.choice.hooked
         self._hook(None)
-        for parent, attribute, switch in self._installed:
+        for (_, attribute), (parent, switch) in self._switches.items():
             setattr(parent, attribute, switch.base_layer)
-        self._installed.clear()
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
         return hooked
 
     def _install(self) -> None:
-        """Put a Switch in place of every module with a wrapper; a module that occurs twice gets two."""
-        switches: dict[tuple[int, str], Switch] = {}
-        for name, wrappers in self._wrappers.items():
-            for parent, attribute, wrapper in wrappers:
-                if (id(parent), attribute) not in switches:
-                    base = getattr(parent, attribute)
-                    switches[id(parent), attribute] = Switch(base, self.choice).train(base.training)
-                    self._installed.append((parent, attribute, switches[id(parent), attribute]))
-                switches[id(parent), attribute].add(name, wrapper)
-        for parent, attribute, switch in self._installed:
+        """Put a Switch in place of every module with a wrapper; a module that occurs twice has two."""
+        for (_, attribute), (parent, switch) in self._switches.items():
             setattr(parent, attribute, switch)
         if any(self.choice.names.values()):
             self._guards.append(decoder(self.net).register_forward_pre_hook(lambda *_: self._guard()))
+
+    def _switch(self, parent: nn.Module, attribute: str) -> Switch:
+        """The Switch of a module of the plain net."""
+        place = id(parent), attribute
+        if place not in self._switches:
+            base = getattr(parent, attribute)
+            self._switches[place] = parent, Switch(base, self.choice).train(base.training)
+        return self._switches[place][1]
 
     def _guard(self) -> None:
         """Check every forward, because a whole-model adapter may be in use without any Switch."""
@@ -185,8 +195,8 @@ class AdapterSet:
         runs with other parameters under its own names, which a Switch inside it would change."""
         for other_name, other in [*self.adapters.items(), (name, attached)]:
             for one, two in ((attached, other), (other, attached)):
-                names = [*two.layers, *two.copies, *two.parameters, *two.tokens]
                 for copied in one.copies if one is not two else ():
+                    names = [*two.layers, *two.copies, *two.parameters, *two.tokens]
                     nested = next((p for p in names if p.startswith(f"{copied}.")), None)
                     if nested is not None:
                         what = f"one adapter fully trains '{copied}', and the other one adapts '{nested}' inside it"

@@ -47,7 +47,11 @@ def serve(
     base: Base = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER", help="an additional adapter, or a folder of adapters; each is a model name"),
+        typer.Option(
+            metavar="FOLDER",
+            help="an additional adapter, or a folder of adapters, which may change while serve runs; each is a model "
+            "name",
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="the address to listen on; addresses of other machines need a key")
@@ -60,12 +64,29 @@ def serve(
         int, typer.Option(metavar="N", min=1, help="the limit of an answer if the client sets none")
     ] = 512,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="the memory for keys and values, which limits the tokens of each answer; default: a quarter of the "
+            "free memory",
+        ),
+    ] = None,
+    adapter_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="the memory for adapters, such as 2GiB; the least recently used ones are evicted; default: a quarter "
+            "of the free memory",
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Serve a run, an adapter or a model to clients of OpenAI's API.
 
-    Each adapter is a model name.
+    Each adapter is a model name. Adapters in a folder are loaded when they are first used.
     """
     from tunekit.serve import serve_verb
 
-    serve_verb(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size)
+    memory = cache_memory, adapter_memory
+    serve_verb(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size, memory)

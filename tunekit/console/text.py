@@ -35,18 +35,23 @@ def cell_text(value: object) -> str:
 
 
 class Flow:
-    """Wraps text that arrives in pieces. `columns`: the maximum width, or None. An incomplete last word is held
-    back."""
+    """Wraps text that arrives in pieces. `columns`: the maximum width, or None. An incomplete last word is held back,
+    except at the start of a line, where it is written at once."""
 
     def __init__(self, columns: int | None) -> None:
         self.columns, self.at, self.word = columns, 0, ""
+        self.is_inside = False  # whether the beginning of an incomplete word is written
 
     def add(self, text: str) -> str:
         """The text that can be written now."""
         if self.columns is None:
             return text
         *words, self.word = re.split(r"(?<=\s)", self.word + text)
-        return "".join(map(self._place_word, words))
+        written = "".join(map(self._place_word, words))
+        if self.word and (self.is_inside or not self.at):
+            written += self.end()
+            self.is_inside = True
+        return written
 
     def end(self) -> str:
         """The last word."""
@@ -55,8 +60,10 @@ class Flow:
 
     def _place_word(self, word: str) -> str:
         """A word with the white space after it, on a new line if it does not fit."""
-        broken = self.columns is not None and self.at > 0 and self.at + len(word.rstrip()) > self.columns
+        fits = self.columns is None or self.at + len(word.rstrip()) <= self.columns
+        broken = self.at > 0 and not fits and not self.is_inside
         self.at = 0 if word.endswith("\n") else len(word) + (0 if broken else self.at)
+        self.is_inside = False
         return f"\n{word}" if broken else word
 
 

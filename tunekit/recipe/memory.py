@@ -7,21 +7,23 @@ from pydantic import BeforeValidator, Field
 
 from tunekit.recipe.bases.section import AutoBoolOrCount, AutoOrBool, Count, Section
 
+NO_SIZE = "must be a size with its unit, such as 8GiB"
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)")
 _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}
 _UNITS |= {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 
 
 def _size(value: object) -> str:
-    if isinstance(value, str) and _SIZE.fullmatch(value) and size_bytes(value):
+    if isinstance(value, str) and size_bytes(value):
         return value
-    raise ValueError("must be a size with its unit, such as 8GiB")
+    raise ValueError(NO_SIZE)
 
 
 def size_bytes(text: str) -> int:
-    """8GiB -> 8589934592. `text`: a size that the section has accepted."""
+    """8GiB -> 8589934592. Raises: ValueError if the text is not a size."""
     size = _SIZE.fullmatch(text)
-    assert size is not None
+    if size is None:
+        raise ValueError(NO_SIZE)
     return int(float(size[1]) * _UNITS[size[2]])
 
 

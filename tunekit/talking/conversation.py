@@ -5,58 +5,32 @@ The keys and values of a conversation are cached for its next turn.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from math import inf
-from pathlib import Path
+from functools import cached_property, partial
 
-from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.adapters.several import AdapterSet
-from tunekit.contracts import GREEDY, Sampling
+from tunekit.adapters.attach import AttachedAdapter
 from tunekit.data.rendering.render import Renderer, too_long
-from tunekit.errors import InputError
-from tunekit.formats.example import Message
-from tunekit.model.call import calling, current_call
-from tunekit.model.text.continuation import Continuation, States
+from tunekit.errors import DataError, InputError
+from tunekit.model.text.continuation import Continuation, NewToken, States
 from tunekit.model.text.decoder import Decoder, decoding
+from tunekit.model.text.draws import Score
 from tunekit.model.text.generation import find_stop_ids
+from tunekit.model.text.token_bytes import token_bytes
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.records import TextFacts
+from tunekit.talking.adapters import BASE, Adapters
+from tunekit.talking.answer import AnswerPiece, AnswerWriter, Reply, Request, TokenScore
+from tunekit.talking.grammar import Grammars
+from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
 from tunekit.targets.target import LoadedTarget
 
-BASE = "base"  # the name of the base without an adapter
-UNFINISHED = "�"  # the character that stands for an incomplete multi-byte character
+CACHED_CONVERSATIONS = 4  # whose keys and values are in memory for their next turns
+UNLIMITED_TOKENS = 2**20  # of an answer whose keys and values are not in slots
 
-
-@dataclass(frozen=True)
-class Request:
-    """One conversation to answer. `stop`: texts that end the answer and are not part of it.
-
-    `prompt`: the ids of the conversation, if `Speaker.prompt_ids` was already called.
-    """
-
-    messages: Sequence[Message]
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    stop: Sequence[str] = ()
-    prompt: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer, and why it ended: "stop" (an end token or a stop text) or "length" (the maximum of tokens)."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    reason: str
-
-
-OnText = Callable[[int, str], bool]  # (index of the request, new text of its answer, may be "") -> whether to continue
-OnEnd = Callable[[int, Reply], None]  # (index of the request, its complete answer)
+OnPiece = Callable[[AnswerPiece], bool]  # the next piece of an answer, may be empty -> whether to continue
+OnEnd = Callable[[Reply], None]
 
 
 @dataclass
@@ -64,60 +38,61 @@ class Speaker:
     """Answers with one base and any of its adapters; one call at a time."""
 
     target: LoadedTarget
-    adapters: AdapterSet
+    adapters: Adapters
     default: str  # the name that answers by default: BASE, or the target's own adapter
     template: str | None
     stop_ids: frozenset[int]  # the tokens that end an answer
-    states: dict[str, States] = field(default_factory=dict)  # of each name's last conversation
+    states: dict[str, tuple[AttachedAdapter | None, States]] = field(default_factory=dict)  # of the last conversations
 
-    @property
-    def names(self) -> list[str]:
-        """The base's name and those of the adapters."""
-        return [BASE, *self.adapters.adapters]
-
-    def add(self, name: str, folder: Path) -> None:
-        """Add an adapter. Raises: AdapterError if the folder has no adapter of this base."""
-        if name == BASE:
-            raise InputError(f"'{BASE}' is the name of the base itself", "give the adapter another name")
-        base = self.target.model.base
-        attach = partial(attach_adapter_folder, base.net, folder, head_name=base.family.head_name(base.net))
-        self.adapters.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
-
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to its next answer.
+    def prepare(self, request: Request) -> Request:
+        """The request with its prompt's ids, and all that its answer needs besides the model.
 
         One thread at a time may call this, also while another one answers.
-        Raises: DataError if the template refuses the conversation, or no position is left for an answer.
+        Raises: DataError if the template refuses the conversation, or no position is left for an answer; InputError
+        for tools or a schema that cannot be used.
         """
-        facts = self._facts
-        ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages, facts.positions)
+        if request.tools and not reads_tools(self.template or self.target.tokenizer.chat_template):
+            raise InputError("'tools' is not supported: the chat template does not read them", "remove them")
+        shape = self._tool_format if request.tools else None
+        allowed = None if request.schema is None else self._grammars.allowed(request.schema)
+        return replace(request, prompt=self._prompt_ids(request), allowed=allowed, tool_format=shape)
+
+    def _prompt_ids(self, request: Request) -> Sequence[int]:
+        facts, ids = self._facts, list(request.prompt)
+        if ids and not (min(ids) >= 0 and max(ids) < facts.vocabulary_size):
+            raise InputError(
+                "'prompt' has ids that are not in the vocabulary", f"it has {facts.vocabulary_size} tokens"
+            )
+        renderer = Renderer(self.target.tokenizer, "assistant", self.template)
+        if request.text is not None:
+            ids = renderer.plain(request.text, facts.positions, special_tokens_in_text=True)
+        elif not ids:
+            ids = renderer.turns(request.messages, facts.positions, tuple(request.tools) or None)
+        if not ids:
+            raise InputError("the prompt is empty", "write at least one character")
         check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
         if facts.positions is not None and len(ids) >= facts.positions:
             raise too_long(f"{len(ids):,}", facts.positions)
         return ids
 
     def answer(
-        self,
-        requests: Sequence[Request],
-        name: str,
-        on_text: OnText = lambda row, text: True,
-        on_end: OnEnd = lambda row, reply: None,
+        self, requests: Sequence[Request], name: str, on_text: Callable[[int, str], bool] = lambda row, text: True
     ) -> list[Reply]:
-        """Answer conversations side by side, each as if it were alone.
+        """Answer conversations side by side, each as if it were alone. `on_text(row, text)`: whether to continue.
 
         Raises: InputError for an unknown name; DataError if a conversation is too long or the template refuses it.
         """
         replies: dict[int, Reply] = {}
-
-        def end(row: int, reply: Reply) -> None:
-            replies[row] = reply
-            on_end(row, reply)
-
-        requests = [replace(each, prompt=each.prompt or self.prompt_ids(each.messages)) for each in requests]
-        tokens = max(self.columns(request, name) for request in requests)
-        with self.answering(len(requests), tokens) as answers:
+        self.adapters.load(name)
+        continuations = [self.continuation(self.prepare(request), name) for request in requests]
+        with self.answering(len(requests), max(wanted.columns for wanted in continuations)) as answers:
             for row, request in enumerate(requests):
-                answers.put(request, name, partial(on_text, row), partial(end, row), keeps_states=len(requests) == 1)
+                answers.put(
+                    replace(request, prompt=continuations[row].prompt),
+                    name,
+                    lambda piece, row=row: on_text(row, piece.text),  # type: ignore[misc]
+                    partial(replies.__setitem__, row),
+                )
             while answers.is_busy:
                 answers.step()
         return [replies[row] for row in range(len(requests))]
@@ -126,35 +101,57 @@ class Speaker:
     def answering(self, slots: int, tokens: int) -> Iterator[Answers]:
         """A block in which up to `slots` requests are answered at once, each with up to `tokens` keys and values. One
         block at a time."""
-        base = self.target.model.base
+        base, pad_id = self.target.model.base, self.target.tokenizer.pad_id
         with decoding(base.net):
-            yield Answers(
-                self, Decoder(base, self.target.tokenizer.pad_id, slots=slots, tokens=tokens, using=self._using)
-            )
+            yield Answers(self, Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using))
 
-    def columns(self, request: Request, name: str) -> int:
-        """The keys and values that the answer to a request with a prompt needs at most."""
-        return self.continuation(request, name).columns
+    def slot_tokens(self, slots: int, memory_bytes: int) -> tuple[int, int]:
+        """The tokens of each of `slots` slots that fit into the memory, and the memory that they need in all."""
+        base, positions = self.target.model.base, self._facts.positions or UNLIMITED_TOKENS
+        with decoding(base.net), self.adapters.using(BASE):
+            decoder = Decoder(base, self.target.tokenizer.pad_id, slots=1, tokens=1)
+            decoder.add(Continuation([self.target.tokenizer.pad_id], 1))
+            decoder.step()
+        tokens = min(positions, memory_bytes // (slots * decoder.nbytes)) if decoder.nbytes else positions
+        return tokens, slots * tokens * decoder.nbytes
 
-    def continuation(self, request: Request, name: str) -> Continuation:
-        """What the decoder continues for a request with a prompt. Raises: InputError for an unknown name."""
-        if name not in self.names:
-            raise InputError(f"there is no adapter '{name}'", f"there are: {', '.join(self.names)}")
-        model, room = replace(self.target.model, adapter=self.adapters.adapters.get(name)), self._room(request.prompt)
-        changes_inputs = model.adapter is not None and model.adapter.model_adapter is not None
+    def continuation(self, request: Request, name: str, limit: int | None = None) -> Continuation:
+        """What the decoder continues for a prepared request to a loaded adapter, with up to `limit` keys and values.
+
+        Raises: DataError if the prompt is longer.
+        """
+        prompt, attached = request.prompt, self.adapters.loaded(name)
+        model = replace(self.target.model, adapter=attached)
+        virtual, separate = model.virtual_tokens, self.target.model.base.family.reads_source
+        limits = [request.max_new_tokens or 1]
+        if self._facts.positions is not None:  # an encoder's prompt takes no positions of the answer
+            limits.append(self._facts.positions - virtual - len(prompt) * (not separate))
+        if limit is not None:
+            limits.append(limit + 1 - virtual - len(prompt))
+        if min(limits) < 1:
+            what = f"the conversation has {len(prompt):,} tokens, which leave no room for an answer"
+            raise DataError(what, "shorten the conversation")
+        scored = request.echoes and request.top is not None
+        changes_inputs = attached is not None and attached.model_adapter is not None
         return Continuation(
-            request.prompt,
-            int(min(room, request.max_new_tokens)),
+            prompt,
+            min(limits),
             request.sampling,
             self.stop_ids,
+            allowed=request.allowed,
+            top=request.top,
+            scores_prompt=scored,
             adapter=name,
             adapt=model.adapt_inputs if changes_inputs else None,
-            virtual_tokens=model.virtual_tokens,
+            virtual_tokens=virtual,
         )
 
-    def _room(self, prompt: Sequence[int]) -> float:
-        """The maximum number of tokens of an answer; an encoder's prompt takes no positions of the answer."""
-        return (self._facts.positions or inf) - (0 if self.target.model.base.family.reads_source else len(prompt))
+    def score(self, token: int, score: Score) -> TokenScore:
+        """A token's score with bytes in place of ids."""
+        spelled = partial(token_bytes, self.target.tokenizer)
+        return TokenScore(
+            spelled(token), score.logprob, tuple((spelled(other), logprob) for other, logprob in score.top)
+        )
 
     @property
     def _facts(self) -> TextFacts:
@@ -162,12 +159,13 @@ class Speaker:
         assert facts is not None  # make_speaker checked it
         return facts
 
-    @contextmanager
-    def _using(self, name: str | None) -> Iterator[None]:
-        """A block in which this adapter answers."""
-        bypassed = name is None or name == BASE
-        with calling(replace(current_call(), bypassed=True)) if bypassed else self.adapters.using(str(name)):
-            yield
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.target.tokenizer, self._facts.vocabulary_size, self.stop_ids)
+
+    @cached_property
+    def _tool_format(self) -> ToolFormat | None:
+        return find_tool_format(self.target.tokenizer, self.template)
 
 
 class Answers:
@@ -182,51 +180,70 @@ class Answers:
         """Whether an answer has not ended."""
         return self.decoder.is_busy
 
-    def put(
-        self,
-        request: Request,
-        name: str,
-        on_text: Callable[[str], bool],
-        on_end: Callable[[Reply], None],
-        *,
-        keeps_states: bool = False,
-    ) -> int:
-        """Answer a request that has a prompt, as soon as a slot is free; returns its handle.
+    @property
+    def free_slots(self) -> int:
+        """The number of requests that could start now."""
+        return self.decoder.free_slots
 
-        `keeps_states`: keep the keys and values of this conversation for its next turn.
-        Raises: InputError for an unknown name.
+    def put(self, request: Request, name: str, on_piece: OnPiece, on_end: OnEnd) -> int:
+        """Answer a prepared request as soon as a slot is free; returns its handle. A request that starts alone keeps
+        its keys and values for the next turn.
+
+        Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; DataError for a
+        prompt that is too long.
         """
-        speaker = self.speaker
-        wanted = speaker.continuation(request, name)
-        if keeps_states:
-            wanted = replace(wanted, states=speaker.states.pop(name, None), keeps_states=not wanted.virtual_tokens)
+        adapters, states = self.speaker.adapters, self.speaker.states
+        adapters.load(name, {answer.name for answer in self._running.values()})
+        wanted = self.speaker.continuation(request, name, self.decoder.tokens)
+        if not (self.is_busy or wanted.scores_prompt or wanted.virtual_tokens):
+            attached, cached = states.pop(name, (None, None))
+            cached = cached if attached is adapters.loaded(name) else None
+            wanted = replace(wanted, states=cached, keeps_states=True)
         handle = self.decoder.add(wanted)
-        writer = _Writer(speaker.target.tokenizer.decode, request, speaker.stop_ids)
-        self._running[handle] = _Answer(name, writer, on_text, on_end)
+        writer = AnswerWriter(self.speaker.target.tokenizer.decode, request, self.speaker.stop_ids)
+        self._running[handle] = _Answer(name, writer, on_piece, on_end)
         return handle
 
     def step(self) -> None:
         """Write the next token of each answer."""
         for token in self.decoder.step():
             answer = self._running[token.handle]
-            is_read = answer.on_text(answer.writer.add(token.id))
+            if answer.is_new:
+                self._echo(answer, token)
+            score = None if token.score is None else self.speaker.score(token.id, token.score)
+            is_read = answer.on_piece(answer.writer.add(token.id, score))
             if token.reason or answer.writer.ended or not is_read:
                 self._end(token.handle, token.states)
 
     def cancel(self, handle: int) -> None:
         """End an answer whose reader has left; `on_end` is not called."""
-        self._running.pop(handle, None)
-        self.decoder.cancel(handle)
+        if self._running.pop(handle, None):
+            self.decoder.cancel(handle)
+
+    def _echo(self, answer: _Answer, token: NewToken) -> None:
+        """Begin the answer with the prompt, if the request asks for it."""
+        answer.is_new, request = False, answer.writer.request
+        if request.echoes:
+            decode = self.speaker.target.tokenizer.decode
+            text = decode(request.prompt, skip_special_tokens=True) if request.text is None else request.text
+            scores = [] if request.top is None else [TokenScore(self._bytes(request.prompt[0]))]
+            following = zip(request.prompt[1:], token.prompt_scores, strict=request.top is not None)
+            answer.on_piece(answer.writer.echo(text, [*scores, *(self.speaker.score(*each) for each in following)]))
+
+    def _bytes(self, token: int) -> bytes:
+        return token_bytes(self.speaker.target.tokenizer, token)
 
     def _end(self, handle: int, states: States | None) -> None:
-        answer = self._running.pop(handle)
+        answer, cache = self._running.pop(handle), self.speaker.states
         states = self.decoder.cancel(handle) or states
         if states is not None:
-            self.speaker.states[answer.name] = states
-        writer = answer.writer
-        if remainder := writer.finish():
-            answer.on_text(remainder)
-        answer.on_end(Reply(writer.written, len(writer.request.prompt), len(writer.ids), writer.reason))
+            cache[answer.name] = self.speaker.adapters.loaded(answer.name), states
+            for name in list(cache)[:-CACHED_CONVERSATIONS]:
+                del cache[name]
+        last = answer.writer.finish()
+        if last.text or last.scores:
+            answer.on_piece(last)
+        answer.on_end(answer.writer.reply())
 
 
 @dataclass
@@ -234,90 +251,25 @@ class _Answer:
     """One answer while it is generated."""
 
     name: str
-    writer: _Writer
-    on_text: Callable[[str], bool]
-    on_end: Callable[[Reply], None]
+    writer: AnswerWriter
+    on_piece: OnPiece
+    on_end: OnEnd
+    is_new: bool = True
 
 
-class _Writer:
-    """The text of an answer while it is generated: only complete characters, and no part of a stop text."""
-
-    def __init__(self, decode: Callable[..., str], request: Request, stop_ids: Collection[int]) -> None:
-        self.decode, self.request, self.stop_ids = decode, request, stop_ids
-        self.ids: list[int] = []
-        self.written, self.ended, self.reason = "", False, "length"
-
-    def add(self, token: int) -> str:
-        """The text that this token completes."""
-        if token in self.stop_ids:
-            self.ended, self.reason = True, "stop"
-            return ""
-        self.ids.append(token)
-        self.ended = len(self.ids) >= self.request.max_new_tokens
-        text = self._text()
-        if matches := [text.index(stop) for stop in self.request.stop if stop in text]:
-            self.ended, self.reason = True, "stop"
-            return self._show(text[: min(matches)])
-        held = max((_overlap(text, stop) for stop in self.request.stop), default=0)
-        return "" if text.endswith(UNFINISHED) else self._show(text[: len(text) - held])
-
-    def finish(self) -> str:
-        """The text that was held back, unless it is a stop text."""
-        cut = self.reason == "stop" and any(stop in self._text() for stop in self.request.stop)
-        return "" if cut else self._show(self._text())
-
-    def _text(self) -> str:
-        return str(self.decode(self.ids, skip_special_tokens=True))
-
-    def _show(self, text: str) -> str:
-        more = text[len(self.written) :]
-        self.written += more
-        return more
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The number of characters at the end of the text that are the beginning of the stop text."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
+def make_speaker(loaded: LoadedTarget, name: str = "adapter", *, needs_template: bool = True) -> Speaker:
     """A speaker with the target's own adapter, if it has one. Raises: InputError if the target cannot chat."""
     model, template = loaded.model, loaded.target.chat_template
     if not model.base.family.answers or not model.base.family.reads_ids:
         does = "does not read" if model.base.family.answers else "does not generate"
         what = f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} text"
         raise InputError(what, "use `tunekit generate`, which prints labels, scores, transcripts or images")
-    if template is None and loaded.tokenizer.chat_template is None:
+    if needs_template and template is None and loaded.tokenizer.chat_template is None:
         how = "use `tunekit generate`, or set data.chat_template in its recipe"
         raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)
     adapter, name = model.adapter, "adapter" if name == BASE else name
-    adapters = AdapterSet(model.base.net)
+    adapters = Adapters(model.base)
     if adapter is not None:
-        adapters.add(name, lambda: adapter)
+        adapters.put(name, adapter)
     stop_ids = frozenset(find_stop_ids(model.base, loaded.tokenizer, template))
     return Speaker(loaded, adapters, BASE if adapter is None else name, template, stop_ids)
-
-
-def name_of(target: str) -> str:
-    """The name under which its adapter is served: the folder's name; for a run's adapter, the run's name."""
-    path = Path(os.path.abspath(target))
-    return path.parent.name if path.name == "adapter" else path.name
-
-
-def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
-    """Add each adapter folder under its own name; for a run its adapter; for another folder all adapters in it.
-
-    Raises: InputError if there is none; AdapterError if one does not fit the base.
-    """
-    for folder_name in folders:
-        path = Path(folder_name).expanduser().absolute()
-        candidates = [(name_of(folder_name), path), (path.name, path / "adapter")]
-        if path.is_dir():
-            entries = sorted(entry for entry in path.iterdir() if entry.is_dir())
-            candidates += [(entry.name, place) for entry in entries for place in (entry, entry / "adapter")]
-        adapters = [(name, place) for name, place in candidates if (place / "adapter_config.json").exists()]
-        if not adapters:
-            what = f"{folder_name} contains no adapter (adapter_config.json)"
-            raise InputError(what, "name an adapter folder, a run folder, or a folder of adapters")
-        for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
-            speaker.add(name, place)

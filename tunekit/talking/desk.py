@@ -1,27 +1,28 @@
-"""A queue of requests from many clients. One thread renders their prompts, and one answers them in order, in batches
-if possible."""
+"""A queue of requests from many clients. One thread prepares them, and one answers them: a request starts as soon as a
+slot of the decoder is free."""
+
+from __future__ import annotations
 
 import queue
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tunekit.errors import DataError
-from tunekit.talking.conversation import Reply, Request, Speaker
+from tunekit.talking.answer import AnswerPiece, Reply, Request
+from tunekit.talking.conversation import Answers, Speaker
 
-GATHER_SECONDS = 0.005  # time to wait for more requests after the first request
 MAX_JOBS = 192  # maximum number of unanswered requests
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A request for the adapter `name`. `on_text` receives each piece of text, `on_end` the reply or the error."""
+    """A request for the adapter `name`. `on_piece` receives each piece of text, `on_end` the reply or the error."""
 
     request: Request
     name: str
-    on_text: Callable[[str], None]
+    on_piece: Callable[[AnswerPiece], None]
     on_end: Callable[[Reply | Exception], None]
     seeded: bool = False  # whether the client set the seed
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -33,25 +34,32 @@ def shutdown_error() -> ConnectionAbortedError:
 
 
 class Desk:
-    """Answers jobs until the desk is closed. Jobs that are still waiting then get an error."""
+    """Answers jobs until the desk is closed. Jobs that are still waiting then get an error.
 
-    def __init__(self, speaker: Speaker, batch_size: int) -> None:
-        self.speaker, self.batch_size = speaker, batch_size
+    Up to `slots` jobs are answered at once, each with up to `tokens` tokens of prompt and answer.
+    """
+
+    def __init__(self, speaker: Speaker, slots: int, tokens: int) -> None:
+        self.speaker, self.slots, self.tokens = speaker, slots, tokens
         self._stopped = threading.Event()
-        self._open: set[int] = set()  # ids of accepted jobs that have not ended
+        self._open: set[Job] = set()  # accepted jobs that have not ended
         self._unread: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # their prompts are rendered
+        self._arrived: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # prepared
+        self._waiting: deque[Job] = deque()
+        self._running: dict[int, Job] = {}
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._read, self._work)]
         for thread in self._threads:
             thread.start()
 
-    def put(self, job: Job) -> None:
-        """Accept a job, or answer it with an error if MAX_JOBS jobs are open."""
-        if len(self._open) >= MAX_JOBS:
-            job.on_end(ConnectionRefusedError(f"{MAX_JOBS} requests are waiting already; try again later"))
+    def put(self, jobs: Sequence[Job]) -> None:
+        """Accept jobs, or answer all of them with an error if more than MAX_JOBS jobs would be open."""
+        if len(self._open) + len(jobs) > MAX_JOBS:
+            for job in jobs:
+                job.on_end(ConnectionRefusedError(f"{MAX_JOBS} requests are waiting already; try again later"))
             return
-        self._open.add(id(job))
-        self._unread.put(job)
+        for job in jobs:
+            self._open.add(job)
+            self._unread.put(job)
 
     def stop(self) -> None:
         """Abort running answers; their clients get an error."""
@@ -64,76 +72,79 @@ class Desk:
             thread.join()
 
     def _read(self) -> None:
-        """Render the prompt of each job. A long one delays later jobs, but no running answer."""
+        """Prepare each job. A long prompt delays later jobs, but no running answer."""
         while (job := self._unread.get()) is not None:
             if not self._is_wanted(job):
                 continue
             try:
-                prompt = self.speaker.prompt_ids(job.request.messages)
+                request = self.speaker.prepare(job.request)
             except Exception as error:
                 self._end(job, error)
                 continue
-            job.request = replace(job.request, messages=(), prompt=prompt)
-            self._waiting.put(job)
-        self._waiting.put(None)
-
-    def _end(self, job: Job, reply: Reply | Exception) -> None:
-        self._open.discard(id(job))
-        job.on_end(shutdown_error() if self._stopped.is_set() else reply)
+            if not job.seeded:
+                request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
+            job.request = request
+            self._arrived.put(job)
+        self._arrived.put(None)
 
     def _work(self) -> None:
-        jobs: deque[Job] = deque()
+        """Answer jobs. After a failure, such as a lack of memory, the running jobs end, and others start anew."""
         is_open = True
-        while is_open or jobs:
-            is_open = self._gather(jobs) and is_open
-            if not is_open:
-                for job in jobs:
-                    self._end(job, shutdown_error())
-                return
-            batch = [job for job in jobs if job.name == jobs[0].name][: self.batch_size]
-            jobs = deque(job for job in jobs if job not in batch)
-            self._answer(list(filter(self._is_wanted, batch)))
+        while is_open:
+            try:
+                with self.speaker.answering(self.slots, self.tokens) as answers:
+                    while is_open or self._running:
+                        is_open = self._gather() and is_open
+                        self._advance(answers, is_open)
+            except Exception as error:
+                for handle in list(self._running):
+                    self._end(self._running.pop(handle), error)
+        for job in self._waiting:
+            self._end(job, shutdown_error())
 
-    def _gather(self, jobs: deque[Job]) -> bool:
-        """Collect all waiting jobs in `jobs`; if no job is waiting, wait for the next one. Returns False if the desk
-        was closed."""
-        timeout = 0.0 if jobs else None
+    def _gather(self) -> bool:
+        """Collect the jobs that have arrived; if there is nothing to do, wait for one. Returns False if the desk was
+        closed."""
         while True:
             try:
-                job = self._waiting.get(timeout != 0.0, timeout)
+                job = self._arrived.get(not (self._running or self._waiting))
             except queue.Empty:
                 return True
             if job is None:
                 return False
-            jobs.append(job)
-            timeout = GATHER_SECONDS if len(jobs) == 1 else 0.0
+            self._waiting.append(job)
 
-    def _answer(self, jobs: list[Job]) -> None:
-        if not jobs:
-            return
-        unanswered = set(range(len(jobs)))
+    def _advance(self, answers: Answers, is_open: bool) -> None:
+        """Let clients go that have left, start waiting jobs in free slots, and write one token of each answer."""
+        for handle, job in list(self._running.items()):
+            if not self._is_wanted(job):
+                answers.cancel(handle)
+                del self._running[handle]
+        self._waiting = deque(filter(self._is_wanted, self._waiting))
+        while is_open and self._waiting and answers.free_slots:
+            self._start(self._waiting.popleft(), answers)
+        if self._running:
+            answers.step()
 
-        def on_text(row: int, text: str) -> bool:
-            if text:
-                jobs[row].on_text(text)
-            return not (self._stopped.is_set() or jobs[row].cancelled.is_set())
+    def _start(self, job: Job, answers: Answers) -> None:
+        def on_piece(piece: AnswerPiece) -> bool:
+            if piece.text or piece.scores:
+                job.on_piece(piece)
+            return True
 
-        def on_end(row: int, reply: Reply | Exception) -> None:
-            unanswered.discard(row)
-            self._end(jobs[row], reply)
+        def on_end(reply: Reply) -> None:
+            self._end(self._running.pop(handle), reply)
 
-        requests = [
-            job.request
-            if job.seeded
-            else replace(job.request, sampling=replace(job.request.sampling, seed=secrets.randbits(62)))
-            for job in jobs
-        ]
         try:
-            self.speaker.answer(requests, jobs[0].name, on_text, on_end)
+            handle = answers.put(job.request, job.name, on_piece, on_end)
         except Exception as error:
-            alone = isinstance(error, DataError) and len(jobs) > 1  # the error may concern one job: answer the others
-            for row in sorted(unanswered):
-                self._answer([jobs[row]]) if alone else on_end(row, error)
+            self._end(job, error)
+        else:
+            self._running[handle] = job
+
+    def _end(self, job: Job, reply: Reply | Exception) -> None:
+        self._open.discard(job)
+        job.on_end(shutdown_error() if self._stopped.is_set() else reply)
 
     def _is_wanted(self, job: Job) -> bool:
         """Whether the client still waits and the server still answers; if not, the job ends."""

@@ -1,35 +1,44 @@
-"""The protocol of OpenAI's chat completions: strict reading of request bodies, and writing of usage and errors."""
+"""The protocol of OpenAI's chat completions and completions: strict reading of request bodies."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import TypeVar
 
+from tunekit.basics import JsonObject
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError
-from tunekit.formats.chat import read_tool_calls
+from tunekit.formats.chat import read_tool_calls, read_tools
 from tunekit.formats.example import ROLES, Message
-from tunekit.talking.conversation import Reply, Request
+from tunekit.model.call import seed_for
+from tunekit.talking.adapters import Adapters
+from tunekit.talking.answer import Request
+from tunekit.talking.tools import tool_name
 
 T = TypeVar("T")
+Body = Mapping[str, object]
+MAX_CHOICES, MAX_TOP = 128, 20  # the largest n, and the largest number of most likely tokens
+MAX_STOPS = 16  # lm-eval's tasks have up to seven
+COMPLETION_TOKENS = 16  # of a completion whose client sets no limit
+SHARED = ("model", "temperature", "top_p", "seed", "stop", "stream", "n", "max_tokens", "logprobs")
+READ = {  # by endpoint
+    "chat": (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    "completions": (*SHARED, "prompt", "echo"),
+}
+WITHOUT_EFFECT = ("stream_options", "user", "metadata", "store", "service_tier")
 NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that are accepted only with values that change nothing
-    "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
 }
-READ = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream")
-WITHOUT_EFFECT = ("stream_options", "user", "metadata", "store", "service_tier")
+NEUTRAL_IN: dict[str, dict[str, tuple[object, ...]]] = {
+    "chat": {"parallel_tool_calls": (True, False), "modalities": (["text"],)},
+    "completions": {"suffix": ("",), "best_of": (1,)},
+}
 KINDS: dict[type, str] = {bool: "true or false", dict: "an object"}
 EMPTY: tuple[object, ...] = (None, "", [], {})
-KNOWN = frozenset((*READ, *NEUTRAL, *WITHOUT_EFFECT))
+JSON_OBJECT: JsonObject = {"type": "object"}
 
 
 class ProtocolError(Exception):
@@ -43,17 +52,20 @@ class ProtocolError(Exception):
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """The content of a request body: the adapter's name, the conversation, and settings for the answer."""
+class ClientQuestion:
+    """The content of a request body. `requests`: one for each choice; each prompt has `choices` of them. `is_chat`: of
+    chat completions, else of completions."""
 
     name: str
-    request: Request
+    requests: tuple[Request, ...]
+    choices: int
+    is_chat: bool
     stream: bool
     with_usage: bool
     seeded: bool
 
 
-def read_body(body: bytes, names: Sequence[str], max_tokens: int) -> ChatRequest:
+def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool = True) -> ClientQuestion:
     """Read a body. Raises: ProtocolError with the name of the wrong field."""
     try:
         value = json.loads(body)
@@ -61,34 +73,126 @@ def read_body(body: bytes, names: Sequence[str], max_tokens: int) -> ChatRequest
         raise ProtocolError(400, f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ProtocolError(400, "the body must be a JSON object")
-    for field, content in value.items():
-        if field not in KNOWN:
-            raise ProtocolError(400, f"'{field}' is not a known field", field, "unknown_parameter")
-        if field in NEUTRAL and content is not None and content not in NEUTRAL[field]:
-            raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
+    _check_fields(value, "chat" if is_chat else "completions")
     name = value.get("model")
-    if not isinstance(name, str) or name not in names:
+    if not isinstance(name, str) or not adapters.knows(name):
         text = "'model' is required" if name is None else f"there is no model {name!r}"
-        raise ProtocolError(404, f"{text}; there are: {', '.join(names)}", "model", "model_not_found")
-    return ChatRequest(
+        raise ProtocolError(404, f"{text}; there are: {adapters.listing}", "model", "model_not_found")
+    requests = [_chat(value, max_tokens)] if is_chat else _completions(value)
+    choices = _integer(value, "n", 1, 1, MAX_CHOICES)
+    return ClientQuestion(
         name,
-        Request(
-            _messages(value.get("messages")), _max_tokens(value, max_tokens), _sampling(value), _stop(value.get("stop"))
-        ),
+        tuple(_choice(request, number) for request, number in product(requests, range(choices))),
+        choices,
+        is_chat,
         stream=_of_kind(value, "stream", bool, False),
         with_usage=_of_kind(value, "stream_options", dict, {}).get("include_usage") is True,
         seeded=value.get("seed") is not None,
     )
 
 
-def _of_kind(body: Mapping[str, object], field: str, kind: type[T], default: T) -> T:
+def _check_fields(body: Body, endpoint: str) -> None:
+    """Raises: ProtocolError for a field that is not known, or whose value is not supported."""
+    neutral = NEUTRAL | NEUTRAL_IN[endpoint]
+    for field, content in body.items():
+        if field not in READ[endpoint] and field not in WITHOUT_EFFECT and field not in neutral:
+            raise ProtocolError(400, f"'{field}' is not a known field", field, "unknown_parameter")
+        if field in neutral and content is not None and content not in neutral[field]:
+            raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
+
+
+def _choice(request: Request, number: int) -> Request:
+    """The request of one of n choices: the first one draws what a single choice draws."""
+    if not number:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=seed_for("choice", request.sampling.seed, number)))
+
+
+def _chat(body: Body, max_tokens: int) -> Request:
+    field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    scored, top = _of_kind(body, "logprobs", bool, False), _integer(body, "top_logprobs", 0, 0, MAX_TOP)
+    if top and not scored:
+        raise ProtocolError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs", "invalid_value")
+    return Request(
+        _messages(body.get("messages")),
+        _integer(body, field, max_tokens, 1, 1_000_000),
+        _sampling(body),
+        _stop(body.get("stop")),
+        tools=_tools(body),
+        schema=_schema(_of_kind(body, "response_format", dict, {})),
+        top=top if scored else None,
+    )
+
+
+def _completions(body: Body) -> list[Request]:
+    """One request for each prompt."""
+    logprobs = None if body.get("logprobs") is None else _integer(body, "logprobs", 0, 0, MAX_TOP)
+    request = Request(
+        (),
+        _integer(body, "max_tokens", COMPLETION_TOKENS, 0, 1_000_000),
+        _sampling(body),
+        _stop(body.get("stop")),
+        top=logprobs,
+        echoes=_of_kind(body, "echo", bool, False),
+    )
+    if not request.max_new_tokens and not request.echoes:
+        raise ProtocolError(400, "'max_tokens' is 0, which needs 'echo': true", "max_tokens", "invalid_value")
+    prompt = body.get("prompt")
+    is_single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and _is_id(prompt[0]))
+    prompts = [prompt] if is_single else prompt
+    if not isinstance(prompts, list) or not prompts:
+        raise ProtocolError(400, "'prompt' must be a text, token ids, or a list of them", "prompt", "invalid_value")
+    return [_with_prompt(request, prompt) for prompt in prompts]
+
+
+def _with_prompt(request: Request, prompt: object) -> Request:
+    if isinstance(prompt, str):
+        return replace(request, text=prompt)
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_id, prompt)):
+        raise ProtocolError(400, "'prompt' must be a text, token ids, or a list of them", "prompt", "invalid_value")
+    return replace(request, prompt=tuple(prompt))
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tools(body: Body) -> tuple[JsonObject, ...]:
+    """The tools that the template shows: none if the client chooses so."""
+    choice = body.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise ProtocolError(400, "'tool_choice' must be none or auto", "tool_choice", "unsupported_parameter")
+    try:
+        tools = read_tools(body.get("tools")) or ()
+    except DataError as error:
+        raise ProtocolError(400, str(error), "tools", "invalid_value") from None
+    if not all(isinstance(tool_name(tool), str) for tool in tools):
+        raise ProtocolError(400, "a tool needs a function with a name", "tools", "invalid_value")
+    return () if choice == "none" else tools
+
+
+def _schema(response_format: Body) -> JsonObject | None:
+    """The JSON schema of the answer; None for plain text."""
+    kind, stated = response_format.get("type", "text"), response_format.get("json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return JSON_OBJECT
+    schema = stated.get("schema") if kind == "json_schema" and isinstance(stated, dict) else None
+    if not isinstance(schema, dict):
+        what = "'response_format' must have the type text, json_object, or json_schema with a schema"
+        raise ProtocolError(400, what, "response_format", "invalid_value")
+    return schema
+
+
+def _of_kind(body: Body, field: str, kind: type[T], default: T) -> T:
     value = body.get(field)
     if value is not None and not isinstance(value, kind):
         raise ProtocolError(400, f"'{field}' must be {KINDS[kind]}", field, "invalid_value")
     return default if value is None else value
 
 
-def _number(body: Mapping[str, object], field: str, default: float, low: float, high: float) -> float:
+def _number(body: Body, field: str, default: float, low: float, high: float) -> float:
     number = body.get(field)
     if number is None:
         return default
@@ -97,16 +201,15 @@ def _number(body: Mapping[str, object], field: str, default: float, low: float, 
     return number
 
 
-def _sampling(body: Mapping[str, object]) -> Sampling:
+def _sampling(body: Body) -> Sampling:
     """The sampling settings. If the client sends no seed, `seed` is 0 and the desk draws one."""
     temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
     seed = _number(body, "seed", 0, 0, 2**63 - 1)
     return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY
 
 
-def _max_tokens(body: Mapping[str, object], default: int) -> int:
-    field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    number = _number(body, field, default, 1, 1_000_000)
+def _integer(body: Body, field: str, default: int, low: int, high: int) -> int:
+    number = _number(body, field, default, low, high)
     if number != int(number):
         raise ProtocolError(400, f"'{field}' must be a whole number", field, "invalid_value")
     return int(number)
@@ -114,8 +217,12 @@ def _max_tokens(body: Mapping[str, object], default: int) -> int:
 
 def _stop(stops: object) -> tuple[str, ...]:
     texts = [] if stops is None else [stops] if isinstance(stops, str) else stops
-    if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
-        raise ProtocolError(400, "'stop' must be a text or up to four texts", "stop", "invalid_value")
+    if (
+        not isinstance(texts, list)
+        or len(texts) > MAX_STOPS
+        or not all(isinstance(text, str) and text for text in texts)
+    ):
+        raise ProtocolError(400, f"'stop' must be a text or up to {MAX_STOPS} texts", "stop", "invalid_value")
     return tuple(texts)
 
 
@@ -144,9 +251,3 @@ def _message(item: object, place: str) -> Message:
         except DataError as error:
             raise ProtocolError(400, str(error), f"{place}.tool_calls", "invalid_value") from None
     return Message(item["role"], content, extra=extra)
-
-
-def usage(reply: Reply) -> dict[str, int]:
-    """Token counts in the protocol's form."""
-    counts = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens}
-    return {**counts, "total_tokens": sum(counts.values())}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.basics import JsonObject
 from tunekit.contracts import Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
@@ -97,7 +98,7 @@ class Renderer:
         if source is None:
             return None
         text, ids, answer = source
-        return (self._plain(text) if ids is None else ids), answer
+        return (self.plain(text) if ids is None else ids), answer
 
     def source(self, example: Example) -> tuple[str, list[int] | None, str] | None:
         """(text, ids, answer): the prompt of the last answer, and the answer's text; None if there is no answer.
@@ -116,14 +117,26 @@ class Renderer:
 
     def question(self, text: str) -> list[int]:
         """The ids of a user's turn, up to the start of the answer; the ids of the plain text without a template."""
-        return self.turns([Message("user", text)]) if self.has_template else self._plain(text)
+        return self.turns([Message("user", text)]) if self.has_template else self.plain(text)
 
-    def turns(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+    def turns(
+        self, messages: Sequence[Message], most: int | None = None, tools: tuple[JsonObject, ...] | None = None
+    ) -> list[int]:
         """The ids of a conversation, up to the start of its next answer.
 
         Raises: DataError if there is no template, or if the conversation certainly has more than `most` tokens.
         """
-        return self._turns_before(ChatExample(tuple(messages)), len(messages), most)
+        return self._turns_before(ChatExample(tuple(messages), tools), len(messages), most)
+
+    def plain(self, text: str, most: int | None = None, *, special_tokens_in_text: bool = False) -> list[int]:
+        """The ids of a text without a template and without an end-of-sequence token.
+
+        Raises: DataError if the text certainly has more than `most` tokens.
+        """
+        if most is not None:
+            self._check_length(text, most)
+        begin, text = self._begun(text)
+        return begin + self.tokenizer.encode(text, special_tokens_in_text=special_tokens_in_text)
 
     def _readable(self, example: Example) -> Example:
         """The example; for a tokenizer without a chat template, its form as plain prompt and answer."""
@@ -131,11 +144,6 @@ class Renderer:
             return example
         self.notices[NO_TEMPLATE] += 1
         return replace(example.without_template, weight=example.weight)
-
-    def _plain(self, text: str) -> list[int]:
-        """The ids of a text without a template and without an end-of-sequence token."""
-        begin, text = self._begun(text)
-        return begin + self.tokenizer.encode(text, special_tokens_in_text=False)
 
     def _begun(self, text: str) -> tuple[list[int], str]:
         """The beginning-of-sequence token, if the tokenizer adds it, and the text without this token at its start."""

@@ -1,0 +1,92 @@
+"""Adapters by name: loaded at first use, evicted under a limit, added while the program runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.talking.test_conversation import QUESTION, adapter_of, ask, load
+from tunekit.errors import AdapterError, InputError
+from tunekit.talking.conversation import Speaker, make_speaker
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for seed, name in enumerate(("one", "two", "three")):
+        adapter_of(tiny_llama, folder / name, seed)
+    return folder
+
+
+@pytest.fixture
+def speaker(tiny_llama: Path, folder: Path) -> Speaker:
+    speaker = make_speaker(load(tiny_llama))
+    speaker.adapters.add_folder(str(folder))
+    return speaker
+
+
+def loaded(speaker: Speaker) -> list[str]:
+    return [name for name in speaker.adapters.names if speaker.adapters.loaded(name) is not None]
+
+
+def test_an_adapter_is_loaded_when_it_is_used_and_the_oldest_one_evicted(speaker: Speaker) -> None:
+    assert speaker.adapters.names == ["base", "one", "three", "two"]
+    assert loaded(speaker) == []
+    first = {name: ask(speaker, name, QUESTION) for name in ("one", "two", "three")}
+    assert len(set(first.values())) == 3
+    size = sum(tensor.nbytes for tensor in speaker.adapters.loaded("one").state().values())  # type: ignore[union-attr]
+    speaker.adapters.limit_bytes = 2 * size
+    for name, others in (("one", ["one", "three"]), ("two", ["one", "two"]), ("three", ["three", "two"])):
+        assert ask(speaker, name, QUESTION) == first[name]
+        assert sorted(loaded(speaker)) == sorted(others)
+    plain = [type(module).__name__ for module in speaker.target.model.base.net.modules()]
+    speaker.adapters.limit_bytes = 0
+    speaker.adapters.load("base")
+    assert loaded(speaker) == []
+    assert "Switch" in plain
+    assert "Switch" not in [type(module).__name__ for module in speaker.target.model.base.net.modules()]
+
+
+def test_an_adapter_in_use_is_not_evicted(speaker: Speaker) -> None:
+    speaker.adapters.limit_bytes = 0
+    for name in ("one", "two", "three"):
+        speaker.adapters.load(name, {"one"})
+    assert sorted(loaded(speaker)) == ["one", "three"]
+
+
+def test_a_new_adapter_of_a_folder_needs_no_restart(speaker: Speaker, folder: Path, tiny_llama: Path) -> None:
+    assert not speaker.adapters.knows("late")
+    adapter_of(tiny_llama, folder / "late", 9)
+    assert speaker.adapters.knows("late")
+    assert ask(speaker, "late", QUESTION) != ask(speaker, "one", QUESTION)
+    shutil.rmtree(folder / "late")
+    speaker.adapters.limit_bytes = 0
+    speaker.adapters.load("base")
+    speaker.adapters.read_folders()
+    assert not speaker.adapters.knows("late")
+
+
+def test_an_adapter_that_is_trained_again_is_loaded_again(speaker: Speaker, folder: Path, tiny_llama: Path) -> None:
+    before = ask(speaker, "one", QUESTION)
+    adapter_of(tiny_llama, folder / "one", 10)
+    try:
+        assert ask(speaker, "one", QUESTION) != before
+    finally:
+        adapter_of(tiny_llama, folder / "one", 0)
+    assert ask(speaker, "one", QUESTION) == before
+
+
+def test_wrong_names_and_folders(speaker: Speaker, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no adapter 'none'"):
+        speaker.adapters.load("none")
+    with pytest.raises(InputError, match="another model named 'one'"):
+        speaker.adapters.add_folder(str(folder))
+    shutil.copytree(folder / "one", tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(AdapterError):
+        speaker.adapters.add_folder(str(tmp_path / "broken"))
+    assert "broken" not in speaker.adapters.names
+    assert torch.is_grad_enabled()

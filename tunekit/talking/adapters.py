@@ -1,0 +1,171 @@
+"""The adapters of one base by name. Those in folders are loaded when they are first used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.adapters.several import AdapterSet
+from tunekit.errors import InputError
+from tunekit.model.call import calling, current_call
+from tunekit.model.load import LoadedModel
+
+BASE = "base"  # the name of the base without an adapter
+LISTED_NAMES = 20  # the number of names in an error
+
+
+class Adapters:
+    """Up to `limit_bytes` of adapters are in memory (None: no limit); the least recently used ones are evicted.
+
+    One thread may load and use adapters. Other threads may read the names.
+    """
+
+    def __init__(self, base: LoadedModel, limit_bytes: int | None = None) -> None:
+        self.base, self.limit_bytes = base, limit_bytes
+        self._set = AdapterSet(base.net)
+        self._places: dict[str, Path] = {}  # of each adapter that was named by itself
+        self._folders: list[Path] = []  # folders of adapters
+        self._listed: dict[str, Path] = {}  # the adapters in these folders
+        self._sizes: dict[str, int] = {}  # of loaded adapters that can be evicted, the least recently used first
+        self._stamps: dict[str, int] = {}  # the times at which their files were written
+
+    @property
+    def names(self) -> list[str]:
+        """The base's name and those of the adapters."""
+        return list(dict.fromkeys([BASE, *list(self._set.adapters), *list(self._places), *list(self._listed)]))
+
+    @property
+    def reloads(self) -> bool:
+        """Whether there are adapters that can be evicted and loaded again."""
+        return bool(self._places or self._listed)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a model of this name; the folders are read again before a name is unknown."""
+        if name not in self.names:
+            self.read_folders()
+        return name in self.names
+
+    def check(self, name: str) -> None:
+        """Raises: InputError for an unknown name."""
+        if not self.knows(name):
+            raise InputError(f"there is no adapter '{name}'", f"there are: {self.listing}")
+
+    @property
+    def listing(self) -> str:
+        """The first names, for a message."""
+        names = self.names
+        return ", ".join(names[:LISTED_NAMES]) + (
+            f" and {len(names) - LISTED_NAMES} more" * (len(names) > LISTED_NAMES)
+        )
+
+    def put(self, name: str, attached: AttachedAdapter) -> None:
+        """Add an adapter that is attached to the net; it is never evicted."""
+        self._set.add(name, lambda: attached)
+
+    def add(self, name: str, place: Path) -> None:
+        """Load the adapter of a folder. Raises: AdapterError if the folder has no adapter of this base."""
+        if name == BASE:
+            raise InputError(f"'{BASE}' is the name of the base itself", "give the adapter another name")
+        if name in self.names:
+            raise InputError(f"two adapters have the name '{name}'", "rename one of the folders")
+        self._places[name] = place
+        try:
+            self.load(name)
+        except BaseException:
+            del self._places[name]
+            raise
+
+    def add_folder(self, folder_name: str) -> None:
+        """Add an adapter folder under its own name; of a run, its adapter; of another folder, all adapters in it.
+
+        Raises: InputError if there is none; AdapterError if a single one does not fit the base.
+        """
+        path = Path(folder_name).expanduser().absolute()
+        for name, place in ((name_of(folder_name), path), (path.name, path / "adapter")):
+            if _is_adapter(place):
+                self.add(name, place)
+                return
+        adapters = _adapters_in(path)
+        if not adapters:
+            what = f"{folder_name} contains no adapter (adapter_config.json)"
+            raise InputError(what, "name an adapter folder, a run folder, or a folder of adapters")
+        if taken := sorted({*self.names} & {*adapters}):
+            raise InputError(f"{folder_name}: there is another model named '{taken[0]}'", "rename the folder in it")
+        self._folders.append(path)
+        self.read_folders()
+
+    def read_folders(self) -> None:
+        """Read the folders of adapters again."""
+        self._listed = {name: place for folder in self._folders[::-1] for name, place in _adapters_in(folder).items()}
+
+    def load(self, name: str, in_use: Collection[str] = ()) -> None:
+        """Load an adapter if it is not in memory. Those in use are not evicted, even beyond the limit.
+
+        Raises: InputError for an unknown name; AdapterError if it does not fit the base.
+        """
+        place = self._places.get(name) or self._listed.get(name)
+        stamp = self._stamps.get(name, 0) if place is None else _written(place)
+        if name in self._sizes and stamp != self._stamps[name] and name not in in_use:
+            self._evict(name)
+        if name in self._sizes:
+            self._sizes[name] = self._sizes.pop(name)
+        elif name != BASE and name not in self._set.adapters:
+            self.check(name)
+            base, place = self.base, self._places.get(name) or self._listed[name]
+            attach = partial(attach_adapter_folder, base.net, place, head_name=base.family.head_name(base.net))
+            attached = self._set.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
+            self._sizes[name] = sum(tensor.nbytes for tensor in attached.state().values())
+            self._stamps[name] = stamp or _written(place)
+        for other in list(self._sizes):
+            used = sum(self._sizes.values())
+            if self.limit_bytes is not None and used > self.limit_bytes and other not in {name, *in_use}:
+                self._evict(other)
+
+    def _evict(self, name: str) -> None:
+        self._set.remove(name)
+        del self._sizes[name], self._stamps[name]
+
+    def loaded(self, name: str) -> AttachedAdapter | None:
+        """The adapter; None for the base."""
+        return self._set.adapters.get(name)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """A block in which this adapter, or the base, answers."""
+        bypassed = name is None or name == BASE
+        with calling(replace(current_call(), bypassed=True)) if bypassed else self._set.using(str(name)):
+            yield
+
+
+def name_of(target: str) -> str:
+    """The name under which its adapter is served: the folder's name; for a run's adapter, the run's name."""
+    path = Path(os.path.abspath(target))
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def _is_adapter(place: Path) -> bool:
+    return (place / "adapter_config.json").exists()
+
+
+def _written(place: Path) -> int:
+    """The time at which an adapter's file was written; 0 if it is gone."""
+    try:
+        return (place / "adapter_model.safetensors").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _adapters_in(folder: Path) -> dict[str, Path]:
+    """The adapters, and the adapters of runs, in a folder, by the names of their folders."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name != BASE)
+    except OSError:
+        return {}
+    places = [(entry.name, place) for entry in entries for place in (entry / "adapter", entry)]
+    return {name: place for name, place in places if _is_adapter(place)}

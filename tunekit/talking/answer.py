@@ -1,0 +1,150 @@
+"""A request, and its answer while it is written: text in pieces, log-probabilities, tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tunekit.basics import JsonObject
+from tunekit.contracts import GREEDY, Sampling
+from tunekit.formats.example import Message
+from tunekit.talking.tools import ToolFormat
+
+UNFINISHED = "�"  # the character that stands for an incomplete multi-byte character
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to answer, or a text or ids (`prompt`) to continue.
+
+    `stop`: texts that end the answer and are not part of it. `tools`: definitions of functions that the answer may
+    call. `schema`: the JSON schema of the answer. `top`: report log-probabilities, with those of this many most likely
+    tokens. `echoes`: the answer begins with the prompt.
+    `Speaker.prepare` sets `prompt`, `allowed` (which tokens may come next) and `tool_format`.
+    """
+
+    messages: Sequence[Message] = ()
+    max_new_tokens: int = 1
+    sampling: Sampling = GREEDY
+    stop: Sequence[str] = ()
+    prompt: Sequence[int] = ()
+    text: str | None = None
+    tools: Sequence[JsonObject] = ()
+    schema: JsonObject | None = None
+    top: int | None = None
+    echoes: bool = False
+    allowed: Callable[[Sequence[int]], Tensor] | None = None
+    tool_format: ToolFormat | None = None
+
+
+class TokenScore(NamedTuple):
+    """A token's bytes and its log-probability, with those of the most likely tokens. The first token of a prompt has no
+    log-probability."""
+
+    data: bytes
+    logprob: float | None = None
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+class AnswerPiece(NamedTuple):
+    """The next characters of an answer, and the scores of their tokens if the request asks for them."""
+
+    text: str
+    scores: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and why it ended: "stop" (an end token or a stop text), "length" (the maximum of tokens) or
+    "tool_calls"."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    reason: str
+    pieces: tuple[AnswerPiece, ...] = ()
+    calls: tuple[JsonObject, ...] = ()
+
+    @property
+    def scores(self) -> list[TokenScore]:
+        """The scores of all tokens."""
+        return [score for piece in self.pieces for score in piece.scores]
+
+
+class AnswerWriter:
+    """The text of an answer while it is generated: only complete characters, no part of a stop text, and no tool
+    call."""
+
+    def __init__(self, decode: Callable[..., str], request: Request, stop_ids: Collection[int]) -> None:
+        self.decode, self.request, self.stop_ids = decode, request, stop_ids
+        self.ids: list[int] = []
+        self.written, self.ended, self.reason = "", False, "length"
+        self.pieces: list[AnswerPiece] = []
+        self.calls: tuple[JsonObject, ...] = ()
+        self._scores: list[TokenScore] = []
+        self._shown = 0  # the number of scores that have been shown
+
+    def echo(self, text: str, scores: Sequence[TokenScore]) -> AnswerPiece:
+        """The prompt, as the first piece."""
+        self.pieces.append(AnswerPiece(text, tuple(scores)))
+        return self.pieces[-1]
+
+    def add(self, token: int, score: TokenScore | None = None) -> AnswerPiece:
+        """The text that this token completes."""
+        if not self.request.max_new_tokens:
+            self.ended = True
+            return AnswerPiece("")
+        if score is not None and (token not in self.stop_ids or not self.request.messages):
+            self._scores.append(score)
+        if token in self.stop_ids:
+            self.ended, self.reason = True, "stop"
+            return AnswerPiece("")
+        self.ids.append(token)
+        self.ended = len(self.ids) >= self.request.max_new_tokens
+        text = self._text()
+        if matches := [text.index(stop) for stop in self.request.stop if stop in text]:
+            self.ended, self.reason = True, "stop"
+            return self._show(text[: min(matches)])
+        ends = [len(text) - _overlap(text, stop) for stop in self.request.stop]
+        if self.request.tool_format is not None:
+            ends.append(self.request.tool_format.start(text))
+        return AnswerPiece("") if text.endswith(UNFINISHED) else self._show(text[: min(ends, default=len(text))])
+
+    def finish(self) -> AnswerPiece:
+        """The text that was held back, unless it is a stop text or consists of tool calls."""
+        text, shape = self._text(), self.request.tool_format
+        text = text[: min((text.index(stop) for stop in self.request.stop if stop in text), default=len(text))]
+        if shape is not None:
+            start = shape.start(text)
+            if calls := shape.read(text[start:], self.request.tools):
+                self.calls, self.reason = calls, "tool_calls"
+                text = text[:start]
+        return self._show(text)
+
+    def reply(self) -> Reply:
+        """The answer, after `finish`."""
+        text = "".join(piece.text for piece in self.pieces)
+        return Reply(text, len(self.request.prompt), len(self.ids), self.reason, tuple(self.pieces), self.calls)
+
+    def _text(self) -> str:
+        return str(self.decode(self.ids, skip_special_tokens=True))
+
+    def _show(self, text: str) -> AnswerPiece:
+        """The characters of `text` that have not been written, with the scores of their tokens."""
+        more, count = text[len(self.written) :], len(self._scores)
+        if self._scores and len(text) < len(self._text()):
+            lengths = (len(self.decode(self.ids[:place], skip_special_tokens=True)) for place in range(count))
+            count = next((place for place, length in enumerate(lengths) if length >= len(text)), count)
+        self.written += more
+        piece = AnswerPiece(more, tuple(self._scores[self._shown : count]))
+        self._shown = max(self._shown, count)
+        self.pieces.append(piece)
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The number of characters at the end of the text that are the beginning of the stop text."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,128 @@
+"""A client's request, from its body to the events of its answer, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tunekit.errors import DataError, TunekitError
+from tunekit.talking.answer import AnswerPiece, Reply
+from tunekit.talking.choices import ChatForm, TextForm, usage
+from tunekit.talking.desk import Desk, Job
+from tunekit.talking.protocol import ClientQuestion, ProtocolError
+
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+Item = AnswerPiece | Reply | Exception
+
+
+class ClientAnswer:
+    """Passes the answers of one body from the desk's thread to the client; they end when the client leaves."""
+
+    def __init__(self, desk: Desk, question: ClientQuestion) -> None:
+        self.question = question
+        self.arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        self.forms = [ChatForm() if question.is_chat else TextForm() for _ in question.requests]
+        loop = asyncio.get_running_loop()
+
+        def deliver(number: int, item: Item) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(self.arrived.put_nowait, (number, item))
+
+        self.jobs = [
+            Job(request, question.name, partial(deliver, number), partial(deliver, number), question.seeded)
+            for number, request in enumerate(question.requests)
+        ]
+        name = f"{self.forms[0].prefix}-{uuid.uuid4().hex}"
+        self.facts = {"id": name, "created": int(time.time()), "model": question.name}
+        desk.put(self.jobs)
+
+    async def __call__(self, scope: object, receive: Receive, send: Send) -> None:
+        """Answer. Raises: ProtocolError before the first piece: afterwards, an HTTP status cannot report an error."""
+        leaving = asyncio.ensure_future(self._until_client_leaves(receive))
+        try:
+            if self.question.stream:
+                await self._stream(send)
+            else:
+                body = json.dumps(await self._complete()).encode()
+                await _start(send, "application/json", ("content-length", str(len(body))))
+                await send({"type": "http.response.body", "body": body})
+        finally:
+            leaving.cancel()
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the jobs."""
+        for job in self.jobs:
+            job.cancelled.set()
+
+    async def _until_client_leaves(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+
+    async def _next(self) -> tuple[int, AnswerPiece | Reply]:
+        """The next piece or reply of a choice. Raises: ProtocolError."""
+        number, item = await self.arrived.get()
+        if isinstance(item, DataError):
+            code = "context_length_exceeded" if "tokens" in str(item) else None
+            raise ProtocolError(400, str(item), "messages" if self.question.is_chat else "prompt", code)
+        if isinstance(item, TunekitError):
+            raise ProtocolError(400, str(item))
+        if isinstance(item, Exception):
+            raise ProtocolError(503 if isinstance(item, ConnectionError) else 500, str(item))
+        return number, item
+
+    async def _complete(self) -> dict[str, Any]:
+        """All answers."""
+        replies: dict[int, Reply] = {}
+        while len(replies) < len(self.jobs):
+            number, item = await self._next()
+            if isinstance(item, Reply):
+                replies[number] = item
+        choices = [{"index": number, **form.choice(replies[number])} for number, form in enumerate(self.forms)]
+        counts = usage([replies[number] for number in range(len(self.jobs))], self.question.choices)
+        return {**self.facts, "object": self.forms[0].complete, "choices": choices, "usage": counts}
+
+    async def _stream(self, send: Send) -> None:
+        """The answers as events of the protocol."""
+        number, item = await self._next()
+        await _start(send, "text/event-stream", ("cache-control", "no-cache"))
+        for place, form in enumerate(self.forms):
+            for event in form.first():
+                await self._send(send, {"choices": [{"index": place, **event}]})
+        replies: dict[int, Reply] = {}
+        try:
+            while True:
+                form = self.forms[number]
+                for event in form.last(item) if isinstance(item, Reply) else [form.piece(item)]:
+                    await self._send(send, {"choices": [{"index": number, **event}]})
+                if isinstance(item, Reply):
+                    replies[number] = item
+                    if len(replies) == len(self.jobs):
+                        break
+                number, item = await self._next()
+            if self.question.with_usage:
+                counts = usage([replies[place] for place in range(len(self.jobs))], self.question.choices)
+                await self._send(send, {"choices": [], "usage": counts})
+        except ProtocolError as error:
+            await _send_event(send, json.dumps(error.body))
+        await _send_event(send, "[DONE]", more=False)
+
+    async def _send(self, send: Send, value: dict[str, Any]) -> None:
+        await _send_event(send, json.dumps({**self.facts, "object": self.forms[0].part, **value}))
+
+
+async def _start(send: Send, kind: str, header: tuple[str, str]) -> None:
+    headers = [(name.encode(), value.encode()) for name, value in (("content-type", kind), header)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _send_event(send: Send, data: str, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})

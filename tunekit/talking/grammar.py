@@ -1,0 +1,50 @@
+"""Answers that follow a JSON schema. llguidance computes which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from tunekit.basics import JsonObject
+from tunekit.errors import InputError
+from tunekit.model.text.tokenizer import LoadedTokenizer
+
+# Small models repeat white space forever where a schema allows any number of it.
+OPTIONS = {"whitespace_pattern": r"(\n {0,16}| ?)"}
+
+
+class Grammars:
+    """Makes masks of tokens for one tokenizer. Raises: InputError if llguidance is not installed."""
+
+    def __init__(self, tokenizer: LoadedTokenizer, vocabulary_size: int, stop_ids: Collection[int]) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise InputError("'response_format' needs llguidance", "pip install 'tunekit[serve]'") from error
+        self._matcher = llguidance.LLMatcher
+        size = max(vocabulary_size, tokenizer.vocabulary_size)
+        self._tokenizer = llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=sorted(stop_ids))
+        self._size = vocabulary_size
+
+    def allowed(self, schema: JsonObject) -> Callable[[Sequence[int]], Tensor]:
+        """A function of the new tokens so far: which tokens may come next, (V,) bool. Call it after each token.
+
+        Raises: InputError for a schema that is wrong, too large, or has unknown keywords.
+        """
+        grammar = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
+        matcher = self._matcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            raise InputError(f"'response_format': {matcher.get_error().splitlines()[0]}", "change the schema")
+        read = 0
+
+        def mask(tokens: Sequence[int]) -> Tensor:
+            nonlocal read
+            matcher.consume_tokens([int(token) for token in tokens[read:]])
+            read = len(tokens)
+            bias = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)  # (V,)
+            return bias[: self._size] != 0
+
+        return mask

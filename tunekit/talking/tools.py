@@ -1,0 +1,95 @@
+"""Tool calls in answers, in the form in which the chat template itself writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunekit.basics import JsonObject
+from tunekit.contracts import Tokenizer
+from tunekit.errors import DataError
+
+NAME, ARGUMENTS = "get_the_time", {"place": "Ulm"}
+QUESTION = {"role": "user", "content": "What time is it?"}
+CALL = {"type": "function", "id": "call00001", "function": {"name": NAME, "arguments": ARGUMENTS}}
+ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """A tool call is a JSON object between two texts, with the name of the function and its arguments under `key`.
+
+    Without a `prefix`, only an answer that begins with the object is a call.
+    """
+
+    prefix: str
+    suffix: str
+    key: str
+
+    def start(self, text: str) -> int:
+        """The place where tool calls begin, or may begin; the length of the text if it has none."""
+        if not self.prefix:
+            return 0 if text.lstrip()[:1] in ("", "{") else len(text)
+        if self.prefix in text:
+            return text.index(self.prefix)
+        sizes = range(min(len(self.prefix) - 1, len(text)), 0, -1)
+        return len(text) - next((size for size in sizes if text.endswith(self.prefix[:size])), 0)
+
+    def read(self, text: str, tools: Sequence[JsonObject]) -> tuple[JsonObject, ...]:
+        """The calls of a text in the form of OpenAI's API; none if it contains anything else than calls of `tools`."""
+        names, text, calls = [tool_name(tool) for tool in tools], text.strip(), []
+        while text:
+            try:
+                value, end = json.JSONDecoder().raw_decode(text.removeprefix(self.prefix).lstrip())
+            except (ValueError, RecursionError):
+                return ()
+            after = text.removeprefix(self.prefix).lstrip()[end:].lstrip()
+            if not text.startswith(self.prefix) or not after.startswith(self.suffix) or not self._is_call(value, names):
+                return ()
+            function = {"name": value["name"], "arguments": json.dumps(value[self.key], ensure_ascii=False)}
+            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+            text = after.removeprefix(self.suffix).lstrip()
+        return tuple(calls)
+
+    def _is_call(self, value: object, names: Sequence[object]) -> bool:
+        return isinstance(value, dict) and value.get("name") in names and isinstance(value.get(self.key), dict)
+
+
+def tool_name(tool: JsonObject) -> object:
+    """The name of a function in its definition; None if it has none."""
+    function = tool.get("function")
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def reads_tools(template: str | None) -> bool:
+    """Whether a chat template writes the definitions of tools."""
+    return template is not None and re.search(r"\btools\b", template) is not None
+
+
+def find_tool_format(tokenizer: Tokenizer, template: str | None = None) -> ToolFormat | None:
+    """The form in which the template writes the call of an assistant; None if it does not write JSON."""
+    turn = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    try:
+        before = tokenizer.render([QUESTION], add_generation_prompt=True, template=template)
+        text = tokenizer.render([QUESTION, turn], template=template)
+    except DataError:
+        return None
+    text = text.removeprefix(before) if text.startswith(before) else text.rpartition(QUESTION["content"])[2]
+    for brace in re.finditer("{", text):
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, brace.start())
+        except ValueError:
+            continue
+        if isinstance(value, dict) and value.get("name") == NAME:
+            key = next((key for key in ARGUMENT_KEYS if value.get(key) == ARGUMENTS), None)
+            prefix, suffix = (_answer_text(tokenizer, part) for part in (text[: brace.start()], text[end:]))
+            return None if key is None or prefix == "[" else ToolFormat(prefix, suffix, key)
+    return None
+
+
+def _answer_text(tokenizer: Tokenizer, text: str) -> str:
+    """A text of the template as an answer shows it: without special tokens."""
+    return tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True).strip()
