@@ -180,13 +180,19 @@ def run_cell(target: Path, form: str, case: str, place: Path) -> dict[str, Any]:
         except Stopped:
             raise
         except TunekitError as error:
-            refused = refused or str(error.problems[0]).replace(str(place), "")
+            refused = refused or reason_of(error, place)
             continue
         file = output / CERTIFICATE if output.is_dir() else Path(f"{output}.{CERTIFICATE}")
         facts = json.loads(file.read_text("utf-8"))
         parts = facts["certificate"]["parts"]
         return {"refused": refused, "what": facts["what"], "parts": parts, "program": program_of(facts)}
     return {"refused": refused, "what": None, "parts": {}, "program": ""}
+
+
+def reason_of(error: TunekitError, place: Path) -> str:
+    """The first problem of a refusal, without paths of this machine."""
+    problem = error.problems[0]
+    return f"{problem.what}; {problem.how}".replace(str(place), "")
 
 
 def transformers4_cell(target: Path, output: Path) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def image_cell(form: str, shape: str, case: str, place: Path) -> dict[str, Any]:
             merge(find_target(str(folder), None, []), place / "merged")
             processor, file = images.load_processor(images.ModelSection(name_or_path=str(place / "merged"))), None
     except TunekitError as error:
-        refused = str(error.problems[0]).replace(str(place), "")
+        refused = reason_of(error, place)
     parts: dict[str, Any] = {}
     if not refused:
         largest = float((images.theirs(processor, shape, file) - expected).abs().max())
