@@ -2,8 +2,9 @@
 
     scripts/bench/run serve --model FOLDER [--tree FOLDER] [--seconds 60] [--only mixed,adapters,leaving] [--json FILE]
 
-The server is a process of its own. `--tree`: another checkout of tunekit, whose server is measured instead, for figures
-of before and after. The server and the clients share the machine. Results: scripts/results/serve.json.
+The server is a process of its own, with one thread for torch. The clock is its CPU time, so that other programs on the
+machine do not count. `--tree`: another checkout of tunekit, whose server is measured instead, for figures of before and
+after. Results: scripts/results/serve.json.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -52,10 +54,10 @@ FIGURES = {
         },
         "adapters": {
             "what": "serve, 300 adapters by turns, against one adapter: tokens of 8 clients",
-            "unit": "tokens per second",
+            "unit": "tokens per CPU second",
             "digits": 1,
-            "ours": "adapters/tokens_per_second_of_300",
-            "theirs": "adapters/tokens_per_second_of_one",
+            "ours": "adapters/tokens_per_cpu_second_of_all",
+            "theirs": "adapters/tokens_per_cpu_second_of_one",
         },
     },
 }
@@ -98,31 +100,44 @@ def streamed(port: int, name: str, tokens: int, draw: Random) -> Iterator[http.c
         connection.close()
 
 
-def pieces(response: http.client.HTTPResponse) -> Iterator[float]:
-    """The time at which each piece of text arrives; nearly every token is one piece."""
+def pieces(response: http.client.HTTPResponse) -> Iterator[str]:
+    """The pieces of text; nearly every token is one piece."""
     for line in response:
         if line.startswith(b"data: {"):
             (choice,) = json.loads(line[6:])["choices"]
             if choice["delta"].get("content"):
-                yield time.monotonic()
+                yield choice["delta"]["content"]
 
 
-def ask(port: int, name: str, tokens: int, draw: Random) -> tuple[float, float, int]:
-    """Seconds to the first piece and to the end of an answer, and its number of pieces."""
-    started = time.monotonic()
+def ask(port: int, name: str, tokens: int, draw: Random) -> int:
+    """The number of pieces of an answer."""
     with streamed(port, name, tokens, draw) as response:
-        times = list(pieces(response))
-    return (times or [time.monotonic()])[0] - started, time.monotonic() - started, len(times)
+        return len(list(pieces(response)))
+
+
+def clock_of(server: int) -> Callable[[], float]:
+    """The CPU seconds of a process."""
+    import psutil
+
+    times = psutil.Process(server).cpu_times
+    return lambda: float(sum(times()[:2]))
+
+
+def median_cost(clock: Callable[[], float], jobs: Iterable[Callable[[], object]]) -> float:
+    """The median of the CPU seconds of some jobs, one after another."""
+    costs = []
+    for job in jobs:
+        before = clock()
+        job()
+        costs.append(clock() - before)
+    return statistics.median(costs)
 
 
 def mixed(tree: Path, model: Path, clients: int, seconds: float) -> dict[str, Any]:
     """Clients that ask for answers of 2 to 500 tokens (log-uniform), each again and again.
 
-    The clock is the server's CPU time, so that other programs on the machine do not count. A short answer that has not
-    ended with the measurement counts with the time so far.
+    A short answer that has not ended with the measurement counts with the time so far.
     """
-    import psutil
-
     short: list[float] = []
     running: dict[int, float] = {}  # client -> the start of its short answer
     count = [0]
@@ -143,11 +158,7 @@ def mixed(tree: Path, model: Path, clients: int, seconds: float) -> dict[str, An
                     short.append(clock() - running.pop(number))
 
     with serving(tree, model, "--batch-size", "16") as (server, port):
-        times = psutil.Process(server).cpu_times
-
-        def clock() -> float:
-            return float(sum(times()[:2]))
-
+        clock = clock_of(server)
         started = clock()
         for number in range(clients):
             threading.Thread(target=work, args=(port, number), daemon=True).start()
@@ -174,25 +185,26 @@ def adapters(tree: Path, model: Path, count: int = 300, tokens: int = 8) -> dict
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(model, Path(folder), count)
         with serving(tree, model, "--adapter", folder, "--adapter-memory", "256MiB") as (server, port):
-            names = [f"a{number:03}" for number in range(count)]
+            names, clock = [f"a{number:03}" for number in range(count)], clock_of(server)
             memory = psutil.Process(server).memory_info
-            before, first = memory().rss, [ask(port, name, 2, Random(0))[0] for name in names[:20]]
-            again = [ask(port, names[0], 2, Random(0))[0] for _ in range(20)]
+            before = memory().rss
+            first = median_cost(clock, (partial(ask, port, name, 1, Random(0)) for name in names[:20]))
+            again = median_cost(clock, (partial(ask, port, name, 1, Random(0)) for name in names[:20]))
             rates = []
             for asked in (names[:1] * count, names):
-                started = time.monotonic()
+                started = clock()
                 with ThreadPoolExecutor(8) as pool:
-                    results = list(pool.map(lambda job: ask(port, job[1], tokens, Random(job[0])), enumerate(asked)))
-                rates.append(sum(pieces for *_, pieces in results) / (time.monotonic() - started))
+                    pieces = list(pool.map(lambda job: ask(port, job[1], tokens, Random(job[0])), enumerate(asked)))
+                rates.append(sum(pieces) / (clock() - started))
             used = memory().rss - before
             size = sum(file.stat().st_size for file in (Path(folder) / names[0]).iterdir())
     return {
         "adapters": count,
         "bytes_of_each": size,
-        "first_token_seconds_at_first_use": statistics.median(first),
-        "first_token_seconds_again": statistics.median(again),
-        "tokens_per_second_of_one": rates[0],
-        "tokens_per_second_of_300": rates[1],
+        "first_token_cpu_seconds_at_first_use": first,
+        "first_token_cpu_seconds_again": again,
+        "tokens_per_cpu_second_of_one": rates[0],
+        "tokens_per_cpu_second_of_all": rates[1],
         "added_memory_mib": round(used / 2**20),
     }
 
@@ -212,27 +224,26 @@ def write_adapters(model: Path, folder: Path, count: int) -> None:
 
 
 def leaving(tree: Path, model: Path, clients: int = 100) -> dict[str, Any]:
-    """Clients that leave after the first pieces of long answers: the time of a short answer after them."""
+    """Clients that leave after the first piece of a long answer: the CPU time of a short answer before and after."""
 
     def leave(port: int, number: int) -> None:
         with streamed(port, "base", LONG, Random(number)) as response:
-            started = time.monotonic()
-            for _ in pieces(response):
-                if time.monotonic() - started > 0.2:
-                    return
+            next(pieces(response), None)
 
-    with serving(tree, model, "--batch-size", "16") as (_, port):
-        alone = statistics.median(ask(port, "base", 4, Random(0))[1] for _ in range(5))
-        started = time.monotonic()
+    with serving(tree, model, "--batch-size", "16") as (server, port):
+        clock = clock_of(server)
+        short = partial(ask, port, "base", 4, Random(0))
+        before = median_cost(clock, [short] * 3)
+        spent = clock()
         with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(lambda number: leave(port, number), range(clients)))
-        left = time.monotonic()
-        after = ask(port, "base", 4, Random(0))[1]
+            list(pool.map(partial(leave, port), range(clients)))
+        spent = clock() - spent
+        after = median_cost(clock, [short])
     return {
         "clients": clients,
-        "seconds_until_all_have_left": left - started,
-        "short_answer_seconds_before": alone,
-        "short_answer_seconds_after": after,
+        "cpu_seconds_until_all_have_left": spent,
+        "short_answer_cpu_seconds_before": before,
+        "short_answer_cpu_seconds_after": after,
     }
 
 
