@@ -243,3 +243,24 @@ def test_generate_starts_a_prompt_when_another_one_ends(llama: LoadedModel, tiny
     found = generate_texts(llama, tokenizer, PROMPTS, max_new_tokens=7, batch_size=3, stop_ids=[])
     assert found == [greedy(llama, prompt, 7, set()) for prompt in PROMPTS]
     assert generate_texts(llama, tokenizer, [], max_new_tokens=7, batch_size=3) == []
+
+
+def test_an_adapter_can_be_forgotten(llama: LoadedModel) -> None:
+    """The keys and values of the last prompt, which an equal prompt would use, belong to its old weights."""
+    weight: Any = llama.net.get_submodule("model.layers.0.mlp.up_proj").weight
+    answers = list[list[int]]()
+    before = weight.detach().clone()
+    try:
+        with decoding(llama.net):
+            decoder = Decoder(llama, 0, slots=1, tokens=120)
+            for factor in (1.0, 3.0):
+                weight.mul_(factor)
+                decoder.forget(None)
+                decoder.add(Continuation(LONG, 8))
+                answers.append([])
+                while decoder.is_busy:
+                    answers[-1] += ids(decoder.step())
+                assert answers[-1] == greedy(llama, LONG, 8, set())
+    finally:
+        weight.data.copy_(before)
+    assert answers[0] != answers[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ class Adapters:
     def __init__(self, base: LoadedModel, limit_bytes: int | None = None) -> None:
         self.base, self.limit_bytes = base, limit_bytes
         self._set = AdapterSet(base.net)
+        self.forget: Callable[[str], None] = lambda name: None  # called before an adapter is evicted
         self._places: dict[str, Path] = {}  # of each adapter that was named by itself
         self._folders: list[Path] = []  # folders of adapters
         self._listed: dict[str, Path] = {}  # the adapters in these folders
@@ -128,6 +129,7 @@ class Adapters:
                 self._evict(other)
 
     def _evict(self, name: str) -> None:
+        self.forget(name)
         self._set.remove(name)
         del self._sizes[name], self._stamps[name]
 

@@ -103,7 +103,9 @@ class Speaker:
         block at a time."""
         base, pad_id = self.target.model.base, self.target.tokenizer.pad_id
         with decoding(base.net):
-            yield Answers(self, Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using))
+            decoder = Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using)
+            self.adapters.forget = decoder.forget
+            yield Answers(self, decoder)
 
     def slot_tokens(self, slots: int, memory_bytes: int) -> tuple[int, int]:
         """The tokens of each of `slots` slots that fit into the memory, and the memory that they need in all."""

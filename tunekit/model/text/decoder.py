@@ -88,6 +88,11 @@ class Decoder:
                 return states
         return None
 
+    def forget(self, adapter: str | None) -> None:
+        """Drop what was computed with an adapter, whose weights may change now. It must not be running."""
+        if self._slot_batch is not None:
+            self._slot_batch.forget(adapter)
+
     def step(self) -> list[NewToken]:
         """The next token of each running row, and the first tokens of rows that join."""
         tokens: list[NewToken] = []

@@ -60,6 +60,7 @@ class Prefill:
         self._inputs = {name: part for name, part in inputs.items() if name not in ("attention_mask", "position_ids")}
         self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
         self.columns = Columns(len(rows), self._mask.shape[1])
+        self._virtual_columns = self._mask.shape[1] - width  # prefix tuning has its tokens inside attention
         self.slots = SlotMemory(model, self.columns)
         self.logits = torch.empty(0)
         self.scores: list[Score] = []
@@ -73,7 +74,7 @@ class Prefill:
 
     def length(self, row: DecoderRow) -> int:
         """The number of columns of a row's prompt, with virtual tokens."""
-        return row.continuation.virtual_tokens + len(row.continuation.prompt)
+        return self._virtual_columns + len(row.continuation.prompt)
 
     def advance(self, tokens: int) -> int:
         """Compute about this many tokens of all prompts together; returns their number."""
@@ -92,7 +93,7 @@ class Prefill:
             )
         self.columns.end = end
         if wanted.scores_prompt:
-            self._score(logits[0], start - wanted.virtual_tokens)
+            self._score(logits[0], start - self._virtual_columns)
         self.logits = logits[:, -1]
         return (end - start) * len(self.rows)
 

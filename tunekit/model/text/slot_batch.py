@@ -76,6 +76,11 @@ class SlotBatch:
             self._copy(len(self.rows), slot, last.offset)
             self.rows[slot] = last
 
+    def forget(self, adapter: str | None) -> None:
+        """Drop what was computed with an adapter, whose weights may change now."""
+        if self._prefill is not None and self._prefill.rows[0].continuation.adapter == adapter:
+            self._prefill = None
+
     def states(self, row: DecoderRow) -> States | None:
         """Copies of the row's keys and values; None if it has virtual tokens."""
         wanted = row.continuation
