@@ -97,6 +97,7 @@ DOORS = {
     "ctranslate2": ("exports/programs/inside",),
     "onnxruntime": ("exports/programs/inside",),
     "optimum": ("exports/programs/inside",),
+    "lm_eval": ("evaluation/tasks",),
 }
 ARRAYS = {"numpy", "torch"}
 DRAWERS = re.compile(r"^(utils?|commons?|helpers?|misc|core|base_utils)$")

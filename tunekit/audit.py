@@ -174,7 +174,9 @@ def _repeat(
     with tempfile.TemporaryDirectory(prefix="tunekit-audit-") as folder:
         repeat = Path(folder) / "run"
         _copy(run, repeat, part.start, facts)
-        loaded = load_recipe(run / "recipe.yaml", [f"output.dir={repeat}", "output.report_to=[]"])
+        loaded = load_recipe(
+            run / "recipe.yaml", [f"output.dir={repeat}", "output.report_to=[]", "evaluation.tasks=[]"]
+        )
         quiet = Console(enabled=False)
         session = Session(loaded, devices, quiet, signals, last_step=None if part.exports else part.end)
         with run_files.locked_folder(session, repeat, True, False):

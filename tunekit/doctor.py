@@ -32,6 +32,7 @@ from tunekit.targets.target import find_target
 
 FEATURES = {  # feature -> (modules that it needs, the command that installs them)
     "tunekit data check": (("rensa",), "pip install 'tunekit[data]'"),
+    "tunekit eval --tasks": (("lm_eval",), "pip install 'tunekit[evals]'"),
     "tunekit serve": (("starlette", "uvicorn"), "pip install 'tunekit[serve]'"),
     "output.report_to: [tensorboard]": (("tensorboard",), "pip install 'tunekit[tensorboard]'"),
     "output.report_to: [wandb]": (("wandb",), "pip install wandb"),

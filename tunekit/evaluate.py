@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts.run import refuse_to_replace_part
+from tunekit.artifacts.report.tasks import change_table, score_table
+from tunekit.artifacts.run import TASKS_NAME, refuse_to_replace_part
 from tunekit.companions.base import load_companions
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
@@ -17,7 +18,9 @@ from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
-from tunekit.files.durable import json_result
+from tunekit.evaluation.tasks.measure import measure_tasks
+from tunekit.evaluation.tasks.run import require_harness
+from tunekit.files.durable import json_result, write_json
 from tunekit.files.untrusted import parse_json, read_small
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import class_facts, columns_of, confusion_table
@@ -28,7 +31,7 @@ from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
 from tunekit.targets.reference import load_reference
-from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
+from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target, measuring_objective
 from tunekit.tuned.fit import row_problems
 
 
@@ -91,6 +94,46 @@ def evaluate_verb(
             if (confusion := confusion_table(result["classes"])) is not None:
                 console.table(*confusion)
         write_result(result)
+
+
+def evaluate_tasks(
+    target: str, base: str | None, tasks: Sequence[str], json_file: str | None, overrides: Sequence[str]
+) -> None:
+    """Evaluate a target on tasks of lm-eval, and compare an adapter with its base.
+
+    Raises: InputError without lm-eval, or for an unknown task; ModelError for a model that is not causal.
+    """
+    write_result, names = json_result(json_file), ", ".join(map(yaml_scalar, tasks))
+    spec = find_target(target, base, [f"evaluation.tasks=[{names}]", *overrides])
+    refuse_to_replace_part("--json", json_file, Path(target))
+    require_harness()
+    devices = make_devices()
+    console = Console(enabled=devices.is_main, json_file=json_file)
+    console.info(*spec.rewrites)
+    try:
+        if devices.world > 1:
+            raise InputError("tasks are computed in one process", "start it without torchrun")
+        console.info(f"loading {spec.model.name_or_path} ...")
+        loaded = load_target(spec, devices.device)
+        results = measure_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            measuring_objective(loaded.model.base, loaded.processor),
+            spec.evaluation,
+            devices,
+            compares=loaded.model.adapter is not None,
+            progress=CountProgress(console),
+        )
+    finally:
+        devices.close()
+    values = results.values()
+    console.table(*score_table(values["scores"]), title=target)
+    if values["changes"]:
+        console.table(*change_table(values["changes"]))
+    if spec.kind == "run" and spec.run is not None:
+        write_json(spec.run / TASKS_NAME, values)
+        console.info(f"tunekit report {target} shows them")
+    write_result(values)
 
 
 def _check_metrics(names: Sequence[str]) -> None:

@@ -12,18 +12,21 @@ from typing import Any
 import torch
 
 from tunekit.artifacts.checkpoint import load_checkpoint
+from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
 from tunekit.artifacts.report.write import write_report
-from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.run import TASKS_NAME, RunFolder
 from tunekit.console import Console
-from tunekit.console.progress import StepProgress
+from tunekit.console.progress import CountProgress, StepProgress
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, is_out_of_memory
+from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.bases.paths import relative_to
@@ -31,13 +34,14 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
+from tunekit.targets.target import measuring_objective
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
 from tunekit.training.finish import remedy, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
-from tunekit.training.state import Run, RunInputs
+from tunekit.training.state import Run, RunInputs, timed
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
@@ -192,6 +196,8 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint, measured)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     start = "the base" if is_base else "before training"
+    if recipe.evaluation.tasks:
+        _measure_tasks(session, folder, prepared, run, compares=is_base and not recipe.adapter.trains_base)
     facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, start)
     write_report(folder, facts, plan)
     ended = "stopped early: no gain" if state.stopped_early else "finished"
@@ -206,3 +212,29 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
     if base.family.answers and base.family.reads_ids and text and (template or text.chat_template) is not None:
         console.info(f"chat with the result: tunekit chat {relative_to(folder.path)}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))
+
+
+def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run: Run, *, compares: bool) -> None:
+    """Write the scores of evaluation.tasks into the run folder. `compares`: also those of the base."""
+    console, settings = session.console, session.loaded.recipe.evaluation
+    if session.devices.world > 1:
+        console.warn("evaluation.tasks are computed in one process: use tunekit eval RUN --tasks")
+        return
+    objective, tokenizer = measuring_objective(run.model.base, prepared.processor), prepared.processor.tokenizer
+    assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models
+    with timed(run.state.seconds, "evaluate"):
+        results = measure_tasks(
+            run.model,
+            tokenizer,
+            objective,
+            settings,
+            session.devices,
+            compares=compares,
+            progress=CountProgress(console),
+        )
+    values = results.values()
+    folder.write_json(TASKS_NAME, values)
+    console.table(*score_table(values["scores"]))
+    if values["changes"]:
+        console.table(*change_table(values["changes"]))
+    console.warn(*forgetting(values["changes"]))

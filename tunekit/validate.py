@@ -94,7 +94,7 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Problems with local files that are missing or have the wrong kind. (In a loaded recipe, local paths are
     absolute.)"""
     for path in named_paths(recipe.model_dump(mode="json")):
-        if path.mark.expected in ABSENCE:
+        if path.mark.expected in ABSENCE and (path.mark.endings is None or path.file.is_absolute()):
             is_there, what, how = ABSENCE[path.mark.expected]
             if not is_there(path.file):
                 yield Problem(f"{path.file}: {what}", how, key=dotted(path.key))

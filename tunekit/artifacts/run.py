@@ -23,6 +23,7 @@ from tunekit.files.untrusted import RUN_RECORD, read_small
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, from the weights to export
+TASKS_NAME = "tasks.json"  # the scores of lm-eval's tasks, with those of the base
 EXPORTS = "exports.json"  # the exports of the result, with their certificates
 REPORTS = ("report.json", "report.md", "report.html")
 FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", ROWS_NAME, *REPORTS)

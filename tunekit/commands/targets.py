@@ -35,13 +35,21 @@ def evaluate(
             "--metric", metavar="NAME", help="a metric; may be repeated", autocompletion=named("evaluation.metrics")
         ),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,FILE.yaml", help="tasks of lm-eval instead of rows")
+    ] = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Evaluate a run, an adapter or a model."""
-    from tunekit.evaluate import evaluate_verb
+    if tasks is not None and (data or data_format or metrics):
+        raise typer.BadParameter("--tasks evaluates tasks and no rows; remove --data, --format and --metric")
+    from tunekit.evaluate import evaluate_tasks, evaluate_verb
 
-    evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [])
+    if tasks is None:
+        evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [])
+    else:
+        evaluate_tasks(target, base, [name for name in tasks.split(",") if name], json_file, overrides or [])
 
 
 @app.command()

@@ -170,22 +170,12 @@ def choice_scores(
     A forward has at most as many positions as `batch_size` copies of the longest prompt with an answer.
     Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
     """
-    longest = max(question.longest for question in questions)
-    _check_positions(model, questions)
-    apart, shared = model.base.family.reads_source, _shares_prompt(model, longest)
-    most, chunks = batch_size * longest, []
+    most, chunks = batch_size * max(question.longest for question in questions), []
     for start in range(0, len(questions), CHUNK_QUESTIONS):
-        chunk = questions[start : start + CHUNK_QUESTIONS]
         progress("questions answered", start, len(questions))
-        rows: list[Row] = []
-        for number, question in enumerate(chunk):
-            widest = most if apart else min(most, max(WIDEST_TOKENS, 2 * len(question.prompt)))
-            rows += split_question(question, number, widest if shared else 0, apart=apart)
-        kind, loss = objective.rows.choosing((len(chunk), len(choices.texts)), model.base.dtype)
-        batches = (kind.collate([[row] for row in group]) for group in _groups(rows, most))
-        scorer = replace(objective, rows=kind, loss=loss)
-        sums = summed_evaluation(model, scorer, batches, devices, stop, on_split)
-        chunks.append(torch.tensor(sums.values["scores"], dtype=torch.float64))
+        chunk = questions[start : start + CHUNK_QUESTIONS]
+        sums = answer_sums(model, objective, chunk, devices, most=most, stop=stop, on_split=on_split)
+        chunks.append(torch.tensor(sums["scores"], dtype=torch.float64))
     scores = torch.cat(chunks)
     if choices.score == "mean_per_token":
         scores = scores / torch.tensor([question.scored for question in questions])
@@ -195,6 +185,32 @@ def choice_scores(
         return scores
     free = scores[-len(CONTENT_FREE) :].log_softmax(dim=1)  # (3, choices)
     return scores[: -len(CONTENT_FREE)] - (free.logsumexp(dim=0) - math.log(len(CONTENT_FREE)))
+
+
+def answer_sums(
+    model: TunedModel,
+    objective: Objective,
+    questions: Sequence[Question],
+    devices: Devices,
+    *,
+    most: int,
+    stop: Callable[[], bool] = lambda: False,
+    on_split: Callable[[Batch], None] = lambda batch: None,
+) -> dict[str, list[list[float]]]:
+    """The sums of ChoiceLoss for questions with equally many answers. A forward has at most `most` positions.
+    Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
+    """
+    _check_positions(model, questions)
+    longest = max(question.longest for question in questions)
+    apart, shared = model.base.family.reads_source, _shares_prompt(model, longest)
+    rows: list[Row] = []
+    for number, question in enumerate(questions):
+        widest = most if apart else min(most, max(WIDEST_TOKENS, 2 * len(question.prompt)))
+        rows += split_question(question, number, widest if shared else 0, apart=apart)
+    kind, loss = objective.rows.choosing((len(questions), len(questions[0].answers)), model.base.dtype)
+    batches = (kind.collate([[row] for row in group]) for group in _groups(rows, most))
+    scorer = replace(objective, rows=kind, loss=loss)
+    return summed_evaluation(model, scorer, batches, devices, stop, on_split).values
 
 
 def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunekit.evaluation.scores import undisturbed
 from tunekit.model.call import calling, current_call
-from tunekit.objectives.losses.logprobs import losses_of_positions, supervised_positions
+from tunekit.objectives.losses.logprobs import scores_of_positions, supervised_positions
 from tunekit.tuned.model import TunedModel
 
 PROBE_TOKENS = 12
@@ -41,7 +41,7 @@ def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
     inputs = family.inputs_of(ids, inputs)
     with undisturbed(model):
         output = replace(model.output(inputs), chunk_tokens=5)
-        ours = losses_of_positions(output, index, targets)
+        ours, _ = scores_of_positions(output, index, targets)
         logits = model.own_logits(inputs).float()  # (1, T, V)
         own = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="none")
     return _relative_difference(ours, own)

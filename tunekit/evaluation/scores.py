@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib import import_module
 from typing import Any
@@ -16,7 +16,7 @@ from tunekit.errors import RewardError, is_out_of_memory
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line
 from tunekit.metrics.outputs import ROW_VALUES
-from tunekit.model.call import Call, calling
+from tunekit.model.call import calling, current_call
 from tunekit.tuned.model import ModelRun, TunedModel
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # counts in addition to the objective's sums
@@ -45,7 +45,8 @@ class EvaluationSums:
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
     """A block in eval mode and without gradient. The mode and every random state are restored when it ends."""
-    with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(Call(fuses=True)):
+    call = replace(current_call(), fuses=True)  # a caller may have bypassed the adapter
+    with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(call):
         yield
 
 

@@ -14,7 +14,7 @@ from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.machine.threads import processors
 from tunekit.model.attention.documents import may_be_packed
-from tunekit.model.families import text_config
+from tunekit.model.families import make_family, text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
@@ -26,6 +26,7 @@ from tunekit.tuned.fit import longest_tokens
 
 HIGHEST_RATE = 0.3  # the learning rate of prompt tuning in Lester et al. 2021; other methods need far less
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # stateful layers in a configuration's layer_types
+TASKS = "evaluation.tasks"
 RATE_STEPS = 1000  # the learning rates of longer runs never sum to nearly 0
 LEAST_RATES = 0.1
 
@@ -49,6 +50,11 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
         if module is not None and find_spec(module) is None:
             what = f"{name} needs {module}, which is not installed"
             yield Problem(what, f"run: pip install '{package}'", key="evaluation.metrics")
+    if recipe.evaluation.tasks and find_spec("lm_eval") is None:
+        yield Problem("tasks need lm-eval, which is not installed", "run: pip install 'tunekit[evals]'", key=TASKS)
+    family = make_family(recipe.objective.family)
+    if recipe.evaluation.tasks and (not family.answers or family.reads_source or not family.reads_ids):
+        yield Problem(f"tasks need a causal language model, but this is {family.text}", "remove them", key=TASKS)
 
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from tunekit.recipe.bases.paths import TaskPath
 from tunekit.recipe.bases.section import Count, CountOrZero, Section, Several, Text
 
 FROM_DATA = "from_data"
@@ -56,7 +57,7 @@ ChoiceList = Annotated[
 class EvaluationSection(Section):
     """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
 
-    free_keys = ("before_training",)
+    free_keys = ("before_training", "tasks", "task_documents", "task_lengths")
 
     choices: ChoiceList = Field(
         None, description="the answers to choose from by their log-probability; from_data: those of the rows"
@@ -75,6 +76,11 @@ class EvaluationSection(Section):
         0, description="answers to so many eval rows at each evaluation, for the report; no metric needs them"
     )
     max_new_tokens: Count = Field(128, description="tokens of one generated answer, at most")
+    tasks: Several[TaskPath] = Field(
+        (), description="tasks of lm-eval, by name or as YAML files, that compare the result with its base"
+    )
+    task_documents: Count | None = Field(None, description="use this many documents of each task; null: all")
+    task_lengths: Several[Count] = Field((), description="the lengths in tokens of tasks that generate their texts")
     batch_size: Count = Field(8, description="rows of one evaluation forward; only memory and speed")
     best: Annotated[str, BeforeValidator(_best)] | None = Field(None, description="export the checkpoint best in this")
     patience: Count | None = Field(None, description="stop after this many evaluations without gain")

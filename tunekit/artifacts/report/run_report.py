@@ -9,6 +9,7 @@ from tunekit.artifacts.report.curves import binned_text, charts_of
 from tunekit.artifacts.report.pictures import before_and_after
 from tunekit.artifacts.report.run_costs import memory, overview, rows, size, speed
 from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable
+from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import columns_of, confusion_table
@@ -221,6 +222,15 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
     yield ReportSection("Reactions", text, tables=tables)
 
 
+def _tasks(run: RunValues) -> Iterator[ReportSection]:
+    """The tasks of lm-eval, of the exported weights and of the base."""
+    scores, changes = run.tasks.parts("scores"), run.tasks.parts("changes")
+    if scores:
+        tables = [ReportTable(*score_table(scores), "Of the exported weights")]
+        tables += [ReportTable(*change_table(changes), "Changes by tuning, on the same documents")] if changes else []
+        yield ReportSection("Tasks", [], forgetting(changes), tables=tables)
+
+
 def _exports(run: RunValues) -> Iterator[ReportSection]:
     """The figures of other programs that read the exported files, beside torch's, and on which rows they computed."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
@@ -268,4 +278,4 @@ def _files(run: RunValues) -> Iterator[ReportSection]:
 
 
 RESULTS = (overview, _curves, _result, _labels, _pictures, _answers, _panels, _worst_rows)
-SECTIONS = (*RESULTS, _exports, memory, speed, rows, size, _reactions, _use, _files)
+SECTIONS = (*RESULTS, _tasks, _exports, memory, speed, rows, size, _reactions, _use, _files)

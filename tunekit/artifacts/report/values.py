@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
-from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, read_json
+from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, TASKS_NAME, read_json
 from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
 from tunekit.files.untrusted import printable
@@ -112,6 +112,11 @@ class RunValues:
     def exports(self) -> list[Values]:
         """The certified exports of the run's result, as `tunekit export` recorded them."""
         return Values(exports=read_json(self.path / EXPORTS)).parts("exports")
+
+    @cached_property
+    def tasks(self) -> Values:
+        """The scores of lm-eval's tasks; empty if none were measured."""
+        return _object(read_json(self.path / TASKS_NAME))
 
     @property
     def state(self) -> str:

@@ -32,6 +32,7 @@ def generate_texts(
     virtual_tokens: int = 0,
     seeds: Sequence[int] | None = None,
     keep_stop: bool = False,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """New ids of each prompt, in order, without the stop token that ended it unless `keep_stop`.
 
@@ -40,7 +41,7 @@ def generate_texts(
     `stop_ids`: by default the ids of find_stop_ids. `template`: a chat template that replaces the tokenizer's.
     `adapt`: changes the inputs of the first step, for an adapter that adds `virtual_tokens` positions.
     `seeds`: one per prompt; by default from the seed of `sampling` and the prompt's number. What a prompt samples
-    depends only on its seed, not on other prompts.
+    depends only on its seed, not on other prompts. `ends`: whether these new ids are a complete answer.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     does not generate text.
     """
@@ -69,8 +70,11 @@ def generate_texts(
         places = {decoder.add(continuations[index]): index for index in order}
         while decoder.is_busy:
             for token in decoder.step():
+                answer = results[places[token.handle]]
                 if keep_stop or token.reason != "stop":
-                    results[places[token.handle]].append(token.id)
+                    answer.append(token.id)
+                if ends is not None and token.reason is None and ends(answer):
+                    decoder.cancel(token.handle)
     return results
 
 

@@ -7,7 +7,7 @@ import torch
 from tunekit.contracts import Batch, LossKind, ModelOutput, Sums
 from tunekit.machine.devices import for_sums, summing_dtype
 from tunekit.machine.placing import to_device
-from tunekit.objectives.losses.logprobs import losses_of_positions
+from tunekit.objectives.losses.logprobs import scores_of_positions
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class ChoiceLoss(LossKind):
     shape: tuple[int, int]
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """`scores` (questions, answers): the sum of each answer's log-probabilities, or 0 for answers of other
-        batches."""
-        losses = losses_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,)
+        """`scores` (questions, answers): the sum of each answer's log-probabilities; `hits` (questions, answers): how
+        many of its tokens are the most likely ones. Both are 0 for answers of other batches."""
+        losses, correct = scores_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,) each
         cells = to_device(batch.targets["cells"], losses.device)
-        scores = torch.zeros(self.shape, dtype=summing_dtype(losses.device), device=losses.device)
+        scores, hits = torch.zeros((2, *self.shape), dtype=summing_dtype(losses.device), device=losses.device)
         scores.view(-1).index_add_(0, cells, -for_sums(losses))
-        return {"scores": scores}
+        hits.view(-1).index_add_(0, cells, correct.to(hits.dtype))
+        return {"scores": scores, "hits": hits}

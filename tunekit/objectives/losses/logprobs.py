@@ -370,10 +370,10 @@ def loss_sums(losses: Tensor, batch: Batch) -> Sums:
     return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
 
 
-def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
-    """(N,) float32: the loss of each position, without gradient."""
+def scores_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`scored_positions` at positions (N,) of the flattened (B, T)."""
     hidden, targets, head = _selected(output, index, targets)
-    return scored_positions(hidden, targets, head, output.chunk_tokens)[0]
+    return scored_positions(hidden, targets, head, output.chunk_tokens)
 
 
 def logits_at(output: ModelOutput, index: Tensor) -> Tensor:

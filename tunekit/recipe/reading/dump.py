@@ -58,7 +58,7 @@ def _key(problem: Problem, *, spelled: bool) -> KeyPath:
 
 def _dump(values: JsonObject, relative_to: Path) -> str:
     for path in named_paths(values):
-        path.holder[path.key[-1]] = relative_path(path.text, relative_to)
+        path.write(relative_path(path.text, relative_to))
     return "\n".join(yaml_lines(values)) + "\n"
 
 

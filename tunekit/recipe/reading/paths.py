@@ -24,27 +24,39 @@ LONGEST_PATH_BYTES = 4096
 
 @dataclass(frozen=True)
 class NamedPath:
-    """A path in a recipe's plain values: its key, its text, and the mapping that contains it (`holder`)."""
+    """A path in a recipe's plain values: its key, its text, and the mapping or list that contains it (`holder`)."""
 
     key: KeyPath
     mark: PathMark
     text: str
-    holder: dict[Any, Any]
+    holder: dict[Any, Any] | list[Any]
 
     @property
     def file(self) -> Path:
         """The file or folder. For FILE.py:NAME this is FILE.py."""
         return Path(self.text.rpartition(":")[0] if self.mark.expected == "code" else self.text)
 
+    def write(self, text: str) -> None:
+        """Replace the text in its holder."""
+        place = self.key[-1]
+        if isinstance(self.holder, list):
+            self.holder[int(place)] = text
+        else:
+            self.holder[place] = text
+
 
 def named_paths(values: Mapping[str, Any]) -> list[NamedPath]:
     """Every path in a recipe's plain values, including hub names."""
-    return [
-        NamedPath((*key, name), mark, holder[name], holder)
-        for key, owner, holder in sections_in(values)
-        for name, mark in path_marks(owner).items()
-        if isinstance(holder.get(name), str) and holder[name]
-    ]
+    paths = list[NamedPath]()
+    for key, owner, holder in sections_in(values):
+        for name, mark in path_marks(owner).items():
+            value = holder.get(name)
+            if isinstance(value, str) and value:
+                paths.append(NamedPath((*key, name), mark, value, holder))
+            if isinstance(value, list):
+                texts = [(at, text) for at, text in enumerate(value) if isinstance(text, str) and text]
+                paths += [NamedPath((*key, name, at), mark, text, value) for at, text in texts]
+    return paths
 
 
 @cache
@@ -80,7 +92,7 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
         absolute = os.path.normpath(base / os.path.expanduser(path.text))
         if path.mark.endings is None or _is_local(path.text, path.mark.endings) or os.path.lexists(absolute):
             is_run = path.mark.expected == "adapter" and os.path.exists(f"{absolute}/plan.json")
-            path.holder[path.key[-1]] = f"{absolute}/adapter" if is_run else absolute  # a run folder: its result
+            path.write(f"{absolute}/adapter" if is_run else absolute)  # a run folder: its result
 
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:

@@ -1,0 +1,202 @@
+"""Tasks of lm-eval: scores as lm-eval's own model class computes them, changes by tuning, and what is refused.
+
+Tests that need lm-eval run in a child, which finds it among TUNEKIT_PROGRAMS too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.train_case import in_child, train_in_child, write_recipe
+from tunekit.artifacts.report.markdown import markdown_page
+from tunekit.artifacts.report.run_report import run_report
+from tunekit.artifacts.report.values import read_run
+from tunekit.errors import InputError
+from tunekit.evaluation.continuations import continuation_scores
+from tunekit.evaluation.tasks.run import TaskScore, task_differences
+from tunekit.machine.devices import Devices
+from tunekit.recipe.load import load_recipe
+from tunekit.targets.target import LoadedTarget, find_target, load_target, measuring_objective
+
+STORIES = Path(os.environ.get("TUNEKIT_SHARED", "../shared")) / "models" / "stories260k"
+HARNESS = Path(os.environ.get("TUNEKIT_PROGRAMS", "")) / "lm-eval"
+TASK = {
+    "task": "colours",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "colours.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": ["red", "green", "blue as the sky"],
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+
+
+@pytest.fixture
+def harness() -> Callable[[], None]:
+    """A function that makes lm-eval importable in a child."""
+    if not (HARNESS / "lm_eval").is_dir() and importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is absent: pip install 'tunekit[evals]'")
+    return lambda: sys.path.append(str(HARNESS))
+
+
+def loaded_model(model: Path) -> LoadedTarget:
+    return load_target(find_target(str(model), None, ["model.dtype=float32"]), torch.device("cpu"))
+
+
+def write_task(folder: Path, count: int = 12) -> Path:
+    """A task with its documents."""
+    rows = [{"question": f"The {thing} number {at} is", "answer": at % 3} for at in range(count) for thing in ("ball",)]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "colours.yaml"
+    path.write_text(json.dumps(TASK), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def test_continuations_have_the_log_probabilities_of_the_models_own_logits(tiny_llama: Path) -> None:
+    loaded = loaded_model(tiny_llama)
+    base, draw = loaded.model.base, np.random.default_rng(0)
+    objective = measuring_objective(base, loaded.processor)
+    contexts = [draw.integers(5, 60, size).tolist() for size in (1, 7, 20)]
+    pairs = [(context, draw.integers(5, 60, size).tolist()) for context in contexts for size in (1, 4, 9)]
+    pairs.append((contexts[1], pairs[3][1]))  # the same pair again: four continuations of one context
+    greedy = list(contexts[2])
+    with torch.no_grad():
+        for _ in range(3):
+            greedy.append(int(base.net(torch.tensor([greedy])).logits[0, -1].argmax()))
+        pairs.append((contexts[2], greedy[len(contexts[2]) :]))
+        expected = []
+        for context, end in pairs:
+            scores = base.net(torch.tensor([[*context, *end]])).logits[0].log_softmax(-1)[len(context) - 1 : -1]
+            hits = scores.argmax(-1).tolist() == end
+            expected.append((float(scores.gather(1, torch.tensor(end)[:, None]).sum()), hits))
+    found = continuation_scores(loaded.model, objective, pairs, Devices(torch.device("cpu")), batch_size=2)
+    assert [hits for _, hits in found] == [hits for _, hits in expected]
+    assert found[-1][1]  # the greedy one
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], None], tmp_path: Path) -> None:
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is absent")
+    result = tmp_path / "result.json"
+
+    def work() -> None:
+        harness()
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from tunekit.evaluation.tasks.harness import HarnessModel
+
+        loaded, devices = loaded_model(STORIES), Devices(torch.device("cpu"))
+        objective = measuring_objective(loaded.model.base, loaded.processor)
+        ours = HarnessModel(loaded.model, loaded.tokenizer, objective, devices, 3)
+        net = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+        theirs = HFLM(pretrained=net, tokenizer=AutoTokenizer.from_pretrained(STORIES), batch_size=3, device="cpu")
+        story = "Once upon a time, there was a little girl named Lily. "
+        pairs = [(story[:cut], end) for cut in (0, 21, 54) for end in (" She", " He", " The dog was big.", "She ran")]
+        pairs.append((story * 60, "She was happy."))  # longer than the model's table
+        texts = [(story * 2,), (story * 60,)]
+        settings = {"until": ["."], "max_gen_toks": 30, "do_sample": False}
+        prompts = [(text, settings) for text in (story, "Tom and his dog", "One day, a big bear")]
+        values = [
+            [
+                model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs]),
+                model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, text, 0) for text in texts]),
+                model.generate_until([Instance("generate_until", {}, prompt, 0) for prompt in prompts]),
+                [model.max_length, model.prefix_token_id, model.eot_token_id],
+            ]
+            for model in (ours, theirs)
+        ]
+        result.write_text(json.dumps(values), encoding="utf-8")
+
+    ended = in_child(work, tmp_path / "log")
+    assert ended.code == 0, ended.output
+    (scores, rolling, texts, facts), (their_scores, their_rolling, their_texts, their_facts) = json.loads(
+        result.read_text("utf-8")
+    )
+    assert facts == their_facts
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in their_scores]
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in their_scores], rel=1e-5)
+    assert rolling == pytest.approx(their_rolling, rel=1e-5)
+    assert texts == their_texts
+    assert all(texts)
+
+
+def test_eval_measures_a_run_and_its_base(
+    harness: Callable[[], None], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("tasks")
+    task, run = write_task(folder), folder / "run"
+    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name]}, "training": {"epochs": 1.0}}
+    recipe = write_recipe(folder, tiny_llama, **sections)
+    ended = train_in_child(recipe, run, before=harness)
+    assert ended.code == 0, ended.output
+    trained = json.loads((run / "tasks.json").read_text("utf-8"))
+    (run / "tasks.json").unlink()
+
+    def work() -> None:
+        from tunekit.evaluate import evaluate_tasks
+
+        evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
+
+    ended = in_child(work, folder / "log", harness)
+    assert ended.code == 0, ended.output
+    values = json.loads((folder / "out.json").read_text("utf-8"))
+    assert values == json.loads((run / "tasks.json").read_text("utf-8"))
+    for part in ("scores", "before"):
+        in_training = [each["value"] for each in trained[part]]
+        assert [each["value"] for each in values[part]] == pytest.approx(in_training)
+    assert [(each["task"], each["metric"], each["count"]) for each in values["scores"]] == [
+        ("colours", "acc", 12),
+        ("colours", "acc_norm", 12),
+    ]
+    assert all(each["standard_error"] is not None for each in values["scores"])
+    assert "Changes by tuning" in markdown_page(run_report(read_run(run)))
+
+
+def score(value: float, documents: tuple[float, ...], *, higher: bool = True) -> TaskScore:
+    return TaskScore("words", "acc", value, 0.1, higher, len(documents), documents)
+
+
+def test_changes_have_intervals_of_the_paired_differences() -> None:
+    before = (1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
+    after = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    (change,) = task_differences([score(0.875, before)], [score(0.25, after)])
+    steps = np.array(after) - np.array(before)
+    half = 1.959964 * steps.std(ddof=1) / np.sqrt(8)
+    assert (change.low, change.high) == pytest.approx((steps.mean() - half, steps.mean() + half))
+    assert change.verdict == "worse"
+    (change,) = task_differences([score(0.875, before, higher=False)], [score(0.25, after, higher=False)])
+    assert change.verdict == "better"
+    (change,) = task_differences([score(0.875, before)], [score(0.75, (0.0, *before[1:]))])
+    assert change.verdict == "no clear difference"
+    assert task_differences([score(0.875, ())], [score(0.25, after)]) == []
+
+
+def test_a_missing_lm_eval_and_a_missing_task_file_are_named(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunekit.planning.refusals import library_problems
+    from tunekit.validate import validate
+
+    recipe = write_recipe(tmp_path, tiny_llama, evaluation={"tasks": ["niah_single_1", "missing.yaml"]})
+    with pytest.raises(InputError, match=r"missing\.yaml"):
+        validate(recipe, [])
+    loaded = load_recipe(recipe).recipe
+    assert loaded.evaluation.tasks == ("niah_single_1", str(tmp_path / "missing.yaml"))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "lm_eval" else object())
+    assert ["tunekit[evals]" in problem.how for problem in library_problems(loaded)] == [True]

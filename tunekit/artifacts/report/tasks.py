@@ -1,0 +1,36 @@
+"""The scores of lm-eval's tasks, from the plain values of `TaskResults.values`: tables, and warnings of forgetting."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Table = tuple[list[str], list[list[object]]]
+
+
+def score_table(scores: Sequence[Mapping[str, Any]]) -> Table:
+    """Columns and lines of a table of scores."""
+    names = ("task", "metric", "value", "standard_error", "count")
+    return ["task", "metric", "value", "standard error", "documents"], [
+        [score.get(name) for name in names] for score in scores
+    ]
+
+
+def change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
+    """Columns and lines of a table of the changes by tuning."""
+    return ["task", "metric", "base", "tuned", "95 % interval of the difference", "verdict"], [
+        [each["task"], each["metric"], each["before"], each["after"], _interval(each), each["verdict"]]
+        for each in changes
+    ]
+
+
+def forgetting(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning for each task that the tuned model does worse than its base, by more than chance."""
+    return [
+        f"Worse than the base: {each['task']} {each['metric']}, {each['after']:.4g} instead of {each['before']:.4g} "
+        f"(95 % interval of the difference: {_interval(each)}). Training on other data may restore it."
+        for each in changes
+        if each["verdict"] == "worse"
+    ]
+
+
+def _interval(change: Mapping[str, Any]) -> str:
+    return f"{change['low']:+.4g} to {change['high']:+.4g}"

@@ -1,0 +1,166 @@
+"""A loaded model as a model of lm-eval: log-probabilities of continuations, of whole texts, and generated answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from tunekit.contracts import GREEDY, Objective, Progress, Sampling, no_progress
+from tunekit.errors import InputError
+from tunekit.evaluation.continuations import continuation_scores
+from tunekit.evaluation.scores import undisturbed
+from tunekit.machine.devices import Devices
+from tunekit.model.families import text_config
+from tunekit.model.text.generation import generate_texts
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.tuned.model import TunedModel
+
+LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # of configurations; lm-eval reads the same keys
+LONGEST, UNLIMITED = 2048, 10**18  # tokens, if neither configuration nor tokenizer states a length, as in lm-eval
+NEW_TOKENS = 256  # of one answer, if the task states no number, as in lm-eval
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in order of priority
+SAMPLING_NAMES = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTH_NAMES}
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """A causal language model with its adapter. Requests and results are those of lm-eval's own class HFLM."""
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        model: TunedModel,
+        tokenizer: LoadedTokenizer,
+        objective: Objective,
+        devices: Devices,
+        batch_size: int,
+        progress: Progress = no_progress,
+    ) -> None:
+        super().__init__()
+        self.model, self.text, self.objective, self.devices = model, tokenizer, objective, devices
+        self.batch_size, self.progress = batch_size, progress
+        self.tokenizer = tokenizer.native
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return int(self.text.eos_id or 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id in front of a text without a context."""
+        return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name in lm-eval's cache of requests, which is not used here."""
+        return self.text.fingerprint
+
+    @property
+    def max_length(self) -> int:
+        """The number of tokens that the model can read."""
+        config = text_config(self.model.base.net)
+        lengths = [value for key in LENGTH_KEYS if (value := getattr(config, key, None)) is not None]
+        stated = int(self.tokenizer.model_max_length)
+        return int(next(iter(lengths), stated if stated < UNLIMITED else LONGEST)) - self.model.virtual_tokens
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+        """The ids of a text. By default with the special tokens that the tokenizer adds, unless the text has them."""
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        if add_special_tokens is None and string.startswith(bos):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **options))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
+    ) -> list[tuple[float, bool]]:
+        """The score of each continuation. A context that is too long loses its first tokens."""
+        room = self.max_length + 1  # the last token of a continuation is only predicted
+        pairs = [(context[-max(1, room - len(end)) :], end) for _, context, end in requests]
+        return continuation_scores(
+            self.model, self.objective, pairs, self.devices, batch_size=self.batch_size, progress=self.progress
+        )
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in windows that do not overlap."""
+        windows = list[tuple[object, list[int], list[int]]]()
+        counts = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            parts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            mine = [(None, *make_disjoint_window(part)) for part in parts]
+            windows += mine
+            counts.append(len(mine))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each request, up to its first stop text."""
+        groups = defaultdict[str, list[int]](list)
+        for number, request in enumerate(requests):
+            groups[repr(request.args[1])].append(number)
+        answers = dict[int, str]()
+        for numbers in groups.values():
+            self.progress("answers written", len(answers), len(requests))
+            texts = [requests[number].args[0] for number in numbers]
+            answers |= zip(numbers, self._answers(texts, requests[numbers[0]].args[1]), strict=True)
+        return [answers[number] for number in range(len(requests))]
+
+    def _answers(self, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """The answers with these settings of lm-eval. Raises: InputError for a setting that has no effect here."""
+        unknown = sorted(set(settings) - SAMPLING_NAMES)
+        if unknown:
+            raise InputError(f"a task asks for {', '.join(unknown)} in its generation_kwargs", "remove it in the task")
+        count = next((int(settings[name]) for name in LENGTH_NAMES if settings.get(name) is not None), NEW_TOKENS)
+        room = self.max_length - count
+        if room < 1:
+            what = f"a task asks for {count} new tokens, but the model has {self.max_length} positions"
+            raise InputError(what, "lower max_gen_toks in the task")
+        until = settings.get("until") or []
+        ends = [until] if isinstance(until, str) else list(until)
+        prompts, stops = [self.tok_encode(text)[-room:] for text in texts], _StopTexts(self.text, ends)
+        with undisturbed(self.model):
+            produced = generate_texts(
+                self.model.base,
+                self.text,
+                prompts,
+                max_new_tokens=count,
+                batch_size=self.batch_size,
+                sampling=sampling_of(settings),
+                stop_ids=[self.eot_token_id],
+                adapt=self.model.adapt_inputs,
+                virtual_tokens=self.model.virtual_tokens,
+                ends=stops.ended,
+            )
+        return [stops.cut(self.text.decode(ids, skip_special_tokens=True)) for ids in produced]
+
+
+def sampling_of(settings: Mapping[str, Any]) -> Sampling:
+    """The sampling that a task states; greedy by default."""
+    temperature = float(settings.get("temperature") or 0.0)
+    if not settings.get("do_sample", temperature > 0):
+        return GREEDY
+    return Sampling(temperature or 1.0, float(settings.get("top_p") or 1.0), int(settings.get("top_k") or 0))
+
+
+class _StopTexts:
+    """Ends an answer when its text contains a stop text."""
+
+    def __init__(self, tokenizer: LoadedTokenizer, texts: Sequence[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, [text for text in texts if text]
+
+    def ended(self, ids: Sequence[int]) -> bool:
+        """Whether an answer with these ids is complete."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True) if self.texts else ""
+        return any(stop in text for stop in self.texts)
+
+    def cut(self, text: str) -> str:
+        """The text before its first stop text."""
+        for stop in self.texts:
+            text = text.split(stop)[0]
+        return text

@@ -1,0 +1,55 @@
+"""Measures tasks with a tuned model and with its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tunekit.contracts import Objective, Progress, no_progress
+from tunekit.evaluation.tasks.run import TaskDifference, TaskScore, run_tasks, task_differences
+from tunekit.machine.devices import Devices
+from tunekit.model.call import calling, current_call
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.tuned.model import TunedModel
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """The scores of a model; `before`: those of its base, if they were measured."""
+
+    scores: Sequence[TaskScore]
+    before: Sequence[TaskScore] = ()
+
+    @property
+    def differences(self) -> list[TaskDifference]:
+        """The changes by tuning."""
+        return task_differences(self.before, self.scores)
+
+    def values(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        parts = {"scores": self.scores, "before": self.before}
+        scores = {
+            name: [{key: value for key, value in asdict(each).items() if key != "documents"} for each in part]
+            for name, part in parts.items()
+        }
+        return scores | {"changes": [asdict(each) | {"verdict": each.verdict} for each in self.differences]}
+
+
+def measure_tasks(
+    model: TunedModel,
+    tokenizer: LoadedTokenizer,
+    objective: Objective,
+    settings: EvaluationSection,
+    devices: Devices,
+    *,
+    compares: bool,
+    progress: Progress = no_progress,
+) -> TaskResults:
+    """The scores of the model. `compares`: also measure its base, with the adapter bypassed."""
+    before: Sequence[TaskScore] = ()
+    if compares:
+        with calling(replace(current_call(), bypassed=True)):
+            before = run_tasks(model, tokenizer, objective, settings, devices, progress)
+    return TaskResults(run_tasks(model, tokenizer, objective, settings, devices, progress), before)

@@ -1,0 +1,213 @@
+"""Runs tasks of lm-eval on a loaded model, and compares the results of two models document by document."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunekit.contracts import Objective, Progress, no_progress
+from tunekit.errors import InputError, ModelError
+from tunekit.machine.devices import Devices
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.tuned.model import TunedModel
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+KEY = "evaluation.tasks"
+RESAMPLES = 1000  # for the standard errors of metrics that are no mean
+LEFT_OUT = -1.0  # lm-eval's value of a document that a metric leaves out
+NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task. `documents`: its value for each document, if it is their mean."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    higher_is_better: bool
+    count: int
+    documents: tuple[float, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """A metric after tuning less the metric before, over the same documents; `low` to `high` is a 95 % interval."""
+
+    task: str
+    metric: str
+    before: float
+    after: float
+    low: float
+    high: float
+    higher_is_better: bool
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, or no clear difference."""
+        if self.low <= 0 <= self.high:
+            return "no clear difference"
+        return "better" if (self.low > 0) == self.higher_is_better else "worse"
+
+
+def require_harness() -> None:
+    """Raises: InputError if lm-eval is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{KEY} needs {error.name}", "pip install 'tunekit[evals]'") from error
+
+
+def run_tasks(
+    model: TunedModel,
+    tokenizer: LoadedTokenizer,
+    objective: Objective,
+    settings: EvaluationSection,
+    devices: Devices,
+    progress: Progress = no_progress,
+) -> list[TaskScore]:
+    """The scores of the tasks in `settings`. `objective`: one whose rows are texts.
+
+    Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError for a model that is not causal.
+    """
+    require_harness()
+    family = model.base.family
+    if not family.answers or family.reads_source or not family.reads_ids:
+        what = f"{model.base.facts.name_or_path} is {family.text}; tasks need a causal language model"
+        raise ModelError(what, f"remove {KEY}", key=KEY)
+    from lm_eval import simple_evaluate
+
+    from tunekit.evaluation.tasks.harness import HarnessModel
+
+    harness = HarnessModel(model, tokenizer, objective, devices, settings.batch_size, progress)
+    with TemporaryDirectory(prefix="tunekit-") as folder, _quiet():
+        tokenizer.save(Path(folder))  # generated tasks count tokens
+        manager = _manager(settings, folder)
+        results = simple_evaluate(
+            harness,
+            tasks=[_task(name, manager) for name in settings.tasks],
+            task_manager=manager,
+            limit=settings.task_documents,
+            bootstrap_iters=RESAMPLES,
+        )
+    return list(_scores(results))
+
+
+def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
+    """lm-eval's list of tasks. `tokenizer`: a folder, for tasks that generate texts of a stated length."""
+    from lm_eval.tasks import TaskManager
+
+    metadata: dict[str, Any] = {"tokenizer": tokenizer}
+    if settings.task_lengths:
+        metadata["max_seq_lengths"] = list(settings.task_lengths)
+    return TaskManager(metadata=metadata)
+
+
+def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
+    """A task for lm-eval: a name that it knows, or the content of a YAML file.
+
+    Raises: InputError for an unknown name or a missing file.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name in manager.all_tasks:
+            return name
+        how = "write a name of lm-eval, or the path of a task's YAML file"
+        raise InputError(f"lm-eval has no task {name!r}", how, key=KEY)
+    if not path.is_file():
+        raise InputError(f"{name}: no such file", "check the path", key=KEY)
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(path, resolve_func=True)
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if files is not None:
+        config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
+    return dict(config)
+
+
+def _near(files: object, folder: Path) -> object:
+    """Data files with paths relative to the task's file, if they exist there."""
+    if isinstance(files, Mapping):
+        return {name: _near(value, folder) for name, value in files.items()}
+    if isinstance(files, str):
+        return str(folder / files) if (folder / files).exists() else files
+    return [_near(value, folder) for value in files] if isinstance(files, list) else files
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
+    """The metrics of each task."""
+    for task, samples in results["samples"].items():
+        for name, value in results["results"][task].items():
+            metric, _, rule = name.partition(",")
+            if not rule or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            documents = [sample[metric] for sample in samples if sample["filter"] == rule and metric in sample]
+            error = results["results"][task].get(f"{metric}_stderr,{rule}")
+            yield TaskScore(
+                task,
+                metric if rule == "none" else f"{metric} ({rule})",
+                float(value),
+                float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+                bool(results["higher_is_better"][task].get(metric, True)),
+                len(documents),
+                _numbers(documents, float(value)),
+            )
+
+
+def _numbers(documents: Sequence[object], mean: float) -> tuple[float, ...]:
+    """The values of the documents, if the metric is their mean; otherwise nothing."""
+    values = [float(value) for value in documents if isinstance(value, bool | int | float)]
+    numbers = tuple(value for value in values if value != LEFT_OUT)
+    return (
+        numbers
+        if numbers and len(values) == len(documents) and math.isclose(float(np.mean(numbers)), mean, abs_tol=1e-9)
+        else ()
+    )
+
+
+def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> list[TaskDifference]:
+    """The change of each metric that is a mean over documents, with an interval of the paired differences."""
+    earlier = {(score.task, score.metric): score for score in before}
+    results = []
+    for score in after:
+        old = earlier.get((score.task, score.metric))
+        if old is None or len(score.documents) < 2 or len(old.documents) != len(score.documents):
+            continue
+        changes = np.array(score.documents) - np.array(old.documents)  # (documents,)
+        half = NORMAL_95 * float(changes.std(ddof=1)) / math.sqrt(len(changes))
+        mean = float(changes.mean())
+        results.append(
+            TaskDifference(
+                score.task, score.metric, old.value, score.value, mean - half, mean + half, score.higher_is_better
+            )
+        )
+    return results
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A block without lm-eval's notices and progress bars."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, os.environ.get("TQDM_DISABLE")
+    logger.setLevel(logging.ERROR)
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        os.environ.pop("TQDM_DISABLE")
+        if bars is not None:
+            os.environ["TQDM_DISABLE"] = bars
