@@ -23,7 +23,7 @@ from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import read_run
 from tunekit.errors import InputError
 from tunekit.evaluation.continuations import continuation_scores
-from tunekit.evaluation.tasks.run import TaskScore, task_differences
+from tunekit.evaluation.tasks.run import TaskScore, scores_of, task_differences
 from tunekit.machine.devices import Devices
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import LoadedTarget, find_target, load_target, measuring_objective
@@ -165,6 +165,13 @@ def test_eval_measures_a_run_and_its_base(
     ]
     assert all(each["standard_error"] is not None for each in values["scores"])
     assert "Changes by tuning" in markdown_page(run_report(read_run(run)))
+
+
+def test_a_metric_that_leaves_out_all_documents_has_no_score() -> None:
+    samples = [{"filter": "none", "512": value, "4096": -1.0} for value in (1.0, 0.0)]
+    values = {"512,none": 0.5, "512_stderr,none": 0.5, "4096,none": -1}
+    results = {"samples": {"niah": samples}, "results": {"niah": values}, "higher_is_better": {"niah": {}}}
+    assert [(each.metric, each.value, each.documents) for each in scores_of(results)] == [("512", 0.5, (1.0, 0.0))]
 
 
 def score(value: float, documents: tuple[float, ...], *, higher: bool = True) -> TaskScore:

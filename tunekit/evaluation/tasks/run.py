@@ -103,7 +103,7 @@ def run_tasks(
             limit=settings.task_documents,
             bootstrap_iters=RESAMPLES,
         )
-    return list(_scores(results))
+    return list(scores_of(results))
 
 
 def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
@@ -147,7 +147,7 @@ def _near(files: object, folder: Path) -> object:
     return [_near(value, folder) for value in files] if isinstance(files, list) else files
 
 
-def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
+def scores_of(results: Mapping[str, Any]) -> Iterator[TaskScore]:
     """The metrics of each task."""
     for task, samples in results["samples"].items():
         for name, value in results["results"][task].items():
@@ -155,6 +155,8 @@ def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
             if not rule or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             documents = [sample[metric] for sample in samples if sample["filter"] == rule and metric in sample]
+            if documents and all(value == LEFT_OUT for value in documents):
+                continue  # a length of RULER that was not asked for
             error = results["results"][task].get(f"{metric}_stderr,{rule}")
             yield TaskScore(
                 task,
