@@ -66,8 +66,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def heard_hangups() -> None:
-    """What a test starts would ignore a hang-up where these tests run under nohup, as any program then does."""
+    """What a test starts would ignore a hang-up or Ctrl-C where these tests run under nohup or in the background."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -42,3 +43,15 @@ def test_everything_is_as_it_was(
         _ = 1 / (not fails)
     assert inside != before
     assert state() == before
+
+
+def test_blocks_of_two_threads_may_overlap() -> None:
+    logger, before = logging.getLogger("transformers"), state()
+    level = logger.level
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.CRITICAL
+    second.__exit__(None, None, None)
+    assert (logger.level, state()) == (level, before)

@@ -56,10 +56,10 @@ def test_expressions_and_columns() -> None:
 
 
 def test_functions_get_what_they_take_and_are_told_as_trl_tells(tmp_path: Path) -> None:
-    (tmp_path / "beside.py").write_text("WORTH = 2.0\n", encoding="utf-8")
+    (tmp_path / "nearby.py").write_text("WORTH = 2.0\n", encoding="utf-8")
     code = """
 from dataclasses import dataclass
-from beside import WORTH
+from nearby import WORTH
 
 @dataclass
 class Judge:
@@ -92,7 +92,7 @@ def test_every_module_of_the_folder_that_is_loaded_decides_a_resume(tmp_path: Pa
     code = """
 import importlib
 import json
-from beside import WORTH
+from nearby import WORTH
 named = importlib.import_module("named_as_text")
 
 def score(completions, **columns):
@@ -102,7 +102,7 @@ def score(completions, **columns):
     (tmp_path / "late").mkdir()
     files = {
         "rewards.py": code,
-        "beside.py": "from deeper import WORTH\n",
+        "nearby.py": "from deeper import WORTH\n",
         "deeper.py": "WORTH = 1.0\n",
         "late/__init__.py": "",
         "late/inner.py": "from .values import MORE\nfrom . import others\n",
@@ -120,7 +120,7 @@ def score(completions, **columns):
         return [dict(found.fingerprint()), dict(found.begin(None, []))]  # type: ignore[arg-type]
 
     for name in [*sys.modules]:  # of an earlier test
-        if name.split(".")[0] in ("beside", "deeper", "late", "named_as_text"):
+        if name.split(".")[0] in ("nearby", "deeper", "late", "named_as_text"):
             del sys.modules[name]
     rewards = loaded(source)
     old = [dict(rewards.fingerprint()), dict(rewards.begin(None, []))]  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "model.family": (["auto", "causal"], ["gpt", "true", "null", "[causal]", "Causal"]),
     "model.dtype": (["auto", "float32", "bfloat16", "float16"], ["bf16", "32", "null", "Float32"]),
     "model.quantization": (
-        ["none", "nf4", "fp4", "int8", '"int8_weight_only"', "fp8", "kept"],
+        ["none", "nf4", "fp4", "int8", '"int8_weight_only"', "fp8"],  # kept needs a GGUF file
         ["int4", "4", "null", "true"],
     ),
     "model.double_quantization": (BOOLEANS, NOT_BOOLEANS),
@@ -147,6 +147,9 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["[loss]", "[loss, perplexity]", "[token_accuracy]", "[loss, exact_match]", "[rouge_l, token_f1, contains]"],
         ["loss", "[los]", "[5]", "{a: b}", "null", "[loss, loss]"],
     ),
+    "evaluation.tasks": (["[]"], ["3", "true", "null"]),
+    "evaluation.task_documents": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
+    "evaluation.task_lengths": (["[]", "[512]"], ["[0]", "[1.5]", "null"]),
     "evaluation.before_training": (["true", "false"], NOT_BOOLEANS),
     "evaluation.generate": (["true"], NOT_BOOLEANS),
     "evaluation.samples": (["0", "4"], ["-1", "1.5", "true", "null"]),

@@ -271,8 +271,8 @@ from tunekit.console import Console
 
 def line(text):
     talk.ended = text == "/exit"
-    print("LINE", repr(text), flush=True)
     try:
+        print("LINE", repr(text), flush=True)
         time.sleep(300 * (text == "wait"))
     except KeyboardInterrupt:
         print("STOPPED", flush=True)

@@ -82,11 +82,11 @@ def require_same_curve(one: Path, two: Path) -> None:
 
 COUNTING = """
 import os, sys
-from tunekit.model.text import generation
+from tunekit.model.text.decoder import Decoder
 from tunekit.tuned.model import TunedModel
 
 calls = {"forward": 0, "answers": 0}
-forward, generate = TunedModel.output, generation._generate
+forward, start = TunedModel.output, Decoder.__init__
 
 def counted(name, function):
     def call(*values, **named):
@@ -95,7 +95,7 @@ def counted(name, function):
     return call
 
 TunedModel.output = counted("forward", forward)
-generation._generate = counted("answers", generate)
+Decoder.__init__ = counted("answers", start)
 from tunekit.cli import main
 
 try:

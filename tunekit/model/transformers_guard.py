@@ -3,6 +3,7 @@
 import importlib
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -21,15 +22,34 @@ KERNEL_USERS = ("transformers.integrations.gguf.kernels", "transformers.quantize
 CODE_ARGUMENT = "trust_remote_code"  # appears in the error for a folder that contains code
 
 T = TypeVar("T")
+_quiet_lock, _quiet_blocks, _silence = threading.RLock(), list[None](), ExitStack()  # of all threads
 NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf", "diffusers")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries inside the block, except with --verbose. Errors are still raised."""
+    """Silence the libraries inside the block, except with --verbose. Errors are still raised.
+
+    Blocks of several threads may overlap: the libraries are as before when the last block ends.
+    """
     if is_verbose():
         yield
         return
+    with _quiet_lock:
+        if not _quiet_blocks:
+            _silence.enter_context(_silenced())
+        _quiet_blocks.append(None)
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_blocks.pop()
+            if not _quiet_blocks:
+                _silence.close()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in NOISY}
     try:
         for name in NOISY:
