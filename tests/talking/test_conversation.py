@@ -253,14 +253,17 @@ def test_an_interrupted_answer_is_kept_and_the_next_one_right(
     assert chat.messages[-1].content == ask(speaker, "one", chat.messages[:-1], 8)
 
 
-def read_terminal(terminal: int, until: str) -> str:
-    """The output of a terminal up to a text."""
+def read_terminal(terminal: int, until: str, key: bytes = b"") -> str:
+    """The output of a terminal up to a text. `key`: pressed now, and again every second: Python's readline misses a
+    signal that comes just before it waits for a character."""
     text = ""
-    while until not in text:
-        ready = select.select([terminal], [], [], 300)[0]
-        assert ready, f"{until!r} did not come after {text!r}"
-        text += os.read(terminal, 4096).decode()
-    return text
+    for _ in range(300):
+        os.write(terminal, key)
+        while select.select([terminal], [], [], 1)[0]:
+            text += os.read(terminal, 4096).decode()
+            if until in text:
+                return text
+    raise AssertionError(f"{until!r} did not come after {text!r}")
 
 
 TYPING = """
@@ -292,16 +295,14 @@ def test_text_typed_before_ctrl_c_is_kept() -> None:
         read_terminal(terminal, "> ")
         os.write(terminal, b"Hello wor")
         read_terminal(terminal, "wor")
-        os.write(terminal, b"\x03")
-        read_terminal(terminal, "> Hello wor")
+        read_terminal(terminal, "> Hello wor", key=b"\x03")
         os.write(terminal, b"ld\n")
         read_terminal(terminal, "LINE 'Hello world'")
         os.write(terminal, b"wait\n")
         read_terminal(terminal, "LINE 'wait'")
         os.write(terminal, b"/ex")
         read_terminal(terminal, "/ex")
-        os.write(terminal, b"\x03")
-        read_terminal(terminal, "STOPPED")
+        read_terminal(terminal, "STOPPED", key=b"\x03")
         os.write(terminal, b"it\n")
         read_terminal(terminal, "LINE '/exit'")
     finally:
