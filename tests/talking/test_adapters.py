@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.talking.test_conversation import QUESTION, adapter_of, ask, load
+from tests.talking.test_conversation import QUESTION, adapter_of, ask, load, peft_folder
 from tunekit.errors import AdapterError, InputError
+from tunekit.formats.example import Message
+from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker, make_speaker
 
 
@@ -77,6 +80,36 @@ def test_an_adapter_that_is_trained_again_is_loaded_again(speaker: Speaker, fold
     finally:
         adapter_of(tiny_llama, folder / "one", 0)
     assert ask(speaker, "one", QUESTION) == before
+
+
+def test_requests_to_many_adapters_share_forwards(speaker: Speaker, tiny_llama: Path, tmp_path: Path) -> None:
+    """Of any ranks and targets, with the base and a method that is not additive; a prompt has its own forwards. Each
+    answer is that of the request alone."""
+    from peft import PromptTuningConfig
+
+    wide = {"r": 7, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear"}
+    for seed, (name, settings) in enumerate({"wide": wide, "dora": {"use_dora": True}}.items()):
+        speaker.adapters.add(name, adapter_of(tiny_llama, tmp_path / name, seed, **settings))
+    prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    speaker.adapters.add("prompt", peft_folder(tiny_llama, tmp_path / "prompt", 5, prompt))
+    names = ["one", "wide", "dora", "base", "two", "prompt", "wide", "three", "one"]
+    questions = [[Message("user", f"Say {number} long things, please.")] for number in range(len(names))]
+    alone = [ask(speaker, name, question, 12) for name, question in zip(names, questions, strict=True)]
+    sizes: list[int] = []
+    hook = speaker.target.model.base.net.register_forward_hook(lambda module, inputs, output: sizes.append(1))
+    replies: dict[int, Reply] = {}
+    with speaker.answering(len(names), 512) as answers:
+        for row, (name, question) in enumerate(zip(names, questions, strict=True)):
+            request = speaker.prepare(Request(question, 12))
+            answers.put(request, name, lambda piece: True, partial(replies.__setitem__, row))
+            if row == 4:
+                answers.step()  # the others join later
+        while answers.is_busy:
+            answers.step()
+    hook.remove()
+    assert [replies[row].text for row in range(len(names))] == alone
+    assert len({*alone}) >= len({*names})
+    assert len(sizes) < 40, "nine requests of 12 tokens alone need 108"
 
 
 def test_wrong_names_and_folders(speaker: Speaker, folder: Path, tmp_path: Path) -> None:

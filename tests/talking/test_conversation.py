@@ -34,14 +34,22 @@ def load(target: Path, *overrides: str) -> Any:
     return load_target(find_target(str(target), None, ["model.dtype=float32", *overrides]), CPU)
 
 
-def adapter_of(base: Path, folder: Path, seed: int) -> Path:
+def adapter_of(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     """A LoRA as peft writes it, that says other things than its base."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+
+    settings = {"r": 4, "target_modules": TARGETS, "init_lora_weights": False} | settings
+    return peft_folder(base, folder, seed, LoraConfig(**settings))
+
+
+def peft_folder(base: Path, folder: Path, seed: int, config: Any) -> Path:
+    """A new adapter as peft writes it."""
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(seed)
-    get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)).save_pretrained(folder)
+    get_peft_model(model, config).save_pretrained(folder)
     return folder
 
 

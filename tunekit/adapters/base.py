@@ -227,6 +227,20 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         y = self.base_output(x)
         return y + self.update(x).to(y.dtype)
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether the output is the base's plus `update`, so that several adapters can share the base's product."""
+        return type(self).adapted is LayerAdapter.adapted
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether `update(x)` is B A x with two thin factors, those of `thin_factors`."""
+        return False
+
+    def thin_factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R)."""
+        raise NotImplementedError
+
     def delta(self) -> Tensor:
         """The change D (O, I) of the matrix for which `update` is D x; float32.
 

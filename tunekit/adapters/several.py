@@ -1,13 +1,14 @@
 """Several adapters on one base at the same time, with any methods and targets: each call uses one of them, or none.
 
 A Switch replaces each module that an adapter wraps. It reads the adapter from the Call and passes the input to that
-adapter's wrapper, or to the plain module. One forward never uses two adapters. LoRA layers then use their plain code,
-so logits equal those of the adapter alone, up to the order of sums.
+adapter's wrapper, or to the plain module; or the Call names the adapter of each row. LoRA layers then use their plain
+code, so logits equal those of the adapter alone, up to the order of sums.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
+from tunekit.adapters.routing import Router, RowNames, can_route, row_modules
 from tunekit.errors import AdapterError
 from tunekit.model.attention.self_attention import decoder
 from tunekit.model.call import calling, current_call
@@ -44,6 +46,17 @@ class ActiveAdapter:
             raise AdapterError(what, "call a whole-model adapter inside AdapterSet.using, or call AdapterSet.switch")
         return name
 
+    def of_rows(self) -> RowNames | None:
+        """The adapter of each row; None if one adapter is in use.
+
+        Raises: AdapterError if hooks are in the net: they would change all rows.
+        """
+        call = current_call()
+        if call.adapter_of_row is not None and not call.bypassed and self.hooked is not None:
+            what = f"a call has rows of several adapters, but the hooks in the network are for '{self.hooked}'"
+            raise AdapterError(what, "call it inside AdapterSet.using_rows")
+        return None if call.bypassed else call.adapter_of_row
+
     def check(self, name: str) -> None:
         """Refuse a name that is not loaded."""
         if name not in self.names:
@@ -59,18 +72,26 @@ class Switch(Wrapper):
         self.__dict__["choice"] = choice
         self.indices: dict[str, str] = {}  # adapter's name -> its key: names may contain dots, keys may not
         self.wrappers = nn.ModuleDict()
-        self._keys = count()
+        self._keys, self._router = count(), Router()
 
     def add(self, name: str, wrapper: nn.Module) -> None:
         """Add one adapter's wrapper of this module."""
         self.indices[name] = str(next(self._keys))
         self.wrappers[self.indices[name]] = wrapper
+        self._router.forget(name)
+
+    def find(self, name: str) -> nn.Module | None:
+        """One adapter's wrapper, if it wraps this module."""
+        return self.wrappers[self.indices[name]] if name in self.indices else None
 
     def remove(self, name: str) -> None:
         """Remove one adapter's wrapper."""
         del self.wrappers[self.indices.pop(name)]
+        self._router.forget(name)
 
-    def forward(self, *inputs: object, **named: object) -> object:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if (rows := self.choice.of_rows()) is not None:
+            return self._router(*inputs, rows, self.base_layer, self.find)
         key = self.indices.get(self.choice.name() or "")
         return (self.base_layer if key is None else self.wrappers[key])(*inputs, **named)
 
@@ -141,6 +162,35 @@ class AdapterSet:
         finally:
             self._hook(hooked)
 
+    @contextmanager
+    def using_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """A block in which each row of a forward uses the adapter with its name (None: the base). All of these
+        adapters must share forwards. Weights of adapters must not change between such blocks."""
+        for name in {*names} - {None}:
+            if not self.shares_forwards(str(name)):
+                raise AdapterError(f"'{name}' cannot share a forward with other adapters", "use its rows alone")
+        hooked = self.choice.hooked
+        self._hook(None)
+        try:
+            with calling(replace(current_call(), adapter_of_row=tuple(names), bypassed=False)):
+                yield
+        finally:
+            self._hook(hooked)
+
+    def shares_forwards(self, name: str) -> bool:
+        """Whether rows of this adapter can be in one forward with rows of others: it has only wrappers of modules that
+        get all rows in one tensor."""
+        self.choice.check(name)
+        wrapped = [(switch.base_layer, switch.find(name)) for _, switch in self._switches.values()]
+        fits = all(can_route(wrapper) and base in self._row_modules for base, wrapper in wrapped if wrapper)
+        return fits and self.adapters[name].model_adapter is None
+
+    @cached_property
+    def _row_modules(self) -> set[nn.Module]:
+        """The modules of the base that get all rows in one tensor."""
+        with calling(replace(current_call(), bypassed=True)):
+            return row_modules(self.net)
+
     def detach(self) -> None:
         """Remove all adapters; the base has its own modules again."""
         self.switch(None)
@@ -188,7 +238,8 @@ class AdapterSet:
 
     def _guard(self) -> None:
         """Check every forward, because a whole-model adapter may be in use without any Switch."""
-        self.choice.name()
+        if self.choice.of_rows() is None:
+            self.choice.name()
 
     def _refuse_nested(self, name: str, attached: AttachedAdapter) -> None:
         """Raises: AdapterError if one adapter copies a module inside which the other one has layers: the copied module

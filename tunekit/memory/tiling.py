@@ -83,7 +83,7 @@ class Tiles:
         """Shapes: x (B, T, D) -> (B, T, D)."""
         if others or named:
             raise _refusal(f"{type(self.module).__name__} takes more than hidden states")
-        if x.numel() // x.shape[-1] <= self.tokens or current_call().rows is not None:
+        if x.numel() // x.shape[-1] <= self.tokens or current_call().adapter_of_row is not None:
             return self.run(x)
         if not torch.is_grad_enabled():
             return self.output(x, None)

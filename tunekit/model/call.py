@@ -18,8 +18,9 @@ OUTSIDE_LAYERS, AFTER_LAYERS, BETWEEN_STACKS = -1, -2, -3
 @dataclass(frozen=True)
 class Call:
     """One forward: whether adapters are bypassed, which of several adapters is used, the step and micro-batch (for
-    seeds), the segments of packed rows, and the routing of rows to adapters.
+    seeds), and the segments of packed rows.
 
+    `adapter_of_row`: the names of the rows' adapters, None for the base, if one forward has rows of several adapters.
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
     `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
     """
@@ -30,7 +31,7 @@ class Call:
     micro_batch: int = 0
     seed: int = 0
     segments: Segments | None = None
-    rows: object = None
+    adapter_of_row: tuple[str | None, ...] | None = None
     real_tokens: object = None
     fuses: bool = False
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from tunekit.adapters.attach import AttachedAdapter
@@ -15,6 +15,7 @@ from tunekit.adapters.several import AdapterSet
 from tunekit.errors import InputError
 from tunekit.model.call import calling, current_call
 from tunekit.model.load import LoadedModel
+from tunekit.model.text.slots import shares_slots
 
 BASE = "base"  # the name of the base without an adapter
 LISTED_NAMES = 20  # the number of names in an error
@@ -137,12 +138,24 @@ class Adapters:
         """The adapter; None for the base."""
         return self._set.adapters.get(name)
 
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
+    def shares_forwards(self, name: str) -> bool:
+        """Whether rows of this loaded adapter, or of the base, can be in one forward with rows of others."""
+        return name == BASE or (self._shares_slots and self._set.shares_forwards(name))
+
+    @cached_property
+    def _shares_slots(self) -> bool:
+        return shares_slots(self.base)
+
+    def using(self, name: str | None) -> AbstractContextManager[object]:
         """A block in which this adapter, or the base, answers."""
         bypassed = name is None or name == BASE
-        with calling(replace(current_call(), bypassed=True)) if bypassed else self._set.using(str(name)):
-            yield
+        return calling(replace(current_call(), bypassed=True)) if bypassed else self._set.using(str(name))
+
+    def using_rows(self, names: Sequence[str | None]) -> AbstractContextManager[object]:
+        """A block in which each row of a forward has its adapter; a single name is that of all rows."""
+        if len({*names}) == 1:
+            return self.using(names[0])
+        return self._set.using_rows([None if name == BASE else name for name in names])
 
 
 def name_of(target: str) -> str:

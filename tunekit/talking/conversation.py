@@ -103,7 +103,7 @@ class Speaker:
         block at a time."""
         base, pad_id = self.target.model.base, self.target.tokenizer.pad_id
         with decoding(base.net):
-            decoder = Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using)
+            decoder = Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using_rows)
             self.adapters.forget = decoder.forget
             yield Answers(self, decoder)
 
@@ -144,6 +144,7 @@ class Speaker:
             top=request.top,
             scores_prompt=scored,
             adapter=name,
+            alone=not self.adapters.shares_forwards(name),
             adapt=model.adapt_inputs if changes_inputs else None,
             virtual_tokens=virtual,
         )

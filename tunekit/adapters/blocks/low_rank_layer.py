@@ -29,13 +29,20 @@ class LowRankLayer(LayerAdapter[Settings]):
     def update(self, x: Tensor) -> Tensor:
         return low_rank_update(self.apply_dropout(x), self.factors(), self.scaling)
 
+    @property
+    def is_thin(self) -> bool:
+        return True
+
+    def thin_factors(self) -> tuple[Tensor, Tensor]:
+        a, b = self.factors()
+        return a, b * self.scaling
+
     def delta(self) -> Tensor:
         a, b = self.factors()
         return b @ a * self.scaling
 
     def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
-        a, b = self.factors()
-        return a, b * self.scaling
+        return self.thin_factors()
 
 
 def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:

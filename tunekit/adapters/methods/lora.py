@@ -96,6 +96,18 @@ class Lora(LayerAdapter[LowRankSettings]):
         scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
         return F.linear(rows, b) * scale
 
+    @property
+    def is_additive(self) -> bool:
+        return type(self).adapted is Lora.adapted and "own_bias" not in self.declared
+
+    @property
+    def is_thin(self) -> bool:
+        return self.target.kind != "embedding" and "update_bias" not in self.declared
+
+    def thin_factors(self) -> tuple[Tensor, Tensor]:
+        a, b = self.factors()
+        return a, b * self.scaling
+
     def delta(self) -> Tensor:
         """s B A as a change of the matrix: (O, I), for an embedding (V, D); on the device of A and B."""
         a, b = self.factors()
@@ -103,8 +115,7 @@ class Lora(LayerAdapter[LowRankSettings]):
         return delta.t() if self.target.kind == "embedding" else delta
 
     def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
-        a, b = self.factors()
-        return a, b * self.scaling
+        return self.thin_factors()
 
     def effective_bias(self) -> Tensor | None:
         """The bias (O,) that is used: the trained bias, else the base's."""

@@ -31,7 +31,8 @@ class Continuation:
     `top`: report log-probabilities, with those of this many most likely tokens; None: no log-probabilities. They are
     the model's own, without temperature and `allowed`.
     `scores_prompt`: also report those of the prompt, from its second token on; needs `top`.
-    `adapter`: the name of the adapter that answers, for the decoder's `using`.
+    `adapter`: the name of the adapter that answers, for the decoder's `using`. `alone`: its forwards have no rows of
+    other adapters.
     `adapt`: changes the inputs of the prompt's forward, for an adapter that adds `virtual_tokens` positions.
     `states`: of a prefix of the prompt, from an earlier continuation that `keeps_states`.
     """
@@ -44,6 +45,7 @@ class Continuation:
     top: int | None = None
     scores_prompt: bool = False
     adapter: str | None = None
+    alone: bool = False
     adapt: Adapt | None = None
     virtual_tokens: int = 0
     states: States | None = None
@@ -86,6 +88,12 @@ class DecoderRow:
         """Rows with equal keys have the same keys and values of their prompts."""
         wanted = self.continuation
         return tuple(wanted.prompt), wanted.adapter, wanted.adapt is None, self.handle if self.is_special else None
+
+    @property
+    def group(self) -> tuple[bool, str | None]:
+        """Rows with equal groups can be in one forward."""
+        wanted = self.continuation
+        return wanted.alone, wanted.adapter if wanted.alone else None
 
     @property
     def is_special(self) -> bool:

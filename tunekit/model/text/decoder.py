@@ -32,7 +32,7 @@ class Decoder:
     """Continues up to `slots` prompts at once; each, with its new tokens, of up to `tokens` keys and values.
 
     `piece_tokens`: the tokens of prompts that one step computes at most; running rows wait for them.
-    `using`: a block in which the named adapter answers.
+    `using`: a block in which the named adapters answer, one for each row of a forward, or the same one for all.
     Use it inside `decoding`.
     """
 
@@ -44,7 +44,7 @@ class Decoder:
         slots: int,
         tokens: int,
         piece_tokens: int = PIECE_TOKENS,
-        using: Using = lambda adapter: nullcontext(),
+        using: Using = lambda adapters: nullcontext(),
     ) -> None:
         self.model, self.pad_id, self.slots, self.tokens = model, pad_id, slots, tokens
         self.piece_tokens, self.using = piece_tokens, using
@@ -116,7 +116,7 @@ class Decoder:
     def _logits(self, batch: SlotBatch | Cohort) -> Tensor:
         if isinstance(batch, SlotBatch):
             return batch.logits()
-        with self.using(batch.rows[0].continuation.adapter):
+        with self.using([batch.rows[0].continuation.adapter]):
             return batch.logits()
 
     def _join(self, batch: SlotBatch) -> list[NewToken]:
@@ -144,7 +144,7 @@ class Decoder:
                 if (other.adapter, other.adapt) != (first.adapter, first.adapt):
                     break
                 rows.append(self._waiting.popleft())
-            with self.using(first.adapter):
+            with self.using([first.adapter]):
                 cohort = Cohort(self.model, self.pad_id, rows)
             self._cohorts.append(cohort)
             tokens += self._chosen(cohort, rows, self._logits(cohort))

@@ -76,6 +76,11 @@ class Prefill:
         """The number of columns of a row's prompt, with virtual tokens."""
         return self._virtual_columns + len(row.continuation.prompt)
 
+    @property
+    def adapters(self) -> list[str | None]:
+        """The adapter of each row."""
+        return [row.continuation.adapter for row in self.rows]
+
     def advance(self, tokens: int) -> int:
         """Compute about this many tokens of all prompts together; returns their number."""
         start, wanted = self.columns.end, self.rows[0].continuation
@@ -121,7 +126,7 @@ def shared_prefill(waiting: Iterable[DecoderRow], count: int, tokens: int) -> li
     width = len(wanted.prompt)
     for row in others:
         other = row.continuation
-        if first.is_special or row.is_special or len(rows) == count or other.adapter != wanted.adapter:
+        if first.is_special or row.is_special or len(rows) == count or row.group != first.group:
             break
         adapted = (wanted.adapt, len(wanted.prompt)) != (other.adapt, len(other.prompt))
         widest = max(width, len(other.prompt))

@@ -14,12 +14,12 @@ from tunekit.model.text.continuation import DecoderRow, States
 from tunekit.model.text.prefill import Forward, Prefill, shared_prefill
 from tunekit.model.text.slots import Columns, SlotMemory
 
-Using = Callable[[str | None], AbstractContextManager[object]]  # a block in which the named adapter answers
+# A block in which the named adapters answer: one for each row, or the same one.
+Using = Callable[[Sequence[str | None]], AbstractContextManager[object]]
 
 
 class SlotBatch:
-    """`rows`: in the order of their slots. The rows of one adapter are next to each other, because one forward uses one
-    adapter."""
+    """`rows`: in the order of their slots. Rows that can be in one forward are next to each other."""
 
     def __init__(self, model: LoadedModel, pad_id: int, slots: int, tokens: int, using: Using) -> None:
         self.model, self.pad_id, self.using = model, pad_id, using
@@ -43,7 +43,7 @@ class SlotBatch:
         self._sort()
         for first, rows in self._groups():
             columns.rows = slice(first, first + len(rows))
-            with self.using(rows[0].continuation.adapter):
+            with self.using([row.continuation.adapter for row in rows]):
                 results.append(self._forward(*self._inputs(rows), self.slots)[:, -1].float())
         columns.end += 1
         for row in self.rows:
@@ -66,7 +66,7 @@ class SlotBatch:
                     return list(joined.items())
                 rows = shared_prefill(remaining, room, tokens)
                 self._prefill = Prefill(self._forward, self.model, rows, self.pad_id)
-            with self.using(self._prefill.rows[0].continuation.adapter):
+            with self.using(self._prefill.adapters):
                 tokens -= self._prefill.advance(tokens)
 
     def remove(self, row: DecoderRow) -> None:
@@ -78,7 +78,7 @@ class SlotBatch:
 
     def forget(self, adapter: str | None) -> None:
         """Drop what was computed with an adapter, whose weights may change now."""
-        if self._prefill is not None and self._prefill.rows[0].continuation.adapter == adapter:
+        if self._prefill is not None and adapter in self._prefill.adapters:
             self._prefill = None
 
     def states(self, row: DecoderRow) -> States | None:
@@ -118,14 +118,14 @@ class SlotBatch:
         return joined
 
     def _sort(self) -> None:
-        """Put the rows of each adapter next to each other."""
-        adapters = [row.continuation.adapter for row in self.rows]
-        order = [adapter for adapter in dict.fromkeys(adapters) for _ in range(adapters.count(adapter))]
-        for slot, adapter in enumerate(order):
-            if adapters[slot] != adapter:
-                other = max(place for place, candidate in enumerate(adapters) if candidate == adapter)
+        """Put the rows of each forward next to each other."""
+        groups = [row.group for row in self.rows]
+        order = [group for group in dict.fromkeys(groups) for _ in range(groups.count(group))]
+        for slot, group in enumerate(order):
+            if groups[slot] != group:
+                other = max(place for place, candidate in enumerate(groups) if candidate == group)
                 self._swap(slot, other)
-                adapters[slot], adapters[other] = adapter, adapters[slot]
+                groups[slot], groups[other] = group, groups[slot]
 
     def _swap(self, slot: int, other: int) -> None:
         """Exchange two rows with their keys and values."""
@@ -147,9 +147,9 @@ class SlotBatch:
                 row.offset += columns
 
     def _groups(self) -> Iterator[tuple[int, list[DecoderRow]]]:
-        """The rows of each adapter, with the slot of the first one."""
+        """The rows of each forward, with the slot of the first one."""
         first = 0
-        for _, group in groupby(self.rows, key=lambda row: row.continuation.adapter):
+        for _, group in groupby(self.rows, key=lambda row: row.group):
             rows = list(group)
             yield first, rows
             first += len(rows)

@@ -1,0 +1,117 @@
+"""Updates B A x of several adapters in one input, each for its own rows: one batched product for all of them.
+
+It needs the factors of the adapters next to each other in memory, so they are copied when an adapter's rows join.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunekit.adapters.base import LayerAdapter
+
+Layers = Mapping[str, LayerAdapter[Any]]  # adapter's name -> its layer, all of one module
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The rows of K adapters, N of each: an adapter with fewer rows repeats its first one.
+
+    `rows` (K N,): numbers of the rows; None: all rows in their order. `places`: those of `rows` without repetitions.
+    """
+
+    rows: Tensor | None
+    places: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], count: int, device: torch.device) -> "Segments":
+        """`rows`: the numbers of each adapter's rows, of `count` rows in all."""
+        longest = max(map(len, rows))
+        padded = [number for numbers in rows for number in [*numbers, *numbers[:1] * (longest - len(numbers))]]
+        places = [longest * which + place for which, numbers in enumerate(rows) for place in range(len(numbers))]
+        in_order = padded == list(range(count))
+        return cls(None if in_order else torch.tensor(padded, device=device), torch.tensor(places, device=device))
+
+
+@dataclass(eq=False)
+class FactorBank:
+    """A (K, R, I) and the transposed B (K, R, O) of adapters in the compute dtype. Lower ranks are padded with zeros.
+
+    The copies are valid while the adapters' weights do not change; `forget` drops one.
+    """
+
+    names: list[str | None] = field(default_factory=list)
+    memory: tuple[Tensor, ...] = ()
+
+    def arrange(self, names: Sequence[str]) -> list[str]:
+        """These names in an order in which as many as possible are in their places."""
+        places = {name: self.names.index(name) for name in names if name in self.names[: len(names)]}
+        staying = {place: name for name, place in places.items()}
+        others = iter([name for name in names if name not in places])
+        return [staying.get(place) or next(others) for place in range(len(names))]
+
+    def stack(self, layers: Layers, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The factors of these layers. Only those that are not in their places are copied."""
+        if torch.is_grad_enabled():
+            return _stacked(layers, dtype)
+        names = list(layers)
+        missing = {place: name for place, name in enumerate(names) if self.names[place : place + 1] != [name]}
+        if missing:
+            factors = {place: _factors(layers[name], dtype) for place, name in missing.items()}
+            self._reserve(len(names), factors)
+            for place, pair in factors.items():
+                for memory, factor in zip(self.memory, pair, strict=True):
+                    memory[place, : len(factor)] = factor
+                    memory[place, len(factor) :] = 0
+                self.names[place] = names[place]
+        return tuple(memory[: len(names)] for memory in self.memory)
+
+    def forget(self, name: str) -> None:
+        """Drop the copy of an adapter whose weights may change."""
+        self.names = [None if other == name else other for other in self.names]
+
+    def _reserve(self, count: int, factors: Mapping[int, tuple[Tensor, ...]]) -> None:
+        """Make room for `count` adapters with the ranks of these factors."""
+        pair = next(iter(factors.values()))
+        rank, size = max(len(a) for a, _ in factors.values()), len(self.names)
+        old = self.memory if self.memory and self.memory[0].dtype == pair[0].dtype else ()
+        if old and old[0].shape[1] >= rank and size >= count:
+            return
+        rank = max(rank, old[0].shape[1] if old else 0)
+        size = max(count, 2 * size if old and size < count else size)
+        self.memory = tuple(factor.new_zeros(size, rank, factor.shape[1]) for factor in pair)
+        for memory, part in zip(self.memory, old, strict=bool(old)):
+            memory[: len(part), : part.shape[1]] = part
+        self.names = [*(self.names if old else []), *[None] * size][:size]
+
+
+def _factors(layer: LayerAdapter[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (R, I) and the transposed B (R, O)."""
+    a, b = layer.thin_factors()
+    return a.to(dtype), b.to(dtype).t()
+
+
+def _stacked(layers: Layers, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The factors of these layers with their gradients."""
+    pairs = [_factors(layer, dtype) for layer in layers.values()]
+    rank = max(len(a) for a, _ in pairs)
+    padded = [[F.pad(factor, (0, 0, 0, rank - len(factor))) for factor in pair] for pair in pairs]
+    return tuple(torch.stack(side) for side in zip(*padded, strict=True))
+
+
+def add_updates(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> None:
+    """Add the update of each adapter to its rows of y.
+
+    Shapes: x (B, T, I); y (B, T, O); a (K, R, I); b (K, R, O).
+    """
+    parts = x if segments.rows is None else x.index_select(0, segments.rows)  # (K N, T, I)
+    low = torch.bmm(parts.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))  # (K, N T, R)
+    if segments.rows is None and y.is_contiguous() and y.dtype == x.dtype:
+        y.view(len(a), -1, y.shape[-1]).baddbmm_(low, b)
+        return
+    update = torch.bmm(low, b).view(len(parts), *y.shape[1:]).index_select(0, segments.places)
+    rows = torch.arange(len(y), device=y.device) if segments.rows is None else segments.rows[segments.places]
+    y.index_add_(0, rows, update.to(y.dtype))

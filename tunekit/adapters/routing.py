@@ -1,0 +1,142 @@
+"""The rows of one forward through the wrappers of several adapters: the base's product is computed once for all rows.
+
+Additive adapters add their updates to their rows. Other adapters, such as DoRA, compute their rows by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter
+from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.kernels.row_products import FactorBank, Layers, Segments, add_updates
+from tunekit.adapters.tokens import TrainedTokens
+from tunekit.errors import AdapterError
+
+RowNames = tuple[str | None, ...]  # the adapter of each row; None: the base
+FindWrapper = Callable[[str], nn.Module | None]  # adapter's name -> its wrapper of a module
+SHORT_TOKENS = 4  # an adapter with fewer tokens takes part in the batched product; else its own is as fast
+CACHED_ROUTES = 2
+PROBE_SHAPE = (2, 3)  # rows and tokens
+
+
+@dataclass(frozen=True)
+class Route:
+    """The computation of one module. `separate`: wrappers that compute their rows, and these rows; `others`: the rows
+    of the base's product, None if these are all rows; `order`: puts both into the order of the rows.
+    `single`: layers with an own update, and their rows. `joined`: layers of the batched product.
+    """
+
+    separate: list[tuple[nn.Module, Tensor]]
+    others: Tensor | None
+    order: Tensor | None
+    single: list[tuple[LayerAdapter[Any], Tensor]]
+    joined: Layers
+    segments: Segments | None
+
+    def compute(self, x: Tensor, base: nn.Module, bank: FactorBank) -> Tensor:
+        """The module's output. Shapes: x (B, T, I), or ids (B, T) -> (B, T, O)."""
+        y = self._products(x, base)
+        if not self.single and self.segments is None:
+            return y
+        y = y.clone() if torch.is_grad_enabled() else y  # changed in place below
+        for layer, rows in self.single:
+            y.index_add_(0, rows, layer.update(x.index_select(0, rows)).to(y.dtype))
+        if self.segments is not None:
+            add_updates(y, x, *bank.stack(self.joined, x.dtype), self.segments)
+        return y
+
+    def _products(self, x: Tensor, base: nn.Module) -> Tensor:
+        """The base's product of its rows, and the outputs of the others."""
+        if self.order is None:
+            return base(x)  # type: ignore[no-any-return]
+        parts = [wrapper(x.index_select(0, rows)) for wrapper, rows in self.separate]
+        if self.others is not None:
+            parts.append(base(x.index_select(0, self.others)))
+        return torch.cat(parts).index_select(0, self.order)
+
+
+def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, tokens: int, device: torch.device) -> Route:
+    """`find`: returns an adapter's wrapper of this module; `tokens`: the tokens of each row."""
+    layers = {name: wrapper for name in dict.fromkeys(names) if name is not None and (wrapper := find(name))}
+    rows: dict[str | None, list[int]] = {}
+    for number, name in enumerate(names):
+        rows.setdefault(name if name in layers else None, []).append(number)
+    added = {name: layer for name, layer in layers.items() if isinstance(layer, LayerAdapter) and layer.is_additive}
+    separate = [name for name in layers if name not in added]
+    joined = bank.arrange([n for n, layer in added.items() if len(rows[n]) * tokens < SHORT_TOKENS and _joins(layer)])
+    apart = [number for name in separate for number in rows[name]]
+    others = sorted({*range(len(names))} - {*apart})
+
+    def indices(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=device)
+
+    return Route(
+        [(layers[name], indices(rows[name])) for name in separate],
+        indices(others) if others else None,
+        indices(apart + others).argsort() if separate else None,
+        [(layer, indices(rows[name])) for name, layer in added.items() if name not in joined],
+        {name: added[name] for name in joined},
+        Segments.of([rows[name] for name in joined], len(names), device) if joined else None,
+    )
+
+
+def _joins(layer: LayerAdapter[Any]) -> bool:
+    return layer.is_thin and not (layer.training and getattr(layer.settings, "dropout", 0.0))
+
+
+class Router:
+    """Computes one module for rows of several adapters. The route and the copies of factors are cached."""
+
+    def __init__(self) -> None:
+        self.bank = FactorBank()
+        self._routes: dict[object, Route] = {}  # the last ones: of prompts and of new tokens
+
+    def forget(self, name: str) -> None:
+        """Drop what belongs to an adapter that has been added or removed."""
+        self.bank.forget(name)
+        self._routes.clear()
+
+    def __call__(self, x: Tensor, names: RowNames, base: nn.Module, find: FindWrapper) -> Tensor:
+        """The module's output for x (B, T, I), or ids (B, T). Raises: AdapterError if x has different rows."""
+        if len(x) != len(names):
+            raise AdapterError(f"the call has the adapters of {len(names)} rows, but a layer's input has {len(x)} rows")
+        key = names, x.shape[1], base.training, x.device
+        if key not in self._routes:
+            self._routes = dict(list(self._routes.items())[1 - CACHED_ROUTES :])
+            self._routes[key] = make_route(names, find, self.bank, x.shape[1], x.device)
+        return self._routes[key].compute(x, base, self.bank)
+
+
+def can_route(wrapper: nn.Module) -> bool:
+    """Whether the wrapper computes each row of a tensor by itself if its module does."""
+    return isinstance(wrapper, LayerAdapter | TrainedCopy | TrainedTokens)
+
+
+@torch.no_grad()
+def row_modules(net: nn.Module) -> set[nn.Module]:
+    """The modules without children that get one tensor with the rows of the net's ids (B, T), found by a forward.
+
+    Layers of experts, for example, get tokens without their rows.
+    """
+    fitting, unfit = set[nn.Module](), set[nn.Module]()
+
+    def look(module: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        fits = len(inputs) == len(tensors) == 1 and not named and tensors[0].shape[:2] == PROBE_SHAPE
+        (fitting if fits else unfit).add(module)
+
+    leaves = [module for module in net.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in leaves]
+    try:
+        device = next(net.parameters()).device
+        net(input_ids=torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return fitting - unfit
