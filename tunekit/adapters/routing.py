@@ -48,13 +48,13 @@ class Route:
         for layer, rows in self.single:
             y.index_add_(0, rows, layer.update(x.index_select(0, rows)).to(y.dtype))
         if self.segments is not None:
-            add_updates(y, x, *bank.stack(self.joined, x.dtype), self.segments)
+            add_updates(y, x, bank.stack(self.joined, x.dtype), self.segments)
         return y
 
     def _products(self, x: Tensor, base: nn.Module) -> Tensor:
         """The base's product of its rows, and the outputs of the others."""
         if self.order is None:
-            return base(x)  # type: ignore[no-any-return]
+            return base(x)
         parts = [wrapper(x.index_select(0, rows)) for wrapper, rows in self.separate]
         if self.others is not None:
             parts.append(base(x.index_select(0, self.others)))
@@ -87,7 +87,8 @@ def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, tokens: int
 
 
 def _joins(layer: LayerAdapter[Any]) -> bool:
-    return layer.is_thin and not (layer.training and getattr(layer.settings, "dropout", 0.0))
+    drops = layer.training and bool(getattr(layer.settings, "dropout", 0.0))
+    return layer.is_thin and not drops
 
 
 class Router:

@@ -91,7 +91,8 @@ class Switch(Wrapper):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         if (rows := self.choice.of_rows()) is not None:
-            return self._router(*inputs, rows, self.base_layer, self.find)
+            (x,) = inputs
+            return self._router(x, rows, self.base_layer, self.find)
         key = self.indices.get(self.choice.name() or "")
         return (self.base_layer if key is None else self.wrappers[key])(*inputs, **named)
 

@@ -30,7 +30,9 @@ class Segments:
     def of(cls, rows: Sequence[Sequence[int]], count: int, device: torch.device) -> "Segments":
         """`rows`: the numbers of each adapter's rows, of `count` rows in all."""
         longest = max(map(len, rows))
-        padded = [number for numbers in rows for number in [*numbers, *numbers[:1] * (longest - len(numbers))]]
+        padded = [
+            numbers[place] if place < len(numbers) else numbers[0] for numbers in rows for place in range(longest)
+        ]
         places = [longest * which + place for which, numbers in enumerate(rows) for place in range(len(numbers))]
         in_order = padded == list(range(count))
         return cls(None if in_order else torch.tensor(padded, device=device), torch.tensor(places, device=device))
@@ -102,11 +104,12 @@ def _stacked(layers: Layers, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.stack(side) for side in zip(*padded, strict=True))
 
 
-def add_updates(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> None:
+def add_updates(y: Tensor, x: Tensor, factors: Sequence[Tensor], segments: Segments) -> None:
     """Add the update of each adapter to its rows of y.
 
-    Shapes: x (B, T, I); y (B, T, O); a (K, R, I); b (K, R, O).
+    Shapes: x (B, T, I); y (B, T, O); factors (K, R, I) and (K, R, O).
     """
+    a, b = factors
     parts = x if segments.rows is None else x.index_select(0, segments.rows)  # (K N, T, I)
     low = torch.bmm(parts.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))  # (K, N T, R)
     if segments.rows is None and y.is_contiguous() and y.dtype == x.dtype:
