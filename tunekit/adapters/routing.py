@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter
 from tunekit.adapters.copies import TrainedCopy
-from tunekit.adapters.kernels.row_products import FactorBank, Layers, Segments, add_updates
+from tunekit.adapters.kernels.row_products import FactorBank, NamedLayers, RowSegments, add_updates
 from tunekit.adapters.tokens import TrainedTokens
 from tunekit.errors import AdapterError
 
@@ -36,8 +36,8 @@ class Route:
     others: Tensor | None
     order: Tensor | None
     single: list[tuple[LayerAdapter[Any], Tensor]]
-    joined: Layers
-    segments: Segments | None
+    joined: NamedLayers
+    segments: RowSegments | None
 
     def compute(self, x: Tensor, base: nn.Module, bank: FactorBank) -> Tensor:
         """The module's output. Shapes: x (B, T, I), or ids (B, T) -> (B, T, O)."""
@@ -82,7 +82,7 @@ def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, tokens: int
         indices(apart + others).argsort() if separate else None,
         [(layer, indices(rows[name])) for name, layer in added.items() if name not in joined],
         {name: added[name] for name in joined},
-        Segments.of([rows[name] for name in joined], len(names), device) if joined else None,
+        RowSegments.of([rows[name] for name in joined], len(names), device) if joined else None,
     )
 
 
@@ -123,7 +123,7 @@ def can_route(wrapper: nn.Module) -> bool:
 def row_modules(net: nn.Module) -> set[nn.Module]:
     """The modules without children that get one tensor with the rows of the net's ids (B, T), found by a forward.
 
-    Layers of experts, for example, get tokens without their rows.
+    NamedLayers of experts, for example, get tokens without their rows.
     """
     fitting, unfit = set[nn.Module](), set[nn.Module]()
 

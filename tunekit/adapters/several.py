@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
@@ -89,9 +89,10 @@ class Switch(Wrapper):
         del self.wrappers[self.indices.pop(name)]
         self._router.forget(name)
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: object, **named: object) -> object:
         if (rows := self.choice.of_rows()) is not None:
             (x,) = inputs
+            assert isinstance(x, Tensor)  # `shares_forwards` is true only for such modules
             return self._router(x, rows, self.base_layer, self.find)
         key = self.indices.get(self.choice.name() or "")
         return (self.base_layer if key is None else self.wrappers[key])(*inputs, **named)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter
 
-Layers = Mapping[str, LayerAdapter[Any]]  # adapter's name -> its layer, all of one module
+NamedLayers = Mapping[str, LayerAdapter[Any]]  # adapter's name -> its layer, all of one module
 
 
 @dataclass(frozen=True)
-class Segments:
+class RowSegments:
     """The rows of K adapters, N of each: an adapter with fewer rows repeats its first one.
 
     `rows` (K N,): numbers of the rows; None: all rows in their order. `places`: those of `rows` without repetitions.
@@ -27,7 +27,7 @@ class Segments:
     places: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], count: int, device: torch.device) -> "Segments":
+    def of(cls, rows: Sequence[Sequence[int]], count: int, device: torch.device) -> "RowSegments":
         """`rows`: the numbers of each adapter's rows, of `count` rows in all."""
         longest = max(map(len, rows))
         padded = [
@@ -55,7 +55,7 @@ class FactorBank:
         others = iter([name for name in names if name not in places])
         return [staying.get(place) or next(others) for place in range(len(names))]
 
-    def stack(self, layers: Layers, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def stack(self, layers: NamedLayers, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The factors of these layers. Only those that are not in their places are copied."""
         if torch.is_grad_enabled():
             return _stacked(layers, dtype)
@@ -96,7 +96,7 @@ def _factors(layer: LayerAdapter[Any], dtype: torch.dtype) -> tuple[Tensor, Tens
     return a.to(dtype), b.to(dtype).t()
 
 
-def _stacked(layers: Layers, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _stacked(layers: NamedLayers, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The factors of these layers with their gradients."""
     pairs = [_factors(layer, dtype) for layer in layers.values()]
     rank = max(len(a) for a, _ in pairs)
@@ -104,7 +104,7 @@ def _stacked(layers: Layers, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.stack(side) for side in zip(*padded, strict=True))
 
 
-def add_updates(y: Tensor, x: Tensor, factors: Sequence[Tensor], segments: Segments) -> None:
+def add_updates(y: Tensor, x: Tensor, factors: Sequence[Tensor], segments: RowSegments) -> None:
     """Add the update of each adapter to its rows of y.
 
     Shapes: x (B, T, I); y (B, T, O); factors (K, R, I) and (K, R, O).
