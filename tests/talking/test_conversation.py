@@ -105,7 +105,7 @@ def test_a_temperature_near_zero_is_greedy(speaker: Speaker) -> None:
 
 def test_the_first_of_several_stop_texts_ends_the_answer() -> None:
     writer = AnswerWriter(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
-    assert [writer.add(5).text, writer.finish().text, writer.reason] == ["one ", "", "stop"]
+    assert [writer.add(5).text, writer.finish().text, writer.reason] == ["", "one ", "stop"]
 
 
 def test_an_adapter_called_base_does_not_hide_behind_the_base(tiny_llama: Path, tmp_path: Path) -> None:

@@ -29,13 +29,14 @@ LLAMA = (
         """{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}""",
     )
 )
+HERMES_FORM = ToolFormat("<tool_call>", "</tool_call>", "arguments")
 PYTHON = HERMES.replace("{{ call.function | tojson }}", "{{ call.function.name }}()")
 
 
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (HERMES, ToolFormat("<tool_call>", "</tool_call>", "arguments")),
+        (HERMES, HERMES_FORM),
         (LLAMA, ToolFormat("", "", "parameters")),
         (PYTHON, None),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
@@ -45,16 +46,27 @@ def test_the_form_is_found_in_the_template(tiny_llama: Path, template: str, expe
     assert find_tool_format(load(tiny_llama).tokenizer, template) == expected
 
 
+def test_a_stop_text_after_a_call_leaves_the_call_out_of_the_text() -> None:
+    text = 'Hm <tool_call>{"name": "weather", "arguments": {}}</tool_call>\n\nmore'
+    pieces, reply = written(text, HERMES_FORM, stop=["\n\n"])
+    assert ("".join(pieces), reply.text, reply.reason, len(reply.calls)) == ("Hm ", "Hm ", "tool_calls", 1)
+
+
+def test_without_parallel_calls_there_is_one() -> None:
+    text = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>' * 2
+    assert [len(written(text, HERMES_FORM, single_call=single)[1].calls) for single in (False, True)] == [2, 1]
+
+
 def test_only_templates_with_tools_read_them() -> None:
     assert [reads_tools(text) for text in (HERMES, "{{ toolset }}", None)] == [True, False, False]
 
 
-def written(text: str, shape: ToolFormat, size: int = 3) -> tuple[list[str], Any]:
+def written(text: str, shape: ToolFormat, size: int = 3, **more: Any) -> tuple[list[str], Any]:
     """The pieces of an answer that arrives a few characters at a time."""
-    writer = AnswerWriter(
-        lambda ids, **_: text[: size * len(ids)], Request(max_new_tokens=999, tools=TOOLS, tool_format=shape), ()
-    )
-    pieces = [writer.add(1).text for _ in range(0, len(text), size)]
+    request = Request(max_new_tokens=999, tools=TOOLS, tool_format=shape, **more)
+    writer, pieces = AnswerWriter(lambda ids, **_: text[: size * len(ids)], request, ()), list[str]()
+    while not writer.ended and size * len(writer.ids) < len(text):
+        pieces.append(writer.add(1).text)
     return [piece for piece in [*pieces, writer.finish().text] if piece], writer.reply()
 
 

@@ -14,6 +14,7 @@ from tunekit.formats.example import Message
 from tunekit.talking.tools import ToolFormat
 
 UNFINISHED = "�"  # the character that stands for an incomplete multi-byte character
+CHARACTER_TOKENS = 4  # the maximum of tokens of one character, which has up to 4 bytes
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Request:
     """A conversation to answer, or a text or ids (`prompt`) to continue.
 
     `stop`: texts that end the answer and are not part of it. `tools`: definitions of functions that the answer may
-    call. `schema`: the JSON schema of the answer. `top`: report log-probabilities, with those of this many most likely
-    tokens. `echoes`: the answer begins with the prompt.
+    call. `single_call`: it has at most one call. `schema`: the JSON schema of the answer. `top`: report
+    log-probabilities, with those of this many most likely tokens. `echoes`: the answer begins with the prompt.
     `Speaker.prepare` sets `prompt`, `allowed` (which tokens may come next) and `tool_format`.
     """
 
@@ -33,6 +34,7 @@ class Request:
     prompt: Sequence[int] = ()
     text: str | None = None
     tools: Sequence[JsonObject] = ()
+    single_call: bool = False
     schema: JsonObject | None = None
     top: int | None = None
     echoes: bool = False
@@ -42,11 +44,12 @@ class Request:
 
 class TokenScore(NamedTuple):
     """A token's bytes and its log-probability, with those of the most likely tokens. The first token of a prompt has no
-    log-probability."""
+    log-probability. `in_text`: whether the text contains the token; it contains no special tokens."""
 
     data: bytes
     logprob: float | None = None
     top: tuple[tuple[bytes, float], ...] = ()
+    in_text: bool = True
 
 
 class AnswerPiece(NamedTuple):
@@ -105,9 +108,9 @@ class AnswerWriter:
         self.ids.append(token)
         self.ended = len(self.ids) >= self.request.max_new_tokens
         text = self._text()
-        if matches := [text.index(stop) for stop in self.request.stop if stop in text]:
+        if any(stop in text for stop in self.request.stop):
             self.ended, self.reason = True, "stop"
-            return self._show(text[: min(matches)])
+            return AnswerPiece("")  # `finish` cuts the text
         ends = [len(text) - _overlap(text, stop) for stop in self.request.stop]
         if self.request.tool_format is not None:
             ends.append(self.request.tool_format.start(text))
@@ -120,7 +123,7 @@ class AnswerWriter:
         if shape is not None:
             start = shape.start(text)
             if calls := shape.read(text[start:], self.request.tools):
-                self.calls, self.reason = calls, "tool_calls"
+                self.calls, self.reason = calls[:1] if self.request.single_call else calls, "tool_calls"
                 text = text[:start]
         return self._show(text)
 
@@ -143,6 +146,14 @@ class AnswerWriter:
         self._shown = max(self._shown, count)
         self.pieces.append(piece)
         return piece
+
+
+def decoder_after(decode: Callable[..., str], prompt: Sequence[int]) -> Callable[..., str]:
+    """A function that decodes tokens after a prompt. Decoded alone, many tokenizers drop the space before the first."""
+    ends = ([*prompt[-size:]] for size in range(1, CHARACTER_TOKENS + 1))
+    before = next((ids for ids in ends if UNFINISHED not in decode(ids, skip_special_tokens=True)), [])
+    start = len(decode(before, skip_special_tokens=True))
+    return lambda ids, **options: decode([*before, *ids], **options)[start:]
 
 
 def _overlap(text: str, stop: str) -> int:

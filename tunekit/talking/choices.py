@@ -58,7 +58,7 @@ class TextForm:
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
         """The event of a piece."""
         offset, self.offset = self.offset, self.offset + len(piece.text)
-        return {"text": piece.text, "logprobs": _text_scores(piece.scores, offset), "finish_reason": None}
+        return {"text": piece.text, "logprobs": _text_scores(piece, offset), "finish_reason": None}
 
     def last(self, reply: Reply) -> list[dict[str, Any]]:
         """The event after the last piece."""
@@ -93,14 +93,17 @@ def _chat_token(data: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": token_name(data), "bytes": list(data), "logprob": logprob}
 
 
-def _text_scores(scores: Sequence[TokenScore], offset: int) -> dict[str, Any] | None:
+def _text_scores(piece: AnswerPiece, offset: int) -> dict[str, Any] | None:
     """`offset`: the place of the first token in the answer. Of two tokens with one text, the likelier one is listed."""
+    scores = piece.scores
     if not scores:
         return None
     names, offsets, data = [token_name(score.data) for score in scores], [], b""
+    first = next((score.data for score in scores if score.in_text), b"")
+    drops_space = first.startswith(b" ") and not piece.text.startswith(" ")  # as many tokenizers do, of a whole text
     for score in scores:
-        offsets.append(offset + len(data.decode("utf-8", "replace")))
-        data += score.data
+        offsets.append(max(offset + len(data.decode("utf-8", "replace")) - drops_space, offset))
+        data += score.data if score.in_text else b""
     tops = [
         None
         if score.logprob is None

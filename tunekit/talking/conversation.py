@@ -21,7 +21,7 @@ from tunekit.model.text.token_bytes import token_bytes
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.records import TextFacts
 from tunekit.talking.adapters import BASE, Adapters
-from tunekit.talking.answer import AnswerPiece, AnswerWriter, Reply, Request, TokenScore
+from tunekit.talking.answer import AnswerPiece, AnswerWriter, Reply, Request, TokenScore, decoder_after
 from tunekit.talking.grammar import Grammars
 from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
 from tunekit.targets.target import LoadedTarget
@@ -53,6 +53,9 @@ class Speaker:
         """
         if request.tools and not reads_tools(self.template or self.target.tokenizer.chat_template):
             raise InputError("'tools' is not supported: the chat template does not read them", "remove them")
+        if request.echoes and request.top is not None and self._reads_source:
+            what = "'logprobs' of the prompt are not supported: an encoder reads it, which predicts no token of it"
+            raise InputError(what, "remove 'echo'")
         shape = self._tool_format if request.tools else None
         allowed = None if request.schema is None else self._grammars.allowed(request.schema)
         return replace(request, prompt=self._prompt_ids(request), allowed=allowed, tool_format=shape)
@@ -71,7 +74,7 @@ class Speaker:
         if not ids:
             raise InputError("the prompt is empty", "write at least one character")
         check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
-        if facts.positions is not None and len(ids) >= facts.positions:
+        if facts.positions is not None and len(ids) > facts.positions:
             raise too_long(f"{len(ids):,}", facts.positions)
         return ids
 
@@ -84,11 +87,12 @@ class Speaker:
         """
         replies: dict[int, Reply] = {}
         self.adapters.load(name)
-        continuations = [self.continuation(self.prepare(request), name) for request in requests]
-        with self.answering(len(requests), max(wanted.columns for wanted in continuations)) as answers:
-            for row, request in enumerate(requests):
+        prepared = [self.prepare(request) for request in requests]
+        columns = max(self.continuation(request, name).columns for request in prepared)
+        with self.answering(len(requests), columns) as answers:
+            for row, request in enumerate(prepared):
                 answers.put(
-                    replace(request, prompt=continuations[row].prompt),
+                    request,
                     name,
                     lambda piece, row=row: on_text(row, piece.text),  # type: ignore[misc]
                     partial(replies.__setitem__, row),
@@ -124,7 +128,7 @@ class Speaker:
         """
         prompt, attached = request.prompt, self.adapters.loaded(name)
         model = replace(self.target.model, adapter=attached)
-        virtual, separate = model.virtual_tokens, self.target.model.base.family.reads_source
+        virtual, separate = model.virtual_tokens, self._reads_source
         limits = [request.max_new_tokens or 1]
         if self._facts.positions is not None:  # an encoder's prompt takes no positions of the answer
             limits.append(self._facts.positions - virtual - len(prompt) * (not separate))
@@ -149,12 +153,21 @@ class Speaker:
             virtual_tokens=virtual,
         )
 
-    def score(self, token: int, score: Score) -> TokenScore:
+    def score(self, token: int, score: Score | None = None) -> TokenScore:
         """A token's score with bytes in place of ids."""
-        spelled = partial(token_bytes, self.target.tokenizer)
-        return TokenScore(
-            spelled(token), score.logprob, tuple((spelled(other), logprob) for other, logprob in score.top)
-        )
+        tokenizer = self.target.tokenizer
+        top = () if score is None else tuple((token_bytes(tokenizer, other), logprob) for other, logprob in score.top)
+        in_text = token not in tokenizer.special_ids
+        return TokenScore(token_bytes(tokenizer, token), None if score is None else score.logprob, top, in_text)
+
+    def decode_for(self, request: Request) -> Callable[..., str]:
+        """The function that decodes the answer. A completion is the rest of its prompt's text."""
+        decode = self.target.tokenizer.decode
+        return decode if request.messages or self._reads_source else decoder_after(decode, request.prompt)
+
+    @property
+    def _reads_source(self) -> bool:
+        return self.target.model.base.family.reads_source
 
     @property
     def _facts(self) -> TextFacts:
@@ -203,7 +216,7 @@ class Answers:
             cached = cached if attached is adapters.loaded(name) else None
             wanted = replace(wanted, states=cached, keeps_states=True)
         handle = self.decoder.add(wanted)
-        writer = AnswerWriter(self.speaker.target.tokenizer.decode, request, self.speaker.stop_ids)
+        writer = AnswerWriter(self.speaker.decode_for(request), request, self.speaker.stop_ids)
         self._running[handle] = _Answer(name, writer, on_piece, on_end)
         return handle
 
@@ -229,12 +242,9 @@ class Answers:
         if request.echoes:
             decode = self.speaker.target.tokenizer.decode
             text = decode(request.prompt, skip_special_tokens=True) if request.text is None else request.text
-            scores = [] if request.top is None else [TokenScore(self._bytes(request.prompt[0]))]
+            scores = [] if request.top is None else [self.speaker.score(request.prompt[0])]
             following = zip(request.prompt[1:], token.prompt_scores, strict=request.top is not None)
             answer.on_piece(answer.writer.echo(text, [*scores, *(self.speaker.score(*each) for each in following)]))
-
-    def _bytes(self, token: int) -> bytes:
-        return token_bytes(self.speaker.target.tokenizer, token)
 
     def _end(self, handle: int, states: States | None) -> None:
         answer, cache = self._running.pop(handle), self.speaker.states

@@ -26,7 +26,12 @@ class Grammars:
             raise InputError("'response_format' needs llguidance", "pip install 'tunekit[serve]'") from error
         self._matcher = llguidance.LLMatcher
         size = max(vocabulary_size, tokenizer.vocabulary_size)
-        self._tokenizer = llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=sorted(stop_ids))
+        try:
+            definition = tokenizer.backend.to_str()
+            self._tokenizer = llguidance.LLTokenizer(definition, n_vocab=size, eos_token=sorted(stop_ids))
+        except ValueError as error:  # such as T5's, or one without an end token
+            what = f"'response_format' is not supported for this model's tokenizer: {error}"
+            raise InputError(what, "remove it, and ask for JSON in the prompt") from error
         self._size = vocabulary_size
 
     def allowed(self, schema: JsonObject) -> Callable[[Sequence[int]], Tensor]:
@@ -34,10 +39,14 @@ class Grammars:
 
         Raises: InputError for a schema that is wrong, too large, or has unknown keywords.
         """
-        grammar = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
-        matcher = self._matcher(self._tokenizer, grammar)
-        if matcher.is_error():
-            raise InputError(f"'response_format': {matcher.get_error().splitlines()[0]}", "change the schema")
+        try:
+            grammar = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
+            matcher = self._matcher(self._tokenizer, grammar)
+            problem = matcher.get_error() if matcher.is_error() else None
+        except (ValueError, RecursionError) as error:  # no JSON for llguidance: NaN, a lone surrogate, 100 levels
+            problem = str(error)
+        if problem:
+            raise InputError(f"'response_format': {problem.splitlines()[0]}", "change the schema")
         read = 0
 
         def mask(tokens: Sequence[int]) -> Tensor:

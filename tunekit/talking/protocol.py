@@ -14,6 +14,7 @@ from tunekit.formats.example import ROLES, Message
 from tunekit.model.call import seed_for
 from tunekit.talking.adapters import Adapters
 from tunekit.talking.answer import Request
+from tunekit.talking.desk import MAX_JOBS
 from tunekit.talking.tools import tool_name
 
 T = TypeVar("T")
@@ -23,7 +24,10 @@ MAX_STOPS = 16  # lm-eval's tasks have up to seven
 COMPLETION_TOKENS = 16  # of a completion whose client sets no limit
 SHARED = ("model", "temperature", "top_p", "seed", "stop", "stream", "n", "max_tokens", "logprobs")
 READ = {  # by endpoint
-    "chat": (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    "chat": (
+        *(*SHARED, "messages", "max_completion_tokens", "top_logprobs", "response_format"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
+    ),
     "completions": (*SHARED, "prompt", "echo"),
 }
 WITHOUT_EFFECT = ("stream_options", "user", "metadata", "store", "service_tier")
@@ -33,7 +37,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that are accepted only with
     "logit_bias": ({},),
 }
 NEUTRAL_IN: dict[str, dict[str, tuple[object, ...]]] = {
-    "chat": {"parallel_tool_calls": (True, False), "modalities": (["text"],)},
+    "chat": {"modalities": (["text"],)},
     "completions": {"suffix": ("",), "best_of": (1,)},
 }
 KINDS: dict[type, str] = {bool: "true or false", dict: "an object"}
@@ -80,6 +84,8 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
         raise ProtocolError(404, f"{text}; there are: {adapters.listing}", "model", "model_not_found")
     requests = [_chat(value, max_tokens)] if is_chat else _completions(value)
     choices = _integer(value, "n", 1, 1, MAX_CHOICES)
+    if (count := choices * len(requests)) > MAX_JOBS:
+        raise ProtocolError(400, f"{count} choices are more than {MAX_JOBS}: send fewer prompts", "n", "invalid_value")
     return ClientQuestion(
         name,
         tuple(_choice(request, number) for request, number in product(requests, range(choices))),
@@ -119,6 +125,7 @@ def _chat(body: Body, max_tokens: int) -> Request:
         _sampling(body),
         _stop(body.get("stop")),
         tools=_tools(body),
+        single_call=not _of_kind(body, "parallel_tool_calls", bool, True),
         schema=_schema(_of_kind(body, "response_format", dict, {})),
         top=top if scored else None,
     )
@@ -204,8 +211,8 @@ def _number(body: Body, field: str, default: float, low: float, high: float) -> 
 def _sampling(body: Body) -> Sampling:
     """The sampling settings. If the client sends no seed, `seed` is 0 and the desk draws one."""
     temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
-    seed = _number(body, "seed", 0, 0, 2**63 - 1)
-    return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY
+    seed = _integer(body, "seed", 0, 0, 2**63 - 1)
+    return Sampling(float(temperature), float(top_p), 0, seed) if temperature else GREEDY
 
 
 def _integer(body: Body, field: str, default: int, low: int, high: int) -> int:

@@ -7,6 +7,7 @@ from functools import cache
 
 from tunekit.model.text.tokenizer import LoadedTokenizer
 
+SPACE = "\u2581"  # SentencePiece's letter for a space
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -19,7 +20,10 @@ def token_bytes(tokenizer: LoadedTokenizer, token_id: int) -> bytes:
         letters = [_byte_letters().get(letter) for letter in spelled]
         if all(byte is not None for byte in letters):
             return bytes(byte for byte in letters if byte is not None)
-    return tokenizer.token_text(token_id).encode("utf-8", "surrogatepass")
+    text = tokenizer.token_text(token_id)
+    if spelled is not None and (spaces := len(spelled) - len(spelled.lstrip(SPACE))):
+        text = " " * spaces + text.lstrip(f" {SPACE}")
+    return text.encode("utf-8", "surrogatepass")
 
 
 @cache
