@@ -30,6 +30,10 @@ class Patterns:
         """re.match(rf"(.*\\.)?({text})$", name): PEFT's matching of rank and alpha patterns."""
         return self._match(text, r"(?:.*\.)?(?:{})$", name)
 
+    def matches_as_before(self, text: str, name: str) -> bool:
+        """re.match(rf".*\\.{text}$", name): PEFT's matching of these patterns before 0.15, without a group."""
+        return self._match(text, r"(?:.*\.{}$)(?s:.*)", name)
+
     def _match(self, text: str, template: str, name: str) -> bool:
         start = time.process_time()
         try:

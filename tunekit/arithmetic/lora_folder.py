@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tunekit.adapters.base import AdapterPart, PeftConfig
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
+from tunekit.adapters.folder.earlier_peft import refuse_changed_patterns
 from tunekit.adapters.folder.expected import BASE_COPY, FLOATS, refuse_not_finite
 from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.patterns import Patterns
@@ -199,11 +200,12 @@ class Scalings:
     """The scaling s of each layer of a LoRA folder: alpha / r, or alpha / sqrt(r) with rsLoRA."""
 
     def __init__(self, config: AdapterConfig) -> None:
-        self.settings = config.low_rank
+        self.config, self.settings = config, config.low_rank
         self.ranks, self.alphas = Resolved(config, "rank_pattern"), Resolved(config, "alpha_pattern")
 
     def of(self, module: str) -> float:
-        """The scaling of a module."""
+        """The scaling of a module. Raises: AdapterError if earlier releases of PEFT scaled it differently."""
         rank = self.ranks.of(module, self.settings.r)
         alpha = self.alphas.of(module, self.settings.alpha)
+        refuse_changed_patterns(self.config, {module: (rank, alpha)})
         return alpha / (rank**0.5 if self.settings.use_rslora else rank)

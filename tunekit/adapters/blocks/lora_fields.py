@@ -45,6 +45,8 @@ LORA_FIXED: Fixed = {  # the value that is written, then other accepted values, 
 
 
 LORA_REMEDIES = {
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens, here it would act on all",
+    "layer_replication": "it repeats layers of the base; merge it with peft, and name the merged model",
     "init_lora_weights": "such a start may have moved weights of the base; "
     "write plain LoRA with: tunekit adapter convert",
 }

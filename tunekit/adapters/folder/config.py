@@ -2,12 +2,12 @@
 before any tensor."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunekit.adapters.base import PeftConfig
+from tunekit.adapters.base import AdapterPart, PeftConfig
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, peft_keys
 from tunekit.adapters.method import Method, all_methods
 from tunekit.errors import AdapterError, ModelError
@@ -26,6 +26,7 @@ TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 FACTS_NAME = "tunekit.json"
 TEMPLATE_NAME = "chat_template.jinja"  # exists only if the adapter was trained with a different template
+HEAD_TASKS, HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")  # PEFT trains the heads of these tasks
 FORMAT_VERSION = 1  # of tunekit.json
 
 
@@ -121,10 +122,19 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
         fields=file_fields,
     )
     refuse_pickle(folder)
-    if method.peft.stored is None or not tensors_path(folder).is_file():
+    has_head = config.task_type in HEAD_TASKS and "modules_to_save" in type(config.settings).model_fields
+    if not (method.peft.stored or has_head) or not tensors_path(folder).is_file():
         return config
     shapes = {name: entry.shape for name, entry in adapter_header(tensors_path(folder)).items()}
-    return replace(config, settings=method.peft.stored(config.settings, shapes))
+    settings = _with_heads(config.settings, shapes) if has_head else config.settings
+    return replace(config, settings=method.peft.stored(settings, shapes) if method.peft.stored else settings)
+
+
+def _with_heads(settings: AdapterSettings, keys: Iterable[str]) -> AdapterSettings:
+    """The settings with the heads that the file contains. Early releases, such as 0.10, do not name them."""
+    saved: tuple[str, ...] = tuple(getattr(settings, "modules_to_save", ()))
+    stored = {head for head in HEADS for key in keys if key.startswith(f"{AdapterPart.file_prefix}{head}.")}
+    return settings.model_copy(update={"modules_to_save": (*saved, *sorted(stored.difference(saved)))})
 
 
 def read_fields(folder: Path) -> PeftConfig:

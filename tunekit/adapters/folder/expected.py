@@ -54,7 +54,7 @@ class ExpectedTensors:
 
         Raises: AdapterError with every missing, extra, misshaped and mistyped tensor.
         """
-        wrong = [f"'{key}' is missing" for key in sorted(set(self.slots) - set(header))]
+        wrong = [f"'{key}' is missing{_loss(key)}" for key in sorted(set(self.slots) - set(header))]
         copies: dict[str, str] = {}
         for key, entry in header.items():
             if key in self.slots:
@@ -85,6 +85,12 @@ class ExpectedTensors:
             return f" (it lacks the prefix {PREFIX})"
         named = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         return " (it would overwrite a weight of the base)" if named in self.base_names else ""
+
+
+def _loss(key: str) -> str:
+    """A possible reason for a missing tensor; empty if there is none."""
+    lost = key.endswith(".base_layer.bias")
+    return " (peft 0.6, and 0.15 with bias: lora_only, do not save it)" if lost else ""
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, tensors_path
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
+from tunekit.adapters.folder.earlier_peft import refuse_changed_patterns
 from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
 from tunekit.adapters.folder.vocabulary import added_rows, enlarge
@@ -51,6 +52,7 @@ def attach_adapter_folder(
     rows = added_rows(net, head_name, tensors_path(config.folder))
     enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
+    refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
     tensors = _read_tensors(config, net, targets, head_name, base_weight, rows)
     attached = attach_adapter(
         net,
@@ -120,6 +122,7 @@ def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterCo
     config = _as_peft_reads(config, net, head_name)
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
+    refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
     _refuse_difference(attached, config, targets)
     return config, targets
 

@@ -1,11 +1,12 @@
 """LoKr, for linear layers and Conv1D, packed or not."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tunekit.adapters.base import LayerAdapter, Slot, Slots
+from tunekit.adapters.base import LayerAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide, same_names
 from tunekit.adapters.method import Method
@@ -80,4 +81,17 @@ FIXED: Fixed = {
     "rank_dropout_scale": (False, True),
     "use_effective_conv2d": (False, True),  # for convolutions, which are not adapted
 }
-METHOD = Method(peft=PeftSide("LOKR", LokrSettings, FIELDS, FIXED), layer=Lokr)
+
+
+@dataclass(frozen=True)
+class LokrSide(PeftSide[LokrSettings]):
+    """PEFT's fields. Before 0.14, which added rank_dropout_scale, PEFT did not scale the product."""
+
+    def read(self, config: PeftConfig, file: str) -> LokrSettings:
+        settings = super().read(config, file)
+        if "rank_dropout_scale" in config:
+            return settings
+        return settings.model_copy(update={"alpha": float(settings.r), "alpha_pattern": dict(settings.rank_pattern)})
+
+
+METHOD = Method(peft=LokrSide("LOKR", LokrSettings, FIELDS, FIXED), layer=Lokr)

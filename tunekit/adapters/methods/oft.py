@@ -1,11 +1,14 @@
 """OFT, for linear layers and Conv1D, packed or not."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot, Slots
+from tunekit.adapters.base import LayerAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
 from tunekit.adapters.folder.fields import ANY, LAYER_FIXED, Fixed, PeftFields, PeftSide, same_names
 from tunekit.adapters.method import Method
+from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.records import Target
 
@@ -58,4 +61,17 @@ FIXED: Fixed = {
     "eps": (6e-5, ANY),  # of coft
     "module_dropout": (0.0, ANY),  # used only in peft's training
 }
-METHOD = Method(peft=PeftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft, tensors=("oft_R.weight",))
+
+
+@dataclass(frozen=True)
+class OftSide(PeftSide[OftSettings]):
+    """PEFT's fields. Before 0.16, which added use_cayley_neumann, PEFT computed a different method of this name."""
+
+    def read(self, config: PeftConfig, file: str) -> OftSettings:
+        if "use_cayley_neumann" not in config:
+            what = "was written by peft before 0.16, whose OFT has other tensors and another formula"
+            raise AdapterError(what, "merge it into the base with that peft", file=file, key="peft_type")
+        return super().read(config, file)
+
+
+METHOD = Method(peft=OftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft, tensors=("oft_R.weight",))

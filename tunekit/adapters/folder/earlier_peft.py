@@ -1,0 +1,36 @@
+"""Folders of earlier releases of peft, whose configurations mean something else than those of the present release."""
+
+from collections.abc import Mapping
+
+from tunekit.adapters.folder.config import AdapterConfig
+from tunekit.adapters.patterns import Patterns
+from tunekit.errors import AdapterError
+
+RankAndAlpha = tuple[float | None, float | None]
+
+
+def refuse_changed_patterns(config: AdapterConfig, layers: Mapping[str, RankAndAlpha]) -> None:
+    """Refuse patterns of ranks and alphas to which an earlier release of PEFT may have given a different meaning.
+
+    Before 0.15 the first key of both patterns that matched a layer decided its rank and its alpha, and alternatives
+    (a|b) were not grouped. The release is stated since 0.18; before that, only LoRA's field corda_config shows 0.15.
+    Raises: AdapterError.
+    """
+    fields = config.fields
+    ranks, alphas = (getattr(config.settings, key, None) or {} for key in ("rank_pattern", "alpha_pattern"))
+    if "peft_version" in fields or "corda_config" in fields or not isinstance(ranks, dict) or not (ranks or alphas):
+        return
+    default: RankAndAlpha = getattr(config.settings, "r", None), getattr(config.settings, "alpha", None)
+    patterns = Patterns(file=config.file, key="rank_pattern" if ranks else "alpha_pattern")
+    for name, sizes in layers.items():
+        keys = [key for key in ranks if patterns.matches_as_before(key, name)]
+        keys = keys or [key for key in alphas if patterns.matches_as_before(key, name)] or [name]
+        for key in keys:  # PEFT sorted them in files, so that any of them may have been the first
+            earlier = ranks.get(key, default[0]), alphas.get(key, default[1])
+            if earlier != sizes:
+                what = (
+                    f"gives '{name}' rank {sizes[0]} and alpha {sizes[1]}, but rank {earlier[0]} and alpha "
+                    f"{earlier[1]} in peft before 0.15, and the file does not state its peft_version"
+                )
+                how = 'add "peft_version" if it was 0.15 or later; otherwise write one pattern for each layer'
+                raise AdapterError(what, how, file=config.file, key=patterns.key)
