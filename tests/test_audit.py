@@ -205,3 +205,47 @@ def test_adaptive_threads_and_missing_data_are_refused(case: Path) -> None:
     ended, _ = audited(case)
     assert ended.code == 2
     assert "train.jsonl" in ended.output
+
+
+def change_records(run: Path, change: Callable[[list[Any]], list[Any]]) -> None:
+    lines = [json.dumps(record) for record in change(records(run))]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def test_forged_records_are_named(case: Path) -> None:
+    """A second record of a step, and steps that are missing at the end."""
+    change_records(case, lambda lines: [*lines[:1], {**lines[1], "loss": 0.001}, *lines[1:]])
+    ended, _ = audited(case)
+    assert ended.code == 3
+    assert "error: step 1: loss was 0.001, is " in ended.output
+    change_records(case, lambda lines: [line for line in [lines[0], *lines[2:]] if line["step"] < 6])
+    shutil.rmtree(case / "checkpoints" / "step-000006")
+    ended, _ = audited(case)
+    assert ended.code == 3
+    assert "error: step 6: " in ended.output
+    assert "loss was (absent), is " in ended.output
+
+
+def test_an_evaluation_that_is_not_computed_again_is_named(case: Path) -> None:
+    """A resume may change eval_steps. Without the notice, an invented evaluation would seem to be proved."""
+    change_records(case, lambda lines: [*lines, {"step": 5, "eval": {"loss": 0.1}}])
+    ended, proof = audited(case)
+    assert ended.code == 0
+    assert "steps 5 to 6: the evaluations after steps 5 were not computed again and prove nothing" in ended.output
+    assert proof["parts"][1]["not_compared"] == [5]
+
+
+def test_a_result_of_a_run_that_has_not_finished_is_refused(case: Path) -> None:
+    """Without this, an exchanged adapter would not be compared."""
+    flip(case / "adapter" / "adapter_model.safetensors", -2)
+    edit(case / "status.json", lambda value: value.update(exit_code=130))
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "has a result, but its status.json does not state that it finished" in ended.output
+
+
+def test_an_exchanged_chat_template_is_named(case: Path) -> None:
+    (case / "adapter" / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    ended, _ = audited(case)
+    assert ended.code == 3
+    assert "step 6: adapter/chat_template.jinja is missing" in ended.output

@@ -28,7 +28,7 @@ from tunekit.artifacts.equality import (
 )
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
-from tunekit.artifacts.run import refuse_to_replace_part
+from tunekit.artifacts.run import RESULT_FILES, refuse_to_replace_part
 from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.data.reading.replaced import refuse_to_replace
@@ -91,6 +91,9 @@ def audit_verb(run: str, count: int | None, seed: int, json_file: str | None) ->
             results.append(_repeat(part, path, facts.get(part.start), devices, signals))
             state = f"{len(results[-1]['differences'])} DIFFERENCES" if results[-1]["differences"] else "equal"
             console.info(f"{part}: {_compared(results[-1])}: {state} ({time_text(time.monotonic() - began)})")
+            if results[-1]["not_compared"]:
+                steps = ", ".join(map(str, results[-1]["not_compared"]))
+                console.warn(f"{part}: the evaluations after steps {steps} were not computed again and prove nothing")
     differences = [Mismatch(**each) for result in results for each in result["differences"]]
     write_result(_proof(values, loaded, parts, results, seed))
     if differences:
@@ -108,6 +111,9 @@ def _compared(result: Mapping[str, Any]) -> str:
 def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     """The parts between step 0, the checkpoints, and the end of a finished run."""
     finished = values.status.get("exit_code") == 0
+    if not finished and any((values.path / name).exists() for name in RESULT_FILES):
+        what = f"{values.path} has a result, but its status.json does not state that it finished"
+        raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume")
     last = values.steps[-1].count("step") if finished and values.steps else 0
     ends = sorted({0, *steps, last})
     if len(ends) < 2:
@@ -147,7 +153,7 @@ def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Se
 
 
 def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonObject]) -> list[str]:
-    """Properties of the run because of which its bits depend on more than the recipe, the data and the base."""
+    """Why the bits of the run depend on more than the recipe, the data and the base."""
     training, kind = loaded.recipe.training, values.environment.part("fingerprint").get("device")
     reasons = []
     if training.threads == "adaptive" and kind == "cpu":
@@ -185,7 +191,9 @@ def _repeat(
             except Stopped as error:
                 if signals.requested:
                     raise Stopped("stopped during the audit; nothing was proved", signals.requested) from error
-        records, differences = compare_records(run, repeat, part.start, part.end)
+        records, differences, not_repeated = compare_records(
+            run, repeat, part.start, None if part.exports else part.end
+        )
         ours, theirs = (place / "checkpoints" / f"step-{part.end:06d}" for place in (run, repeat))
         if ours.exists():
             differences += compare_checkpoints(ours, theirs)
@@ -195,6 +203,7 @@ def _repeat(
             "start": part.start,
             "end": part.end,
             "records": records,
+            "not_compared": not_repeated,
             "checkpoint": sha256_of(ours / "tensors.safetensors", RUN_RECORD) if ours.exists() else None,
             "weights": result_hashes(run) if part.exports else {},
             "fingerprint": read_run(repeat).environment.part("fingerprint"),

@@ -144,7 +144,7 @@ def test_a_prompt_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     net = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     attached = attach_adapter(net, PromptSettings(num_virtual_tokens=3), seed=0, head_name="lm_head")
     save_adapter_folder(attached, tmp_path / "adapter", base_name=str(base), base_fingerprint=None, revision=None)
-    with pytest.raises(InputError, match="a prompt adapter is no change of weights"):
+    with pytest.raises(InputError, match="a prompt adapter does not change weights"):
         export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=False)
     assert not (tmp_path / "out").exists()
 

@@ -98,15 +98,14 @@ def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
     """The target's adapter as low-rank pairs: exact, or the nearest of rank `rank`, which also limits exact ones.
 
     `target`: with the model section of its objective. Raises: NotLowRank if there is no exact form and no rank was
-    given, so that only a merged model computes the same; AdapterError for prompts, which are no change of weights.
+    given, so that only a merged model computes the same; AdapterError for prompts, which do not change weights.
     """
     assert target.adapter is not None
     config = read_adapter_config(target.adapter)
     attached, rewriter = attach_to_base(target.adapter, target.model)
     if attached.model_adapter is not None:
-        what = (
-            f"{with_article(config.settings.method)} adapter is no change of weights, and no other program can hold it"
-        )
+        method = with_article(config.settings.method)
+        what = f"{method} adapter does not change weights, so no other program can load it"
         raise AdapterError(what, "use it with tunekit", file=config.file)
     updates, losses, others, _ = layer_updates(attached, config, rewriter.trained_on, rank)
     for name, rows in attached.added_rows.items():

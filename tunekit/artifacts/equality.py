@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.fingerprint import MISSING, flat_values
@@ -17,6 +18,7 @@ UNRELATED = (  # values of a checkpoint that no result depends on, or that were 
     *("loop.seconds", "loop.reactions", "loop.calibration", "loop.evaluated_step", "fingerprint"),
 )
 BASE_PATH = "base_model_name_or_path"  # of adapter_config.json; the base may have been moved
+RESULT_TEXTS = ("adapter/chat_template.jinja", "model/chat_template.jinja", "model/config.json")
 MOST_TENSORS = 3  # tensors that one message names
 
 
@@ -28,31 +30,40 @@ class Mismatch:
     what: str
 
 
-def compare_records(run: Path, repeat: Path, start: int, end: int) -> tuple[int, list[Mismatch]]:
-    """Compare metrics.jsonl after step `start` up to `end`; returns how many records were compared.
+class RecordComparison(NamedTuple):
+    """`compared`: how many records. `not_repeated`: the steps of evaluations that the re-execution did not compute,
+    because a resume may change eval_steps."""
 
-    Every step must be in both. An evaluation is compared if both have it, because a resume may change eval_steps.
-    """
-    ours, theirs = (_records(folder, start, end) for folder in (run, repeat))
-    differences = []
-    compared = [key for key in sorted({*ours, *theirs}) if not key[1] or (key in ours and key in theirs)]
-    for key in compared:
-        pairs = [dict(flat_values(records.get(key, {}))) for records in (ours, theirs)]
+    compared: int
+    differences: list[Mismatch]
+    not_repeated: list[int]
+
+
+def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> RecordComparison:
+    """Compare metrics.jsonl after step `start` up to `end` (None: the last one). Every step must be in both."""
+    ours, repeated = _records(run, start, end), dict(_records(repeat, start, end))
+    keys = {key for key, _ in ours}
+    ours += [(key, {}) for key in repeated if key not in keys and not key[1]]
+    compared, differences = [each for each in ours if each[0] in repeated or not each[0][1]], []
+    for key, record in sorted(compared, key=lambda each: each[0]):
+        pairs = [dict(flat_values(values)) for values in (record, repeated.get(key, {}))]
         names = [name for name in {**pairs[0], **pairs[1]} if _text(pairs[0], name) != _text(pairs[1], name)]
         if names:
             shown = [f"{name} was {_text(pairs[0], name)}, is {_text(pairs[1], name)}" for name in names if name]
             differences.append(Mismatch(key[0], "; ".join(shown)))
-    return len(compared), differences
+    return RecordComparison(
+        len(compared), differences, sorted(step for step, is_evaluation in keys - {*repeated} if is_evaluation)
+    )
 
 
-def _records(run: Path, start: int, end: int) -> dict[tuple[int, bool], Record]:
-    """The records of these steps by (step, whether it is an evaluation), without measurements."""
+def _records(run: Path, start: int, end: int | None) -> list[tuple[tuple[int, bool], Record]]:
+    """The records of these steps with (step, whether it is an evaluation), without measurements."""
     first = start if start else -1  # the evaluation before training has step 0
-    return {
-        (record["step"], "eval" in record): {name: value for name, value in record.items() if name not in MEASURED}
+    return [
+        ((record["step"], "eval" in record), {name: value for name, value in record.items() if name not in MEASURED})
         for record in read_metrics(run / METRICS_NAME)
-        if first < record["step"] <= end
-    }
+        if first < record["step"] and (end is None or record["step"] <= end)
+    ]
 
 
 def _text(values: dict[str, object], name: str) -> str:
@@ -87,9 +98,15 @@ def result_hashes(run: Path) -> dict[str, str]:
     return {file.relative_to(run).as_posix(): sha256_of(file, RUN_FILE) for file in files}
 
 
+def _text_hashes(run: Path) -> dict[str, str]:
+    """sha256 of the files that change what the result computes or answers, by their paths in the run folder."""
+    return {name: sha256_of(run / name, RUN_FILE) for name in RESULT_TEXTS if (run / name).exists()}
+
+
 def compare_results(run: Path, repeat: Path, step: int) -> Iterator[Mismatch]:
-    """Compare the exported weights byte by byte, and the adapter's configuration apart from the path of the base."""
-    ours, theirs = result_hashes(run), result_hashes(repeat)
+    """Compare the exported weights, a model's configuration and the chat template byte by byte, and the adapter's
+    configuration apart from the path of the base."""
+    ours, theirs = (result_hashes(folder) | _text_hashes(folder) for folder in (run, repeat))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             yield Mismatch(step, f"{name} {'has other bytes' if name in ours and name in theirs else 'is missing'}")

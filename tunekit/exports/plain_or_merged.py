@@ -17,8 +17,8 @@ from tunekit.targets.exportable import Exportable
 
 
 def unwritable(exportable: Exportable, program: str) -> list[Problem]:
-    """Why the adapter can be neither written nor merged: a prompt is no change of weights, and a program knows only
-    some models, and computes some of them wrongly."""
+    """Why the adapter can be neither written nor merged: it is a prompt, which does not change weights, or the program
+    does not know the model or computes it wrongly."""
     reading = _reading(exportable, program)
     if reading.unsupported:
         return [Problem(f"{program} {reading.version} {reading.unsupported}", "choose another --to", key="--to")]

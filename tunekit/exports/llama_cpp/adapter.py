@@ -29,7 +29,7 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
                 placed, _ = _placed(converter, exportable, plain)
             written = {source for tensor in placed.values() for source in tensor.sources}
             lost = [name for name in plain.pairs if f"{name}.weight" not in written]
-    except AdapterError as error:  # no change of weights, which cannot be merged either
+    except AdapterError as error:  # a prompt, which cannot be merged either
         return list(error.problems)
     except (NotLowRank, ModelError) as error:
         inexact = isinstance(error, NotLowRank)  # a base that cannot be read cannot be merged either

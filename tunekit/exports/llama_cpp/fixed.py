@@ -115,7 +115,7 @@ def _position_problems(kind: str, config: Configuration) -> Iterator[tuple[str, 
     """Windows and rotations of positions: the setting, its value, and what llama.cpp takes."""
     types = config.get("layer_types")
     if kind in GROUPS and types and group_size(types) is None:
-        yield "layer_types", f"[{', '.join(types)}]", "equal groups of layers, of which only the last one is full"
+        yield "layer_types", f"[{', '.join(types)}]", "full attention in the last layer of equal groups only"
     rope = config.get("rope_parameters") or {}
     sliding, full = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
     if full.get("rope_type") == "yarn":

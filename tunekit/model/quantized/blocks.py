@@ -68,7 +68,7 @@ def _five_bits(blocks: Tensor, offset: bool) -> Tensor:
 
 
 def _type_number(kind: str) -> int:
-    """ggml's number of a type; -1 if there is no such type."""
+    """ggml's number of a type; -1 for an unknown type."""
     from gguf import GGMLQuantizationType
 
     return int(GGMLQuantizationType.__members__.get(kind.upper(), -1))

@@ -84,7 +84,7 @@ FIXED: dict[str, tuple[tuple[str, object, object], ...]] = {
     "starcoder2": (("use_bias", True, True),),
 }
 FOUR_TIMES = {"gpt2": ("n_inner", "n_embd"), "gptj": ("n_inner", "n_embd"), "gpt_neox": ("intermediate_size",) * 2}
-PACKED_ONLY = {"bitnet": "bitnet", "gpt_oss": "mxfp4"}  # types of which mlx-lm reads only weights in this packed form
+PACKED_ONLY = {"bitnet": "bitnet", "gpt_oss": "mxfp4"}  # mlx-lm reads only packed weights of these types
 BOTH_KINDS = _types("exaone4 gpt_oss olmo3")  # types that need a layer of full attention beside those with a window
 YARN_KEYS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 NEAR = 1e-3  # a relative difference of a factor that no one sees
