@@ -1,8 +1,8 @@
 """The simulated device of device.cpp made torch's own; it must be prepared before torch is imported.
 
-Comes in: TUNEKIT_SIMULATED_KIND (cuda, xpu or mps), of CUDA's TUNEKIT_SIMULATED_CAPABILITY (8.0), and
-TUNEKIT_SIMULATED_BYTES (8 GiB).  Goes out: torch.cuda, torch.xpu or torch.mps, whose own Python stays with its checks,
-and DOUBLE, what the tests ask of the device.
+TUNEKIT_SIMULATED_KIND is cuda, xpu or mps; TUNEKIT_SIMULATED_CAPABILITY is CUDA's (8.0); TUNEKIT_SIMULATED_BYTES is
+the memory (8 GiB). torch.cuda, torch.xpu or torch.mps keep their own Python code with its checks. Through DOUBLE the
+tests ask what the device did.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The parity table: what every cell came to, gathered over all pytest processes, printed at the end, and held.
+"""The parity table: the result of each cell, gathered from all pytest processes and printed at the end.
 
-Comes in: every `Cell` made while a test runs (by peft_case.run_cell, or by a test that compares by hand).
-Goes out: the table in the terminal summary of any run; after a whole run of tests/parity also a failure where fewer
-checks pass than held.txt says, where a row lacks a family, or where a method has no row.
-Next: nothing; tests/conftest.py registers this module as a plugin.
+A test makes a `Cell` by peft_case.run_cell, or by hand. A whole run of tests/parity also fails where fewer checks pass
+than held.txt says, where a row lacks a family, or where a method has no row. tests/conftest.py registers this module
+as a plugin.
 
 A cell travels from a pytest-xdist worker to the process that prints in the user properties of its test's report.
 """

@@ -1,6 +1,6 @@
 """The parity gate: no timing counts unless these hold on the very model and rows that are timed.
 
-Comes in: a Bench.  Goes out: {"passed", "checks": [{"what", "found", "limit", "passed"}]}, with every loss curve.
+The result is {"passed", "checks": [{"what", "found", "limit", "passed"}]}, with all loss curves.
 
 The same initial adapter: ours is exported by a run of one step whose learning rate is 0 (a warm-up's first step), and
 peft loads it. 20 steps of 2 rows, AdamW at a constant rate, gradient norm clipped at 1.

@@ -1,7 +1,6 @@
 """How both sides of a comparison are run: ours as the real `tunekit train`, theirs as a script in its own environment.
 
-Comes in: a benchmark's settings.  Goes out: runs, each a dict of plain values. Every run is a fresh process on one core
-with one thread (watch.py).
+Every run is a fresh process on one core with one thread (watch.py), and its result is a dict of plain values.
 """
 
 from __future__ import annotations

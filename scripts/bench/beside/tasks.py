@@ -1,6 +1,6 @@
 """The rows and recipes of scripts/bench/objectives.py, each made from files of the shared data by rules.
 
-Comes in: the folder of the data, a seed.  Goes out: Split (rows to train on, rows held out, baselines), and recipes.
+They follow from the folder of the data and a seed. A Split has rows to train on, rows held out, and baselines.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Run a command in a fresh process on one core and sample it: CPU time, resident memory, when each step was done.
 
-Comes in: argv and a log that the process appends a line to after each optimizer step.
-Goes out: a dict of plain values.  Next: scripts/bench/compare.py.
-
-Every 10 ms: user and system time, memory of the process's own and of files, the log's lines. CPU time of a
-step is read when its line is seen. The peak is the kernel's own (ru_maxrss). Both sides are measured by this one.
+The process appends a line to a log after each optimizer step. Every 10 ms this reads user and system time, anonymous
+and file memory, and the log's new lines. CPU time of a step is read when its line is seen. The peak is the kernel's
+ru_maxrss. Both sides of a comparison are measured by this file.
 """
 
 from __future__ import annotations
