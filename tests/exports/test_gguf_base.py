@@ -1,51 +1,97 @@
-"""A base that is a GGUF file in a folder with another model: nothing of that model is exported."""
+"""A GGUF file that is read tensor by tensor has what transformers reads from it, also packed and streamed."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.arithmetic.test_merge import write_base
-from tests.exports.test_gguf import evidence, exportable
-from tunekit.errors import InputError
-from tunekit.exports import ctranslate2, gguf, ollama, onnx
+from tests.model.test_kept_base import assert_equal
+from tunekit.export import export_verb
 from tunekit.exports.format import Options
-from tunekit.exports.llama_cpp.converter import converter_folder
-from tunekit.exports.plain_or_merged import plain_or_reason
+from tunekit.model.load import LoadedModel, load_model, make_meta_model
+from tunekit.model.storage import sidecar
+from tunekit.recipe.model import ModelSection
+
+CPU = torch.device("cpu")
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},  # rows of q and k are in another order in the file
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "gemma3_text": {
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "num_hidden_layers": 6,
+        "sliding_window": 64,
+    },  # the file has its norms plus 1
+    "phi3": {"num_key_value_heads": 4},
+}
+READ_BY_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024}
+}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        converter_folder()
-    except InputError as error:
-        pytest.skip(error.problems[0].what)
-    folder = write_base(tmp_path_factory.mktemp("gguf") / "base", "llama")
-    gguf.write(exportable(folder), folder / "x.gguf", evidence(), Options(type="F32"))
-    settings = {"do_sample": True, "temperature": 0.2, "eos_token_id": [1, 2]}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    (folder / "tokenizer.model").write_bytes(b"of another model")
-    return folder / "x.gguf"
+def files(tmp_path_factory: pytest.TempPathFactory, installed: None) -> dict[str, Path]:
+    """A Q4_K_M file of each kind; rows of 192 numbers are in Q5_0."""
+    found = {}
+    for kind, shape in {**SHAPES, **READ_BY_TRANSFORMERS}.items():
+        folder = tmp_path_factory.mktemp(kind)
+        base = write_base(folder / "base", kind, hidden_size=256, intermediate_size=192, **shape)
+        export_verb(str(base), "gguf", str(folder / "base.gguf"), options=Options(type="Q4_K_M"), certify=False)
+        found[kind] = folder / "base.gguf"
+    return found
 
 
-def test_a_program_s_converter_does_not_get_the_model_next_to_it(base: Path) -> None:
-    target = exportable(base)
-    for format in (onnx, ctranslate2):
-        texts = [str(problem) for problem in format.problems(target, Options())]
-        assert any("the model is a GGUF file, which the converter does not read" in text for text in texts)
+def section(file: Path, quantization: str, dtype: str) -> ModelSection:
+    return ModelSection(name_or_path=str(file), quantization=quantization, dtype=dtype)
 
 
-def test_the_settings_and_the_tokenizer_next_to_it_are_not_read(base: Path, tmp_path: Path) -> None:
-    ollama.write(exportable(base), tmp_path / "out", evidence(), Options(type="F32"))
-    assert "PARAMETER temperature" not in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+def by_transformers(section: ModelSection) -> LoadedModel:
+    """The base as from_pretrained reads the file, and then packed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tunekit.model.load.open_net", lambda *_: None)
+        return load_model(section, device=CPU)
 
 
-def test_its_adapter_is_merged(base: Path) -> None:
-    """Other programs would load the adapter on the folder."""
-    adapted = replace(exportable(base), kind="adapter")
-    plain, reason = plain_or_reason(adapted, Options(), "vLLM", lambda plain: "")
-    assert plain is None
-    assert "only adapters of a text model that is a folder of safetensors" in reason
+@pytest.mark.parametrize("quantization", ["none", "kept", "nf4"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_file_has_the_numbers_that_transformers_reads(
+    kind: str, quantization: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = section(files[kind], quantization, "bfloat16" if kind == "qwen3" else "float32")
+    theirs = by_transformers(wanted)
+    monkeypatch.setattr("tunekit.model.load._read_weights", None)  # transformers is not asked
+    ours = load_model(wanted, device=CPU)
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sidecar, "MIN_BYTES", 0)
+    streamed = load_model(wanted, device=CPU, streamed=True)
+    assert streamed.mapped
+    for loaded in (ours, streamed):
+        assert_equal(theirs.net, loaded.net)
+        assert (loaded.facts, loaded.notes) == (theirs.facts, theirs.notes)
+        ours_settings, their_settings = loaded.generation_config, theirs.generation_config
+        assert (ours_settings and ours_settings.to_dict()) == (their_settings and their_settings.to_dict())
+    planned = make_meta_model(wanted, device=CPU)
+    assert (planned.packed_while_read, planned.copied_while_read) == (quantization != "none", quantization == "none")
+
+
+def test_other_files_are_read_by_transformers(files: dict[str, Path]) -> None:
+    wanted = section(files["gpt2"], "kept", "float32")  # its matrices are transposed in the file
+    assert not make_meta_model(wanted, device=CPU).packed_while_read
+    assert_equal(by_transformers(wanted).net, load_model(wanted, device=CPU).net)
+
+
+def test_a_changed_file_is_read_again(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sidecar, "MIN_BYTES", 0)
+    nets = []
+    for kind in ("llama", "qwen2"):
+        file = tmp_path / "base.gguf"
+        file.write_bytes(files[kind].read_bytes())
+        wanted = section(file, "kept", "float32")
+        nets.append(load_model(wanted, device=CPU).net)
+        assert_equal(by_transformers(wanted).net, nets[-1])

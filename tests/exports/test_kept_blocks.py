@@ -157,3 +157,14 @@ def test_only_a_gguf_file_has_blocks(file: Path, tmp_path: Path) -> None:
     assert [(problem.key, problem.how) for problem in problems] == [
         ("model.quantization", "name a .gguf file, or write nf4")
     ]
+
+
+@pytest.mark.drawn
+def test_a_streamed_run_leaves_the_same_adapter(recipe: Path, tmp_path: Path) -> None:
+    runs = {}
+    for streaming in ("off", "host", "disk"):
+        run = tmp_path / streaming
+        assert train_in_child(recipe, run, f"memory.streaming={streaming}", "training.max_steps=3").code == 0
+        assert json.loads((run / "plan.json").read_text("utf-8"))["choice"]["streaming"] == streaming
+        runs[streaming] = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert runs["off"] == runs["host"] == runs["disk"]

@@ -18,6 +18,7 @@ from tests.model.test_other_families import MAKERS
 from tunekit.errors import ModelError
 from tunekit.model.families import make_family
 from tunekit.model.storage.reading import BaseReader, fill_net, load_generation_config, open_base, unfilled_net
+from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import quiet
 
 KINDS: dict[str, Callable[[], nn.Module]] = {name: lambda name=name: make_net(name) for name in MODELS}
@@ -39,7 +40,7 @@ def both(kind: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Mod
         config = AutoConfig.from_pretrained(str(folder))
         theirs = auto_class(kind).from_pretrained(str(folder), dtype=dtype, attn_implementation="eager")
         ours = unfilled_net(auto_class(kind), config, dtype, "eager")
-    return theirs, ours, open_base(ours, folder, dtype)
+    return theirs, ours, open_base(ours, ModelSource(str(folder), folder), dtype)
 
 
 def save(net: Any, folder: Path, **settings: Any) -> Path:
@@ -222,7 +223,7 @@ def test_files_that_do_not_cover_the_net_exactly_are_left_to_from_pretrained(
     folder = save(make_net("llama"), tmp_path)
     change_tensors(folder, change)
     net = unfilled_net(auto_class("llama"), AutoConfig.from_pretrained(folder), torch.float32, "eager")
-    assert open_base(net, folder, torch.float32) is None
+    assert open_base(net, ModelSource(str(folder), folder), torch.float32) is None
 
 
 def test_what_transformers_keeps_in_float32_is_left_to_it(tmp_path: Path) -> None:

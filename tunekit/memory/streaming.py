@@ -99,11 +99,12 @@ def _in_slot(forward: Callable[..., object], number: int, then: int, slots: Laye
 
 
 def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
-    """The reason why this base's layers can never be streamed, or None."""
+    """The reason why this base's layers can never be streamed, or None. `base`: from make_meta_model."""
     if base.family.stages(base.net) is None:
         return f"{base.facts.model_type} has not been tested layer by layer"
-    if find_source(section, weights=False).gguf_file is not None:
-        return "the tensors of a GGUF file are named differently from the network's"
+    alone = base.packed_while_read or base.copied_while_read
+    if find_source(section, weights=False).gguf_file is not None and not alone:
+        return f"the tensors of a GGUF file are not those of {base.facts.model_type}, so transformers reads them together"
     if section.trust_remote_code:
         return "a base with remote code can only be loaded by transformers"
     return None

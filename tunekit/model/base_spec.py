@@ -38,7 +38,7 @@ class BaseSpec:
     @property
     def read_by_us(self) -> bool:
         """Whether tunekit can read the files without transformers."""
-        return self.source.gguf_file is None and not self.section.trust_remote_code
+        return not self.section.trust_remote_code
 
     @property
     def is_dense(self) -> bool:

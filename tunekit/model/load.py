@@ -206,7 +206,7 @@ def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
         return False
     try:
         head = spec.family.new_head(spec.section, net)
-        return open_base(net, spec.source.folder, spec.dtype, head) is not None
+        return open_base(net, spec.source, spec.dtype, head) is not None
     except ModelError:
         return True
 
@@ -267,7 +267,10 @@ def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] |
     can read it, or if it can map the files without copies."""
     if not spec.read_by_us:
         return None
-    if spec.is_dense and not needs_copies(read_headers(spec.source.folder), spec.dtype, spec.device):
+    copied = spec.source.gguf_file is not None or needs_copies(
+        read_headers(spec.source.folder), spec.dtype, spec.device
+    )
+    if spec.is_dense and not copied:
         return None
     with model_errors(spec.section), quiet(), no_fetched_code():
         net_and_reader = open_net(spec)

@@ -1,23 +1,31 @@
-"""GGUF files as a base: read by transformers, unpacked to dense weights, and parsed only once. Layers can keep the
-file's own blocks.
+"""GGUF files as a base: parsed only once, and read tensor by tensor, unpacked or in the file's own blocks. Where the
+net's tensors are not simply those of the file, transformers reads the whole file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
+from tunekit.files.tensors import TensorEntry
 from tunekit.model.families import text_config
 from tunekit.model.quantized import blocks
+from tunekit.model.quantized.four_bit import CHUNK_ELEMENTS
 from tunekit.model.quantized.weights import PackedLinear, kept_linear, weight_of
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import replaced
+
+# transformers' classes that give each tensor of the file to one tensor of the net, in the same shape
+ROW_PROCESSORS = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor")
+REORDERED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
 
 
 def gguf_arguments(source: ModelSource) -> dict[str, Any]:
@@ -43,6 +51,77 @@ def parsed_once(name_or_path: str) -> Iterator[None]:
     cached = {name: lru_cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with replaced(vars(gguf), **cached):
         yield
+
+
+class GgufFiles:
+    """The tensors of a GGUF file under the names of the net's, with the numbers that transformers reads.
+
+    `tensors`: gguf's entries by the net's names. `processor`: transformers' object that reorders the rows of a matrix.
+    """
+
+    mapped = False  # no tensor is a view of the file
+
+    def __init__(self, tensors: dict[str, Any], processor: Any) -> None:
+        self._tensors, self._processor = tensors, processor
+        shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+        self.headers = {name: TensorEntry("", torch.float32, shape, 0) for name, shape in shapes.items()}
+
+    def view(self, name: str) -> Tensor:
+        """The unpacked tensor, float32."""
+        target = torch.empty(self.headers[name].shape)
+        self.read_into(name, target)
+        return target
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copy the unpacked tensor into `target` (same shape, any strides and dtype), some rows at a time if their
+        order is that of the file."""
+        import gguf
+
+        tensor = self._tensors[name]
+        rows, reordered = target.shape[0], tensor.name.endswith(REORDERED)
+        step = rows if reordered else max(1, CHUNK_ELEMENTS * rows // max(1, target.numel()))
+        for first in range(0, rows, step):
+            values = gguf.quants.dequantize(tensor.data[first : first + step], tensor.tensor_type)
+            target[first : first + step] = torch.from_numpy(np.array(self._in_order(tensor, values)))
+
+    def blocks(self, name: str) -> Tensor:
+        """The blocks of a matrix, its rows in the order of the net: (O, bytes) uint8."""
+        tensor = self._tensors[name]
+        return torch.from_numpy(np.array(self._in_order(tensor, tensor.data)))
+
+    def _in_order(self, tensor: Any, values: Any) -> Any:
+        return self._processor.process(weights=values, name=tensor.name).weights
+
+
+def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
+    """The file's tensors for a net of transformers; None if a tensor of the net might not be exactly one of the file.
+
+    Source: load_gguf_checkpoint of transformers.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as legacy
+
+    reader = gguf.GGUFReader(str(source.folder / str(source.gguf_file)))
+    architecture = str(reader.fields["general.architecture"].contents())
+    kind = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
+    if kind.__name__ not in ROW_PROCESSORS or architecture in _packed_architectures():
+        return None
+    counts = {name: reader.fields.get(f"{architecture}.attention.{key}") for name, key in HEADS.items()}
+    processor = kind(config={name: field.contents() for name, field in counts.items() if field is not None})
+    try:
+        names = legacy.get_gguf_hf_weights_map(net, processor)
+    except NotImplementedError:  # gguf does not know this type of model
+        return None
+    return GgufFiles({names[each.name]: each for each in reader.tensors if each.name in names}, processor)
+
+
+def _packed_architectures() -> Collection[str]:
+    """Architectures that transformers reads by other code."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:  # older versions read all in the same way
+        return ()
+    return tuple(GGUF_ARCHS)
 
 
 class FileBlocks:

@@ -22,8 +22,8 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
     Raises: ModelError for a base that only transformers can read; ResourceError if a sidecar cannot be written.
     """
     if not spec.read_by_us:
-        what = "a GGUF file" if spec.source.gguf_file is not None else "a base with remote code"
-        raise ModelError(f"{what} cannot be streamed: its tensors have other names than the net's", HOW, key=KEY)
+        what = "a base with remote code cannot be streamed: its tensors have other names than the net's"
+        raise ModelError(what, HOW, key=KEY)
     opened = open_net(spec)
     if opened is None:
         what = f"{spec.section.name_or_path} stores its weights under other names or shapes than the net"

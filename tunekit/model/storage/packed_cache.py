@@ -69,9 +69,9 @@ def _names(spec: BaseSpec) -> tuple[str, str]:
     how: dict[str, object] = {"quantization": [section.quantization, section.double_quantization]}
     how |= {"dtype": str(spec.dtype), "device": spec.device.type}
     times = {}
-    for name in shard_files(source.folder):
+    for name in shard_files(source.folder) if source.gguf_file is None else [source.gguf_file]:
         stat = (source.folder / name).stat()
         times[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     base = {"fingerprint": str(spec.fingerprint), "files": times, "code": code_version(CODE, PACKAGES)}
-    prefix = hash_of({**how, "folder": str(source.folder.resolve())})[:16]
+    prefix = hash_of({**how, "folder": str((source.folder / (source.gguf_file or "")).resolve())})[:16]
     return f"{prefix}-", hash_of({**how, **base})

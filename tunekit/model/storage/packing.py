@@ -97,7 +97,10 @@ class PackedBase:
 
     def _pack(self, name: str, out_features: int, in_features: int) -> Tensors:
         """The packed tensors of one layer."""
-        section, matrix = self.spec.section, torch.empty(out_features, in_features, dtype=self.spec.dtype)
+        section = self.spec.section
+        if section.quantization == "kept":
+            return {"packed": self.reader.blocks(f"{name}.weight").to(self.spec.device)}
+        matrix = torch.empty(out_features, in_features, dtype=self.spec.dtype)
         self.reader.read_into(f"{name}.weight", matrix.t() if name in self.transposed else matrix)
         packed = pack_matrix(matrix, section.quantization, section.double_quantization)
         return {own: tensor.to(self.spec.device) for own, tensor in packed.items()}

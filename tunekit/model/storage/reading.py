@@ -1,4 +1,4 @@
-"""Reads a base under the names of its net, one tensor at a time, directly from the safetensors files.
+"""Reads a base under the names of its net, one tensor at a time, directly from the safetensors or GGUF files.
 
 transformers' from_pretrained holds the whole base at once. The results here are equal to its results bit for bit. If
 that is not certain (renamed or unknown tensors, remote code), `open_base` returns None and from_pretrained is used.
@@ -12,7 +12,7 @@ import mmap
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +27,9 @@ from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.base_spec import BaseSpec
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
+from tunekit.model.storage.gguf import GgufFiles, gguf_files
 from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.source import ModelSource
 
 CHUNK_BYTES = 4 * 2**20  # size of one read, in addition to the target tensor
 ALIGNMENT = 64  # alignment of a tensor's first byte, as in torch's own allocations
@@ -65,6 +67,8 @@ def _meta_parameters() -> Iterator[None]:
 
 class MappedFiles:
     """Tensors of a folder's safetensors files, as views of shared read-only mappings or as copies."""
+
+    mapped = True
 
     def __init__(self, folder: Path, headers: dict[str, TensorEntry]) -> None:
         self.folder, self.headers = folder, headers
@@ -114,7 +118,9 @@ class BaseReader:
     `names`: one name for each tensor, in the net's order. Methods also accept the other names of tied tensors.
     """
 
-    def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: Sequence[str] = ()) -> None:
+    def __init__(
+        self, net: nn.Module, files: MappedFiles | GgufFiles, groups: dict[str, str], head: Sequence[str] = ()
+    ) -> None:
         self.files, self._groups, self._head = files, groups, tuple(f"{name}." for name in head)
         self._tensors: Tensors = dict(net.state_dict(keep_vars=True))
         self.names = tuple(name for name in self._tensors if groups[name] == name)
@@ -139,7 +145,8 @@ class BaseReader:
     def is_mapped(self, name: str) -> bool:
         """Whether `view` is a view of the file: the tensor is stored as one piece, in the net's dtype."""
         name = self._groups[name]
-        return name in self._stored and self.files.headers[self._stored[name]].dtype == self.dtype(name)
+        stored = self._stored.get(name)
+        return self.files.mapped and stored is not None and self.files.headers[stored].dtype == self.dtype(name)
 
     def view(self, name: str) -> Tensor:
         """The tensor in its stored dtype, as a view of a shared read-only mapping: never write to it.
@@ -166,6 +173,11 @@ class BaseReader:
             return
         for piece, part in (self._joined[name].views(target) or {}).items():
             self.files.read_into(self._pieces[name][piece], part)
+
+    def blocks(self, name: str) -> Tensor:
+        """The blocks of a matrix of a GGUF file, (O, bytes) uint8."""
+        assert isinstance(self.files, GgufFiles)
+        return self.files.blocks(self._stored[self._groups[name]])
 
     def _find(self, net: nn.Module) -> bool:
         """Match names with the files; returns whether the files contain exactly the net's tensors, in their shapes."""
@@ -255,8 +267,8 @@ def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device:
     )
 
 
-def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: Sequence[str] = ()) -> BaseReader | None:
-    """A reader of the base in `folder` for a net of `unfilled_net`; None if it might not equal from_pretrained.
+def open_base(net: nn.Module, source: ModelSource, dtype: torch.dtype, head: Sequence[str] = ()) -> BaseReader | None:
+    """A reader of the base in `source` for a net of `unfilled_net`; None if it might not equal from_pretrained.
 
     `head`: names of the head's modules, which the files may lack.
     Raises: ModelError for damaged or missing files.
@@ -270,8 +282,12 @@ def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: Sequence[s
         return None
     first: dict[int, str] = {}
     groups = {name: first.setdefault(id(tensor), name) for name, tensor in net.state_dict(keep_vars=True).items()}
-    reader = BaseReader(net, MappedFiles(folder, read_headers(folder)), groups, head)
-    return reader if reader._find(net) else None
+    if source.gguf_file is None:
+        files: MappedFiles | GgufFiles | None = MappedFiles(source.folder, read_headers(source.folder))
+    else:
+        files = gguf_files(source, net)
+    reader = None if files is None else BaseReader(net, files, groups, head)
+    return reader if reader is not None and reader._find(net) else None
 
 
 def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
@@ -281,7 +297,7 @@ def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
     exact = spec.family.exact_head(net)
     if exact is not None:
         net.get_submodule(exact).float()
-    reader = open_base(net, folder, spec.dtype, spec.family.new_head(spec.section, net))
+    reader = open_base(net, spec.source, spec.dtype, spec.family.new_head(spec.section, net))
     if reader is None:
         return None
     load_generation_config(net, folder)
@@ -308,7 +324,8 @@ def fill_net(net: nn.Module, reader: BaseReader) -> None:
 
 
 def load_generation_config(net: nn.Module, folder: Path) -> None:
-    """Give the net the generation settings that from_pretrained would use: generation_config.json, else config.json."""
+    """Give the net the generation settings that from_pretrained would use: generation_config.json, else config.json,
+    else (next to a GGUF file) those of the net's configuration."""
     from transformers import GenerationConfig
 
     pretrained = as_pretrained(net)
@@ -317,6 +334,7 @@ def load_generation_config(net: nn.Module, folder: Path) -> None:
     try:
         pretrained.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except OSError:
-        pretrained.generation_config = GenerationConfig.from_pretrained(
-            str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True
-        )
+        with suppress(OSError, TypeError):  # no such file
+            pretrained.generation_config = GenerationConfig.from_pretrained(
+                str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True
+            )
