@@ -104,7 +104,7 @@ def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
         return f"{base.facts.model_type} has not been tested layer by layer"
     alone = base.packed_while_read or base.copied_while_read
     if find_source(section, weights=False).gguf_file is not None and not alone:
-        return f"the tensors of a GGUF file are not those of {base.facts.model_type}, so transformers reads them together"
+        return f"a GGUF file does not store {base.facts.model_type} tensor by tensor as the network does"
     if section.trust_remote_code:
         return "a base with remote code can only be loaded by transformers"
     return None
