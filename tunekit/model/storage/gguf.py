@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
@@ -21,6 +22,12 @@ from tunekit.model.quantized.four_bit import CHUNK_ELEMENTS
 from tunekit.model.quantized.weights import PackedLinear, kept_linear, weight_of
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import replaced
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor
+
+Numbers = NDArray[np.uint8] | NDArray[np.float32]  # blocks, or unpacked
 
 # transformers' classes that give each tensor of the file to one tensor of the net, in the same shape
 ROW_PROCESSORS = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor")
@@ -61,7 +68,7 @@ class GgufFiles:
 
     mapped = False  # no tensor is a view of the file
 
-    def __init__(self, tensors: dict[str, Any], processor: Any) -> None:
+    def __init__(self, tensors: dict[str, ReaderTensor], processor: TensorProcessor) -> None:
         self._tensors, self._processor = tensors, processor
         shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
         self.headers = {name: TensorEntry("", torch.float32, shape, 0) for name, shape in shapes.items()}
@@ -89,7 +96,8 @@ class GgufFiles:
         tensor = self._tensors[name]
         return torch.from_numpy(np.array(self._in_order(tensor, tensor.data)))
 
-    def _in_order(self, tensor: Any, values: Any) -> Any:
+    def _in_order(self, tensor: ReaderTensor, values: Numbers) -> Numbers:
+        """`values` of rows of a tensor, as the net has them."""
         return self._processor.process(weights=values, name=tensor.name).weights
 
 
