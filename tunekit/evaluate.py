@@ -130,8 +130,8 @@ def evaluate_tasks(
     console.table(*score_table(values["scores"]), title=target)
     if values["changes"]:
         console.table(*change_table(values["changes"]))
-    if spec.kind == "run" and spec.run is not None:
-        write_json(spec.run / TASKS_NAME, values)
+    if spec.kind == "run" and spec.run is not None and spec.model == find_target(target, None, []).model:
+        write_json(spec.run / TASKS_NAME, values)  # scores on a changed base are not those of the run
         console.info(f"tunekit report {target} shows them")
     write_result(values)
 

@@ -98,7 +98,7 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from tunekit.evaluation.tasks.harness import HarnessModel
+        from tunekit.evaluation.tasks.harness import HarnessModel, _StopTexts
 
         loaded, devices = loaded_model(STORIES), Devices(torch.device("cpu"))
         objective = measuring_objective(loaded.model.base, loaded.processor)
@@ -109,8 +109,12 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
         pairs = [(story[:cut], end) for cut in (0, 21, 54) for end in (" She", " He", " The dog was big.", "She ran")]
         pairs.append((story * 60, "She was happy."))  # longer than the model's table
         texts = [(story * 2,), (story * 60,)]
-        settings = {"until": ["."], "max_gen_toks": 30, "do_sample": False}
-        prompts = [(text, settings) for text in (story, "Tom and his dog", "One day, a big bear")]
+        comma = loaded.tokenizer.encode("a,")[-1]
+        loaded.model.base.generation_config.eos_token_id = net.generation_config.eos_token_id = [2, comma]
+        until = ([".", "<s>"], ["dog"], [])
+        settings = [{"until": texts, "max_gen_toks": 30, "do_sample": False} for texts in until]
+        begins = (story, "Tom and his dog", "One day, a big bear")
+        prompts = [(text, setting) for text in begins for setting in settings]
         values = [
             [
                 model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs]),
@@ -120,6 +124,8 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
             ]
             for model in (ours, theirs)
         ]
+        named = loaded.tokenizer.encode("Once upon<s>")
+        assert _StopTexts(loaded.tokenizer, ["<s>"]).ended(named)
         result.write_text(json.dumps(values), encoding="utf-8")
 
     ended = in_child(work, tmp_path / "log")
@@ -150,6 +156,8 @@ def test_eval_measures_a_run_and_its_base(
     def work() -> None:
         from tunekit.evaluate import evaluate_tasks
 
+        evaluate_tasks(str(run), None, [str(task)], None, ["model.dtype=bfloat16"])
+        assert not (run / "tasks.json").exists()  # the run's own dtype is float32
         evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
 
     ended = in_child(work, folder / "log", harness)

@@ -15,7 +15,7 @@ from tunekit.evaluation.continuations import continuation_scores
 from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.model.families import text_config
-from tunekit.model.text.generation import generate_texts
+from tunekit.model.text.generation import generate_texts, model_end_ids
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.tuned.model import TunedModel
 
@@ -124,6 +124,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         until = settings.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         prompts, stops = [self.tok_encode(text)[-room:] for text in texts], _StopTexts(self.text, ends)
+        stop_ids = [self.eot_token_id, *model_end_ids(self.model.base)]
         with undisturbed(self.model):
             produced = generate_texts(
                 self.model.base,
@@ -132,9 +133,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 max_new_tokens=count,
                 batch_size=self.batch_size,
                 sampling=sampling_of(settings),
-                stop_ids=[self.eot_token_id],
+                stop_ids=stop_ids,
                 adapt=self.model.adapt_inputs,
                 virtual_tokens=self.model.virtual_tokens,
+                keep_stop=True,  # as in HFLM, an end that is an ordinary token is part of the answer
                 ends=stops.ended,
             )
         return [stops.cut(self.text.decode(ids, skip_special_tokens=True)) for ids in produced]
@@ -155,8 +157,8 @@ class _StopTexts:
         self.tokenizer, self.texts = tokenizer, [text for text in texts if text]
 
     def ended(self, ids: Sequence[int]) -> bool:
-        """Whether an answer with these ids is complete."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True) if self.texts else ""
+        """Whether an answer with these ids is complete. A stop text may be the name of a special token."""
+        text = self.tokenizer.decode(ids) if self.texts else ""
         return any(stop in text for stop in self.texts)
 
     def cut(self, text: str) -> str:

@@ -108,10 +108,15 @@ def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, o
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
     """Ids that end an answer: the tokenizer's end token, the model's own, and the token that ends a turn of the
     template."""
-    eos_ids = getattr(model.generation_config, "eos_token_id", None)
-    of_model = eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]
-    stops = {tokenizer.eos_id, *of_model, *end_of_turn_ids(tokenizer, template)}
+    stops = {tokenizer.eos_id, *model_end_ids(model), *end_of_turn_ids(tokenizer, template)}
     return sorted(int(stop) for stop in stops if stop is not None)
+
+
+def model_end_ids(model: LoadedModel) -> list[int]:
+    """Ids at which transformers itself ends an answer: those of the generation settings."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    return [int(token) for token in ids if token is not None]
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
