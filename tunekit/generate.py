@@ -4,6 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from tunekit.console import Console, visible
-from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Sampling, no_progress
+from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Objective, Sampling, no_progress
 from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
@@ -25,15 +27,30 @@ from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import write_bytes
 from tunekit.formats.label_pairs import names_pair, read_pair
 from tunekit.machine.devices import Devices, make_devices
+from tunekit.model.call import seed_for
 from tunekit.model.families import make_family
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
+from tunekit.talking.adapters import adapter_in
+from tunekit.talking.answer import Request
+from tunekit.talking.conversation import make_speaker
+from tunekit.talking.table import answer_table
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
 TextOrPair = str | tuple[str, str]  # a text, or a pair of texts
 TABLES = (".csv", ".tsv")  # endings of files of prompts with columns
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, with the folder of the adapter that answers it; None: the target's own."""
+
+    prompt: TextOrPair
+    adapter: Path | None = None
+
+
 PROMPT_LINE = 'write {"prompt": "..."}, or for a pair {"sentence1": "...", "sentence2": "..."}'
 
 
@@ -61,11 +78,13 @@ def generate_verb(
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
-    items = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
+    rows = [PromptRow(prompt)] if prompt is not None else [] if score is not None else read_prompts(Path(str(prompts)))
+    items, adapters = [row.prompt for row in rows], any(row.adapter is not None for row in rows)
     spec = find_target(target, base, overrides)
     draws = make_family(family_of(spec)).is_pipeline
     sampling_flags = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
-    flags = {**sampling_flags, "--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
+    other_flags = {"--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
+    flags = {**sampling_flags, **other_flags, "the key adapter": adapters or None}
     _check_flags(draws, output, [flag for flag, value in flags.items() if value is not None])
     if spec.evaluation.choices is not None and (temperature or max_new_tokens is not None):
         what = "the answer is the most likely one of evaluation.choices, so no tokens are sampled"
@@ -87,17 +106,25 @@ def generate_verb(
         questions: Sequence[TextOrPair] = items
         if not loaded.model.base.family.reads_ids and prompts is not None:
             questions = [str(media_folder(prompts) / Path(text)) for text in texts]
-        answers = answer(loaded, questions, sampling, devices) if score is None else []
+        alone = partial(answer, loaded, questions, devices=devices)
+        ask = partial(answer_with_adapters, loaded, rows) if adapters else alone
+        answers = ask(sampling) if score is None else []
         scores = [] if score is None else score_file(loaded, Path(score).absolute())
     finally:
         devices.close()
-    for row, value in scores:
-        console.json({**row, "score": value})
-    if prompt is not None:
-        console.write(f"{visible(answers[0])}\n")
-        return
-    for item, reply in zip(items, answers, strict=True):
-        console.json({"prompt": item, "answer": reply})
+    for scored, value in scores:
+        console.json({**scored, "score": value})
+    _write_answers(console, rows, answers, as_lines=prompt is None)
+
+
+def _write_answers(console: Console, rows: Sequence[PromptRow], answers: Sequence[str], *, as_lines: bool) -> None:
+    """Print the answers, as JSON lines or as plain text."""
+    for row, reply in zip(rows, answers, strict=True):
+        if as_lines:
+            adapter = {} if row.adapter is None else {"adapter": str(row.adapter)}
+            console.json({"prompt": row.prompt, **adapter, "answer": reply})
+        else:
+            console.write(f"{visible(reply)}\n")
 
 
 def _texts_of(prompts: Sequence[TextOrPair], loaded: LoadedTarget) -> list[str]:
@@ -137,25 +164,26 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
         console.json({"prompt": prompt, "picture": str(place), "seed": seed + number})
 
 
-def read_prompts(path: Path) -> list[TextOrPair]:
+def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts in a file, one per line; `-` is standard input. A line is plain text; in a .jsonl file it is an
-    object with `prompt`, `text` or the two texts of a pair, and a .csv or .tsv file has such columns. A recording or
-    image is one prompt, a folder one prompt per file.
+    object with `prompt`, `text` or the two texts of a pair, and a .csv or .tsv file has such columns. `adapter` names
+    the folder of an adapter or run, relative to the file. A recording or image is one prompt, a folder one prompt per
+    file.
 
     Raises: DataError with the line.
     """
     if path.is_dir():
         if media := [name for name in sorted(os.listdir(path)) if is_media(name)]:
-            return list(media)
+            return [PromptRow(name) for name in media]
         how = "tunekit reads only files directly in this folder, not in folders inside it"
         raise DataError("it contains no recording and no image", how, file=str(path))
     if str(path) != "-" and not path.exists():
         raise DataError("there is no such file or folder", "check the path of --prompts", file=str(path))
     if is_media(path.name):
-        return [path.name]
+        return [PromptRow(path.name)]
     if path.suffix.lower() in TABLES:
         problems = Problems()
-        prompts = [_prompt_in(row.values, path, row.line) for row in read_source(Source(path=str(path)), problems)]
+        prompts = [_row_of(row.values, path, row.line) for row in read_source(Source(path=str(path)), problems)]
         problems.raise_if_any()
         return prompts
     try:
@@ -171,14 +199,24 @@ def read_prompts(path: Path) -> list[TextOrPair]:
     return prompts
 
 
-def _prompt_of(line: str, path: Path, number: int) -> TextOrPair:
+def _prompt_of(line: str, path: Path, number: int) -> PromptRow:
     if path.suffix != ".jsonl":
-        return line
+        return PromptRow(line)
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"is not JSON ({error})", PROMPT_LINE, file=str(path), line=number) from error
-    return _prompt_in(value if isinstance(value, dict) else {}, path, number)
+    return _row_of(value if isinstance(value, dict) else {}, path, number)
+
+
+def _row_of(row: Mapping[str, Any], path: Path, number: int) -> PromptRow:
+    """The prompt in a row and its adapter. Raises: DataError if there is no such prompt or adapter."""
+    name = row.get("adapter")
+    adapter = adapter_in(Path(os.path.abspath(path.parent / name))) if isinstance(name, str) and name else None
+    if name not in (None, "") and adapter is None:
+        how = "name the folder of an adapter or a run; a relative path starts at the folder of this file"
+        raise DataError(f"'adapter': {name!r} contains no adapter", how, file=str(path), line=number)
+    return PromptRow(_prompt_in(row, path, number), adapter)
 
 
 def _prompt_in(row: Mapping[str, Any], path: Path, number: int) -> TextOrPair:
@@ -232,9 +270,7 @@ def answer(
     """The model's answer to each text, formatted like the training rows; with evaluation.choices, the most likely
     choice."""
     settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
-    length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
-    options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
-    objective = loaded.objective.with_options(options)
+    objective = _objective_of(loaded)
     choices = choices_of(settings, objective, data)
     if choices is not None:
         asked = [text for text in texts if isinstance(text, str)]
@@ -244,11 +280,50 @@ def answer(
         scores = answering is not None and answering.score is not None
         how = "score answers with --score FILE" if scores else "name a different target"
         raise InputError(f"the target was trained with {objective.name}, which does not generate answers", how)
-    rows = objective.rows
-    prompts = [rows.question(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
-    if model.base.family.reads_ids and model.base.text is not None:
-        largest = max((max(ids, default=0) for ids in prompts), default=0)
-        check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, largest)
+    prompts = _questions(loaded, objective, texts)
     with undisturbed(model):
         limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, loaded.target.chat_template, sampling)
         return answering.write(model, prompts, limits)
+
+
+@torch.no_grad()
+def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampling: Sampling = GREEDY) -> list[str]:
+    """The answer to each prompt with its adapter, as the adapter alone gives it; the target is their base.
+
+    Raises: InputError if the target does not generate texts, or chooses answers from a list.
+    """
+    settings, objective = loaded.target.evaluation, _objective_of(loaded)
+    answering, is_text = objective.answering, loaded.model.base.family.reads_ids
+    if answering is None or answering.kind != "text" or not is_text or settings.choices is not None:
+        what = "some rows name an adapter, but the target does not generate texts"
+        raise InputError(what, "name a base that generates texts, and no evaluation.choices")
+    speaker = make_speaker(loaded, needs_template=False)
+    requests = [
+        Request(
+            max_new_tokens=settings.max_new_tokens,
+            sampling=replace(sampling, seed=seed_for("generate", sampling.seed, number)),
+            prompt=prompt,
+        )
+        for number, prompt in enumerate(_questions(loaded, objective, [row.prompt for row in rows]))
+    ]
+    prepared = [speaker.prepare(request) for request in requests]
+    with undisturbed(loaded.model):
+        return answer_table(speaker, prepared, [row.adapter for row in rows], settings.batch_size)
+
+
+def _objective_of(loaded: LoadedTarget) -> Objective:
+    """The objective, which encodes prompts as the target's data section says."""
+    data = loaded.target.data
+    length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
+    options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
+    return loaded.objective.with_options(options)
+
+
+def _questions(loaded: LoadedTarget, objective: Objective, texts: Sequence[TextOrPair]) -> list[Any]:
+    """The prompt of each text, formatted like the training rows."""
+    rows, base = objective.rows, loaded.model.base
+    prompts = [rows.question(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
+    if base.family.reads_ids and base.text is not None:
+        largest = max((max(ids, default=0) for ids in prompts), default=0)
+        check_vocabulary(loaded.tokenizer, base.text.vocabulary_size, largest)
+    return prompts

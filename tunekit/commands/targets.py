@@ -61,7 +61,9 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|-", help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text)'
+            metavar="FILE|-",
+            help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text); '
+            "the key adapter names the folder of an adapter for the row",
         ),
     ] = None,
     max_new_tokens: Annotated[

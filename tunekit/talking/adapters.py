@@ -70,13 +70,17 @@ class Adapters:
         """Add an adapter that is attached to the net; it is never evicted."""
         self._set.add(name, lambda: attached)
 
-    def add(self, name: str, place: Path) -> None:
-        """Load the adapter of a folder. Raises: AdapterError if the folder has no adapter of this base."""
+    def register(self, name: str, place: Path) -> None:
+        """Add the adapter of a folder, which is loaded when it is first used."""
         if name == BASE:
             raise InputError(f"'{BASE}' is the name of the base itself", "give the adapter another name")
         if name in self.names:
             raise InputError(f"two adapters have the name '{name}'", "rename one of the folders")
         self._places[name] = place
+
+    def add(self, name: str, place: Path) -> None:
+        """Load the adapter of a folder. Raises: AdapterError if the folder has no adapter of this base."""
+        self.register(name, place)
         try:
             self.load(name)
         except BaseException:
@@ -89,10 +93,9 @@ class Adapters:
         Raises: InputError if there is none; AdapterError if a single one does not fit the base.
         """
         path = Path(folder_name).expanduser().absolute()
-        for name, place in ((name_of(folder_name), path), (path.name, path / "adapter")):
-            if _is_adapter(place):
-                self.add(name, place)
-                return
+        if place := adapter_in(path):
+            self.add(name_of(str(place)), place)
+            return
         adapters = _adapters_in(path)
         if not adapters:
             what = f"{folder_name} contains no adapter (adapter_config.json)"
@@ -162,6 +165,11 @@ def name_of(target: str) -> str:
     """The name under which its adapter is served: the folder's name; for a run's adapter, the run's name."""
     path = Path(os.path.abspath(target))
     return path.parent.name if path.name == "adapter" else path.name
+
+
+def adapter_in(path: Path) -> Path | None:
+    """The adapter folder of a path: the folder itself, or the adapter of a run."""
+    return next((place for place in (path, path / "adapter") if _is_adapter(place)), None)
 
 
 def _is_adapter(place: Path) -> bool:

@@ -1,0 +1,98 @@
+"""generate over a table whose rows name adapters of one base: each answer is that of its adapter alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny_pipelines import KINDS, saved_pipeline
+from tests.talking.test_conversation import adapter_of, load, peft_folder
+from tunekit.contracts import Sampling
+from tunekit.errors import TunekitError
+from tunekit.generate import answer, answer_with_adapters, generate_verb, read_prompts
+from tunekit.talking.answer import Request
+from tunekit.talking.conversation import make_speaker
+from tunekit.talking.table import answer_table
+
+TEXTS = [f"Say {number} long things." for number in range(7)]
+SETTINGS = ("evaluation.max_new_tokens=9", "evaluation.batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters, one of a run, and a prompt with virtual tokens."""
+    from peft import PromptTuningConfig
+
+    folder = tmp_path_factory.mktemp("table")
+    adapter_of(tiny_llama, folder / "one", 1, use_dora=True)
+    adapter_of(tiny_llama, folder / "run" / "adapter", 2)
+    prompt = PromptTuningConfig(num_virtual_tokens=30, task_type="CAUSAL_LM")
+    peft_folder(tiny_llama, folder / "prompt", 3, prompt)
+    return folder
+
+
+def write(folder: Path, adapters: list[Any]) -> Path:
+    rows = [{"prompt": text, "adapter": name} for text, name in zip(TEXTS, adapters, strict=False)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 0.9, 0, 5)])
+def test_each_row_has_the_answer_of_its_adapter_alone(folder: Path, tiny_llama: Path, sampling: Sampling) -> None:
+    names = ["one", "run", None, "prompt", "run", str(folder / "one"), "run"]
+    rows = read_prompts(write(folder, names))
+    answers = answer_with_adapters(load(tiny_llama, *SETTINGS), rows, sampling)
+    for name in ("one", "run/adapter", None, "prompt"):
+        alone = answer(load(tiny_llama if name is None else folder / name, *SETTINGS), TEXTS, sampling)
+        places = [at for at, row in enumerate(rows) if row.adapter == (None if name is None else folder / name)]
+        assert places
+        assert [answers[at] for at in places] == [alone[at] for at in places]
+    assert len({*answers}) >= 4
+
+
+def test_only_adapters_that_answer_are_in_memory(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    places = [adapter_of(tiny_llama, tmp_path / f"a{number}", number) for number in range(5)]
+    loaded = load(tiny_llama, *SETTINGS)
+    speaker = make_speaker(loaded, needs_template=False)
+    rows = [row.prompt for row in read_prompts(write(folder, [None] * 5))]
+    prompts = [loaded.objective.rows.question(text) for text in rows]
+    counts: list[int] = []
+    hook = loaded.model.base.net.register_forward_hook(
+        lambda *_: counts.append(sum(speaker.adapters.loaded(str(place)) is not None for place in places))
+    )
+    answer_table(speaker, [Request(max_new_tokens=4, prompt=ids) for ids in prompts], places, slots=2)
+    hook.remove()
+    assert max(counts) == 2
+
+
+def test_the_verb_prints_the_adapter_of_each_row(
+    folder: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_verb(str(tiny_llama), None, None, str(write(folder, ["run", None])), ["model.dtype=float32"], 3)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == TEXTS[:2]
+    assert [line.get("adapter") for line in lines] == [str(folder / "run" / "adapter"), None]
+    (folder / "rows.csv").write_text(f"prompt,adapter\n{TEXTS[0]},run\n{TEXTS[1]},\n", "utf-8")
+    generate_verb(str(tiny_llama), None, None, str(folder / "rows.csv"), ["model.dtype=float32"], 3)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+@pytest.mark.parametrize("name", ["none", 5, "."])
+def test_a_row_without_such_an_adapter_is_refused(folder: Path, name: Any) -> None:
+    with pytest.raises(TunekitError, match=r"rows\.jsonl:2.*contains no adapter"):
+        read_prompts(write(folder, ["one", name]))
+
+
+def test_a_target_that_chooses_answers_is_refused(folder: Path, tiny_llama: Path) -> None:
+    rows = read_prompts(write(folder, ["one"]))
+    with pytest.raises(TunekitError, match="does not generate texts"):
+        answer_with_adapters(load(tiny_llama, "evaluation.choices=[a, b]"), rows)
+
+
+def test_a_pipeline_refuses_rows_that_name_an_adapter(folder: Path, tmp_path: Path) -> None:
+    rows, pipeline = write(folder, ["one"]), saved_pipeline(tmp_path / "pipeline", KINDS[0])
+    with pytest.raises(TunekitError, match="draws images; the key adapter has no effect"):
+        generate_verb(str(pipeline), None, None, str(rows), [])
