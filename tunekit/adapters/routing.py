@@ -20,7 +20,7 @@ from tunekit.errors import AdapterError
 
 RowNames = tuple[str | None, ...]  # the adapter of each row; None: the base
 FindWrapper = Callable[[str], nn.Module | None]  # adapter's name -> its wrapper of a module
-SHORT_TOKENS = 4  # an adapter with fewer tokens takes part in the batched product; else its own is as fast
+MOST_ROWS = 3  # of an adapter in the batched product, which computes as many rows for each adapter
 CACHED_ROUTES = 2
 PROBE_SHAPE = (2, 3)  # rows and tokens
 
@@ -61,15 +61,15 @@ class Route:
         return torch.cat(parts).index_select(0, self.order)
 
 
-def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, tokens: int, device: torch.device) -> Route:
-    """`find`: returns an adapter's wrapper of this module; `tokens`: the tokens of each row."""
+def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, device: torch.device) -> Route:
+    """`find`: returns an adapter's wrapper of this module."""
     layers = {name: wrapper for name in dict.fromkeys(names) if name is not None and (wrapper := find(name))}
     rows: dict[str | None, list[int]] = {}
     for number, name in enumerate(names):
         rows.setdefault(name if name in layers else None, []).append(number)
     added = {name: layer for name, layer in layers.items() if isinstance(layer, LayerAdapter) and layer.is_additive}
     separate = [name for name in layers if name not in added]
-    joined = bank.arrange([n for n, layer in added.items() if len(rows[n]) * tokens < SHORT_TOKENS and _joins(layer)])
+    joined = bank.arrange([n for n, layer in added.items() if len(rows[n]) <= MOST_ROWS and _joins(layer)])
     apart = [number for name in separate for number in rows[name]]
     others = sorted({*range(len(names))} - {*apart})
 
@@ -107,10 +107,10 @@ class Router:
         """The module's output for x (B, T, I), or ids (B, T). Raises: AdapterError if x has different rows."""
         if len(x) != len(names):
             raise AdapterError(f"the call has the adapters of {len(names)} rows, but a layer's input has {len(x)} rows")
-        key = names, x.shape[1], base.training, x.device
+        key = names, base.training, x.device
         if key not in self._routes:
             self._routes = dict(list(self._routes.items())[1 - CACHED_ROUTES :])
-            self._routes[key] = make_route(names, find, self.bank, x.shape[1], x.device)
+            self._routes[key] = make_route(names, find, self.bank, x.device)
         return self._routes[key].compute(x, base, self.bank)
 
 
