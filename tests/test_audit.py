@@ -106,6 +106,7 @@ def test_an_honest_run_is_proved_and_not_touched(case: Path) -> None:
     assert (proof["data"], proof["base"]) == (recorded["data"], recorded["base"])
 
 
+@pytest.mark.drawn
 def test_a_stopped_run_is_audited_to_its_checkpoint(case: Path) -> None:
     lose_the_end(case)
     ended, proof = audited(case)
@@ -121,6 +122,7 @@ def test_the_seed_draws_the_parts(case: Path) -> None:
     assert proof["proved_steps"] == {4: 4, 6: 2}[drawn[0]]
 
 
+@pytest.mark.drawn
 def test_a_flipped_byte_of_a_checkpoint_is_named(case: Path) -> None:
     tensors = case / "checkpoints" / "step-000004" / "tensors.safetensors"
     flip(tensors, -100)
@@ -141,6 +143,7 @@ def test_a_flipped_byte_of_the_result_is_named(case: Path) -> None:
     assert "step 6: adapter/adapter_model.safetensors has other bytes" in ended.output
 
 
+@pytest.mark.drawn
 def test_a_changed_row_is_refused_and_with_forged_hashes_named(case: Path) -> None:
     rows = (case.parent / "train.jsonl").read_text("utf-8").splitlines()
     rows[6] = rows[6].replace("very", "most")
@@ -159,6 +162,7 @@ def test_a_changed_row_is_refused_and_with_forged_hashes_named(case: Path) -> No
     assert not proof["equal"]
 
 
+@pytest.mark.drawn
 def test_another_seed_is_refused_and_with_a_forged_fingerprint_named(case: Path) -> None:
     recipe = case / "recipe.yaml"
     recipe.write_text(recipe.read_text("utf-8").replace("\n  seed: 0", "\n  seed: 1"), encoding="utf-8")

@@ -141,6 +141,7 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
     assert all(texts)
 
 
+@pytest.mark.drawn
 def test_eval_measures_a_run_and_its_base(
     harness: Callable[[], None], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -75,6 +75,7 @@ def test_missing_processors(times: CpuTimes, threads: int, missing: int) -> None
     assert missing_processors(times, threads) == missing
 
 
+@pytest.mark.drawn
 @pytest.mark.usefixtures("two_threads")
 def test_a_busy_machine_is_stated_once_with_the_cure(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, warnings = case_with(tiny_llama, monkeypatch, [ALONE] * 3 + [BUSY] * 9)
