@@ -45,6 +45,7 @@ def test_an_adapter_is_loaded_when_it_is_used_and_the_oldest_one_evicted(speaker
     for name, others in (("one", ["one", "three"]), ("two", ["one", "two"]), ("three", ["three", "two"])):
         assert ask(speaker, name, QUESTION) == first[name]
         assert sorted(loaded(speaker)) == sorted(others)
+        assert {*speaker.states} <= {*others}  # an evicted adapter's conversation would keep it in memory
     plain = [type(module).__name__ for module in speaker.target.model.base.net.modules()]
     speaker.adapters.limit_bytes = 0
     speaker.adapters.load("base")

@@ -108,7 +108,12 @@ class Speaker:
         base, pad_id = self.target.model.base, self.target.tokenizer.pad_id
         with decoding(base.net):
             decoder = Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using_rows)
-            self.adapters.forget = decoder.forget
+
+            def forget(name: str) -> None:
+                decoder.forget(name)
+                self.states.pop(name, None)  # they hold the adapter in memory
+
+            self.adapters.forget = forget
             yield Answers(self, decoder)
 
     def slot_tokens(self, slots: int, memory_bytes: int) -> tuple[int, int]:

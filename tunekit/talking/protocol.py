@@ -22,7 +22,7 @@ Body = Mapping[str, object]
 MAX_CHOICES, MAX_TOP = 128, 20  # the largest n, and the largest number of most likely tokens
 MAX_STOPS = 16  # lm-eval's tasks have up to seven
 COMPLETION_TOKENS = 16  # of a completion whose client sets no limit
-SHARED = ("model", "temperature", "top_p", "seed", "stop", "stream", "n", "max_tokens", "logprobs")
+SHARED = ("model", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n", "max_tokens", "logprobs")
 READ = {  # by endpoint
     "chat": (
         *(*SHARED, "messages", "max_completion_tokens", "top_logprobs", "response_format"),
@@ -30,7 +30,7 @@ READ = {  # by endpoint
     ),
     "completions": (*SHARED, "prompt", "echo"),
 }
-WITHOUT_EFFECT = ("stream_options", "user", "metadata", "store", "service_tier")
+WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier")
 NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that are accepted only with values that change nothing
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
