@@ -52,7 +52,11 @@ LEVELS = {
     "__main__": 14,
 }
 VERB_LEVEL = 11  # every other file of the package
-SAME_LEVEL = {("train", "plan"), ("audit", "train")}  # beside contracts, which every room from level 3 on may import
+SAME_LEVEL = {
+    ("train", "plan"),
+    ("audit", "train"),
+    ("sweep", "train"),
+}  # beside contracts, which every room from level 3 on may import
 ARRAY_LEVEL = 3  # numpy and torch begin there
 
 DOORS = {

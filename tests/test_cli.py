@@ -398,7 +398,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     nodes = [node for tree in trees for node in ast.walk(tree)]
     homes = {name.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_verb")]
-    assert len(calls) == 29
+    assert len(calls) == 30
     for call in calls:
         name = ast.unparse(call.func)
         tree = ast.parse((package.parent / f"{homes[name]}.py".replace("tunekit.", "tunekit/")).read_text("utf-8"))
@@ -569,8 +569,10 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
 
     before = gc.get_threshold()
     run = SimpleNamespace(state=SimpleNamespace(step=0))
-    monkeypatch.setattr(tunekit.train, "_plan", lambda *_: (None, None))
-    monkeypatch.setattr(tunekit.train, "_load", lambda *_: None)
+    plan = SimpleNamespace(choice=SimpleNamespace(threads=None))
+    monkeypatch.setattr(tunekit.train, "plan_session", lambda *_: (plan, None))
+    monkeypatch.setattr(tunekit.train, "_describe", lambda *_: None)
+    monkeypatch.setattr(tunekit.train, "load_base", lambda *_: None)
     monkeypatch.setattr(tunekit.train, "assemble_run", lambda *_: (None, run))
     monkeypatch.setattr(tunekit.train.run_files, "announce_run", lambda *_: None)
     monkeypatch.setattr(tunekit.train.run_files, "make_trackers", stop)

@@ -94,7 +94,7 @@ def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> lis
     """A command with a tiny base, and three steps where it trains."""
     words = [stand_ins.get(word, word) for word in words]
     recipes = [word for word in words[1:] if word.endswith(".yaml") and (folder / word).is_file()]
-    takes = words[0] in ("plan", "train", "preview", "validate") or words[1:2] == ["check"]
+    takes = words[0] in ("plan", "train", "sweep", "preview", "validate") or words[1:2] == ["check"]
     if not recipes or not takes:
         return words
     text = (folder / recipes[0]).read_text(encoding="utf-8")

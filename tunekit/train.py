@@ -38,6 +38,7 @@ from tunekit.targets.target import measuring_objective
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
 from tunekit.training.finish import remedy, report_facts
+from tunekit.training.lane import Load
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
@@ -93,14 +94,23 @@ def train_verb(
         devices.close()
 
 
-def train_session(session: Session, resume: bool) -> None:
-    """Train in the session's run folder: plan, load, train, export, report. Raises: Stopped at the session's last
-    step, or after a stop signal."""
+def train_session(
+    session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
+) -> None:
+    """Train in the session's run folder: plan, load, train, export, report. `planned`: the result of `plan_session`, if
+    it was called before. `load`: a replacement of `load_base`.
+
+    Raises: Stopped at the session's last step, or after a stop signal.
+    """
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
-        plan, prepared = _plan(session, run_files.previous_choice(session) if resume else None)
+        plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
+        if checkpoint is None:
+            torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
+        _describe(session, plan)
         run_files.announce_run(session, plan, prepared)
-        plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
+        base = (load or load_base)(session, plan, prepared)
+        plan, run = assemble_run(session, plan, prepared, base, checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had delayed garbage collection
     trackers = run_files.make_trackers(session, run.state.step)
     progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
@@ -116,9 +126,11 @@ def train_session(session: Session, resume: bool) -> None:
 
 def _try_out(session: Session) -> dict[str, Any]:
     """--dry-run: load the model and run the longest batch forward and backward, without an update. Writes nothing."""
-    plan, prepared = _plan(session)
+    plan, prepared = plan_session(session)
+    torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
+    _describe(session, plan)
     try:
-        plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared))
+        plan, run = assemble_run(session, plan, prepared, load_base(session, plan, prepared))
     except Exception as error:
         if is_out_of_memory(error):
             raise session.out_of_memory() from error
@@ -145,15 +157,20 @@ def _try_out(session: Session) -> dict[str, Any]:
     }
 
 
-def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, RunInputs]:
-    """Make the plan, on the main rank first, so that rows are encoded only once."""
-    devices, console = session.devices, session.console
+def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan, RunInputs]:
+    """Make the plan, on the main rank first, so that rows are encoded only once. Raises: TunekitError with all
+    refusals."""
+    devices = session.devices
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, previous=previous))
     session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
     raise_refusals(plan)
-    torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
-    facts, rows = plan.model, plan.rows.training
+    return plan, prepared
+
+
+def _describe(session: Session, plan: Plan) -> None:
+    """Print the most important facts of the plan."""
+    console, facts, rows = session.console, plan.model, plan.rows.training
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
     console.info(
         f"{facts.name_or_path}: {facts.model_type}, computed in {facts.dtype}{quantized}; "
@@ -164,10 +181,9 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, RunIn
         f"{shows_of(plan.objective).units}; predicted peak {bytes_text(plan.peak_bytes.total)}"
     )
     console.info(*plan.notes)
-    return plan, prepared
 
 
-def _load(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
+def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
     """Load the base within the memory budget."""
     device = session.devices.device
     if plan.budget_bytes is not None:

@@ -17,6 +17,7 @@ from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import named_paths
 from tunekit.recipe.reading.supported import refuse_unsupported
+from tunekit.recipe.reading.trials import LoadedSweep, load_sweep
 from tunekit.recipe.recipe import Recipe
 
 CHECKED = (
@@ -77,12 +78,31 @@ def _may_be_replaced(name: str) -> bool:
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe. Raises: RecipeError if it is invalid or unsupported, or if a file that it names does not exist."""
+    """The recipe. Raises: RecipeError if it is invalid or unsupported, or if a file that it names does not exist. The
+    same for a recipe with one of the trials of its sweep."""
     loaded = load_recipe(recipe_path, overrides)
-    refusals = [*refuse_unsupported(loaded.recipe), *_missing_files(loaded.recipe)]
-    if refusals:
-        raise RecipeError.of([loaded.locate(problem) for problem in refusals], loaded.rewrites)
+    _refuse([loaded])
+    if loaded.sweep is not None and loaded.sweep.has_trials:
+        validate_sweep(recipe_path, overrides)
     return loaded
+
+
+def validate_sweep(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
+    """The trials of a recipe. Raises: RecipeError with the problems of all trials."""
+    sweep = load_sweep(recipe_path, overrides)
+    _refuse([trial.loaded for trial in sweep.trials])
+    return sweep
+
+
+def _refuse(recipes: Sequence[LoadedRecipe]) -> None:
+    """Raises: RecipeError if a recipe is unsupported, or if a file that it names does not exist."""
+    refusals = [
+        loaded.locate(problem)
+        for loaded in recipes
+        for problem in (*refuse_unsupported(loaded.recipe), *_missing_files(loaded.recipe))
+    ]
+    if refusals:
+        raise RecipeError.of(refusals, recipes[0].rewrites)
 
 
 def _read_by_line(path: str) -> bool:

@@ -159,6 +159,12 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "evaluation.patience": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
     "output.dir": ([OUTPUT, "no", "2024-01-01", "~/runs/x", "'runs/ä b'"], [*NOT_TEXT, "x" * 300, '"a\\0b"']),
     "output.report_to": (["[]", "[tensorboard]", "tensorboard", "none"], ["neptune", "[neptune]", "null", "[5]"]),
+    "sweep.keys": (["{}", "{adapter.r: [4, 8]}"], ["[]", "5", "text", "{adapter.r: 4}", "{adapter.r: []}"]),
+    "sweep.strategy": (["grid", "halving"], ["best", "random", "null", "5"]),
+    "sweep.trials": (["null"], ["3", *(each for each in NOT_COUNTS if each != "null")]),
+    "sweep.by": (["eval.loss"], ["loss", "eval.bleu", "true", "5", "null"]),
+    "sweep.seeds": (["1", "3"], NOT_COUNTS),
+    "sweep.leave_out": (["null"], ["fold", "true", "5", "[source]"]),
 }
 REQUIRED = ("model.name_or_path", "data.train.0.path", "output.dir")
 EXCLUSIVE = (
@@ -167,7 +173,7 @@ EXCLUSIVE = (
     ("training.micro_batch_size", "training.micro_batch_tokens"),
 )
 NO_EVAL = ("null", "0", "0.0")
-NEED_EVAL = ("evaluation.best", "evaluation.patience")
+NEED_EVAL = ("evaluation.best", "evaluation.patience", "sweep.keys", "sweep.seeds")
 # keys as Axolotl, LLaMA-Factory and TRL write them at top level
 ALIASES = {
     "model.name_or_path": ["base_model", "model_name_or_path"],

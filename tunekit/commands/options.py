@@ -17,6 +17,10 @@ def keys(help: str, *sections: str) -> object:
 
 
 Overrides = Annotated[list[str] | None, keys("training.learning_rate=1e-4 changes a key, ~training.epochs removes one")]
+SweptOverrides = Annotated[
+    list[str] | None,
+    keys("training.learning_rate=1e-4,3e-4 tries two values; training.epochs=2 changes a key of all trials"),
+]
 TargetKeys = Annotated[
     list[str] | None,
     keys("changes keys of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation."),

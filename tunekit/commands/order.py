@@ -5,7 +5,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 ORDER = (
-    *("init", "import", "validate", "data", "preview", "plan", "train", "watch", "runs", "report", "audit"),
+    *("init", "import", "validate", "data", "preview", "plan", "train", "sweep", "watch", "runs", "report", "audit"),
     *("eval", "chat", "generate", "serve", "merge", "export", "adapter", "reward", "recipes", "schema", "doctor"),
 )
 

@@ -1,4 +1,5 @@
-"""The commands that read the rows of a recipe, or train on them: data check, reward check, preview, plan and train."""
+"""The commands that read the rows of a recipe, or train on them: data check, reward check, preview, plan, train and
+sweep."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunekit.commands.options import Device, JsonFile, Overrides, RecipeFile
+from tunekit.commands.options import Device, JsonFile, Overrides, RecipeFile, SweptOverrides
 
 if TYPE_CHECKING:
     from tunekit.recipe.load import LoadedRecipe
@@ -81,6 +82,23 @@ def train(
     from tunekit.train import train_verb
 
     train_verb(loaded, resume, dry_run, overwrite, json_file, accepted or [])
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    overrides: SweptOverrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the trials that are not finished")] = False,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Train a recipe with several values of its keys, and compare."""
+    from tunekit.validate import validate_sweep
+
+    loaded = validate_sweep(recipe, overrides or [])
+    from tunekit.sweep import sweep_verb
+
+    sweep_verb(loaded, resume, json_file)
 
 
 @data.command()

@@ -17,7 +17,8 @@ CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # alway
 _BEST = re.compile(r"eval\.[a-z0-9_]+")
 
 
-def _best(value: object) -> str:
+def check_best(value: object) -> str:
+    """The name of an evaluation metric. Raises: ValueError if it is none."""
     if isinstance(value, str) and _BEST.fullmatch(value):
         return value
     raise ValueError("must be eval.METRIC, such as eval.loss")
@@ -82,5 +83,7 @@ class EvaluationSection(Section):
     task_documents: Count | None = Field(None, description="use this many documents of each task; null: all")
     task_lengths: Several[Count] = Field((), description="the lengths in tokens of tasks that generate their texts")
     batch_size: Count = Field(8, description="rows of one evaluation forward; only memory and speed")
-    best: Annotated[str, BeforeValidator(_best)] | None = Field(None, description="export the checkpoint best in this")
+    best: Annotated[str, BeforeValidator(check_best)] | None = Field(
+        None, description="export the checkpoint best in this"
+    )
     patience: Count | None = Field(None, description="stop after this many evaluations without gain")

@@ -39,6 +39,7 @@ from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+from tunekit.recipe.sweep import SweepSection
 
 __all__ = [
     "LoadedRecipe",
@@ -64,6 +65,7 @@ class LoadedRecipe:
     rewrites: list[str] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
     tool: str | None = None  # whose configuration it is, where it is no recipe of ours
+    sweep: SweepSection | None = None  # which only `tunekit sweep` reads
 
     def line_of(self, key: str) -> int | None:
         """The line of a dotted key; None where the file does not write it."""
@@ -127,8 +129,11 @@ def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
     """The recipe of a draft that was read. Raises: RecipeError with every problem found, in the order of the file."""
     path = Path(draft.file)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
-    written = draft.written_in(COMMAND_LINE)
-    return LoadedRecipe(recipe, path, draft.lines(), written, draft.rewrites, draft.defaults, tool)
+    written, sweep = draft.written_in(COMMAND_LINE), recipe.sweep
+    if sweep is not None and sweep.has_trials:
+        draft.defaults.append("sweep: only `tunekit sweep` trains with these values")
+    recipe = recipe.model_copy(update={"sweep": None})
+    return LoadedRecipe(recipe, path, draft.lines(), written, draft.rewrites, draft.defaults, tool, sweep)
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ def _make_sections(draft: Draft) -> dict[str, Section]:
     sections: dict[str, Section] = {}
     draft.problems += [unknown_key((name,), draft) for name in draft.values if name not in Recipe.model_fields]
     for name, field_info in Recipe.model_fields.items():
-        if name in draft.values:
+        if name in draft.values and not (draft.values[name] is None and field_info.default is None):
             if section := _make_section(name, draft):
                 sections[name] = section
         elif field_info.is_required() and name not in {key[0] for key in draft.untranslated}:

@@ -11,6 +11,7 @@ from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.output import OutputSection
 from tunekit.recipe.reading.names import SettingsKind, known_names, objective_class, settings_class
+from tunekit.recipe.sweep import SweepSection
 from tunekit.recipe.training import TrainingSection
 
 DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
@@ -45,7 +46,10 @@ def supervised_objective(family: str, labels: int = 0) -> ObjectiveSettings | No
 
 
 class Recipe(Section):
-    """Everything a run is made from. `model_validate` takes what `model_dump(mode="json")` gave."""
+    """Everything a run is made from. `model_validate` takes what `model_dump(mode="json")` gave.
+
+    `sweep`: not part of a run; None after loading.
+    """
 
     model: ModelSection
     data: DataSection
@@ -59,3 +63,4 @@ class Recipe(Section):
     memory: MemorySection = Field(default_factory=MemorySection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     output: OutputSection
+    sweep: SweepSection | None = Field(None, exclude=True)

@@ -105,7 +105,12 @@ def is_run_finished(session: Session) -> bool:
 def previous_choice(session: Session) -> Choice | None:
     """The choices in the plan of the run in this folder. A resume makes the same micro-batches, even if a different
     amount of memory is free."""
-    plan = session.from_folder(lambda folder: folder.read_json("plan.json"))
+    return session.from_folder(lambda folder: choice_in(folder.path))
+
+
+def choice_in(path: Path) -> Choice | None:
+    """The choices in the plan of a run folder; None if it has no plan."""
+    plan = read_json(path / "plan.json")
     choice = plan.get("choice") if isinstance(plan, dict) else None
     return None if choice is None else Choice(**choice)
 

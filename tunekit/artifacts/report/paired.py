@@ -40,16 +40,30 @@ class PairedDifference:
 
 def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
     """The difference of each run to the first, if both have the same objective and common rows."""
-    results = []
-    for run in runs[1:]:
-        pairs = _shared(runs[0], run)
-        if len(pairs) > 1:
-            than_loss, loss, units = pairs.T
-            low, high = paired_interval(than_loss, loss, units)
-            total = units.sum()
-            than_mean, mean = float(than_loss.sum() / total), float(loss.sum() / total)
-            results.append(PairedDifference(run.name, runs[0].name, len(pairs), mean, than_mean, low, high))
-    return results
+    results = (pooled_difference([(runs[0], run)]) for run in runs[1:])
+    return [result for result in results if result is not None]
+
+
+def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]]) -> PairedDifference | None:
+    """The difference between the second and the first run of all pairs together, such as one pair per seed. None if no
+    row was evaluated in both runs of a pair. A row of several pairs is drawn once, with its losses of all pairs.
+    """
+    sums: dict[tuple[str, int], Losses] = {}
+    for one, other in pairs:
+        for key, values in _pairs(one, other).items():
+            sums[key] = sums.get(key, np.zeros(3)) + values
+    if len(sums) < 2:
+        return None
+    return _difference(*pairs[0], np.stack(list(sums.values())))
+
+
+def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDifference:
+    """`losses`: (rows, 3), as `_pairs` gives them."""
+    than_loss, loss, units = losses.T
+    low, high = paired_interval(than_loss, loss, units)
+    total = units.sum()
+    than_mean, mean = float(than_loss.sum() / total), float(loss.sum() / total)
+    return PairedDifference(other.name, one.name, len(losses), mean, than_mean, low, high)
 
 
 def heading(than: str) -> list[str]:
@@ -58,14 +72,13 @@ def heading(than: str) -> list[str]:
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
-def _shared(one: RunValues, other: RunValues) -> Losses:
-    """(rows, 3): the losses of each common row in `one` and in `other`, and its units. Equal rows are matched in
-    order."""
+def _pairs(one: RunValues, other: RunValues) -> dict[tuple[str, int], Losses]:
+    """(3,) for each common row: its loss in `one` and in `other`, and its units. Equal rows are matched in order."""
     if one.recipe.get("objective") != other.recipe.get("objective"):
-        return np.empty((0, 3))
+        return {}
     first, second = dict(_keyed(one.row_losses)), dict(_keyed(other.row_losses))
-    both = [(first[key][0], *second[key]) for key in first if key in second]
-    return np.array([values for values in both if None not in values and values[2]], np.float64).reshape(-1, 3)
+    both = {key: (first[key][0], *second[key]) for key in first if key in second}
+    return {key: np.array(values, np.float64) for key, values in both.items() if None not in values and values[2]}
 
 
 def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:

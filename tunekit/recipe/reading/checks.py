@@ -16,12 +16,14 @@ from tunekit.recipe.reading.names import (
     unmeasurable,
 )
 from tunekit.recipe.reading.sections import section_class
-from tunekit.recipe.reading.suggest import did_you_mean
+from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.recipe import DEFAULT_METHOD
+from tunekit.recipe.sweep import SweepSection
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
 _ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))
 ANSWER_METRIC = "exact_match"
+SEED = "training.seed"
 
 
 def settle_pairs(draft: Draft) -> None:
@@ -98,6 +100,8 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         for name in ("best", "patience"):
             if isinstance(data, DataSection) and data.eval is None and getattr(evaluation, name) is not None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
+    if isinstance(sweep := sections.get("sweep"), SweepSection):
+        _check_sweep(draft, sweep, data, evaluation)
 
 
 def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None:
@@ -193,7 +197,47 @@ def _check_metrics(
             draft.add_problem(key, *wrong)
     if evaluation.samples and not objective.answers:
         draft.add_problem(("evaluation", "samples"), "this objective's model gives no answers", "remove it")
-    best = (evaluation.best or "eval.loss").removeprefix("eval.")
-    if best != "loss" and best not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
-        how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")
-        draft.add_problem(("evaluation", "best"), f"{best} is not among the metrics", how)
+    _check_best(draft, ("evaluation", "best"), evaluation.best or "eval.loss", evaluation)
+
+
+def _check_best(draft: Draft, key: KeyPath, name: str, evaluation: EvaluationSection) -> None:
+    """`name`: eval.METRIC, by which runs or checkpoints are compared."""
+    metric, known, chosen = name.removeprefix("eval."), known_names("metrics"), evaluation.choices is not None
+    if metric != "loss" and metric not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
+        how = f"add {metric} to evaluation.metrics" if metric in known else did_you_mean(metric, known, "known metrics")
+        draft.add_problem(key, f"{metric} is not among the metrics", how)
+
+
+def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
+    key: KeyPath = ("sweep", "leave_out")
+    if len(data.train) < 2:
+        draft.add_problem(key, "data.train has one source, and a run needs one", "name two sources or more")
+    if not isinstance(data.eval, tuple):
+        what = "without a source, a fraction would be of other rows, and the trials could not be compared"
+        draft.add_problem(key, what, "name evaluation sources in data.eval")
+    if any(f"{name}.".startswith("data.train.") for name in sweep.keys):
+        draft.add_problem(key, "the keys change data.train too", "remove one of them")
+
+
+def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evaluation: Section | None) -> None:
+    if evaluation is not None or "evaluation" not in draft.values:  # else it has problems of its own
+        settings = evaluation if isinstance(evaluation, EvaluationSection) else EvaluationSection()
+        _check_best(draft, ("sweep", "by"), sweep.by, settings)
+    if sweep.has_trials and isinstance(data, DataSection) and data.eval is None:
+        draft.add_problem(("sweep", "by"), "trials are compared on evaluation rows", "set data.eval")
+    if sweep.strategy == "random" and sweep.trials is None:
+        draft.add_problem(("sweep", "strategy"), "random draws some of the combinations", "write sweep.trials")
+    if sweep.strategy != "random" and sweep.trials is not None:
+        draft.add_problem(("sweep", "trials"), "only random draws some of the combinations", "write strategy: random")
+    if sweep.seeds > 1 and SEED in sweep.keys:
+        draft.add_problem(("sweep", "seeds"), f"the keys have {SEED} too", "remove one of them")
+    if sweep.leave_out is not None and isinstance(data, DataSection):
+        _check_leave_out(draft, sweep, data)
+    for name, values in sweep.keys.items():
+        if not values:
+            draft.add_problem(("sweep", "keys", name), "has no values", "write a list of values")
+        same = next((value for at, value in enumerate(values) if value in values[:at]), None)
+        if same is not None:
+            draft.add_problem(("sweep", "keys", name), f"{show(same)} is listed twice", "keep one")
+        if name.partition(".")[0] in ("output", "sweep"):
+            draft.add_problem(("sweep", "keys", name), "cannot differ between the trials", "remove it")

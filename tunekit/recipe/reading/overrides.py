@@ -3,7 +3,7 @@
 Values are read as YAML. Keys are dotted; a number in a key is the index of a list item. Other tools' names are allowed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_origin
 
 from tunekit.errors import Problem, RecipeError
@@ -29,6 +29,21 @@ def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
         else:
             _assign(draft, foreign, text, changed)
         expand_shorthands(draft)
+    _settle_foreign(draft, foreign, changed)
+
+
+def apply_values(draft: Draft, values: Mapping[str, tuple[object, Place]]) -> None:
+    """Apply the values of a trial, by dotted key, each with the place where it is written."""
+    changed: set[KeyPath] = set()
+    foreign = Draft(draft.file)
+    for name in sorted(values, key=lambda name: name.count(".")):  # a section before the keys inside it
+        _write(draft, foreign, name, *values[name], changed)
+        expand_shorthands(draft)
+    _settle_foreign(draft, foreign, changed)
+
+
+def _settle_foreign(draft: Draft, foreign: Draft, changed: set[KeyPath]) -> None:
+    """Write the keys of other tools under tunekit's names."""
     expand_shorthands(foreign)
     rewrite_aliases(foreign)
     draft.problems.extend(foreign.problems)
@@ -52,14 +67,19 @@ def _assign(draft: Draft, foreign: Draft, text: str, changed: set[KeyPath]) -> N
     if value_draft.problems:
         _complain(draft, name, value_draft.problems[0].what, value_draft.problems[0].how)
         return
+    _write(draft, foreign, name, value_draft.values, HERE, changed)
+
+
+def _write(draft: Draft, foreign: Draft, name: str, value: object, place: Place, changed: set[KeyPath]) -> None:
+    """Write a value under a dotted key; a key of another tool goes to `foreign`."""
     key = parse_key(name, draft)
     if key is None:
-        _complain(draft, show(name), "is no dotted key", "write, for example, training.epochs=2")
-    elif is_alias(key) or (key == ("adapter",) and value_draft.values == "qlora"):
+        _complain(draft, show(name), "is no dotted key", "write, for example, training.epochs=2", place)
+    elif is_alias(key) or (key == ("adapter",) and value == "qlora"):
         if _is_new(draft, key, changed):
-            foreign.set(key, value_draft.values, HERE)
+            foreign.set(key, value, place)
     elif _is_new(draft, key, changed):
-        _set(draft, key, value_draft.values, HERE)
+        _set(draft, key, value, place)
 
 
 def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
@@ -70,7 +90,7 @@ def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
         fits = isinstance(holder, dict) or in_list
         if not fits:
             inner = f"has {len(holder)} items" if isinstance(holder, list) else f"is {show(holder)}, not a mapping"
-            _complain(draft, dotted(key), f"{dotted(key[:length])} {inner}", "")
+            _complain(draft, dotted(key), f"{dotted(key[:length])} {inner}", "", place)
             return
         at_end = isinstance(holder, list) and part == len(holder)
         holder = {} if at_end else holder.get(part, {}) if isinstance(holder, dict) else holder[part]
@@ -126,5 +146,5 @@ def _is_new(draft: Draft, key: KeyPath, changed: set[KeyPath]) -> bool:
     return True
 
 
-def _complain(draft: Draft, name: str, what: str, how: str) -> None:
-    draft.problems.append(Problem(what, how, file=COMMAND_LINE, key=name))
+def _complain(draft: Draft, name: str, what: str, how: str, place: Place = HERE) -> None:
+    draft.problems.append(Problem(what, how, file=place.file, line=place.line, key=name))

@@ -43,6 +43,7 @@ def make_schema() -> JsonSchema:
         for name, owner in _sections()
     }
     properties["model"] = {"anyOf": [TEXT, properties["model"]]}
+    properties["sweep"] = {"anyOf": [{"type": "null"}, properties["sweep"]]}
     _add_source_shorthands(properties["data"]["properties"])
     output = properties["output"]["properties"]
     output["report_to"] = {"anyOf": [output["report_to"]["items"], {"const": "none"}, output["report_to"]]}

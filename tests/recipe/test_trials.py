@@ -1,0 +1,152 @@
+"""The trials of a recipe: their values, names and seeds, and every problem with its place."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tunekit.errors import RecipeError
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.trials import load_sweep
+
+RECIPE = """\
+model: org/base
+data: {train: rows/train.jsonl, eval: 0.1}
+training: {seed: 5, epochs: 2}
+output: {dir: runs/x}
+"""
+
+
+def write(folder: Path, sweep: str = "") -> str:
+    (folder / "recipe.yaml").write_text(RECIPE + sweep, encoding="utf-8")
+    return str(folder / "recipe.yaml")
+
+
+def problems(path: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        load_sweep(path, overrides)
+    return [str(problem).removeprefix(path) for problem in error.value.problems]
+
+
+def test_a_grid_of_the_file_and_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "sweep:\n  keys: {training.learning_rate: [1e-4, 3e-4], adapter.r: [8]}\n")
+    sweep = load_sweep(path, ["adapter.r=4,16", "data.max_length=99"])
+    names = [trial.name for trial in sweep.trials]
+    assert names == [f"learning_rate={rate},r={r}" for rate in ("0.0001", "0.0003") for r in (4, 16)]
+    recipes = [trial.loaded.recipe for trial in sweep.trials]
+    pairs = [(recipe.training.learning_rate, recipe.adapter.model_dump()["r"]) for recipe in recipes]
+    assert pairs == [(1e-4, 4), (1e-4, 16), (3e-4, 4), (3e-4, 16)]
+    assert {recipe.data.max_length for recipe in recipes} == {99}
+    assert [recipe.output.dir for recipe in recipes] == [str(tmp_path / "runs/x" / name) for name in names]
+    assert all(recipe.sweep is None for recipe in recipes)
+
+
+def test_a_trial_is_the_recipe_with_its_values(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "sweep: {keys: {adapter: [ia3, {method: lora, r: 4}], data.train: [a.jsonl, sub/b.jsonl]}}\n"
+    )
+    trials = load_sweep(path).trials
+    assert [trial.name for trial in trials] == [
+        "adapter=ia3,train=a.jsonl",
+        "adapter=ia3,train=sub-b.jsonl",
+        "adapter=method-lora-r-4,train=a.jsonl",
+        "adapter=method-lora-r-4,train=sub-b.jsonl",
+    ]
+    for trial, (method, file) in zip(
+        trials, product(["ia3", "{method: lora, r: 4}"], ["a.jsonl", "sub/b.jsonl"]), strict=True
+    ):
+        folder = trial.loaded.recipe.output.dir
+        overrides = [f"adapter={method}", f"data.train={tmp_path / file}", f"output.dir={folder}"]
+        assert trial.loaded.recipe == load_recipe(path, overrides).recipe
+
+
+def test_names_of_other_tools_are_keys(tmp_path: Path) -> None:
+    trials = load_sweep(write(tmp_path), ["lora_r=4,8"]).trials
+    assert [trial.loaded.recipe.adapter.model_dump()["r"] for trial in trials] == [4, 8]
+
+
+def test_random_draws_some_combinations_by_the_seed(tmp_path: Path) -> None:
+    path = write(tmp_path, "sweep: {strategy: random, trials: 4}\n")
+    keys = ["adapter.r=1,2,4,8", "training.learning_rate=1e-4,2e-4,4e-4,8e-4"]
+    names = [trial.name for trial in load_sweep(path, keys).trials]
+    assert len(set(names)) == 4
+    assert names == [trial.name for trial in load_sweep(path, keys).trials]
+    assert names != [trial.name for trial in load_sweep(path, [*keys, "training.seed=6"]).trials]
+    assert len(load_sweep(path, [*keys, "sweep.trials=99"]).trials) == 16
+
+
+def test_seeds_begin_at_the_seed_of_the_recipe(tmp_path: Path) -> None:
+    trials = load_sweep(write(tmp_path, "sweep: {seeds: 3}\n"), ["adapter.r=4,8"]).trials
+    assert [trial.loaded.recipe.training.seed for trial in trials] == [5, 6, 7] * 2
+    assert [trial.setting for trial in trials] == ["r=4"] * 3 + ["r=8"] * 3
+    assert [trial.name for trial in load_sweep(write(tmp_path), ["sweep.seeds=2"]).trials] == ["seed=5", "seed=6"]
+
+
+def test_each_source_is_left_out_once(tmp_path: Path) -> None:
+    sources = "data.train=[a.jsonl, {path: sub/b.jsonl, weight: 2}, c.jsonl]"
+    sweep = "sweep: {leave_out: source, keys: {adapter.r: [4, 8]}, seeds: 2}\n"
+    path = write(tmp_path, sweep)
+    trials = load_sweep(path, [sources, "data.eval=eval.jsonl"]).trials
+    assert len(trials) == 2 * 4 * 2
+    assert trials[0].name == "r=4,without=nothing,seed=5"
+    assert trials[4].setting == "r=4,without=sub-b.jsonl"
+    assert trials[4].values == {"adapter.r": 4, "without": "sub/b.jsonl", "training.seed": 5}
+    for trial in trials:
+        names = [Path(source.path).name for source in trial.loaded.recipe.data.train]
+        assert names == [name for name in ("a.jsonl", "b.jsonl", "c.jsonl") if not trial.setting.endswith(name)]
+    lines = problems(path)
+    assert "sweep.leave_out: data.train has one source" in lines[0]
+    assert any("name evaluation sources" in line for line in lines)
+    both = problems(path, sources, "data.eval=eval.jsonl", "data.train.0.weight=1,2")
+    assert any("the keys change data.train too" in line for line in both)
+
+
+def test_long_and_equal_names_become_different_folders(tmp_path: Path) -> None:
+    keys = '{evaluation.content_free_prompt: ["a {}", "a  {}"], evaluation.choices: [[x, y]]}'
+    names = [trial.name for trial in load_sweep(write(tmp_path, f"sweep: {{keys: {keys}}}\n")).trials]
+    assert len(set(names)) == 2
+    long = load_sweep(write(tmp_path), [f"model.revision={'a' * 60},{'b' * 60}"]).trials
+    assert max(len(trial.name) for trial in long) < 60
+
+
+def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
+    loaded = load_recipe(write(tmp_path, "sweep: {keys: {adapter.r: [4, 8]}}\n"))
+    plain = load_recipe(write(tmp_path))
+    assert loaded.recipe == plain.recipe
+    assert "sweep" not in loaded.recipe.model_dump()
+    assert any("only `tunekit sweep`" in note for note in loaded.defaults)
+    assert load_recipe(write(tmp_path, "sweep: null\n")).recipe == plain.recipe
+
+
+@pytest.mark.parametrize(
+    ("sweep", "overrides", "expected"),
+    [
+        ("", [], ": there is nothing to sweep"),
+        ("sweep: {keys: {adapter.r: [4, x]}}", [], ":5: adapter.r: must be a whole number"),
+        ("sweep:\n  keys:\n    adapter.rr: [4]", [], ":7: adapter.rr: unknown key"),
+        ("sweep: {keys: {adapter.r: 4}}", [], ":5: sweep.keys.adapter.r: must be a list"),
+        ("sweep: {keys: {adapter.r: []}}", [], ":5: sweep.keys.adapter.r: has no values"),
+        ("sweep: {keys: {adapter.r: [4, 4]}}", [], ":5: sweep.keys.adapter.r: 4 is listed twice"),
+        ("sweep: {keys: {output.dir: [a, b]}}", [], ":5: sweep.keys.output.dir: cannot differ between the trials"),
+        ("sweep: {keys: {training.seed: [1, 2]}, seeds: 2}", [], ":5: sweep.seeds: the keys have training.seed too"),
+        ("sweep: {keys: {adapter.r: [4]}, strategy: random}", [], ":5: sweep.strategy: random draws some"),
+        ("sweep: {keys: {adapter.r: [4]}, trials: 2}", [], ":5: sweep.trials: only random draws some"),
+        ("sweep: {keys: {adapter.r: [4]}, by: eval.bleu}", [], ":5: sweep.by: bleu is not among the metrics"),
+        ("sweep: {keys: {training.max_steps: [4]}}", [], ":5: training.max_steps: excludes training.epochs"),
+        ("sweep: {keys: {adapter.r: [4]}, seeds: 2000}", [], ": sweep: 2,000 trials, and the maximum is 1,000"),
+        ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
+        ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
+        ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),
+        ("", ["adapter.r=4,8", "lora_r=2,3"], "command line: adapter.r: is given twice"),
+    ],
+)
+def test_a_problem_has_its_place(sweep: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
+    lines = problems(write(tmp_path, sweep + "\n"), *overrides)
+    assert any(line.startswith(expected) for line in lines), lines
+
+
+def test_the_problems_of_all_trials_are_shown(tmp_path: Path) -> None:
+    lines = problems(write(tmp_path), "adapter.r=x,y,4", "training.learning_rate=1e-4,z")
+    assert len(lines) == 3

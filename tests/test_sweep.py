@@ -1,0 +1,261 @@
+"""`tunekit sweep`: each trial ends in the same bytes as its own `tunekit train`, whatever happens to the others."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.train_case import (
+    Ended,
+    in_child,
+    kill_self,
+    lose_the_end,
+    records,
+    result_bytes,
+    train_in_child,
+    without_times,
+    write_recipe,
+)
+from tunekit.files import durable
+from tunekit.recipe.reading.trials import load_sweep
+from tunekit.training import assemble
+
+KEYS = {"training.learning_rate": [0.001, 0.01], "adapter.method": ["lora", "dora"]}
+TRIALS = [f"learning_rate={rate},method={method}" for rate in (0.001, 0.01) for method in ("lora", "dora")]
+SHORT = {"epochs": None, "max_steps": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["TUNEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("sweep"), tiny_llama, training=SHORT, sweep={"keys": KEYS})
+
+
+@pytest.fixture(scope="module")
+def solo(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run of each trial by `tunekit train`."""
+    folder = tmp_path_factory.mktemp("solo")
+    runs = {}
+    for trial in load_sweep(str(recipe)).trials:
+        overrides = [f"{key}={value}" for key, value in trial.values.items()]
+        ended = train_in_child(recipe, folder / trial.name, *overrides)
+        assert ended.code == 0, ended.output
+        runs[trial.name] = folder / trial.name
+    return runs
+
+
+def sweep(
+    recipe: Path, folder: Path, *overrides: str, resume: bool = False, before: Callable[[], None] = lambda: None
+) -> Ended:
+    """`tunekit sweep RECIPE output.dir=FOLDER OVERRIDES [--resume]`; `before` runs in the child first."""
+
+    def work() -> None:
+        from tunekit.sweep import sweep_verb
+
+        sweep_verb(load_sweep(str(recipe), [f"output.dir={folder}", *overrides]), resume, None)
+
+    return in_child(work, folder.parent / f"{folder.name}.log", before)
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The adapter's files, except tunekit.json, which contains the way from this folder to the base."""
+    return {name: value for name, value in result_bytes(run).items() if name != "tunekit.json"}
+
+
+def assert_equal_to_solo(folder: Path, solo: dict[str, Path]) -> None:
+    for name, run in solo.items():
+        assert weights(folder / name) == weights(run), name
+        assert without_times(records(folder / name)) == without_times(records(run)), name
+
+
+def results_of(folder: Path) -> Any:
+    return json.loads((folder / "sweep.json").read_text("utf-8"))
+
+
+def at_save(number: int, action: Callable[[], Any]) -> Callable[[], None]:
+    """Makes a child call `action` in place of its checkpoint with this number, from 0."""
+
+    def install() -> None:
+        save, count = assemble.save_run, 0
+
+        def counted(*arguments: Any) -> None:
+            nonlocal count
+            count += 1
+            if count - 1 == number:
+                action()
+            save(*arguments)
+
+        assemble.save_run = counted
+
+    return install
+
+
+def test_trials_equal_their_solo_runs(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
+    ended = sweep(recipe, tmp_path / "all")
+    assert ended.code == 0, ended.output
+    assert list(solo) == TRIALS
+    assert_equal_to_solo(tmp_path / "all", solo)
+    assert ended.output.count("loading ") == 1
+    assert "the base is loaded once instead of 4 times" in ended.output
+    results = results_of(tmp_path / "all")
+    losses = [setting["mean"] for setting in results["settings"]]
+    assert losses == sorted(losses)
+    assert results["settings"][0]["setting"] in results["verdict"]
+    assert sorted(results["trials"]) == sorted(TRIALS)
+    assert results["verdict"] in (tmp_path / "all" / "sweep.html").read_text("utf-8")
+    again = sweep(recipe, tmp_path / "all", resume=True)
+    assert again.code == 0, again.output
+    assert "4 of 4 trials have ended already" in again.output
+    assert results_of(tmp_path / "all") == results
+    added = sweep(recipe, tmp_path / "all", "training.learning_rate=0.001,0.01,0.02", resume=True)
+    assert added.code == 0, added.output
+    assert "4 of 6 trials have ended already" in added.output
+    assert len(results_of(tmp_path / "all")["settings"]) == 6
+    refused = sweep(recipe, tmp_path / "all")
+    assert refused.code == 2
+    assert "already holds a run; add --resume" in refused.output
+
+
+def test_train_continues_the_folder_of_a_trial(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    assert sweep(recipe, folder, "training.keep_checkpoints=2", "~sweep.keys.adapter.method").code == 0
+    run = folder / "learning_rate=0.01"
+    whole = result_bytes(run)
+    assert weights(run) == weights(solo["learning_rate=0.01,method=lora"])
+    lose_the_end(run)
+    ended = train_in_child(run / "recipe.yaml", run, resume=True)
+    assert ended.code == 0, ended.output
+    assert "resuming after step 2 of 4" in ended.output
+    assert result_bytes(run) == whole
+
+
+@pytest.mark.parametrize("action", [kill_self, lambda: os.kill(os.getpid(), signal.SIGINT)], ids=["kill", "interrupt"])
+@pytest.mark.parametrize("save", [2, 5], ids=["first", "last"])
+def test_an_interrupted_sweep_resumes(
+    action: Callable[[], Any], save: int, recipe: Path, solo: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "all"
+    ended = sweep(recipe, folder, before=at_save(save, action))
+    assert ended.code == (-signal.SIGKILL if action is kill_self else 130), ended.output
+    assert not (folder / TRIALS[-1] / "adapter").exists()
+    resumed = sweep(recipe, folder, resume=True)
+    assert resumed.code == 0, resumed.output
+    assert_equal_to_solo(folder, solo)
+
+
+def test_a_full_folder_ends_only_its_trial(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+
+    def fill() -> None:
+        perform = durable.perform
+
+        def full(kind: str, path: Path, work: Callable[[], Any]) -> Any:
+            if TRIALS[1] in str(path) and "step-000004" in str(path):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return perform(kind, path, work)
+
+        durable.perform = full
+
+    ended = sweep(recipe, folder, before=fill)
+    assert ended.code == 4, ended.output
+    assert "1 of 4 trials are not finished; continue with --resume" in ended.output
+    assert_equal_to_solo(folder, {name: run for name, run in solo.items() if name != TRIALS[1]})
+    resumed = sweep(recipe, folder, resume=True)
+    assert resumed.code == 0, resumed.output
+    assert_equal_to_solo(folder, solo)
+
+
+def test_invalid_numbers_and_an_early_stop_end_only_their_trial(
+    recipe: Path, solo: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "all"
+    rates = "training.learning_rate=1e38,3.0,0.01"
+    more = (rates, "~sweep.keys.adapter.method", "training.eval_steps=1", "evaluation.patience=2")
+    ended = sweep(recipe, folder, *more)
+    assert ended.code == 0, ended.output
+    assert json.loads((folder / "learning_rate=1e+38" / "status.json").read_text())["exit_code"] == 3
+    assert json.loads((folder / "learning_rate=3" / "status.json").read_text())["reason"].startswith("stopped early")
+    assert weights(folder / "learning_rate=0.01") == weights(solo["learning_rate=0.01,method=lora"])
+    results = results_of(folder)
+    assert results["settings"][0]["setting"] == "learning_rate=0.01"
+    assert [setting["mean"] is None for setting in results["settings"]] == [False, False, True]
+    before = (folder / "learning_rate=1e+38" / "metrics.jsonl").stat().st_mtime_ns
+    assert sweep(recipe, folder, *more, resume=True).code == 0
+    assert (folder / "learning_rate=1e+38" / "metrics.jsonl").stat().st_mtime_ns == before
+    alone = sweep(recipe, tmp_path / "alone", "training.learning_rate=1e38,1e37", "~sweep.keys.adapter.method")
+    assert alone.code == 3, alone.output
+
+
+def test_keys_of_the_base_divide_passes(recipe: Path, tmp_path: Path) -> None:
+    more = ("~sweep.keys.adapter.method", "model.dtype=float32,bfloat16")
+    ended = sweep(recipe, tmp_path / "all", *more)
+    assert ended.code == 0, ended.output
+    assert "the base is loaded 2 times instead of 4 times" in ended.output
+    assert ended.output.count("loading ") == 2
+    for dtype in ("float32", "bfloat16"):
+        overrides = ("training.learning_rate=0.01", f"model.dtype={dtype}")
+        assert train_in_child(recipe, tmp_path / dtype, *overrides).code == 0
+        run = tmp_path / "all" / f"learning_rate=0.01,dtype={dtype}"
+        assert weights(run) == weights(tmp_path / dtype)
+
+
+def test_seeds_give_a_spread(recipe: Path, tmp_path: Path) -> None:
+    shutil.copy(recipe.parent / "train.jsonl", recipe.parent / "eval.jsonl")
+    ended = sweep(recipe, tmp_path / "all", "sweep.seeds=2", "~sweep.keys.adapter.method", "data.eval=0.5")
+    assert ended.code == 0, ended.output
+    best, other = results_of(tmp_path / "all")["settings"]
+    assert [run["name"] for run in best["runs"]] == [f"{best['setting']},seed=0", f"{best['setting']},seed=1"]
+    outcomes = [run["outcome"] for run in best["runs"]]
+    assert best["mean"] == pytest.approx(sum(outcomes) / 2)
+    assert best["spread"] == pytest.approx(abs(outcomes[0] - outcomes[1]) / 2**0.5)
+    assert other["difference"]["low"] <= other["difference"]["loss"] - other["difference"]["than_loss"]
+
+
+@pytest.mark.parametrize("save", [None, 1, 5])
+def test_halving_ends_the_worse_half(save: int | None, recipe: Path, tmp_path: Path) -> None:
+    """The best trial equals its solo run, also after a kill in the first or second rung."""
+    folder = tmp_path / "all"
+    more = ("training.learning_rate=0,1e-4,1e-3,1e-2", "~sweep.keys.adapter.method", "sweep.strategy=halving")
+    more += ("training.max_steps=8", "training.save_steps=8", "training.eval_steps=1")
+    ended = sweep(recipe, folder, *more, before=(lambda: None) if save is None else at_save(save, kill_self))
+    if save is not None:
+        assert ended.code == -signal.SIGKILL
+        ended = sweep(recipe, folder, *more, resume=True)
+    assert ended.code == 0, ended.output
+    last = {name: records(folder / f"learning_rate={name}")[-1]["step"] for name in ("0", "0.0001", "0.001", "0.01")}
+    assert last == {"0": 2, "0.0001": 2, "0.001": 4, "0.01": 8}
+    states = [run["state"] for setting in results_of(folder)["settings"] for run in setting["runs"]]
+    assert states[0] == "finished"
+    assert sorted(states[1:]) == ["ended by halving after step 2"] * 2 + ["ended by halving after step 4"]
+    solo = train_in_child(recipe, tmp_path / "solo", "training.learning_rate=0.01", *more[3:])
+    assert solo.code == 0, solo.output
+    assert weights(folder / "learning_rate=0.01") == weights(tmp_path / "solo")
+    again = sweep(recipe, folder, *more, resume=True)
+    assert again.code == 0, again.output
+    assert "4 of 4 trials have ended already" in again.output
+    other = sweep(recipe, folder, *more, "adapter.r=4,8", resume=True)
+    assert other.code == 2
+    assert "halving compared other trials" in other.output
+    late = sweep(recipe, tmp_path / "late", *more[:-1], "training.eval_steps=8")
+    assert late.code == 2
+    assert "lower training.eval_steps" in late.output
+
+
+def test_problems_of_all_trials_come_before_the_first(recipe: Path, tmp_path: Path) -> None:
+    ended = sweep(recipe, tmp_path / "all", "adapter.target_modules=nothing,nowhere", "~sweep.keys.adapter.method")
+    assert ended.code == 2
+    assert "nothing" in ended.output
+    assert "nowhere" in ended.output
+    assert not (tmp_path / "all" / "learning_rate=0.001,target_modules=nothing").exists()

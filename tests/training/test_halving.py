@@ -1,0 +1,35 @@
+"""Successive halving: the steps of its comparisons, and the settings that end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.artifacts.test_sweep_results import run
+from tunekit.artifacts.report.sweep_results import sweep_results
+from tunekit.training.halving import dropped_settings, rung_count, rung_step
+
+
+@pytest.mark.parametrize(("settings", "count"), [(1, 0), (2, 1), (3, 1), (4, 2), (7, 2), (16, 4)])
+def test_each_comparison_halves(settings: int, count: int) -> None:
+    assert rung_count(settings) == count
+    steps = [rung_step(96, left, 1) for left in range(count, 0, -1)]
+    assert steps == [96 // 2**left for left in range(count, 0, -1)]
+
+
+def test_a_comparison_is_at_an_evaluation() -> None:
+    assert [rung_step(100, left, 8) for left in (4, 3, 2, 1)] == [8, 16, 32, 56]
+    assert rung_step(10, 1, 100) == 10
+
+
+def test_the_worse_half_ends_unless_it_cannot_be_distinguished(tmp_path: Path) -> None:
+    losses = {"a": 1.0, "b": 1.2, "c": 1.001, "d": 1.5, "e": 1.3}
+    clear = {name: [run(tmp_path / name, loss)] for name, loss in losses.items()}
+    assert dropped_settings(sweep_results("eval.loss", clear)) == ["e", "d"]
+    names = ("a", "c")
+    unclear = {name: [run(tmp_path / f"noisy {name}", losses[name], 0.2, seed)] for seed, name in enumerate(names)}
+    assert dropped_settings(sweep_results("eval.loss", unclear)) == []
+    assert dropped_settings(sweep_results("eval.loss", {name: clear[name] for name in names})) == ["c"]
+    metrics = sweep_results("eval.exact_match", unclear)
+    assert len(dropped_settings(metrics)) == 1

@@ -1,0 +1,34 @@
+"""`sweep:` the values that `tunekit sweep` tries, each in a run of its own."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from tunekit.recipe.bases.section import Count, Section, Several, Text
+from tunekit.recipe.evaluation import check_best
+
+
+class SweepSection(Section):
+    """Values to try; only `tunekit sweep` reads them. It trains one run per trial, in a folder below output.dir."""
+
+    keys: dict[Text, Several[Any]] = Field(
+        default_factory=dict, description="keys and their values, such as {training.learning_rate: [1e-4, 3e-4]}"
+    )
+    strategy: Literal["grid", "random", "halving"] = Field(
+        "grid",
+        description="grid: every combination of the values; random: a drawn part of them; halving: every combination, "
+        "and the worse half ends early, again and again",
+    )
+    trials: Count | None = Field(None, description="how many combinations the strategy random draws, by training.seed")
+    by: Annotated[str, BeforeValidator(check_best)] = Field(
+        "eval.loss", description="compare the trials by this metric"
+    )
+    seeds: Count = Field(1, description="run every combination with so many seeds, from training.seed on")
+    leave_out: Literal["source"] | None = Field(
+        None, description="source: run every combination also without each of the sources of data.train"
+    )
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether there is more than the recipe itself to run."""
+        return bool(self.keys) or self.seeds > 1 or self.leave_out is not None
