@@ -232,7 +232,7 @@ def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     adapter, processor = attached(tmp_path, "sd")
     file = saved(adapter, tmp_path / "adapter", processor) / DIFFUSERS_NAME
     modules = [target.name for target in adapter.targets if "up_blocks" not in target.name]
-    with pytest.raises(AdapterError, match="is not the LoRA of a layer of this pipeline"):
+    with pytest.raises(AdapterError, match="is not the LoRA of a linear layer of this pipeline"):
         read_foreign(file, modules)
     with safe_open(file, "pt") as opened:
         fields = json.loads(opened.metadata()["lora_adapter_metadata"])

@@ -194,7 +194,9 @@ def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str
         name, _, suffix = key.partition(".")
         if name not in names:
             raise AdapterError(
-                f"'{printable(key, 200)}' is not a layer of this pipeline", "choose a LoRA of this pipeline", file=file
+                f"'{printable(key, 200)}' is not a linear layer of this pipeline",
+                "choose a LoRA of this pipeline that adapts no convolution",
+                file=file,
             )
         matrix = suffix.removesuffix(".weight")
         if matrix == "alpha":
@@ -223,7 +225,7 @@ def _from_diffusers(
         module, _, matrix = peft_key.rpartition(".lora_")
         module = module if module in module_names else module.replace(".text_model.", ".", 1)
         if module not in module_names or matrix not in ("A.weight", "B.weight"):
-            what = f"'{printable(key, 200)}' is not the LoRA of a layer of this pipeline"
+            what = f"'{printable(key, 200)}' is not the LoRA of a linear layer of this pipeline"
             raise AdapterError(what, "choose a LoRA of this pipeline", file=file)
         converted[f"{PREFIX}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
