@@ -10,6 +10,7 @@ from tunekit.errors import ModelError
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family
 from tunekit.model.storage import inspection
+from tunekit.model.storage.gguf_positions import read_scaling
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import model_errors, quiet
@@ -91,6 +92,8 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         config = AutoConfig.from_pretrained(
             str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
         )
+    if source.gguf_file is not None:
+        read_scaling(source, config)
     if isinstance(section, HeadedModel):
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}

@@ -188,14 +188,16 @@ def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, Tens
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
-    """The tensor headers of the files; empty if the files are not on this machine yet.
+    """The tensor headers of the files; empty for a GGUF file, or if the files are not on this machine yet.
 
     Raises: ModelError for a user's folder whose weights cannot be read.
     """
+    if source.gguf_file is not None:
+        return {}  # other files in its folder are other weights
     try:
         return read_headers(source.folder)
     except ModelError:
-        if source.gguf_file is None and source.commit is None and holds_weights(source.folder):
+        if source.commit is None and holds_weights(source.folder):
             raise
         return {}
 
@@ -208,6 +210,8 @@ def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
         head = spec.family.new_head(spec.section, net)
         return open_base(net, spec.source, spec.dtype, head) is not None
     except ModelError:
+        if spec.source.gguf_file is not None:
+            raise
         return True
 
 

@@ -129,7 +129,7 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
         spec = _from_checkpoint(checkpoint, parsed)
     elif path.is_dir():
         spec = _from_folder(path.resolve(), parsed)
-    elif path.exists() and path.suffix != ".gguf":
+    elif path.exists() and path.suffix.lower() != ".gguf":
         raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
     elif path.exists():
         spec = _bare_model(str(path.resolve()), parsed)

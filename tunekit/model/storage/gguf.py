@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunekit.errors import ModelError
+from tunekit.errors import ModelError, listed
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.families import text_config
 from tunekit.model.quantized import blocks
@@ -104,6 +104,7 @@ class GgufFiles:
 def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
     """The file's tensors for a net of transformers; None if a tensor of the net might not be exactly one of the file.
 
+    Raises: ModelError if layers of the net lack tensors of the file, such as biases.
     Source: load_gguf_checkpoint of transformers.
     """
     import gguf
@@ -120,7 +121,17 @@ def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
         names = legacy.get_gguf_hf_weights_map(net, processor)
     except NotImplementedError:  # gguf does not know this type of model
         return None
+    if unread := [each.name for each in reader.tensors if each.name not in names and _is_computed_with(each.name, net)]:
+        what = f"{source.name_or_path} has tensors that transformers leaves out ({listed(unread, 3)})"
+        raise ModelError(what, "name the model's folder instead of the file", key="model.name_or_path")
     return GgufFiles({names[each.name]: each for each in reader.tensors if each.name in names}, processor)
+
+
+def _is_computed_with(name: str, net: nn.Module) -> bool:
+    """Whether llama.cpp computes the net's layers with a tensor; not the layers after its last one, or rotations."""
+    part, _, rest = name.removeprefix("blk.").partition(".")
+    in_layer = name.startswith("blk.") and int(part) < text_config(net).num_hidden_layers
+    return in_layer and not rest.startswith("attn_rot_embd")
 
 
 def _packed_architectures() -> Collection[str]:

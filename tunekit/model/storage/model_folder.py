@@ -53,7 +53,7 @@ def copy_other_files(
     (answering_processor or processor).save(folder)
     if isinstance(section, HeadedModel) and processor.tokenizer is not None:
         _name_padding(folder / "tokenizer_config.json", processor.tokenizer)
-    if Path(section.name_or_path).suffix != ".gguf":
+    if Path(section.name_or_path).suffix.lower() != ".gguf":
         patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
