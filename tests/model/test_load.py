@@ -212,7 +212,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("not a safetensors file of its folder", traversal),
     ("is missing", missing_shard),
     ("lacks weights", missing_key),
-    ("up_proj|mismatch|shape", wrong_shape),
+    (r"other shapes .*up_proj", wrong_shape),
     ("config.json: is missing", no_config),
     ("cannot be read as JSON", deep_config),
     ("contains an adapter", adapter_folder),

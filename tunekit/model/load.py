@@ -3,7 +3,7 @@ device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -251,10 +251,15 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=section.trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **spec.arguments,
             **arguments,
         )
-    missing = [name for key in ("missing_keys", "mismatched_keys") for name in sorted(map(str, loading[key]))]
+    if shapes := sorted(str(name) for name, *_ in cast(Iterable[tuple[str, object]], loading["mismatched_keys"])):
+        what = f"{section.name_or_path} has weights in other shapes than its configuration declares"
+        how = "give the configuration that belongs to the weights"
+        raise ModelError(f"{what} ({listed(shapes, 5)})", how, key="model.name_or_path")
+    missing = sorted(map(str, loading["missing_keys"]))
     for head in spec.family.new_head(section, net):
         if any(key.startswith(f"{head}.") for key in missing):
             net.get_submodule(head).to("meta")  # initialised later
