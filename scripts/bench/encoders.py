@@ -26,6 +26,7 @@ import random
 import shutil
 import statistics
 import sys
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,18 +151,33 @@ def banking_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
 
 
 def digit_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
-    """Recordings of spoken digits. A label of theirs is what Whisper predicts after its first token."""
+    """Recordings of spoken digits. A label of theirs is what Whisper predicts after its first token. A transcript
+    begins with a space, as in Whisper's training data."""
     from transformers import WhisperProcessor
 
     folder = shared() / "audio_digits_fsdd"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
     drawn = random.Random(0).sample(rows, count)
     tokenizer = WhisperProcessor.from_pretrained(str(model), language="en", task="transcribe").tokenizer
-    ours = [{"audio": str(folder / row["audio"]), "text": row["text"]} for row in drawn]
+    audio = [at_whispers_rate(folder / row["audio"], place) for row in drawn]
+    ours = [{"audio": str(file), "text": row["text"]} for file, row in zip(audio, drawn, strict=True)]
     write_lines(place / "ours.jsonl", ours)
-    theirs = [{"audio": row["audio"], "labels": tokenizer(row["text"]).input_ids[1:]} for row in ours]
+    theirs = [{"audio": row["audio"], "labels": tokenizer(f" {row['text']}").input_ids[1:]} for row in ours]
     write_lines(place / "theirs.jsonl", theirs)
     return {"method": "speech", "language": "en", "apply_spec_augment": False}
+
+
+def at_whispers_rate(recording: Path, place: Path) -> Path:
+    """The recording with 16,000 samples a second: each side has a resampler of its own."""
+    import numpy as np
+    import soxr
+
+    file = place / recording.name
+    with wave.open(str(recording)) as old, wave.open(str(file), "wb") as new:
+        samples = np.frombuffer(old.readframes(old.getnframes()), np.int16)
+        new.setparams((1, 2, 16_000, 0, "NONE", ""))
+        new.writeframes(soxr.resample(samples, old.getframerate(), 16_000).tobytes())
+    return file
 
 
 def shared() -> Path:
