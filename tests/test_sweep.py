@@ -128,6 +128,7 @@ def test_trials_equal_their_solo_runs(recipe: Path, solo: dict[str, Path], tmp_p
     assert "already holds a run; add --resume" in refused.output
 
 
+@pytest.mark.drawn
 def test_train_continues_the_folder_of_a_trial(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "all"
     assert sweep(recipe, folder, "training.keep_checkpoints=2", "~sweep.keys.adapter.method").code == 0
@@ -141,6 +142,7 @@ def test_train_continues_the_folder_of_a_trial(recipe: Path, solo: dict[str, Pat
     assert result_bytes(run) == whole
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("action", [kill_self, lambda: os.kill(os.getpid(), signal.SIGINT)], ids=["kill", "interrupt"])
 @pytest.mark.parametrize("save", [2, 5], ids=["first", "last"])
 def test_an_interrupted_sweep_resumes(
@@ -155,6 +157,7 @@ def test_an_interrupted_sweep_resumes(
     assert_equal_to_solo(folder, solo)
 
 
+@pytest.mark.drawn
 def test_a_full_folder_ends_only_its_trial(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "all"
 
@@ -198,6 +201,7 @@ def test_invalid_numbers_and_an_early_stop_end_only_their_trial(
     assert alone.code == 3, alone.output
 
 
+@pytest.mark.drawn
 def test_keys_of_the_base_divide_passes(recipe: Path, tmp_path: Path) -> None:
     more = ("~sweep.keys.adapter.method", "model.dtype=float32,bfloat16")
     ended = sweep(recipe, tmp_path / "all", *more)
@@ -211,6 +215,7 @@ def test_keys_of_the_base_divide_passes(recipe: Path, tmp_path: Path) -> None:
         assert weights(run) == weights(tmp_path / dtype)
 
 
+@pytest.mark.drawn
 def test_seeds_give_a_spread(recipe: Path, tmp_path: Path) -> None:
     shutil.copy(recipe.parent / "train.jsonl", recipe.parent / "eval.jsonl")
     ended = sweep(recipe, tmp_path / "all", "sweep.seeds=2", "~sweep.keys.adapter.method", "data.eval=0.5")
@@ -223,6 +228,7 @@ def test_seeds_give_a_spread(recipe: Path, tmp_path: Path) -> None:
     assert other["difference"]["low"] <= other["difference"]["loss"] - other["difference"]["than_loss"]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("save", [None, 1, 5])
 def test_halving_ends_the_worse_half(save: int | None, recipe: Path, tmp_path: Path) -> None:
     """The best trial equals its solo run, also after a kill in the first or second rung."""

@@ -176,6 +176,7 @@ def test_adapter_of_peft_on_a_tied_head(tmp_path: Path) -> None:
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8_weight_only"])
 def test_dequantized_is_the_default_and_equals_the_running_adapter(tmp_path: Path, quantization: str) -> None:
     adapter, running = prepared(tmp_path, "llama", quantization=quantization)

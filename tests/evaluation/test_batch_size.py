@@ -90,7 +90,7 @@ def memory_for(evaluator: Evaluator, tokens: int) -> Iterator[None]:
         del evaluator.model.output
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_an_evaluation_is_one_step_of_all_its_rows(base: Path, tmp_path: Path, objective: dict[str, Any]) -> None:
     rows = unpaired(22) if objective["method"] == "kto" else pairs(22)

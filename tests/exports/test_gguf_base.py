@@ -57,6 +57,7 @@ def by_transformers(section: ModelSection) -> LoadedModel:
         return load_model(section, device=CPU)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("quantization", ["none", "kept", "nf4"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_file_has_the_numbers_that_transformers_reads(

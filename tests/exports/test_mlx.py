@@ -93,6 +93,7 @@ MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MERGED)
 def test_what_mlx_does_not_hold_is_merged_with_the_reason(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

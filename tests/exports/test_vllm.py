@@ -89,6 +89,7 @@ MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", MERGED)
 def test_what_vllm_refuses_is_merged_with_the_reason(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

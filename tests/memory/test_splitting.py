@@ -147,6 +147,7 @@ def gradient(case: Case, engine: WindowEngine, window: Window) -> tuple[torch.Te
     return torch.cat(case.optimizer.gradients()).clone(), float(total)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, where: str, packed: bool) -> None:

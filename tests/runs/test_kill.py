@@ -98,6 +98,7 @@ def moments(events: list[Event]) -> dict[str, list[int]]:
     return groups
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     "moments_of",
     [

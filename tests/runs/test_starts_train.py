@@ -202,6 +202,7 @@ def test_the_folder_alone_is_enough(case: str, tiny_llama: Path, tmp_path: Path)
         torch.testing.assert_close(theirs.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [case for case in STARTS if case.startswith(("eva", "lora_ga", "pissa", "corda"))])
 def test_plan_counts_what_a_start_keeps(case: str, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_llama, case)

@@ -20,6 +20,7 @@ def told(losses: Sequence[float]) -> dict[int, str]:
     return found
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("noise", [0.05, 0.3, 0.6])
 def test_noise_and_a_falling_loss_are_not_told(noise: float) -> None:
     draw = random.Random(0)
