@@ -210,7 +210,7 @@ def _prompt_of(line: str, path: Path, number: int) -> PromptRow:
 
 
 def _row_of(row: Mapping[str, Any], path: Path, number: int) -> PromptRow:
-    """The prompt in a row and its adapter. Raises: DataError if there is no such prompt or adapter."""
+    """The prompt in a row and its adapter. Raises: DataError without such a prompt or adapter."""
     name = row.get("adapter")
     adapter = adapter_in(Path(os.path.abspath(path.parent / name))) if isinstance(name, str) and name else None
     if name not in (None, "") and adapter is None:

@@ -110,8 +110,8 @@ def test_lines_of_keys(tmp_path: Path) -> None:
     [
         ("training.epoch=2", "training.epoch: unknown key; did you mean 'epochs'?"),
         ("training", "'training': is neither KEY=VALUE nor ~KEY"),
-        ("=3", "'': is no dotted key"),
-        ("training..seed=3", "'training..seed': is no dotted key"),
+        ("=3", "'': is not a dotted key"),
+        ("training..seed=3", "'training..seed': is not a dotted key"),
         ("training.seed=true", "training.seed: must be a whole number, not true"),
         ("training.seed=[1", "training.seed: not valid YAML"),
         ("training.seed=*x", "training.seed: the alias *x is not allowed"),
@@ -124,7 +124,7 @@ def test_lines_of_keys(tmp_path: Path) -> None:
         ("~training.epoch", "training.epoch: unknown key; did you mean 'epochs'?"),
         ("~data.train.3", "data.train.3: there is no such item"),
         ("~output.dir", "output.dir: is required; write dir: runs/first"),
-        ("~", "'': is no dotted key"),
+        ("~", "'': is not a dotted key"),
         ("optim=adafactor", "optim: 'adafactor' has no exact translation"),
     ],
 )

@@ -201,7 +201,7 @@ def _check_metrics(
 
 
 def _check_best(draft: Draft, key: KeyPath, name: str, evaluation: EvaluationSection) -> None:
-    """`name`: eval.METRIC, by which runs or checkpoints are compared."""
+    """`name`: eval.METRIC, the metric that compares runs or checkpoints."""
     metric, known, chosen = name.removeprefix("eval."), known_names("metrics"), evaluation.choices is not None
     if metric != "loss" and metric not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {metric} to evaluation.metrics" if metric in known else did_you_mean(metric, known, "known metrics")

@@ -74,7 +74,7 @@ def _write(draft: Draft, foreign: Draft, name: str, value: object, place: Place,
     """Write a value under a dotted key; a key of another tool goes to `foreign`."""
     key = parse_key(name, draft)
     if key is None:
-        _complain(draft, show(name), "is no dotted key", "write, for example, training.epochs=2", place)
+        _complain(draft, show(name), "is not a dotted key", "write, for example, training.epochs=2", place)
     elif is_alias(key) or (key == ("adapter",) and value == "qlora"):
         if _is_new(draft, key, changed):
             foreign.set(key, value, place)
@@ -103,7 +103,7 @@ def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
 def _remove(draft: Draft, name: str, changed: set[KeyPath]) -> None:
     key = parse_key(name, draft)
     if key is None:
-        _complain(draft, show(name), "is no dotted key", "write, for example, ~training.epochs")
+        _complain(draft, show(name), "is not a dotted key", "write, for example, ~training.epochs")
         return
     key = (alias_target(str(key[-1])) or key) if is_alias(key) else key
     if not _is_new(draft, key, changed):
