@@ -234,7 +234,7 @@ def _no_padding(files: ModelFiles) -> Iterator[str]:
 
 def _template_of_ollama(files: ModelFiles) -> Iterator[str]:
     if files.template is not None and files.own_template is None:
-        yield f"has no chat template: it reads the one in tokenizer_config.json, and only {TEMPLATE} has one"
+        yield f"finds no chat template: it is in {TEMPLATE}, and Ollama reads only tokenizer_config.json"
     yield from _other_template(files)
 
 
