@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import write_tiny_llama
 from tunekit import doctor
-from tunekit.errors import InputError, ModelError
+from tunekit.errors import InputError, ModelError, ResourceError
 from tunekit.model.storage import model_folder
 
 
@@ -140,7 +140,7 @@ def test_a_failed_copy_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(model_folder, "make_portable", fail)
     before = contents(base)
-    with pytest.raises(OSError):
+    with pytest.raises(ResourceError, match=rf"no room for {tmp_path}/out/mended"):
         doctor.model_verb(str(base), str(tmp_path / "out" / "mended"), None)
     assert list((tmp_path / "out").iterdir()) == []
     assert contents(base) == before

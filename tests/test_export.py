@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
 import tunekit.export
+from tests.arithmetic.test_merge import prepared
 from tests.conftest import write_tiny_llama
+from tests.support.train_case import Ended, in_child, kill_self
 from tunekit.cli import app
-from tunekit.errors import InputError, Problem
+from tunekit.errors import InputError, Problem, ResourceError
 from tunekit.export import export_verb
 from tunekit.exports import questions
 from tunekit.exports.format import Certificate, Difference, Evidence, Exported, Options, Questions, known_formats
 from tunekit.exports.programs.program import Program
 from tunekit.exports.questions import NotComparable
-from tunekit.files.durable import new_path
+from tunekit.exports.whole_model import whole_model
+from tunekit.files.lock import LOCK_NAME
+from tunekit.files.work_folder import new_path
+from tunekit.merge import merge_verb
 from tunekit.targets.exportable import Exportable, make_exportable
 from tunekit.targets.target import find_target
 
@@ -151,6 +161,49 @@ def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
 def test_the_help_names_every_format() -> None:
     (option,) = (each for each in get_command(app).commands["export"].params if each.name == "to")
     assert sorted(re.findall(r"\w+", option.help.replace(" or ", " "))) == list(known_formats())
+
+
+@pytest.mark.parametrize("done", [export_verb, merge_verb])
+def test_the_work_of_a_killed_process_is_removed_by_the_next_one(tmp_path: Path, done: Any) -> None:
+    """Its merged model would take the disk for ever. Neither a running process nor the user loses a folder."""
+    adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
+    output = tmp_path / "out.copy"
+    words = (str(adapter), "copy", str(output)) if done is export_verb else (str(adapter), str(output), None, None, [])
+
+    class Whole(Format):
+        TAKES = frozenset({"adapter"})
+
+        def write(self, exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
+            with whole_model(exportable, path) as folder:
+                shutil.copytree(folder, path)
+            return Exported(path, "merged")
+
+    def run(kill: bool) -> Ended:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tunekit.export, "load_format", lambda name: Whole())
+            patch.setattr(tunekit.export, "find_program", lambda name: None)
+            if kill:
+                patch.setattr("tunekit.arithmetic.merge_output.write_report", lambda *_: kill_self())
+            return in_child(lambda: done(*words), tmp_path / "log")
+
+    assert run(kill=True).code == -signal.SIGKILL
+    assert list(tmp_path.rglob("model.safetensors")) != [tmp_path / "base" / "model.safetensors"]
+    running, mine = (tmp_path / f".out.copy.part-{name}" for name in ("running", "mine"))
+    for folder in (running, mine):
+        folder.mkdir()
+        (folder / "file").write_text("text")
+    (running / LOCK_NAME).write_text(f"{os.getpid()}\n")
+    assert run(kill=False).code == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"base", "adapter", "log", "out.copy", running.name, mine.name}
+
+
+def test_a_full_disk_is_named_by_the_output(base: Path) -> None:
+    """The error of a copy names its source too."""
+    output = base.parent / "out.copy"
+    with pytest.raises(ResourceError, match=rf"no room for {output}: .*free some space"), new_path(output):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(base / "config.json"), None, "there")
+    assert [path.name for path in base.parent.iterdir()] == ["base"]
 
 
 def test_a_new_folder_is_flushed_and_renamed(tmp_path: Path) -> None:

@@ -166,8 +166,10 @@ def exit_message(error: BaseException) -> tuple[str, int]:
     if is_out_of_memory(error):
         return "memory ran out; lower training.micro_batch_size or data.max_length", ResourceError.exit_code
     if isinstance(error, OSError):
-        named = f"{error.filename}: " if error.filename is not None else ""
-        if error.errno in _NO_SPACE:
+        full = error.errno in _NO_SPACE
+        place = error.filename2 if full and error.filename2 is not None else error.filename  # of a copy
+        named = f"{place}: " if place is not None else ""
+        if full:
             return f"{named}no space left; free some, or choose another place", ResourceError.exit_code
         if named:
             return f"{named}{error.strerror}; check the path and its permissions", InputError.exit_code

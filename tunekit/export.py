@@ -16,7 +16,8 @@ from tunekit.exports.format import Evidence, Exported, Format, Options, load_for
 from tunekit.exports.programs.program import find_program
 from tunekit.exports.programs.versions import INSTALL
 from tunekit.exports.questions import NotComparable, make_questions, row_ids
-from tunekit.files.durable import new_path, write_json
+from tunekit.files.durable import write_json
+from tunekit.files.work_folder import new_path
 from tunekit.machine.signals import StopSignals
 from tunekit.model.storage.upload import upload_folder
 from tunekit.records import bytes_text, with_article

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from tests.support.train_case import train_in_child, write_recipe
+from tests.support.train_case import in_child, train_in_child, write_recipe
 from tunekit.adapters.folder.read import read_adapter_config
 from tunekit.artifacts.report.values import read_run
 from tunekit.errors import InputError, ResourceError
@@ -59,6 +60,18 @@ def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(
     assert "4 files are uploaded with --push, into the repository orders (private if it is new):" in printed
     assert "README.md (" in printed
     assert "write its hub name into README.md" in printed
+
+
+def test_a_full_disk_is_named_by_the_output(run: Path, tmp_path: Path) -> None:
+    output, size = tmp_path / "orders", (2000, 2000)
+    ended = in_child(
+        lambda: export_verb(str(run), "hub", str(output)),
+        tmp_path / "log",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size),
+    )
+    assert ended.code == 4, ended.output
+    assert f"no room for {output}: " in ended.output
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_a_secret_or_a_private_path_ends_the_export(run: Path, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.errors import InputError
+from tunekit.files.work_folder import new_path
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
-from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
+from tunekit.model.storage.model_folder import copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
@@ -71,8 +72,9 @@ def _merge_model(
     rewriter = Rewriter(target.model, chosen, dtype)
     attached = attach_without_weights(adapter, target.model, rewriter)
     changes = merge_output.collect_changes(attached)
-    merge_output.check_space(output, rewriter.output_bytes(changes))
-    with atomic_model_folder(output) as staging:
+    with new_path(output) as staging:
+        merge_output.check_space(output, rewriter.output_bytes(changes))
+        staging.mkdir()
         rewriter.write(staging, changes)
         answering = None if objective is None else objective.answering
         copy_other_files(target.model, source.folder, processor, target.chat_template, staging, answering)

@@ -11,10 +11,10 @@ from tunekit.arithmetic import merge_output
 from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.files.tensors import read_tensor_header
 from tunekit.files.untrusted import MODEL_FILE
+from tunekit.files.work_folder import new_path
 from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PipelineNet, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor
-from tunekit.model.storage.model_folder import atomic_model_folder
 from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.rewrite import Changes
 from tunekit.model.storage.source import find_source
@@ -31,9 +31,10 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
     """
     output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
     merge_output.check_output(output, [base, adapter])
-    merge_output.check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
     exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
-    with atomic_model_folder(output) as staging:
+    with new_path(output) as staging:
+        merge_output.check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
+        staging.mkdir()
         result = replace(write_merged(load_target(exact, torch.device("cpu")), staging, dtype), folder=output)
         merge_output.write_report(staging, result)
     return result
@@ -62,7 +63,9 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
             with quiet():
                 net.part(path.name).to(written[path.name]).save_pretrained(staging / path.name)
         else:
-            shutil.copytree(path, staging / path.name, dirs_exist_ok=True)
+            (staging / path.name).mkdir(exist_ok=True)
+            for file in filter(Path.is_file, sorted(path.iterdir())):
+                shutil.copyfile(file, staging / path.name / file.name)
         make_portable(staging / path.name)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)

@@ -35,6 +35,7 @@ from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
+from tunekit.files.work_folder import work_folder
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.model_folder import copy_other_files
@@ -228,8 +229,8 @@ def certify(
     """Ask llama.cpp; an adapter is read with a temporary file of its base."""
     if written.what != "adapter":
         return certify_files(written, exportable, program, written.path, questions(), options)
-    with TemporaryDirectory(prefix="tunekit-", dir=written.path.parent) as folder:
-        base = Path(folder) / "base.gguf"
+    with work_folder(written.path) as folder:
+        base = folder / "base.gguf"
         write_base(exportable, base)
         return certify_files(written, exportable, program, base, questions(), options)
 

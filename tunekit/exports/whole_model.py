@@ -4,12 +4,12 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from tunekit.arithmetic.merge import merge
 from tunekit.errors import Problem
 from tunekit.exports.programs.program import find_program
 from tunekit.exports.programs.versions import INSTALL
+from tunekit.files.work_folder import work_folder
 from tunekit.model.storage.portable import make_portable
 from tunekit.targets.exportable import Exportable
 
@@ -40,8 +40,8 @@ def conversion_problems(exportable: Exportable, program: str, model_types: Colle
 @contextmanager
 def whole_model(exportable: Exportable, path: Path) -> Iterator[Path]:
     """A temporary folder next to `path` with the merged model, or with links to the base's files."""
-    with TemporaryDirectory(prefix=".tunekit-", dir=path.parent) as name:
-        folder = Path(name) / "model"
+    with work_folder(path) as work:
+        folder = work / "model"
         if exportable.kind == "adapter":
             merge(exportable.target, folder)
         else:

@@ -42,7 +42,7 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
         wanted = f"{bytes_text(size_bytes)} ({size_bytes} bytes) for " if size_bytes else ""
         return ResourceError(
             f"no room for {wanted}{path}: {reason}{_free_text(path)}",
-            "free some space or raise the limit; then continue the run with --resume",
+            "free some space or raise the limit; a training then continues with --resume",
         )
     if error.errno in FORBIDDEN:
         return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")
@@ -232,33 +232,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_path(path: Path) -> Iterator[Path]:
-    """A temporary name, at which the block writes a new file or folder; it is flushed and renamed to `path`.
-
-    After a failure nothing of it remains.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    _remove(temporary)  # left by a killed process with the same id
-    try:
-        yield temporary
-        for each in (*temporary.rglob("*"), temporary):
-            if not each.is_symlink():
-                sync(each)
-        rename(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if is_real_folder(path):
-        remove_tree(path)
-    elif os.path.lexists(path):
-        unlink(path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunekit.contracts import Answering, Processor, Tokenizer
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
+from tunekit.files.work_folder import new_path
 from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.source import read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -69,7 +70,8 @@ def copy_other_files(
 def write_portable_copy(source: Path, output: Path) -> None:
     """Write a copy of a model folder that older programs read too. Weights become hard links where the file system
     allows it; all other files are copied, so that nothing of `source` changes."""
-    with atomic_model_folder(output) as staging:
+    with new_path(output) as staging:
+        staging.mkdir()
         _copy_files(source, staging)
         make_portable(staging)
 
