@@ -18,7 +18,7 @@ from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, koh
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.summary import summarise_adapter
-from tunekit.errors import AdapterError
+from tunekit.errors import AdapterError, InputError
 from tunekit.export import export_verb
 from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PIPELINES, load_net
@@ -48,7 +48,9 @@ def attached(folder: Path, kind: str, **settings: Any) -> tuple[AttachedAdapter,
     return adapter, processor
 
 
-def saved(adapter: AttachedAdapter, folder: Path, processor: PipelineProcessor) -> Path:
+def saved(
+    adapter: AttachedAdapter, folder: Path, processor: PipelineProcessor, objective: dict[str, Any] | None = None
+) -> Path:
     save_adapter_folder(
         adapter,
         folder,
@@ -56,6 +58,7 @@ def saved(adapter: AttachedAdapter, folder: Path, processor: PipelineProcessor) 
         base_fingerprint=None,
         revision=None,
         task_type=None,
+        objective=objective,
         of_pipeline=True,
     )
     return folder
@@ -109,9 +112,14 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: st
     assert torch.allclose(theirs(processor, kind, file), expected, atol=1e-5)
 
 
+RANKS = {"rank_pattern": {"up_blocks.*to_q": 5, "mid_block.*to_k": 1}, "alpha_pattern": {"up_blocks.*to_k": 7}}
+
+
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind: str) -> None:
-    adapter, processor = attached(tmp_path, kind)
+@pytest.mark.parametrize("settings", [{}, RANKS, {"use_rslora": True, **RANKS}])
+def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Also of layers with other ranks and alphas, of which diffusers reads one alpha for the whole UNet."""
+    adapter, processor = attached(tmp_path, kind, **settings)
     tensors = adapter_tensors(saved(adapter, tmp_path / "adapter", processor))
     file, layers = tmp_path / "kohya.safetensors", layers_per_block(processor) if kind == "sdxl" else None
     converted = kohya_tensors(tensors, adapter.settings, adapter.targets, layers)
@@ -121,23 +129,22 @@ def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind:
     assert read_foreign(file, [target.name for target in adapter.targets]).tensors.keys() == tensors.keys()
 
 
-@pytest.mark.parametrize(
-    ("settings", "lost"),
-    [
-        ({"method": "dora"}, "magnitudes of DoRA"),
-        ({"alpha_pattern": {"up_blocks.*to_q": 7}}, "alphas that differ"),
-        ({}, ""),
-    ],
-)
-def test_an_export_says_what_diffusers_ignores_in_kohyas_file(
-    tmp_path: Path, settings: dict[str, Any], lost: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter, processor = attached(tmp_path, "sd", target_modules=ATTENTION, **settings)
+def test_a_run_that_trained_the_text_encoder_is_exported(tmp_path: Path) -> None:
+    adapter, processor = attached(tmp_path, "sd", **RANKS)
+    trained = {"method": "dreambooth", "train_text_encoder": True}
+    folder = saved(adapter, tmp_path / "adapter", processor, objective=trained)
+    export_verb(str(folder), "kohya", str(tmp_path / "kohya.safetensors"))
+    assert torch.allclose(theirs(processor, "sd", tmp_path / "kohya.safetensors"), ours(adapter, processor), atol=1e-5)
+
+
+def test_dora_in_kohyas_format_is_refused(tmp_path: Path) -> None:
+    adapter, processor = attached(tmp_path, "sd", target_modules=ATTENTION, method="dora")
     folder, file = saved(adapter, tmp_path / "adapter", processor), tmp_path / "kohya.safetensors"
-    export_verb(str(folder), "kohya", str(file))
-    printed = capsys.readouterr().out
-    assert lost in printed
-    assert ("diffusers ignores" in printed) == bool(lost)
+    with pytest.raises(InputError, match=r"this adapter is dora: programs compute its other tensors differently"):
+        export_verb(str(folder), "kohya", str(file))
+    assert not file.exists()
+    with pytest.raises(AdapterError, match=r"also has base_model.*lora_magnitude_vector"):
+        kohya_tensors(adapter_tensors(folder), adapter.settings, adapter.targets)
 
 
 def layers_per_block(processor: PipelineProcessor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from tests.exports.test_gguf import adapter_of, exportable
 from tunekit.exports import gguf as format
 from tunekit.exports.format import Evidence, Options
 from tunekit.exports.llama_cpp.converter import imported
+from tunekit.exports.llama_cpp.texts import sample_texts
 from tunekit.exports.llama_cpp.types import FILE_TYPES
+from tunekit.exports.programs.llama_cpp import tokens_of
 from tunekit.exports.programs.program import Program, find_program
 from tunekit.exports.questions import Questions, make_questions
 from tunekit.targets.exportable import make_exportable
@@ -180,6 +183,26 @@ def rounding_of_torch(base: Path, adapter: Path, questions: Questions) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(exact, questions.expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["stories", "smollm2"])
+def test_added_tokens_are_found_in_the_same_places(
+    llama_cpp: Program, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """New tokens, and tokens of the vocabulary that became added ones, as plain text and in a conversation."""
+    base = shutil.copytree(request.getfixturevalue(name), tmp_path / "base", copy_function=shutil.copyfile)
+    base.chmod(0o755)
+    tokenizer = json.loads((base / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    inside = next(token for token, number in vocabulary.items() if number > 300 and token.isalpha() and len(token) > 2)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": vocabulary[inside], "content": inside, **flags})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    exported = make_exportable(find_target(str(base), None, []))
+    written = format.write(exported, tmp_path / "model.gguf", EVIDENCE, Options(type="F16"))
+    texts = [f"{inside} and {inside}{inside}.", *sample_texts(exported)]
+    tokenizer_ids = [exported.processor.tokenizer.native(text)["input_ids"] for text in texts]  # type: ignore[union-attr]
+    assert tokens_of(llama_cpp, written.path, texts) == tokenizer_ids
+
+
 EXPERTS = {"target_modules": ("q_proj",), "target_parameters": ("gate_up_proj", "down_proj")}
 
 
@@ -215,13 +238,29 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "llama": YARN | {"attention_factor": 0.7},
     "gemma3_text": {},
     "mistral": {},
+    "afmoe": {},
+    "cohere2": {},
+}
+WINDOWS: dict[str, dict[str, Any]] = {  # with 16 tokens
+    "afmoe": {
+        "mup_enabled": True,
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 1,
+    },
+    "cohere2": {"num_hidden_layers": 5},
 }
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_facts_that_the_converter_leaves_out_count_in_llama_cpp(llama_cpp: Program, kind: str, tmp_path: Path) -> None:
-    """Gemma has a window in every second layer; Mistral's is ignored, and the file ends there."""
+    """Gemma has a window in every second layer; Mistral's is ignored, and the file ends there. AFMoE's experts have
+    weights that add up to 1, which no configuration states."""
     changes: dict[str, Any] = {"rope_parameters": ROTATIONS[kind]} if ROTATIONS[kind] else {"sliding_window": 16}
+    changes |= WINDOWS.get(kind, {})
     if kind == "gemma3_text":
         types = ["sliding_attention", "full_attention"]
         changes |= {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": types}

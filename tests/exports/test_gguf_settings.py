@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.arithmetic.test_merge import write_base
-from tests.exports.test_gguf import evidence, exportable, read
+from tests.exports.test_gguf import adapter_of, evidence, exportable, read
 from tunekit.errors import ModelError
 from tunekit.exports import gguf
 from tunekit.exports.compare import difference_of_tokens
@@ -19,8 +20,9 @@ from tunekit.exports.format import Options
 from tunekit.exports.llama_cpp.adapter import adapter_problems
 from tunekit.exports.llama_cpp.converter import converting
 from tunekit.exports.llama_cpp.fixed import fixed_problems, group_size
-from tunekit.exports.llama_cpp.metadata import complete_facts, right_up_to
-from tunekit.exports.llama_cpp.vocabulary import check_normalizer, puts_space_first
+from tunekit.exports.llama_cpp.metadata import complete_facts, limit_notes, right_up_to
+from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
+from tunekit.exports.llama_cpp.vocabulary import added_kinds, check_normalizer, file_name, space_scheme, strips_as_phi3
 from tunekit.exports.questions import make_questions
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -48,6 +50,13 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ({"model_type": "gpt_neox", "attention_bias": False}, "attention_bias"),
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm"),
         ({"model_type": "falcon", "bias": True}, "bias"),
+        ({"model_type": "afmoe"}, "mup_enabled"),
+        ({"model_type": "afmoe", "mup_enabled": True, "num_hidden_layers": 4}, None),
+        ({"model_type": "afmoe", "mup_enabled": True, "layer_types": [SLIDING, FULL] * 16}, "layer_types"),
+        ({"model_type": "llama4_text"}, None),
+        ({"model_type": "llama4_text", "attention_chunk_size": 32}, "attention_chunk_size"),
+        ({"model_type": "gemma3n_text"}, None),
+        ({"model_type": "gemma3n_text", "hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input"),
         ({"model_type": "qwen3_moe"}, "norm_topk_prob"),  # False where config.json does not state it
         ({"model_type": "llama", "rope_parameters": YARN | {"beta_fast": 4.0}}, "beta_fast"),
         ({"model_type": "llama", "rope_parameters": YARN | {"truncate": False}}, "truncate"),
@@ -110,6 +119,13 @@ def test_facts_that_the_converter_leaves_out_are_written(
     assert any("right up to 32 tokens" in note for note in written.notes) == (kind == "mistral")
 
 
+def test_the_rounded_bounds_of_gpt_oss_are_noted() -> None:
+    rope = YARN | {"truncate": False}
+    (note,) = limit_notes({"model_type": "gpt_oss", "rope_parameters": rope})
+    assert "rounds the bounds of yarn" in note
+    assert list(limit_notes({"model_type": "gpt_oss", "rope_parameters": YARN})) == []
+
+
 def test_a_scaling_that_the_converter_does_not_write_is_refused() -> None:
     writer: Any = SimpleNamespace(arch="gptneox", tensors=[{}], kv_data=[{"gptneox.rope.freq_base": 1e4}])
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -157,10 +173,12 @@ def test_changes_of_texts_that_llama_cpp_does_not_make(normalizer: Any, space: s
         check_normalizer({"normalizer": normalizer}, space)
 
 
-@pytest.mark.parametrize(("scheme", "first"), [("always", True), ("first", True), ("never", False)])
-def test_a_tokenizer_of_pieces_puts_a_space_first(scheme: str, first: bool) -> None:
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_where_a_tokenizer_of_pieces_puts_a_space(scheme: str) -> None:
     steps = {"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "prepend_scheme": scheme}]}
-    assert puts_space_first({"normalizer": None, "pre_tokenizer": steps}) is first
+    assert space_scheme({"normalizer": None, "pre_tokenizer": steps}) == scheme
+    assert space_scheme({"normalizer": {"type": "Prepend"}, "pre_tokenizer": None}) == "always"
+    assert space_scheme({"normalizer": None, "pre_tokenizer": None}) == "never"
 
 
 @pytest.mark.drawn
@@ -197,3 +215,71 @@ def test_questions_are_cut_to_the_length_that_is_right(tmp_path: Path) -> None:
     assert max(map(len, questions.rows)) == max(map(len, questions.expected)) == 148
     assert max(map(len, questions.cut(10).rows)) == max(map(len, questions.cut(10).expected)) == 10
     assert max(map(len, make_questions(exportable(base), past_window=False).rows)) <= 128
+
+
+def test_an_adapter_alone_states_what_the_base_s_file_must_have(installed: None, tmp_path: Path) -> None:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    for kind, stated in (("gpt_neox", "gptneox.rope.freq_base = 500.0"), ("llama", "")):
+        base = write_base(tmp_path / kind / "base", kind, **rope)
+        target = exportable(adapter_of(base, tmp_path / kind / "adapter"))
+        notes = "\n".join(gguf.write(target, tmp_path / kind / "adapter.gguf", evidence(), Options()).notes)
+        assert ("must state" in notes) == bool(stated)
+        assert stated in notes
+
+
+def test_the_facts_of_a_gguf_base_are_read(installed: None, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    gguf.write(exportable(base), base / "base.gguf", evidence(), Options(type="F32"))
+    target: Any = SimpleNamespace(folder=base, gguf_file="base.gguf", target=exportable(base).target)
+    assert gguf._base_notes(target, {"llama.context_length": 128, "llama.rope.freq_base": 10000.0}) == ()
+    (note,) = gguf._base_notes(target, {"llama.context_length": 128, "llama.rope.freq_base": 10001.0})
+    assert "must state llama.rope.freq_base = 10001.0, which llama.cpp" in note
+
+
+def change_tokenizer(base: Path, **changes: Any) -> None:
+    file = base / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), "utf-8")
+
+
+def added(content: str, number: int, **flags: bool) -> dict[str, Any]:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": number, "content": content, **dict.fromkeys(names, False), **flags}
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip", "normalized", None])
+def test_added_tokens_that_llama_cpp_finds_elsewhere_are_named(tmp_path: Path, flag: str | None) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    tokens = json.loads((base / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    new = added("<new>", 262, **({flag: True} if flag else {}))
+    change_tokenizer(base, added_tokens=[*tokens, new], normalizer={"type": "Prepend", "prepend": "_"})
+    notes = list(token_notes(exportable(base)))
+    assert [("'<new>' (1 such tokens)" in note) for note in notes] == ([True] if flag else [])
+    assert any("a <new> b<new>c" in text for text in sample_texts(exportable(base)))
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_space_in_front_of_texts_alone(tmp_path: Path, opens: bool) -> None:
+    """llama.cpp knows a space after every special token, or none. The right one depends on the conversations."""
+    base = write_base(tmp_path / "base", "llama")
+    change_tokenizer(base, pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"})
+    token = json.loads((base / "tokenizer.json").read_text("utf-8"))["added_tokens"][0]["content"]
+    (base / "chat_template.jinja").write_text(f"{token if opens else ''}{{{{ messages[0]['content'] }}}}", "utf-8")
+    assert around(exportable(base)).space is not opens
+    (note,) = token_notes(exportable(base))
+    assert ("outside a conversation" if opens else "also after each special token") in note
+
+
+def test_spaces_after_tokens_are_removed_by_the_name_of_phi_3() -> None:
+    tokens = [added("<unk>", 0), added("<s>", 1), added("</s>", 2, rstrip=True), added("<|endoftext|>", 3)]
+    phi = {"model": {"vocab": {}}, "added_tokens": [*tokens, added("<|user|>", 4, rstrip=True)]}
+    assert strips_as_phi3(phi)
+    assert not strips_as_phi3(phi | {"added_tokens": [*tokens, added("<|user|>", 4)]})
+    assert not strips_as_phi3(phi | {"added_tokens": tokens[:2]})
+    assert "phi-3" in file_name("Phi 3 mini", strips=True).lower()
+    assert "phi-3" not in file_name("my-phi-3", strips=False).lower()
+    assert "phi3" not in file_name("my-Phi3", strips=False).lower()
+
+
+def test_added_tokens_of_the_vocabulary_are_searched_for() -> None:
+    tokens = [added("<s>", 0, special=True), added("ily", 1), added("\u2581\u2581", 2), added("<a>", 3, special=True)]
+    assert added_kinds({"added_tokens": [*tokens, added("<0x0A>", 4)]}, [3, 1, 1, 4, 6]) == {1: 4, 3: 3}

@@ -1,6 +1,7 @@
 """A GGUF file for llama.cpp and programs that build on it: a LoRA adapter, or a whole model in any ggml type."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from tunekit.exports.llama_cpp.converter import (
 from tunekit.exports.llama_cpp.fixed import fixed_problems
 from tunekit.exports.llama_cpp.metadata import limit_notes, right_up_to
 from tunekit.exports.llama_cpp.stream import write_model
+from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
@@ -49,12 +51,6 @@ OPTIONS = frozenset({"type", "merged", "imatrix"})
 SUFFIX, PROGRAM = ".gguf", "llama.cpp"
 ROWS, TOKENS = 64, 512  # of the importance matrix
 ROW_TEXTS = 4  # of the certificate's rows, whose tokens are compared
-TEXTS = (
-    "Once upon a time, there was a little girl named Lily.",
-    "  two spaces, 1234567 digits, and\n\n\ttabs; naïve café 你好 🚀",
-    "def add(first, second):\n    return first + second\n",
-    "She asks: 'I've been there, and WE'LL go?' ",
-)
 STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # all others as BF16
 
 
@@ -93,10 +89,10 @@ def writes_adapter(exportable: Exportable, options: Options) -> bool:
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
     """Write the file; of a model, one tensor after the other."""
     if writes_adapter(exportable, options):
-        write_adapter(exportable, path)
+        facts = write_adapter(exportable, path)
         how = f"run it with: llama-server -m BASE.gguf --lora {path}"
-        return Exported(path, "adapter", (*limit_notes(exportable.config), how))
-    squares, notes = None, list(limit_notes(exportable.config))
+        return Exported(path, "adapter", (*limit_notes(exportable.config), *_base_notes(exportable, facts), how))
+    squares, notes = None, [*limit_notes(exportable.config), *token_notes(exportable)]
     if options.imatrix:
         rows, described = evidence.rows(ROWS, TOKENS)
         squares = column_squares(exportable.target, rows)
@@ -107,6 +103,27 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     counts = Counter(types.values()).most_common()
     notes.append(f"tensors by type: {', '.join(f'{count} {name}' for name, count in counts)}")
     return Exported(path, exportable.whole, (*notes, f"run it with: llama-server -m {path}"))
+
+
+def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[str, ...]:
+    """What the base's file must state, unless it is a GGUF file that states it."""
+    if exportable.gguf_file is not None:
+        with imported() as converter:
+            fields = converter.gguf.GGUFReader(exportable.folder / exportable.gguf_file).fields
+            stated = {name: field.contents() for name, field in fields.items() if name in facts}
+        facts = {name: value for name, value in facts.items() if not _equal(stated.get(name), value)}
+    if not facts:
+        return ()
+    listed = ", ".join(f"{name} = {value}" for name, value in facts.items())
+    how = f"`tunekit export {exportable.target.model.name_or_path} --to gguf` writes such a file"
+    return (f"the base's GGUF file must state {listed}, which llama.cpp's converter leaves out; {how}",)
+
+
+def _equal(stated: object, value: object) -> bool:
+    """Whether a value of a GGUF file, which has float32 numbers, is the given one."""
+    if isinstance(stated, float) and isinstance(value, int | float):
+        return math.isclose(stated, value, rel_tol=1e-6)
+    return stated == value
 
 
 def write_base(exportable: Exportable, path: Path) -> None:
@@ -125,7 +142,7 @@ def _write_model(
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
         architecture = exportable.architecture
         file_type = file_type or _stored_type(converter, exportable, rewriter)
-        model = make_model(converter, folder, architecture, rewriter.outputs(changes), _around(exportable))
+        model = make_model(converter, folder, architecture, rewriter.outputs(changes), around(exportable))
         make = partial(make_model, converter, folder, architecture, {})
         imatrix = None if squares is None else _by_tensor(make, rewriter, squares)
         types = write_model(converter, model, path, file_type, imatrix)
@@ -140,14 +157,6 @@ def _stored_type(converter: Converter, exportable: Exportable, rewriter: Rewrite
     tensors = converter.gguf.GGUFReader(exportable.folder / exportable.gguf_file).tensors
     kind: str = max(tensors, key=lambda tensor: tensor.n_elements).tensor_type.name
     return kind if kind in FLOATS else "BF16"
-
-
-def _around(exportable: Exportable) -> tuple[bool, bool]:
-    """Whether the tokenizer puts the first token in front of a text, and the last token behind it."""
-    tokenizer = exportable.processor.tokenizer
-    assert isinstance(tokenizer, LoadedTokenizer)
-    ids = tokenizer.encode_source("a")
-    return tokenizer.adds_bos, tokenizer.eos_id is not None and ids[-1:] == [tokenizer.eos_id]
 
 
 def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
@@ -247,7 +256,7 @@ def certify_files(
     tokenizer = exportable.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)
     rows = [row[1:] if row[0] == tokenizer.bos_id else row for row in compared.rows[:ROW_TEXTS]]  # it is put in front
-    texts = [*TEXTS, *map(tokenizer.decode, rows)]
+    texts = [*sample_texts(exportable), *map(tokenizer.decode, rows)]
     expected = [tokenizer.native(text, truncation=False, verbose=False)["input_ids"] for text in texts]
     file = base if written.what == "adapter" else written.path
     warning = difference_of_tokens(texts, expected, tokens_of(program, file, texts))

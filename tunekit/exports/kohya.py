@@ -1,5 +1,6 @@
 """A LoRA of a diffusion pipeline as one file with the names of kohya's scripts, which ComfyUI and others read."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,35 +20,32 @@ TAKES = frozenset({"pipeline adapter"})
 OPTIONS: frozenset[str] = frozenset()
 SUFFIX = ".safetensors"
 SECOND_ENCODER = "text_encoder_2"  # with a UNet: an SDXL pipeline
+LORA = re.compile(r"\.lora_[AB]\.weight$")  # keys of its tensors
 PROGRAM = ""  # none reads the file back; tests load it with diffusers
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The file holds LoRA alone."""
+    """The file holds LoRA alone. Programs compute DoRA's magnitudes in a kohya file in different ways: LyCORIS divides
+    them by the norms of the tuned weights, ComfyUI by those of the base, and diffusers ignores them."""
     attached = _attached(exportable)
-    if attached.method.in_diffusers_file:
+    extra = [key for key in adapter_header(tensors_path(exportable.adapter)) if not LORA.search(key)]
+    if attached.method.in_diffusers_file and not extra:
         return []
     what = f"kohya's format holds LoRA, and this adapter is {attached.settings.method}"
-    return [Problem(what, "use the adapter's folder itself")]
+    how = "use the adapter's folder itself, which diffusers reads, or merge it with: tunekit merge"
+    return [Problem(f"{what}: programs compute its other tensors differently" if extra else what, how)]
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Write the file; the alphas of all layers are kept."""
+    """Write the file."""
     attached, file = _attached(exportable), tensors_path(exportable.adapter)
     tensors = {key: read_tensor(file, entry) for key, entry in adapter_header(file).items()}
     header, layers = {"format": "pt", "ss_network_module": "networks.lora"}, None
     if (exportable.folder / SECOND_ENCODER).exists() and (unet := exportable.folder / "unet" / "config.json").exists():
         header |= {"ss_base_model_version": "sdxl_base_v1-0"}
         layers = int(read_json(unet)["layers_per_block"])
-    converted = kohya_tensors(tensors, attached.settings, attached.targets, layers)
-    write_tensors(path, converted, header)
-    alphas = {float(value) for key, value in converted.items() if key.endswith(".alpha")}
-    lost = [
-        *(["alphas that differ between layers"] if len(alphas) > 1 else []),
-        *(["the magnitudes of DoRA"] if any(key.endswith(".dora_scale") for key in converted) else []),
-    ]
-    what = f"diffusers ignores {' and '.join(lost)} in a kohya file; give it the adapter's own folder instead"
-    return Exported(path, "adapter", (what,) if lost else ())
+    write_tensors(path, kohya_tensors(tensors, attached.settings, attached.targets, layers), header)
+    return Exported(path, "adapter")
 
 
 def _attached(exportable: Exportable) -> AttachedAdapter:

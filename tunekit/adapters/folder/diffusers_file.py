@@ -30,7 +30,6 @@ FLAT = re.compile(r"(text_encoder(?:_2)?)\.(?=encoder\.)")  # CLIP's names in tr
 KOHYA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 KOHYA_ALONE = "lora_te"  # in a pipeline with one text encoder
 MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
-MAGNITUDE = "lora_magnitude_vector"
 _SDXL_BLOCK = re.compile(
     r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
@@ -143,26 +142,42 @@ def kohya_tensors(
 ) -> Tensors:
     """Tensors by kohya's keys, with an alpha for each layer that gives the adapter's scale.
 
+    diffusers reads one alpha per part. So layers whose rank or alpha differs are written with one rank, the largest one
+    R, and with the alpha R: their B contains the scale, and zeros fill up the ranks.
     `sdxl_layers`: layers_per_block of the UNet of an SDXL pipeline, whose layers have other names.
-    Raises: AdapterError for parts that kohya's format cannot name.
+    Raises: AdapterError for parts that kohya's format cannot name, and for tensors that no LoRA has.
     """
-    converted, by_name = dict[str, Tensor](), {target.name: target for target in targets}
+    numbers = {target.name: _numbers(target) for target in targets}
+    root = bool(getattr(settings, "use_rslora", False))
+    largest = max((rank for rank, _ in numbers.values()), default=0) if len(set(numbers.values())) > 1 else None
     single_encoder = sdxl_layers is None and not any(target.name.startswith("text_encoder_2.") for target in targets)
+    converted: Tensors = {}
     for key, value in tensors.items():
-        name_in_net = key.removeprefix(PREFIX)
-        module = re.split(rf"\.(?:lora_A|lora_B|{MAGNITUDE})\b", name_in_net)[0]
+        module, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if matrix not in MATRICES:
+            what = f"kohya's format holds LoRA, and the adapter also has {printable(key, 200)}"
+            raise AdapterError(what, "use the adapter's folder itself, or merge it")
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:
             raise AdapterError(f"kohya's format has no name for layers of '{part}'", "use diffusers' file")
         prefix = KOHYA_ALONE if single_encoder and part == "text_encoder" else KOHYA_PARTS[part]
         layer = layer if sdxl_layers is None or part != "unet" else sdxl_name(layer, sdxl_layers)
         name = f"{prefix}_{layer.replace('.', '_')}"
-        matrix = name_in_net[len(module) + 1 :].partition(".")[0]
-        converted[f"{name}.{MATRICES[matrix]}.weight" if matrix in MATRICES else f"{name}.dora_scale"] = value
-        rank, alpha = _numbers(by_name[module])
-        scale = alpha / rank**0.5 if getattr(settings, "use_rslora", False) else alpha / rank
-        converted[f"{name}.alpha"] = torch.tensor(float(scale * rank))
+        rank, alpha = numbers[module]
+        scale = alpha / rank**0.5 if root else alpha / rank
+        if largest is not None:
+            value = (
+                _with_rank(value.float() * scale, 1, largest) if matrix == "lora_B" else _with_rank(value, 0, largest)
+            )
+        converted[f"{name}.{MATRICES[matrix]}.weight"] = value
+        converted[f"{name}.alpha"] = torch.tensor(float(scale * rank if largest is None else largest))
     return dict(sorted(converted.items()))
+
+
+def _with_rank(matrix: Tensor, axis: int, rank: int) -> Tensor:
+    """A (R, I, ...) or B (O, R, ...) with zeros up to the rank, which is its size along the axis."""
+    missing = [*matrix.shape[:axis], rank - matrix.shape[axis], *matrix.shape[axis + 1 :]]
+    return torch.cat([matrix, matrix.new_zeros(missing)], axis)
 
 
 def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:

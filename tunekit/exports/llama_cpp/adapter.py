@@ -11,9 +11,10 @@ import torch
 from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.errors import AdapterError, ModelError, Problem
-from tunekit.exports.llama_cpp.converter import Converter, Placed, imported, make_model, placements
+from tunekit.exports.llama_cpp.converter import Converter, Placed, added_facts, imported, make_model, placements
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import layer_kind
+from tunekit.model.storage.portable import with_older_keys
 from tunekit.targets.exportable import Exportable
 
 MERGE = "merge it instead: add --type Q8_0, or F16, Q4_K_M ..."
@@ -26,7 +27,7 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
         lost = [*plain.rest, *plain.tied_pairs, *(name for name in plain.pairs if name == plain.embedding)]
         if not lost:  # the converter of some models reads the tokenizer for an embedding
             with imported() as converter:
-                placed, _ = _placed(converter, exportable, plain)
+                placed, _, _ = _placed(converter, exportable, plain)
             written = {source for tensor in placed.values() for source in tensor.sources}
             lost = [name for name in plain.pairs if f"{name}.weight" not in written]
     except AdapterError as error:  # a prompt, which cannot be merged either
@@ -40,11 +41,12 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such)", MERGE)]
 
 
-def write_adapter(exportable: Exportable, path: Path) -> None:
-    """Write the pairs in float32, with one rank for all; alpha = rank, so the scale is 1."""
+def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
+    """Write the pairs in float32, with one rank for all; alpha = rank, so the scale is 1. Returns the facts that the
+    base's file must state, and that llama.cpp's converter does not write."""
     plain = normalise(exportable.target).padded()
     with imported() as converter:
-        placed, architecture = _placed(converter, exportable, plain)
+        placed, architecture, facts = _placed(converter, exportable, plain)
         writer = converter.gguf.GGUFWriter(path, architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
@@ -62,17 +64,21 @@ def write_adapter(exportable: Exportable, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    return facts
 
 
-def _placed(converter: Converter, exportable: Exportable, plain: PlainAdapter) -> tuple[dict[str, Placed], str]:
-    """Where the file has the pairs, and llama.cpp's name of the architecture."""
+def _placed(
+    converter: Converter, exportable: Exportable, plain: PlainAdapter
+) -> tuple[dict[str, Placed], str, dict[str, object]]:
+    """Where the file has the pairs, llama.cpp's name of the architecture, and the base's added facts."""
     meta = make_meta_model(exportable.target.model, device=torch.device("cpu"))
     modules = dict(meta.net.named_modules())
     shapes = {f"{name}.weight": pair.shape for name, pair in plain.pairs.items()}
     transposed = [f"{name}.weight" for name in plain.pairs if name in modules and layer_kind(modules[name]) == "conv1d"]
     with TemporaryDirectory(prefix="tunekit-") as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(exportable.config), "utf-8")  # some have Infinity
+        config = json.dumps(with_older_keys(exportable.config))  # some have Infinity
+        (folder / "config.json").write_text(config, "utf-8")
         make = partial(make_model, converter, folder, exportable.architecture, {})
         name_there = converter.gguf.MODEL_ARCH_NAMES[make().model_arch]
-        return placements(make, shapes, transposed=transposed), name_there
+        return placements(make, shapes, transposed=transposed), name_there, added_facts(make)

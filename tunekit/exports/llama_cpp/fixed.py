@@ -26,6 +26,16 @@ def _without_positions(config: Configuration) -> object:
     return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
 
 
+def _last_of(count: int, others: str) -> Callable[[Configuration], object]:
+    """The last layer of each `count` sees all tokens; the others have the kind `others`."""
+
+    def types(config: Configuration) -> object:
+        layers = range(config["num_hidden_layers"])
+        return [others if (layer + 1) % count else "full_attention" for layer in layers]
+
+    return types
+
+
 def _exaone_window(config: Configuration) -> object:
     """Only the 32B model has windows."""
     return config["sliding_window"] if config["num_hidden_layers"] == 64 else None
@@ -39,6 +49,7 @@ FIXED: dict[str, dict[str, Callable[[Configuration], object]]] = {
         "attn_logit_softcapping": lambda config: None,
         "use_bidirectional_attention": lambda config: False,
     },
+    "afmoe": {"mup_enabled": lambda config: True, "layer_types": _last_of(4, "sliding_attention")},
     "qwen2_moe": {"norm_topk_prob": lambda config: False},
     "qwen3_moe": {"norm_topk_prob": lambda config: True},
     "gpt2": {
@@ -55,7 +66,22 @@ FIXED: dict[str, dict[str, Callable[[Configuration], object]]] = {
     "phi": {"intermediate_size": lambda config: 4 * config["hidden_size"]},
     "bloom": {"apply_residual_connection_post_layernorm": lambda config: False},
     "smollm3": {"no_rope_layers": _without_positions},
-    "llama4_text": {"no_rope_layers": _without_positions},
+    "llama4_text": {
+        "no_rope_layers": _without_positions,
+        "layer_types": _last_of(4, "chunked_attention"),
+        "attention_chunk_size": lambda config: 8192,
+        "attn_temperature_tuning": lambda config: True,
+        "floor_scale": lambda config: 8192,
+        "attn_scale": lambda config: 0.1,
+    },
+    "gemma3n_text": {
+        "layer_types": _last_of(5, "sliding_attention"),
+        "num_kv_shared_layers": lambda config: config["num_hidden_layers"] - 20,
+        "hidden_size_per_layer_input": lambda config: 256,
+        "altup_num_inputs": lambda config: 4,
+        "altup_active_idx": lambda config: 0,
+        "laurel_rank": lambda config: 64,
+    },
     "exaone4": {"sliding_window": _exaone_window},
     "cohere": {"use_qk_norm": lambda config: config["num_hidden_layers"] >= 64},
 }

@@ -1,7 +1,7 @@
 """Facts that llama.cpp reads and its converter does not write, and the length up to which its answers are right."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from tunekit.errors import ModelError
@@ -12,10 +12,15 @@ from tunekit.model.storage.windows import sliding_window
 WINDOWED = frozenset(
     (
         *("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "cohere2", "olmo3", "exaone4"),
-        *("afmoe", "laguna", "llama4_text", "mellum", "mimo_v2"),
+        *("afmoe", "cohere2_moe", "exaone_moe", "laguna", "llama4_text", "mellum", "mimo_v2"),
     )
 )
 OWN_SCALING = ("hunyuan_v1_dense", "hunyuan_v1_moe")  # the converter computes theirs
+# facts that are true of a type, and that its configuration does not state
+ALWAYS: dict[str, dict[str, int]] = {
+    "afmoe": {"expert_weights_norm": True},
+    "exaone_moe": {"expert_gating_func": 2},  # sigmoid
+}
 FACTORS = {"llama3": "rope_freqs", "longrope": "rope_factors_long"}  # kind of scaling -> tensor with its factors
 
 
@@ -30,6 +35,7 @@ class FactsWriter(Protocol):
     def add_rope_freq_base(self, value: float) -> None: ...
     def add_rope_scaling_factor(self, value: float) -> None: ...
     def add_rope_scaling_orig_ctx_len(self, value: int) -> None: ...
+    def add_bool(self, key: str, value: bool) -> None: ...
     def add_string(self, key: str, value: str) -> None: ...
     def add_float32(self, key: str, value: float) -> None: ...
     def add_uint32(self, key: str, value: int) -> None: ...
@@ -47,10 +53,14 @@ def right_up_to(config: Mapping[str, Any]) -> tuple[int, str] | None:
     return min(limits, default=None)
 
 
-def limit_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The line for the user about `right_up_to`."""
-    limit = right_up_to(config)
-    return () if limit is None else (f"right up to {limit[0]:,} tokens: llama.cpp ignores {limit[1]}",)
+def limit_notes(config: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for the user: about `right_up_to`, and about gpt-oss, whose exact bounds llama.cpp rounds."""
+    if (limit := right_up_to(config)) is not None:
+        yield f"right up to {limit[0]:,} tokens: llama.cpp ignores {limit[1]}"
+    config = complete_config(config)
+    if config.get("model_type") == "gpt_oss" and (config.get("rope_parameters") or {}).get("truncate") is False:
+        what = "llama.cpp rounds the bounds of yarn, and this base does not (truncate is false)"
+        yield f"{what}: the answers differ, and more so in long texts"
 
 
 def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
@@ -66,6 +76,11 @@ def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
     size = group_size(types) if kind in GROUPS and types else None
     if size not in (None, GROUPS.get(kind)):
         writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", size)
+    for name, value in ALWAYS.get(kind, {}).items():
+        if isinstance(value, bool):
+            writer.add_bool(f"{writer.arch}.{name}", value)
+        else:
+            writer.add_uint32(f"{writer.arch}.{name}", value)
     rope = config.get("rope_parameters") or {}
     _complete_positions(writer, rope.get("full_attention") or rope)
 

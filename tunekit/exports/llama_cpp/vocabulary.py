@@ -1,10 +1,12 @@
 """What llama.cpp needs of a tokenizer.json where its converter does not know the tokenizer."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunekit.errors import ModelError
 
+Definition = Mapping[str, Any]  # of a tokenizer, or of one of its steps, as in tokenizer.json
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -14,11 +16,14 @@ PRE_TOKENIZERS: dict[tuple[tuple[str | None, Any], ...], str] = {
     (("Digits", True), ("ByteLevel", True)): "smollm",
     (("Split", QWEN2_WORDS), ("ByteLevel", False)): "qwen2",
 }
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens; no text has unused ones
+SPACE = "\u2581"  # which stands for a space in the tokens of a tokenizer of pieces
+NEVER_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 # llama.cpp refuses a byte-level tokenizer without merges. This one never applies: merges begin with single characters.
 UNUSED_MERGE = "<|left|> <|right|>"
 
 
-def named_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
+def named_pre_tokenizer(tokenizer: Definition) -> str:
     """llama.cpp's name for the step that splits texts into words. Raises: ModelError if it has none."""
     if not tokenizer["model"].get("merges"):
         return "gpt-2"  # without merges it does not matter where texts are split
@@ -29,7 +34,7 @@ def named_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     raise ModelError(what, "it would split texts differently; choose another --to")
 
 
-def _step(part: Mapping[str, Any]) -> tuple[str | None, Any]:
+def _step(part: Definition) -> tuple[str | None, Any]:
     kind = part.get("type")
     if kind == "ByteLevel" and part.get("add_prefix_space"):
         return kind, "with a space in front"
@@ -41,7 +46,7 @@ def _step(part: Mapping[str, Any]) -> tuple[str | None, Any]:
     return kind, options.get(str(kind))
 
 
-def merge_scores(tokenizer: Mapping[str, Any], tokens: Sequence[bytes]) -> list[float]:
+def merge_scores(tokenizer: Definition, tokens: Sequence[bytes]) -> list[float]:
     """The score of each token, so that llama.cpp, which merges to the token with the highest score first, merges in the
     order of tokenizer.json."""
     ranks: dict[str, int] = {}
@@ -50,15 +55,45 @@ def merge_scores(tokenizer: Mapping[str, Any], tokens: Sequence[bytes]) -> list[
     return [-float(ranks.get(token.decode("utf-8", "replace"), len(ranks))) for token in tokens]
 
 
-def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether texts get a space in front before they are split."""
-    return any(part.get("type") == "Prepend" for part in _parts(tokenizer, "normalizer")) or any(
-        part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never"
-        for part in _parts(tokenizer, "pre_tokenizer")
-    )
+def added_kinds(tokenizer: Definition, kinds: Sequence[int]) -> dict[int, int]:
+    """The kinds of the added tokens, by id, which a text is searched for before it is split. The converter gives those
+    the kind of normal tokens that are also in the vocabulary.
+
+    A token with the sign for spaces stays normal: no text has it, and llama.cpp would print the sign.
+    """
+    return {
+        token["id"]: CONTROL if token["special"] else USER_DEFINED
+        for token in tokenizer.get("added_tokens", ())
+        if kinds[token["id"]] in (NORMAL, USER_DEFINED) and SPACE not in token["content"]
+    }
 
 
-def check_normalizer(tokenizer: Mapping[str, Any], space: str | None = None) -> None:
+def space_scheme(tokenizer: Definition) -> str:
+    """Where texts get a space before they are split: "always" in front of them and after each added token, only in
+    front of them ("first"), or "never"."""
+    if any(part.get("type") == "Prepend" for part in _parts(tokenizer, "normalizer")):
+        return "always"
+    steps = [part for part in _parts(tokenizer, "pre_tokenizer") if part.get("type") == "Metaspace"]
+    return str(steps[0].get("prepend_scheme", "always")) if steps else "never"
+
+
+def strips_as_phi3(tokenizer: Definition) -> bool:
+    """Whether the tokenizer removes spaces where llama.cpp does so in a file with "phi-3" in its name: after each added
+    token except these three, all of which must exist."""
+    added = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
+    names = {*added, *tokenizer["model"]["vocab"]} if isinstance(tokenizer["model"].get("vocab"), Mapping) else {*added}
+    strips = all(token["rstrip"] == (name not in NEVER_STRIPPED) for name, token in added.items())
+    return strips and {"</s>", *NEVER_STRIPPED} <= names and not any(token["lstrip"] for token in added.values())
+
+
+def file_name(name: str, *, strips: bool) -> str:
+    """The name in the file, with or without "phi-3", by which llama.cpp decides whether it removes spaces after
+    tokens."""
+    other = re.sub("(?i)phi-?3", "Phi 3", name)
+    return f"{other} (phi-3)" if strips else other
+
+
+def check_normalizer(tokenizer: Definition, space: str | None = None) -> None:
     """Raises: ModelError for changes of a text before it is split, which llama.cpp does not make. It replaces spaces by
     `space` in a tokenizer of pieces; most texts are in the form NFC anyway."""
     for part in _parts(tokenizer, "normalizer"):
@@ -69,7 +104,7 @@ def check_normalizer(tokenizer: Mapping[str, Any], space: str | None = None) -> 
             raise ModelError(what, "choose another --to")
 
 
-def _parts(tokenizer: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def _parts(tokenizer: Definition, name: str) -> list[Definition]:
     """The steps of a tokenizer's normalizer or pre-tokenizer."""
     step = tokenizer.get(name) or {}
     return list(step.get(f"{name.replace('_', '')}s", [step]))
