@@ -13,9 +13,12 @@ import torch
 
 from tests.support.programs import needs
 from tests.support.speech_case import write_tiny_whisper
-from tunekit.errors import InputError
+from tunekit.errors import DataError, InputError
 from tunekit.export import CERTIFICATE, export_verb
+from tunekit.exports.recordings import make_recordings
 from tunekit.model.storage.shards import ShardReader
+from tunekit.targets.exportable import make_exportable
+from tunekit.targets.target import find_target
 
 TYPES = {0: np.float32, 1: np.float16}
 
@@ -80,6 +83,17 @@ def test_a_shape_that_whisper_cpp_does_not_have(tmp_path: Path) -> None:
 def test_a_text_model(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"whisper\.cpp reads Whisper models, and this is llama"):
         export_verb(str(tiny_llama), "whispercpp", str(tmp_path / "model.bin"))
+
+
+@pytest.mark.drawn
+def test_a_run_without_its_recordings_is_compared_on_noise(speech_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise DataError("is missing", file="sounds")
+
+    monkeypatch.setattr("tunekit.targets.rows.load_rows", gone)
+    compared = make_recordings(make_exportable(find_target(str(speech_run), None, []))).questions
+    reason = "because the run's rows cannot be read (sounds: is missing)"
+    assert compared.described == f"one recording of noise, {reason}"
 
 
 class TestProgram:

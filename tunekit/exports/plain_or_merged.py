@@ -35,11 +35,6 @@ def unwritable(exportable: Exportable, program: str) -> list[Problem]:
     return []
 
 
-def is_model_folder(exportable: Exportable) -> bool:
-    """Whether the base is a folder of safetensors, and not a GGUF file."""
-    return exportable.gguf_file is None
-
-
 def _reading(exportable: Exportable, program: str) -> FolderReading:
     """How a program reads the base."""
     every = readings(replace(read_model_files(exportable.folder), config=exportable.config))
@@ -60,7 +55,7 @@ def plain_or_reason(
     """
     if options.merged:
         return None, "asked for with --merged"
-    if exportable.family != "causal" or not is_model_folder(exportable):
+    if exportable.family != "causal" or exportable.gguf_file is not None:
         return None, "only adapters of a text model that is a folder of safetensors are read"
     for finding in _reading(exportable, program).findings:
         if not finding.limit:  # the merged model is written in the portable form

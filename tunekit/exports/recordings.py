@@ -8,10 +8,10 @@ import torch
 
 from tunekit.arithmetic.merge import logits_of
 from tunekit.contracts import Array, Tensors
-from tunekit.data.rows import load_rows
 from tunekit.exports.format import Questions
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.targets.exportable import Exportable
+from tunekit.targets.rows import readable_rows
 from tunekit.targets.target import load_target
 
 ROWS, TOKENS, TEXT = 4, 128, "The capital of France is Paris."
@@ -39,7 +39,7 @@ def make_recordings(exportable: Exportable) -> Recordings:
         prefix = processor.prefix("en" if processor.multilingual else None, "transcribe", timestamps=False)
         answer = torch.tensor([[*prefix, *processor.text_ids(TEXT)]])
         inputs = [{**model.family.trial_inputs(model.net), "decoder_input_ids": answer}]
-        described = "one recording of noise"
+        described = f"one recording of noise{described}"
     ids = [without_timestamps(processor, each["decoder_input_ids"][0].tolist())[:TOKENS] for each in inputs]
     for values, row in zip(inputs, ids, strict=True):
         values["decoder_input_ids"] = torch.tensor([row])
@@ -62,11 +62,11 @@ def without_timestamps(processor: SpeechProcessor, row: list[int]) -> list[int]:
 
 
 def _inputs(exportable: Exportable) -> tuple[list[Tensors], str]:
-    """The net's inputs for evaluation rows of the run, else for training rows, and a description of the rows."""
-    data, objective = exportable.target.data, exportable.objective
-    if data is None or objective is None:
-        return [], ""
-    loaded = load_rows(data, objective, seed=exportable.target.seed)
+    """The net's inputs for evaluation rows of the run, else for training rows, and a description of the rows; or none,
+    and why they cannot be read."""
+    loaded, reason = readable_rows(exportable.target, exportable.objective)
+    if loaded is None:
+        return [], reason
     rows, noun = (loaded.train, "training") if loaded.evaluation is None else (loaded.evaluation, "evaluation")
     chosen = [rows[index] for index in range(min(ROWS, len(rows)))]
     inputs = [dict(loaded.objective.rows.collate([[row]]).inputs) for row in chosen]
