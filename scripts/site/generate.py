@@ -128,7 +128,7 @@ def shipped_page() -> str:
 
 
 def shared_keys() -> dict[str, Key]:
-    """Those of every method whose layers the user chooses."""
+    """The keys of every method whose layers can be chosen."""
     return {key.name: key for key in reference_keys(TargetedSettings) if key.name != "method"}
 
 

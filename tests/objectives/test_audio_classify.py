@@ -167,7 +167,7 @@ def test_an_adapter_of_peft_is_measured_by_the_labels_that_are_named(
         evaluate_verb(*verb, [])
     with pytest.raises(TunekitError, match="names 2 labels, but the adapter's head has 3 rows"):
         evaluate_verb(*verb, ["objective.labels=[five, nine]"])
-    with pytest.raises(TunekitError, match="must be a list of names, each once"):
+    with pytest.raises(TunekitError, match="must be a list of different names"):
         evaluate_verb(*verb, ["objective.labels=[five, five, one]"])
     with pytest.raises(InputError, match="is only for an adapter"):
         evaluate_verb(str(whisper), *verb[1:], ["objective.labels=[five, nine, one]"])

@@ -155,7 +155,7 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
         ),
         (
             "training: {scheduler: cosine_with_min_lr, scheduler_settings: {min_lr: 0, min_lr_rate: 0}}",
-            "recipe.yaml:4: training.scheduler_settings: has min_lr and min_lr_rate, two ways",
+            "recipe.yaml:4: training.scheduler_settings: has min_lr and min_lr_rate, which set the same value",
         ),
         ("training: {scheduler: cosin}", "recipe.yaml:4: training.scheduler: must be one of constant, linear, cosine,"),
         (

@@ -576,7 +576,7 @@ def test_an_adapters_configuration(
     assert ("use_dora -> adapter.method" in said) == ("use_dora" in fields)
     assert "use_dora -> nothing" not in said
     assert "revision" not in said  # the file has none
-    with pytest.raises(RecipeError, match="configuration of a PEFT adapter, and no recipe; `tunekit import"):
+    with pytest.raises(RecipeError, match="configuration of a PEFT adapter, not a recipe; convert it: `tunekit import"):
         validate(str(folder / "adapter_config.json"))
 
 
@@ -749,7 +749,7 @@ def test_validate_says_whose_a_configuration_is(folder: Path) -> None:
     for name, text, tool in (("theirs.yaml", TORCHTUNE, "torchtune"), ("run.sh", SCRIPT, "Unsloth's script")):
         loaded = validate(str(_written(folder, name, text)))
         assert loaded.rewrites[0].endswith(
-            f"is a configuration of {tool}: `tunekit import {folder / name} --output RECIPE` makes a recipe of it"
+            f"is a configuration of {tool}; to convert it, run `tunekit import {folder / name} --output RECIPE`"
         )
     ours = "model: base\ndata: {train: rows.jsonl}\nlora_r: 4\noutput_dir: out\n"  # with a spelling or two
     assert validate(str(_written(folder, "ours.yaml", ours))).tool is None

@@ -46,7 +46,7 @@ def test_a_start_without_settings_is_written_as_its_name() -> None:
         ("{start: 4}", "adapter.start: must be a name or a mapping"),
         ("{start: {method: eva, rho: 0.5}}", "adapter.start.rho: must be at least 1, not 0.5"),
         ("{start: {method: corda, mode: both}}", "adapter.start.mode: must be ipm or kpm"),
-        ("{start: olora, init_from: adapter}", "adapter.start: cannot be olora where init_from names the adapter"),
+        ("{start: olora, init_from: adapter}", "adapter.start: cannot be olora if init_from names an adapter"),
         ("{layers_pattern: layers}", "adapter.layers_pattern: has no effect without layers_to_transform"),
     ],
 )

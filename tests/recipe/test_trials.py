@@ -97,7 +97,7 @@ def test_each_source_is_left_out_once(tmp_path: Path) -> None:
         names = [Path(source.path).name for source in trial.loaded.recipe.data.train]
         assert names == [name for name in ("a.jsonl", "b.jsonl", "c.jsonl") if not trial.setting.endswith(name)]
     lines = problems(path)
-    assert "sweep.leave_out: data.train has one source" in lines[0]
+    assert "sweep.leave_out: data.train has only one source" in lines[0]
     assert any("name evaluation sources" in line for line in lines)
     both = problems(path, sources, "data.eval=eval.jsonl", "data.train.0.weight=1,2")
     assert any("the keys change data.train too" in line for line in both)

@@ -1,4 +1,4 @@
-"""`data:` where the rows come from, how they are rendered and which tokens are trained on."""
+"""`data:` the sources of rows, how rows are rendered, and which tokens are trained on."""
 
 from typing import Annotated, Literal
 
@@ -33,7 +33,7 @@ class Source(Section):
 
 
 def _eval_rows(value: object) -> object:
-    """Refuse true and quoted texts. A path is already a source here."""
+    """The fraction or the sources. Raises: ValueError for true and for texts; a path is already a source here."""
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
         raise ValueError("must be a fraction, a file, or a list of sources")
     return value

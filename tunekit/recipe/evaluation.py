@@ -1,4 +1,4 @@
-"""`evaluation:` what is measured on the eval rows, and which checkpoint wins."""
+"""`evaluation:` what is measured on the evaluation rows, and which checkpoint is exported."""
 
 import re
 from typing import Annotated, Literal
@@ -11,21 +11,21 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Section, Several, T
 FROM_DATA = "from_data"
 CHOICE_SUMS = frozenset(
     {"labelled", "label_counts", "confusion", "calibration"}
-)  # what choosing adds to what an objective sums up
-CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # always measured where answers are chosen
+)  # the sums that `choices` adds to the sums of an objective
+CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # always measured with `choices`
 
 _BEST = re.compile(r"eval\.[a-z0-9_]+")
 
 
 def check_best(value: object) -> str:
-    """The name of an evaluation metric. Raises: ValueError if it is none."""
+    """The name of an evaluation metric, such as eval.loss. Raises: ValueError for any other text."""
     if isinstance(value, str) and _BEST.fullmatch(value):
         return value
     raise ValueError("must be eval.METRIC, such as eval.loss")
 
 
 def _choices(value: object) -> object:
-    """A list of two texts or more, no two equal; a whole number is its text."""
+    """A tuple of at least two different texts. Whole numbers become texts."""
     if value is None or value == FROM_DATA:
         return value
     if not isinstance(value, list | tuple):
@@ -56,34 +56,35 @@ ChoiceList = Annotated[
 
 
 class EvaluationSection(Section):
-    """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
+    """`best: eval.loss` exports the checkpoint with the best value of this metric. `patience` counts the evaluations
+    in which the metric of `best` (by default eval.loss) does not improve."""
 
     free_keys = ("before_training", "tasks", "task_documents", "task_lengths")
 
     choices: ChoiceList = Field(
-        None, description="the answers to choose from by their log-probability; from_data: those of the rows"
+        None, description="compare these answers by their log-probability; from_data: all answers of the rows"
     )
     choice_score: Literal["sum", "mean_per_token", "mean_per_byte"] = Field(
-        "sum", description="what of an answer's log-probability is compared"
+        "sum", description="the score of an answer: the sum of its log-probabilities, or their mean"
     )
     content_free_prompt: Annotated[str, BeforeValidator(_content_free)] | None = Field(
         None,
-        description="calibrate choices (Zhao et al. 2021) by the rows' prompt, with {} for their own text",
+        description="calibrate choices (Zhao et al. 2021): the prompt of the rows, with {} in place of a row's text",
     )
-    metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
-    before_training: bool = Field(True, description="evaluate before the first step too, to compare the result with")
-    generate: bool = Field(False, description="generate an answer for every eval row, for the metrics that need one")
+    metrics: Several[Text] = Field(("loss",), description="the metrics of an evaluation; loss is always measured")
+    before_training: bool = Field(True, description="also evaluate before the first step, for comparison")
+    generate: bool = Field(False, description="generate an answer to every evaluation row, for metrics of answers")
     samples: CountOrZero = Field(
-        0, description="answers to so many eval rows at each evaluation, for the report; no metric needs them"
+        0, description="each evaluation generates answers to this many rows for the report; metrics do not use them"
     )
-    max_new_tokens: Count = Field(128, description="tokens of one generated answer, at most")
+    max_new_tokens: Count = Field(128, description="the maximum number of tokens of a generated answer")
     tasks: Several[TaskPath] = Field(
-        (), description="tasks of lm-eval, by name or as YAML files, that compare the result with its base"
+        (), description="compare the result with its base on these tasks of lm-eval: names or YAML files"
     )
     task_documents: Count | None = Field(None, description="use this many documents of each task; null: all")
     task_lengths: Several[Count] = Field((), description="the lengths in tokens of tasks that generate their texts")
-    batch_size: Count = Field(8, description="rows of one evaluation forward; only memory and speed")
+    batch_size: Count = Field(8, description="rows per forward in evaluations; affects only memory and speed")
     best: Annotated[str, BeforeValidator(check_best)] | None = Field(
-        None, description="export the checkpoint best in this"
+        None, description="export the checkpoint with the best value of this metric"
     )
-    patience: Count | None = Field(None, description="stop after this many evaluations without gain")
+    patience: Count | None = Field(None, description="stop after this many evaluations without improvement")

@@ -1,4 +1,4 @@
-"""recipe.yaml + command-line overrides -> Recipe, or every problem at once with file, line and key."""
+"""Reads recipe.yaml and the overrides of the command line, and makes a Recipe. All problems are reported together."""
 
 import os
 from collections.abc import Sequence
@@ -56,23 +56,28 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, where each key was written, and in words: spellings rewritten, defaults that depend on others."""
+    """A valid recipe, and how it was read.
+
+    `lines`: the line of each key; `overridden`: the keys that the command line wrote; `rewrites`: sentences about
+    rewritten keys of other tools; `defaults`: sentences about defaults that depend on other keys; `tool`: the tool
+    whose configuration the file is, None for a recipe; `sweep`: the section that only `tunekit sweep` reads.
+    """
 
     recipe: Recipe
     path: Path
     lines: dict[str, int] = field(default_factory=dict)
-    overridden: frozenset[str] = frozenset()  # dotted keys that the command line wrote
+    overridden: frozenset[str] = frozenset()
     rewrites: list[str] = field(default_factory=list)
-    defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
-    tool: str | None = None  # whose configuration it is, where it is no recipe of ours
-    sweep: SweepSection | None = None  # which only `tunekit sweep` reads
+    defaults: list[str] = field(default_factory=list)
+    tool: str | None = None
+    sweep: SweepSection | None = None
 
     def line_of(self, key: str) -> int | None:
-        """The line of a dotted key; None where the file does not write it."""
+        """The line of a dotted key; None if the key is not in the file."""
         return self.lines.get(key)
 
     def locate(self, problem: Problem) -> Problem:
-        """The same problem with this file and the line of its key, or `command line`."""
+        """The problem with its place added: this file and the line of its key, or `command line`."""
         if problem.key in self.overridden:
             return Problem(problem.what, problem.how, file=COMMAND_LINE, key=problem.key)
         line = self.line_of(problem.key) if problem.key else None
@@ -80,27 +85,28 @@ class LoadedRecipe:
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, override and check a recipe. Raises: RecipeError with every problem found, in the order of the file."""
+    """Read, override and check a recipe. Raises: RecipeError with all problems, in the order of the file."""
     return check_draft(*read_draft(path, overrides))
 
 
 def read_file(path: Path) -> Draft:
-    """A recipe or another tool's configuration, as it is written. Raises: RecipeError where it cannot be read."""
+    """The values of a recipe or of another tool's configuration. Raises: RecipeError if the file cannot be read."""
     return read_command_line(path) if path.suffix == ENDING else read_recipe_file(path)
 
 
 def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: bool = False) -> tuple[Draft, str | None]:
-    """A recipe with its shorthands, other tools' keys and overrides in full form, not checked yet; and whose
-    configuration it is, if another tool's. `imported`: with that tool's values for keys that are not written.
+    """The draft of a recipe, not checked yet, and the name of the tool if the file is another tool's configuration.
 
-    Raises: RecipeError where the file cannot be read.
+    In the draft, short forms, keys of other tools and overrides are replaced by tunekit's full keys. `imported`: keys
+    that the file does not write get the tool's defaults.
+    Raises: RecipeError if the file cannot be read.
     """
     path = Path(path)
     draft = read_file(path)
     tool = tool_of(draft)
     if tool == PEFT:
-        how = f"`tunekit import {path} --output RECIPE` makes a recipe of it"
-        raise RecipeError("is the configuration of a PEFT adapter, and no recipe", how, file=str(path))
+        how = f"convert it: `tunekit import {path} --output RECIPE`"
+        raise RecipeError("is the configuration of a PEFT adapter, not a recipe", how, file=str(path))
     every_weight = trains_base(draft, tool)
     if tool in WHOLE:
         WHOLE[tool](draft)
@@ -120,13 +126,13 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
         default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
         draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
     if tool is not None and not imported:
-        whose = f"{path} is a configuration of {tool}: `tunekit import {path} --output RECIPE` makes a recipe of it"
+        whose = f"{path} is a configuration of {tool}; to convert it, run `tunekit import {path} --output RECIPE`"
         draft.rewrites.insert(0, whose)
     return draft, tool
 
 
 def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
-    """The recipe of a draft that was read. Raises: RecipeError with every problem found, in the order of the file."""
+    """Check a draft and make the recipe. Raises: RecipeError with all problems, in the order of the file."""
     path = Path(draft.file)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
     written, sweep = draft.written_in(COMMAND_LINE), recipe.sweep
@@ -138,9 +144,9 @@ def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 @dataclass(frozen=True)
 class TargetOverrides:
-    """The parsed overrides of a target. `model`, `evaluation`: the fields that the user wrote. `rewrites`: the
-    spellings of other tools that were rewritten. `labels`: the names for the rows of a head from another tool.
-    `problem_type`: the meaning of the scores of that head."""
+    """The parsed overrides of a target. `model`, `evaluation`: the fields that the user wrote. `rewrites`: sentences
+    about rewritten keys of other tools. For a head from another tool, `labels` are the names of its outputs, and
+    `problem_type` is the meaning of its scores."""
 
     model: JsonObject
     evaluation: JsonObject
@@ -150,10 +156,10 @@ class TargetOverrides:
 
 
 def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
-    """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, and objective.labels
-    and objective.problem_type, checked.
+    """Read and check the overrides of eval, generate and merge. They may change model.*, evaluation.*,
+    objective.labels and objective.problem_type; keys of other sections are refused.
 
-    A key of another section is refused. Paths are relative to the working folder: no recipe file is involved.
+    Paths are relative to the working folder, because there is no recipe file.
     """
     draft = Draft(COMMAND_LINE)
     apply_overrides(draft, overrides)
@@ -165,7 +171,7 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
         how = "only model.*, evaluation.*, objective.labels and objective.problem_type can; in eval also data.*"
         draft.add_problem((name,), "cannot be overridden here", how)
     if isinstance(model, dict):
-        draft.values["model"] = {"name_or_path": "any", **model}  # required, and not what an override is about
+        draft.values["model"] = {"name_or_path": "any", **model}  # required, but an override need not write it
     sections = {name: section for name in ("model", "evaluation") if (section := _make_section(name, draft))}
     checks.check_across(draft, sections)
     if draft.problems:
@@ -180,7 +186,7 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
 
 
 def _take_head(draft: Draft) -> tuple[tuple[str, ...], str | None]:
-    """objective.labels and objective.problem_type, out of the draft."""
+    """Remove objective.labels and objective.problem_type from the draft, and return them."""
     objective = draft.values.get("objective")
     if not isinstance(objective, dict) or not set(objective) <= {"labels", "problem_type"}:
         return (), None
@@ -188,7 +194,7 @@ def _take_head(draft: Draft) -> tuple[tuple[str, ...], str | None]:
     labels, problem_type, known = objective.get("labels"), objective.get("problem_type"), list(PROBLEM_TYPES)
     texts = [str(label) for label in labels if type(label) in (str, int)] if isinstance(labels, list) else []
     if labels is not None and (not texts or len(set(texts)) < len(labels)):
-        draft.add_problem(("objective", "labels"), "must be a list of names, each once", "write [no, yes]")
+        draft.add_problem(("objective", "labels"), "must be a list of different names", "write [no, yes]")
     if problem_type not in (None, *known):
         how = did_you_mean(str(problem_type), known, "known problem types")
         draft.add_problem(("objective", "problem_type"), f"unknown problem type {show(problem_type)}", how)
@@ -196,10 +202,11 @@ def _take_head(draft: Draft) -> tuple[tuple[str, ...], str | None]:
 
 
 def override_data(data: DataSection | None, overrides: Sequence[str], objective: str | None) -> DataSection:
-    """A data section, or an empty one, with overrides of data.*. Evaluation rows that are named stand for training
-    rows too, which are then not looked at. `objective`: that measures the rows; None where it is not known yet.
+    """A data section with overrides of data.*; None: an empty section. If evaluation rows are named, the training rows
+    are not needed, and the section has the evaluation rows in their place. `objective`: the name of the objective that
+    measures the rows; None if it is not known yet.
 
-    Raises: RecipeError with every problem.
+    Raises: RecipeError with all problems.
     """
     draft = Draft(COMMAND_LINE)
     draft.set(("data",), {} if data is None else data.model_dump(mode="json"), Place("the recipe"))
@@ -216,9 +223,9 @@ def override_data(data: DataSection | None, overrides: Sequence[str], objective:
 
 
 def make_recipe(draft: Draft, folder: Path) -> Recipe:
-    """Check a draft whole and make the Recipe.
+    """Check all sections of a draft, and make the Recipe.
 
-    Raises: RecipeError with every problem of the draft.
+    Raises: RecipeError with all problems of the draft.
     """
     checks.check_secrets(draft)
     checks.settle_pairs(draft)
@@ -233,7 +240,7 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
 
 
 def _make_sections(draft: Draft) -> dict[str, Section]:
-    """Each valid section; what is wrong with the others is noted in the draft."""
+    """The valid sections. Problems of the other sections are added to the draft."""
     sections: dict[str, Section] = {}
     draft.problems += [unknown_key((name,), draft) for name in draft.values if name not in Recipe.model_fields]
     for name, field_info in Recipe.model_fields.items():
@@ -255,7 +262,7 @@ def _make_section(name: str, draft: Draft) -> Section | None:
         return None
     if not isinstance(values, dict):
         what = f"must be a mapping{' or a name' if name in ('model', *DEFAULT_METHOD) else ''}, not {show(values)}"
-        draft.add_problem((name,), what, "remove the key to take the defaults" if values is None else "")
+        draft.add_problem((name,), what, "remove the key to use the defaults" if values is None else "")
         return None
     try:
         return owner.model_validate(values)
@@ -265,5 +272,5 @@ def _make_section(name: str, draft: Draft) -> Section | None:
 
 
 def _place_order(problem: Problem) -> tuple[bool, int]:
-    """The file's problems by line, then the command line's."""
+    """The sort key of problems: problems of the file by line, then problems of the command line."""
     return (problem.file == COMMAND_LINE, problem.line or 0)

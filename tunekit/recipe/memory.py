@@ -1,4 +1,4 @@
-"""`memory:` settings that save memory at the price of time, or of the order of sums."""
+"""`memory:` settings that save memory. They cost time, or change the order of sums."""
 
 import re
 from typing import Annotated, Literal

@@ -57,8 +57,8 @@ class HeadedModel(ModelSection):
 
     `new_head`: the head in the base's files has other labels, and is not used; `head_seed`: seed of a new head;
     `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task;
-    `thresholds`: the probability from which on each label is answered, if rows have several and it is not 0.5;
-    `head_bias`: the biases of a new head's scores before training, 0 where it is empty.
+    `thresholds`: for several labels per row, the probability at which each label is predicted; empty: 0.5;
+    `head_bias`: the initial biases of a new head; empty: 0.
     """
 
     labels: tuple[str, ...]

@@ -37,8 +37,9 @@ def _named_settings(section: str, kind: SettingsKind, values: object) -> object:
 
 
 def supervised_objective(family: str, labels: int = 0) -> ObjectiveSettings | None:
-    """The objective that measures models of this family if no recipe names one; None if none does. `labels`: rows of
-    the model's head; a head with one score is measured by the objective that trains such heads."""
+    """The objective that evaluates a model of this family if no recipe names an objective; None if there is none.
+    `labels`: the number of outputs of the model's head. A head with one output is evaluated by the objective of reward
+    models."""
     for kind in map(objective_class, known_names("objectives")):
         if kind.single_score if labels == 1 else kind.family == family and kind.supervised:
             return kind()  # type: ignore[call-arg]
@@ -46,9 +47,9 @@ def supervised_objective(family: str, labels: int = 0) -> ObjectiveSettings | No
 
 
 class Recipe(Section):
-    """Everything a run is made from. `model_validate` takes what `model_dump(mode="json")` gave.
+    """All settings of a run. `model_validate` reads the values that `model_dump(mode="json")` returns.
 
-    `sweep`: not part of a run; None after loading.
+    `sweep`: not part of a run, and None after loading.
     """
 
     model: ModelSection

@@ -1,4 +1,4 @@
-"""`sweep:` the values that `tunekit sweep` tries, each in a run of its own."""
+"""`sweep:` the values that `tunekit sweep` tries, each in a separate run."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,12 +23,12 @@ class SweepSection(Section):
     by: Annotated[str, BeforeValidator(check_best)] = Field(
         "eval.loss", description="compare the trials by this metric"
     )
-    seeds: Count = Field(1, description="run every combination with so many seeds, from training.seed on")
+    seeds: Count = Field(1, description="run every combination with this many seeds, starting with training.seed")
     leave_out: Literal["source"] | None = Field(
         None, description="source: run every combination also without each of the sources of data.train"
     )
 
     @property
     def has_trials(self) -> bool:
-        """Whether there is more than the recipe itself to run."""
+        """Whether the section makes more than one run."""
         return bool(self.keys) or self.seeds > 1 or self.leave_out is not None

@@ -34,13 +34,13 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 
 
 def _scheduler(value: object) -> str:
-    """A known name; constant_with_warmup is constant, since every schedule has a warm-up."""
+    """The name of a schedule. constant_with_warmup becomes constant, because every schedule has a warm-up."""
     if not isinstance(value, str) or value not in (*SCHEDULERS, "constant_with_warmup"):
         raise PydanticCustomError("literal_error", "unknown scheduler", {"expected": ", ".join(SCHEDULERS)})
     return value.removesuffix("_with_warmup")
 
 
-MOST_THREADS = 1024  # no machine of this kind has more cores
+MOST_THREADS = 1024  # more than any machine has
 
 
 def _threads(value: object) -> object:
@@ -109,7 +109,8 @@ class TrainingSection(Section):
         "SwiGLU by liger-kernel, on a GPU, where it is installed",
     )
     deterministic: bool = Field(
-        False, description="on a GPU: kernels that add up in a fixed order, so that a resumed run repeats every bit"
+        False,
+        description="on a GPU: use kernels with a fixed order of sums, so that a resumed run is equal bit for bit",
     )
     threads: Threads | None = Field(
         None,
@@ -118,7 +119,7 @@ class TrainingSection(Section):
     )
     seed: Seed = Field(0, description="of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")
+    keep_checkpoints: Count = Field(2, description="number of newest checkpoints to keep, in addition to the best one")
     eval_steps: Count = Field(100, description="steps between evaluations")
 
     @model_validator(mode="after")
@@ -129,7 +130,7 @@ class TrainingSection(Section):
                 mine = ", ".join(known) or "none"
                 raise ValueError(f"scheduler_settings has '{name}'; those of {self.scheduler} are: {mine}")
             if isinstance(value, str) != (name == "decay_type") or (isinstance(value, float) and value < 0):
-                raise ValueError(f"scheduler_settings has {name}: {value}, which it cannot be")
+                raise ValueError(f"scheduler_settings has {name}: {value}, which is not a valid value")
         if {"min_lr", "min_lr_rate"} <= written.keys():
-            raise ValueError("scheduler_settings has min_lr and min_lr_rate, two ways to say one thing; keep one")
+            raise ValueError("scheduler_settings has min_lr and min_lr_rate, which set the same value; keep one")
         return self

@@ -41,7 +41,7 @@ class CptSettings(AdapterSettings):
     def _examples_or_ids(self) -> CptSettings:
         if self.init_from is not None:
             raise ValueError(
-                "cpt cannot continue from init_from: a folder does not contain the original positions of its vectors"
+                "cpt cannot continue from init_from: a folder does not contain the original embeddings of the vectors"
             )
         if self.examples and self.token_ids is not None:
             raise ValueError("examples and token_ids both contain the context; write one of them")

@@ -12,7 +12,6 @@ class HraSettings(TargetedSettings):
 
     r: Count = Field(
         8,
-        description="number of reflections; with an even number the model starts equal to the base, except for "
-        "rounding",
+        description="number of reflections; with an even number, the initial model equals the base (up to rounding)",
     )
     orthogonal: bool = Field(False, description="make the vectors of the reflections orthogonal (Gram-Schmidt)")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tunekit.recipe.bases.section import AdapterSettings, Count, Fraction, PublishedRate, Several, Text
 from tunekit.recipe.bases.virtual_tokens import MODULES_TO_SAVE, NUM_TRANSFORMER_SUBMODULES, NUM_VIRTUAL_TOKENS
 
-MLP_LAYERS = 2  # PEFT's number for an MLP of three matrices, which is the only MLP it has
+MLP_LAYERS = 2  # PEFT's only MLP has three matrices
 
 
 class PTuningSettings(AdapterSettings):

@@ -1,4 +1,4 @@
-"""Fields of several settings. Each settings class lists its fields, which avoids a long chain of inheritance."""
+"""Fields that several settings classes have. Each class lists its fields; this avoids a long chain of inheritance."""
 
 from pydantic import Field
 

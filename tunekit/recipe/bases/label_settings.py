@@ -20,7 +20,7 @@ from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, 
 
 
 def _label(value: object) -> object:
-    """As the rows' labels are read."""
+    """The label as text, in the same form as labels of rows."""
     return label_text(value) if isinstance(value, str | int) else value
 
 
@@ -37,7 +37,7 @@ Label = Annotated[
 
 
 def _weights(value: object) -> object:
-    """The labels as those of the rows are read."""
+    """The weights, with labels in the same form as labels of rows."""
     if isinstance(value, Mapping):
         return {str(_label(label)): weight for label, weight in value.items()}
     if value in (None, BALANCED):
@@ -62,7 +62,7 @@ ClassWeights = Annotated[
 
 
 class LabelSettings(ObjectiveSettings):
-    """Labels are those of the data unless they are listed."""
+    """Settings of objectives with labels. Labels are read from the data, unless they are listed here."""
 
     shows = Shows(unit="label")
     sums: ClassVar[tuple[str, ...]] = (
@@ -73,15 +73,15 @@ class LabelSettings(ObjectiveSettings):
     names_labels = True
 
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
-        (), description="every label in the order of the head's rows; empty: those of the data, sorted"
+        (), description="all labels, in the order of the head's outputs; empty: the labels of the data, sorted"
     )
     class_weights: ClassWeights = Field(
         None,
         description="weight of each label in the training loss: balanced (rare labels count as much as frequent ones), "
-        "or {label: weight}, where the others have 1",
+        "or {label: weight}; labels that are not listed have weight 1",
     )
     label_smoothing: Fraction = Field(
-        0.0, description="share of each training target that is spread evenly over all labels; evaluation has none"
+        0.0, description="share of each target that is spread evenly over all labels, in training only"
     )
 
     @property
@@ -95,18 +95,18 @@ PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 
 class HeadSettings(ObjectiveSettings):
-    """What objectives share that read one vector of scores for each row: what these scores mean."""
+    """Settings of objectives with one vector of scores for each row: the meaning of these scores."""
 
     problem_type: ProblemType = Field(
         "single_label_classification",
-        description="what a row's label is: one name; a list of names, also an empty one; or a number or a list of "
-        "numbers. Names as in transformers",
+        description="the kind of a row's label, with transformers' names: one name; a list of names, which may be "
+        "empty; or a number or a list of numbers",
     )
 
     fit_thresholds: bool = Field(
         False,
-        description="with several labels a row: each evaluation chooses from which probability on a label is answered, "
-        "for the best F1 of the label on its rows; saved with the result. false: 0.5",
+        description="for several labels per row: each evaluation chooses for each label the threshold of its "
+        "probability that gives the best F1 on the evaluation rows. false: 0.5 for all labels",
     )
 
     @classmethod
@@ -138,7 +138,7 @@ class HeadSettings(ObjectiveSettings):
         return self
 
 
-SUMS: Mapping[str, tuple[str, ...]] = {  # what the evaluation of each problem type adds up, if not LabelSettings.sums
+SUMS: Mapping[str, tuple[str, ...]] = {  # the sums of an evaluation, if they differ from LabelSettings.sums
     MULTI_LABEL: ("loss", "units", "labelled", "label_counts"),
     REGRESSION: ("loss", "units", ROW_VALUES),
 }

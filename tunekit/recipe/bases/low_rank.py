@@ -24,12 +24,12 @@ from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
 
 
 def _names_or_nothing(value: object) -> str | tuple[str, ...]:
-    """A text or texts, or nothing, because target_parameters may be the only targets."""
+    """A text, a tuple of texts, or an empty tuple, because target_parameters may be the only targets."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
 def _token_ids(value: object) -> object:
-    """Ids of tokens, each once; or a mapping of modules to such lists."""
+    """A list of token ids without repetition, or a mapping of modules to such lists."""
     if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
         return {name: _listed_ids(ids) for name, ids in value.items()}
     return _listed_ids(value)
@@ -78,5 +78,5 @@ class LowRankSettings(AdapterSettings):
         if self.layers_pattern is not None and not self.layers_to_transform:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         if self.init_from is not None and self.start.method != "default":
-            raise ValueError(f"start cannot be {self.start.method} where init_from names the adapter to continue")
+            raise ValueError(f"start cannot be {self.start.method} if init_from names an adapter to continue")
         return self

@@ -1,4 +1,4 @@
-"""Marks on settings whose text is a path, so that reading, writing, checking and copying recipes find every path."""
+"""Marks of settings that are paths. Functions that read, write, check or copy recipes find paths by these marks."""
 
 import os
 import re
@@ -8,22 +8,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-_LIKE_PATH = re.compile(r"[./~\\]|[A-Za-z]:[/\\]")  # how a path begins, of Windows too, and no name on the hub
+_LIKE_PATH = re.compile(r"[./~\\]|[A-Za-z]:[/\\]")  # the beginning of a path (also on Windows), never of a hub name
 
 
 def is_like_path(text: str) -> bool:
-    """Whether a text begins as only a path does, on whatever system it was written."""
+    """Whether a text begins like a path of Linux, macOS or Windows, and so cannot be a hub name."""
     return _LIKE_PATH.match(text) is not None
 
 
 def last_name(path: str) -> str:
-    """The last part of a path of this system, or of Windows."""
+    """The last part of a path. The path may be one of Windows."""
     is_windows = "\\" in path and "/" not in path
     return (PureWindowsPath if is_windows else PurePosixPath)(path).name
 
 
 def relative_to(path: Path | str, folder: Path | str = ".") -> str:
-    """The way from a folder to a path, with slashes; the absolute path if there is none (another drive)."""
+    """The path relative to a folder, with slashes; the same path if it is on another drive."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:
@@ -32,10 +32,10 @@ def relative_to(path: Path | str, folder: Path | str = ".") -> str:
 
 @dataclass(frozen=True)
 class PathMark:
-    """`expected`: what has to be there before a run; code: FILE.py:NAME; "": the run itself may make it.
+    """`expected`: what must exist before a run; code: FILE.py:NAME; "": nothing, because the run may create it.
 
-    `endings`: a name that ends so is a path; another one is the name of something on the hub, unless it begins like a
-    path or exists. None: it can only be a path.
+    `endings`: a text with one of these endings is a path. Any other text is a hub name, unless it begins like a path
+    or exists. None: the text is always a path.
     """
 
     expected: Literal["", "file", "folder", "code", "adapter", "model", "rows"] = ""

@@ -29,7 +29,7 @@ KINDS = ("function", "regex", "exact_match", "model")
 REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # sums of an evaluation
 ANSWERS = (("prompt", "prompt"), ("reference answer", "answer"), ("completion", "completion"), ("ended", "ended"))
 SCORES = (("reward", "rewards"), ("advantage", "advantage"))
-SILENT_STEPS = 20  # consecutive steps without any reward are an error
+SILENT_STEPS = 20  # so many consecutive steps without any reward are an error
 SHOWS = Shows(
     unit="completion",
     headline=Headline("reward", "Mean reward of the model's samples", rises=True),
@@ -142,14 +142,14 @@ def reward_names(rewards: Sequence[RewardSource]) -> list[str]:
 
 
 def several(value: int) -> int:
-    """Refuse a group of one."""
+    """The number of completions. Raises: ValueError if it is 1."""
     if value < 2:
         raise ValueError("must be at least 2: a completion is compared with the others of its prompt")
     return value
 
 
 class SampleSettings(ObjectiveSettings):
-    """TRL's names. Each row is a prompt. The model writes a group of completions to it."""
+    """Settings with TRL's names. Each row is a prompt, and the model writes a group of completions for it."""
 
     example = "prompt"
     shows = SHOWS

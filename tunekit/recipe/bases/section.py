@@ -1,4 +1,4 @@
-"""The base of every section of a recipe: frozen, strict, no unknown keys; and the value types that sections share."""
+"""The base class of every section of a recipe, and the value types that sections share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tunekit.recipe.bases import fields
 from tunekit.recipe.bases.paths import AdapterPath
 from tunekit.recipe.bases.paths import Text as Text
 
-LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
+LARGEST_COUNT = 10**9  # a larger count is a mistake; counts up to it are exact as floats
 
 
 class Section(BaseModel):
-    """Frozen settings; an unknown key is an error; a value is never coerced from another kind (no "5" for 5).
+    """Frozen settings. An unknown key is an error, and values are not converted from other types (no "5" for 5).
 
-    `short`: the key that a text alone stands for, where a mapping may be written as a text.
+    `short`: if the mapping is written as a single text, this key gets the text.
     `free_keys`: keys that a resumed run may change, because no result depends on them.
     """
 
@@ -33,8 +33,8 @@ class Section(BaseModel):
 
 
 class MethodSettings(Section):
-    """Settings of a named part (an adapter, an objective). `method` is the name of the file that defines them, for each
-    class with a `summary`: what the method does, in one line."""
+    """Settings that are chosen by name (an adapter, an objective). `method` is the name of the file that defines the
+    class; `summary`: what the method does, in one line. A class without a summary is only a base class."""
 
     short: ClassVar[str | None] = "method"
     summary: ClassVar[str]
@@ -51,7 +51,7 @@ class MethodSettings(Section):
 
 @dataclass(frozen=True)
 class PublishedRate:
-    """The learning rate with which a method was published or compared, and where that can be read."""
+    """The learning rate with which a method was published or compared, and the source of that rate."""
 
     value: float
     source: str
@@ -62,15 +62,15 @@ def metamath_rate(value: float, experiment: str) -> PublishedRate:
     return PublishedRate(value, f"huggingface/peft, method_comparison/MetaMathQA/experiments/{experiment}")
 
 
-Line = tuple[str, str]  # a line of YAML, and the comment beside it
+Line = tuple[str, str]  # a line of YAML, and its comment
 
 
 class AdapterSettings(MethodSettings):
-    """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
+    """Settings of every adapter method. The settings of one method are in recipe/adapters/NAME.py.
 
-    `default_learning_rate`: training.learning_rate where the recipe does not write it; None: the recipe's own default.
-    `trains_base`: the base's own weights are trained, so that nothing can be bypassed and the result is a model.
-    `first_lines`: what `tunekit init` writes below the method.
+    `default_learning_rate`: the value of training.learning_rate if the recipe has none; None: the general default.
+    `trains_base`: the base's weights themselves are trained, so the result is a model, not an adapter.
+    `first_lines`: the lines that `tunekit init` writes below the method.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -79,47 +79,51 @@ class AdapterSettings(MethodSettings):
 
     @property
     def less_memory(self) -> str:
-        """What else in the recipe would save most of a run's memory, in words."""
+        """Advice: the change of the recipe that would save most memory."""
         quantize = "quantize the base with model.quantization: nf4"
         return "train an adapter, lora for one" if self.trains_base else quantize
 
     @property
     def initialisation(self) -> StartSettings | None:
-        """The settings of its start, if its method has one."""
+        """The settings of the initialisation, if the method has the key `start`."""
         return getattr(self, "start", None)
 
     @property
     def calibration(self) -> CalibratedStart | None:
-        """Its start, if that looks at the run's own data before step 1."""
+        """The initialisation, if it reads training data before step 1."""
         return self.initialisation if isinstance(self.initialisation, CalibratedStart) else None
 
     @property
     def needs_base_first(self) -> bool:
-        """Whether its first values come from a forward of the base."""
+        """Whether the initial values are computed by a forward of the base."""
         return self.calibration is not None
 
     init_from: AdapterPath | None = Field(
-        None, description="a run folder or an adapter folder, ours or peft's, that training continues"
+        None, description="continue to train this adapter: a run folder or an adapter folder, also of peft"
     )
 
 
 class ObjectiveSettings(MethodSettings):
-    """What every objective has; the settings of one are in recipe/objectives/NAME.py.
+    """Settings and facts of every objective. The settings of one objective are in recipe/objectives/NAME.py.
 
-    `family`: of the models that it trains; `example`: the kind of example that it learns from, as formats give it;
-    `reference`: none, "policy at step 0" or "teacher", which its loss compares with; `answers`: whether its model gives
-    texts;
-    `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
-    family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `shows`:
-    facts for progress, report and preview;
-    `needs_recipe`: whether only its recipe names all that it measures with (a teacher, rewards);
-    `has_head`: whether it trains a head next to the base; `names_labels`: whether the rows of that head have labels;
-    `single_score`: whether that head gives one score;
-    `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
-    `default_learning_rate`: before that of the adapter; `required`: keys that must be written, and how; `one_sequence`:
-    whether a row is one sequence with answers in it; `medium`: audio or image where rows name files of it, None for
-    text; `first_order`: `tunekit init` asks of the first row whether it is of this kind, smallest numbers first (None:
-    never); `first_lines`: what it writes below the method.
+    - `family`: the family of the models that it trains
+    - `example`: the kind of example that it learns from; formats make such examples
+    - `reference`: the model that the loss compares with: none, "policy at step 0" or "teacher"
+    - `answers`: whether the model answers with text
+    - `sums`: the sums of an evaluation, from which metrics are computed
+    - `supervised`: whether it evaluates a model of its family if no recipe names an objective
+    - `samples`: whether it learns from texts that the model writes during training
+    - `shows`: facts for progress, report and preview
+    - `needs_recipe`: whether an evaluation needs the recipe, because only the recipe names the teacher or the rewards
+    - `has_head`: whether it trains a head; `names_labels`: whether the outputs of the head have labels;
+      `single_score`: whether the head has one output
+    - `measures_training`: whether evaluation rows are usually training rows too, so no warning is needed
+    - `default_learning_rate`: used before the adapter's default
+    - `required`: keys that must be written, and an example of each
+    - `one_sequence`: whether a row is one sequence that contains all its answers
+    - `medium`: audio or image, if rows name such files; None: text
+    - `first_order`: the order in which `tunekit init` tries objectives on the first row; None: never tried
+    - `first_lines`: the lines that `tunekit init` writes below the method
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -144,17 +148,17 @@ class ObjectiveSettings(MethodSettings):
 
     @classmethod
     def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
-        """Settings without which it does not learn from such rows, for a first recipe."""
+        """The settings that this objective needs for such rows. `tunekit init` writes them."""
         return {}
 
     @property
     def needs_evaluation(self) -> tuple[str, ...]:
-        """Keys of settings that act on evaluation rows."""
+        """The keys that have an effect only with evaluation rows."""
         return ()
 
     @classmethod
     def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        """The sums with such settings, or of a trained adapter with such facts."""
+        """The sums of an evaluation. `facts`: settings of the objective, or facts of a trained adapter."""
         return cls.sums
 
     @property
@@ -164,31 +168,31 @@ class ObjectiveSettings(MethodSettings):
 
 
 class StartSettings(MethodSettings):
-    """What every start of the LoRA family has; the settings of one are in recipe/starts/NAME.py.
+    """Settings and facts of every LoRA initialisation. The settings of one are in recipe/starts/NAME.py.
 
-    `looks_at` is what it needs besides the layer's own weight: "" nothing, "inputs" or "gradients" of the base on the
-    run's first batches, "original" the weight that was quantized.
+    `looks_at`: the data that it needs besides the layer's weight. "": nothing; "inputs", "gradients": those of the base
+    on the run's first batches; "original": the weight before quantization.
     """
 
     needs_even_rank: ClassVar[bool] = False
-    needs_twice_the_rank: ClassVar[bool] = False  # as many singular vectors of each matrix
-    fills_experts: ClassVar[bool] = False  # also A and B of fused expert parameters
-    moves_weights: ClassVar[bool] = False  # a part of W goes into A and B; W as it was less that part stays frozen
-    divides_by_scaling: ClassVar[bool] = False  # so that alpha must not be 0
-    depends_on_layout: ClassVar[bool] = False  # a transposed W, as Conv1D stores it, would give other A and B
+    needs_twice_the_rank: ClassVar[bool] = False  # the number of singular vectors that it needs
+    fills_experts: ClassVar[bool] = False  # it also initialises A and B of fused expert parameters
+    moves_weights: ClassVar[bool] = False  # a part of W moves into A and B; the rest of W is frozen
+    divides_by_scaling: ClassVar[bool] = False  # alpha must not be 0
+    depends_on_layout: ClassVar[bool] = False  # a transposed W (Conv1D) gives a different A and B
     looks_at: ClassVar[str] = ""
-    decomposes: ClassVar[bool] = True  # a matrix of each layer; else A and B are drawn without a look at the base
+    decomposes: ClassVar[bool] = True  # it decomposes a matrix of each layer; False: A and B are random
 
 
 def _is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number (never a bool) that a float can hold; math.isfinite overflows on an int beyond 1e308."""
+    """Whether it is a number, not a bool, and finite as a float. (math.isfinite overflows for integers above 1e308.)"""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 10**300 if isinstance(value, int) else math.isfinite(value)
 
 
 def _number(value: object) -> float:
-    """Accept int or float (never bool, NaN or infinity) and hand on a float."""
+    """The float of an int or a float. Raises: ValueError for a bool, NaN or infinity."""
     if not _is_finite(value):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         raise ValueError("must be a finite number" if number else "must be a number")
@@ -196,7 +200,7 @@ def _number(value: object) -> float:
 
 
 def _whole(value: object) -> int:
-    """Accept an int, or a float without a fraction such as 1e3; never a bool."""
+    """The int of an int, or of a float without a fraction such as 1e3. Raises: ValueError, also for a bool."""
     if not _is_finite(value) or value != int(value):
         raise ValueError("must be a whole number")
     return int(value)
@@ -225,12 +229,12 @@ def _expression(text: str) -> str:
 
 
 def _one_or_several(value: object) -> object:
-    """A single number as a list of one; anything else is left to the type."""
+    """Makes a tuple of a single number. Other values do not change; pydantic checks them."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def text_or_texts(value: object) -> str | tuple[str, ...]:
-    """A regular expression, or texts as a tuple; neither may be empty."""
+    """The text, which is a regular expression, or a tuple of texts. Raises: ValueError if one is empty."""
     if isinstance(value, str) and value:
         return _expression(value)
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
@@ -260,7 +264,7 @@ Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
 class TargetedSettings(AdapterSettings):
-    """What the adapters have whose layers the user chooses."""
+    """Settings of the adapters whose layers can be chosen."""
 
     modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = fields.TARGET_MODULES
@@ -268,6 +272,6 @@ class TargetedSettings(AdapterSettings):
 
 
 class CalibratedStart(StartSettings):
-    """A start that looks at the run's own data before step 1."""
+    """An initialisation that reads training data before step 1."""
 
-    batches: Count = Field(8, description="micro-batches of the training data that are looked at, before step 1")
+    batches: Count = Field(8, description="number of micro-batches of the training data to read before step 1")

@@ -1,4 +1,4 @@
-"""`start: NAME` or `start: {method: NAME, ...}` of the LoRA family -> the settings of one of recipe/starts/."""
+"""The key `start` of the LoRA family: NAME or {method: NAME, ...}, read as the settings of recipe/starts/NAME.py."""
 
 from typing import Annotated, Any, Literal, Union
 
@@ -28,7 +28,7 @@ def _named(value: object) -> object:
 
 
 def _shortest(start: StartSettings) -> object:
-    """The name where a start has no settings, else all of them."""
+    """The name of an initialisation that has no settings, else a mapping with all its settings."""
     values = start.model_dump(mode="json")
     return start.method if len(values) == 1 else values
 

@@ -1,4 +1,4 @@
-"""The meaning of another tool's key: tunekit's key and the translation of the value, or why there is none."""
+"""The meaning of another tool's key: tunekit's key with a translation of the value, or the reason why there is none."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Configurations with sections (torchtune's and Unsloth's) -> tunekit's keys. A key without an exact translation is a
+"""Translates configurations with sections (torchtune's and Unsloth's). A key without an exact translation is a
 problem.
 """
 

@@ -1,5 +1,5 @@
-"""Other tools' keys -> tunekit's keys. Each rewrite is recorded with its place.
-Two keys for the same setting are a problem, and so is a value without an exact translation.
+"""Rewrites other tools' keys to tunekit's keys, and records each rewrite with its place.
+Two keys for the same setting are a problem, and a value without an exact translation is a problem.
 """
 
 import json
@@ -206,10 +206,11 @@ def _rewrite_pissa(draft: Draft) -> None:
 
 
 def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: Place) -> None:
-    """Evaluations or checkpoints per epoch -> a note that says how many steps to write.
+    """Note how many steps to write in place of evaluations or checkpoints per epoch: the number of rows is not known
+    here.
 
-    The number of rows is not known here. It is a problem if evaluations decide when the run stops or which checkpoint
-    is best; otherwise no result depends on the setting.
+    This is a problem only if evaluations decide when the run stops, or which checkpoint is best. Otherwise the result
+    does not depend on the setting.
     """
     if value == 0 and not isinstance(value, bool):
         return record(draft, place, name, "nothing (0 is never)")

@@ -29,7 +29,7 @@ _TOKENS = "rows end with the end token of the base's tokenizer, and chat turns a
 PRECISION_KEYS = ("bf16", "fp16")
 SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
 TEMPLATE_KEYS = ("template", "chat_template")
-TEMPLATES = {  # start of a template's name -> words in the names of bases that have this template
+TEMPLATES = {  # beginning of a template's name: words in the names of bases with this template
     **{name: (name,) for name in ("llama", "qwen", "gemma", "mistral", "phi", "deepseek", "falcon", "glm", "granite")},
     "chatml": ("qwen", "smollm", "yi-"),
     "command": ("command", "aya"),
@@ -78,7 +78,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("adapter.use_rslora", "use_rslora", "peft_use_rslora"),
     **to("adapter.init_from", "lora_model_dir", "adapter_name_or_path"),
     **to("adapter.modules_to_save", "lora_modules_to_save"),
-    **nowhere(lost("DoRA is a method of its own", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
+    **nowhere(lost("DoRA is a separate method", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
     **to("objective.method", "stage", by=values.stage),
     **to("objective.method", "rl", by=these(*known_names("objectives"))),
     **to("objective.beta", "beta", "rl_beta", "pref_beta"),

@@ -183,7 +183,7 @@ def _last(component: object) -> str:
 
 
 def _write_method(theirs: Theirs) -> None:
-    """The builder's name and switches -> adapter.method, adapter.target_modules and model.quantization."""
+    """Translate the builder's name and switches to adapter.method, adapter.target_modules and model.quantization."""
     key = f"model.{COMPONENT}"
     builder = str(theirs.take(key, ""))
     if any(word in builder for word in NOT_TEXT):
@@ -209,7 +209,8 @@ def _write_method(theirs: Theirs) -> None:
 
 
 def _write_steps(theirs: Theirs) -> None:
-    """max_steps_per_epoch and epochs -> training.max_steps. The schedule is the same, but the order of rows differs."""
+    """Translate max_steps_per_epoch and epochs to training.max_steps. The schedule is the same, but the order of rows
+    differs."""
     steps, epochs = theirs.get("max_steps_per_epoch"), theirs.get("epochs", 1)
     if not (isinstance(steps, int) and isinstance(epochs, int)) or min(steps, epochs) < 1:
         return

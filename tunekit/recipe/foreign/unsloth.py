@@ -1,4 +1,4 @@
-"""Unsloth's configurations (sections model, data, training, lora, logging) and its script's options -> tunekit's keys.
+"""Translates Unsloth's configurations (sections model, data, training, lora, logging) and the options of its script.
 
 Source: unsloth_cli/config.py and unsloth-cli.py.
 """

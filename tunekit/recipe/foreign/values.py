@@ -87,7 +87,9 @@ def tokens_of_padding(value: object) -> object:
     """Translate Axolotl's special_tokens. The padding token changes nothing, because padding is masked."""
     others = [name for name, token in value.items() if name != "pad_token" and token] if isinstance(value, dict) else []
     if others:
-        raise NotExact(f"{others[0]} is taken from the base's tokenizer", "remove it if it is the same there")
+        raise NotExact(
+            f"{others[0]} is taken from the base's tokenizer", "remove the key if the tokenizer's value is the same"
+        )
     return NOTHING
 
 

@@ -11,7 +11,7 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 
 
 class CpoSettings(PairSettings):
-    """The names and defaults are TRL's."""
+    """Settings of CPO. The names and defaults are TRL's."""
 
     summary = "chosen and rejected answers, without a reference model"
 

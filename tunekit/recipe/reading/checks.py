@@ -27,8 +27,8 @@ SEED = "training.seed"
 
 
 def settle_pairs(draft: Draft) -> None:
-    """If the recipe writes one of two keys that exclude each other, the other one loses its default. Writing both is a
-    problem."""
+    """If the recipe writes one of two keys that exclude each other, remove the other's default. It is a problem
+    if the recipe writes both."""
     training = draft.values.get("training")
     if not isinstance(training, dict):
         return
@@ -48,8 +48,8 @@ def settle_pairs(draft: Draft) -> None:
 
 
 def settle_generation(draft: Draft) -> None:
-    """A metric that compares generated answers turns evaluation.generate on, unless the recipe says false; generate
-    without such a metric adds exact_match."""
+    """Turn evaluation.generate on if a metric compares generated answers, unless the recipe writes false. If generate
+    is true without such a metric, add the metric exact_match."""
     evaluation, metrics = draft.values.get("evaluation"), draft.get(("evaluation", "metrics"), ["loss"])
     if not isinstance(evaluation, dict) or not isinstance(metrics, list):
         return
@@ -64,8 +64,8 @@ def settle_generation(draft: Draft) -> None:
 
 
 def settle_learning_rate(draft: Draft) -> None:
-    """If the recipe writes no learning rate, use the published rate of the objective, else that of the adapter. Neither
-    need have one."""
+    """If the recipe writes no learning rate, use the published rate of the objective, or else of the adapter method. If
+    neither has a published rate, nothing changes."""
     training = draft.values.get("training", {})
     if not isinstance(training, dict) or "learning_rate" in training:
         return
@@ -114,8 +114,8 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
 
 
 def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
-    """rewritten_answers: each makes several rows of one row. This needs an objective with one sequence per row, and a
-    loss on all answers and nothing else."""
+    """Check `rewritten_answers: each`, which makes several rows of one row. It needs an objective with one sequence per
+    row, and a loss on all answers and on nothing else."""
     key, train_on = ("data", "rewritten_answers"), draft.get(("data", "train_on")) or "assistant"
     if draft.get(key) == "each" and not objective.one_sequence:
         draft.add_problem(key, "a row of this objective has at most one answer to train on", "remove it")
@@ -191,7 +191,7 @@ def _check_metrics(
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
         elif needs_generation(name) and not objective.answers:
-            what = f"the metric {name} needs answers, and this objective's model gives none"
+            what = f"the metric {name} needs answers, and the model of this objective gives no answers"
             draft.add_problem(key, what, "remove it")
         elif wrong := unmeasurable(name, objective, settings, chosen=chosen):
             draft.add_problem(key, *wrong)
@@ -211,9 +211,11 @@ def _check_best(draft: Draft, key: KeyPath, name: str, evaluation: EvaluationSec
 def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
     key: KeyPath = ("sweep", "leave_out")
     if len(data.train) < 2:
-        draft.add_problem(key, "data.train has one source, and a run needs one", "name two sources or more")
+        draft.add_problem(
+            key, "data.train has only one source, and a run without it has no rows", "name two sources or more"
+        )
     if not isinstance(data.eval, tuple):
-        what = "without a source, a fraction would be of other rows, and the trials could not be compared"
+        what = "a fraction would select different rows in each trial, so trials could not be compared"
         draft.add_problem(key, what, "name evaluation sources in data.eval")
     if any(f"{name}.".startswith("data.train.") for name in sweep.keys):
         draft.add_problem(key, "the keys change data.train too", "remove one of them")

@@ -1,5 +1,5 @@
-"""Recipe -> YAML text with every key, for the run folder. Texts that a YAML reader could take for another type are
-quoted."""
+"""Writes a recipe as YAML text with every key, for the run folder. A text is quoted if a YAML reader could read it as
+another type."""
 
 import json
 import re
@@ -51,7 +51,8 @@ def as_comments(problems: Sequence[Problem], written: Draft) -> str:
 
 
 def _key(problem: Problem, *, spelled: bool) -> KeyPath:
-    """The key of a problem. For `training.epochs (written num_epochs)`, the second name if `spelled`."""
+    """The key of a problem. The problem may name it as `training.epochs (written num_epochs)`: `spelled` selects the
+    second name."""
     name, _, other = (problem.key or "").removesuffix(")").partition(" (written ")
     return tuple(int(part) if part.isdecimal() else part for part in ((spelled and other) or name).split("."))
 

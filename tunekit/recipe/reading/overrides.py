@@ -1,4 +1,4 @@
-"""Overrides of the command line, KEY=VALUE and ~KEY -> changes of the Draft, under the same rules as the file.
+"""Overrides of the command line (KEY=VALUE, ~KEY) change the Draft, under the same rules as the file.
 
 Values are read as YAML. Keys are dotted; a number in a key is the index of a list item. Other tools' names are allowed.
 """

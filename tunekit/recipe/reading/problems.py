@@ -1,4 +1,5 @@
-"""pydantic's errors -> our messages: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`."""
+"""Turns pydantic's errors into messages, such as `recipe.yaml:7: training.epoch: unknown key; did you mean
+'epochs'?`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
 
 
 def _has_inner(key: KeyPath, keys: Sequence[KeyPath]) -> bool:
-    """Whether one of the keys is inside this key. A mapping of the right form is not also a wrong word."""
+    """Whether one of the keys is inside this key. Then the value is a mapping, and is not reported as a wrong word."""
     return any(len(other) > len(key) and other[: len(key)] == key for other in keys)
 
 

@@ -1,4 +1,4 @@
-"""A recipe with a `sweep:` section, or KEY=V1,V2 on the command line -> one checked recipe for each trial."""
+"""Makes one checked recipe for each trial, from the section `sweep:` or from KEY=V1,V2 on the command line."""
 
 import copy
 import json
