@@ -234,7 +234,7 @@ def test_without_a_tokenizer_lengths_are_bounded_by_script(tmp_path: Path, capsy
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     _, found = check(path)
     assert found["findings"]["long"] == [2, 3, 4]
-    assert "the tokenizer of org/base is not on this machine yet; maximum numbers of tokens" in " ".join(
+    assert "the tokenizer of org/base is not on this machine yet; the number of tokens" in " ".join(
         capsys.readouterr().out.split()
     )
 

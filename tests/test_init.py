@@ -336,10 +336,7 @@ def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.Capture
     init(tmp_path / "photos", tmp_path / "recipe.yaml")
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("1 image of format image")
-    assert (
-        "5 files are not read, because their names are not those of sound or images: b.HEIC, c.txt, d.txt, e.txt"
-        in said
-    )
+    assert "5 files are not read, because the format is not supported: b.HEIC, c.txt, d.txt, e.txt" in said
     assert "and 1 more; convert .heic to .png or .jpg" in said
     assert "hidden" not in said
 

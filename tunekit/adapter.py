@@ -29,7 +29,7 @@ from tunekit.records import bytes_text, with_article
 from tunekit.targets.export import export_checkpoint
 from tunekit.targets.target import base_override, trained_base
 
-LEFT_OUT = "different tensors are left out, because a LoRA cannot contain them"
+LEFT_OUT = "tensors that differ are left out, because a LoRA cannot contain them"
 
 
 def show_verb(adapter: str, json_file: str | None) -> None:
@@ -175,7 +175,9 @@ def diff_verb(
     folders = [adapter_folder(left), adapter_folder(right)]
     adapters = [(folder / CONFIG_NAME).exists() for folder in folders]
     if adapters[0] != adapters[1]:
-        raise InputError(f"{left} and {right} are an adapter and a model", "name two adapters, or two models")
+        raise InputError(
+            f"one of {left} and {right} is an adapter, the other is a model", "name two adapters, or two models"
+        )
     if data is not None and not all(adapters):
         raise InputError("--data needs two adapters of one base", "measure a model with: tunekit eval", key="--data")
     losses = None if data is None else losses_on_rows(folders, data, base)
@@ -235,10 +237,12 @@ def _write_extracted(
 
 
 def _tell_differences(console: Console, what: str, differences: list[TensorDifference]) -> None:
-    """Print the different tensors, and the difference of all tensors together. Tensors of two shapes have none."""
+    """Print the tensors that differ, and the difference of all tensors together. Tensors with unequal shapes have no
+    difference.
+    """
     shapes = [d.name for d in differences if d.distance is None and None not in (d.left, d.right)]
     if shapes:
-        _list(console, "not compared, because A and B have other shapes", shapes)
+        _list(console, "not compared, because their shapes in A and B differ", shapes)
     differences = [d for d in differences if d.name not in shapes]
     if shapes and not differences:
         return

@@ -11,8 +11,7 @@ JsonObject = dict[str, Any]  # a JSON object
 
 @dataclass(frozen=True)
 class Headline:
-    """The main number of a step, which progress, the first chart and the report show. `rises`: whether it rises when
-    training goes well."""
+    """The main number of a step, for progress, the first chart and the report. `rises`: a good run raises it."""
 
     name: str = "loss"
     title: str = "Training loss"
@@ -21,7 +20,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Panel:
-    """A table of the report with the examples that some step records have under `key`.
+    """A table of the report. Its examples are in the records of some steps, under `key`.
 
     `columns`: label and key of each column; a value that is a mapping has one column per name.
     """

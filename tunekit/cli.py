@@ -35,7 +35,7 @@ app = typer.Typer(
     cls=InOrderOfUse,
     help="Fine-tune language models from a YAML recipe.",
     epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite, "
-    "or audit computed other numbers; 4 memory, disk or another resource ran out; "
+    "or audit computed different numbers; 4 memory, disk or another resource ran out; "
     "129, 130, 143 hung up, interrupted, terminated.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -74,8 +74,7 @@ class Verb(TyperCommand):
     """A command. Its errors become messages on standard error and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments. If an option of the program follows the command, the error names the right place for
-        it."""
+        """Read the arguments. If an option of the program follows the command, the error states where it belongs."""
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -111,8 +110,9 @@ class Verb(TyperCommand):
 
 
 def _say(error: BaseException) -> int:
-    """Print an error, and return its exit code. Ranks other than the main rank print only errors that it may not
-    have."""
+    """Print an error, and return its exit code. Ranks other than the main rank print only errors that the main rank may
+    not have.
+    """
     (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
     alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
     if rank == "0" or alone:

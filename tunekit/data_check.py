@@ -82,9 +82,7 @@ def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
     if recipe.objective.medium is not None:
         return kind, [] if kind is not None else [f"{name} {why}, so rows that it would drop are not reported"]
     if kind is None:
-        return None, [
-            f"the tokenizer of {name} {why}; maximum numbers of tokens are estimated from the script of the text"
-        ]
+        return None, [f"the tokenizer of {name} {why}; the number of tokens is estimated from the script of the text"]
     return kind, [f"tokens are counted with the tokenizer of {name}, including its chat template"]
 
 

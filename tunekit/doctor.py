@@ -98,8 +98,8 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
 
 
 def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
-    """Print how other programs read a model folder, with `fix` a mended copy of it; returns the exit code: 2 if
-    findings remain.
+    """Print how other programs read a model folder. `fix`: write a mended copy to this folder, and print how they read
+    the copy. Returns the exit code: 2 if findings remain.
 
     Raises: InputError if `model` is not a model folder, or if `fix` is not a new one.
     """
@@ -160,7 +160,7 @@ def _print_readings(console: Console, folder: Path, results: Sequence[FolderRead
     for finding in (finding for each in results for finding in each.findings):
         programs.setdefault((finding.what, finding.mendable), []).append(finding.program)
     for (what, mendable), names in programs.items():
-        console.warn(f"{', '.join(names)}: {what}{'' if mendable else ' (a copy would not mend this)'}")
+        console.warn(f"{', '.join(names)}: {what}{'' if mendable else ' (--fix cannot mend this)'}")
 
 
 def _count_text(count: int) -> str:

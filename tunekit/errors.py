@@ -15,11 +15,13 @@ EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
 MAX_LINES = 100  # of one list of problems or notes
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_PASSWORD}")
-_SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}")  # longer: a folder may be called hf_checkpoints
+_SURE_SECRET = re.compile(
+    f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}"
+)  # a shorter text may be a name, such as the folder hf_checkpoints
 
 
 def redact(text: str) -> str:
-    """`text` with [secret] instead of access tokens and of user:password in addresses."""
+    """The text, in which access tokens, and user:password in addresses, are replaced by [secret]."""
     return _MAYBE_SECRET.sub("[secret]", text)
 
 

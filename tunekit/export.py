@@ -1,4 +1,6 @@
-"""`tunekit export`: write a model or an adapter as another program reads it, and ask that program what it computes."""
+"""`tunekit export`: writes a model or an adapter in the format of another program, and compares what that program
+computes with it.
+"""
 
 import os
 import shlex
@@ -35,7 +37,8 @@ def export_verb(
     certify: bool | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Write the export completely or not at all. `certify`: True requires the program, None asks it if it is installed.
+    """Write the export completely or not at all. `certify`: whether the program compares the result with torch. True:
+    the program must be installed; None: if it is installed.
 
     Raises: InputError for everything that the format cannot hold, before anything is written.
     """
@@ -62,7 +65,7 @@ def export_verb(
 
 
 def _run_of(exportable: Exportable) -> Path | None:
-    """The run whose final result is exported. A checkpoint of it has other weights than its report describes."""
+    """The run whose final result is exported. None for a checkpoint, because the report describes other weights."""
     return None if exportable.target.kind == "checkpoint" else exportable.target.run
 
 
@@ -100,8 +103,8 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
 def _certify(
     to: str, format: Format, written: Exported, exportable: Exportable, options: Options, *, required: bool
 ) -> None:
-    """Ask the program, print its figures, and write them next to the export. Without `required`, an export that cannot
-    be compared is only noted.
+    """Let the program compute with the export, print its figures, and write them next to the export. If the comparison
+    is impossible, this is an error if `required`, else a note.
 
     Raises: InputError if the program cannot read the export.
     """
@@ -109,7 +112,7 @@ def _certify(
     if program is None:
         console.info(f"not certified: {format.PROGRAM} is not installed ({INSTALL} {format.PROGRAM})")
         return
-    adapter = written.what == "adapter"  # vLLM computes each beginning of a row anew
+    adapter = written.what == "adapter"  # vLLM computes each beginning of a row again
     questions = partial(make_questions, exportable, with_base=adapter, past_window=not (adapter and to == "vllm"))
     try:
         certificate = format.certify(written, exportable, program, questions, options)

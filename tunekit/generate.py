@@ -288,7 +288,8 @@ def answer(
 
 @torch.no_grad()
 def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampling: Sampling = GREEDY) -> list[str]:
-    """The answer to each prompt with its adapter, as the adapter alone gives it; the target is their base.
+    """The answer to each prompt, computed with its adapter; the target is the base of all adapters. Each answer is the
+    same as if its adapter alone were loaded.
 
     Raises: InputError if the target does not generate texts, or chooses answers from a list.
     """

@@ -1,4 +1,4 @@
-"""`tunekit merge`: write an adapter and its base as a model folder that needs neither tunekit nor peft."""
+"""`tunekit merge`: merges an adapter into its base, and writes a model folder that needs neither tunekit nor peft."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ def merge_verb(
             f"{difference.written:.3g} at most{rounding} {measured}"
         )
     if difference.written is None or result.computed_in != "float32":
-        adds = "" if difference.written is None else "; the excess over the line above is rounding in that computation"
+        adds = "" if difference.written is None else "; any excess over the line above is rounding in this computation"
         console.info(
             f"computed in {result.computed_in}, as the adapter runs here: logits differ by {difference.largest:.3g} at "
             f"most and {difference.mean:.3g} on average {measured}{adds}"

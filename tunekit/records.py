@@ -45,7 +45,7 @@ class Target:
     experts: int | None = None  # number of experts in a fused parameter (experts, out, in)
     has_bias: bool = False
     transposed: bool = False  # whether a fused parameter is stored as (experts, in, out)
-    wrapped: int = 0  # the number of adapted fused parameters after it in the same module
+    wrapped: int = 0  # how many further fused parameters of the same module are adapted
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class ReportFacts:
     final_loss: float | None
     base_eval_loss: float | None  # before training
     eval_loss: float | None  # of the exported weights
-    verdict: str | None  # a sentence, if a loss rose or the training loss ended on a spike
+    verdict: str | None  # a sentence, if a loss rose, or if the training loss ended with a spike
     evaluations: list[dict[str, object]]
     reactions: list[Reaction]
     skipped_steps: int | None = None  # steps whose gradients overflowed in float16

@@ -44,7 +44,7 @@ from tunekit.tuned.model import ModelRun, TunedModel
 
 MOST_ROWS, MOST_READ = 64, 20_000  # rows to test; rows of a source from which they are drawn
 LIMIT_SECONDS = 20.0  # the maximum time of one reward for one kind of answers
-SLOW_SECONDS = 0.2  # per completion: a step with 64 completions would wait for 13 seconds
+SLOW_SECONDS = 0.2  # seconds per completion: a step with 64 completions would wait 13 seconds
 LONG_WORDS = 200
 REFERENCE, SAMPLES, NOTHING = "reference answers", "samples of the model before step 1", "empty answers"
 SHUFFLED, COMMON = "the reference answers of other rows", "one answer for all rows"
@@ -52,7 +52,7 @@ BURIED, LISTED = "the reference answer among other answers", "a list of all answ
 PROMPT, PROMPTS = "the prompt as the answer", "the prompt five times"
 LONG = f"{LONG_WORDS} words from other answers"
 WORTHLESS = (BURIED, LISTED, PROMPT, PROMPTS, LONG)  # bad answers, for which a good reward is low
-OTHERS, MOST_LISTED = 6, 100  # answers around the reference; maximum distinct answers in LISTED
+OTHERS, MOST_LISTED = 6, 100  # number of answers around the reference; maximum of different answers in LISTED
 TOO_MUCH = 0.5  # share of the difference between reference and empty answers
 
 

@@ -30,7 +30,7 @@ class RunLine:
     eval_loss: float | None  # of the exported weights; while the run continues, of the last evaluation
     bytes: int
     checkpoint_bytes: int
-    age_seconds: float  # since its last record
+    age_seconds: float  # seconds since its last record
 
 
 def runs_verb(folder: str, json_file: str | None) -> None:
@@ -124,7 +124,7 @@ def run_line(path: Path) -> RunLine:
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of all files below; files that a run removes meanwhile count nothing."""
+    """Bytes of all files below the path. Files that a run removes in the meantime count 0."""
     size = 0
     for place, _, names in os.walk(path):
         for name in names:

@@ -231,7 +231,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
 
 
 def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run: Run, *, compares: bool) -> None:
-    """Write the scores of evaluation.tasks into the run folder. `compares`: also those of the base."""
+    """Write the scores of evaluation.tasks into the run folder. `compares`: also the scores of the base."""
     console, settings = session.console, session.loaded.recipe.evaluation
     if session.devices.world > 1:
         console.warn("evaluation.tasks are computed in one process: use tunekit eval RUN --tasks")

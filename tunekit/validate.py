@@ -78,8 +78,9 @@ def _may_be_replaced(name: str) -> bool:
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe. Raises: RecipeError if it is invalid or unsupported, or if a file that it names does not exist. The
-    same for a recipe with one of the trials of its sweep."""
+    """The recipe, checked, and with it all trials of its sweep. Raises: RecipeError if the recipe or a trial is invalid
+    or unsupported, or names a file that does not exist.
+    """
     loaded = load_recipe(recipe_path, overrides)
     _refuse([loaded])
     if loaded.sweep is not None and loaded.sweep.has_trials:

@@ -49,8 +49,9 @@ def _follow(path: Path, console: Console) -> None:
 
 
 def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[StepRecord | EvaluationRecord]:
-    """The records that the run has written so far, then each new one until the run ends; `at_end` is called before the
-    last ones. If a resume goes back, its records are repeated."""
+    """The records that the run has written so far, then each new record until the run ends. `at_end` is called before
+    the last records. If a resume starts at an earlier step, the records after that step come again.
+    """
     reported: list[LoggedLine] = []
     last_state: tuple[int, int] | None = None
     while True:
@@ -132,7 +133,7 @@ def _serve(path: Path, port: int, console: Console) -> None:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), type("Page", (_Page,), {"path_of_run": path}))
     except OSError as error:
-        raise InputError(f"port {port} cannot be listened on ({error.strerror})", "choose another port") from error
+        raise InputError(f"cannot listen on port {port} ({error.strerror})", "choose another port") from error
     console.info(f"the page of {path}: http://127.0.0.1:{server.server_address[1]}/ - Ctrl-C ends it")
     with server:
         server.serve_forever()

@@ -49,7 +49,7 @@ def test_a_turned_picture_is_put_upright(tmp_path: Path, orientation: int) -> No
     stored = np.ascontiguousarray(undo[orientation](COLOURS))  # as a camera that was held so has it
     path = saved(tmp_path, "turned.png", Image.fromarray(stored), exif=exif)
     assert np.array_equal(read_image(path, notices), COLOURS)
-    assert notices["was turned upright, as its EXIF says"] == 1
+    assert notices["was turned upright, as its EXIF data states"] == 1
 
 
 def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) ->
     assert +notices == {
         "is CMYK, converted to RGB": 1,
         "has one deep channel (I;16), scaled to 8 bits": 1,
-        "is transparent in places, laid on white": 1,
+        "is partly transparent, and was placed on a white background": 1,
     }
 
 

@@ -286,7 +286,7 @@ def test_a_pair_is_two_unpaired_rows(tmp_path: Path) -> None:
     found = [(raw.line, make(name, raw.values)) for raw in rows]
     answers = [(line, example.prompt, example.completion, example.label) for line, example in found]
     assert answers == [(1, "Q: x? A:", " yes", True), (1, "Q: x? A:", " no", False), (2, "q", "a", True)]
-    assert reason == "the first row is a pair; each makes two rows"
+    assert reason == "the first row is a pair, and each pair becomes two rows"
 
 
 def test_pairs_are_told_from_other_rows() -> None:

@@ -423,7 +423,7 @@ def test_a_long_recording_is_dropped_cut_or_refused(processor: AudioProcessor, t
     with pytest.raises(DataError, match=said):
         encoded(processor, long, "error")
     (problem,) = rows_with(processor, "split").problems()
-    assert problem.what == "a piece of a recording need not have the labels of the whole"
+    assert problem.what == "the labels of a recording may be wrong for a piece of it"
     heard, beyond = encoded(processor, long, "truncate")
     (begun,) = encoded(processor, long | {"audio": str(tmp_path / "begun.wav")})
     assert np.array_equal(heard.parts["features"], begun.parts["features"])
@@ -479,7 +479,7 @@ def test_what_cannot_be_is_refused(whisper: Path, recordings: Path, tmp_path: Pa
             "bitfit cannot train modules besides the adapter, but this objective trains the head",
         ),
         ("data.packing=true", "rows of this objective cannot be packed"),
-        ("data.excess_length=split", "a piece of a recording need not have the labels of the whole"),
+        ("data.excess_length=split", "the labels of a recording may be wrong for a piece of it"),
         ("evaluation.metrics=[span_f1]", "objective audio_classify has no metric span_f1"),
         ("objective.mask_time_probs=0.1", "unknown key"),
     ):

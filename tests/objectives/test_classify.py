@@ -437,7 +437,7 @@ def test_metrics_are_scikit_learns() -> None:
     ("changes", "said"),
     [
         ({"objective": {"method": "classify", "labels": ["yes", "no"]}}, "the label 'perhaps' is not among the labels"),
-        ({"data": {"excess_length": "split"}}, "data.excess_length: a piece of a text need not have the label"),
+        ({"data": {"excess_length": "split"}}, "data.excess_length: the labels of a text may be wrong"),
         ({"adapter": {"method": "bitfit", "r": None}}, "bitfit"),
         ({"evaluation": {"metrics": ["token_f1"]}}, None),
         (

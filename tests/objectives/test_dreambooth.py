@@ -297,9 +297,9 @@ def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) ->
     notes = make_plan(load_recipe(str(write_image_recipe(tmp_path, pipeline, folder, objective=objective)), []))[
         0
     ].notes
-    told = "warning: photos: 1 file is not read, because their names are not those of sound or images: IMG_1.HEIC"
+    told = "warning: photos: 1 file is not read, because the format is not supported: IMG_1.HEIC"
     assert f"{told}; convert .heic to .png or .jpg" in notes
-    assert "classes: 1 file is not read, because their names are not those of sound or images: notes.txt" in notes
+    assert "classes: 1 file is not read, because the format is not supported: notes.txt" in notes
     assert not [note for note in notes if "evaluation rows" in note or "both in" in note]  # measured on purpose
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "1.heic").write_bytes(b"x")

@@ -488,7 +488,7 @@ def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_pat
     (refusal,) = plan.refusals
     assert refusal.key == "memory.streaming"
     assert "grpo samples token by token, so every layer would be copied for each token" in refusal.message
-    with pytest.raises(RecipeError, match="a truncated prompt asks another question"):
+    with pytest.raises(RecipeError, match="a truncated prompt is a different question"):
         make_plan(load_recipe(write_prompts(tmp_path, base, data={"excess_length": "truncate"})), device=CPU)
 
 

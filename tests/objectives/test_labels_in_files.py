@@ -48,7 +48,7 @@ def test_a_whole_number_is_that_row_of_a_head_without_names(bert: Path, tmp_path
     assert not plan.refusals
     objective = prepared.rows.objective
     assert objective.facts["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert any("label n is row n of the head" in note for note in plan.notes)
+    assert any("label n is output n of the head" in note for note in plan.notes)
     assert any("the head of the base is kept" in note for note in plan.notes)
     batch = objective.rows.collate([[prepared.rows.train[index]] for index in range(4)])
     assert batch.targets["labels"].tolist() == [2, 0, 1, 2]

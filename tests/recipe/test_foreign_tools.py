@@ -479,7 +479,7 @@ GRPO = (
     [
         ("--reward_funcs accuracy_reward", r"reward_funcs: .* write objective\.reward: \[\{function: FILE\.py:NAME"),
         ("--use_vllm", "use_vllm: .* the trained model generates the samples"),
-        ("--max_prompt_length 512", "max_prompt_length: .* a truncated prompt asks another question"),
+        ("--max_prompt_length 512", "max_prompt_length: .* a truncated prompt is a different question"),
         ("--steps_per_generation 4", "steps_per_generation: .* each step samples its own completions"),
         ("--per_device_train_batch_size 3", r"3 completions per step \(3 x 1\) is not a multiple of the group size 4"),
         ("", r"objective\.reward: is required; write reward: "),

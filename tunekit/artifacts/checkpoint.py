@@ -178,7 +178,7 @@ def find_checkpoint(name: str) -> Path | None:
         return steps[step]
     if not steps:
         raise RunFolderError(f"{start} has no checkpoint yet", "")
-    why = "evaluation.best of the recipe asks for one" if which == "best" else "older ones are removed during a run"
+    why = "evaluation.best of the recipe makes one" if which == "best" else "older ones are removed during a run"
     there = f"it has {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
 
@@ -233,8 +233,9 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
 
 
 def removable(checkpoints: Path, finished: bool) -> list[Path]:
-    """Checkpoints that a run no longer needs, newest first: all if it is finished, else those older than the newest
-    complete one. Never folders that tunekit did not write."""
+    """The checkpoints that a run no longer needs, newest first. A finished run needs none; any other run needs its
+    newest complete checkpoint. Folders that tunekit did not write are never included.
+    """
     ours = [folder for _, folder in list_checkpoints(checkpoints) if is_ours(folder)]
     return ours if finished else ours[next((at for at, each in enumerate(ours, 1) if _is_whole(each)), len(ours)) :]
 
@@ -254,8 +255,8 @@ def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) ->
     """Delete checkpoints up to `step`, except the `keep` newest and the protected ones. Never delete folders that
     tunekit did not write.
 
-    Checkpoints after `step` stay. They were damaged when this run resumed before them, and the run will reach their
-    steps again.
+    Checkpoints after `step` stay. They are damaged ones that the run passed over when it resumed, and the run will
+    reach their steps again.
     """
     ours = {number: at for number, at in list_checkpoints(run.checkpoints) if number <= step and is_ours(at)}
     newest = [number for number, folder in ours.items() if has_sizes(folder)][: max(keep, 1)]

@@ -13,8 +13,8 @@ from tunekit.artifacts.run import RESULT_FILES, read_json
 from tunekit.files.tensors import tensor_bytes
 from tunekit.files.untrusted import RUN_FILE, sha256_of
 
-MEASURED = ("seconds", "tokens_per_second", "peak_bytes")  # parts of a record that a clock or the memory gives
-UNRELATED = (  # values of a checkpoint that no result depends on, or that were compared before the first step
+MEASURED = ("seconds", "tokens_per_second", "peak_bytes")  # parts of a record that depend on a clock or on the memory
+UNRELATED = (  # values of a checkpoint that change no result, or that were compared before the first step
     *("loop.seconds", "loop.reactions", "loop.calibration", "loop.evaluated_step", "fingerprint"),
 )
 BASE_PATH = "base_model_name_or_path"  # of adapter_config.json; the base may have been moved

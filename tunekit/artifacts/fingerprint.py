@@ -1,4 +1,4 @@
-"""The fingerprint of a run: the facts that must not change, so that a resumed run repeats every bit; and messages about
+"""The fingerprint of a run: the facts that must be equal, so that a resumed run repeats every bit. Also messages about
 differences. The number of processes is not included, because results do not depend on it.
 """
 
@@ -130,8 +130,7 @@ def _shown(value: object) -> str:
 
 
 def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Notes about differences that do not forbid a resume: a different GPU model may change the last digits of
-    results."""
+    """Notes about differences that allow a resume, but may change the last digits of results: another model of GPU."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
     what = f"the checkpoint was made on {old.get('accelerator')}, but this device is {new.get('accelerator')}"

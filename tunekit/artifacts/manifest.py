@@ -1,5 +1,6 @@
-"""The manifest of a checkpoint. It is written last, so the other files are complete if it exists. It contains their
-sha256, which shows later damage."""
+"""The manifest of a checkpoint. It is written last: if it exists, the other files are complete. It contains their
+sha256, so that later damage is noticed.
+"""
 
 import json
 from pathlib import Path

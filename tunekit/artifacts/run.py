@@ -1,5 +1,5 @@
-"""The run folder. One process locks it, checks it before a model loads, and writes it so that it stays readable after a
-kill. In a run with several ranks, only rank 0 has a run folder.
+"""The run folder. One process locks it, and checks it before a model is loaded. The folder stays readable if this
+process is killed. In a run with several ranks, only rank 0 has a run folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.files.untrusted import RUN_RECORD, read_small
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
-ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, from the weights to export
+ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, with the weights to export
 TASKS_NAME = "tasks.json"  # the scores of lm-eval's tasks, with those of the base
 EXPORTS = "exports.json"  # the exports of the result, with their certificates
 REPORTS = ("report.json", "report.md", "report.html")
@@ -99,16 +99,16 @@ class RunFolder:
             raise ResourceError(f"{what} ({needed} bytes) for its checkpoints and results", how)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write one file of the run folder, whole or not at all."""
+        """Write one file of the run folder, completely or not at all."""
         durable.write_text(self.path / name, text)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write one file of the run folder, whole or not at all. Its parent folder is created if needed."""
+        """Write one file of the run folder, completely or not at all. Its parent folder is created if needed."""
         (self.path / name).parent.mkdir(exist_ok=True)
         durable.write_bytes(self.path / name, data)
 
     def write_json(self, name: str, value: object) -> None:
-        """Write one JSON file of the run folder, whole or not at all."""
+        """Write one JSON file of the run folder, completely or not at all."""
         durable.write_json(self.path / name, value)
 
     def read_json(self, name: str) -> Any | None:
@@ -233,7 +233,7 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
         return
     foreign = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
     if foreign:
-        what = f"{path} contains {', '.join(foreign)}, which a run would overwrite although no run wrote it"
+        what = f"{path} contains {', '.join(foreign)}, which a run would overwrite; no run wrote this"
         raise RunFolderError(what, "choose another output.dir")
 
 

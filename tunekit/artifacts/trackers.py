@@ -1,6 +1,7 @@
-"""Experiment trackers in addition to metrics.jsonl, through accelerate. Each gets the run's name, tag, numbers and end.
+"""Experiment trackers in addition to metrics.jsonl, through accelerate. Each tracker gets the run's name, its tag, its
+numbers and its end.
 
-A tracker that fails during the run is reported once and then no longer used. It never ends a run.
+If a tracker fails during the run, this is reported once, and the tracker is no longer used. It never ends a run.
 """
 
 from __future__ import annotations
@@ -128,14 +129,14 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, obje
     resumed = {"id": identity, "resume": "allow"} if identity else {}
     project = {"run_name": os.environ.get(f"{name.upper()}_PROJECT", PROJECT)}
     match name:
-        case "tensorboard":  # hide events after the checkpoint; they are written again
+        case "tensorboard":  # hide events after the checkpoint, which will be written again
             return {"run_name": name, "logging_dir": folder, "purge_step": run.first_step + 1}
         case "wandb":
             from wandb import Settings
 
-            quiet = Settings(console="off")  # else it wraps the standard streams to keep a copy of the progress line
+            quiet = Settings(console="off")  # otherwise it wraps the standard streams, to copy the progress line
             return {**project, **named, **resumed, "tags": [run.tag], "dir": folder, "settings": quiet}
-        case "trackio":  # it finds runs by name
+        case "trackio":  # this tracker finds runs by their name
             return {**project, **named, "name": identity or run.name, "resume": "allow" if identity else "never"}
         case "mlflow":
             return {"experiment_name": PROJECT, "run_name": run.name, "run_id": identity}

@@ -49,8 +49,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="FOLDER",
-            help="an additional adapter, or a folder of adapters, which may change while serve runs; each is a model "
-            "name",
+            help="an additional adapter, or a folder of adapters, which may change while serve runs; each "
+            "adapter is a model name",
         ),
     ] = None,
     host: Annotated[

@@ -17,7 +17,7 @@ def evaluate(
         list[str] | None,
         keys(
             "changes keys of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
-            "data.eval.0.columns.question=prompt (the file's column, the format's field)",
+            "data.eval.0.columns.question=prompt (COLUMN OF THE FILE=FIELD OF THE FORMAT)",
             *("model.", "evaluation.", "data."),
         ),
     ] = None,
@@ -63,7 +63,7 @@ def generate(
         typer.Option(
             metavar="FILE|-",
             help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text); '
-            "the key adapter names the folder of an adapter for the row",
+            "the field adapter is the folder of the adapter that answers the row",
         ),
     ] = None,
     max_new_tokens: Annotated[

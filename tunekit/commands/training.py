@@ -66,7 +66,8 @@ def train(
         typer.Option(
             "--accept-changed",
             metavar="KEY",
-            help="with --resume: continue although files of this key (objective.reward) changed; the report states it",
+            help="with --resume: continue although files of this key (such as objective.reward) changed; the "
+            "report states this",
         ),
     ] = None,
     json_file: JsonFile = None,

@@ -18,14 +18,14 @@ from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord, 
 LIVE_SECONDS = 0.1  # minimum between two updates of the live line
 PLAIN_SECONDS = 10.0  # minimum between two plain lines
 BEAT_SECONDS = 1.0  # between two updates of the live line during the first step
-PLAIN_SHARE = 0.02  # minimum wait as a share of the elapsed time, so that a long run's log stays readable
+PLAIN_SHARE = 0.02  # minimum wait as a share of the elapsed time, so that a long run writes few lines
 RATE_STEPS = 30  # steps whose mean duration gives the time left
 CURVE_STEPS, CURVE_COLUMNS = 500, 12
 BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 
 
 class Heartbeat:
-    """Shows for how long a step has been computed, from its own thread, because the step itself reports nothing."""
+    """Shows how long a step has been running. It has its own thread, because a running step cannot report."""
 
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._what = console, what

@@ -23,7 +23,7 @@ def can_encode(stream: TextIO, text: str) -> bool:
 
 
 def encodable(stream: TextIO, text: str) -> str:
-    """`text` with characters that the stream cannot encode written as escapes."""
+    """The text. Characters that the stream cannot encode are written as escapes."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 

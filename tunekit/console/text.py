@@ -13,8 +13,9 @@ JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDER
 
 
 def visible(text: str) -> str:
-    """`text` with control characters written as escapes, so that data can neither control the terminal nor reorder its
-    letters."""
+    """The text with control characters written as escapes. So data can neither control the terminal nor reorder its
+    letters.
+    """
     return text.translate(CONTROL)
 
 

@@ -206,7 +206,7 @@ def _with_options(objective: Objective, options: EncodeOptions) -> Objective:
 
 
 def _with_tables(data: DataSection) -> DataSection:
-    """The data section, where each folder that has a table is replaced by the path of the table."""
+    """The data section. Each folder that has a table is replaced by the path of its table."""
     train, evaluation = tuple(map(with_table, data.train)), data.eval
     evaluation = tuple(map(with_table, evaluation)) if isinstance(evaluation, tuple) else evaluation
     return data.model_copy(update={"train": train, "eval": evaluation})

@@ -1,4 +1,4 @@
-"""The cache folder, which contains results that can be recomputed, such as encoded rows and packed bases."""
+"""The cache folder. It contains results that can be computed again, such as encoded rows and packed bases."""
 
 import contextlib
 import hashlib

@@ -15,7 +15,7 @@ LOCK_NAME = ".tunekit.lock"
 
 
 def is_held(folder: Path) -> bool:
-    """Whether the process that last locked the folder is still running. The lock itself is not used."""
+    """Whether the process that last locked the folder is still running. This does not try to lock the folder."""
     path = folder / LOCK_NAME
     try:
         return bool(psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime)

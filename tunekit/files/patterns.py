@@ -87,7 +87,7 @@ def _refuse_costly(text: str) -> None:
         elif kind == "repeat":
             parts[-1][-1].repeat(token)
         elif token == "{" or (kind == "set" and "[:" in token):
-            raise ValueError("has a brace or a bracket in a set that counts nothing: write \\ before it")
+            raise ValueError("has a brace that is not a count, or a bracket in a set: write \\ before it")
         elif re.fullmatch(r"\\[1-9]", token):
             raise ValueError("uses back references")
         else:

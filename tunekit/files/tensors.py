@@ -150,7 +150,7 @@ def _read(number: int, entry: TensorEntry, path: Path, kind: FileKind) -> Tensor
 
 
 def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: FileKind) -> None:
-    """Read an open file from `offset` into all of `target`, which is contiguous on the CPU.
+    """Fill `target` with the bytes of an open file from `offset` on. `target` is contiguous, on the CPU.
 
     Raises: the kind's error if the file is too short.
     """

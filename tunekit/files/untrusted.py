@@ -1,6 +1,6 @@
 """Reads files that may be hostile: regular files of valid size, and strict JSON.
 
-Memory is allocated by a file's real size, never by numbers in it.
+The real size of a file decides how much memory is allocated, never a number in the file.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ RUN_RECORD = FileKind(RunFolderError, follows_links=True, json_bytes=100_000_000
 
 @contextmanager
 def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int]]:
-    """The descriptor and size of a regular file. A pipe is refused without waiting for it.
+    """The descriptor and size of a regular file. A pipe is refused at once, although opening it could block.
 
     Raises: the kind's error.
     """

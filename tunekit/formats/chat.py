@@ -1,7 +1,7 @@
 """`format: chat`: OpenAI messages, `{"messages": [{"role": ..., "content": ...}], "tools": [...]}`.
 
-Content is text or text parts, and may be null only in a message with tool_calls. `weight` of an assistant message
-multiplies the loss of its tokens. 0, or `train: false`, keeps the message as context.
+Content is text or text parts; it may be null only in a message with tool_calls. The `weight` of an assistant message
+multiplies the loss of its tokens. With weight 0 or `train: false`, the message is only context.
 """
 
 from collections.abc import Mapping, Sequence

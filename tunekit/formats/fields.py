@@ -49,13 +49,14 @@ def check_text(value: object, label: str) -> str:
 
 
 def check_encodable(value: str, label: str) -> None:
-    """Refuse lone surrogates, which no tokenizer can read."""
+    """Raises: DataError for lone surrogates, which no tokenizer can read."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         raise DataError(
-            f"'{label}' contains the lone surrogate \\u{code:04x}", "write the whole pair, or U+FFFD instead"
+            f"'{label}' contains the lone surrogate \\u{code:04x}",
+            "write both surrogates of the pair, or U+FFFD instead",
         ) from None
 
 

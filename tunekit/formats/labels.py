@@ -47,7 +47,7 @@ def make_example(row: Fields) -> LabelExample:
 
 
 def label_text(value: str | int) -> str:
-    """A label as text, without blanks around it. Truth values are `true` and `false`, however a file writes them."""
+    """A label as text, without blanks around it. Truth values become `true` and `false`, in every spelling."""
     text = str(value).strip()
     return text.lower() if text.lower() in ("true", "false") else text
 

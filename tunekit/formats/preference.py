@@ -1,8 +1,8 @@
 """`format: preference`: a chosen and a rejected answer, `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 
-All are texts or lists of messages. If the row has no prompt, the common beginning of both answers is the prompt. Texts
-are joined without changes. Rows of LLaMA-Factory (instruction and input) and of Axolotl (question) become turns, as in
-those tools, and so do {from, value}.
+All fields are texts or lists of messages. If the row has no prompt, the common beginning of both answers is the prompt.
+Texts are joined without changes. Rows of LLaMA-Factory (instruction and input), rows of Axolotl (question) and messages
+{from, value} become turns, as in those tools.
 """
 
 import math

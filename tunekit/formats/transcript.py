@@ -65,7 +65,9 @@ def _segments(value: object) -> tuple[Segment, ...]:
         start, end = (_seconds(each.get(name), where + name) for name in ("start", "end"))
         before = segments[-1].end if segments else 0.0
         if not before <= start < end:
-            what = f"'segments[{number}]' lasts from {start:g} to {end:g} s, but the one before it ends at {before:g} s"
+            what = (
+                f"'segments[{number}]' lasts from {start:g} to {end:g} s, but the segment before ends at {before:g} s"
+            )
             raise DataError(what, "give them in order, without overlap")
         segments.append(Segment(start, end, read_text(each, "text", where=where)))
     return tuple(segments)

@@ -5,5 +5,5 @@ from tunekit.metrics.spoken import error_rate
 
 DESCRIPTION = "CER: changed, missing and surplus characters over all characters of the references"
 HIGHER_IS_BETTER = False
-LEAVES_OUT = True  # leaves out pairs with an empty reference, and counts them
+LEAVES_OUT = True  # pairs with an empty reference are left out and counted
 score = error_rate("cer")

@@ -1,5 +1,6 @@
-"""Expected calibration error: the difference between the predicted label's probability and its accuracy, over bins of
-probability."""
+"""Expected calibration error: the mean difference, over bins of probability, between the probability of the predicted
+label and its accuracy.
+"""
 
 from collections.abc import Mapping
 from typing import Any

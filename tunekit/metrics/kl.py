@@ -1,4 +1,4 @@
-"""Mean log-ratio of policy to reference on answers to other prompts, which is KTO's estimate of the KL."""
+"""KTO's estimate of the KL: the mean log-ratio of policy to reference, on prompts with the answers of other rows."""
 
 from tunekit.metrics.loss import mean_of
 

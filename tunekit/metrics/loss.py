@@ -9,8 +9,9 @@ HIGHER_IS_BETTER = False
 
 
 def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric that is a mean: the sum `name` over the number of units (tokens, labels,
-    pairs). `counted`: the sum that counts the units with a value, if not all units have one."""
+    """NEEDS and `from_sums` of a metric that is a mean: the sum `name`, divided by the number of units (tokens, labels,
+    pairs). `counted`: the name of the sum that counts the units; some sums count only units with a value.
+    """
 
     def from_sums(sums: Mapping[str, Any]) -> float:
         """The mean; NaN if no unit has the value. Raises ValueError without units."""

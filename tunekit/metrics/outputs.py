@@ -1,4 +1,4 @@
-"""Mean squared error and correlations between the scores and the numbers of rows.
+"""Mean squared error of the scores, and their correlations with the numbers of rows.
 
 Sums are exactly rounded (math.fsum), so that they do not depend on the order of the rows.
 """
@@ -17,7 +17,7 @@ Measure = Callable[[Column, Column], float]
 
 
 def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric that is a measure, averaged over the numbers of a row."""
+    """NEEDS and `from_sums` of a metric: the mean of `measure` over the numbers of a row."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
         """NaN where the measure of one of the numbers is not defined. Raises ValueError without rows."""

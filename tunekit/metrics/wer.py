@@ -5,5 +5,5 @@ from tunekit.metrics.spoken import error_rate
 
 DESCRIPTION = "WER: changed, missing and surplus words over all words of the references"
 HIGHER_IS_BETTER = False
-LEAVES_OUT = True  # leaves out pairs with an empty reference, and counts them
+LEAVES_OUT = True  # pairs with an empty reference are left out and counted
 score = error_rate("wer")

@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 def row_fingerprint(settings: ObjectiveSettings, processor: Processor | Tokenizer) -> str:
-    """The fingerprint of rows that depend on all settings of the objective."""
+    """The fingerprint of the rows, if all settings of the objective decide them."""
     return hash_of([settings.model_dump(mode="json"), processor.fingerprint])
 
 

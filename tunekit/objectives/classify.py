@@ -13,7 +13,7 @@ def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options
     """The objective: texts with labels, and the loss of the problem type."""
     settings = settings_of_head(settings, facts)
     labels = given_labels(settings, facts, tokenizer.pad_id, settings.problem_type)
-    pairs = facts.get("pairs")  # known of a trained adapter only
+    pairs = facts.get("pairs")  # only a trained adapter has this fact
     stated = {"pairs": True} if pairs else {}
     decisive = [row_fingerprint(settings, tokenizer), repr(tokenizer.pairing), *stated]
     decisive += ["single"] if pairs is False else []

@@ -11,8 +11,9 @@ TEACHER = "objective.teacher"
 
 
 def make(settings: DistillSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: rows of sequences, the loss of a divergence, and a teacher. The rows do not depend on the
-    teacher."""
+    """The objective: sequences, a loss that is a divergence from the teacher, and the teacher as a companion. The rows
+    do not depend on the teacher.
+    """
     rows = SequenceRows(tokenizer, hash_of([settings.method, tokenizer.fingerprint]), options)
     teacher = CompanionSpec("teacher", TEACHER, settings)
     loss, answering = DivergenceLoss(settings, TEACHER), text_answering(tokenizer)

@@ -13,7 +13,7 @@ from tunekit.objectives.rows.pictures import Artist, PictureRows, buckets_of, si
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
-# settings without which an adapter's folder cannot be used
+# settings that are saved with the adapter, because its use needs them
 FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction_type")
 CUT = "a micro-batch with images of several buckets is split, because the network takes images of one bucket at a time"
 

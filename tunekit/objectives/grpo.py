@@ -1,5 +1,4 @@
-"""`objective: grpo`: reinforcement learning. The model learns from its own completions which of them get higher
-rewards."""
+"""`objective: grpo`: reinforcement learning. The model writes completions, and learns those with higher rewards."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.objectives.losses.advantages import CLIPPED

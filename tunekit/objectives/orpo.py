@@ -1,4 +1,4 @@
-"""`objective: orpo`: supervised tuning on chosen answers, with the odds of the rejected ones in the same loss."""
+"""`objective: orpo`: supervised tuning on chosen answers, and in the same loss the odds ratio of both answers."""
 
 from functools import partial
 
@@ -10,8 +10,9 @@ from tunekit.recipe.objectives.orpo import OrpoSettings
 
 
 def make(settings: OrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and the loss of their odds. The prompts of chosen answers are trained on too, as
-    in trl."""
+    """The objective: pairs of answers, and the loss of their odds ratio. As in trl, the prompts of chosen answers are
+    trained on too.
+    """
     formula = partial(odds_ratio, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=1.0, prompts=True)
     return pair_objective(settings, tokenizer, options, loss, prompts=True)

@@ -39,7 +39,7 @@ class PairedDifference:
 
 
 def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
-    """The difference of each run to the first, if both have the same objective and common rows."""
+    """The difference between each run and the first run, if both have the same objective and common rows."""
     results = (pooled_difference([(runs[0], run)]) for run in runs[1:])
     return [result for result in results if result is not None]
 
@@ -58,7 +58,7 @@ def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]]) -> PairedDif
 
 
 def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDifference:
-    """`losses`: (rows, 3), as `_pairs` gives them."""
+    """The difference for these rows. Shapes: `losses` (rows, 3), in the form that `_pairs` returns."""
     than_loss, loss, units = losses.T
     low, high = paired_interval(than_loss, loss, units)
     total = units.sum()

@@ -11,7 +11,7 @@ ATTENTION = {
     "eager_per_document": "eager, separately for each document of a row",
     "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it cannot be used",
 }
-SMALLEST_LOGITS = 1024  # bytes; of a denoiser nothing counts as logits, of a classifier often only the loss
+SMALLEST_LOGITS = 1024  # bytes; for a denoiser nothing counts as logits, for a classifier often only the loss
 
 
 def facts(plan: Plan) -> dict[str, object]:

@@ -94,7 +94,7 @@ def memory(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _budget(budget: float | None, measured: float) -> tuple[list[str], list[str]]:
-    """Sentences about the budget: first those that say it was kept, then the warning that it was exceeded."""
+    """Two lists of sentences about the budget: that the peak was within it, and the warning that it was exceeded."""
     if budget is None:
         return [], []
     if not measured:

@@ -18,7 +18,7 @@ from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import facts_of, known_names, settings_class
 from tunekit.records import Headline, Panel, skipped_text
 
-MOST_CHARACTERS = 240  # of a prompt that is shown with its answers
+MOST_CHARACTERS = 240  # maximum characters of a prompt that is shown with its answers
 MOST_EVALUATIONS, MOST_LABELS = 12, 20
 CERTIFIED = ("largest", "mean", "perplexity", "torch_perplexity", "greedy_differences", "tokens")
 MOST_ENVIRONMENT = 2**20  # characters
@@ -93,7 +93,7 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _better_elsewhere(run: RunValues) -> Iterator[str]:
-    """A note on each metric that was better at another step than at the exported one, if the loss chose that step."""
+    """If the loss chose the exported step, a note on each metric that was better at a different step."""
     if run.recipe.part("evaluation").get("best") != "eval.loss" or "best_step" not in run.report:
         return
     values = run.exported.numbers("eval")
@@ -123,8 +123,9 @@ def _step_label(step: int, best: object) -> str:
 
 
 def _labels(run: RunValues) -> Iterator[ReportSection]:
-    """A table with a line for each label. If there are many labels, the worst come first in a table of their own; if
-    there are few, the confusion matrix follows."""
+    """A table with a line for each label. If there are many labels, a table of the worst labels comes first. If there
+    are few, the confusion matrix follows.
+    """
     facts = run.report.part("classes")
     if not facts:
         return
@@ -246,7 +247,7 @@ def _exports(run: RunValues) -> Iterator[ReportSection]:
         stated = [str(certificate[key]).rstrip(".") for key in ("rows", "note", "warning") if certificate.get(key)]
         texts.append(f"{name} in {program}: {'. '.join(stated)}.")
     if lines:
-        texts = list(dict.fromkeys(texts))  # a repeated export is stated once
+        texts = list(dict.fromkeys(texts))  # a repeated export is shown once
         yield ReportSection("Exports, computed by their programs", texts, tables=[ReportTable(head, lines)])
 
 

@@ -79,7 +79,7 @@ class RunValues:
 
     @property
     def recipe(self) -> Values:
-        """The recipe with its defaults, as plan.json holds it."""
+        """The recipe with its defaults, from plan.json."""
         return self.plan.part("recipe")
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Stateless random order: permutations and draws that are pure functions of a seed and of names such as the epoch.
+"""Random order without state: each permutation or draw depends only on a seed and on names such as the epoch.
 
 They are the same on every machine and with every version of numpy, because only the raw Philox stream is used.
 """
@@ -13,21 +13,22 @@ Indices = NDArray[np.int64]
 
 
 def draw_raw(count: int, *parts: int | str) -> NDArray[np.uint64]:
-    """`count` random 64-bit numbers. `parts`: the seed and names of the draw, which alone decide the numbers."""
+    """`count` random 64-bit numbers, which depend only on `parts`: the seed, and names of the draw."""
     digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
     return np.asarray(generator.random_raw(count), dtype=np.uint64)  # (count,)
 
 
 def permutation(count: int, *parts: int | str) -> Indices:
-    """The numbers 0 .. count-1 in random order. `parts`: the seed and names of the draw, which alone decide it."""
+    """The numbers 0 .. count-1 in a random order, which depends only on `parts`: the seed, and names of the draw."""
     return np.argsort(draw_raw(count, *parts), kind="stable").astype(np.int64)  # (count,)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Rows start .. stop-1, which come from one source. An epoch has floor(weight) copies of each of them, and a random
-    draw for the fraction."""
+    """Rows start .. stop-1, which come from one source. An epoch has floor(weight) copies of each row, and an
+    additional copy of some rows, which are drawn at random for the fraction of the weight.
+    """
 
     start: int
     stop: int

@@ -1,4 +1,4 @@
-"""Splitting of a micro-batch into two halves. The losses and gradients of the halves add up to those of the whole."""
+"""Splits a micro-batch into two halves. The losses and gradients of the halves add up to those of the micro-batch."""
 
 from tunekit.contracts import Batch, Row, RowKind
 

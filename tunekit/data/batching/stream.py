@@ -1,7 +1,7 @@
 """Training on data larger than memory: rows are encoded as they are read, and shuffled by shard and by buffer.
 
-Memory holds one buffer per source.
-The order is a pure function of (sources, settings, seed). A resumed run encodes all rows before its step again.
+One buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run encodes all rows
+before its step again.
 """
 
 from collections.abc import Iterator, Sequence

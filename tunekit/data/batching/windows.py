@@ -1,7 +1,7 @@
 """Batches of rows in memory: an epoch is cut into packs, then micro-batches, then windows of one optimizer step.
 
-The order is a pure function of (rows, settings, seed): a window never depends on the number of ranks, and
-`windows(first_step)` yields exactly the windows that an uninterrupted run has from this step on.
+The order depends only on (rows, settings, seed), not on the number of ranks. `windows(first_step)` yields exactly the
+windows that an uninterrupted run has from this step on.
 """
 
 import math
@@ -82,7 +82,7 @@ def cut_by_key(
     sizes_of: Callable[[Cut], Sizes],
     settings: BatchSettings,
 ) -> list[tuple[Cut, ...]]:
-    """The rows of a step in new micro-batches, so that all groups of a micro-batch have the same key."""
+    """New micro-batches with the rows of a step. In each of them, all groups have the same key."""
     keys: dict[bytes, list[Cut]] = {}
     for group in chain.from_iterable(micro_batches):
         keys.setdefault(key_of(group), []).append(group)
@@ -189,8 +189,9 @@ class TrainingWindows:
 
 
 def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:
-    """Batches of all rows, longest first, so that there is little padding and a lack of memory shows in the first
-    batch."""
+    """Batches of all rows, longest first. So there is little padding, and if memory is too small, the first batch shows
+    it.
+    """
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     waiting: dict[bytes, list[Group]] = {}
     for index in order.tolist():
@@ -221,6 +222,6 @@ def filled_batch(rows: Rows, kind: RowKind, settings: BatchSettings) -> Batch:
     source = (rows[index] for index in cycle(longest))
     parts = kind.layout.sizes
     filled = [kind.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
-    if kind.layout.batch_key is not None:  # keys cannot be mixed, so the largest sequence is repeated
+    if kind.layout.batch_key is not None:  # a batch has one key, so the largest sequence is repeated
         filled = [max(filled, key=lambda rows: rows[0].size)] * count
     return kind.collate(filled)

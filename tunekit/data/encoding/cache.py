@@ -25,8 +25,9 @@ Fill = Callable[[StoreWriter], SourceFacts]
 def cached_store(
     folder: Path, key: str, layout: RowLayout, fill: Fill, facts: Sequence[str] = ()
 ) -> tuple[TokenStore, SourceFacts]:
-    """The cache entry `key`. `fill` encodes it again if it is absent, damaged or lacks one of `facts`, because older
-    code wrote it. If the folder cannot be written, the entry stays in memory."""
+    """The cache entry `key`. `fill` encodes it again if it is absent or damaged, or if older code wrote it without one
+    of `facts`. If the folder cannot be written, the entry stays in memory.
+    """
     place = folder / "tokens" / key
     found = _load_entry(place, layout, facts)
     if found is not None:
@@ -52,7 +53,7 @@ def _fill_folder(work: Path, layout: RowLayout, fill: Fill) -> None:
 
 
 def _load_entry(place: Path, layout: RowLayout, names: Sequence[str]) -> tuple[TokenStore, SourceFacts] | None:
-    """The entry, or None unless all files have the stored checksums and the facts `names` are present."""
+    """The entry; None if a file differs from its stored checksum, or if one of the facts `names` is missing."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
         if any(content_hash(place / name) != meta["sha256"][name] for name in files_of(layout)):

@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
     row: Row
     line: int
     number: int  # index of the row in its source, from 0
-    digest: int  # hash of the complete row: its pieces are held out together
+    digest: int  # hash of the complete row, so that all its pieces are held out together
 
 
 def encode_rows(

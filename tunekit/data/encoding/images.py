@@ -56,7 +56,9 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
                 opened.load()
-                notices["was turned upright, as its EXIF says"] += opened.getexif().get(ORIENTATION) in range(2, 9)
+                notices["was turned upright, as its EXIF data states"] += opened.getexif().get(ORIENTATION) in range(
+                    2, 9
+                )
                 ImageOps.exif_transpose(opened, in_place=True)
                 return _as_pixels(opened, notices)
     except Dropped:
@@ -102,7 +104,7 @@ def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
         notices[f"is {image.mode}, converted to RGB"] += 1
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return lambda block: np.asarray(block.convert("RGB"))
-    notices["is transparent in places, laid on white"] += 1
+    notices["is partly transparent, and was placed on a white background"] += 1
     white = (255, 255, 255, 255)
     return lambda block: np.asarray(
         Image.alpha_composite(Image.new("RGBA", block.size, white), block.convert("RGBA")).convert("RGB")

@@ -9,9 +9,9 @@ import torch
 
 from tunekit.data.reading.sound import Sound
 
-ZEROS, ROLLOFF = 6, 0.99  # the low-pass filter's zero crossings on each side, and its cutoff as a share of Nyquist's
-KERNEL_TAPS = 2**22  # maximum size of a filter that is kept for all phases; two odd rates would need gigabytes
-BLOCK_TAPS = 2**18  # part of a filter that is computed at a time, if the filter is too large to be kept
+ZEROS, ROLLOFF = 6, 0.99  # low-pass filter: zero crossings on each side; cutoff as a share of the Nyquist frequency
+KERNEL_TAPS = 2**22  # maximum size of a filter that is stored for all phases; some pairs of rates would need gigabytes
+BLOCK_TAPS = 2**18  # size of the parts that are computed one by one, if a filter is too large to be stored
 QUIET_SECONDS = 0.1  # loudness is measured over windows of this length
 SEARCHED = 1 / 3  # share of a piece, at its end, that is searched for the quietest moment
 
@@ -76,7 +76,7 @@ def heard(sound: Sound, start: int, stop: int, wanted: int) -> torch.Tensor:
 
 
 def quietest(samples: torch.Tensor, rate: int, first: int, last: int) -> int:
-    """The quietest place between samples `first` and `last`, as the index of a sample; of equal places, the last one.
+    """The index of the quietest place between samples `first` and `last`; if several are equal, the last of them.
 
     Shapes: (samples,).
     """

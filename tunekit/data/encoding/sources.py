@@ -1,4 +1,4 @@
-"""Loading of encoded sources, from the token cache unless something that decides their ids has changed."""
+"""Loads encoded sources. They come from the token cache, unless the source or the settings of its encoding changed."""
 
 import hashlib
 from collections import Counter

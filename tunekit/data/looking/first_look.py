@@ -123,7 +123,7 @@ def _names(kind: str, value: object) -> bool:
 def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
     """The columns that may contain labels, with the number of their different values. Usual names of labels come first.
 
-    Such a column is not the text, and has few different, short values, which are each in several rows on average.
+    Such a column is not the text. It has few different values; they are short, and each is in several rows on average.
     """
     counts = {}
     for name in (name for name in rows[0] if name != "text"):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # these import torch
     from tunekit.data.reading.first import MakeExample
     from tunekit.data.reading.lines import RawRow
 
-RARE = 0.02  # a script is rare if its share of the rows is smaller; rows in it are a finding
+RARE = 0.02  # a script with a smaller share of the rows is rare, and its rows are a finding
 EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
 KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 GARBLED = re.compile("\ufffd|Ã[\u0080-\u00bf]|â€[\u0080-\u2122\u0153]|Â[\u00a0-\u00bf]")  # UTF-8 misread
@@ -61,7 +61,7 @@ KINDS = {  # kind of finding -> its description in the table
     "leak": "training rows that equal, or nearly equal, an evaluation row",
     "garbled": "rows with characters of a wrong encoding",
     "control": "rows with control characters",
-    "script": "rows in a script that few other rows have",
+    "script": "rows in a script that is rare in the file",
     "roles": "conversations whose turns are out of order",
     "markup": "rows whose text contains chat markup, probably of a different format",
     "secret": "rows with an access token, a password or a private key",
@@ -169,8 +169,9 @@ def _signed(parsed: object, text: str) -> RowSignature:
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
-    """Estimated tokens of the shorter answer of a preference pair, which do not count towards the row's length; 0 for
-    rows with one answer."""
+    """The estimated number of tokens of the shorter answer of a preference pair. They do not count towards the row's
+    length. 0 for rows with one answer.
+    """
     if "rejected" not in values:
         return 0
     return min(guessed_tokens("\n".join(_texts(values.get(side)))) for side in ("chosen", "rejected"))
@@ -297,7 +298,7 @@ def _script(text: str) -> str:
 
 
 def add_other_scripts(findings: Found) -> None:
-    """Add a finding for each row in a script that few other rows have. --fix keeps these rows."""
+    """Add a finding for each row in a script that is rare in the file. --fix keeps these rows."""
     for script, lines in findings.scripts.items():
         if script and len(lines) < RARE * findings.rows:
             for line in lines:

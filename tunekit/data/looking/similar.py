@@ -15,7 +15,7 @@ from typing import Protocol
 PERMUTATIONS, BANDS = 60, 12
 NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
 FEWEST_WORDS = 8  # shorter rows are only compared for equality
-UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: scripts without spaces
+UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces, from Thai to Han
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # equals WORD for texts in ASCII, and takes a third of the time
 UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # ignored in comparisons; accents are not ignored

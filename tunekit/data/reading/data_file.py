@@ -55,7 +55,7 @@ def inspect_file(path: Path) -> DataFile:
     suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
     kind = KINDS.get(suffix[0]) if suffix else None
     if kind is None or (compressed and kind == "parquet"):
-        raise DataError(f"the ending of '{path.name}' does not show its kind", _KNOWN, file=str(path))
+        raise DataError(f"the ending of '{path.name}' does not show the kind of file", _KNOWN, file=str(path))
     if size == 0:
         raise DataError("the file is empty", "add rows to it, or name another file", file=str(path))
     found = DataFile(path, kind, compressed, size)

@@ -40,7 +40,7 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
         raise DataError("there is no row in it", "add rows to it, or name another file", file=source.path)
     rows = chain([first], rows)
     if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
-        return _singles(rows), first, "unpaired", "the first row is a pair; each makes two rows"
+        return _singles(rows), first, "unpaired", "the first row is a pair, and each pair becomes two rows"
     try:
         format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
@@ -81,7 +81,7 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
         present = [field if field in columns else stands_for.get(field, field) for field in required]
         if columns.keys() >= set(present):
             said = " and ".join(f"'{columns[field]}'" for field in present)
-            return name, f"the first row has {said}" if said else "the objective learns from no other"
+            return name, f"the first row has {said}" if said else "the objective learns from no other format"
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
     raise DataError(f"the first row has {there}, which fits no format ({wanted})", _mapped(values, fitting))

@@ -96,7 +96,7 @@ def passed_over(folder: Path) -> str | None:
     how = f"; convert {' and '.join(foreign)} to .png or .jpg" if foreign else ""
     count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     start = WARNING if foreign else ""
-    return f"{start}{folder.name}: {count} not read, because their names are not those of sound or images: {names}{how}"
+    return f"{start}{folder.name}: {count} not read, because the format is not supported: {names}{how}"
 
 
 def names_hash(folder: Path) -> str:

@@ -245,7 +245,7 @@ def _load_hub(source: Source, *, streaming: bool) -> HubRows:
     datasets.disable_progress_bars()
     path = source.path
     if Path(path).exists() and not is_saved(path):
-        path = f"hf://datasets/{path}"  # so that `datasets` does not read the local folder of this name
+        path = f"hf://datasets/{path}"  # otherwise `datasets` would read a local folder with this name
     printed = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # else every retry is logged
     try:

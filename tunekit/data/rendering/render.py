@@ -26,13 +26,16 @@ EMPTY_ANSWER = "empty answer"
 EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
 NO_WEIGHT = "sample_weight 0"
-NO_TEMPLATE = "rows written as plain prompt and answer, because the tokenizer has no chat template"
-EOS_ADDED = "rows whose last turn the chat template does not end; the end-of-sequence token was added"
+NO_TEMPLATE = "rows written as a plain prompt with its answer, because the tokenizer has no chat template"
+EOS_ADDED = "rows that got an end-of-sequence token, because the chat template does not end their last turn"
 SPELLED = (
     "warning: rows that spell a special token; it stays text, because only a chat template makes special tokens; "
     "write conversations as messages (format chat)"
 )
-PIECE_CHARACTERS, CUT_TOKENS = 8192, 16  # length of a measured piece; tokens that cutting can add to a piece
+PIECE_CHARACTERS, CUT_TOKENS = (
+    8192,
+    16,
+)  # characters of a piece whose tokens are counted; tokens that cutting can add to a piece
 UNSAID = ("name", "tool_call_id", "tool_calls")  # fields that a template may ignore; turns.py checks tool_calls
 WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all ignores"
 AS_GIVEN = "rows whose earlier answers the chat template rewrites; each answer is trained on in its original form"

@@ -22,7 +22,12 @@ ONLY_LAST = (
     "(data.rewritten_answers: each trains on all of them)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template leaves out"
-REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # the field of the reasoning, by model
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "tool_plan",
+)  # names of the field with the reasoning, in different models
 THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
 SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"

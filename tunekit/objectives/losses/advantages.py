@@ -1,5 +1,6 @@
-"""Sums, means and standard deviations of rewards, the metrics of a step, and the tokens that a policy gradient reads. A
-reward of NaN means that the completion has no reward."""
+"""Statistics of rewards, the metrics of a step, and the token values from which a policy loss is computed. A reward of
+NaN means that the completion has no reward.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from tunekit.objectives.rows.prompts import PER_COMPLETION, PER_TOKEN
 
 Rewards = NDArray[np.float64]
 CLIPPED = ("clip_ratio_low_mean", "clip_ratio_high_mean", "clip_ratio_region_mean")
-MINIMUM_SPREAD = 1e-4  # added to a standard deviation that advantages are divided by
+MINIMUM_SPREAD = 1e-4  # added to a standard deviation before advantages are divided by it
 
 
 def spread(values: Rewards, axis: int | None = None) -> Rewards:
@@ -90,7 +91,7 @@ class Tokens(NamedTuple):
     completion.
 
     `log_ratio`: the log-probability less the log-probability at sampling; `share`: the weight of a token in a mean over
-    tokens; `prepared`: the values of tokens or completions that the loss's `prepare` added.
+    tokens; `prepared`: the values of tokens or completions that `prepare` of the loss added.
     """
 
     logps: Tensor

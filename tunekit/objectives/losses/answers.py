@@ -51,7 +51,7 @@ def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def by_row(scores: Tensor, sides: int) -> Array:
-    """The scores as a part of each row. Shapes: (S P,) -> (P, S)."""
+    """The scores, arranged by row. Shapes: (S P,) -> (P, S)."""
     return scores.numpy().reshape(sides, -1).T
 
 
@@ -59,8 +59,9 @@ def reference_scores(
     run: RunView, batches: Sequence[Batch], read: Read, *, keeps: str | bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
     """The reference's scores (S P,) of each batch, then of each `further` batch. Scores of `further` are not cached.
-    `keeps`: the scores of rows are cached. Each row is then scored alone, so that its scores do not depend on the step.
-    auto: if the run meets its rows again, and a row alone takes hardly longer, which is so on a CPU.
+
+    `keeps`: whether the scores of rows are cached. If so, each row is scored separately, so that its scores do not
+    depend on the step. auto: only on a CPU, where this costs little time, and only if the run repeats its rows.
     """
     if keeps == "auto":
         keeps = run.model.repeats_rows and run.model.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Scores of answers to choose from: an answer's score is the sum of its tokens' log-probabilities."""
+"""The scores of choices: the score of an answer is the sum of its tokens' log-probabilities."""
 
 from dataclasses import dataclass
 

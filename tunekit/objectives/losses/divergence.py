@@ -1,6 +1,6 @@
 """Knowledge distillation: the divergence of the student's next-token distribution from the teacher's.
 
-Unlike in trl, the tokens are those of the data and not samples of the student; kd_ratio is torchtune's.
+Unlike in trl, the tokens come from the data, and are not samples of the student. kd_ratio is defined as in torchtune.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Group relative policy optimization: the model learns from its own completions which of them get higher rewards.
+"""Group relative policy optimization: the model writes completions, and learns those with higher rewards.
 
 Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRPO), MiniMax 2025 (CISPO), Zheng et al.
 2025 (GSPO); names and formulas are those of trl 1.16.  Different by design: a batch is the whole step, on all ranks,
@@ -34,9 +34,9 @@ from tunekit.recipe.objectives.grpo import GrpoSettings
 class GroupRelative(SampledLoss):
     """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
 
-    r is the ratio of the token's probability to its probability at sampling, A the completion's advantage, and KL =
-    exp(d) - d - 1 with d the reference's log-probability less the policy's (k3), times r with use_bias_correction_kl,
-    which makes its gradient unbiased.
+    r is the ratio of the token's probability to its probability at sampling. A is the completion's advantage. KL (k3)
+    is exp(d) - d - 1, where d is the reference's log-probability less the policy's. With use_bias_correction_kl, KL is
+    multiplied by r, which makes its gradient unbiased.
     """
 
     settings: GrpoSettings
@@ -105,7 +105,7 @@ class GroupRelative(SampledLoss):
         return -torch.min(ratio * advantages, clipped * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor, share: Tensor | None) -> Sums:
-        """The number of clipped ratios. The ratio of a token counts as `share`, the ratio of a completion as 1."""
+        """The number of clipped ratios. A token's ratio counts with its `share`; a completion's ratio counts as 1."""
         settings = self.settings
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}

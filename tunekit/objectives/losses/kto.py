@@ -1,9 +1,9 @@
 """Kahneman-Tversky optimization: single answers, each marked as good or bad, compared with the model at step 0.
 
 Source: Ethayarajh et al. 2024, eq. 7; names and formulas are those of trl 1.16.  Different by design: one KL is
-estimated for the whole step on all ranks, or for all rows of an evaluation; trl estimates one for each micro-batch. Its
-mismatched rows are a prompt with the answer of the previous row in the files' order, not in the batch. The policy's KL
-is computed without dropout.
+estimated for the whole step on all ranks, or for all rows of an evaluation; trl estimates one for each micro-batch. A
+mismatched row combines a prompt with the answer of the previous row in the order of the files, not of the batch. The
+policy's KL is computed without dropout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
 
-MOST_RATIO = 4 / 3  # largest ratio of the weighted numbers of good and bad rows; eq. 8
+MOST_RATIO = 4 / 3  # the maximum ratio of the weighted numbers of good and bad rows; eq. 8
 SIDE = "completion"
 IdsAndMarks = tuple[Array, Array]  # (T,) ids and marks
 
@@ -61,8 +61,9 @@ class KtoLoss(AnswerLoss):
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with the reference's score in each row, the step's KL, and two factors, which turn a mean over all
-        rows into a mean over the good or over the bad rows."""
+        """The window with three values added: the reference's score of each row, the step's KL, and two factors. The
+        factors turn a mean over all rows into a mean over the good rows, or over the bad rows.
+        """
         estimated = self.settings.loss_type == "kto" and self.balance is None
         mismatched = self._mismatched_window(run, window) if estimated else []
         keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
@@ -138,8 +139,9 @@ def _labels(batch: Batch) -> list[bool]:
 
 
 def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...]:
-    """The KL (the mean log-ratio of mismatched answers, at least 0), and two ratios: all rows per good row, and all
-    rows per bad row."""
+    """The KL (the mean log-ratio of mismatched answers, at least 0), and two ratios: the number of all rows divided by
+    the number of good rows, and by the number of bad rows.
+    """
     count, good = len(labels), sum(labels)
     sides = (count / side if side else math.inf for side in (good, count - good))
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides

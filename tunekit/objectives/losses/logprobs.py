@@ -179,7 +179,7 @@ class _LogProbabilities(torch.autograd.Function):
         ctx: Context, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
     ) -> Tensor:
         if isinstance(head, PartedHead):
-            assert entropies is None, "plan keeps the head of who asks for them"
+            assert entropies is None, "plan does not stream the head of objectives that need entropies"
             losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
             ctx.save_for_backward(of_hidden)
             return losses.neg_()
@@ -309,7 +309,7 @@ def divergences(
 
 
 def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """The value of `of_chunk`, which the backward computes again under the same Call."""
+    """The value of `of_chunk`. The backward computes it again, in the same context `Call`."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

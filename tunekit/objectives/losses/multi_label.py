@@ -38,7 +38,7 @@ class MultiLabelLoss(LabelLoss):
 
     @property
     def notes(self) -> Sequence[str]:
-        """A note that F1 is too high on the evaluation rows, because the thresholds are chosen on them."""
+        """A note: F1 on the evaluation rows is too high, because the thresholds are chosen on these rows."""
         chosen = "thresholds of labels are chosen on these evaluation rows, so F1 on other rows is lower"
         return (chosen,) if self.fits else ()
 
@@ -76,7 +76,7 @@ class MultiLabelLoss(LabelLoss):
 
     def predicted(self, scores: Tensor) -> Tensor:
         """Shapes: scores (R, C) -> (R, C) whether each label is predicted."""
-        probabilities = torch.sigmoid(for_sums(scores))  # (R, C); in float32 those near 1 are equal
+        probabilities = torch.sigmoid(for_sums(scores))  # (R, C); in float32, probabilities near 1 would be equal
         return probabilities >= probabilities.new_tensor(self.thresholds or THRESHOLD)  # (C,) or ()
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def best_threshold(probabilities: Tensor, true: Tensor) -> float:
     """
     order = probabilities.argsort(descending=True)
     ranked = probabilities[order]
-    right = true[order].cumsum(dim=0)  # (R,) rows with the label among the first
+    right = true[order].cumsum(dim=0)  # (R,) how many of the first rows have the label
     scores = 2 * right / (torch.arange(1, len(ranked) + 1) + true.sum())  # F1 with the first rows predicted
     below = torch.cat([ranked[1:], torch.zeros(1, dtype=ranked.dtype)])  # (R,)
     scores = torch.where(ranked > below, scores, 0.0)  # equal probabilities are predicted together

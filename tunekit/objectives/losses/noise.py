@@ -35,8 +35,8 @@ class DiffusionLoss(LossKind):
     is a mean over numbers and ' marks a class image; divided by the step's number of images.  Source: Ruiz et al. 2023;
     diffusers' scripts.
 
-    Class images are drawn by the base and preserve the look of the class. `measures`: the loss is for evaluation, at
-    fixed times with fixed noise, without class images or weights.
+    The base draws class images, so that the trained model still knows how the class looks. `measures`: the loss is for
+    evaluation, at fixed times with fixed noise, without class images or weights.
     """
 
     settings: DreamboothSettings
@@ -114,7 +114,7 @@ class DiffusionLoss(LossKind):
         """The crop of an image for this step, and its top left corner."""
         generator, corner = generator_for("view", *place), None
         if bool(torch.rand((), generator=generator) < 0.5) and self.settings.random_flip:
-            pixels = pixels[:, ::-1]  # before it is cropped, as in diffusers' scripts: corners are the mirror image's
+            pixels = pixels[:, ::-1]  # before the crop, as in diffusers' scripts; corners refer to the mirror image
         if not self.settings.center_crop:
             most = [whole - seen + 1 for whole, seen in zip(pixels.shape[:2], size, strict=True)]
             top, left = (int(torch.randint(0, count, (), generator=generator)) for count in most)

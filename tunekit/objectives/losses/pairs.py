@@ -21,7 +21,7 @@ PREPARED = ("reference", "share", "matched")  # parts that `prepare` adds to a r
 @dataclass(frozen=True)
 class Scores:
     """The scores of P pairs, each (P,). An answer's score is the sum or mean of its tokens' log-probabilities; the
-    reference's scores are 0 without a reference. `likelihood`: the loss of the chosen answer alone. `matched`: the
+    reference's scores are 0 without a reference. `likelihood`: the supervised loss of the chosen answer. `matched`: the
     reference's preference that the pair is compared with (aot).
     """
 
@@ -98,8 +98,9 @@ class PairLoss(AnswerLoss):
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with three further values in each row: the reference's scores, the weight of a chosen token in the
-        step, and the matched preference."""
+        """The window with three values added to each row: the reference's scores, the weight of a token of a chosen
+        answer, and the matched preference.
+        """
         if self.reference:
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
             window = run.rows.with_parts(window, [{"reference": by_row(both, 2)} for both in scores])

@@ -37,7 +37,7 @@ SIDES = ("chosen", "rejected")
 NO_PROMPT = "no prompt"
 EMPTY_ANSWER = "an empty answer"
 EQUAL = "chosen and rejected are the same"
-NOT_ANSWERED = "an answer whose last turn is not the assistant's"
+NOT_ANSWERED = "an answer that does not end with a turn of the assistant"
 Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened ids, by row number and side
 
 
@@ -145,7 +145,7 @@ class AnswerRows(TextRows):
         return self.make_row({**row.parts, **cut}, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row whose sides all have this size, are trained on from the start, and share almost no prefix."""
+        """One row. All its sides have this size, are trained on from the start, and share almost no prefix."""
         row, parts = next(rows), dict[str, Array]()
         for side, way in zip(self.sides, (1, -1), strict=False):  # the second side backwards
             parts |= {side: np.resize(row.parts[side][::way], size), f"{side}_trained": np.ones(size, np.bool_)}
@@ -232,7 +232,7 @@ class AnswerRows(TextRows):
 
 
 def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
-    """The last position whose id is not the padding id, where transformers reads a score."""
+    """The last position whose id is not the padding id. There, transformers reads a score."""
     return int(np.flatnonzero(np.asarray(ids) != pad_id).max(initial=0))
 
 

@@ -1,6 +1,6 @@
-"""Answers to choose from, each scored by its log-probability after a shared prompt.
-A causal model reads the prompt once, with all answers after it; a mask lets each answer see only the prompt and itself.
-An encoder reads the prompt once, and the decoder has one sequence for each answer.
+"""The rows of choices: several answers after one prompt, each scored by its log-probability. A causal model reads the
+prompt once, with all answers after it; a mask lets each answer see only the prompt and itself. An encoder reads the
+prompt once, and the decoder has one sequence for each answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from tunekit.model.attention.documents import as_bias
 
 
 class Answer(NamedTuple):
-    """The ids of an answer, starting where the answers of a question differ, and marks of the scored ids."""
+    """The ids of an answer from the first position where the answers of a question differ, and marks of scored ids."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]

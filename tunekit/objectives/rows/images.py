@@ -32,7 +32,7 @@ from tunekit.objectives.rows.labels import label_of, utf8
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 NO_PIXELS: Pixels = np.zeros((0, 0, 3), np.uint8)
-LARGEST = 2  # if crops are trained on, images larger than this multiple of the trained size are reduced to it
+LARGEST = 2  # before random crops, images are reduced to at most this multiple of the trained size
 
 
 class ImagePrompt(NamedTuple):

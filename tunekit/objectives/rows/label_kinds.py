@@ -11,7 +11,7 @@ from tunekit.contracts import Labels
 from tunekit.errors import DataError
 from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LabelValue, label_value
 
-LARGEST = 1e18  # largest number to learn: the sum of squares in a micro-batch must fit float32
+LARGEST = 1e18  # the largest number to learn, because the sum of squares of a micro-batch must fit into float32
 
 
 class LabelSets(Labels):
@@ -58,7 +58,7 @@ class LabelSets(Labels):
 
 
 class Quantities(Labels):
-    """Labels of rows with one number for each row of the head. A row stores them as a JSON list of numbers."""
+    """Labels of rows with one number for each output of the head. A row stores them as a JSON list of numbers."""
 
     def read(self, value: LabelValue) -> str:
         """The JSON list. Raises: DataError for text, a number that is not finite, or a wrong count of numbers."""

@@ -34,7 +34,7 @@ from tunekit.objectives.rows.pairs import PairIds, is_pair, join_texts, other_ki
 from tunekit.objectives.rows.text import put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
-UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # the label that pairs without a label have in the files of these datasets
+UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # in files of these data sets, this label means that a pair has no label
 TWO_TEXTS = 'give both texts with --prompts FILE.jsonl: {"sentence1": "...", "sentence2": "..."} in each line'
 JOINED = (
     "warning: pairs of texts without a separator: this tokenizer puts nothing between two texts; "
@@ -76,7 +76,7 @@ class LabelledTexts(RowKind):
         return next(each for each in ids if each not in ends)
 
     def encode(self, example: Any, origin: str) -> Row:
-        """The row. Raises: Dropped for a text without a token of its own; DataError for a label that is not listed."""
+        """The row. Raises: Dropped for a text without a token; DataError for a label that is not listed."""
         assert isinstance(example, LabelExample)
         if self.pairs not in (None, example.second is not None):
             raise DataError(*other_kind(not self.pairs, "the rows that the model learns from are each"))
@@ -91,7 +91,7 @@ class LabelledTexts(RowKind):
     def _check_pair(self, label: str) -> None:
         """Raises: DataError for a pair without a label."""
         for name in UNLABELLED.keys() & set(self.labels.listed_in(label)) - set(self.labels.names):
-            what = f"the label is {name}, which means in {UNLABELLED[name]}'s files that a pair has no label"
+            what = f"the label is {name}; in files of {UNLABELLED[name]}, this means that a pair has no label"
             raise DataError(what, f"leave the row out, or list '{name}' under objective.labels if it is a class")
         if not self.tokenizer.pairing.between:
             self.notices[JOINED] += 1
@@ -223,7 +223,7 @@ class LabelledTexts(RowKind):
 
 
 def _ids_in(row: Row) -> PairIds | list[int]:
-    """The ids of a row, as PairIds if it has two texts."""
+    """The ids of a row; PairIds if the row has two texts."""
     ids = row.parts["ids"]
     return PairIds(ids, int(row.parts["second"][0])) if is_pair(row) else ids.tolist()
 

@@ -34,7 +34,10 @@ from tunekit.objectives.rows.pairs import are_pairs
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
-MOST_NOTES, MOST_ALONE = 8, 100  # notes on single labels; most labels that may each be in one row only
+MOST_NOTES, MOST_ALONE = (
+    8,
+    100,
+)  # maximum of notes on single labels; maximum number of labels that may have only one row each
 NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is a number
 
 
@@ -56,7 +59,13 @@ def given_labels(
 
 def never_split(unit: str) -> tuple[tuple[str, str, str]]:
     """The allowed options of rows that are never split. `unit`: the name of a row's content, such as text."""
-    return (("excess_length", "truncate, drop or error", f"a piece of a {unit} need not have the labels of the whole"),)
+    return (
+        (
+            "excess_length",
+            "truncate, drop or error",
+            f"the labels of a {unit} may be wrong for a piece of it",
+        ),
+    )
 
 
 def utf8(text: str) -> Array:
@@ -93,8 +102,9 @@ def _with_labels(
     notes: Sequence[str] = (),
     bias: Sequence[float] = (),
 ) -> Objective:
-    """The objective with these labels. `unlabelled`: the fingerprint of the rows without the labels. Labels are part of
-    the fingerprint because they decide which rows are wrong. `bias`: the bias of a new head."""
+    """The objective with these labels. `unlabelled`: the fingerprint of the rows without the labels. `bias`: the bias
+    of a new head. The labels are added to the fingerprint, because they decide which rows are wrong.
+    """
     labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
     rows = replace(objective.rows, labels=labels, fingerprint=hash_of([unlabelled, *names]))  # type: ignore[type-var]
     labelled = replace(
@@ -169,7 +179,9 @@ def _learn(
     notes += [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
     notes += _note_rare([label for label in names if counts[label] == 1])
     if present and not present & set(names) and names == default_labels(len(names)):
-        notes.append(f"the rows of the head have no names, so label n is row n of the head ({Labels.text(names)})")
+        notes.append(
+            f"the outputs of the head have no names, so label n is output n of the head ({Labels.text(names)})"
+        )
     if head and head == names:
         notes.append(f"the head of the base is kept, with its labels: {Labels.text(names)}")
     if head and head != names:
@@ -190,7 +202,7 @@ def _learn(
 
 
 def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
-    """The objective for the kind of rows: pairs of texts, which the adapter's folder then states, or single texts.
+    """The objective for rows of single texts, or of pairs of texts. The adapter's folder states that rows are pairs.
 
     Raises: DataError if some rows are pairs and others are not.
     """
@@ -237,8 +249,9 @@ def _note_rare(labels: Sequence[str]) -> list[str]:
 
 
 def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError if labels are numbers with a fraction, or if there are many labels and each is in one row only:
-    such columns are texts or quantities, not classes."""
+    """Raises: DataError if the column of labels contains texts or quantities instead of classes: numbers with a
+    fraction, or many labels with one row each.
+    """
     numbers = [label for label in counts if re.fullmatch(NUMBER, label) and not float(label).is_integer()]
     if numbers:
         what = f"the label {numbers[0]} is a number with a fraction"

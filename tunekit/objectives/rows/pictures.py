@@ -76,7 +76,7 @@ class PictureRows(RowKind):
             raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all images")
         pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
-            self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
+            self.notices[f"has a prompt that is too long for CLIP, which does not see its end ({cut[:40]}...)"] += 1
         size = fitting_bucket(pixels.shape[:2], (self.buckets, *self.smaller))
         if len(self.buckets) > 1:
             self.notices[f"trained on at {size[1]} x {size[0]} pixels"] += 1
@@ -171,15 +171,15 @@ def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio differs from the image's by the smallest factor; of several such buckets the
-    first."""
+    """The bucket whose aspect ratio differs from the image's by the smallest factor; the first, if several do."""
     ratio = size[0] / size[1]
     return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
 
 
 def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[tuple[Size, ...], ...]:
-    """The sets of `auto` buckets with fewer and fewer pixels, for images that would have to be enlarged; empty if the
-    recipe lists sizes."""
+    """Sets of `auto` buckets for small images; each set has fewer pixels than the set before it. Empty if the recipe
+    lists sizes.
+    """
     if not isinstance(settings.aspect_ratio_buckets, str) or settings.resolution is None:
         return ()
     sides = range(settings.resolution - processor.multiple, 0, -processor.multiple)

@@ -73,7 +73,7 @@ class PromptRows(TextRows):
     room = " with room for objective.max_completion_length"
     allowed_options = (
         ("train_on", "assistant", "the model learns from its own completions"),
-        ("excess_length", "drop or error", "a truncated prompt asks another question"),
+        ("excess_length", "drop or error", "a truncated prompt is a different question"),
     )
 
     @cached_property

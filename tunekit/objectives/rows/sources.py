@@ -56,7 +56,10 @@ class SourceRows(TextRows):
             raise Dropped(EMPTY_ANSWER if isinstance(example, CompletionExample) else NO_ANSWER)
         start = self.tokenizer.answer_start_id
         if start is None:
-            what, how = "the base does not say with which token its answers begin", "write decoder_start_token_id into"
+            what, how = (
+                "the configuration of the base does not name the first token of answers",
+                "write decoder_start_token_id into",
+            )
             raise ModelError(what, f"{how} its config.json", key="model.name_or_path")
         source, answer = prompt[0], self.tokenizer.encode_answer(prompt[1])
         if not source:

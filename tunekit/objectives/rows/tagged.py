@@ -68,7 +68,7 @@ class TaggedWords(LabelledTexts):
         return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
 
     def word_ids(self, words: Sequence[str]) -> WordIds:
-        """Ids of the words. Raises: DataError for a word in which no token begins."""
+        """Ids of the words. Raises: DataError for a word if no token begins in it."""
         text, (before, after) = " ".join(words), self.around
         starts = np.cumsum([0, *(len(word) + 1 for word in words)])  # (words + 1,)
         inner, offsets = self.tokenizer.encode_with_offsets(text, special_tokens_in_text=False)
@@ -80,7 +80,7 @@ class TaggedWords(LabelledTexts):
                 firsts.setdefault(owner, len(before) + place)
         missing = next((word for number, word in enumerate(words) if number not in firsts), None)
         if missing is not None:
-            raise DataError(f"the word {missing!r} has no token of its own", "remove the word and its tag")
+            raise DataError(f"no token begins in the word {missing!r}", "remove the word and its tag")
         ids = WordIds([*before, *inner, *after])
         ids.firsts = [firsts[number] for number in range(len(words))]
         return ids

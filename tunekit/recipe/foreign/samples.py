@@ -23,7 +23,9 @@ OF_SAMPLES: dict[str, Alias] = {
     ),
     **nowhere(lost("each reward has its weight", "write weight: in objective.reward"), "reward_weights"),
     **nowhere(
-        lost("a truncated prompt asks another question", "write data.max_length: the limit of prompt plus completion"),
+        lost(
+            "a truncated prompt is a different question", "write data.max_length: the limit of prompt plus completion"
+        ),
         "max_prompt_length",
     ),
     **nowhere(lost("the trained model generates the samples, without vLLM", "write use_vllm: false"), "use_vllm"),
