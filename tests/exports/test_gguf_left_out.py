@@ -56,10 +56,6 @@ def test_positions_of_llama_3(theta: float, factor: float, context: int, tmp_pat
     [
         ({"attention_bias": True}, r"transformers leaves out \(blk\.0\.attn_k\.bias"),
         ({"mlp_bias": True}, r"transformers leaves out \(blk\.0\.ffn_down\.bias"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            r"scales positions \(linear\)",
-        ),
         ({"rope_parameters": {**OTHER, "high_freq_factor": 8.0}}, r"scales positions \(rope_freqs\.weight\)"),
     ],
 )

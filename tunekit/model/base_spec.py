@@ -10,7 +10,8 @@ from tunekit.errors import ModelError
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family
 from tunekit.model.storage import inspection
-from tunekit.model.storage.gguf_positions import read_scaling
+from tunekit.model.storage.gguf_facts import GgufFacts, read_facts
+from tunekit.model.storage.gguf_settings import read_settings, refuse_architecture
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import model_errors, quiet
@@ -80,8 +81,11 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
     from transformers import AutoConfig
 
     arguments: dict[str, object] = {}
+    facts: GgufFacts | None = None
     if source.gguf_file is not None:
         inspection.check_gguf(source)
+        facts = read_facts(source)
+        refuse_architecture(facts)
         arguments["gguf_file"] = source.gguf_file
         family = make_family(section.family) if isinstance(section, HeadedModel) else inspection.unnamed_family()
     else:
@@ -92,8 +96,8 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         config = AutoConfig.from_pretrained(
             str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
         )
-    if source.gguf_file is not None:
-        read_scaling(source, config)
+    if facts is not None:
+        read_settings(facts, config)
     if isinstance(section, HeadedModel):
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}

@@ -25,6 +25,7 @@ from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import PackedLinear, adopt_packed, element_count
 from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
+from tunekit.model.storage.gguf_facts import FOLDER
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import packed_base, quantize_layers
@@ -258,6 +259,9 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     if shapes := sorted(str(name) for name, *_ in cast(Iterable[tuple[str, object]], loading["mismatched_keys"])):
         what = f"{section.name_or_path} has weights in other shapes than its configuration declares"
         how = "give the configuration that belongs to the weights"
+        if source.gguf_file is not None:
+            what = f"{section.name_or_path} has tensors in shapes that transformers does not expect in a GGUF file"
+            how = FOLDER
         raise ModelError(f"{what} ({listed(shapes, 5)})", how, key="model.name_or_path")
     missing = sorted(map(str, loading["missing_keys"]))
     for head in spec.family.new_head(section, net):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,21 @@ from tunekit.files.tensors import TensorEntry
 from tunekit.model.families import text_config
 from tunekit.model.quantized import blocks
 from tunekit.model.quantized.four_bit import CHUNK_ELEMENTS
-from tunekit.model.quantized.weights import PackedLinear, kept_linear, weight_of
+from tunekit.model.quantized.weights import PackedLinear, kept_linear, layer_kind, weight_of
+from tunekit.model.storage.gguf_facts import read_facts
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import replaced
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
+    from transformers import PreTrainedConfig
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
-Numbers = NDArray[np.uint8] | NDArray[np.float32]  # blocks, or unpacked
-
-# transformers' classes that give each tensor of the file to one tensor of the net, in the same shape
-ROW_PROCESSORS = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor")
-REORDERED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
-HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
+# transformers' classes that give each tensor of the file to one tensor of the net, with its rows in another order
+ROW_PROCESSORS = (
+    *("TensorProcessor", "LlamaTensorProcessor", "BloomTensorProcessor", "GPT2TensorProcessor"),
+    *("Gemma2TensorProcessor", "NemotronTensorProcessor"),
+)
 
 
 def gguf_arguments(source: ModelSource) -> dict[str, Any]:
@@ -60,18 +62,40 @@ def parsed_once(name_or_path: str) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of the file. `rows`: the file's row of each row of the net's tensor; None for the file's own order.
+
+    `transposed`: whether the net's tensor is (I, O), and the file's (O, I).
+    """
+
+    entry: ReaderTensor
+    rows: NDArray[np.int64] | None
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the net."""
+        sizes = tuple(int(size) for size in self.entry.shape)  # gguf states the last axis first
+        return sizes if self.transposed else sizes[::-1]
+
+    def data(self, first: int = 0, step: int | None = None) -> NDArray[np.uint8]:
+        """The stored numbers of `step` rows of the net, from `first` on; of a vector, all."""
+        part = slice(first, None if step is None else first + step)
+        return np.array(self.entry.data[part if self.rows is None else self.rows[part]])
+
+
 class GgufFiles:
     """The tensors of a GGUF file under the names of the net's, with the numbers that transformers reads.
 
-    `tensors`: gguf's entries by the net's names. `processor`: transformers' object that reorders the rows of a matrix.
+    `processor`: transformers' object that changes vectors.
     """
 
     mapped = False  # no tensor is a view of the file
 
-    def __init__(self, tensors: dict[str, ReaderTensor], processor: TensorProcessor) -> None:
+    def __init__(self, tensors: dict[str, FileTensor], processor: TensorProcessor) -> None:
         self._tensors, self._processor = tensors, processor
-        shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
-        self.headers = {name: TensorEntry("", torch.float32, shape, 0) for name, shape in shapes.items()}
+        self.headers = {name: TensorEntry("", torch.float32, tensor.shape, 0) for name, tensor in tensors.items()}
 
     def view(self, name: str) -> Tensor:
         """The unpacked tensor, float32."""
@@ -80,25 +104,24 @@ class GgufFiles:
         return target
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copy the unpacked tensor into `target` (same shape, any strides and dtype), some rows at a time if their
-        order is that of the file."""
+        """Copy the unpacked tensor into `target` (same shape, any strides and dtype), some rows at a time."""
         import gguf
 
         tensor = self._tensors[name]
-        rows, reordered = target.shape[0], tensor.name.endswith(REORDERED)
-        step = rows if reordered else max(1, CHUNK_ELEMENTS * rows // max(1, target.numel()))
-        for first in range(0, rows, step):
-            values = gguf.quants.dequantize(tensor.data[first : first + step], tensor.tensor_type)
-            target[first : first + step] = torch.from_numpy(np.array(self._in_order(tensor, values)))
+        entry, kind = tensor.entry, tensor.entry.tensor_type
+        if target.dim() < 2:
+            values = self._processor.process(weights=gguf.quants.dequantize(entry.data, kind), name=entry.name).weights
+            target.copy_(torch.from_numpy(np.array(values)))
+            return
+        target = target.t() if tensor.transposed else target
+        step = max(1, CHUNK_ELEMENTS * target.shape[0] // target.numel())
+        for first in range(0, target.shape[0], step):
+            rows = gguf.quants.dequantize(tensor.data(first, step), kind)
+            target[first : first + step] = torch.from_numpy(np.array(rows))
 
     def blocks(self, name: str) -> Tensor:
         """The blocks of a matrix, its rows in the order of the net: (O, bytes) uint8."""
-        tensor = self._tensors[name]
-        return torch.from_numpy(np.array(self._in_order(tensor, tensor.data)))
-
-    def _in_order(self, tensor: ReaderTensor, values: Numbers) -> Numbers:
-        """`values` of rows of a tensor, as the net has them."""
-        return self._processor.process(weights=values, name=tensor.name).weights
+        return torch.from_numpy(self._tensors[name].data())
 
 
 def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
@@ -107,24 +130,58 @@ def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
     Raises: ModelError if layers of the net lack tensors of the file, such as biases.
     Source: load_gguf_checkpoint of transformers.
     """
-    import gguf
     from transformers import modeling_gguf_pytorch_utils as legacy
 
-    reader = gguf.GGUFReader(str(source.folder / str(source.gguf_file)))
-    architecture = str(reader.fields["general.architecture"].contents())
-    kind = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
-    if kind.__name__ not in ROW_PROCESSORS or architecture in _packed_architectures():
+    facts, config = read_facts(source), text_config(net)
+    kind = legacy.TENSOR_PROCESSORS.get(facts.architecture, legacy.TensorProcessor)
+    if facts.architecture in _packed_architectures():
         return None
-    counts = {name: reader.fields.get(f"{architecture}.attention.{key}") for name, key in HEADS.items()}
-    processor = kind(config={name: field.contents() for name, field in counts.items() if field is not None})
+    heads = getattr(config, "num_attention_heads", None)
+    counts = {"num_attention_heads": heads, "num_key_value_heads": getattr(config, "num_key_value_heads", heads)}
+    processor = kind(config=counts | {"n_head": heads, "hidden_size": config.hidden_size})
     try:
         names = legacy.get_gguf_hf_weights_map(net, processor)
     except NotImplementedError:  # gguf does not know this type of model
         return None
-    if unread := [each.name for each in reader.tensors if each.name not in names and _is_computed_with(each.name, net)]:
-        what = f"{source.name_or_path} has tensors that transformers leaves out ({listed(unread, 3)})"
-        raise ModelError(what, "name the model's folder instead of the file", key="model.name_or_path")
-    return GgufFiles({names[each.name]: each for each in reader.tensors if each.name in names}, processor)
+    known = {*names, *(f"{name}.weight" for name in names)}  # experts have no ending in the net
+    if unread := [name for name in facts.tensors if name not in known and _is_computed_with(name, net)]:
+        raise facts.refuse(f"has tensors that transformers leaves out ({listed(unread, 3)})")
+    if kind.__name__ not in ROW_PROCESSORS:
+        return None
+    tensors = {}
+    for stored, entry in facts.tensors.items():
+        if (name := names.get(stored)) is not None:
+            rows = _falcon_rows(config) if facts.architecture == "falcon" else None
+            order = _row_order(entry, processor, rows)
+            in_columns = layer_kind(net.get_submodule(name.rpartition(".")[0])) == "conv1d" and len(entry.shape) == 2
+            tensors[name] = FileTensor(entry, order, in_columns)
+    return GgufFiles(tensors, processor)
+
+
+def _row_order(
+    entry: ReaderTensor, processor: TensorProcessor, falcon: NDArray[np.int64] | None
+) -> NDArray[np.int64] | None:
+    """The file's row of each row of the net, which transformers computes for a vector; None for the file's order."""
+    if len(entry.shape) < 2:
+        return None
+    numbers = np.arange(int(entry.shape[-1]))
+    if falcon is not None and "attn_qkv" in entry.name:
+        return falcon
+    order = np.array(processor.process(weights=numbers, name=entry.name.replace(".weight", ".bias")).weights)
+    return None if np.array_equal(order, numbers) else order
+
+
+def _falcon_rows(config: PreTrainedConfig) -> NDArray[np.int64] | None:
+    """The rows of Falcon's queries, keys and values, which the net has in turn for each group of heads.
+
+    Source: FalconModel.modify_tensors in llama.cpp's converter, which this undoes.
+    """
+    groups = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+    heads, width = config.num_attention_heads, config.head_dim
+    numbers = np.arange((heads + 2 * groups) * width)
+    queries, keys, values = np.split(numbers, [heads * width, (heads + groups) * width])
+    parts = (each.reshape(groups, -1, width) for each in (queries, keys, values))
+    return np.concatenate([*parts], axis=1).reshape(-1)
 
 
 def _is_computed_with(name: str, net: nn.Module) -> bool:
@@ -155,14 +212,10 @@ class FileBlocks:
         if source.gguf_file is None:
             what = f"kept keeps the blocks of a .gguf file, and {source.folder} is a folder"
             raise ModelError(what, "name a .gguf file, or write nf4", key="model.quantization")
-        reader = gguf.GGUFReader(str(source.folder / source.gguf_file))
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        architecture = reader.fields["general.architecture"].contents()
-        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-        config = text_config(net)
-        self.names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-        heads = config.num_attention_heads
-        self.heads = dict.fromkeys((heads, getattr(config, "num_key_value_heads", heads)))
+        facts = read_facts(source)
+        self.tensors = facts.tensors
+        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == facts.architecture)
+        self.names = gguf.get_tensor_name_map(number, text_config(net).num_hidden_layers)
 
     def layer(self, name: str, linear: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
         """The layer with the file's blocks; None if the file has other numbers, or blocks that cannot be unpacked.
@@ -181,17 +234,5 @@ class FileBlocks:
         if next(linear.parameters()).is_meta:
             return kept_linear(linear, kind, torch.empty(shape, dtype=torch.uint8, device="meta"), dtype)
         packed, dense = torch.from_numpy(tensor.data.copy()).view(shape), weight.read(dtype)
-        for rows in (packed, *(_halves_together(packed, heads) for heads in self.heads)):
-            if rows is not None and torch.equal(blocks.unpack(rows, weight.shape, kind, dtype), dense):
-                return kept_linear(linear, kind, rows.contiguous(), dtype)
-        return None
-
-
-def _halves_together(packed: Tensor, heads: int) -> Tensor | None:
-    """Rows (O, bytes) in transformers' order, if the file has the two halves of each head's rows interleaved.
-
-    Source: LlamaModel.permute in llama.cpp's converter, which this undoes.
-    """
-    if packed.shape[0] % (2 * heads):
-        return None
-    return packed.view(heads, -1, 2, packed.shape[1]).transpose(1, 2).reshape(packed.shape)
+        same = torch.equal(blocks.unpack(packed, weight.shape, kind, dtype), dense)
+        return kept_linear(linear, kind, packed, dtype) if same else None

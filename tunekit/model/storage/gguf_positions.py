@@ -1,54 +1,125 @@
-"""The scaling of positions that a GGUF file states and transformers does not read from it."""
+"""The rotation of positions that a GGUF file states: its base, its width, and its scaling."""
 
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from tunekit.errors import ModelError
-from tunekit.model.storage.source import ModelSource
+from tunekit.model.storage.gguf_facts import GgufFacts
 
-KEY = "model.name_or_path"
+THETA = 10000.0  # llama.cpp's base of frequencies where the file states none
 FACTORS = "rope_freqs.weight"  # llama.cpp divides the frequency of each pair of numbers by its factor
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 LOW, HIGH, CONTEXT = 1.0, 4.0, 8192  # of all models by Meta whose files have such factors
 CLOSE = 1e-4  # relative; the file has its factors in float32
+SCALING = "rope.scaling."
+# settings of a scaling that are read here; a file with another one is refused
+KNOWN = ("type", "factor", "original_context_length", "attn_factor", "finetuned")
+YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-def read_scaling(source: ModelSource, config: PreTrainedConfig) -> None:
-    """Give the configuration of a GGUF file its scaling of positions.
+def read_positions(facts: GgufFacts, config: PreTrainedConfig) -> None:
+    """Give the configuration the rotation of the file, which transformers reads only in part.
 
-    Raises: ModelError for a scaling that is not Llama 3's, because the net would compute without it.
-    Source: `rope_freqs` and `rope.scaling` in llama.cpp's llama_model and converter.
+    Raises: ModelError for a rotation that transformers does not compute.
+    Source: llama_model_base::load_hparams of llama.cpp, and its converter.
     """
+    stated = getattr(config, "rope_parameters", None) or {}
+    full, sliding = stated.get("full_attention", stated), stated.get("sliding_attention")
+    if "rope_theta" in full:
+        _set(full, "rope_theta", facts.settings.get("rope.freq_base", THETA))
+        _set_width(facts, config, full)
+    if sliding:
+        _set(sliding, "rope_theta", facts.settings.get("rope.freq_base_swa", THETA))
+    read_scaling(facts, config)
+
+
+def _set(parameters: dict[str, Any], name: str, stated: object) -> None:
+    """Set a number; a number that is equal in float32 stays as it is."""
+    value = float(str(stated))
+    if not math.isclose(parameters.get(name) or 0.0, value, rel_tol=1e-6):
+        parameters[name] = value
+
+
+def _set_width(facts: GgufFacts, config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
+    """State how many numbers of each head are rotated."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = int(str(facts.settings.get("rope.dimension_count", width)))
+    if "partial_rotary_factor" in parameters:
+        if int(width * parameters["partial_rotary_factor"]) != rotated:
+            parameters["partial_rotary_factor"] = rotated / width
+    elif rotated != width:
+        raise facts.refuse(f"rotates {rotated} of the {width} numbers of a head, and transformers rotates all")
+
+
+def read_scaling(facts: GgufFacts, config: PreTrainedConfig) -> None:
+    """Give the configuration the scaling of positions of the file.
+
+    Raises: ModelError for a scaling that transformers does not compute.
+    """
+    kind = str(facts.settings.get(f"{SCALING}type", "none"))
+    factors = {name for name in facts.tensors if name.startswith("rope_f")}
+    if kind == "none" and not factors:
+        return
+    scaling: dict[str, Any] | None = None
+    if kind in ("linear", "yarn") and not factors:
+        scaling = _stated(facts, kind)
+    elif kind == "none" and factors == {FACTORS}:
+        numbers = _numbers(facts, FACTORS)
+        if torch.equal(numbers, torch.ones_like(numbers)):
+            return
+        scaling = _llama3(config, numbers)
+    elif factors == {LONG, SHORT} and kind in ("none", "longrope") and config.model_type == "phi3":
+        scaling = _longrope(facts, config)
+    if scaling is None or not getattr(config, "rope_parameters", None):
+        what = kind if kind != "none" else ", ".join(sorted(factors))
+        raise facts.refuse(f"scales positions ({what}) in a way that transformers does not read from a GGUF file")
+    rope = config.rope_parameters
+    rope.get("full_attention", rope).update(scaling)
+
+
+def _stated(facts: GgufFacts, kind: str) -> dict[str, Any] | None:
+    """The parameters of a linear or yarn scaling; None if the file states more than transformers computes."""
+    values: dict[str, Any] = {
+        name.removeprefix(SCALING): value for name, value in facts.settings.items() if name.startswith(SCALING)
+    }
+    if values.keys() - {*KNOWN, *YARN, "yarn_attn_factor"} or "factor" not in values:
+        return None
+    parameters = {"rope_type": kind, "factor": values["factor"]}
+    if kind == "linear":
+        return parameters
+    if "original_context_length" not in values or ("yarn_attn_factor" in values and "attn_factor" not in values):
+        return None
+    parameters["original_max_position_embeddings"] = values["original_context_length"]
+    parameters |= {YARN[name]: values[name] for name in YARN.keys() & values.keys()}
+    if "attn_factor" in values:  # llama.cpp multiplies it by yarn's own factor
+        parameters["attention_factor"] = values["attn_factor"] * (0.1 * math.log(values["factor"]) + 1.0)
+    return parameters
+
+
+def _longrope(facts: GgufFacts, config: PreTrainedConfig) -> dict[str, Any]:
+    """The parameters of Phi-3's scaling, which has other factors for long texts."""
+    context = facts.settings.get(f"{SCALING}original_context_length", config.max_position_embeddings)
+    config.original_max_position_embeddings = context
+    parameters: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": context}
+    parameters |= {"long_factor": _numbers(facts, LONG).tolist(), "short_factor": _numbers(facts, SHORT).tolist()}
+    if f"{SCALING}attn_factor" in facts.settings:
+        parameters["attention_factor"] = facts.settings[f"{SCALING}attn_factor"]
+    return parameters
+
+
+def _numbers(facts: GgufFacts, name: str) -> Tensor:
+    """A tensor of the file, float32."""
     import gguf
 
-    path = source.folder / str(source.gguf_file)
-    reader = gguf.GGUFReader(str(path))
-    fields, factors = reader.fields, {each.name: each for each in reader.tensors if each.name.startswith("rope_f")}
-    kind = fields.get(f"{fields['general.architecture'].contents()}.rope.scaling.type")
-    stated = "none" if kind is None else str(kind.contents())
-    if stated != "none" or factors.keys() - {FACTORS}:
-        raise _refusal(source, "longrope" if stated == "none" else stated)
-    if FACTORS not in factors:
-        return
-    numbers = torch.from_numpy(gguf.quants.dequantize(factors[FACTORS].data, factors[FACTORS].tensor_type).copy())
-    if torch.equal(numbers, torch.ones_like(numbers)):
-        return
-    parameters = _llama3(config, numbers)
-    if parameters is None:
-        raise _refusal(source, FACTORS)
-    config.rope_parameters = parameters
+    return torch.from_numpy(gguf.quants.dequantize(facts.tensors[name].data, facts.tensors[name].tensor_type).copy())
 
 
-def _refusal(source: ModelSource, scaling: str) -> ModelError:
-    what = f"{source.name_or_path} scales positions ({scaling}), which transformers does not read from a GGUF file"
-    return ModelError(what, "name the model's folder instead of the file", key=KEY)
-
-
-def _llama3(config: PreTrainedConfig, factors: Tensor) -> dict[str, object] | None:
+def _llama3(config: PreTrainedConfig, factors: Tensor) -> dict[str, Any] | None:
     """Llama 3's parameters that lead to these factors (D/2,), float32; None if there are none."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit.contracts import Pairing
 from tunekit.errors import DataError, ModelError
+from tunekit.model.storage.gguf_facts import damage_named
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.text.templates import render_template
@@ -185,7 +186,7 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     if source.gguf_file is not None:
         check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
-    with model_errors(section, "the tokenizer of "), quiet():
+    with damage_named(source), model_errors(section, "the tokenizer of "), quiet():
         native = AutoTokenizer.from_pretrained(
             str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
         )

@@ -1,0 +1,66 @@
+"""What a GGUF file states about its model, by llama.cpp's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunekit.errors import ModelError
+from tunekit.model.storage.source import ModelSource
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+KEY = "model.name_or_path"
+FOLDER = "name the model's folder instead of the file"
+DAMAGE = (ValueError, IndexError, KeyError, OverflowError)  # gguf's errors for a file that ends too early
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """A parsed file. `settings`: its values by llama.cpp's names without the architecture; `tensors`: by name."""
+
+    name: str
+    architecture: str
+    settings: dict[str, object]
+    tensors: dict[str, ReaderTensor]
+
+    def refuse(self, what: str) -> ModelError:
+        """The error for a file that transformers would compute in another way than llama.cpp."""
+        return ModelError(f"{self.name} {what}", FOLDER, key=KEY)
+
+
+def read_facts(source: ModelSource) -> GgufFacts:
+    """Parse the file.
+
+    Raises: ModelError for a damaged file, and for one part of several.
+    """
+    import gguf
+
+    path = source.folder / str(source.gguf_file)
+    try:
+        reader = gguf.GGUFReader(str(path))
+        architecture = str(reader.fields["general.architecture"].contents())
+    except DAMAGE as error:
+        raise ModelError("is damaged, or ends too early", "fetch it again", file=str(path)) from error
+    parts = reader.fields.get("split.count")
+    if parts is not None and parts.contents() > 1:
+        how = "join them: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
+        raise ModelError(f"is one part of {parts.contents()}", how, file=str(path))
+    prefix = f"{architecture}."
+    fields = {name: field for name, field in reader.fields.items() if name.startswith(prefix)}
+    settings = {name.removeprefix(prefix): field.contents() for name, field in fields.items()}
+    return GgufFacts(source.name_or_path, architecture, settings, {each.name: each for each in reader.tensors})
+
+
+@contextmanager
+def damage_named(source: ModelSource) -> Iterator[None]:
+    """A block that reads the file. Raises: ModelError that says so if an error comes from a damaged file."""
+    try:
+        yield
+    except Exception:
+        if source.gguf_file is not None:
+            read_facts(source)
+        raise
