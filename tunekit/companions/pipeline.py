@@ -162,7 +162,7 @@ class Pipeline(Companion):
         return Pipeline(self.spec)
 
     def present(self, model: Model) -> list[Tensor]:
-        """All parts if images are generated; otherwise the VAE, whose memory the text encoders reuse."""
+        """All parts if images are generated. Otherwise the VAE: the text encoders come after it, in the same memory."""
         net = model.base.net
         parts = net.frozen_parts.values() if self.draws or net.stays else [net.part("vae")]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]

@@ -34,7 +34,7 @@ class Sampler(Companion):
         self.wanted = self.sampling_batch_size  # if they fit
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Sampling may produce any token, and cannot stream layers."""
+        """The facts that the model may read any token, and that its layers cannot be streamed."""
         training, longest = planned.training, max(map(longest_tokens, planned.rows))
         self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
         if training.micro_batch_size is not None:
@@ -57,7 +57,8 @@ class Sampler(Companion):
         return [note]
 
     def _problems(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems for checkpoints between steps that reuse samples, which checkpoints do not contain."""
+        """Problems if checkpoints are saved between steps that reuse samples, because checkpoints contain no
+        samples."""
         training, updates = planned.training, self.settings.num_iterations
         places = {"save_steps": training.save_steps}
         places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
@@ -71,8 +72,8 @@ class Sampler(Companion):
                 yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate the forward of some prompts, then the last token's logits and draw, with the keys and values of all
-        layers in all slots and of these prompts, and those of one layer repeated for all heads."""
+        """Simulate the forward of some prompts, then the logits and the draw of the last token. Three sets of keys and
+        values are in memory: of all completions, of these prompts, and of one layer with heads repeated."""
         base, size = run.model.base, self.sampling_batch_size
 
         def cache(rows: int, tokens: int) -> list[Tensor]:

@@ -43,10 +43,11 @@ class ModelOutput:
     head_parameters: Sequence[Tensor] = ()  # trained parameters inside the head
     chunk_tokens: int = 1  # positions per call of the head
     logits: Tensor | None = None  # (B, C)
-    companion_heads: Mapping[str, Head] = field(default_factory=dict)  # heads of the companions that have one, by key
+    # output projections of the companions that have one, by the companion's key
+    companion_heads: Mapping[str, Head] = field(default_factory=dict)
 
 
-Read = Callable[[ModelOutput, Batch], Tensor]  # a function that extracts values from a forward
+Read = Callable[[ModelOutput, Batch], Tensor]  # a function that computes values from the output of a batch
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class AnswerLimits:
 
 
 class Model(Protocol):
-    """The interface of a base with its adapter, which engines, losses and answering call."""
+    """The interface of a base with its adapter. Engines, losses and generation call it."""
 
     base: Any  # model.load.LoadedModel
     companions: Mapping[str, Any]  # Companion, by key

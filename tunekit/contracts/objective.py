@@ -73,7 +73,7 @@ class RowKind:
     reads_pairs: bool = False  # whether a question may be two texts
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
-    room: str = ""  # " with room for KEY": what a row's length includes beyond its own tokens
+    room: str = ""  # " with room for KEY" in messages: a part of a row's length besides its own tokens
 
     @property
     def layout(self) -> RowLayout:
@@ -101,7 +101,8 @@ class RowKind:
         return self.labels.listed_in(row.parts["label"].tobytes().decode())
 
     def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
-        """Rows for prompts without labels: they get the first label. Only for kinds with labels."""
+        """Rows for prompts without labels. Each row gets the first label as a placeholder. Only for kinds with
+        labels."""
         raise NotImplementedError
 
     def make_row(self, parts: RowParts, origin: str, number: int = 0, sizes: tuple[int, ...] | None = None) -> Row:
@@ -125,7 +126,7 @@ class RowKind:
         raise NotImplementedError
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
-        """Ids of two texts of a user; only if `reads_pairs`."""
+        """The prompt (ids) made from a user's pair of texts; only if `reads_pairs`."""
         raise NotImplementedError
 
     def readable(self, prompt: Any) -> str:
@@ -133,8 +134,8 @@ class RowKind:
         return str(prompt)
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Self:
-        """The rows for a model that keeps the documents of one sequence apart (`end_to_end`), or that does not.
-        `shares_prefixes`: a document may share a prefix that is computed in another document."""
+        """The row kind for a model that keeps the documents of one sequence apart (`end_to_end`), or for a model that
+        does not. `shares_prefixes`: a document may use a prefix that is computed in another document."""
         return self
 
     def shared(self, row: Row) -> int:
@@ -146,8 +147,8 @@ class RowKind:
         return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that fill one sequence of this size. `part` is made as large as possible. One row if all rows have the
-        same size."""
+        """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size that is made as
+        large as possible. If rows of this kind all have the same size, the result is one row."""
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
@@ -168,7 +169,8 @@ class RowKind:
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows and loss for scores of this shape (questions, answers). `dtype`: the dtype of attention masks."""
+        """The row kind and the loss that score each answer to each question; `shape` is (questions, answers). `dtype`:
+        the dtype of attention masks."""
         raise NotImplementedError
 
     def counting(self) -> Self:
@@ -272,7 +274,8 @@ class CompanionFacts:
     usable: bool = True
 
 
-CountingAs = Callable[[str], AbstractContextManager[None]]  # memory part, such as "logits" -> a block counted as it
+# name of a memory part, such as "logits" -> a block whose memory is counted under this name
+CountingAs = Callable[[str], AbstractContextManager[None]]
 
 
 class Companion:
@@ -282,7 +285,7 @@ class Companion:
     """
 
     head: Head | None = None  # if the loss reads the companion's output projection
-    rehearses, sampling_batch_size = False, 0  # the latter: completions that it samples together, as plan decided
+    rehearses, sampling_batch_size = False, 0  # sampling_batch_size: completions sampled in parallel, as plan decided
 
     def __init__(self, spec: CompanionSpec) -> None:
         self.spec, self.key = spec, spec.key

@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
     vocabulary_size: int
     fingerprint: str  # sha256 of everything that changes ids or templates
     chat_template: str | None
-    answer_start_id: int | None  # the decoder of an encoder-decoder starts with it; None: a single sequence
+    answer_start_id: int | None  # the first id of an encoder-decoder's decoder; None for other models
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
         """The ids of `text`. If special_tokens_in_text is false, the names of special tokens are encoded as plain
@@ -252,9 +252,9 @@ class Labels:
         several = isinstance(value, tuple)
         texts = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
         # without the value, so that the rows with this problem are one message
-        what = "the label is a list, and a row has one label here"
+        what = "the label is a list, but each row has one label here"
         if not several:
-            what = "the label is a fractional number, and no name of a class"
+            what = "the label is a fractional number, not the name of a class"
         wanted = MULTI_LABEL if texts else REGRESSION
         raise DataError(what, f"to learn such labels, write objective.problem_type: {wanted}")
 

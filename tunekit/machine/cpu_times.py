@@ -1,4 +1,4 @@
-"""CPU time of this process beside wall time, and how long its threads waited for a processor."""
+"""Wall time and CPU time of this process, and how long its threads waited for a processor."""
 
 from __future__ import annotations
 

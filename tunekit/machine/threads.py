@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 COUNT = "OMP_NUM_THREADS"
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # any of them is the user's own choice
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # if one is set, the user has chosen
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 GROUPS, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")

@@ -26,5 +26,6 @@ def rates_text(tier: str, tokens: int, layers_bytes: int, copies: int) -> str:
 
 
 def max_tokens_per_second(tokens: int, layers_bytes: int, bytes_per_second: float, copies: int = 2) -> float:
-    """Tokens of a pass divided by the time of its copies: BW T / (2 b) if the layers are copied twice."""
+    """Tokens of a pass divided by the time that its copies of the layers take. `copies`: how often each layer is
+    copied."""
     return bytes_per_second * tokens / (copies * max(layers_bytes, 1))

@@ -44,7 +44,8 @@ def _seed_on_entry(forward: Callable[..., object], number: int) -> Callable[...,
 def _checkpoint_layer(
     layer: nn.Module, run: Callable[..., object], number: int, boundaries: _Boundaries
 ) -> Callable[..., object]:
-    """Make the layer recompute inside the Call of its forward, which contains the adapter bypass and the seeds."""
+    """A forward that recomputes the layer in the backward pass. The recomputation uses the same Call, with the same
+    adapter bypass and seeds."""
 
     def forward(*inputs: object, **named: Any) -> object:
         if not (torch.is_grad_enabled() and layer.training):
@@ -53,7 +54,7 @@ def _checkpoint_layer(
         hidden, *others = inputs or (named.pop("hidden_states"),)
         assert isinstance(hidden, Tensor)
         part = boundaries.leave(run, number, hidden)
-        stand_in = hidden.new_empty(0)  # tells checkpoint the device, and keeps nothing alive
+        stand_in = hidden.new_empty(0)  # shows the device to `checkpoint`, and keeps no memory alive
         return checkpoint(
             part,
             stand_in,

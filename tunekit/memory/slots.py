@@ -55,7 +55,7 @@ class LayerSlots:
 
     @contextmanager
     def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
-        """A block in which `layer` is in its slot; `then` is prefetched meanwhile. A nested block for the same layer
+        """A block in which `layer` is in its slot, while layer `then` is prefetched. A nested block for the same layer
         does nothing."""
         if self._computed == layer:
             yield

@@ -62,7 +62,7 @@ class Splitting:
     ) -> Result:
         """The result of `attempt` on the pieces of each batch; repeated, after `undo`, whenever memory runs out.
 
-        `step`: for the Reaction; 0 before the first step.
+        `step`: the number of the step, which the user sees in the Reaction; 0 before the first step.
         Raises: ResourceError if a single document does not fit.
         """
         while True:
@@ -85,7 +85,10 @@ class Splitting:
         collect_failed()
         if self._react is not None:
             what = f"a micro-batch of {shape_text(failed)} ran out of memory"
-            how = f"split in two; from now on, so is every one with {self.tokens:,} or more padded {size_unit(failed)}"
+            how = (
+                f"split in two; micro-batches of {self.tokens:,} or more padded {size_unit(failed)} are split from "
+                "now on"
+            )
             self._react(Reaction(what, how, step))
 
 

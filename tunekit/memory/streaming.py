@@ -104,7 +104,7 @@ def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
         return f"{base.facts.model_type} has not been tested layer by layer"
     alone = base.packed_while_read or base.copied_while_read
     if find_source(section, weights=False).gguf_file is not None and not alone:
-        return f"a GGUF file does not store {base.facts.model_type} tensor by tensor as the network does"
+        return f"tensors of {base.facts.model_type} in a GGUF file do not match the network's one to one"
     if section.trust_remote_code:
         return "a base with remote code can only be loaded by transformers"
     return None
@@ -123,7 +123,7 @@ def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
 
 
 def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: str) -> LayerSlots | None:
-    """Stream the layers from now on, in the way that the tier says; None if the tier is off."""
+    """Stream the layers from `tier` from now on: `host` or `disk`. None if the tier is `off`."""
     if tier == "off":
         return None
     simulated = base.device.type == "meta"  # tensors on the meta device need no host memory

@@ -28,9 +28,9 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 
 NAME_BASE = "name the base with --base"
-BUFFER_PREFIX = "adapter."  # prefix in checkpoints of adapter state that is not trained: seeds, indices, importances
+BUFFER_PREFIX = "adapter."  # in checkpoints: prefix of untrained adapter state (seeds, indices, importances)
 
-REFERENCE_PREFIX = "reference."  # and of the complete state at step 0, if the loss compares with it
+REFERENCE_PREFIX = "reference."  # in checkpoints: prefix of the state at step 0, if the loss compares with it
 STEP_0 = {"reference": "the adapter at step 0"}  # a fact of an exported objective whose reference is not the bare base
 
 

@@ -49,7 +49,8 @@ def adapter_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
 
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """One label for each row of the last matrix of another tool's head: the base's labels if the number is equal."""
+    """A label for each row of the last matrix of a head that another tool trained: the base's labels if there are as
+    many, otherwise default names."""
     header, family = adapter_header(tensors_path(config.folder)), adapter_family(config, base)
     named = set(family.head_parts[-1:]) or _modules_to_save(config)
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
@@ -71,15 +72,15 @@ def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
 
 
 def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
-    """The family with which another tool's adapter loads its base: that of PEFT's task type; or of the class that PEFT
-    names instead, for a task without a type (a vision model without a head); or the base's own."""
+    """The family with which the base of another tool's adapter is loaded: the family of PEFT's task type. Without a
+    task type (vision models): the family of the class that PEFT names, or else the base's own family."""
     tasks = {family.task_type: family for family in known_families() if family.task_type}
     family = tasks.get(config.task_type or "") or _family_of_class(config.fields.get("auto_mapping"))
     return family or make_family(family_of_base(base)).with_head(_modules_to_save(config))
 
 
 def _family_of_class(mapping: object) -> Family | None:
-    """The family with a head of labels whose class names have this ending; the name is compared, never imported."""
+    """The family for the name of the base's class, by the ending of that name; the class is never imported."""
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     labelled = [family for family in known_families() if family.labelled and family.endings]
     return next((family for family in labelled if str(name).endswith(family.endings)), None)
@@ -94,18 +95,18 @@ def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
 
 
 def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels, or the recipe's if the head has as many rows with default names, or only spells true and false
-    otherwise."""
+    """The labels of a head as the recipe lists them, if they are equal apart from the spelling of true and false, or if
+    the head has as many rows with default names. Otherwise the head's labels."""
     names = tuple(map(str, labels))
     same = names == default_labels(len(names)) or tuple(map(label_text, names)) == listed
     return listed if len(names) == len(listed) and same else names
 
 
 def _refuse_other_problem_type(config: AdapterConfig, trained: JsonObject, settings: ObjectiveSettings) -> None:
-    """Raises: RecipeError where the folder states what its scores mean, and the recipe has them mean something else."""
+    """Raises: RecipeError if the recipe's problem type differs from the one that the adapter's folder states."""
     here, there = getattr(settings, "problem_type", SINGLE_LABEL), trained.get("problem_type", SINGLE_LABEL)
     if config.objective is not None and here != there:
-        what = f"is {here}, and {config.folder} was trained for {there}"
+        what = f"is {here}, but {config.folder} was trained for {there}"
         raise RecipeError(what, f"write {there}, or train from the base", key="objective.problem_type")
 
 

@@ -7,8 +7,8 @@ from tunekit.targets.target import TargetSpec
 
 
 def readable_rows(target: TargetSpec, objective: Objective | None) -> tuple[RowSet | None, str]:
-    """The rows of the target's run. None, and the reason in words, if their files are gone or can no longer be read:
-    a run is used elsewhere without its data too."""
+    """The rows of the target's run. If their files are missing or unreadable: None, and the reason as text, because a
+    run can be used without its data."""
     if target.data is None or objective is None:
         return None, ""
     try:

@@ -86,7 +86,7 @@ class TargetSpec:
 
     @property
     def choice(self) -> Choice:
-        """The recipe's ways to save memory that also apply without training."""
+        """The recipe's memory settings that also apply without training."""
         if self.recipe is None:
             return Choice()
         memory = self.recipe.memory
@@ -137,7 +137,7 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
         spec = _bare_model(target, parsed)
         _require_model(target, spec.model)
     if parsed.labels and spec.labels != parsed.labels:
-        what = f"objective.labels is only for an adapter that does not name its head's labels, which {target} is not"
+        what = f"objective.labels is only for an adapter that does not name its head's labels; {target} names them"
         raise InputError(what, "remove it")
     if parsed.problem_type != spec.problem_type:
         what = (
@@ -155,8 +155,8 @@ def base_override(base: str | None) -> dict[str, str]:
 
 
 def measuring_objective(base: LoadedModel, processor: Processor, problem_type: str | None = None) -> Objective:
-    """The objective that measures the loss of answers if no recipe names one. `problem_type`: of a head whose files do
-    not state it. Raises: ModelError if there is none."""
+    """The objective that measures the loss of answers if no recipe names one. `problem_type`: the meaning of a head's
+    scores, if its files do not state it. Raises: ModelError if there is no such objective."""
     facts = {**base.family.facts(base.net), **_stated(problem_type)}
     settings = supervised_objective(base.family.name, _scores(facts)) or make_objective_settings({})
     check_family(base, settings.family)
@@ -168,7 +168,7 @@ def _stated(problem_type: str | None) -> dict[str, str]:
 
 
 def _scores(facts: Mapping[str, Any]) -> int:
-    """Rows of a head that does not say what its scores mean; 0 of others."""
+    """The number of rows of a head whose files do not state its problem type; 0 for other heads."""
     return 0 if "problem_type" in facts else len(facts.get("labels", ()))
 
 

@@ -21,7 +21,7 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
     fitting = supervised_objective(base.family.name)
     if fitting is not None:
         how = f"write objective: {fitting.method}"
-        raise ModelError(f"{what}, but the objective is for another kind", how, key="objective")
+        raise ModelError(f"{what}, but the objective is for a different kind of model", how, key="objective")
     what += ", for which this version has no objective: it can be loaded, adapted and called"
     raise ModelError(what, "choose a causal language model or an encoder-decoder", key="model.name_or_path")
 

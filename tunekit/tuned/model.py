@@ -47,7 +47,8 @@ class TunedModel:
     slots: LayerSlots | None = None  # for a streamed base
     chunk_tokens: int = 0  # positions per call of the head; 0: limited by the vocabulary
     head_parts: HeadParts | None = None  # of a streamed output projection
-    reference_state: Tensors | None = None  # the adapter's state at step 0, if the base alone is another policy
+    # the adapter's state at step 0, if the base alone is not the policy at step 0
+    reference_state: Tensors | None = None
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # cached by the loss, by row
     repeats_rows: bool = False  # whether the run has more than one epoch
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
