@@ -37,7 +37,7 @@ class AttachedAdapter:
         self.tokens: dict[str, TrainedTokens] = {}
         self.tied_tokens: dict[str, list[str]] = {}  # module with trained rows -> modules that share its rows
         self.model_adapter: ModelAdapter[Any] | None = None
-        self.added_rows: Tensors = {}  # for a larger vocabulary: module -> rows beyond the base's
+        self.added_rows: Tensors = {}  # for an enlarged vocabulary: module -> rows added to its matrix
         self.casts = Casts()
         self.joined: list[tuple[str, ...]] = []  # names of layers that are computed together
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, attribute, original module
@@ -102,8 +102,8 @@ class AttachedAdapter:
 
     @contextmanager
     def with_state(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """A block in which these tensors replace the whole state. Nothing is copied, and the state keeps its
-        storage."""
+        """A block in which the adapter computes with these tensors instead of its state. No tensor is copied; after the
+        block the adapter uses its own tensors again."""
         state = self._tensors(KINDS)
         before = {name: tensor.data for name, tensor in state.items()}
         try:
@@ -131,7 +131,7 @@ class AttachedAdapter:
         ]
 
     def starts_as_identity(self) -> bool:
-        """Whether the bypassed adapter is the model at step 0."""
+        """Whether the model without the adapter equals the model at step 0."""
         return all(part.starts_as_identity for part in self.parts())
 
     def penalty(self) -> Tensor | None:
@@ -266,7 +266,8 @@ def _build(attached: AttachedAdapter, meta: bool, from_folder: bool) -> None:
     for name, only in copied.items():
         attached.copies[name] = method.copy_class(settings, name)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
-    for name, chosen in sorted(rows.items(), key=lambda item: item[1].owner is not None):  # owners of rows first
+    # modules that share their rows come first
+    for name, chosen in sorted(rows.items(), key=lambda item: item[1].owner is not None):
         owner = attached.tokens[chosen.owner] if chosen.owner else None
         part = TrainedTokens(net.get_submodule(name), name, chosen, owner, meta=meta)
         if chosen.owner is None:

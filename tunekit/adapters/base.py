@@ -234,7 +234,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @property
     def is_thin(self) -> bool:
-        """Whether `update(x)` is B A x with two thin factors, those of `thin_factors`."""
+        """Whether `update(x)` is B A x with the two thin factors that `thin_factors` returns."""
         return False
 
     def thin_factors(self) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """The change D (O, I) of the matrix for which `update` is D x; float32.
+        """The change D (O, I) of the layer's matrix, float32: `update(x)` equals D x.
 
         Raises: NotMergeable if there is no such matrix.
         """
@@ -358,5 +358,5 @@ class Casts:
 
 
 def slot_count(slots: Iterable[Slot]) -> int:
-    """Trained numbers in these slots."""
+    """The number of trained values in these slots."""
     return sum(math.prod(slot.shape) for slot in slots if slot.kind == "trained")

@@ -18,7 +18,7 @@ from tunekit.model.quantized.weights import weight_of
 
 
 class TrainedCopy(Wrapper, AdapterPart):
-    """The module with float32 copies of its parameters (all, or those in `only`) in place of them.
+    """A module that computes with trained float32 copies of its parameters: of all, or of those in `only`.
 
     Shapes: those of the module. Starts as the identity: copies equal the originals. The copies are cast to the dtype of
     the originals for each forward. Weight decay does not apply to vectors and embeddings.

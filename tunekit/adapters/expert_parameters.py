@@ -51,7 +51,7 @@ class ParameterAdapter(AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def factors(self, index: Index) -> Factors | None:
-        """L (..., P, R) and R (..., R, Q) with the change of parameter[index] as their product, float32; None: use
+        """Float32 factors L (..., P, R) and R (..., R, Q), whose product is the change of parameter[index]. None: use
         `delta`."""
         return None
 
@@ -86,8 +86,8 @@ class ParameterHost(Wrapper):
 
 
 def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int | None, int, int]:
-    """(E, O, I) of a fused parameter; some modules store (E, I, O) and declare it with `is_transposed`. (None, O, I)
-    of a matrix."""
+    """(E, O, I) of a fused parameter; some modules store (E, I, O) and declare it with `is_transposed`. For a matrix
+    (None, O, I)."""
     if parameter.dim() == 2:
         return None, *parameter.shape
     experts, rows, columns = parameter.shape
@@ -124,7 +124,7 @@ class ChangedParameter:
         return weight.transpose(-2, -1) if self.is_transposed else weight
 
     def factors(self, dtype: torch.dtype) -> Factors | None:
-        """L and R in `dtype`, with the change of `original` as their product."""
+        """The factors L and R in `dtype`; their product is the change of `original`."""
         factors = self.adapter.factors(self.index)
         if factors is None:
             return None

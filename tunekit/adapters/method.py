@@ -64,12 +64,12 @@ class Method:
     `copy`: the class of these copies, and of modules that are fully trained next to other methods.
     `tensors`: the names of tensors in PEFT's files after the module's name, if other folders need them.
     `is_linear`: whether the update is linear in the tensors with these settings, so that adapters can be added;
-    `neutral`: the value of a trained tensor that changes nothing.
+    `neutral`: the value of a trained tensor at which the adapter changes nothing.
     `unbinding`: settings that may differ in a folder without changing the computation.
     `conflicts`: a function of settings, targets, and whether the settings come from a file; `run_conflicts`: a function
     of settings and optimizer steps.
     `with_tokenizer`: a function that returns the settings with their texts as token ids.
-    `read_as`: the method that reads the folder, if both methods differ only in training.
+    `read_as`: the name of a method that differs only in training, and as which the folder is read.
     `in_diffusers_file`: whether a pipeline's adapter is saved in diffusers' file instead of PEFT's.
     """
 
@@ -112,8 +112,8 @@ class Method:
         return dict(sorted(copied.items()))
 
     def copy_class(self, settings: AdapterSettings, name: str) -> type[TrainedCopy]:
-        """The class of this module's copy: `copy`, except for modules that are fully trained next to a method of
-        copies."""
+        """The class of this module's copy: `copy`. If the method itself only copies modules, modules of
+        `modules_to_save` get a plain TrainedCopy."""
         fully_trained = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
         return TrainedCopy if fully_trained else self.copy
 

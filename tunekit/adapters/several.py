@@ -1,8 +1,8 @@
 """Several adapters on one base at the same time, with any methods and targets: each call uses one of them, or none.
 
-A Switch replaces each module that an adapter wraps. It reads the adapter from the Call and passes the input to that
-adapter's wrapper, or to the plain module; or the Call names the adapter of each row. LoRA layers then use their plain
-code, so logits equal those of the adapter alone, up to the order of sums.
+A Switch replaces each module that an adapter wraps. The Call names the adapter of all rows, or one adapter for each
+row. The Switch passes the rows to the wrapper of their adapter, or to the plain module. LoRA layers inside a Switch use
+their plain code, so logits equal those of the adapter alone, up to the order of sums.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +146,7 @@ class AdapterSet:
         return self.adapters.pop(name)
 
     def switch(self, name: str | None) -> None:
-        """Set the adapter that calls without an adapter's name use; None: the base."""
+        """Make this adapter the active one, which a call uses if it names no adapter. None: the base."""
         if name is not None:
             self.choice.check(name)
         self.choice.active = name

@@ -104,7 +104,7 @@ class TrainedTokens(Wrapper, AdapterPart):
 
 
 def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, Slots]:
-    """The state of trained rows by module name, without those that share another module's."""
+    """The state of trained rows by module name, without modules that share the rows of another module."""
     places, modules = token_rows(net, settings), base_modules(net)
     return {name: TrainedTokens.slots(modules[name], rows) for name, rows in places.items() if rows.owner is None}
 

@@ -1,4 +1,4 @@
-"""Selects the modules of methods that adapt other modules than linear layers, by target_modules."""
+"""Selects modules by `target_modules`, for methods that adapt other modules than linear layers."""
 
 from collections.abc import Sequence
 

@@ -19,8 +19,8 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     Shapes: A (R E, I), ordered by expert; B (O, R E), ordered by rank, as PEFT stores them. Starts as the identity: B
     = 0.
-    PEFT nests the wrappers of a module's adapted parameters, the first one innermost; only their tensors' names show
-    which is which.
+    If a module has several adapted parameters, PEFT puts one wrapper around the other, that of the first parameter
+    innermost. Only the names of the tensors show to which parameter a wrapper belongs.
     Source: Hu et al. 2021, eq. 3.
     """
 

@@ -17,10 +17,10 @@ LORA_FIELDS: PeftFields = {  # PEFT's field -> our setting, PEFT's default
 LORA_FIXED: Fixed = {  # the value that is written, then other accepted values, which have no effect
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
-    "corda_config": (None, ANY),  # how A and B were first filled: init_lora_weights decides
+    "corda_config": (None, ANY),  # settings of the initialisation that init_lora_weights names
     "ensure_weight_tying": (False, True),  # folder/read.py also adapts, or copies, a tied head
     "eva_config": (None, ANY),
-    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "fan_in_fan_out": (False, True),  # depends only on the class of each layer
     "init_lora_weights": (
         True,
         False,
@@ -45,7 +45,8 @@ LORA_FIXED: Fixed = {  # the value that is written, then other accepted values, 
 
 
 LORA_REMEDIES = {
-    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens, here it would act on all",
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens, but here it would act on "
+    "all tokens",
     "layer_replication": "it repeats layers of the base; merge it with peft, and name the merged model",
     "init_lora_weights": "such a start may have moved weights of the base; "
     "write plain LoRA with: tunekit adapter convert",
@@ -69,7 +70,8 @@ def _without_dropout(settings: object, targets: object, config: Mapping[str, obj
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Conflicts with layers that the start cannot initialise, for Method.conflicts; a file's layers are initialised."""
+    """Conflicts with layers that the start cannot initialise, for Method.conflicts. None for a file, whose layers
+    already have values."""
     start, linear = settings.start, [target for target in targets if target.kind in LINEAR]
     if file:
         return []

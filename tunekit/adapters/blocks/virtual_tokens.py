@@ -136,7 +136,7 @@ class VirtualTokens(ModelAdapter[Settings]):
 
 
 class ClassifierCopy(TrainedCopy):
-    """A copy next to a prompt, which PEFT's files name without the wrapper of layer adapters."""
+    """A fully trained module next to a prompt. In PEFT's files its names begin with `base_model.` only."""
 
     file_prefix = "base_model."
 

@@ -104,7 +104,7 @@ def _fingerprint_of(place: Path) -> str | None:
 def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
     """Read and check both configuration files; by default `method` is found from peft_type.
 
-    `instead`: values that replace values of the file, whose meaning the caller handles.
+    `instead`: values that replace values of the file, because the caller handles what the file's values mean.
     Raises: AdapterError that names everything missing, malformed or unsupported. No tensor is read.
     """
     folder = Path(folder)
@@ -131,7 +131,8 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
 
 
 def _with_heads(settings: AdapterSettings, keys: Iterable[str]) -> AdapterSettings:
-    """The settings with the heads that the file contains. Early releases, such as 0.10, do not name them."""
+    """The settings with the heads that the file contains. Early releases of PEFT, such as 0.10, do not name these
+    heads."""
     saved: tuple[str, ...] = tuple(getattr(settings, "modules_to_save", ()))
     stored = {head for head in HEADS for key in keys if key.startswith(f"{AdapterPart.file_prefix}{head}.")}
     return settings.model_copy(update={"modules_to_save": (*saved, *sorted(stored.difference(saved)))})

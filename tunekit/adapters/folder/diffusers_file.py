@@ -123,7 +123,8 @@ def sdxl_name(layer: str, layers_per_block: int) -> str:
         return _SDXL_OTHERS.get(layer, layer)
     side, block, kind, number, inner = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     inner = _SDXL_RESNET.get(inner, inner) if kind == "resnets" else inner
-    first = block * (layers_per_block + 1)  # each block has one more: the last resnet, or the change of resolution
+    # one more than layers_per_block: the last resnet, or the change of resolution
+    first = block * (layers_per_block + 1)
     if side == "mid":
         return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{inner}"
     if kind == "downsamplers":
@@ -247,7 +248,8 @@ def _from_diffusers(
             part = module.partition(".")[0]
             alpha = fields.get(f"{part}.lora_alpha", len(value))
             patterns = fields.get(f"{part}.alpha_pattern") or {}
-            layer = FLAT.sub(r"\1.text_model.", module).partition(".")[2]  # patterns without it match too
+            # with text_model; patterns without text_model match too
+            layer = FLAT.sub(r"\1.text_model.", module).partition(".")[2]
             alpha = next((value for name, value in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer)), alpha)
             alphas[module] = float(alpha) * (len(value) ** 0.5 if fields.get(f"{part}.use_rslora") else 1.0)
     return ForeignLora(converted, alphas)

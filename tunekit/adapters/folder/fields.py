@@ -36,7 +36,7 @@ MODULES: Fixed = {  # of every PEFT type that adapts modules, unless the method 
 }
 LAYER_FIXED: Fixed = {  # of most methods with linear layers
     "bias": ("none",),
-    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "fan_in_fan_out": (False, True),  # depends only on the class of each layer
     "init_weights": (True, False),
 }
 SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that correspond to the settings of the same name
@@ -63,8 +63,8 @@ class PeftSide(Generic[Settings]):
     `claims`: fields that distinguish this method from others of the same peft_type.
     `remedies`: PEFT's name -> the advice for a refused value.
     `absent`: fields of MODULES that PEFT's class does not have and would warn about.
-    `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and treats
-    layers with names of former experts as fused ones (see peft_models.py).
+    `refuses_kernel_layers`: whether PEFT refuses layers whose weights a kernel reads; `takes_experts`: whether PEFT
+    treats layers with the names of former experts as parts of fused experts (both: see peft_models.py).
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     `stored`: (settings, the shapes of the file's tensors) -> the settings with which PEFT computed those tensors.
     """
@@ -128,7 +128,7 @@ class PeftSide(Generic[Settings]):
         names, problems = {setting: name for name, (setting, _) in self.fields.items()}, []
         for entry in error.errors(include_url=False, include_input=False):
             message = entry["msg"].removeprefix("Value error, ")
-            # a check of all settings begins with the first one's name
+            # the message about several settings begins with the name of the first of them
             setting = entry["loc"][0] if entry["loc"] else message.split()[0]
             key = names.get(setting, self.peft_type)
             problems.append(Problem(f"malformed: {printable(message)}", "", file, None, key))

@@ -22,7 +22,7 @@ def refused_by_peft(net: nn.Module, names: Collection[str]) -> set[str]:
 
 
 def read_as_experts(net: nn.Module, names: Collection[str]) -> set[str]:
-    """The layers that PEFT would read as parts of experts or routers; as parameters `NAME.weight` it reads them
-    correctly."""
+    """The layers that PEFT would read as parts of experts or routers. PEFT reads them correctly if they are listed as
+    parameters, `NAME.weight`."""
     former = EXPERT_NAMES.get(expert_layout(net) or "", ())
     return {name for name in names if name.rpartition(".")[2] in former}

@@ -70,8 +70,8 @@ def attach_adapter_folder(
 
 
 def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with all modules that PEFT copies: it matches an entry of modules_to_save as the end of a name
-    (`classifier` includes DistilBERT's `pre_classifier`), and adds tied partners."""
+    """The configuration with all modules that PEFT copies. PEFT compares an entry of modules_to_save with the end of a
+    name, so `classifier` includes DistilBERT's `pre_classifier`. PEFT also adds tied modules."""
     saved = tuple(saved_modules(config.settings))
     modules = [name for name in base_modules(net) if name]
     named = named_copies(modules, saved)
@@ -83,8 +83,8 @@ def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None)
 
 
 def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with PEFT's additions for ensure_weight_tying: if the embedding or a tied head is adapted, or
-    copied, so is the other. Its files contain the tensors of both."""
+    """The configuration with PEFT's additions for ensure_weight_tying: if the embedding or a tied head is adapted or
+    copied, so is the other. PEFT's files contain the tensors of both."""
     modules = base_modules(net)
     embedding = embedding_name(net, modules)
     if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):

@@ -27,7 +27,8 @@ def concrete_targets(
 
 
 def entries_for(names: Collection[str], all_names: Collection[str], entries: list[str] | str) -> list[str] | str:
-    """The target entries that mean exactly `names` if PEFT compares plain endings; otherwise an expression."""
+    """The entries that PEFT, which compares plain endings, reads as exactly `names`; an expression if there are
+    none."""
     if isinstance(entries, list):
         chosen = tuple(entry for entry in entries if any(name.endswith(entry) for name in names))
         if {name for name in all_names if name.endswith(chosen)} == set(names):

@@ -1,8 +1,8 @@
 """Autograd functions for the LoRA of neighbouring layers: one for queries, keys and values, one for the gated MLP.
 
 The functions give the same products with less memory and fewer memory accesses. For the backward pass they save the
-input and a handle of the base layer, and for the MLP also gate and up. They never save a dense W of a packed layer, a
-base output, a low-rank product, or a value between gate and down; these are recomputed.
+input and a handle of the base layer, and for the MLP also the outputs of `gate` and `up`. They never save a dense W of
+a packed layer, a base output, a low-rank product, or a value between `gate` and `down`; these are recomputed.
 Results equal the plain path up to the order of sums, with the same dropout masks. A module that does not fit, such as
 one with hooks, takes the plain path: its own forward.
 """

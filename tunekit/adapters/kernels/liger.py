@@ -15,7 +15,8 @@ from tunekit.model.autograd import Context
 
 @dataclass(frozen=True, eq=False)
 class LigerGated(Gated):
-    """SwiGLU by liger-kernel, with one kernel for forward and one for backward. The gradients overwrite gate and up."""
+    """SwiGLU by liger-kernel, with one kernel for forward and one for backward. The gradients overwrite the outputs of
+    `gate` and `up`."""
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         if gate.is_meta:

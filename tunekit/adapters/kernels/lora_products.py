@@ -165,7 +165,7 @@ def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: flo
 
 @dataclass(frozen=True, eq=False)
 class Gated:
-    """y = down(act(gate(x)) * up(x)); `inner` computes gate and up."""
+    """y = down(act(gate(x)) * up(x)); `inner` computes the outputs of the layers gate and up."""
 
     inner: Products
     activation: Callable[[Tensor], Tensor]
@@ -179,7 +179,8 @@ class Gated:
     def backward(
         self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients of gate and up, and those of down's factors, which `through_down` computes from act(gate) * up."""
+        """Gradients of `gate` and `up`, and gradients of the factors of `down`. `through_down` computes the latter, and
+        the gradient of the product, from act(gate) * up."""
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             activated = self.activation(source)
@@ -191,7 +192,8 @@ class Gated:
 
 
 class _Gated(torch.autograd.Function):
-    """The gated MLP. It saves x, gate and up; the activation and its product with up are recomputed."""
+    """The gated MLP. It saves x and the outputs of `gate` and `up`; the activation and its product with `up` are
+    recomputed."""
 
     @staticmethod
     def forward(ctx: Context[tuple[Gated, float]], gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
@@ -220,5 +222,5 @@ class _Gated(torch.autograd.Function):
 
 
 def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> Tensor:
-    """The MLP's output. `factors`: A and B of gate, up and down."""
+    """The MLP's output. `factors`: A and B of the layers gate, up and down, in this order."""
     return _Gated.apply(gated, dropout, x, *factors)  # type: ignore[no-untyped-call]

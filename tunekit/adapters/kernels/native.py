@@ -67,7 +67,8 @@ class NativeNorm(LightNorm):
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight: Tensor = self.norm.weight  # type: ignore[assignment]  # a plain tensor within functional_call
-        fits = _fits(hidden_states, weight) and weight.shape == hidden_states.shape[-1:]  # else it is broadcast
+        # another shape would be broadcast
+        fits = _fits(hidden_states, weight) and weight.shape == hidden_states.shape[-1:]
         if weight.requires_grad or not fits:
             return super().__call__(hidden_states)
         epsilon = float(self.norm.variance_epsilon)  # type: ignore[arg-type]
@@ -95,7 +96,8 @@ class _NativeNorm(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class NativeGated(Gated):
-    """SwiGLU with one kernel for forward and one for backward. The gradient of up overwrites that of the product."""
+    """SwiGLU with one kernel for forward and one for backward. The gradient of `up` is written over the gradient of
+    act(gate) * up."""
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         if not _fits(gate, up):

@@ -33,7 +33,9 @@ class Boft(LayerAdapter[BoftSettings]):
         reach = size * 2 ** (factors - 1)
         if not reach or inputs % reach or (factors > 1 and size % 2):
             what = f"'{target.name}' has {inputs} inputs, which cannot be divided into these blocks"
-            how = f"the block size times 2^{factors - 1} must divide them" + (", and be even" if factors > 1 else "")
+            how = f"the block size times 2^{factors - 1} must divide {inputs}" + (
+                ", and be even" if factors > 1 else ""
+            )
             raise AdapterError(what, how, key="adapter.block_size" if settings.block_size else "adapter.blocks")
         return {
             "q": Slot("boft_R", (factors, inputs // size, size, size)),
@@ -76,8 +78,8 @@ def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tenso
 
 
 def stored_factors(settings: BoftSettings, shapes: Mapping[str, tuple[int, ...]]) -> BoftSettings:
-    """The settings with one butterfly factor if the file has only one: without its CUDA extension, PEFT computes one,
-    and writes the number that was asked for."""
+    """The settings with one butterfly factor, if the file contains one. Without its CUDA extension PEFT computes only
+    one factor, but its configuration states the requested number."""
     stored = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and len(shape) == 4}
     return settings.model_copy(update={"butterfly_factors": 1}) if stored == {1} else settings
 

@@ -16,7 +16,8 @@ from tunekit.files.untrusted import printable
 from tunekit.machine.placing import to_device
 from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 
-TYPES = 4  # types of an example: input template, input, output template, output; each example adds 4 to them
+# types of an example's tokens: input template, input, output template, output; the next example's are 4 higher
+TYPES = 4
 INPUT, OUTPUT = 2, 0  # types modulo 4
 SMALLEST = 1e-10  # PEFT's bound for vectors that must not change
 HOW = "write adapter.examples as a list of {input: ..., output: ...}"

@@ -42,7 +42,7 @@ class Dora(Lora):
             self._set_magnitude()
 
     def _set_magnitude(self) -> None:
-        """Set m = n, since neither changes W + s B A at the start."""
+        """Set m = n, so that the adapted layer computes (W + s B A) x at the start."""
         if self.base_weight().device.type == "meta":  # the values are loaded afterwards
             self.magnitude.data.fill_(1)
         else:

@@ -78,7 +78,8 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MissSide(PeftSide[MissSettings]):
-    """PEFT's fields; init_weights is the variant. true is the plain variant, and false only initialises differently."""
+    """PEFT's fields; `init_weights` names the variant: `true` is the plain variant, and `false` only differs from it in
+    the initialisation."""
 
     def write(self, settings: MissSettings) -> PeftConfig:
         written = super().write(settings)

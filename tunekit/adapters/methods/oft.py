@@ -65,7 +65,8 @@ FIXED: Fixed = {
 
 @dataclass(frozen=True)
 class OftSide(PeftSide[OftSettings]):
-    """PEFT's fields. Before 0.16, which added use_cayley_neumann, PEFT computed a different method of this name."""
+    """PEFT's fields. Before version 0.16, which added `use_cayley_neumann`, PEFT computed a different method under the
+    same name."""
 
     def read(self, config: PeftConfig, file: str) -> OftSettings:
         if "use_cayley_neumann" not in config:

@@ -5,7 +5,7 @@ Shapes: (P, L * 2 * H * D) for L layers of H key heads of width D. A row contain
 token, layer by layer. If initialised from a text, it starts as the base after that text. Source: Li and Liang 2021.
 
 With a projection the trained state is an embedding E (P, H * D) and two layers: prefix = W2 tanh(W1 E + b1) + b2;
-checkpoints contain it. PEFT's files contain the resulting prefix, and are read without a projection.
+checkpoints contain this state. PEFT's files contain only the resulting prefix, and are read without a projection.
 """
 
 from dataclasses import replace
