@@ -506,7 +506,7 @@ def test_a_recipe_cannot_continue_a_head_of_another_kind(llama: Path, tmp_path: 
     once = {"epochs": None, "max_steps": 1}
     folder = train(write_recipe(tmp_path, llama, "three", training=once)) / "adapter"
     recipe = write_labelled(tmp_path / "other", llama, adapter={"init_from": str(folder)})
-    with pytest.raises(TunekitError, match=r"objective.problem_type: is single_label_classification, and .*regression"):
+    with pytest.raises(TunekitError, match=r"objective.problem_type: is single_label_classification, but .*regression"):
         raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
     again = write_recipe(tmp_path / "same", llama, "three", training=once, adapter={"init_from": str(folder)})
     _, prepared = make_plan(load_recipe(again), device=CPU)

@@ -101,8 +101,7 @@ class RowKind:
         return self.labels.listed_in(row.parts["label"].tobytes().decode())
 
     def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
-        """Rows for prompts without labels. Each row gets the first label as a placeholder. Only for kinds with
-        labels."""
+        """Rows for prompts without labels, with the first label as a placeholder. Only for kinds with labels."""
         raise NotImplementedError
 
     def make_row(self, parts: RowParts, origin: str, number: int = 0, sizes: tuple[int, ...] | None = None) -> Row:
@@ -169,8 +168,7 @@ class RowKind:
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """The row kind and the loss that score each answer to each question; `shape` is (questions, answers). `dtype`:
-        the dtype of attention masks."""
+        """Row kind and loss that score all answers; `shape`: (questions, answers); `dtype`: that of attention masks."""
         raise NotImplementedError
 
     def counting(self) -> Self:
@@ -274,8 +272,7 @@ class CompanionFacts:
     usable: bool = True
 
 
-# name of a memory part, such as "logits" -> a block whose memory is counted under this name
-CountingAs = Callable[[str], AbstractContextManager[None]]
+CountingAs = Callable[[str], AbstractContextManager[None]]  # name of a memory part -> a block counted under it
 
 
 class Companion:
