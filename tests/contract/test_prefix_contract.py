@@ -139,7 +139,7 @@ def test_only_attention_that_takes_a_cache_can_be_entered() -> None:
         attach(net, "random")
     net = BASE.make()
     net.config.head_dim = 5
-    with pytest.raises(ModelError, match=r"has 16 key numbers in .*, not 2 heads of 5"):
+    with pytest.raises(ModelError, match=r"has 16 outputs in .*, not 2 heads of width 5"):
         attach(net, "random")
 
 

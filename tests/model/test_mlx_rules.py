@@ -58,10 +58,10 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no full layer": ("gpt_oss", {"layer_types": [SLIDING]}, "no layer of layer_types has full attention"),
     "required": ("minimax", {}, "minimax needs shared_intermediate_size, rotary_dim"),
     "other package": ("olmo", {}, "olmo needs d_model"),
-    "experts": ("gpt_oss", {"layer_types": PATTERN}, "reads only weights that are packed by mxfp4"),
-    "width": ("gpt_neox", {"rotary_emb_base": 1e4, "intermediate_size": 128}, "has only 4 times hidden_size"),
+    "experts": ("gpt_oss", {"layer_types": PATTERN}, "reads only weights in the format mxfp4"),
+    "width": ("gpt_neox", {"rotary_emb_base": 1e4, "intermediate_size": 128}, "always uses 4 times hidden_size"),
     "biases": ("phimoe", {"attention_bias": True}, "cannot compute lm_head_bias: False"),
-    "soft caps": ("gemma2", {"attn_logit_softcapping": None}, "computes only with soft caps"),
+    "soft caps": ("gemma2", {"attn_logit_softcapping": None}, "needs soft caps"),
     "of a part": (
         "llava",
         {"text_config": {"model_type": "mistral", "hidden_act": "relu"}},
@@ -98,13 +98,13 @@ MENDED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "letters": (
         "exaone4",
         {"layer_types": PATTERN, "sliding_window_pattern": 4, "head_dim": 16},
-        "reads letters",
+        "needs letters",
         {"sliding_window_pattern": "LLLG"},
     ),
     "period": (
         "gemma3_text",
         {"layer_types": PATTERN},
-        "takes layer 6 for the first of full attention, and in layer_types it is 4",
+        "gives full attention to every Nth layer with N = 6, but in layer_types N is 4",
         {"sliding_window_pattern": 4},
     ),
 }

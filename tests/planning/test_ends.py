@@ -14,7 +14,7 @@ from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 END = 2  # <|im_end|>
-CURE = re.compile(r"write (adapter\.trainable_token_indices): (\S.*), or another end")
+CURE = re.compile(r"write (adapter\.trainable_token_indices): (\S.*), or choose another end")
 
 
 def write_untrained(base: Path, folder: Path, *, tied: bool) -> Path:
@@ -41,7 +41,7 @@ def notes_of(recipe: Path, *overrides: str) -> list[str]:
 def test_plan_names_an_untrained_end_and_its_cure(tmp_path: Path, tiny_llama: Path, tied: bool) -> None:
     recipe = write_recipe(tmp_path / "recipe", write_untrained(tiny_llama, tmp_path / "base", tied=tied))
     (note,) = notes_of(recipe)
-    assert "'<|im_end|>' (id 2), with which answers end" in note
+    assert "answers end with '<|im_end|>' (id 2), but the base was never trained on this token" in note
     cure = CURE.search(note)
     assert cure is not None
     assert ("embed_tokens" in cure[2]) == (not tied)

@@ -187,7 +187,7 @@ class Resolved:
 
         Raises: AdapterError if two matching patterns have different values.
         """
-        names = (module, f"{module}.weight")  # a layer named as a parameter has the second name
+        names = (module, f"{module}.weight")  # the second name is that of a layer listed as a parameter
         matching = [p for p in self.values if any(self.patterns.matches_ending(p, name) for name in names)]
         values = {self.values[pattern] for pattern in matching}
         if len(values) > 1:

@@ -61,8 +61,8 @@ def layer_change(
 def nearest_lora(
     attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
 ) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The LoRA that computes the same, or the nearest of rank `rank`, and the error of each layer. Trained copies, rows
-    and biases are copied.
+    """The LoRA that computes the same as the adapter, or the nearest LoRA of rank `rank`; and the error of each layer.
+    Trained copies, rows and biases are copied.
 
     Raises: NotLowRank if `rank` is None and the method has no low-rank form; AdapterError for methods that change
     something other than the weights of layers.
@@ -70,7 +70,7 @@ def nearest_lora(
     if attached.model_adapter is not None:
         raise AdapterError("a prompt does not change weights, so it has no nearest LoRA", "use it as an adapter")
     if attached.parameters or not attached.layers:
-        what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
+        what = "expert parameters" if attached.parameters else "whole modules but no layer"
         raise AdapterError(f"the adapter changes {what}, which a LoRA of layers cannot change", "merge it instead")
     updates, losses, other_tensors, moved = layer_updates(attached, config, base_layer, rank)
     settings = lora_settings(attached.settings, moved)
@@ -84,8 +84,8 @@ def nearest_lora(
 def layer_updates(
     attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
 ) -> tuple[dict[str, LowRank], dict[str, RankLoss], Tensors, bool]:
-    """The update of each layer and its error, all other trained tensors by file key, and whether biases change though
-    the settings do not train them.
+    """The update of each layer and its error, all other trained tensors by file key, and whether the adapter changes
+    biases (a rotation of outputs also does).
 
     Raises: NotLowRank if `rank` is None and the method has no low-rank form.
     """

@@ -95,7 +95,7 @@ def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> 
 
 
 def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
-    """The target's adapter as low-rank pairs: exact, or the nearest of rank `rank`, which also limits exact ones.
+    """The target's adapter as low-rank pairs: exact ones, or, with `rank`, the nearest pairs of at most this rank.
 
     `target`: with the model section of its objective. Raises: NotLowRank if there is no exact form and no rank was
     given, so that only a merged model computes the same; AdapterError for prompts, which do not change weights.

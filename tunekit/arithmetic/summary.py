@@ -172,7 +172,7 @@ def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
 
 @cache
 def _own_names() -> frozenset[str]:
-    """The first parts of tensor names that have several parts after the module's name."""
+    """The first parts of tensor names that contain a dot, such as `lora_A` of `lora_A.weight`."""
     names = [name for method in all_methods() for name in method.tensors]
     return frozenset({"base_layer"} | {name.partition(".")[0] for name in names if "." in name})
 

@@ -63,8 +63,8 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
 
 
 def default_config(kind: str, settings: Mapping[str, object] | None = None) -> JsonObject:
-    """The settings of a model type where config.json states none, or `settings` with those that it leaves out; empty
-    for a type that transformers does not know."""
+    """The default settings of a model type, or `settings` completed by the defaults. Empty for a type that transformers
+    does not know."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

@@ -1,5 +1,5 @@
-"""Dropout on a CPU with numbers of 16 bits from numpy's SFC64. torch draws a larger number of a slower generator for
-each element (8 ns an element, measured on a busy core). The rate is rounded to a multiple of 2^-16, and the scale fits
+"""Dropout on a CPU with random numbers of 16 bits from numpy's SFC64. torch draws larger numbers from a slower
+generator (8 ns per element, measured on a busy core). The rate is rounded to a multiple of 2^-16, and the scale fits
 the rounded rate.
 
 The numbers depend only on one draw from torch's generator, which is seeded for each layer, so a recomputed layer drops

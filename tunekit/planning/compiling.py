@@ -23,11 +23,11 @@ def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tu
     if isinstance(setting, bool):
         return setting, "as the recipe says"
     if device.type == "cpu":
-        return False, "a CPU gains nothing by it"
+        return False, "compiling does not make a CPU faster"
     if device.type == "mps":
         return False, "torch compiles little for Metal"
     if steps < LEAST_STEPS:
-        return False, f"{steps:,} steps end before it has paid; from {LEAST_STEPS} on"
+        return False, f"{steps:,} steps are too few; it saves time from {LEAST_STEPS} on"
     if find_spec("triton") is None:
         return False, "triton is not installed"
     return True, f"{steps:,} steps on a GPU"
@@ -38,7 +38,7 @@ def compile_notes(setting: str | bool, device: torch.device, steps: int) -> list
     if setting is False:
         return []
     compiled, reason = planned_compile(setting, device, steps)
-    beside = "; the first step takes longer, and compiled rounding differs in the last digits" if compiled else ""
+    beside = "; the first step takes longer, and results differ in the last digits" if compiled else ""
     return [f"decoder layers compiled: {'yes' if compiled else 'no'}, {reason}{beside}"]
 
 
@@ -84,7 +84,7 @@ def kernel_notes(setting: str, net: nn.Module, device: torch.device, dtype: torc
     """A note that says which computations the kernels replace."""
     kernels, reason = planned_kernels(setting, net, device, dtype)
     if kernels == "liger":
-        yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where one computation does the MLP"
+        yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs computed as one function"
     elif reason:
         can = "yes" if kernels == "native" else "no"
         yield f"norms, SwiGLU and attention by kernels in C: {can}, {reason}"

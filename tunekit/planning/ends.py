@@ -50,9 +50,10 @@ def end_notes(
     for end in sorted(ends - set(trained.ids if trained else ())):
         if _is_untrained(matrix, end):
             yield (
-                f"warning: the base was never trained on {tokenizer.decode([end])!r} (id {end}), with which answers "
-                f"end: its row of '{head}' is near the mean of all rows, and the adapter leaves it as it is, so that "
-                f"answers may never stop; write {_cure(base.net, head, end)}, or another end with data.chat_template"
+                f"warning: answers end with {tokenizer.decode([end])!r} (id {end}), but the base was never trained "
+                f"on this token: its row of '{head}' is near the mean of all rows. The adapter does not train this "
+                f"row, so answers may never stop; write {_cure(base.net, head, end)}, or choose another end token "
+                "with data.chat_template"
             )
 
 

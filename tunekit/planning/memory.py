@@ -1,10 +1,10 @@
 """Choice of the settings that save memory: rows per micro-batch, recomputed layers, size of logits chunks, streaming.
 
 Free memory never decides micro-batches or logits chunks: otherwise a resumed run with more or less free memory would
-not be bitwise equal. They change with memory.budget. On a CPU, micro-batches of pairs have no more pairs than full
+not be bitwise equal. Only memory.budget changes them. On a CPU, micro-batches of pairs have no more pairs than full
 speed needs. Without a budget, free memory only decides how many layers are recomputed, which changes no bit, and
-whether weights are streamed. How many completions are sampled together is halved until they fit; a resumed run keeps
-it.
+whether weights are streamed. The number of completions that are sampled together is halved until they fit; a resumed
+run keeps this number.
 """
 
 import math
@@ -119,7 +119,7 @@ def plan_memory(
         reasons = [f"recomputed in the backward pass: {_recomputed(choice, space, fitting is not None, available)}"]
         if choice.micro_batch_size != run.training.micro_batch_size and resumed is None:
             size = _micro_batches_text(choice, run.training)
-            reasons.append(f"{size}, because a CPU computes them as fast and needs less memory")
+            reasons.append(f"{size}, because a CPU is as fast with them and needs less memory")
     elif needed <= budget:
         reasons = list(_budget_reasons(choice, forecast, space, workload, fitting is not None))
     else:
@@ -140,7 +140,7 @@ def plan_memory(
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
-    """The number of bytes that the run may use: the budget without a margin, or the free memory if there is no budget.
+    """The number of bytes that the run may use: the budget minus a margin, or the free memory if there is no budget.
 
     A margin is left in the free memory of a GPU too. A host needs none: it can free more memory than it reports.
     """

@@ -54,8 +54,7 @@ from tunekit.training.state import RunInputs
 from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
-    "; the rows of a micro-batch are put end to end, without padding "
-    "(or padded, if in this model they would attend to each other)"
+    "; the rows of a micro-batch are put end to end, without padding (or padded, if this model cannot keep them apart)"
 )
 Windows = TrainingWindows | StreamedWindows
 
@@ -287,7 +286,7 @@ def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, ste
         mlp_tile_tokens=memory.mlp_tile_tokens,
         kernels=planned_kernels(training.kernels, base.net, device, base.dtype)[0],
         compiled=planned_compile(training.compile, device, steps)[0],
-        # of a resumed run the count is that of its checkpoint, which is in effect already
+        # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
     )
 

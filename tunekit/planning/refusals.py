@@ -98,8 +98,8 @@ def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iter
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
-            f"warning: the longest row has {longest} tokens, and the model was made for {trained}; "
-            "beyond them its attention extrapolates"
+            f"warning: the longest row has {longest} tokens, but the model was made for {trained}; "
+            "its attention extrapolates beyond this length"
         )
 
 
@@ -166,7 +166,7 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: nothing is paged on a CPU"
     if recipe.model.quantization == "fp8":
-        slow = "" if computes_fp8(device) else "; without float8 units it is slow: for trying a recipe out"
+        slow = "" if computes_fp8(device) else "; this device has no float8 units, so it is slow"
         yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
     if recipe.model.quantization in FOUR_BIT and device.type != "cpu":
         lacks = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SUFFIX = "_per_document"
 LOOPED = ("sdpa", "eager")  # attention functions that can be called once per document
 PRODUCTS = "products" + SUFFIX  # matrix products, which replace sdpa on a CPU
-NATIVE = "native" + SUFFIX  # the same by a compiled kernel
+NATIVE = "native" + SUFFIX  # the same products by a compiled kernel
 VARLEN = "varlen" + SUFFIX  # torch's kernel for documents of several lengths, for half precision on CUDA
 CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 HEAD_SIZES = range(8, 257, 8)  # supported by the kernel
@@ -86,7 +86,7 @@ class DocumentMask:
             if self.allowed is None:
                 mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=self.device).tril(keys - length)
             else:
-                assert not self.segments.shared, "shares_prefixes refuses masks beyond the causal one"
+                assert not self.segments.shared, "documents that share a prefix need a plain causal mask"
                 index = torch.arange(start, start + length, device=self.device)
                 fixed = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device)
                 mask = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])

@@ -108,7 +108,7 @@ class _Entry:
         """(1 or B, 1, T, P) bool: the learned keys that each query sees: all, or the keys within the window."""
         if self.attention.window is None:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
-        if not isinstance(positions, Tensor):  # without them, left padding counts as distance
+        if not isinstance(positions, Tensor):  # without positions, left padding counts as distance
             positions = torch.arange(queries, device=device)[None] + cached + self.length
         return positions[:, None, :, None] - torch.arange(self.length, device=device) < self.attention.window
 
@@ -135,7 +135,7 @@ class EarlierPast:
         for tensor, learned in ((keys, self._keys), (values, self._values)):
             if tensor.shape[1] != learned.shape[0] or tensor.shape[3] != learned.shape[2]:
                 name, heads, width = self._attention.name, self._attention.heads, self._attention.width
-                what = f"{name} has {tensor.shape[1]} heads of {tensor.shape[3]}, not {heads} of {width}"
+                what = f"{name} has {tensor.shape[1]} heads of width {tensor.shape[3]}, not {heads} of width {width}"
                 raise ModelError(what, "choose another adapter.method", key=KEY)
         if self._past is not None:
             keys, values = self._past.update(keys, values, *more, **named)

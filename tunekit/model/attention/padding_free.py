@@ -32,7 +32,7 @@ from tunekit.model.dropout import dropout_noise, quicken_dropout
 from tunekit.model.pretrained import config_of, text_config
 
 NAME = "sdpa_padding_free"  # of the attention function, in transformers' table
-TOKENS = 64  # oneDNN compiles its products anew for each number of tokens, so that number is a multiple of this one
+TOKENS = 64  # the number of tokens is a multiple of this, because oneDNN compiles its products anew for each number
 MIN_WIDTH_BITS = 4  # rows of up to 16 tokens are one group, then those of up to 32, 64 and 128
 MAX_TOKENS = 128  # maximum length of a row in the padded product, whose scores grow with the square of the length
 
@@ -56,8 +56,9 @@ class RowGroup:
         return torch.zeros(real.shape).masked_fill(~real, -math.inf)[:, None, None]
 
     def places(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Places of the group's heads of tokens: (N * H,) in the flattened (M * H) of all tokens, (N * H,) in the
-        padded (B * H * T), and (B * H * T,) the inverse: a place among all tokens, any at padding."""
+        """Indices of the heads of the group's tokens: (N * H,) in the flattened (M * H) of all tokens, and (N * H,) in
+        the padded (B * H * T). The third result (B * H * T,) maps each padded place to a place among all tokens (at
+        padding: to any)."""
         if heads not in self._places:
             rows = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))  # (N,)
             positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)

@@ -12,8 +12,8 @@ from torch import Tensor
 class Segments:
     """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a separate document.
 
-    `shared`: the length of each document's shared prefix, such as a prompt with several answers. The prefix is
-    computed in the last document before that has no shared prefix. Empty if no document shares a prefix.
+    `shared`: the length of each document's shared prefix, such as a prompt with several answers. The prefix is computed
+    in the nearest earlier document without a shared prefix. Empty if no document shares a prefix.
     `masked`: transformers' own mask keeps the documents apart, because virtual tokens come before them.
     """
 

@@ -35,7 +35,7 @@ class SelfAttention:
 def self_attentions(net: nn.Module) -> list[SelfAttention]:
     """The self-attention of every decoder layer, in order.
 
-    Raises: ModelError with the reason if no keys and values can be put before the tokens'.
+    Raises: ModelError with the reason if no keys and values can be put before those of the tokens.
     """
     config = getattr(decoder(net), "config", None) or text_config(net)
     modules: dict[int, tuple[str, nn.Module]] = {}
@@ -83,7 +83,7 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
     for projection in ("k_proj", "k"):
         outputs = getattr(getattr(module, projection, None), "out_features", heads * width)
         if outputs != heads * width:
-            raise no_way_in(config, f"has {outputs} key numbers in {name}, not {heads} heads of {width}")
+            raise no_way_in(config, f"has {outputs} outputs in {name}, not {heads} heads of width {width}")
     return attention
 
 
@@ -97,7 +97,7 @@ def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
 
 def no_way_in(config: PreTrainedConfig, why: str) -> ModelError:
     """The error that refuses a family, with the reason."""
-    what = f"{config.model_type} {why}, so no keys and values can be put before the tokens'"
+    what = f"{config.model_type} {why}, so no keys and values can be put before those of the tokens"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
 
 

@@ -41,11 +41,11 @@ class ClassifierFamily(Family):
         """
         config, rows = config_of(net), next(iter(inputs.values())).shape[0]
         if rows > 1 and scores_tokens(net) and getattr(config, "pad_token_id", None) is None:
-            what = f"{config.model_type} reads the last token of each row, and its configuration names no padding token"
+            what = f"{config.model_type} reads the last token of each row, but its configuration names no padding token"
             raise ModelError(what, "write pad_token_id into the base's config.json")
         if "token_type_ids" in inputs and getattr(config, "type_vocab_size", 0) == 1:
             what = (
-                f"the tokenizer gives the second text of a pair token type 1, and {config.model_type} has type 0 only"
+                f"the tokenizer gives the second text of a pair token type 1, but {config.model_type} has type 0 only"
             )
             raise ModelError(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
         return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})

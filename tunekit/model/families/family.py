@@ -147,7 +147,8 @@ class Family:
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def draw_head(self, section: ModelSection, net: nn.Module, dtype: torch.dtype) -> None:
-        """Initialise the head's modules that the base's files lack, and scores for other labels."""
+        """Initialise the head's modules that the base's files lack, and the last one if its labels differ from the
+        base's."""
         if not isinstance(section, HeadedModel):
             return
         for name in self.new_head(section, net):
@@ -163,8 +164,8 @@ class Family:
         return []
 
     def facts(self, net: nn.Module) -> JsonObject:
-        """Facts that objectives of this family need: the labels of the head, its problem type if its config states
-        one with several labels or numbers, and the thresholds above which its scores name a label."""
+        """Facts that objectives of this family need: the labels of the head, and its problem type if this is not
+        single-label classification. `thresholds`: a label is predicted if its score is above its threshold."""
         if not self.labelled:
             return {}
         config = config_of(net)
@@ -212,8 +213,8 @@ class Family:
         return label_head_name(net) if self.labelled else name_of(net, as_pretrained(net).get_output_embeddings())
 
     def exact_head(self, net: nn.Module) -> str | None:
-        """Name of a head that computes in float32: one of numbers, because near 2000 bfloat16 has only multiples of
-        8."""
+        """Name of a head that computes in float32, because it predicts numbers: near 2000 bfloat16 has only multiples
+        of 8."""
         numbers = self.labelled and getattr(config_of(net), "problem_type", None) == REGRESSION
         return self.head_name(net) if numbers else None
 

@@ -34,7 +34,7 @@ SIZES = ("size", "crop_size", "resize_short")  # the file's keys for sizes of im
 PLAIN_KIND = "ViTImageProcessor"  # the processor of a model without this file
 MAX_SIDE = 4096
 PROBES = ((40, 56), (56, 40), (300, 70))  # heights and widths of test images for a processor
-LIBRARIES = {"PIL": "Pillow", "torchvision": "torchvision"}  # of the extra `images`, by module
+LIBRARIES = {"PIL": "Pillow", "torchvision": "torchvision"}  # packages of the extra `images`, by module
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 SIDE = 224  # default side if neither the processor nor the model has one, and the side of plain images
 ConfiguredSize = float | Mapping[str, object]
@@ -137,7 +137,7 @@ class PixelProcessor:
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor]:
-        """(3, 3) and (3,): the model's own processor turns pixels p (0 to 255) into scale p + offset.
+        """(3, 3) and (3,): scale and offset. The model's own processor turns pixels p (0 to 255) into scale p + offset.
 
         Every processor scales each pixel separately, by a factor, mean and deviation, or a reordering of channels, so
         four plain images determine the scale. Raises: ModelError.
@@ -258,8 +258,9 @@ class ImageClassifierFamily(Family):
         if "interpolate_pos_encoding" not in accepted_names(net) or size in (None, side, [side, side]):
             return ""
         return (
-            f"trained on {side} pixels, and the base has positions for {size}: "
-            "call model(pixel_values, interpolate_pos_encoding=True), which transformers' pipeline() does not"
+            f"trained on {side} pixels, but the base has positions for {size}: "
+            "call model(pixel_values, interpolate_pos_encoding=True); transformers' pipeline() does not pass this "
+            "argument"
         )
 
     def trial_inputs(self, net: nn.Module) -> Tensors:

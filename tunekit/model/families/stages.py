@@ -101,7 +101,7 @@ def make_stack(
     finish: Sequence[nn.Module],
 ) -> Stack:
     """A stack of `parent`'s layers, which are its attribute `attribute`. `run(inputs, source)` calls the code that
-    embeds and passes them; `finish` are the modules after the last layer."""
+    embeds the inputs and passes them to the layers; `finish` are the modules after the last layer."""
     layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
     def embed(inputs: Tensors, source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:

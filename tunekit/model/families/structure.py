@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 def expert_layout(net: nn.Module) -> str | None:
-    """The architecture whose fusion pattern transformers 5 applies to the experts in this one's older files, or
-    None."""
+    """The architecture by whose pattern transformers 5 fuses the experts in older files of this model, or None."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:
@@ -35,8 +34,8 @@ def expert_layout(net: nn.Module) -> str | None:
 
 
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head: the declared one, or the child (of it or of the net) that accepts the
-    net's main input: token ids, recordings or images.
+    """Module name of the net without its head: the module that the class declares, or its child (or a child of the net)
+    that accepts the net's main input: token ids, recordings or images.
 
     Llama 4's language model declares another model's name, and BART's decoder is wrapped in a module without
     arguments.

@@ -27,7 +27,7 @@ class NoKernels(Exception):
 
 @cache
 def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels: from the cache folder, or compiled for this process if that folder does not serve.
+    """The compiled kernels: from the cache folder, or compiled for this process if that folder cannot be used.
 
     Raises: NoKernels.
     """

@@ -1,6 +1,6 @@
 """Matrices in the blocks of a GGUF file: a row is a sequence of blocks of 32 or 256 numbers.
 
-transformers has the arithmetic of most types; Q5_0 and Q5_1, to which llama.cpp falls back for short rows, are here.
+transformers can unpack most types. This module adds Q5_0 and Q5_1, which llama.cpp uses for short rows.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ BLOCK = 32  # numbers of a block of q5_0 and q5_1
 
 
 def block_size(kind: str) -> tuple[int, int] | None:
-    """The numbers and the bytes of a block of a type such as "q4_k"; None if this type cannot be unpacked."""
+    """How many numbers and how many bytes a block of a type such as "q4_k" has; None if it cannot be unpacked."""
     from transformers.integrations.gguf.dequant import GGML_BLOCK
 
     sizes = {"q5_0": (BLOCK, 22), "q5_1": (BLOCK, 24)}
@@ -22,7 +22,7 @@ def block_size(kind: str) -> tuple[int, int] | None:
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """The bytes of a row of a type that can be unpacked."""
+    """How many bytes a row of this type has. The type must be one that can be unpacked."""
     size = block_size(kind)
     assert size is not None
     return columns // size[0] * size[1]
@@ -54,10 +54,10 @@ def _values(packed: Tensor, kind: str) -> Tensor:
 
 
 def _five_bits(blocks: Tensor, offset: bool) -> Tensor:
-    """(blocks, bytes) -> (blocks, 32): d q + m with q from 0 to 31; without an offset d (q - 16).
+    """(blocks, bytes) -> (blocks, 32): d q + m with q from 0 to 31; without an offset: d (q - 16).
 
-    A block is d, m if there is one, the fifth bits of all numbers, and the lower bits: a byte has those of the numbers
-    i and i + 16. Source: ggml-quants.c, dequantize_row_q5_0 and dequantize_row_q5_1.
+    A block contains d, m if there is an offset, the fifth bits of all numbers, and their four lower bits. Byte i has
+    the lower bits of the numbers i and i + 16. Source: ggml-quants.c, dequantize_row_q5_0 and dequantize_row_q5_1.
     """
     scales = blocks[:, : 4 if offset else 2].contiguous().view(torch.float16).float()  # (blocks, 1 or 2)
     bits, low = blocks[:, -20:-16], blocks[:, -16:]

@@ -152,8 +152,7 @@ def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) ->
 
 def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
     """Replace every 4-bit layer of bitsandbytes by a PackedLinear with the same tensors, and cast all other parameters
-    to
-    `dtype`, because transformers leaves them in their stored dtype."""
+    to `dtype`, because transformers leaves them in their stored dtype."""
     kind = codec.import_bitsandbytes().nn.Linear4bit
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
         parameter = module.weight

@@ -1,7 +1,8 @@
-"""What mlx-lm 0.32.2 computes otherwise than transformers, or refuses: rules on a configuration.
+"""Rules on a model's configuration: where mlx-lm 0.32.2 computes something else than transformers, or refuses the
+model.
 
-Every table is read in mlx_lm/models of that version. `RULES` yield what a model is refused for, `LIMITS` the lengths
-of text up to which, or from which, mlx-lm is right.
+Every table was read in mlx_lm/models of that version. A `type` is a model_type of config.json; its `file` is the one in
+mlx_lm/models that computes it.
 """
 
 import math
@@ -37,13 +38,13 @@ ACTIVATIONS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     ),
     (_types("relu2"), _types("bitnet nemotron")),
 )
-# Types whose file computes unscaled rotary embeddings, whatever rope_scaling says, and those that know only some forms
+# Types whose file ignores rope_scaling (UNSCALED), or knows only some forms of scaling (SCALED)
 UNSCALED = _types("""
     cohere cohere2 ernie4_5 ernie4_5_moe gemma gemma2 glm glm4 glm4_moe gpt_neox helium lfm2 lfm2_moe llama4_text
     minimax minimax_m2 mixtral phi qwen2_moe qwen3_moe qwen3_vl_moe_text recurrent_gemma stablelm starcoder2
 """)
 SCALED = {"deepseek": ("linear",), "nemotron": ("linear",), "phi3": ("linear", "longrope", "su")}
-# Types without a sliding window in their file, of those that have one in transformers
+# Types that have a sliding window in transformers, but none in their file
 WINDOWLESS = _types("""
     gemma2 mistral mixtral phi3 phimoe qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe starcoder2
 """)
@@ -63,13 +64,14 @@ REQUIRED = {
     "mellum": "num_experts",
     "minimax": "shared_intermediate_size rotary_dim",
     "minimax_m2": "shared_intermediate_size rotary_dim",
-    "olmo": "d_model n_layers mlp_hidden_size n_heads embedding_size",  # the names of another package
+    # key names of AI2's package hf_olmo
+    "olmo": "d_model n_layers mlp_hidden_size n_heads embedding_size",
     "qwen3_moe": "num_experts head_dim",
     "qwen3_vl_moe_text": "num_experts head_dim",
     "solar_open": "intermediate_size first_k_dense_replace partial_rotary_factor",
     "step3p5": "num_attention_groups",
 }
-# Of each type: settings, the only value that mlx-lm computes, and transformers' default
+# For each type: settings with the only value that mlx-lm computes, and with transformers' default
 FIXED: dict[str, tuple[tuple[str, object, object], ...]] = {
     "gemma3_text": (
         ("attn_logit_softcapping", None, None),
@@ -85,18 +87,18 @@ FIXED: dict[str, tuple[tuple[str, object, object], ...]] = {
 }
 FOUR_TIMES = {"gpt2": ("n_inner", "n_embd"), "gptj": ("n_inner", "n_embd"), "gpt_neox": ("intermediate_size",) * 2}
 PACKED_ONLY = {"bitnet": "bitnet", "gpt_oss": "mxfp4"}  # mlx-lm reads only packed weights of these types
-BOTH_KINDS = _types("exaone4 gpt_oss olmo3")  # types that need a layer of full attention beside those with a window
+BOTH_KINDS = _types("exaone4 gpt_oss olmo3")  # types that need at least one layer of full attention
 YARN_KEYS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-NEAR = 1e-3  # a relative difference of a factor that no one sees
+NEAR = 1e-3  # a relative difference of a factor that has no visible effect
 
 
 def cannot(config: ConfigPart, place: str = "") -> Iterator[str]:
-    """What mlx-lm computes wrongly, or why it refuses the model, in the configuration and its parts."""
+    """Messages about what mlx-lm computes wrongly, or why it refuses the model, for a configuration and its parts."""
     return _of_parts((_activation, _scaling, _yarn, _share, _pattern, _required, _fixed), config, place)
 
 
 def limits(config: ConfigPart, place: str = "") -> Iterator[str]:
-    """Lengths of text for which mlx-lm computes something else."""
+    """Messages about the lengths of text for which mlx-lm computes the same as transformers."""
     return _of_parts((_window, _long_factors), config, place)
 
 
@@ -120,7 +122,7 @@ def _activation(place: str, part: ConfigPart) -> Iterator[str]:
 
 
 def _rope_scaling(part: ConfigPart) -> tuple[str, ConfigPart]:
-    """The form of the scaled rotary embeddings, and its numbers; default if there is none."""
+    """The form of the scaling of rotary embeddings, and its settings; `default` without scaling."""
     scaling = older_rope(part).get("rope_scaling") or part.get("rope_scaling")
     if not isinstance(scaling, Mapping):
         return "default", {}
@@ -140,13 +142,13 @@ def _yarn(place: str, part: ConfigPart) -> Iterator[str]:
         return
     nulls = [key for key in YARN_KEYS if key in scaling and scaling[key] is None]
     if nulls:
-        yield f"refuses it: {nulls[0]} of {place}rope_parameters is null"
+        yield f"refuses the model: {nulls[0]} of {place}rope_parameters is null"
         return
     theirs, ours = _attention_factors(scaling)
     if abs(theirs - ours) > NEAR * abs(ours):
         yield f"computes yarn with an attention factor of {theirs:.4g} instead of {ours:.4g}"
     if scaling.get("truncate") is False:
-        yield f"rounds the borders of yarn's frequencies, and truncate of {place}rope_parameters is false"
+        yield f"rounds the borders of yarn's frequencies, although truncate of {place}rope_parameters is false"
     length = part.get("max_position_embeddings")
     if YARN_KEYS[0] not in scaling and length != 4096:
         yield f"computes yarn with an {YARN_KEYS[0]} of 4096 instead of {length}"
@@ -176,7 +178,7 @@ def _share(place: str, part: ConfigPart) -> Iterator[str]:
     share = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
     share = part.get("partial_rotary_factor", 0.5) if share is None else share
     if _kind(part) == "glm" and share != 1.0:
-        yield f"rotates all of each head, and {place}partial_rotary_factor is {share}"
+        yield f"rotates all numbers of each head, although {place}partial_rotary_factor is {share}"
 
 
 def _pattern(place: str, part: ConfigPart) -> Iterator[str]:
@@ -184,24 +186,24 @@ def _pattern(place: str, part: ConfigPart) -> Iterator[str]:
     if kind in PERIODS and isinstance(kinds, list):
         period, theirs = period_of(kinds), part.get("sliding_window_pattern", PERIODS[kind])
         if period is None:
-            yield f"cannot compute {place}layer_types: mlx-lm's {kind} takes every Nth layer for full attention"
+            yield f"cannot compute {place}layer_types: mlx-lm's {kind} can only give full attention to every Nth layer"
         elif period != theirs:
-            yield f"takes layer {theirs} for the first of full attention, and in {place}layer_types it is {period}"
+            yield f"gives full attention to every Nth layer with N = {theirs}, but in {place}layer_types N is {period}"
     if kind in LETTERS and isinstance(part.get("sliding_window_pattern"), int) and part["sliding_window_pattern"]:
-        yield f"refuses it: {place}sliding_window_pattern is a number, and it reads letters such as LLLG"
+        yield f"refuses the model: {place}sliding_window_pattern is a number, but mlx-lm needs letters such as LLLG"
     if kind in BOTH_KINDS and isinstance(kinds, list) and set(map(str, kinds)) == {"sliding_attention"}:
-        yield f"refuses it: no layer of {place}layer_types has full attention"
+        yield f"refuses the model: no layer of {place}layer_types has full attention"
 
 
 def _required(place: str, part: ConfigPart) -> Iterator[str]:
     kind = _kind(part)
     missing = [key for key in REQUIRED.get(kind, "").split() if part.get(key) is None]
     if missing:
-        yield f"refuses it: {kind} needs {', '.join(place + key for key in missing)}"
+        yield f"refuses the model: {kind} needs {', '.join(place + key for key in missing)}"
     packed = part.get("quantization_config")
     method = packed.get("quant_method") if isinstance(packed, Mapping) else None
     if kind in PACKED_ONLY and method != PACKED_ONLY[kind]:
-        yield f"refuses it: mlx-lm's {kind} reads only weights that are packed by {PACKED_ONLY[kind]}"
+        yield f"refuses the model: mlx-lm's {kind} reads only weights in the format {PACKED_ONLY[kind]}"
 
 
 def _fixed(place: str, part: ConfigPart) -> Iterator[str]:
@@ -215,11 +217,11 @@ def _fixed(place: str, part: ConfigPart) -> Iterator[str]:
         hidden = "hidden_size" if hidden == key else hidden
         size, width = part.get(key), part.get(hidden)
         if isinstance(size, int) and isinstance(width, int) and size != 4 * width:
-            yield f"refuses it: {place}{key} is {size}, and mlx-lm's {kind} has only 4 times {hidden}"
+            yield f"refuses the model: {place}{key} is {size}, but mlx-lm's {kind} always uses 4 times {hidden}"
     if kind == "gemma2" and any(
         part.get(key, 1) is None for key in ("attn_logit_softcapping", "final_logit_softcapping")
     ):
-        yield "refuses it: mlx-lm's gemma2 computes only with soft caps"
+        yield "refuses the model: mlx-lm's gemma2 needs soft caps"
 
 
 def _window(place: str, part: ConfigPart) -> Iterator[str]:
@@ -233,4 +235,4 @@ def _long_factors(place: str, part: ConfigPart) -> Iterator[str]:
     if form not in ("longrope", "su") or scaling.get("short_factor") == scaling.get("long_factor"):
         return
     length = part.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings"))
-    yield f"right only for more than {length} tokens: mlx-lm computes with the long factors of {form} alone"
+    yield f"right only for more than {length} tokens: mlx-lm uses the long factors of {form} for every length"

@@ -14,7 +14,7 @@ from tunekit.model.storage.portable import make_portable
 from tunekit.model.storage.source import read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # files that are never mended
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # files that are never changed
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -92,7 +92,7 @@ def _copy_files(source: Path, folder: Path) -> None:
 
 
 def _linked(path: Path, place: Path) -> bool:
-    """Whether `place` is now a second name of the file: not on all file systems, and not across two."""
+    """Make `place` a hard link to the file. False if that is impossible, such as between two file systems."""
     try:
         os.link(path.resolve(), place)  # the hub's cache consists of links
     except OSError:
@@ -101,8 +101,8 @@ def _linked(path: Path, place: Path) -> bool:
 
 
 def _name_padding(path: Path, tokenizer: Tokenizer) -> None:
-    """Write config.json's padding token into the tokenizer's file too, if that names none. Other programs pad with this
-    token, and a decoder's head reads the last token before it."""
+    """Write config.json's padding token into the tokenizer's file too, if the tokenizer's file names none. Other
+    programs pad with this token, and a decoder's head reads the last token before it."""
     settings, config = (read_json(file) if file.is_file() else {} for file in (path, path.parent / "config.json"))
     if settings and settings.get("pad_token") is None and config.get("pad_token_id") == tokenizer.pad_id:
         write_json(path, {**settings, "pad_token": tokenizer.token_text(tokenizer.pad_id)})

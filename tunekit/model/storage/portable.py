@@ -32,21 +32,23 @@ ONLY_TYPE = {
     **dict.fromkeys(("phi3", "phi4_multimodal"), ("short_factor", "long_factor")),
     **dict.fromkeys(("chameleon", "olmo", "olmo2", "phimoe"), None),
 }
-# Of each type: an older key, and the newer one with the same value. transformers 4 or mlx-lm requires the older.
+# For each model type: an older key that transformers 4 or mlx-lm requires, and the newer key with the same value
 RENAMED = {
     "lfm2": {"block_dim": "hidden_size"},
     **{kind: {"num_experts": "num_local_experts"} for kind in ("mellum", "qwen3_moe", "qwen3_vl_moe_text")},
 }
-# Keys of older configurations whose value newer code fixes, and types whose head_dim newer code computes
+# Keys of older configurations with the value that newer code always uses; and types whose head_dim newer code computes
 CONSTANT = {"apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True}}
 HEAD_DIM = frozenset({"exaone4", "exaone_moe", "glm4_moe", "mellum", "qwen3_moe", "qwen3_vl_moe_text"})
-# Types of which mlx-lm reads not layer_types but sliding_window_pattern: a number, with its default there, or letters
+# Types for which mlx-lm reads sliding_window_pattern instead of layer_types: a number, here with its default, or
+# letters
 PERIODS = {"gemma3_text": 6, "cohere2": 4}
 LETTERS = frozenset({"exaone4"})
 SAME_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows
 TAGGED_NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # {"__float__": "NaN"}
-GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of architectures that answer
-# Keys of generation_config.json that transformers reads from config.json where the former is missing
+# endings of class names of models that generate text
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Keys that transformers reads from config.json if there is no generation_config.json
 GENERATION_KEYS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
@@ -68,7 +70,7 @@ class ModelFiles:
     generation: JsonObject
     template: str | None  # chat_template.jinja
     special: JsonObject  # special_tokens_map.json
-    ids: Mapping[str, int]  # of the special tokens
+    ids: Mapping[str, int]  # special token -> id
     prefixed: bool = False  # GPT-2: whether the tensors' names begin with "transformer."; the hub's do not
 
     @property
@@ -93,7 +95,8 @@ class ModelFiles:
 
     @property
     def pad_token(self) -> str | None:
-        """The token that fills a batch: as named, else the one whose id is named, else the end of an answer."""
+        """The padding token: the one that the files name, or whose id they name, or else the token that ends an
+        answer."""
         texts = {number: text for text, number in self.ids.items()}
         numbers = (self.generation.get("pad_token_id"), self.config.get("pad_token_id"))
         by_id = [texts[number] for number in numbers if isinstance(number, int) and number in texts]
@@ -160,8 +163,8 @@ def _special_ids(folder: Path, tokenizer: JsonObject) -> dict[str, int]:
 
 
 def make_portable(folder: Path) -> None:
-    """Write the folder's configuration, its tokenizer's, its generation settings and its chat template in the form
-    that every version reads."""
+    """Rewrite the folder's small files (configuration, tokenizer's configuration, generation settings, chat template)
+    in the form that every version reads."""
     files = read_model_files(folder)
     mended = portable(files)
     for name, old, new in (
@@ -182,7 +185,7 @@ def portable(files: ModelFiles) -> ModelFiles:
     template = files.template
     if template is None and isinstance(
         tokenizer.get("chat_template"), str
-    ):  # of several, the file would hide all but one
+    ):  # not for several templates: the file would hide all but one
         template = files.own_template
     return replace(
         files, config=with_older_keys(files.config), tokenizer=tokenizer, generation=generation, template=template
@@ -190,8 +193,8 @@ def portable(files: ModelFiles) -> ModelFiles:
 
 
 def _generation(files: ModelFiles) -> JsonObject:
-    """The generation settings with the tokens that end an answer and fill a batch. Where the file exists, transformers
-    does not look for them in config.json."""
+    """The generation settings, with the ids of the end token and the padding token. If the file exists, transformers
+    does not look for these ids in config.json."""
     eos, generation = files.eos_ids, files.generation
     if eos is None or not (files.generates or generation):
         return generation
@@ -268,7 +271,7 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The older keys for `rope_parameters`; empty if `rope_scaling` is set, which transformers 5 reads first."""
     rope, kind = config.get("rope_parameters"), str(config.get("model_type"))
     if not isinstance(rope, Mapping) or config.get("rope_scaling") or rope.get("rope_type") == "axial":
-        return {}  # axial: of encoders of images, for which older programs have no key
+        return {}  # image encoders use axial; older programs have no key for it
     if "rope_theta" in rope:
         names = next((names for start, names in OTHER_NAMES.items() if kind.startswith(start)), {})
         older = {key: rope[key] for key in TOP_LEVEL_KEYS if key in rope}

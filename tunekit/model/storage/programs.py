@@ -1,4 +1,4 @@
-"""Rules about other programs: what in a model folder's small files each of them reads wrongly, or refuses.
+"""Rules about other programs: what each of them reads wrongly, or refuses, in the small files of a model folder.
 
 Each rule was tried by running the program, or read in the source of the version named here. Nothing of the folder is
 executed.
@@ -40,7 +40,7 @@ OLDER_DEFAULTS = {
     "global_rope_theta": 160_000.0,
     "partial_rotary_factor": 1.0,
 }
-PARTIAL = {  # the default of partial_rotary_factor (or rotary_pct) there, where it is not 1
+PARTIAL = {  # transformers 4.57's defaults of partial_rotary_factor (or rotary_pct), if not 1
     **dict.fromkeys(
         ("fuyu", "glm", "glm4", "glm4_moe", "glm4v_moe_text", "nemotron", "persimmon", "phi", "recurrent_gemma"), 0.5
     ),
@@ -51,8 +51,8 @@ PARTIAL = {  # the default of partial_rotary_factor (or rotary_pct) there, where
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason why a program reads a folder wrongly or refuses it. `mendable`: by a copy in the portable form.
-    `limit`: the program is right for some lengths of text."""
+    """One reason why a program reads a folder wrongly or refuses it. `mendable`: whether a copy in the portable form
+    solves the problem. `limit`: whether the program is right for some lengths of text."""
 
     program: str
     what: str
@@ -62,7 +62,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class FolderReading:
-    """How one program reads a model folder. `unsupported`: why it has no code for this model, if so."""
+    """How one program reads a model folder. `unsupported`: why the program cannot run this model at all; None if it
+    can."""
 
     program: str
     version: str
@@ -85,7 +86,7 @@ def readings(files: ModelFiles) -> list[FolderReading]:
 
 
 def _type_in(names: Callable[[], frozenset[str]]) -> Support:
-    """Programs that choose their code by model_type."""
+    """The support of programs that choose their code by model_type."""
 
     def support(files: ModelFiles) -> str | None:
         kind = str(files.config.get("model_type"))
@@ -96,7 +97,7 @@ def _type_in(names: Callable[[], frozenset[str]]) -> Support:
 
 
 def _architecture_in(names: frozenset[str]) -> Support:
-    """Programs that choose their code by the first architecture."""
+    """The support of programs that choose their code by the first architecture."""
 
     def support(files: ModelFiles) -> str | None:
         name = files.architecture
@@ -125,7 +126,8 @@ def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Ma
 def _other_rope(
     place: str, part: Mapping[str, Any], defaults: Mapping[str, float], keys: tuple[str, ...]
 ) -> Iterator[str]:
-    """What a program computes with that reads only `keys` at the top level, if that differs from rope_parameters."""
+    """A message if a program that reads only `keys`, at the top level, computes other values than rope_parameters
+    states."""
     wrong = []
     for key, value in older_rope(part).items():
         if key in keys and part.get(key, defaults.get(key)) != value:
@@ -156,25 +158,25 @@ def _rope_of_mlx(files: ModelFiles) -> Iterator[str]:
             yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
         missing = [key for key in ("rope_theta", "rotary_emb_base") if key in older_rope(part) and key not in part]
         if kind in supported.MLX_LM_NEEDS_THETA and missing:
-            yield f"refuses it: {kind} needs {place}{missing[-1]}, and it does not read rope_parameters"
+            yield f"refuses the model: {kind} needs {place}{missing[-1]}, because mlx-lm does not read rope_parameters"
 
 
 def _length_of_mlx(files: ModelFiles) -> Iterator[str]:
     if needs_n_ctx(files.config):
-        yield "refuses it: gpt2 needs n_ctx, the older name of n_positions"
+        yield "refuses the model: gpt2 needs n_ctx, the older name of n_positions"
 
 
 def _others_of_mlx(files: ModelFiles) -> Iterator[str]:
     yield from mlx_lm.cannot(files.config)
     if files.prefixed:
         yield (
-            "refuses it: mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, and the base's begin "
-            "transformer."
+            "refuses the model: mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, but the "
+            "base's names begin with transformer."
         )
 
 
 def _one_frequency(files: ModelFiles) -> Iterator[str]:
-    """Programs that know one base frequency of a model whose layer types differ in transformers 5."""
+    """A message for programs that use one base frequency for all layers, if the layer types have different ones."""
     for place, part in _parts(files.config):
         keys = next(
             (keys for start, keys in BY_LAYER_TYPE.items() if str(part.get("model_type")).startswith(start)), None
@@ -197,7 +199,7 @@ def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
 
 
 def _renamed(files: ModelFiles) -> Iterator[str]:
-    """Keys of transformers 4 whose default would replace what transformers 5 writes under another name."""
+    """Messages for keys that transformers 5 writes under a new name: transformers 4 would use its default instead."""
     for place, part in _parts(files.config):
         for old, new in RENAMED.get(str(part.get("model_type")), {}).items():
             if old == "num_experts" and new in part and old not in part:
@@ -209,7 +211,7 @@ def _newer_tokenizer(files: ModelFiles) -> Iterator[str]:
     if name in NEWER_TOKENIZERS:
         yield f"refuses the tokenizer: it does not know the class {name}"
     if isinstance(files.tokenizer.get("extra_special_tokens"), list):
-        yield "refuses the tokenizer: extra_special_tokens is a list, and it reads a mapping there"
+        yield "refuses the tokenizer: extra_special_tokens is a list, but this program reads only a mapping"
 
 
 def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
@@ -220,7 +222,8 @@ def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
 
 
 def _endless(files: ModelFiles) -> Iterator[str]:
-    """Generation settings that were derived from config.json are derived again when they are loaded."""
+    """A message if the generation settings name no end token. Settings derived from config.json are derived again when
+    they are loaded, so they need none."""
     settings = files.generation
     named = settings.get("eos_token_id") is not None or settings.get("_from_model_config")
     if settings and files.generates and not named and files.eos_ids is not None:
@@ -274,6 +277,6 @@ PROGRAMS: dict[str, tuple[str, Support, tuple[Rule, ...]]] = {
         _architecture_in(supported.LLAMA_CPP),
         (_one_frequency, _other_template, _packed),
     ),
-    "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; takes other models through transformers
+    "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; runs unknown models through transformers
     "ONNX (optimum)": ("0.1.0", _type_in(lambda: supported.OPTIMUM), _TRANSFORMERS_4),  # on transformers 4
 }

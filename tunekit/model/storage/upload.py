@@ -8,7 +8,7 @@ from tunekit.errors import InputError, ResourceError
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.bases.paths import is_like_path
 
-LENGTH = 300  # of the hub's answer in a message
+LENGTH = 300  # characters of the hub's answer that a message quotes
 
 
 def upload_folder(folder: Path, name: str) -> str:
@@ -20,7 +20,7 @@ def upload_folder(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # its base class, also of a failed connection
+    failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # the common base class with a failed connection
 
     command = f"hf upload --private {name} {shlex.quote(str(folder))}"
     api, again = HfApi(), f"the folder is complete; upload it with: {command}"
@@ -29,7 +29,7 @@ def upload_folder(folder: Path, name: str) -> str:
             address = api.create_repo(name, private=True, exist_ok=True)
             api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload from tunekit")
     except (LocalTokenNotFoundError, HFValidationError, failed, OSError, RuntimeError) as raised:
-        error = raised.__cause__ or raised  # of a file that was not uploaded, a RuntimeError names the file alone
+        error = raised.__cause__ or raised  # if a file's upload fails, a RuntimeError names only the file
         what = f"the upload did not finish: {' '.join(str(error).split())[:LENGTH]}"
         if not isinstance(error, HfHubHTTPError) and isinstance(error, failed | ConnectionError | TimeoutError):
             what = f"the hub cannot be reached: {' '.join(str(error).split())[:LENGTH]}"

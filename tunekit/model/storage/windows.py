@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Types whose sliding_window counts only where use_sliding_window is true; it is false where it is missing.
+# Types whose sliding_window counts only if use_sliding_window is true; its default is false.
 ON_REQUEST = frozenset(["qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe", "smollm3"])
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The window of W tokens, or None if no text is longer: the last of a row of W + 1 tokens misses the first.
+    """The number W of tokens in the window, or None if no row can exceed it. In a row of W + 1 tokens, the last token
+    does not see the first.
 
     Source: the configuration classes of transformers 5.24.
     """

@@ -1,5 +1,5 @@
-"""Rows that start together and are decoded as transformers prepares them, for bases that cannot share slots: those with
-an encoder or a state."""
+"""Rows that start together and are decoded by transformers' own preparation. It serves bases with an encoder or a
+state, whose rows cannot share slots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Steps = Generator[Tensor, Tensor, None]
 
 
 class Cohort:
-    """`rows`: those that have not ended. The others are computed, too, until all have ended."""
+    """Rows that start together. `rows`: those that have not ended. The ended rows are still computed until all have
+    ended."""
 
     nbytes = 0  # transformers allocates their states token by token
 
@@ -128,7 +129,7 @@ def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> Genera
 def _answer_ends(model: LoadedModel) -> dict[str, int]:
     """The tokens that start an encoder-decoder's answer, and the token that ends a truncated answer.
 
-    Raises: ModelError if neither the configuration nor the generation settings name the first one.
+    Raises: ModelError if neither the configuration nor the generation settings name the start token.
     """
     names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
     holders = (model.config, model.generation_config)  # the generation settings are newer, so they have priority

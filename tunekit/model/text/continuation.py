@@ -28,13 +28,13 @@ class Continuation:
 
     `sampling`: its seed belongs to this continuation alone.
     `allowed`: gets the new tokens so far, and returns which tokens may come next, (V,) bool; None: all.
-    `top`: report log-probabilities, with those of this many most likely tokens; None: no log-probabilities. They are
-    the model's own, without temperature and `allowed`.
-    `scores_prompt`: also report those of the prompt, from its second token on; needs `top`.
+    `top`: report each token's log-probability, and those of this many most likely tokens; None: report none.
+    Log-probabilities are the model's own, without temperature and `allowed`.
+    `scores_prompt`: also report the log-probabilities of the prompt, from its second token on; needs `top`.
     `adapter`: the name of the adapter that answers, for the decoder's `using`. `alone`: its forwards have no rows of
     other adapters.
     `adapt`: changes the inputs of the prompt's forward, for an adapter that adds `virtual_tokens` positions.
-    `states`: of a prefix of the prompt, from an earlier continuation that `keeps_states`.
+    `states`: the keys and values of a prefix of the prompt, from an earlier continuation that `keeps_states`.
     """
 
     prompt: Sequence[int]
@@ -53,7 +53,7 @@ class Continuation:
 
     @property
     def columns(self) -> int:
-        """The keys and values that it needs at most: its last token needs none."""
+        """The maximum number of tokens whose keys and values are stored; those of the last token are not needed."""
         return self.virtual_tokens + len(self.prompt) + self.max_new_tokens - 1
 
 
@@ -85,13 +85,13 @@ class DecoderRow:
 
     @cached_property
     def key(self) -> tuple[object, ...]:
-        """Rows with equal keys have the same keys and values of their prompts."""
+        """Rows for which this is equal have prompts with the same keys and values."""
         wanted = self.continuation
         return tuple(wanted.prompt), wanted.adapter, wanted.adapt is None, self.handle if self.is_special else None
 
     @property
     def group(self) -> tuple[bool, str | None]:
-        """Rows with equal groups can be in one forward."""
+        """Rows for which this is equal can be in one forward."""
         wanted = self.continuation
         return wanted.alone, wanted.adapter if wanted.alone else None
 

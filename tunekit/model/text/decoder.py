@@ -29,7 +29,7 @@ PIECE_TOKENS = 256  # prompt tokens that are computed between two tokens of the 
 
 
 class Decoder:
-    """Continues up to `slots` prompts at once; each, with its new tokens, of up to `tokens` keys and values.
+    """Continues up to `slots` prompts at once. Each prompt with its new tokens has up to `tokens` keys and values.
 
     `piece_tokens`: the tokens of prompts that one step computes at most; running rows wait for them.
     `using`: a block in which the named adapters answer, one for each row of a forward, or the same one for all.
@@ -98,7 +98,7 @@ class Decoder:
         tokens: list[NewToken] = []
         for batch in self._batches:
             if batch.rows:
-                logits = self._logits(batch)  # which may put the rows into another order
+                logits = self._logits(batch)  # the forward may change the order of rows
                 tokens += self._chosen(batch, list(batch.rows), logits)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
         if self._slot_batch is not None:

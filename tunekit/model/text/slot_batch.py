@@ -27,7 +27,8 @@ class SlotBatch:
         self.columns = Columns(slots, tokens)
         self.slots = SlotMemory(model, self.columns)
         self._forward = Forward(model)
-        self._prefill: Prefill | None = None  # the last prompts; also if complete, because equal prompts may follow
+        # the last prompts; kept when they are complete, because equal prompts may follow
+        self._prefill: Prefill | None = None
 
     @property
     def nbytes(self) -> int:
@@ -51,8 +52,8 @@ class SlotBatch:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def admit(self, waiting: Sequence[DecoderRow], tokens: int) -> list[tuple[DecoderRow, Tensor]]:
-        """Compute prompts of waiting rows, of about `tokens` tokens if that fills no slot earlier. Returns the rows
-        that have joined, each with the logits (V,) of its first token."""
+        """Compute about `tokens` tokens of waiting prompts, or fewer if no slot is free any more. Returns the rows that
+        have joined, each with the logits (V,) of its first token."""
         joined: dict[DecoderRow, Tensor] = {}
         while True:
             remaining = [row for row in islice(waiting, 2 * self.columns.slots) if row not in joined]

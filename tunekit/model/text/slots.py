@@ -53,7 +53,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
         self.allocate((key_states, value_states))
         columns, count = self.columns, key_states.shape[-2]
         for memory, states in zip(self.memory, (key_states, value_states), strict=True):
-            # An error beyond the memory, where a slice would drop tokens.
+            # This raises an error beyond the end of the memory; a slice would silently drop tokens.
             memory[columns.rows].narrow(2, columns.end, count).copy_(states)
         self.keys, self.values = (
             memory[columns.rows, :, columns.start : columns.end + count] for memory in self.memory
@@ -94,7 +94,7 @@ class SlotMemory:
     def put(self, states: Sequence[Sequence[Tensor]], row: int, start: int) -> None:
         """Write keys and values (1, H, T, D) into the columns of a row from `start` on."""
         for layer, parts in zip(self.layers, states, strict=True):
-            if parts:  # a layer that shares those of another one has none
+            if parts:  # a layer that uses the keys and values of another layer has none
                 layer.allocate(parts)
                 for memory, part in zip(layer.memory, parts, strict=True):
                     memory[row : row + 1, :, start : start + part.shape[2]] = part

@@ -90,8 +90,7 @@ class PipelineNet(nn.Module):
 
     @property
     def unread(self) -> list[str]:
-        """Layers whose output is never used: Stable Diffusion XL reads the input of its first text encoder's last
-        layer."""
+        """Layers whose output is never used: in Stable Diffusion XL the last layer of the first text encoder."""
         if self.config.model_type != "StableDiffusionXLPipeline" or "text_encoder" not in self._modules:
             return []
         last = int(self.config.part_configs["text_encoder"]["num_hidden_layers"]) - 1

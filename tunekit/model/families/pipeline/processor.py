@@ -159,7 +159,8 @@ class PipelineProcessor:
         raise ModelError(what, "choose another pipeline", file=str(self.folder / file))
 
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of encode_prompts' result for one prompt: (T, D), and (P,) if the denoiser takes a pooled one."""
+        """Shapes of encode_prompts' result for one prompt: (T, D), and (P,) if the denoiser takes a pooled
+        embedding."""
         clip = self.configs["text_encoder"]
         length = int(clip["max_position_embeddings"])
         if self.kind == "StableDiffusionPipeline":
