@@ -149,7 +149,7 @@ class SharedPart(AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
-        """Called once after all layers are made. A part that makes decisions about all layers stores them here."""
+        """Called once after all layers are made. A part that decides for all layers together stores the layers here."""
 
 
 class Wrapper(nn.Module):
@@ -178,7 +178,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
     and `merged_weight`.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # a result of model.quantized.weights.layer_kind
 
     def __init__(
         self,

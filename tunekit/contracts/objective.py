@@ -397,4 +397,4 @@ class Engine(Protocol):
         `micro_batches`: the number of micro-batches of the step on all ranks, which per-step terms are divided by."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run forward and backward of a batch `forwards` times with weight 0, so that no gradient changes."""
+        """Run forward and backward of a batch `forwards` times with weight 0: all ranks must run equally many."""

@@ -57,7 +57,7 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
 
 
 def planned_kernels(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The kernels of the run, native, liger or none, and the reason for native or for the lack of it."""
+    """The kernels of the run (`native`, `liger` or `none`), and the reason why they are `native` or `none`."""
     if setting != "auto":
         return setting, ""
     if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):

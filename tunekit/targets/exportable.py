@@ -59,7 +59,7 @@ def make_exportable(target: TargetSpec) -> Exportable:
     target, objective = with_objective(target, processor)
     source, config = find_source(target.model, weights=True), JsonObject()
     nouns = ("pipeline", "pipeline adapter") if make_family(family).is_pipeline else ("model", "adapter")
-    if source.gguf_file is not None:  # which holds its configuration in fields of its own
+    if source.gguf_file is not None:  # it contains the configuration, and has no config.json
         spec = read_base_spec(source, target.model, torch.device("cpu"), weights=False)
         architecture = spec.family.auto_class()._model_mapping[type(spec.config)].__name__
         config = {**spec.config.to_dict(), "architectures": [architecture]}

@@ -116,7 +116,7 @@ class LoadedTarget:
 def find_target(target: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
     """Resolve TARGET from its files; nothing is loaded.
 
-    Raises: InputError if it is nothing known, or if an adapter's base cannot be found.
+    Raises: InputError if TARGET cannot be resolved, or if an adapter's base cannot be found.
     """
     parsed = load_target_overrides(overrides)
     parsed.model.update(base_override(base))

@@ -34,7 +34,8 @@ SHOWN_PROBLEMS = 8
 
 @dataclass
 class ExpectedTensors:
-    """File key -> slot and state name; and copies of the base's own weights that peft may have added."""
+    """The tensors that a file must contain: slot and state name by file key. Also the copies of base weights that peft
+    may have added."""
 
     slots: Slots = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)

@@ -52,7 +52,7 @@ def _fits(*tensors: Tensor) -> bool:
 
 
 def _run(kernel: str, *values: Tensor | float) -> None:
-    """Call a kernel: tensors by their address, whole numbers as long, and the number of threads last."""
+    """Call a kernel: tensors are passed as addresses, integers as `long`, and the number of threads last."""
     arguments: list[object] = []
     for value in values:
         if isinstance(value, Tensor):

@@ -65,7 +65,7 @@ class Dora(Lora):
         return y + unbiased * (scale - 1).to(y.dtype) + self.update(x).to(y.dtype) * scale.to(y.dtype)
 
     def low_rank(self, base_matrix: Callable[[], Tensor]) -> None:
-        """None: the magnitudes rescale the whole matrix."""
+        """Always None, because the magnitudes rescale the whole matrix."""
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         merged = super().merged_weight(weight)

@@ -88,7 +88,9 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
     """Pack a dense (O, I) matrix. The same matrix gives the same bytes on every device: 4 bits are packed on the CPU,
     because bitsandbytes' GPU kernels round differently. Raises: ModelError for the blocks of a GGUF file."""
     if quantization not in (*FOUR_BIT, *EIGHT_BIT, "fp8"):
-        raise ModelError(f"numbers cannot be written into {quantization} blocks", "merge --onto dequantized")
+        raise ModelError(
+            f"tunekit reads {quantization} blocks, but cannot pack numbers into them", "merge --onto dequantized"
+        )
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)

@@ -314,7 +314,8 @@ class Rewriter:
             yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
 
     def is_packed(self, module_name: str) -> bool:
-        """Whether training used other numbers of this layer than the base's own: those of its packed form."""
+        """Whether the layer was packed in training, so that training used the unpacked numbers instead of the base's
+        own."""
         return self.section.quantization not in ("none", "kept") and module_name in self.packable_layers
 
     def _layer(

@@ -16,7 +16,7 @@ from tunekit.records import JsonObject
 KEY = "model.name_or_path"
 PIPELINE_INDEX = "model_index.json"  # the index file of a diffusion pipeline
 PIPELINE_WEIGHTS = [f"{part}/*.safetensors" for part in ("unet", "transformer", "vae", "text_encoder*")]
-PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # other files of the same weights
+PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # the same weights in other variants, which are not downloaded
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
 
 

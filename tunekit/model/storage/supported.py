@@ -50,7 +50,7 @@ TRANSFORMERS_4 = _names("""
     wav2vec2-bert wav2vec2-conformer wavlm whisper xclip xcodec xglm xlm xlm-prophetnet xlm-roberta xlm-roberta-xl xlnet
     xlstm xmod yolos yoso zamba zamba2 zoedepth
 """)
-# the default of rope_theta in its configuration classes, where that is not 10000
+# transformers 4.57.6: the default of rope_theta by model type, if it is not 10000
 TRANSFORMERS_4_THETA = _numbers("""
     EvollaModel=500000 apertus=1.2e7 bitnet=500000 blt=500000 blt_global_transformer=500000 blt_local_decoder=500000
     blt_local_encoder=500000 csm=500000 csm_depth_decoder_model=500000 dinov3_vit=100 emu3_text_model=1e6
@@ -75,7 +75,7 @@ MLX_LM = _names("""
     qwen3_5 qwen3_5_moe qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma rwkv7 seed_oss smollm3 solar_open
     spark2_5 stablelm starcoder2 step3p5 talkie telechat3 xverse youtu_llm
 """)
-# of these, the types whose file reads rope_theta at the top level alone, with its default
+# mlx-lm: the types whose file reads rope_theta only at the top level of the configuration, with its default
 MLX_LM_OWN_THETA = _numbers("""
     afm7=50000 afmoe=10000 bailing_moe_v3=6e6 bitnet=10000 cohere2=50000 cohere=8e6 deepseek=10000 deepseek_v2=10000
     deepseek_v32=10000 deepseek_v3=10000 deepseek_v41=10000 falcon_h1=1e+11 gear=1e6 gemma2=10000 gemma3_text=1e6
@@ -86,7 +86,7 @@ MLX_LM_OWN_THETA = _numbers("""
     qwen2_moe=1e6 qwen2_vl_text=1e6 seed_oss=10000 smollm3=10000 starcoder2=100000 step3p5=10000 talkie=1e6 xverse=10000
     youtu_llm=1.6e6
 """)
-# and the types whose file requires it there
+# mlx-lm: the types whose file requires rope_theta at the top level
 MLX_LM_NEEDS_THETA = _names("""
     Klear apertus baichuan_m1 bailing_hybrid bailing_moe bailing_moe_linear dots1 ernie4_5 ernie4_5_moe exaone exaone4
     gemma3n_text glm4 glm4_moe gpt_neox granite granitemoe helium hunyuan kimi_linear lille-130m llama4_text
@@ -105,7 +105,7 @@ OLLAMA = _names("""
     Qwen2_5_VLForConditionalGeneration Qwen3NextForCausalLM Qwen3VLForConditionalGeneration
     Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration
 """)
-# of these, the architectures whose converter reads rope_theta alone, with its default (0: none)
+# Ollama: the architectures whose converter reads only rope_theta, with its default (0: none)
 OLLAMA_OWN_THETA = _numbers("""
     CohereForCausalLM=0 DeepseekV3ForCausalLM=10000 Gemma3ForCausalLM=1e6 Gemma3TextModel=1e6
     Gemma3nForConditionalGeneration=0 Glm4MoeLiteForCausalLM=1e6 GptOssForCausalLM=0

@@ -1,4 +1,4 @@
-"""What the decoder continues, and what it returns for each new token."""
+"""The input of the decoder (a prompt to continue), and its output for each new token."""
 
 from __future__ import annotations
 

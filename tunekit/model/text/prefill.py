@@ -21,7 +21,7 @@ SCORED_TOKENS = 256  # a piece whose tokens are scored needs logits of each of t
 
 
 class Forward:
-    """Calls a net that keeps keys and values, with those of the arguments that it accepts."""
+    """Calls a net that stores keys and values. Arguments that the net does not accept are left out."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.net, self.device = model.net, model.device
