@@ -84,7 +84,7 @@ CASES: dict[str, tuple[ModelFiles, set[str], str, bool]] = {
     "newer class": (tokenizer(tokenizer_class="Siglip2Tokenizer"), BOTH, "class Siglip2Tokenizer", False),
     "list": (tokenizer(extra_special_tokens=["<x>"]), BOTH, "extra_special_tokens is a list", True),
     "padding": (tokenizer(pad_token=None), {*BOTH, "transformers 5"}, "has no pad_token", True),
-    "template": (tokenizer("{{ new }}"), {"Ollama"}, "only chat_template.jinja has one", True),
+    "template": (tokenizer("{{ new }}"), {"Ollama"}, "the template is in chat_template.jinja", True),
     "other template": (
         tokenizer("{{ new }}", chat_template="{{ old }}"),
         {"Ollama", "llama.cpp's converter"},

@@ -237,7 +237,7 @@ def _no_padding(files: ModelFiles) -> Iterator[str]:
 
 def _template_of_ollama(files: ModelFiles) -> Iterator[str]:
     if files.template is not None and files.own_template is None:
-        yield f"finds no chat template: it is in {TEMPLATE}, and Ollama reads only tokenizer_config.json"
+        yield f"finds no chat template: Ollama reads only tokenizer_config.json, but the template is in {TEMPLATE}"
     yield from _other_template(files)
 
 
