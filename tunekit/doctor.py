@@ -114,7 +114,7 @@ def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
         results = _readings(output)
         _print_readings(console, output, results)
     elif any(finding.mendable for result in results for finding in result.findings):
-        console.info(f"tunekit doctor {model} --fix OUT writes a copy in which this is mended")
+        console.info(f"tunekit doctor {model} --fix OUT writes a copy that mends this")
     write_result(
         {"model": str(folder), "fixed": output and str(output), "programs": [asdict(each) for each in results]}
     )

@@ -1,5 +1,5 @@
-"""All errors for users: the place (file, line, key), what is wrong, how to mend it, and the exit code. It also has the
-filter that removes secrets from printed text.
+"""All errors for users: the place (file, line, key), what is wrong, how to mend it, and the exit code. This module also
+removes secrets from printed text.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Stopped(TunekitError):
         self.exit_code = 128 + signal_number
 
 
-MEMORY_MESSAGES = (  # messages of errors without a class of their own
+MEMORY_MESSAGES = (  # the messages of out-of-memory errors that have a general class
     *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
     *("CUDA error: out of memory", "HIP error: out of memory", "MPS backend out of memory", "OUT_OF_DEVICE_MEMORY"),
     *("BLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "miopenStatusAllocFailed"),

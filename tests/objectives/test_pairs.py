@@ -397,8 +397,8 @@ def test_init_writes_a_length_for_which_the_model_has_positions(bases: dict[str,
         ({"sentence1": "good", "sentence2": None, "label": "yes"}, "'sentence2' must be text, not null"),
         ({"sentence1": "good", "label": "yes"}, "no field 'sentence2'; this row has 'sentence1', 'label'"),
         ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "both 'text' and 'premise' could be sentence1"),
-        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1, which means in GLUE's files"),
-        ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -, which means in SNLI's files"),
+        ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1; in files of GLUE, this means"),
+        ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -; in files of SNLI, this means"),
     ],
 )
 def test_a_pair_that_is_none_is_refused_with_its_line(

@@ -454,7 +454,7 @@ def test_trl_evaluates_on_a_split_of_its_data_set(
 
 def test_a_split_of_a_file_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "trl sft --model_name_or_path org/base --dataset_name rows.jsonl --eval_strategy steps"
-    with pytest.raises(RecipeError, match="dataset_test_split: is a split of a hub data set, and none is named"):
+    with pytest.raises(RecipeError, match="dataset_test_split: is a split of a hub data set, but no data set is named"):
         imported(folder, "run.sh", f"{command} --dataset_test_split dev", capsys)
 
 

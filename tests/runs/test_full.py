@@ -491,7 +491,7 @@ def test_plan_streams_nothing_by_itself_and_says_what_saves_memory(
     plan, _ = make_plan(load_recipe(full_recipe(tmp_path, tied_llama)), device=CPU)
     assert plan.choice.streaming == "off"
     (refusal,) = plan.refusals
-    assert refusal.message.endswith("or train an adapter, lora for one")
+    assert refusal.message.endswith("or train an adapter, such as lora")
 
 
 def test_a_recipe_without_its_adapter_section_says_what_that_means(tied_llama: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ LIVE_SECONDS = 0.1  # minimum between two updates of the live line
 PLAIN_SECONDS = 10.0  # minimum between two plain lines
 BEAT_SECONDS = 1.0  # between two updates of the live line during the first step
 PLAIN_SHARE = 0.02  # minimum wait as a share of the elapsed time, so that a long run writes few lines
-RATE_STEPS = 30  # steps whose mean duration gives the time left
+RATE_STEPS = 30  # number of last steps from whose durations the time left is computed
 CURVE_STEPS, CURVE_COLUMNS = 500, 12
 BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 

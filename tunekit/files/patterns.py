@@ -27,12 +27,15 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
     """A regular expression with Python's syntax and meaning, inserted into `template`, compiled by the package
     `regex`.
 
-    Patterns that could take exponential time are refused by their structure alone: open repeats (*, + and {n,}) nested
-    more than two deep or more than 16 in total, counted repeats that expand a part more than 1000 times, groups nested
-    more than 100 deep. Also refused are back references, flags, conditions, atomic groups, and syntax that only
-    `regex` knows: fuzzy counts such as {e<=1}, and POSIX classes. The matcher remembers where a repeat has failed, so
-    almost nothing that remains is slow. Callers also set a timeout, which `regex` counts in processor seconds of this
-    process, independent of the machine's load.
+    A pattern is refused if its structure allows exponential time:
+
+    - open repeats (*, + and {n,}) that are nested more than two deep, or more than 16 open repeats
+    - counted repeats that expand a part more than 1000 times, or groups nested more than 100 deep
+    - back references, flags, conditions and atomic groups
+    - syntax that only `regex` knows: fuzzy counts such as {e<=1}, and POSIX classes
+
+    The matcher remembers where a repeat has failed, so almost no other pattern is slow. Callers also set a timeout. The
+    package counts it in processor seconds of this process, so it does not depend on the load of the machine.
     Raises: ValueError with the reason for a refusal.
     """
     if len(text) > MAX_PATTERN_CHARACTERS:
@@ -40,7 +43,7 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
     _refuse_costly(text)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # FutureWarning about nested sets; the present meaning is wanted
+            warnings.simplefilter("ignore")  # a FutureWarning about nested sets, whose present meaning is correct here
             re.compile(text)
         return regex.compile(template.format(text), regex.VERSION0, cache_pattern=False)
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Hidden folders next to an output, for unfinished files. A later command removes those of killed processes."""
+"""Hidden folders next to an output, for unfinished files. A later command removes the folders of killed processes."""
 
 import glob
 import os

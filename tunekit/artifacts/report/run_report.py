@@ -152,7 +152,7 @@ def _pictures(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _answers(run: RunValues) -> Iterator[ReportSection]:
-    """The answers to the first evaluation rows, before training and with the exported weights, beside the reference."""
+    """The answers to the first evaluation rows, before training and with the exported weights, and the reference."""
     records = [record for record in run.evaluations if record.parts("samples")]
     if not records:
         return
@@ -233,7 +233,7 @@ def _tasks(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _exports(run: RunValues) -> Iterator[ReportSection]:
-    """The figures of other programs that read the exported files, beside torch's, and on which rows they computed."""
+    """The figures of other programs that read the exported files, next to torch's, and the rows that were used."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
     lines = []
     texts = ["Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."]

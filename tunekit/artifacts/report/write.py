@@ -24,7 +24,7 @@ def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, obj
 
 
 def _run_facts(plan: Plan) -> dict[str, object]:
-    """Facts by which runs are compared: model, method, rates, seed."""
+    """The facts that comparisons of runs show: model, method, rates, seed."""
     recipe, choice = plan.recipe, plan.choice
     training, count = recipe.get("training", {}), choice.micro_batch_size
     names = ("learning_rate", "loraplus_ratio", "scheduler", "optimizer", "weight_decay", "seed")

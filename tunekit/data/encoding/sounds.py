@@ -45,7 +45,7 @@ def resampled(samples: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
 
 
 def _resampled_in_blocks(samples: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
-    """The sum of `resampled`, with the filter computed anew for each block of samples. Shapes: (samples,)."""
+    """The sum of `resampled`, but the filter is computed again for each block of samples. Shapes: (samples,)."""
     windows = torch.nn.functional.pad(samples, (width, width + 1)).unfold(0, 2 * width + 1, 1)
     edge = min(old, new) * ROLLOFF / old
     taps = (torch.arange(-width, width + 1, dtype=torch.float64) * edge).float()  # (2 width + 1,)

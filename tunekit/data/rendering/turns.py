@@ -18,7 +18,7 @@ from tunekit.formats.example import ChatExample, Message
 from tunekit.records import JsonObject
 
 ONLY_LAST = (
-    "rows of which only the last answer is trained on, because the chat template rewrites earlier turns "
+    "rows that train only on the last answer, because the chat template rewrites earlier turns "
     "(data.rewritten_answers: each trains on all of them)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template leaves out"

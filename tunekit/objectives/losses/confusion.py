@@ -7,16 +7,20 @@ from tunekit.contracts import Sums
 from tunekit.machine.devices import for_sums
 from tunekit.metrics.expected_calibration_error import BINS
 
-MOST_CONFUSED = 1000  # maximum number of labels of a confusion matrix, whose size is its square
+MOST_CONFUSED = 1000  # maximum number of labels of a confusion matrix; its size is the square of this number
 
 
 def label_sums(scores: Tensor, labels: Tensor) -> Sums:
-    """Sums of a batch: correct, units; labelled (2,): the numbers of right rows and of all rows; label_counts (C, 3):
-    for each label, the numbers of rows predicted right, predicted, and labelled; confusion (C, C), unless labels are
-    too many: a row for each true label, a column for each predicted one; calibration (bins, 3): for each bin of the
-    largest probability, the number of its rows, the sum of their largest probabilities, and the number of right rows.
+    """The sums of a batch:
 
-    Shapes: scores (R, C), whose softmax is each label's probability; labels (R,).
+    - `correct`, `units`
+    - `labelled` (2,): the numbers of right rows and of all rows
+    - `label_counts` (C, 3): for each label, the numbers of rows predicted right, predicted, and labelled
+    - `confusion` (C, C), unless there are too many labels: a row for each true label, a column for each predicted label
+    - `calibration` (bins, 3): rows are divided into bins by their largest probability. For each bin: the number of its
+      rows, the sum of their largest probabilities, and the number of right rows
+
+    Shapes: scores (R, C), labels (R,). The softmax of the scores gives the probabilities of the labels.
     """
     confidence, chosen = torch.softmax(for_sums(scores), dim=-1).max(dim=-1)  # (R,) each
     true, predicted = (for_sums(torch.nn.functional.one_hot(each, scores.shape[1])) for each in (labels, chosen))

@@ -1,9 +1,8 @@
 """Group relative policy optimization: the model writes completions, and learns those with higher rewards.
 
 Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRPO), MiniMax 2025 (CISPO), Zheng et al.
-2025 (GSPO); names and formulas are those of trl 1.16.  Different by design: a batch is the whole step, on all ranks,
-where trl's grpo and dr_grpo average over micro-batches; the model samples and scores without dropout.
-"""
+2025 (GSPO). Names and formulas are the same as in trl 1.16, with two differences. The loss is a mean over the whole
+step on all ranks; trl's grpo and dr_grpo average over micro-batches. The model samples and scores without dropout."""
 
 from dataclasses import dataclass
 

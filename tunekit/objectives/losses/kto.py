@@ -1,9 +1,11 @@
 """Kahneman-Tversky optimization: single answers, each marked as good or bad, compared with the model at step 0.
 
-Source: Ethayarajh et al. 2024, eq. 7; names and formulas are those of trl 1.16.  Different by design: one KL is
-estimated for the whole step on all ranks, or for all rows of an evaluation; trl estimates one for each micro-batch. A
-mismatched row combines a prompt with the answer of the previous row in the order of the files, not of the batch. The
-policy's KL is computed without dropout.
+Source: Ethayarajh et al. 2024, eq. 7. Names and formulas are the same as in trl 1.16, with three differences:
+
+- One KL is estimated for the whole step on all ranks, or for all rows of an evaluation. trl estimates one for each
+  micro-batch.
+- A mismatched row combines a prompt with the answer of the previous row in the order of the files, not of the batch.
+- The policy's KL is computed without dropout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses and log-probabilities of chosen positions, whose logits are computed in chunks. Only this module has logits.
+"""Losses and log-probabilities at chosen positions. Logits are computed in chunks, and only in this module.
 
 Full logits (B, T, V) never exist. Positions without a label are dropped first. The others pass the head in chunks of
 `chunk_tokens`, in float32, and each chunk's gradient is computed at once: one pass over the logits gives loss and
@@ -171,7 +171,7 @@ def summed_loss(
 class _LogProbabilities(torch.autograd.Function):
     """log softmax(head(h))[target] of each position under a frozen head.
 
-    d l_n / d h_n depends on position n alone: the forward computes it, and the backward scales its rows.
+    d l_n / d h_n depends only on position n. The forward computes it, and the backward scales its rows.
     """
 
     @staticmethod
@@ -234,7 +234,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
 
     def of_chunk(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head.logits(hidden)  # (n, V)
-        if entropies is not None:  # rewritten in recomputation; not an input, whose version autograd checks
+        if entropies is not None:  # recomputation writes it again; autograd checks the version of inputs only
             entropies[start : start + size].copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
         return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 

@@ -1,7 +1,7 @@
 """The loss of diffusion models: the mean squared error of the network's prediction from noisy latents.
 
 z_t = a_t x + s_t n; the target is n (epsilon), a n - s x (v_prediction), x (sample), or n - x (flow, where a = 1 - s).
-All random draws depend on (seed, step, row) alone.
+All random draws depend only on (seed, step, row).
 """
 
 from __future__ import annotations
@@ -243,8 +243,9 @@ def min_snr_weights(schedule: NoiseSchedule, steps: Tensor, gamma: float) -> Ten
 
 
 def flow_weights(scheme: str, sigmas: Tensor) -> Tensor:
-    """Weight of the squared error at each sigma: (B,) -> (B,).  Source: Esser et al. 2024, section 3.1, as diffusers'
-    compute_loss_weighting_for_sd3 has it."""
+    """Weight of the squared error at each sigma: (B,) -> (B,).  Source: Esser et al. 2024, section 3.1, as in
+    diffusers' compute_loss_weighting_for_sd3.
+    """
     if scheme == "sigma_sqrt":
         return sigmas**-2.0
     if scheme == "cosmap":
@@ -254,7 +255,7 @@ def flow_weights(scheme: str, sigmas: Tensor) -> Tensor:
 
 def flow_position(scheme: str, uniform: float, normal: float, mean: float, std: float, mode_scale: float) -> float:
     """The position of a row in the schedule, in [0, 1), computed from a uniform and a normal random number.  Source:
-    Esser et al. 2024, section 3.1, as diffusers' compute_density_for_timestep_sampling has it."""
+    Esser et al. 2024, section 3.1, as in diffusers' compute_density_for_timestep_sampling."""
     if scheme == "logit_normal":
         return 1 / (1 + math.exp(-(mean + std * normal)))
     if scheme == "mode":

@@ -1,9 +1,12 @@
 """Formulas of preference optimization: DPO and its variants, CPO, SimPO, ORPO. Each takes Scores and returns (P,)
 losses.
 
-Names and formulas are those of trl 1.16.  Different by design: aot, sft and mean losses are computed over the whole
-step on all ranks, so that micro-batches do not change them; trl computes them for each micro-batch; an answer ends with
-the end-of-turn token; the reference is computed without dropout, and dropout of the policy is the recipe's.
+Names and formulas are the same as in trl 1.16, with three differences:
+
+- aot, sft and mean losses are computed over the whole step on all ranks, so that micro-batches do not change them. trl
+  computes them for each micro-batch.
+- An answer ends with the end-of-turn token.
+- The reference is computed without dropout. The recipe sets the dropout of the policy.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The loss of reward models: the preferred one of two answers should have the higher score.
 
-Source: Bradley and Terry 1952; names and formulas are those of trl 1.16.  The lowest and highest score of a batch are
-not logged, because they are not sums over pairs.
+Source: Bradley and Terry 1952. Names and formulas are the same as in trl 1.16. The lowest and the highest score of a
+batch are not logged, because they are not sums over pairs.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """REINFORCE leave-one-out: a completion's advantage is its reward less the mean reward of the other completions of its
 prompt.
 
-Source: Ahmadian et al. 2024; names and formulas are those of trl 1.16: the KL, summed over the tokens of a completion,
-is subtracted from its reward, and the ratio is that of the whole completion.
+Source: Ahmadian et al. 2024. Names and formulas are the same as in trl 1.16: the KL is summed over the tokens of a
+completion and subtracted from its reward, and a completion has one ratio.
 """
 
 from collections.abc import Sequence

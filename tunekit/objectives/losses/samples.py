@@ -129,7 +129,7 @@ class SampledLoss(LossKind):
         return replace(window, preparation=Preparation(metrics, seconds, samples))
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
-        """The completions of each row; the draw depends on seed, step, row, completion and token alone."""
+        """The completions of each row; the random numbers depend only on seed, step, row, completion and token."""
         kind, settings, occurrences, seeds, prompts = (
             prompt_rows(run),
             self.settings,

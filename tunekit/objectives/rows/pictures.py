@@ -1,8 +1,8 @@
 """Rows of images with prompts, each trained on at the size of the bucket with the nearest aspect ratio. Also draws
 images for prompts.
 
-Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that the
-nearest bucket is decided by the ratio of aspect ratios alone. An image too small for its bucket goes to a smaller
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that only
+the ratio of aspect ratios decides which bucket is the nearest. An image too small for its bucket goes to a smaller
 bucket with `auto`, and is enlarged if the recipe lists the buckets.
 """
 

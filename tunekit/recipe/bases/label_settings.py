@@ -1,4 +1,4 @@
-"""What objectives whose head has one score a label share: the labels."""
+"""Settings of objectives that train a head with one score per label."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args

@@ -65,7 +65,7 @@ class LowRankSettings(AdapterSettings):
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (rsLoRA)")
     start: StartChoice = Field(DEFAULT_START, description="the initialisation of A and B in linear layers")
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="also train biases of the base: all, or those of layers with an adapter"
+        "none", description="also train biases of the base: all biases, or the biases of layers with an adapter"
     )
     trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
         Field((), description="also train the embeddings of these token ids; or MODULE: ids")

@@ -24,7 +24,7 @@ class PairSettings(ObjectiveSettings):
     shows = Shows(unit="pair")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDS)
     default_learning_rate = PublishedRate(
-        5e-6, "huggingface/trl 1.16, trl/scripts/dpo.py, its LoRA example: ten times that of full training"
+        5e-6, "huggingface/trl 1.16, LoRA example of trl/scripts/dpo.py: ten times the rate of full training"
     )
 
     unusable_pairs: Literal["error", "drop"] = Field(

@@ -160,7 +160,7 @@ class SampleSettings(ObjectiveSettings):
         "reward": "write reward: [{function: FILE.py:NAME, allow_code: true}], or {exact_match: answer}, regex or model"
     }
     default_learning_rate = PublishedRate(
-        1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times that of full training"
+        1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times the rate of full training"
     )
 
     reward: RewardList = Field(

@@ -81,7 +81,7 @@ class AdapterSettings(MethodSettings):
     def less_memory(self) -> str:
         """Advice: the change of the recipe that would save most memory."""
         quantize = "quantize the base with model.quantization: nf4"
-        return "train an adapter, lora for one" if self.trains_base else quantize
+        return "train an adapter, such as lora" if self.trains_base else quantize
 
     @property
     def initialisation(self) -> StartSettings | None:

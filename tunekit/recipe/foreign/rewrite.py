@@ -261,7 +261,7 @@ def _write_test_split(draft: Draft, dataset: object, split: tuple[Any, Place] | 
     elif split is None:
         record(draft, place, spelled, f"nothing (there are no evaluation rows: {EVAL_ROWS})")
     else:
-        complain(draft, place, spelled, "is a split of a hub data set, and none is named", EVAL_ROWS)
+        complain(draft, place, spelled, "is a split of a hub data set, but no data set is named", EVAL_ROWS)
 
 
 def _settle_special_tokens(draft: Draft) -> None:

@@ -23,9 +23,9 @@ class SpeechSettings(SpecAugmentSettings):
 
     language: Text | None = Field(
         None,
-        description="the language of rows that name none: a name or a code, such as en; multilingual models need it",
+        description="the language of rows that name no language, such as english or en; multilingual models need it",
     )
     task: Literal["transcribe", "translate"] = Field(
-        "transcribe", description="the task of rows that name none; translate: into English"
+        "transcribe", description="the task of rows that name no task; translate: into English"
     )
     timestamps: bool = Field(False, description="train on timestamps and generate them; rows then need segments")

@@ -222,7 +222,7 @@ def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> No
 
 
 def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evaluation: Section | None) -> None:
-    if evaluation is not None or "evaluation" not in draft.values:  # else it has problems of its own
+    if evaluation is not None or "evaluation" not in draft.values:  # otherwise its own problems are reported
         settings = evaluation if isinstance(evaluation, EvaluationSection) else EvaluationSection()
         _check_best(draft, ("sweep", "by"), sweep.by, settings)
     if sweep.has_trials and isinstance(data, DataSection) and data.eval is None:

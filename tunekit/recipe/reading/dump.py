@@ -32,7 +32,9 @@ def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False
 
 def dump_draft(draft: Draft, problems: Sequence[Problem], relative_to: Path) -> str:
     """A draft as YAML, without the keys that have problems."""
-    for problem in reversed(problems):  # last item of a list first: the numbers of the others stay
+    for problem in reversed(
+        problems
+    ):  # from the last item of a list on, so that the numbers of earlier items do not change
         if draft.has(key := _key(problem, spelled=False)):
             draft.remove(key)
     return _dump(draft.values, relative_to)

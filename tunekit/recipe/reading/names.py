@@ -25,8 +25,8 @@ def known_names(kind: Kind) -> tuple[str, ...]:
     """Every name of a kind, sorted.
 
     Adapters, objectives and starts are the files of recipe/KIND/. Formats and metrics are files that define
-    DESCRIPTION, families are files that define FAMILY. Those are searched as text: importing them takes longer than
-    the rest of `validate`, and families import torch.
+    DESCRIPTION, families are files that define FAMILY. These files are searched as text: importing them would take
+    longer than the rest of `validate`, and families import torch.
     """
     folder = Path(__file__).parents[2] / _MIXED.get(kind, f"recipe/{kind}")
     files = sorted(file for file in folder.glob("*.py") if not file.stem.startswith("_"))

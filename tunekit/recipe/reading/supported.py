@@ -30,7 +30,7 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
         return
     what = f"{adapter.method} trains the base's own weights"
     ratio, streams = recipe.training.loraplus_ratio, recipe.memory.streaming in ("host", "disk")
-    dense = "write quantization: none, or train an adapter of it, lora for one"
+    dense = "write quantization: none, or train an adapter, such as lora"
     base = "name the model in model.name_or_path"
     checks = (
         ("model.quantization", quantization != "none", f", and {quantization} weights have no gradient", dense),
