@@ -99,7 +99,7 @@ class Method:
         return [] if self.kernel is None else self.kernel.groups(net, modules, settings, targets)
 
     def copied_modules(self, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]) -> Copies:
-        """All modules to copy. With bias: all, every module with a bias is included, except adapted layers."""
+        """All modules to copy. With `bias: all`, every module with a bias is included, except adapted layers."""
         fully_trained = named_copies(modules, saved_modules(settings))
         copied: Copies = dict.fromkeys(fully_trained)
         if getattr(settings, "bias", "none") == "all":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tunekit.errors import AdapterError, InputError
 from tunekit.files.patterns import compile_pattern
 
-PROCESSOR_SECONDS = 4.0  # limit for all patterns of an adapter with all names; common patterns take microseconds
+PROCESSOR_SECONDS = 4.0  # to match all patterns of an adapter with all names; usual patterns take microseconds
 SHORTEST = 1e-3  # minimum time for a pattern, in seconds
 
 

@@ -167,8 +167,8 @@ def tied_with(modules: Modules, name: str) -> list[str]:
 def wrong_tokens(
     net: nn.Module, settings: AdapterSettings, targets: Sequence[str], copies: Sequence[str]
 ) -> list[Fault]:
-    """Faults of trained tokens: entries without a match, matrices without a row per token, too large ids, double
-    use."""
+    """Faults of trained tokens: entries without a match, matrices without a row per token, too large ids, and rows that
+    are trained twice."""
     modules, indices = base_modules(net), getattr(settings, KEY, ())
     faults: list[Fault] = []
     for entry in indices if isinstance(indices, Mapping) else ():
@@ -186,9 +186,9 @@ def wrong_tokens(
         for used, how in ((targets, "target_modules"), (copies, "modules_to_save")):
             shared = {other for other in tied_with(modules, name) if other in used} if _by_rows(modules[name]) else ()
             for other in sorted(shared):
-                what = f"'{other}' shares them" if other != name else "so is all of it"
-                what = f"rows of '{name}' are trained and {what}"
-                faults.append((f"{what}, which {how} also trains", f"remove it from {how}, or remove {KEY}"))
+                other_use = f"'{other}', which shares them" if other != name else "the whole matrix"
+                what = f"rows of '{name}' are trained, but {how} also trains {other_use}"
+                faults.append((what, f"remove '{other}' from {how}, or remove {KEY}"))
     return faults
 
 

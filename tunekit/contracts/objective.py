@@ -155,8 +155,8 @@ class RowKind:
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row with its random draws for a step (crops, masks). `key`: seed, step, row, and its earlier
-        appearances in the step."""
+        """The row with its random draws for a step (crops, masks). `key`: seed, step, row, and how often the row was in
+        the step before."""
         return row
 
     def spans(self, row: Row) -> list[Span]:
@@ -219,7 +219,7 @@ class LossKind:
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
-        """The loss with the values that all evaluation rows decide together; `batches`: this rank's share."""
+        """The loss with values that are computed from all evaluation rows; `batches`: this rank's share."""
         return self
 
     def evaluation_copy(self) -> LossKind:
@@ -332,8 +332,8 @@ class Objective:
     """Rows and a loss, with companions; objectives/NAME.py composes one.
 
     `section(model, seed)`: the model section with which the base must be loaded (heads, trained parts).
-    `learning(rows)`: returns the objective with labels and notes that depend on all rows; None if it has none.
-    `complete`: whether it knows all labels. `counts_rows`: key of a setting that depends on the row count.
+    `learning(rows)`: returns the objective with labels and notes that depend on all rows; None if nothing does.
+    `complete`: whether all labels are known. `counts_rows`: key of a setting that depends on the row count.
     `facts`: plain values that are saved in its adapter's folder.
     """
 

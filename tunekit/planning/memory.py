@@ -124,7 +124,7 @@ def plan_memory(
         reasons = list(_budget_reasons(choice, forecast, space, workload, fitting is not None))
     else:
         reasons = []
-        what = f"the smallest setting of this run needs {bytes_text(needed)}, and the budget is {bytes_text(budget)}"
+        what = f"the smallest setting of this run needs {bytes_text(needed)}, but the budget is {bytes_text(budget)}"
         findings.lack(Problem(what, cheaper(choice, needed, budget), key="memory.budget"))
     if available is not None and needed > available and (budget is None or needed <= budget):
         setting = run.memory.gradient_checkpointing

@@ -89,5 +89,5 @@ def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) 
     copied = [target.name for target in targets if any(name in f".{target.name}" for name in named)]
     if copied:
         what = f"'{copied[0]}' is inside a module of modules_to_save, which is fully trained"
-        problems.append(Conflict("target_parameters", what, "remove it from one of them"))
+        problems.append(Conflict("target_parameters", what, "remove it from target_parameters or from modules_to_save"))
     return problems

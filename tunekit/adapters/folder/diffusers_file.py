@@ -64,7 +64,7 @@ def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The header of a file from diffusers_tensors and diffusers_header, with PEFT's keys again.
+    """The header, with PEFT's keys, of a file that diffusers_tensors and diffusers_header made.
 
     Raises: AdapterError if the header names no adapted layers.
     """

@@ -82,7 +82,7 @@ class PeftSide(Generic[Settings]):
     stored: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Add the fields that have our setting's name."""
+        """Add the fields whose name in PEFT is that of our setting."""
         unlisted = self.settings.model_fields.keys() - self.fields.keys() - self.fixed.keys() - self.absent
         added = {name: (name, default) for name, default in SAME_NAMED.items() if name in unlisted}
         object.__setattr__(self, "fields", {**added, **self.fields})

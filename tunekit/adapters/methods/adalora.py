@@ -216,7 +216,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
 
 
 def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
-    """A conflict if the schedule leaves no step between its two ends."""
+    """A conflict if `tinit` and `tfinal` leave no step in which ranks are removed."""
     if settings.tinit < steps - max(settings.tfinal, 1):
         return []
     what = (

@@ -35,7 +35,7 @@ def statistics_bytes(settings: LoraGaSettings, target: Target) -> int:
 def make_start(settings: LoraGaSettings, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) from different vectors among the first 2 R singular vectors of G = U S V^T.
 
-    stable: A = f V^T, B = f U, f = O^(1/4) / sqrt(gamma). unit: f = 1. peft: A = V^T, B = f U S, as in PEFT 0.21
+    `stable`: A = f V^T, B = f U, f = O^(1/4) / sqrt(gamma). `unit`: f = 1. `peft`: A = V^T, B = f U S, as in PEFT 0.21
     (except for Conv1D, where PEFT's f confuses inputs with outputs).
     Raises: NumericsError for a layer without a gradient. Source: Wang et al. 2024, algorithm 1, theorem 3.2.
     """

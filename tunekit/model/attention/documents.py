@@ -96,8 +96,8 @@ class DocumentMask:
         return mask
 
     def boundaries(self) -> tuple[Tensor, Tensor]:
-        """(documents + 1,) int32 on the device, twice: where documents begin in the flattened tokens, and in their
-        keys."""
+        """Two tensors (documents + 1,), int32 on the device: the starts of documents in the flattened tokens, and in
+        the flattened keys."""
         if self._boundaries is None:
             ends = (self.segments.boundaries(), self.segments.key_boundaries())
             first, second = (to_device(torch.tensor(offsets, dtype=torch.int32), self.device) for offsets in ends)
@@ -334,7 +334,8 @@ def _products(
 
 @cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """torch's variable-length attention, if this torch has it with a scale (its first version had none)."""
+    """torch's variable-length attention, if this torch has it with the argument `scale` (its first version lacked
+    it)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -31,7 +31,7 @@ from tunekit.model.call import current_call
 from tunekit.model.dropout import dropout_noise, quicken_dropout
 from tunekit.model.pretrained import config_of, text_config
 
-NAME = "sdpa_padding_free"  # of the attention function, in transformers' table
+NAME = "sdpa_padding_free"  # the attention function's name in transformers' table
 TOKENS = 64  # the number of tokens is a multiple of this, because oneDNN compiles its products anew for each number
 MIN_WIDTH_BITS = 4  # rows of up to 16 tokens are one group, then those of up to 32, 64 and 128
 MAX_TOKENS = 128  # maximum length of a row in the padded product, whose scores grow with the square of the length

@@ -181,8 +181,8 @@ class Family:
         return int(text_config(net).hidden_size)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The net's inputs for one row of ids (1, T). `inputs`: a batch's inputs, whose first row supplies any
-        others."""
+        """The net's inputs for one row of ids (1, T). `inputs`: a batch's inputs, whose first row supplies all inputs
+        besides the ids."""
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
     def trial_inputs(self, net: nn.Module) -> Tensors:

@@ -42,7 +42,7 @@ class StoredPieces:
         """The expert, the rows (O,) and the columns (I,) of the fused parameter (E, P, Q) that each piece consists of;
         None if a piece is not a matrix (O, I) of one expert."""
         count, rows, columns = self.shape
-        # the number of its row, and of its column, at each place of the parameter
+        # at each place of the parameter: the number of the row, and the number of the column
         row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
         column_of = torch.arange(columns).expand(count, rows, columns)
         columns_of = self.views(column_of) or self.split(column_of)

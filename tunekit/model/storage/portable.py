@@ -259,7 +259,8 @@ def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
 
 
 def untagged(value: object) -> object:
-    """The value with numbers that transformers 5 writes as {"__float__": "Infinity"}, as in lists of limits."""
+    """The value with plain numbers in place of {"__float__": "Infinity"}, which transformers 5 writes, also inside
+    lists."""
     if isinstance(value, list):
         return [untagged(each) for each in value]
     if isinstance(value, dict) and value.keys() == {"__float__"}:

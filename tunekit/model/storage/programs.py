@@ -218,7 +218,7 @@ def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
     for place, part in _parts(files.config):
         for key, value in part.items():
             if untagged(value) != value:
-                yield f"computes with {place}{key} as it is written, {value}, which is not a number"
+                yield f"reads {place}{key} as {value}, which is not a number"
 
 
 def _endless(files: ModelFiles) -> Iterator[str]:

@@ -365,5 +365,6 @@ def _replacement(tensor: Tensor, _old: Tensor) -> Tensor:
 
 
 def _refuse_non_finite(name: str, tensor: Tensor) -> None:
-    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # makes no tensor of this size
+    # without a temporary tensor of this size
+    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise NumericsError(f"{name} would contain NaN or infinity", "training diverged; nothing was written")

@@ -73,7 +73,7 @@ class NewToken:
 @dataclass(eq=False)
 class DecoderRow:
     """A continuation that waits or runs. `offset`: the first column of its keys and values; `position`: the position
-    of its last token; `prompt_scores`: until they are reported."""
+    of its last token; `prompt_scores`: the scores of the prompt's tokens, until they are reported."""
 
     handle: int
     continuation: Continuation

@@ -110,7 +110,8 @@ class Prefill:
             self.columns.end = shared
 
     def _score(self, logits: Tensor, start: int) -> None:
-        """Score the tokens that follow these logits (T, V) of the tokens from `start` on."""
+        """Score the prompt's tokens after `start`. `logits` (T, V): those of the tokens from `start` on, which predict
+        the next tokens."""
         wanted = self.rows[0].continuation
         first = max(-start, 0)  # virtual tokens come before
         following = list(wanted.prompt[start + first + 1 : start + len(logits) + 1])
