@@ -235,7 +235,7 @@ class LossKind:
         raise NotImplementedError
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums that metrics are computed from, and ROW_LOSSES, which add up to its `loss`; no gradient."""
+        """The sums that metrics are computed from, without gradient. Its ROW_LOSSES add up to its `loss`."""
         raise NotImplementedError
 
     def class_counts(self, sums: Mapping[str, Any]) -> JsonObject | None:

@@ -124,7 +124,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if wanted:
         torch.use_deterministic_algorithms(True)
-        settings.fill_uninitialized_memory = False  # filling would only slow down the run
+        settings.fill_uninitialized_memory = False  # filling uninitialised memory would only slow down the run
     try:
         yield
     except RuntimeError as error:

@@ -156,7 +156,7 @@ def kohya_tensors(
     for key, value in tensors.items():
         module, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if matrix not in MATRICES:
-            what = f"kohya's format holds LoRA, and the adapter also has {printable(key, 200)}"
+            what = f"kohya's format can only contain LoRA, but the adapter also has {printable(key, 200)}"
             raise AdapterError(what, "use the adapter's folder itself, or merge it")
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:

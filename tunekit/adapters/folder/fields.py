@@ -14,7 +14,7 @@ from tunekit.records import Target
 
 PeftFields = Mapping[str, tuple[str, Any]]  # PEFT's name -> (our setting, PEFT's default)
 Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the written value, then other accepted values
-PEFT_VERSION = "0.21.2"  # our files equal its files, field by field
+PEFT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal, field by field
 
 
 ANY = object()  # accepts every value: the field does not affect a finished adapter

@@ -31,7 +31,7 @@ class Lora(LayerAdapter[LowRankSettings]):
     kinds = frozenset({"linear", "conv1d", "embedding"})
     A: nn.Parameter
     B: nn.Parameter
-    own_bias: nn.Parameter  # if biases are trained: replaces the base's
+    own_bias: nn.Parameter  # if biases are trained: replaces the base's bias
     update_bias: nn.Parameter  # (O,) b, with lora_bias: y = W x + s (B A x + b)
     start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
     start_B: Tensor

@@ -41,7 +41,7 @@ Hooked = tuple[tuple[object, ...], dict[str, Any]]
 def enter(
     net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues
 ) -> list[RemovableHandle]:
-    """Put `length` keys and values before the tokens' in every layer, at the positions 0 to `length` - 1.
+    """Put `length` keys and values before those of the tokens in every layer, at the positions 0 to `length` - 1.
 
     The tokens' positions then start at `length`. Returns the hooks; `remove()` of all hooks undoes the change.
     """

@@ -18,8 +18,8 @@ from tunekit.recipe.model import ModelSection
 PROJECTOR, CLASSIFIER = "projector", "classifier"
 MODEL_TYPES = ("whisper",)
 NOT_WHISPER = (
-    "is not a Whisper model. audio_classify only trains Whisper's encoder, which reads log-mel features, and no models "
-    "of raw waveforms (Wav2Vec2, HuBERT, WavLM) or of other spectrograms (AST)"
+    "is not a Whisper model. audio_classify trains only Whisper's encoder, which reads log-mel features. Models of "
+    "raw waveforms (Wav2Vec2, HuBERT, WavLM) or of other spectrograms (AST) are not supported"
 )
 MIXED = "mixes its layers with trained weights (use_weighted_layer_sum), which audio_classify does not train"
 

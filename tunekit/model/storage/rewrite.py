@@ -52,8 +52,8 @@ class Changes:
 class Rewriter:
     """Writes one base with changes.
 
-    `onto`: full (the base's own weights), dequantized (the numbers of their packed form), or quantized (dequantized,
-    changed, and packed again).
+    `onto`: `full` (the base's own weights), `dequantized` (the numbers of their packed form), or `quantized`
+    (dequantized, changed, and packed again).
     `output_dtype`: the dtype of all written numbers, instead of each tensor's own.
     `loaded`: the base, if it is already in memory. It is used only if the base's files do not match the written net.
     """

@@ -61,7 +61,7 @@ class Cohort:
         self.rows.remove(row)
 
     def states(self, row: DecoderRow) -> States | None:
-        """None: these states cannot be cut to a prefix."""
+        """Always None, because these states cannot be cut to a prefix."""
         return None
 
 

@@ -19,7 +19,8 @@ Using = Callable[[Sequence[str | None]], AbstractContextManager[object]]
 
 
 class SlotBatch:
-    """`rows`: in the order of their slots. Rows that can be in one forward are next to each other."""
+    """Rows that share the columns of one memory. `rows`: the rows in the order of their slots; those that can be in one
+    forward are next to each other."""
 
     def __init__(self, model: LoadedModel, pad_id: int, slots: int, tokens: int, using: Using) -> None:
         self.model, self.pad_id, self.using = model, pad_id, using
