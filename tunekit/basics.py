@@ -1,6 +1,7 @@
 """Plain values that folders of all levels use: JSON objects, sizes as text, and the facts that an objective shows.
 
-They are separate from records.py because `validate` needs only these, and a frozen dataclass takes a millisecond.
+They are separate from records.py because `validate` needs only these, and defining a frozen dataclass takes a
+millisecond.
 """
 
 from dataclasses import dataclass

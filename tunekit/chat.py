@@ -283,7 +283,7 @@ def _typed_text() -> str:
 
 @contextlib.contextmanager
 def _pending_input() -> Iterator[None]:
-    """A block in which Ctrl-C does not discard the text that was typed during an answer."""
+    """A context manager: in the block, Ctrl-C does not discard the text that was typed during an answer."""
     try:
         import termios
 

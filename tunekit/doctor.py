@@ -83,7 +83,7 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
             f"{bytes_text(values['free_disk_bytes'])} free in this folder: the checkpoints of a run may not fit"
         )
     if device.type == "cpu" and find_spec("bitsandbytes") is None:
-        findings.append("bitsandbytes is missing: model.quantization: int8 needs it; pip install bitsandbytes")
+        findings.append("bitsandbytes is missing, and model.quantization: int8 needs it; pip install bitsandbytes")
     if not accelerator_names() and shutil.which("nvidia-smi"):
         seen = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU"
         findings.append(f"{seen}: install a CUDA build of torch")

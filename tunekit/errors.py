@@ -66,7 +66,7 @@ class TunekitError(Exception):
     """
 
     exit_code = 1
-    alone = False  # whether one of several ranks has this error, and no other rank prints it
+    alone = False  # whether only one of several ranks has this error, so that this rank must print it
     notes: tuple[str, ...] = ()  # printed before the problems, such as rewritten keys of other tools
 
     def __init__(

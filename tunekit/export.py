@@ -38,7 +38,7 @@ def export_verb(
     overrides: Sequence[str] = (),
 ) -> None:
     """Write the export completely or not at all. `certify`: whether the program compares the result with torch. True:
-    the program must be installed; None: if it is installed.
+    yes, and it must be installed; None: only if it is installed; False: no.
 
     Raises: InputError for everything that the format cannot hold, before anything is written.
     """

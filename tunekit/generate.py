@@ -165,10 +165,12 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """The prompts in a file, one per line; `-` is standard input. A line is plain text; in a .jsonl file it is an
-    object with `prompt`, `text` or the two texts of a pair, and a .csv or .tsv file has such columns. `adapter` names
-    the folder of an adapter or run, relative to the file. A recording or image is one prompt, a folder one prompt per
-    file.
+    """The prompts in a file; `-` is standard input.
+
+    - A .jsonl file has one object per line, with `prompt`, `text` or the two texts of a pair. A .csv or .tsv file has
+      such columns. `adapter` names the folder of an adapter or run, relative to the file.
+    - A recording or an image is one prompt. A folder of them has one prompt per file.
+    - In any other file, each line is a prompt.
 
     Raises: DataError with the line.
     """

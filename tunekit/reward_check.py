@@ -1,6 +1,6 @@
 """`tunekit reward check`: tests a recipe's reward on good and bad answers, before training with it.
 
-Findings are rewards that fail, are slow, or give worthless answers as much as reference answers.
+A finding is a reward that fails, that is slow, or that is as high for worthless answers as for reference answers.
 """
 
 import json

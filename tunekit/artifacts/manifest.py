@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: DamagedError if it is missing or invalid; RunFolderError if a newer tunekit wrote it.
     """
     if not durable.is_real_folder(folder):
-        raise DamagedError("is a symbolic link, which is not followed, or not a folder")
+        raise DamagedError("is not a folder, or is a symbolic link, which is not followed")
     path = folder / MANIFEST
     if not durable.is_real_file(path):
         raise DamagedError(f"{MANIFEST} is missing")

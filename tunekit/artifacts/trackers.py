@@ -105,7 +105,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _without_stopping(self, name: str) -> Iterator[None]:
-        """A block in which a tracker can fail. If it fails, it is reported and no longer used."""
+        """A context manager: if the tracker fails in the block, this is reported, and the tracker is no longer used."""
         try:
             with _beside_results():
                 yield

@@ -67,7 +67,7 @@ def free_bytes(path: Path) -> int:
 
 
 def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) -> T:
-    """`perform`, with an OSError turned into the user's error."""
+    """Make one change to the disk by `perform`. An OSError becomes an error with advice for the user."""
     try:
         return perform(kind, path, action)
     except OSError as error:

@@ -13,8 +13,9 @@ from tunekit.files.lock import LOCK_NAME, is_held
 
 @contextmanager
 def work_folder(path: Path) -> Iterator[Path]:
-    """A new folder next to `path`, removed after the block. Those that killed processes left for the same `path` are
-    removed first: a lock file in them names the process."""
+    """A new folder next to `path`, removed after the block. Folders that killed processes left for the same `path` are
+    removed first; a lock file in each folder names its process.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for other in path.parent.glob(f".{glob.escape(path.name)}.part-*"):
         if is_real_folder(other) and is_real_file(other / LOCK_NAME) and not is_held(other):

@@ -29,7 +29,8 @@ def kinds_of(tags: Sequence[str]) -> list[str]:
 def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
     """(kind, first word, last word), as seqeval's get_entities finds them in its default mode.
 
-    A span ends before O, B-, S- and another kind, and after E- and S-; I- or E- without a span before it starts one.
+    A span ends before O, B-, S- or a tag of another kind, and after E- or S-. I- or E- without a span before it starts
+    a span.
     """
     first, before = 0, OUTSIDE
     for place, (letter, kind) in enumerate([*map(_parts, tags), OUTSIDE]):

@@ -16,10 +16,12 @@ class SweepSection(Section):
     )
     strategy: Literal["grid", "random", "halving"] = Field(
         "grid",
-        description="grid: every combination of the values; random: a drawn part of them; halving: every combination, "
-        "and the worse half ends early, again and again",
+        description="grid: every combination of the values; random: some of them, drawn at random; halving: every "
+        "combination, but the worse half is stopped early, several times",
     )
-    trials: Count | None = Field(None, description="how many combinations the strategy random draws, by training.seed")
+    trials: Count | None = Field(
+        None, description="number of combinations that the strategy random draws, with training.seed"
+    )
     by: Annotated[str, BeforeValidator(check_best)] = Field(
         "eval.loss", description="compare the trials by this metric"
     )

@@ -45,8 +45,8 @@ def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
 
 
 def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]]) -> PairedDifference | None:
-    """The difference between the second and the first run of all pairs together, such as one pair per seed. None if no
-    row was evaluated in both runs of a pair. A row of several pairs is drawn once, with its losses of all pairs.
+    """The difference between the second and the first run of each pair, over all pairs together; for example, one pair
+    per seed. None if no pair has common rows. If several pairs have a row, a resample draws the row for all of them.
     """
     sums: dict[tuple[str, int], Losses] = {}
     for one, other in pairs:

@@ -167,7 +167,7 @@ def _answers(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _end_of(prompt: str) -> str:
-    """The prompt; of a long prompt only its last words, which the answer follows."""
+    """The prompt, or the last words of a long prompt. The answer follows these words."""
     return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
 
 

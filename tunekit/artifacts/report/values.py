@@ -128,7 +128,8 @@ class RunValues:
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """A block that reads a run's files. Any error that damaged values raise becomes an error that names the run.
+    """A context manager for reading a run's files: an error that damaged values raise becomes an error that names the
+    run.
 
     Raises: RunFolderError.
     """

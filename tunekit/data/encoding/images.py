@@ -133,7 +133,7 @@ def resized(pixels: Pixels, size: Size, resample: int = BILINEAR) -> Pixels:
 def cropped(pixels: Pixels, size: Size, corner: Size | None = None) -> tuple[Pixels, Size]:
     """(*size, 3) a crop of the image, and its top left corner.
 
-    `corner`: this corner; None: crop the centre, as torchvision's CenterCrop does.
+    `corner`: the top left corner; None: crop the centre, as in torchvision's CenterCrop.
     """
     (height, width), (high, wide) = pixels.shape[:2], size
     top, left = corner or (round((height - high) / 2.0), round((width - wide) / 2.0))

@@ -22,7 +22,7 @@ from tunekit.errors import DataError, ResourceError
 
 LONG_ROWS = 8_000  # with more rows, several processes are faster although they take some seconds to start
 CHUNK_ROWS = 500
-MAX_PROCESSES = 61  # Windows cannot wait for more
+MAX_PROCESSES = 61  # Windows cannot wait for more processes
 FORKS = "forkserver" in get_all_start_methods()
 MASKS_SIGNALS = hasattr(signal, "pthread_sigmask")
 

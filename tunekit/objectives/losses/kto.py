@@ -106,7 +106,7 @@ class KtoLoss(AnswerLoss):
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over all answers, and the numbers of good and of bad answers, which divide their metrics."""
+        """The sums over all answers. They include the numbers of good and of bad answers, for their means."""
         good, facts = batch.targets["label"][:, 0], batch.targets["facts"].double()
         counts = {"chosen_units": (good * facts[:, 1]).nansum(), "rejected_units": (~good * facts[:, 2]).nansum()}
         return {**super().sums(output, batch), **counts}

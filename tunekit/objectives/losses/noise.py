@@ -95,7 +95,7 @@ class DiffusionLoss(LossKind):
     def _sample(
         self, run: RunView, pixels: Pixels, original: Sequence[int], size: Size, place: DrawKey, step: int | None = None
     ) -> dict[str, Any]:
-        """Noisy latents of an image, their target, and the step of the schedule. `step`: None draws one."""
+        """Noisy latents of an image, their target, and the step of the schedule. `step`: None: a random step."""
         settings, fixed = self.settings, step is not None
         pixels, corner = self.view(pixels, size, place) if settings.varies and not fixed else cropped(pixels, size)
         normal = generator_for("latents", *place)

@@ -171,8 +171,9 @@ def preference(scores: Tensor) -> Array:
 
 
 def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
-    """(P,) for each value of `local`, the value of `reference` that has the same rank as the local value in `policy`.
-    The lists need not be sorted."""
+    """For each value of `local`: the value of `reference` whose rank in `reference` equals the rank of the local value
+    in `policy`. The lists need not be sorted. Shape: (P,).
+    """
     order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
     equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # number of earlier equal values
     ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals

@@ -60,7 +60,7 @@ class LabelledRecordings(RecordingRows):
         )
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
-        """The recording. If it is cut, its second part follows as an example that is not trained on, so that it is
+        """The recording. If it is cut, its second part follows as an example that is not trained on, so that the cut is
         counted.
         Raises: Dropped or DataError for a recording that is longer than the model's input and may not be cut.
         """

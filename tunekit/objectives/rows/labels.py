@@ -141,7 +141,7 @@ def _learn(
     objective: Objective, loss: LabelLoss, unlabelled: str, weights: ClassWeights, rows: Sequence[Rows]
 ) -> Objective:
     """The objective with the labels of the rows, unless the recipe lists labels. If the base's head has the same
-    labels, their order is the head's.
+    labels, the head decides their order.
     Raises: DataError for fewer than two labels, for one number in two spellings, or for a label that occurs only in
     evaluation rows and is not listed.
     """
@@ -214,9 +214,10 @@ def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
 def _learn_outputs(
     objective: Objective, loss: LabelLoss, labels: Quantities, unlabelled: str, rows: Sequence[Rows]
 ) -> Objective:
-    """The objective with a name for each number of the rows, transformers' default names unless the recipe lists names.
-    A note states the error of always answering the mean. Raises: DataError for a row with a different count of
-    numbers."""
+    """The objective with a name for each number of a row: the names that the recipe lists, or transformers' default
+    names. A note states the error of always answering the mean. Raises: DataError for a row with a different count of
+    numbers.
+    """
     train, *held = ([(label_of(row), row.origin) for row in map(some.__getitem__, range(len(some)))] for some in rows)
     count = labels.refuse_other_counts([*train, *chain(*held)])
     names = labels.names or default_labels(count)

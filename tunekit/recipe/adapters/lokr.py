@@ -14,7 +14,8 @@ class LokrSettings(TargetedSettings):
     summary = "a Kronecker product of two small matrices"
 
     r: Count = Field(
-        8, description="rank of the larger matrix; from half of its longer side on, the matrix is not factorised"
+        8,
+        description="rank of the larger matrix; if it is half of the longer side or more, the matrix is not factorised",
     )
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
     decompose_both: bool = Field(False, description="make the smaller matrix low-rank too")

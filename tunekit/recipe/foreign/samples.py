@@ -54,7 +54,7 @@ def count_prompts(draft: Draft, of_tool: bool) -> None:
     """Convert TRL's micro-batches, which count completions, to micro-batches of prompts, in place. A step has as many
     prompts as before.
 
-    `of_tool`: whether the whole configuration is another tool's; if not, only that tool's spelling is converted.
+    `of_tool`: whether the file is the configuration of another tool. In a recipe, only TRL's key names are converted.
     """
     method, written = draft.get(("objective", "method")), draft.get(SIZE)
     spelled = draft.place(SIZE).spelled if draft.has(SIZE) else None

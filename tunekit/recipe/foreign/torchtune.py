@@ -1,4 +1,4 @@
-"""torchtune's configurations -> tunekit's keys. Their sections name a component and its arguments.
+"""Translates torchtune's configurations. Each of their sections names a component and its arguments.
 
 Source: torchtune's recipes/configs, and the arguments of the builders that they name.
 """

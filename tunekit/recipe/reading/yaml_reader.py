@@ -1,4 +1,4 @@
-"""YAML text -> plain values with the line of each key.
+"""Reads YAML text as plain values, with the line of each key.
 
 Scalars follow YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, `no`, dates and 12:30 are
 text. This module builds the values from the parser's events. So it does not use or change PyYAML's resolver tables, and
