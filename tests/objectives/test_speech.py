@@ -146,7 +146,7 @@ def test_an_answer_begins_as_transformers_begins_it(processor: SpeechProcessor, 
             alone.prefix(language, task, False)
     with pytest.raises(DataError, match=r"unknown language 'klingon'; write a name or a code: de, en"):
         processor.prefix("klingon", "transcribe", False)
-    with pytest.raises(DataError, match="is multilingual, and no language is given"):
+    with pytest.raises(DataError, match="is multilingual, but no language is given"):
         processor.prefix(None, "transcribe", False)
 
 

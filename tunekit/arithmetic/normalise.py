@@ -66,7 +66,7 @@ class PlainAdapter:
         return [name for name in self.pairs if ".experts." in name]
 
     def padded(self, rank: int | None = None) -> "PlainAdapter":
-        """The same adapter with one rank for all pairs, by zeros; by default the highest."""
+        """The same adapter with one rank for all pairs, padded with zeros; by default the highest rank."""
         size = self.rank if rank is None else rank
         return replace(self, pairs={name: pair.padded(size) for name, pair in self.pairs.items()})
 

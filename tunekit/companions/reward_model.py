@@ -57,7 +57,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
     objective, model, tokenizer = loaded.objective, loaded.model, loaded.tokenizer
     scores = None if objective.answering is None else objective.answering.score
     if scores is None:
-        what = f"it was trained with {objective.name} and gives no scores"
+        what = f"the model was trained with {objective.name} and gives no scores"
         raise RecipeError(what, "name a run of objective: reward, or its adapter", key=key)
     text = model.base.text
     assert text is not None  # a reward model reads text

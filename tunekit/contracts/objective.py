@@ -394,7 +394,7 @@ class Engine(Protocol):
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
         """The loss sum of this rank divided by `units`, (K,) float64, and the sums of logged values;
-        `micro_batches`: the number of micro-batches of the step on all ranks, which per-step terms are divided by."""
+        `micro_batches`: the number of micro-batches of the step on all ranks, the divisor of per-step terms."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run forward and backward of a batch `forwards` times with weight 0: all ranks must run equally many."""
+        """Run forward and backward of a batch `forwards` times with weight 0, because ranks must make equally many."""

@@ -13,8 +13,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
-    """The compute dtype. auto is bfloat16 if the device computes it natively; otherwise float16 with a loss scale on a
-    CUDA device (Turing and older), and float32 elsewhere.
+    """The compute dtype. `auto` is bfloat16 if the device computes it natively. Otherwise it is float16 with a loss
+    scale on a CUDA device (Turing and older), and float32 elsewhere.
 
     Raises: ModelError for float16 on a CPU, and for bfloat16 on a GPU that only emulates it.
     """
@@ -46,7 +46,7 @@ def _cpu_has_bfloat16() -> bool:
 def resolve_attention(
     section: ModelSection, config: PreTrainedConfig, device: torch.device, auto_class: AutoClass
 ) -> str:
-    """The attention implementation; auto is torch's sdpa if the model supports it, otherwise eager.
+    """The attention implementation; `auto` is torch's sdpa if the model supports it, otherwise eager.
 
     `auto_class`: transformers' class that loads models of this family.
     Raises: ModelError if the requested implementation is not available.

@@ -194,7 +194,7 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
     Raises: ModelError for a user's folder whose weights cannot be read.
     """
     if source.gguf_file is not None:
-        return {}  # other files in its folder are other weights
+        return {}  # the folder of a GGUF file may also contain weights of other models
     try:
         return read_headers(source.folder)
     except ModelError:

@@ -27,7 +27,7 @@ def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tu
     if device.type == "mps":
         return False, "torch compiles little for Metal"
     if steps < LEAST_STEPS:
-        return False, f"{steps:,} steps are too few; it saves time from {LEAST_STEPS} on"
+        return False, f"{steps:,} steps are too few (compiling pays from {LEAST_STEPS} on)"
     if find_spec("triton") is None:
         return False, "triton is not installed"
     return True, f"{steps:,} steps on a GPU"

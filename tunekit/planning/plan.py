@@ -219,7 +219,7 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
 def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:
     """Whether rows are packed, and the reason."""
     if not recipe.data.packing:
-        return False, "a step has the rows that the recipe says"
+        return False, "each step has the number of rows in the recipe"
     obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.rows, inputs.virtual_tokens > 0)
     if obstacle is not None:
         findings.add([Problem(obstacle, "write packing: false", key="data.packing")])

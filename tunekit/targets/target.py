@@ -108,7 +108,7 @@ class LoadedTarget:
     def tokenizer(self) -> LoadedTokenizer:
         """The tokenizer. Raises: InputError for a model without text."""
         if not isinstance(self.processor.tokenizer, LoadedTokenizer):
-            what = f"it is {self.model.base.family.text}, which neither reads nor writes text"
+            what = f"the model is {self.model.base.family.text}, which neither reads nor writes text"
             raise InputError(what, "name another target")
         return self.processor.tokenizer
 

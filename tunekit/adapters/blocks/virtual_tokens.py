@@ -136,7 +136,7 @@ class VirtualTokens(ModelAdapter[Settings]):
 
 
 class ClassifierCopy(TrainedCopy):
-    """A fully trained module next to a prompt. In PEFT's files its names begin with `base_model.` only."""
+    """A fully trained module next to a prompt. In PEFT's files the names of its tensors begin with `base_model.`."""
 
     file_prefix = "base_model."
 

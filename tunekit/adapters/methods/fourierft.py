@@ -39,7 +39,7 @@ class Fourierft(DeltaLayer[FourierftSettings]):
 
 @lru_cache(maxsize=64)
 def _indices(elements: int, count: int, seed: int) -> Tensor:
-    """Flat indices (N,) of the coefficients; PEFT does not save them, so they are drawn in its way."""
+    """Flat indices (N,) of the coefficients; PEFT does not save them, so they are drawn as PEFT draws them."""
     return torch.randperm(elements, generator=Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 

@@ -20,8 +20,8 @@ class Miss(LayerAdapter[MissSettings]):
     """Shared shards: y = W x + S^T (sum over the blocks of x), with x cut into blocks of R (the last one padded with
     zeros).
 
-    Shapes: x (..., I) -> y (..., O); S (R, O); variant mini: (R, mini_r), repeated; variant bat: (O / R, R, R). bat
-    cuts W into blocks W_ij (R, R) and adds W_ij S_i + S_i to each. Starts as the identity: S = 0.
+    Shapes: x (..., I) -> y (..., O); S (R, O); variant `mini`: (R, mini_r), repeated; variant `bat`: (O / R, R, R).
+    `bat` cuts W into blocks W_ij (R, R) and adds W_ij S_i + S_i to each. Starts as the identity: S = 0.
     Raises: AdapterError if a variant's blocks do not divide the matrix. Source: Kang and Yin 2024, eq. 3 and 5.
     """
 

@@ -42,7 +42,7 @@ def statistics_bytes(settings: CordaSettings, target: Target) -> int:
 
 
 def make_start(settings: CordaSettings, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
-    """s B A = the R largest (ipm) or smallest (kpm) parts of W C = U S V^T, multiplied by C^-1.
+    """s B A = the R largest (`ipm`) or smallest (`kpm`) parts of W C = U S V^T, multiplied by C^-1.
 
     A (R, I) = sqrt(S / s) V^T C^-1, B (O, R) = U sqrt(S / s); C is damped until it is invertible. In float64. Source:
     Yang et al. 2024, eq. 3 to 6.

@@ -85,7 +85,7 @@ class _Entry:
         return (), named
 
     def _mask(self, mask: object, past: Cache | None, cached: int, hidden: Tensor, positions: object) -> Tensor | None:
-        """The layer's mask with `length` columns before it; None if all keys are visible anyway."""
+        """The layer's mask with `length` more columns on the left; None if all keys are visible anyway."""
         queries = hidden.shape[1]
         if mask is None:
             implementation = str(getattr(getattr(self.attention.module, "config", None), "_attn_implementation", ""))

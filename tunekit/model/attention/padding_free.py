@@ -107,7 +107,8 @@ def real_tokens(inputs: Mapping[str, Tensor]) -> RealTokens | None:
 
 
 def skip_padding(net: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
-    """Make the net compute its layers without padding, if it is proven and runs on a CPU with torch's attention."""
+    """Make the net compute its layers without padding, if its family is tested and it runs on a CPU with torch's
+    attention."""
     config = config_of(net)
     if device.type != "cpu" or config._attn_implementation != "sdpa" or text_config(net).model_type not in PROVEN:
         return

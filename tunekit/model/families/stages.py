@@ -100,8 +100,8 @@ def make_stack(
     run: Callable[[Tensors, Tensor | None], object],
     finish: Sequence[nn.Module],
 ) -> Stack:
-    """A stack of `parent`'s layers, which are its attribute `attribute`. `run(inputs, source)` calls the code that
-    embeds the inputs and passes them to the layers; `finish` are the modules after the last layer."""
+    """A stack of the layers in `parent`'s attribute with the name `attribute`. `run(inputs, source)` calls the code
+    that embeds the inputs and passes them to the layers; `finish` are the modules after the last layer."""
     layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
     def embed(inputs: Tensors, source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:

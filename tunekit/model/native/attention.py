@@ -3,9 +3,9 @@
 Products, softmax and sums are in float32, as there. The logarithm of each query's sum of exponentials is saved, (H, T)
 float32, so that the backward pass recomputes P without searching for the largest score again.
 
-Measured on one busy core with AVX-512, 9 query heads and 3 key heads of 64, bfloat16, forward and backward, ms for this
-kernel, cpu_kernel.py and torch's sdpa: 8 documents of 62 to 237 tokens 14, 31 and 66; 512 tokens 15, 27 and 25; 1,024
-tokens 59, 96 and 65; 2,048 tokens 172, 283 and 161.
+Milliseconds of this kernel, of cpu_kernel.py and of torch's sdpa, measured on one busy core with AVX-512, 9 query heads
+and 3 key heads of 64, in bfloat16, forward and backward: 14, 31 and 66 (8 documents of 62 to 237 tokens); 15, 27 and 25
+(512 tokens); 59, 96 and 65 (1,024 tokens); 172, 283 and 161 (2,048 tokens).
 """
 
 import ctypes
@@ -48,7 +48,7 @@ class _Attention(ctypes.Structure):
 def attend_natively(
     query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float, key_lengths: Lengths | None = None
 ) -> Tensor:
-    """`attend_causally` by the compiled kernel; by torch's operations if the tensors do not fit."""
+    """`attend_causally` by the compiled kernel; by torch's operations if the kernel does not support the tensors."""
     tensors, width = (query, key, value), query.shape[-1]
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] == width for t in tensors)
     if not fits or width % WIDTH_MULTIPLE:

@@ -67,7 +67,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _output_of(command: list[str]) -> str:
-    """What the command prints.
+    """The output of the command.
 
     Raises: NoKernels with the first error line.
     """

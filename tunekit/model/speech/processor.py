@@ -71,7 +71,7 @@ class SpeechProcessor(FeatureExtractor):
         ids = [self.answer_start]
         if self.multilingual:
             if language is None:
-                what = "the model is multilingual, and no language is given"
+                what = "the model is multilingual, but no language is given"
                 raise DataError(what, "write objective.language, or a column 'language'")
             ids += [self._token(f"<|{self.language_code(language)}|>"), self._token(f"<|{task}|>")]
         elif (language is not None and _code(language) != "en") or task != "transcribe":

@@ -193,7 +193,7 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Path]) -> None:
-    """Feed a configuration without its volatile keys, and the headers and samples of files."""
+    """Add a configuration without its volatile keys, and the headers and samples of files, to the digest."""
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     digest.update(json.dumps(stable, sort_keys=True).encode())
     for path in files:
@@ -203,7 +203,7 @@ def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Pa
 
 
 def _digest_samples(digest: hashlib._Hash, path: Path, start: int, head_bytes: int) -> None:
-    """Feed the size, the first bytes after `start`, and evenly spaced chunks."""
+    """Add the file's size, the first bytes after `start`, and evenly spaced chunks to the digest."""
     size = path.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with path.open("rb") as file:

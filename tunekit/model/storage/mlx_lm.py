@@ -20,7 +20,7 @@ def _types(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# The function of the feed-forward layers, which each file fixes. The forms of GELU differ by less than 0.001.
+# The activation function that each file always uses in feed-forward layers. Forms of GELU differ by less than 0.001.
 ACTIVATIONS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (
         _types("silu swish"),

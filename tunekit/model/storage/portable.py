@@ -287,7 +287,7 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """`rope_scaling`: None, or its type under both common names, and its numbers."""
+    """The key `rope_scaling`: None without scaling, otherwise the type under both common names, and the numbers."""
     numbers = {key: value for key, value in rope.items() if key not in (*TOP_LEVEL_KEYS, "rope_type", "type")}
     scaling_type = rope.get("rope_type", "default")
     if scaling_type == "default" and not numbers:

@@ -20,7 +20,7 @@ def upload_folder(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # the common base class with a failed connection
+    failed = cast(type[Exception], HfHubHTTPError.__mro__[1])  # the base class of this error and of connection errors
 
     command = f"hf upload --private {name} {shlex.quote(str(folder))}"
     api, again = HfApi(), f"the folder is complete; upload it with: {command}"

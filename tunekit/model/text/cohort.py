@@ -1,5 +1,5 @@
-"""Rows that start together and are decoded by transformers' own preparation. It serves bases with an encoder or a
-state, whose rows cannot share slots."""
+"""Rows that start together, for bases with an encoder or a state, whose rows cannot share slots. transformers itself
+prepares their inputs."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ class Forward:
 class Prefill:
     """The prompts of some rows, padded on the left. `advance` computes the next columns of all of them.
 
-    `logits` (B, V): of the last tokens, when all columns are computed. `scores`: those of a single prompt.
+    `logits` (B, V): the logits of the last tokens, when all columns are computed. `scores`: the scores of the tokens,
+    if there is a single prompt.
     """
 
     def __init__(self, forward: Forward, model: LoadedModel, rows: Sequence[DecoderRow], pad_id: int) -> None:

@@ -222,7 +222,7 @@ def _is_marker(content: str) -> bool:
 
 
 def _one_template(template: str | dict[str, str] | None) -> str | None:
-    """The only template, or of several named templates the default."""
+    """The only template, or the default one of several named templates."""
     if isinstance(template, dict):
         chosen = template.get("default")
         return chosen if isinstance(chosen, str) else None

@@ -20,7 +20,7 @@ LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; values of larger tensors ar
 
 
 class IntegerValues:
-    """Real CPU twins of integer and bool meta tensors."""
+    """Real copies (twins) of integer and bool meta tensors, on the CPU."""
 
     def __init__(self) -> None:
         self._twins: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()

@@ -118,7 +118,7 @@ class PipelineNet(nn.Module):
 
 
 def import_diffusers() -> ModuleType:
-    """diffusers. Raises: ModelError if it is not installed."""
+    """The library diffusers. Raises: ModelError if it is not installed."""
     if find_spec("bitsandbytes") is not None:
         import_bitsandbytes()  # diffusers imports it too; our import suppresses its side effects
     try:
