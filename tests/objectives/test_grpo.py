@@ -541,7 +541,9 @@ def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None
     plain = write_prompts(tmp_path / "plain", base, training={"epochs": 1})
     more = [make_plan(load_recipe(path), device=CPU)[0].peak_bytes for path in (recipe, plain)]
     assert more[0].weights > more[1].weights, "the reward model's weights are planned"
-    with pytest.raises(RecipeError, match=r"objective\.reward\.0\.model: the model was trained with grpo and gives no scores"):
+    with pytest.raises(
+        RecipeError, match=r"objective\.reward\.0\.model: the model was trained with grpo and gives no scores"
+    ):
         train(write_prompts(tmp_path / "other", base, objective={"reward": [{"model": str(run)}]}))
 
 
