@@ -26,13 +26,16 @@ from tunekit.files.lock import FolderLock
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import reset_host_peak
 from tunekit.machine.signals import StopSignals
+from tunekit.planning.lanes import LanePass, count_bases, make_passes, pass_notes
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.trials import LoadedSweep
 from tunekit.records import bytes_text
-from tunekit.train import load_base, plan_session, train_session
+from tunekit.train import load_base, plan_session, session_steps
 from tunekit.training import run_files
+from tunekit.training.engines.together import Together
+from tunekit.training.engines.window import LoopSteps
 from tunekit.training.halving import dropped_settings, rung_count, rung_step
-from tunekit.training.lane import Lane, SharedBase
+from tunekit.training.lane import Lane, SharedBase, run_lanes
 from tunekit.training.session import Session
 
 SWEEP_NAME, PAGE_NAME, RUNGS_NAME = "sweep.json", "sweep.html", "rungs.json"
@@ -51,7 +54,9 @@ def sweep_verb(sweep: LoadedSweep, resume: bool, json_file: str | None) -> None:
             raise InputError("sweep computes in one process", "start it without torchrun")
         console.info(*sweep.loaded.rewrites)
         with StopSignals() as signals:
-            lanes = [Lane(trial, Session(trial.loaded, devices, console, signals)) for trial in sweep.trials]
+            joined = sweep.section.joined
+            sessions = [Session(trial.loaded, devices, console, signals) for trial in sweep.trials]
+            lanes = [Lane(*pair, joined=joined) for pair in zip(sweep.trials, sessions, strict=True)]
             lock = _open(folder, lanes, resume)
             try:
                 halves = sweep.section.strategy == "halving"
@@ -109,7 +114,7 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
             errors.append(type(error).of(named))
     if errors:
         raise type(errors[0]).of([problem for error in errors for problem in error.problems])
-    _announce(lanes, _passes(lanes), console)
+    _announce(lanes, make_passes(lanes), console)
 
 
 def _has_ended(lane: Lane) -> bool:
@@ -119,17 +124,7 @@ def _has_ended(lane: Lane) -> bool:
     return failed or run_files.is_run_finished(lane.session)
 
 
-def _passes(lanes: Sequence[Lane]) -> list[list[Lane]]:
-    """The lanes to train that share one loaded base, in the order of their first lane."""
-    passes: list[list[Lane]] = []
-    for lane in [lane for lane in lanes if not lane.ended]:
-        section = lane.base_section
-        shared = [members for members in passes if section is not None and members[0].base_section == section]
-        shared[0].append(lane) if shared else passes.append([lane])
-    return passes
-
-
-def _announce(lanes: Sequence[Lane], passes: Sequence[Sequence[Lane]], console: Console) -> None:
+def _announce(lanes: Sequence[Lane], passes: Sequence[LanePass], console: Console) -> None:
     """Print the trials, and what the sweep saves."""
     planned = [(lane, lane.plan) for lane in lanes if lane.plan is not None]
     head = ["trial", "steps", "trained parameters", "predicted peak"]
@@ -141,12 +136,14 @@ def _announce(lanes: Sequence[Lane], passes: Sequence[Sequence[Lane]], console: 
         console.info(f"{len(lanes) - len(planned)} of {len(lanes)} trials have ended already")
     if not planned:
         return
-    steps, peak = sum(plan.steps for _, plan in planned), max(plan.peak_bytes.total for _, plan in planned)
-    loads = "once" if len(passes) == 1 else f"{len(passes)} times"
+    steps, bases = sum(plan.steps for _, plan in planned), count_bases(passes)
+    loads = "once" if bases == 1 else f"{bases} times"
+    how = "" if any(each.together for each in passes) else ", one after another"
     console.info(
-        f"{len(planned)} trials, one after another, {steps:,} steps in all; the base is loaded {loads} instead of "
-        f"{len(planned)} times; predicted peak {bytes_text(peak)}"
+        f"{len(planned)} trials{how}, {steps:,} steps in all; the base is loaded {loads} instead of "
+        f"{len(planned)} times; predicted peak {bytes_text(max(each.peak_bytes for each in passes))}"
     )
+    console.info(*pass_notes(passes))
 
 
 def _train_lanes(
@@ -161,45 +158,50 @@ def _train_lanes(
 
     Raises: Stopped after a stop signal.
     """
-    seconds, steps, passes = 0.0, 0, _passes(lanes)
-    order = [lane for members in passes for lane in members]
-    for members in passes:
-        for lane in members:
-            base.use_for(lane)
-            left = sum(other.steps for other in order[order.index(lane) :])
-            time_left = f", about {time_text(seconds / steps * left)} left" if steps and ends is None else ""
-            console.info("", f"trial {lanes.index(lane) + 1} of {len(lanes)}: {lane.trial.name}{time_left}")
-            started = time.monotonic()
-            _train_lane(lane, base, console, resume, None if ends is None else ends[lane.trial.name])
-            seconds, steps = seconds + time.monotonic() - started, steps + lane.steps
-            gc.collect()
-            reset_host_peak()
+    seconds, steps = 0.0, 0
+    passes = make_passes(lanes)
+    groups = [(group, each.joined) for each in passes for group in each.groups()]
+    for number, (group, choice) in enumerate(groups):
+        base.use_for(group[0])
+        left = sum(lane.steps for each, _ in groups[number:] for lane in each)
+        time_left = f", about {time_text(seconds / steps * left)} left" if steps and ends is None else ""
+        names = ", ".join(lane.trial.name for lane in group)
+        numbers = ", ".join(str(lanes.index(lane) + 1) for lane in group)
+        console.info("", f"trial {numbers} of {len(lanes)}: {names}{time_left}")
+        started = time.monotonic()
+        with deterministic_kernels(group[0].trial.loaded.recipe.training.deterministic):
+            ends_of = [None if ends is None else ends[lane.trial.name] for lane in group]
+            loops = (_lane_steps(*pair, base, resume, len(group) > 1) for pair in zip(group, ends_of, strict=True))
+            run_lanes(loops, Together(lambda: base.base, choice, console.warn))
+        seconds, steps = seconds + time.monotonic() - started, steps + sum(lane.steps for lane in group)
+        gc.collect()
+        reset_host_peak()
 
 
-def _train_lane(lane: Lane, base: SharedBase, console: Console, resume: bool, end: int | None) -> None:
-    """Train one lane to its end, or to the step `end`. An error of the lane is stored in it.
+def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> LoopSteps:
+    """Train one lane to its end, or to the step `end`, and yield its windows. An error of the lane is stored in it.
+    `named`: its lines begin with its name.
 
     Raises: Stopped after a stop signal.
     """
-    recipe, resume = lane.trial.loaded.recipe, resume or lane.begun
+    resume = resume or lane.begun
     if end is not None and any(step >= end for step, _ in list_checkpoints(lane.path / "checkpoints")):
         return
-    session = replace(lane.session, last_step=end, seconds={} if lane.begun else lane.session.seconds)
+    console = lane.session.console.named(lane.trial.name) if named else lane.session.console
+    seconds = {} if lane.begun else lane.session.seconds
+    session = replace(lane.session, last_step=end, seconds=seconds, console=console)
     assert lane.plan is not None
     assert lane.prepared is not None
     planned, lane.begun, lane.ended = (lane.plan, lane.prepared), True, True
     try:
-        with (
-            deterministic_kernels(recipe.training.deterministic),
-            run_files.locked_folder(session, lane.path, resume, overwrite=False),
-        ):
-            train_session(session, resume, planned, base.load)
+        with run_files.locked_folder(session, lane.path, resume, overwrite=False):
+            yield from session_steps(session, resume, planned, base.load)
     except Stopped:
+        lane.ended = False  # it pauses
         if session.signals.requested is not None:
             raise
-        lane.ended = False  # it pauses
     except TunekitError as error:
-        console.warn(f"{lane.trial.name}: {error}")
+        lane.session.console.warn(f"{lane.trial.name}: {error}")
         lane.error = type(error).of(error.problems)  # without the traceback, which would keep the lane's tensors
     if lane.ended:
         lane.prepared = None

@@ -37,9 +37,10 @@ from tunekit.targets.export import export_adapter, export_model
 from tunekit.targets.target import measuring_objective
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
+from tunekit.training.engines.window import LoopSteps, run_alone
 from tunekit.training.finish import remedy, report_facts
 from tunekit.training.lane import Load
-from tunekit.training.loop import run_loop
+from tunekit.training.loop import loop_steps
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Run, RunInputs, timed
@@ -102,6 +103,13 @@ def train_session(
 
     Raises: Stopped at the session's last step, or after a stop signal.
     """
+    run_alone(session_steps(session, resume, planned, load))
+
+
+def session_steps(
+    session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
+) -> LoopSteps:
+    """`train_session`, which yields each window for the caller to run."""
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
@@ -116,7 +124,7 @@ def train_session(
     progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
     with trackers, progress:
         run.record, run.starting = run_files.make_recorder(session, progress, trackers), progress.start
-        run_loop(run)
+        yield from loop_steps(run)
     reactions = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(reactions) if reaction not in reactions[:place]]
     if session.folder is not None:

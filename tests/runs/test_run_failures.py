@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import CHAT_TEMPLATE
 from tests.runs.test_kill import Watched, assert_resumes_to, events_of, interrupted
 from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
+from tunekit.training.engines.window import LoopSteps
 from tunekit.training.state import Run
 
 
@@ -222,12 +223,12 @@ def test_a_run_needs_neither_its_eval_file_nor_its_template_once_it_has_begun(ti
     def before() -> None:
         from tunekit import train
 
-        def run_loop(run: Run) -> None:
+        def loop_steps(run: Run) -> LoopSteps:
             for path in kept.values():
                 path.unlink()
-            loop(run)
+            return loop(run)
 
-        loop, train.run_loop = train.run_loop, run_loop
+        loop, train.loop_steps = train.loop_steps, loop_steps
 
     ended = train_in_child(recipe, tmp_path / "run", before=before)
     assert ended.code == 0, ended.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import make_slots, stream_layers
-from tunekit.model.load import load_model
+from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.evaluation import EvaluationSection
@@ -138,20 +139,24 @@ def make_case(
     streaming: dict[str, Any] | None = None,
     device: torch.device = DEVICE,
     objective: ObjectiveSettings | None = None,
+    base: LoadedModel | None = None,
 ) -> Case:
-    """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer."""
+    """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer.
+    `base`: a loaded base, whose slots are then used."""
     devices, section = make_devices(), model or ModelSection(name_or_path=str(folder), dtype="float32")
-    base = load_model(section, device=device, streamed=streaming is not None and device.type != "cpu")
+    base = base or load_model(section, device=device, streamed=streaming is not None and device.type != "cpu")
     weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
     lora, head = adapter or LoraSettings(r=4, alpha=8.0), base.family.head_name(base.net)
-    attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
+    with nullcontext() if base.slots is None else base.slots.on_host():
+        attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
     layers = [layer for _, layer in base.family.layers(base.net)]
     prepare_layers(layers, checkpointed, store)
     engine: Engine = WindowEngine(training.seed)
     if streaming is not None:
         settings_of_slots = dict(streaming)
         pass_size = settings_of_slots.pop("pass_size", 99)
-        slots = make_slots(weights, device, mapped=base.mapped, **{"tier": "host", "poison": True, **settings_of_slots})
+        settings_of_slots = {"tier": "host", "poison": True, **settings_of_slots}
+        slots = base.slots or make_slots(weights, device, mapped=base.mapped, **settings_of_slots)
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
     tuned = TunedModel(base, attached, BoundaryStore(None) if store is None else store, chunk)

@@ -164,6 +164,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "sweep.trials": (["null"], ["3", *(each for each in NOT_COUNTS if each != "null")]),
     "sweep.by": (["eval.loss"], ["loss", "eval.bleu", "true", "5", "null"]),
     "sweep.seeds": (["1", "3"], NOT_COUNTS),
+    "sweep.joined": (["auto", "true", "false"], ["rows", "5", "null"]),
     "sweep.leave_out": (["null"], ["fold", "true", "5", "[source]"]),
 }
 REQUIRED = ("model.name_or_path", "data.train.0.path", "output.dir")

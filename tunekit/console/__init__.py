@@ -174,6 +174,10 @@ class Console:
                 self.write(f"\r{text[: self.columns - 1]}\x1b[K" + ("\n" if stays else ""))
                 self._drawn = not stays
 
+    def named(self, name: str) -> "Console":
+        """This console for one of several runs: its lines begin with the run's name."""
+        return _NamedConsole(self, name)
+
     def _print_rich(self, thing: object) -> None:
         """Render with rich into text, and write that like all other text."""
         if not self.enabled:
@@ -207,3 +211,27 @@ class Console:
         except (OSError, ValueError):
             self._closed.add(id(stream))
             redirect_to_nothing(stream)
+
+
+class _NamedConsole(Console):
+    """A console whose lines begin with a name."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        super().__init__(enabled=console.enabled)
+        self._console, self._name = console, name
+
+    @property
+    def output(self) -> TextIO:
+        return self._console.output
+
+    def info(self, *lines: str) -> None:
+        self._console.info(*(f"{self._name}: {line}" for line in lines))
+
+    def warn(self, *lines: str) -> None:
+        self._console.warn(*(f"{self._name}: {line}" for line in lines))
+
+    def draw(self, text: str, *, stays: bool = False) -> None:
+        self._console.draw(f"{self._name}: {text}", stays=stays)
+
+    def write(self, text: str, stream: TextIO | None = None) -> None:
+        self._console.write(text, stream)

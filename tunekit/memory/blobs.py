@@ -67,6 +67,14 @@ class LayerBlob:
         for piece in self.pieces:
             piece.tensor.data = piece.view(slot)
 
+    def bind_source(self) -> None:
+        """Point the layer's modules to the values on the host."""
+        if self.gathered:
+            self.bind(self.source[0])
+            return
+        for piece, values in zip(self.pieces, self.source, strict=True):
+            piece.tensor.data = values
+
     def unbind(self, device: torch.device) -> None:
         """Point the layer's modules to NaN, so that using a layer that is not on the device gives no number."""
         for piece in self.pieces:

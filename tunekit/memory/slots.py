@@ -107,6 +107,18 @@ class LayerSlots:
         slot.layer = None
         return slot
 
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """A block in which all layers can be read on the host, to initialise another run's adapter from them."""
+        self.drop()
+        for blob in self.blobs:
+            blob.bind_source()
+        try:
+            yield
+        finally:
+            for blob in self.blobs:
+                blob.unbind(self.device)
+
     def drop(self) -> None:
         """Empty every slot: the sources were changed, or nothing will be computed for a while."""
         for slot in self.slots:

@@ -127,7 +127,8 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
     if tier == "off":
         return None
     simulated = base.device.type == "meta"  # tensors on the meta device need no host memory
-    slots = make_slots(weights, base.device, tier="disk" if simulated else tier, mapped=base.mapped)
+    tier = "disk" if simulated else tier
+    slots: LayerSlots = base.slots or make_slots(weights, base.device, tier=tier, mapped=base.mapped)
     embedding = None if simulated else host_embedding(base)
     if embedding is not None:
         gather_on_host(embedding, base.device)

@@ -22,6 +22,7 @@ class Call:
 
     `adapter_of_row`: the names of the rows' adapters, None for the base, if one forward has rows of several adapters.
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
+    `lanes`: the tokens of each run in a forward (1, T) of several runs, in their order; () in other forwards.
     `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
     """
 
@@ -32,6 +33,7 @@ class Call:
     seed: int = 0
     segments: Segments | None = None
     adapter_of_row: tuple[str | None, ...] | None = None
+    lanes: tuple[int, ...] = ()
     real_tokens: object = None
     fuses: bool = False
 

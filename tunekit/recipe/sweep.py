@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tunekit.recipe.bases.section import Count, Section, Several, Text
+from tunekit.recipe.bases.section import AutoOrBool, Count, Section, Several, Text
 from tunekit.recipe.evaluation import check_best
 
 
@@ -26,6 +26,11 @@ class SweepSection(Section):
         "eval.loss", description="compare the trials by this metric"
     )
     seeds: Count = Field(1, description="run every combination with this many seeds, starting with training.seed")
+    joined: AutoOrBool = Field(
+        "auto",
+        description="compute the rows of several trials in one forward: results equal separate runs up to rounding; "
+        "auto: where that is faster; false: each trial has the bytes of its own run",
+    )
     leave_out: Literal["source"] | None = Field(
         None, description="source: run every combination also without each of the sources of data.train"
     )

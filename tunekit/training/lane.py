@@ -1,23 +1,35 @@
-"""The lanes of a sweep: runs of one process that use one loaded base, one after another."""
+"""The lanes of a sweep: runs of one process that use one loaded base, one after another or together."""
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tunekit.errors import TunekitError
+from tunekit.memory.streaming import layer_weights, make_slots
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.trials import SweepTrial
 from tunekit.records import Plan
+from tunekit.training.engines.together import Together
+from tunekit.training.engines.window import LoopSteps, WindowRequest, answer
 from tunekit.training.session import Session
 from tunekit.training.state import RunInputs
-from tunekit.tuned.restore import NetworkSnapshot
+from tunekit.tuned.twin import TensorVersions, make_twin
 
 Load = Callable[[Session, Plan, RunInputs], LoadedModel]
 
 
-@dataclass
+@dataclass(frozen=True)
+class BaseKey:
+    """The base of a lane, and where its layers wait."""
+
+    section: ModelSection
+    streaming: str
+
+
+@dataclass(eq=False)
 class Lane:
     """One trial in this process: its session, and its plan until it has ended. `ended`: nothing is left to train."""
 
@@ -28,6 +40,7 @@ class Lane:
     ended: bool = False
     begun: bool = False  # in this process
     error: TunekitError | None = None
+    joined: str | bool = "auto"  # sweep.joined
 
     @property
     def path(self) -> Path:
@@ -40,36 +53,92 @@ class Lane:
         return 0 if self.plan is None else self.plan.steps
 
     @property
-    def base_section(self) -> ModelSection | None:
-        """The base that the lane can share with others; None if it needs a base of its own, which it changes or whose
-        layers are compiled or streamed for it alone."""
+    def base_key(self) -> BaseKey | None:
+        """The base that the lane can share with others; None if it needs a base of its own, which it changes, whose
+        layers are compiled for it alone, or whose layers its initialisation or its companions stream as well."""
         if self.plan is None or self.prepared is None:
             return None
-        choice, whole = self.plan.choice, self.trial.loaded.recipe.adapter.trains_base
-        alone = whole or choice.compiled or choice.streamed_head or choice.streaming != "off"
-        return None if alone else self.prepared.model
+        choice, recipe = self.plan.choice, self.trial.loaded.recipe
+        if recipe.adapter.trains_base or choice.compiled or choice.streamed_head:
+            return None
+        if choice.streaming != "off" and not self.runs_together:
+            return None
+        return BaseKey(self.prepared.model, choice.streaming)
+
+    @property
+    def process_settings(self) -> tuple[int | None, bool]:
+        """The settings of the whole process, which lanes that run together must have in common."""
+        threads = None if self.plan is None else self.plan.choice.threads
+        return threads, self.trial.loaded.recipe.training.deterministic
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether nothing but its steps uses the base: no calibration, no companion."""
+        recipe = self.trial.loaded.recipe
+        companions = self.prepared is not None and self.prepared.rows.objective.companions
+        return not (recipe.adapter.calibration or companions or recipe.training.threads == "adaptive")
 
 
 class SharedBase:
-    """The base that several lanes use one after another. It is loaded when the first of them needs it."""
+    """The base that several lanes use. It is loaded when the first of them needs it."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self.section: ModelSection | None = None
+        self.key: BaseKey | None = None
         self.base: LoadedModel | None = None
-        self.snapshot: NetworkSnapshot | None = None
+        self.versions: TensorVersions | None = None
 
     def use_for(self, lane: Lane) -> None:
         """Forget the base if this lane needs another one."""
-        if lane.base_section is None or lane.base_section != self.section:
-            self.base = self.snapshot = None
-        self.section = lane.base_section
+        if lane.base_key is None or lane.base_key != self.key:
+            self.base = self.versions = None
+        self.key = lane.base_key
 
     def load(self, session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
-        """The base as it was loaded, without the adapter of the lane before."""
-        if self.base is None or self.snapshot is None or not self.snapshot.restore():
-            self.base = self.snapshot = None
+        """The base as it was loaded, with modules for this lane alone."""
+        if self.base is None or (self.versions is not None and not self.versions.unchanged()):
+            self.base = self.versions = None
             gc.collect()
             self.base = self._load(session, plan, prepared)
-            self.snapshot = NetworkSnapshot(self.base.net)
-        return replace(self.base)
+            if self.key is not None and self.key.streaming != "off":
+                base, weights = self.base, layer_weights(self.base)
+                base.slots = make_slots(weights, base.device, tier=self.key.streaming, mapped=base.mapped)
+            else:
+                self.versions = TensorVersions(self.base)
+        return self.base if self.key is None else make_twin(self.base)
+
+
+def run_lanes(loops: Iterable[LoopSteps], together: Together) -> None:
+    """Start these loops one by one, and then run their windows together, until all have ended.
+
+    A loop that ends leaves the others as they are. After the error of a loop no further loop is started.
+    Raises: the first error, after the loops that were started have ended.
+    """
+    errors: list[TunekitError] = []
+    waiting: dict[LoopSteps, WindowRequest] = {}
+
+    def advance(loop: LoopSteps, move: Callable[[], WindowRequest | None]) -> None:
+        waiting.pop(loop, None)
+        try:
+            request = move()
+        except TunekitError as error:
+            errors.append(error)
+        else:
+            waiting.update({} if request is None else {loop: request})
+
+    try:
+        for loop in loops:
+            advance(loop, partial(next, loop, None))
+            if errors:
+                break
+        while waiting:
+            round_of = list(waiting.items())
+            results = together.run([request for _, request in round_of])
+            for number, (loop, request) in enumerate(round_of):
+                run = request.run if results is None else partial(results.__getitem__, number)
+                advance(loop, partial(answer, loop, run))
+    finally:
+        for loop in waiting:
+            loop.close()
+    if errors:
+        raise errors[0]

@@ -6,6 +6,7 @@ a non-finite update.
 
 import math
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from signal import Signals
 
@@ -17,6 +18,7 @@ from tunekit.errors import InputError, Problem, Stopped
 from tunekit.evaluation.scores import EvaluationStopped
 from tunekit.records import EvaluationRecord
 from tunekit.training.divergence import watch_step
+from tunekit.training.engines.window import LoopSteps, WindowRequest, WindowResult, run_alone
 from tunekit.training.pace import measured, watch_pace
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import PendingReadings, Reading, check_finite, means, start_reading
@@ -27,9 +29,14 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 def run_loop(run: Run) -> None:
     """Train from the run's state to the last step. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    run_alone(loop_steps(run))
+
+
+def loop_steps(run: Run) -> LoopSteps:
+    """`run_loop`, which yields each window for the caller to run, so that several loops can share their base."""
     state, pending = run.state, PendingReadings()
     try:
-        _make_steps(run, pending)
+        yield from _make_steps(run, pending)
     except InputError as error:
         if run.devices.world > 1 or not state.step:  # another rank may be in the middle of a step
             raise
@@ -40,7 +47,7 @@ def run_loop(run: Run) -> None:
         raise InputError.of([*error.problems, saved]) from error
 
 
-def _make_steps(run: Run, pending: PendingReadings) -> None:
+def _make_steps(run: Run, pending: PendingReadings) -> LoopSteps:
     state = run.state
     with run.model.training_mode(True):
         _evaluate_if_due(run)  # before training; a signal may have interrupted it before the resume
@@ -49,7 +56,7 @@ def _make_steps(run: Run, pending: PendingReadings) -> None:
             return
         run.starting(state.step + 1)
         for window in run.windows.windows(state.step):
-            reading = _make_step(run, window)
+            reading = yield from _make_step(run, window)
             _settle(run, pending)  # the previous step, whose numbers arrived while this one was queued
             pending.readings.append(reading)
             if not run.reads_later or _pauses(run):
@@ -64,7 +71,7 @@ def _make_steps(run: Run, pending: PendingReadings) -> None:
                 break
 
 
-def _make_step(run: Run, window: Window) -> Reading:
+def _make_step(run: Run, window: Window) -> Generator[WindowRequest, WindowResult, Reading]:
     """Make one optimizer step, advance the state, and start the copy of the step's numbers to the host."""
     state, started = run.state, time.monotonic()
     window = run.objective.prepare(run.view(), window)
@@ -72,7 +79,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
     with measured(run), reaching_all(run.adapter, run.devices, state.step == state.saved_step):
-        total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+        total, sums = yield WindowRequest(run.engine, run.model, run.objective, window, units, int(counts[2]))
     missing = run.devices.missing(int(counts[2]), len(window.batches))
     if missing and run.spare is not None:
         run.engine.make_up(run.model, run.objective, run.spare, missing)

@@ -2,6 +2,7 @@
 order. Also compiles its decoder layers if plan chose that."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,8 @@ def prepare_network(
     forwards = wrap_forwards(modules) if choice.compiled and planned_for is None else []
     store = make_store(choice.activation_offload, planned_for or base.device, simulated=planned_for is not None)
     prepare_layers(modules, choice.checkpointed_layers, store)
-    adapter = None if attach is None else attach()
+    with nullcontext() if attach is None or base.slots is None else base.slots.on_host():
+        adapter = None if attach is None else attach()
     if choice.mlp_tile_tokens is not None:
         hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device=base.device)  # (0, D)
         tile_layers(layers, choice.mlp_tile_tokens, hidden)

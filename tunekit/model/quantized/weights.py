@@ -3,7 +3,8 @@ know how it is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,34 @@ from tunekit.model.uncalled import returns_several
 OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this magnitude or more are multiplied in 16 bit
 
 ROUNDS_INPUTS = ("int8", "fp8")
+
+
+class UnpackedMatrices:
+    """A cache of unpacked matrices, valid in a block in which no packed tensor changes. They must not be modified."""
+
+    def __init__(self) -> None:
+        self._cache: dict[tuple[int, torch.dtype], Tensor] | None = None
+
+    @contextmanager
+    def caching(self) -> Iterator[None]:
+        """A block in which each matrix is unpacked once, for all products of all runs that use it."""
+        self._cache = {}
+        try:
+            yield
+        finally:
+            self._cache = None
+
+    def of(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+        """W (O, I) of a layer. The copies of a module in other networks have the same packed tensors."""
+        if self._cache is None:
+            return layer.dequantize(dtype)
+        key = id(layer.get_buffer(layer.tensor_names[0])), dtype
+        if key not in self._cache:
+            self._cache[key] = layer.dequantize(dtype)
+        return self._cache[key]
+
+
+UNPACKED = UnpackedMatrices()
 
 
 class NoMatrix:
@@ -102,7 +131,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients  # (..., O)
-        of_x = gradient @ ctx.layer.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
+        of_x = gradient @ UNPACKED.of(ctx.layer, gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
         of_bias = None
         if ctx.needs_input_grad[1]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)  # (O,)
@@ -232,7 +261,7 @@ def multiplies_exactly(module: nn.Module) -> bool:
 def product_matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """W (O, I) of a module that multiplies exactly, for a product in `dtype`: the stored matrix if it is dense,
     otherwise an unpacked copy."""
-    return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
+    return UNPACKED.of(module, dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
 
 
 def exact_product(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:

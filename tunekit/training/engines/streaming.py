@@ -10,8 +10,11 @@ An encoder's output stays on the device while the decoder's layers run, because 
 inputs are summed in the same order as in a single graph.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +28,7 @@ from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import Splitting
 from tunekit.model.call import BETWEEN_STACKS, OUTSIDE_LAYERS, Call, calling, seed_layer
 from tunekit.model.load import LoadedModel
+from tunekit.model.quantized.weights import UNPACKED
 from tunekit.training.engines.window import Piece, WindowEngine, WindowRun
 
 
@@ -72,21 +76,25 @@ class StreamingEngine(WindowEngine):
         self._requires: RequiresGrad | None = None
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
-        self._stages = self._stages or _stages_of(run.model.base)
+        for layer_pass in self.passes(run, pieces):
+            run_passes([layer_pass])
+
+    def passes(self, run: WindowRun, pieces: Sequence[Piece]) -> Iterator[LayerPass]:
+        """The passes of a window, `micro_batches_per_pass` pieces each. Each must be run before the next is taken."""
+        self._stages = self._stages or stages_of(run.model.base)
         for start in range(0, len(pieces), self.micro_batches_per_pass):
-            layers = _LayerPass(run, self._stages, self.slots, self._requires)
-            states = [layers.begin(piece) for piece in pieces[start : start + self.micro_batches_per_pass]]
-            layers.forward(states)
-            self._requires = layers.requires  # only after success: a failed attempt has not recorded all
-            for state in states:
-                layers.head(state)
-            layers.backward(states)
+            some = pieces[start : start + self.micro_batches_per_pass]
+            layer_pass = LayerPass(run, self._stages, self.slots, some, self._requires)
+            yield layer_pass
+            self._requires = layer_pass.requires  # only after success: a failed attempt has not recorded all
 
 
-class _LayerPass:
+class LayerPass:
     """Runs some pieces through all layers and back. `requires` None: recorded with the first piece."""
 
-    def __init__(self, run: WindowRun, stages: Stages, slots: LayerSlots, requires: RequiresGrad | None) -> None:
+    def __init__(
+        self, run: WindowRun, stages: Stages, slots: LayerSlots, pieces: Sequence[Piece], requires: RequiresGrad | None
+    ) -> None:
         self.run, self.slots = run, slots
         self.stacks, self.layers, self.stack_at = stages.stacks, stages.layers, stages.stack_at
         self.requires, self.records = requires or RequiresGrad(), requires is None
@@ -95,25 +103,54 @@ class _LayerPass:
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
         for part in run.model.adapter.parts() if run.model.adapter else []:
             self._adapters[numbers.get(part)].append(part)
+        self.states = self.begin(pieces)
+        self._recorded = self.states[0] if self.records else None
 
-    def begin(self, piece: Piece) -> PieceState:
-        """The state of a piece before the first layer."""
-        inputs = piece.batch.inputs
-        with calling(self.run.call(piece)):
-            return PieceState(piece, self.run.model.call_for(inputs), inputs)
+    def begin(self, pieces: Sequence[Piece]) -> list[PieceState]:
+        """The states of the pieces before the first layer."""
+        states = []
+        for piece in pieces:
+            with calling(self.run.call(piece)):
+                states.append(PieceState(piece, self.run.model.call_for(piece.batch.inputs), piece.batch.inputs))
+        return states
 
-    def forward(self, states: Sequence[PieceState]) -> None:
-        """Run embeddings and every layer without a graph. For the piece from which `requires` is recorded, each layer
-        builds its own graph."""
-        recorded = states[0] if self.records else None
-        last = len(self.layers) - 1
-        for number in range(len(self.layers)):
-            if number in self.stack_at:
-                for state in states:
-                    self._embed(state, number, state is recorded)
-            with self.slots.holding(number, min(number + 1, last)):
-                for state in states:
-                    self._layer_forward(state, number, state is recorded)
+    def embed(self, number: int) -> None:
+        """Run the embedding, if a stack starts with this layer."""
+        for state in self.states if number in self.stack_at else ():
+            self._embed(state, number, state is self._recorded)
+
+    def forward(self, number: int) -> None:
+        """Run one layer without a graph; with a graph of its own for the piece from which `requires` is recorded."""
+        for state in self.states:
+            self._layer_forward(state, number, state is self._recorded)
+
+    def head(self) -> None:
+        """Run the head and the loss of every piece, forward and backward."""
+        for state in self.states:
+            self.run.computing(state.piece)
+            hidden = state.hidden.requires_grad_(self.requires.layers[-1])
+            state.hidden = self.head_gradient(self.run, state.piece, state.call, hidden)
+
+    def needs(self, number: int) -> bool:
+        """Whether the output of this layer requires a gradient."""
+        return number >= 0 and self.requires.layers[number]
+
+    def backward(self, number: int) -> None:
+        """Recompute one layer with a graph, and compute its gradients."""
+        for state, after in zip(self.states, [*self.states[1:], None], strict=True):
+            coming = (id(self.states[0]), number - 1) if after is None else (id(after), number)
+            self._layer_backward(state, number, coming)
+
+    def embedding_backward(self, number: int) -> None:
+        """Run the backward pass of the embedding, if a stack starts with this layer."""
+        for state in self.states if number in self.stack_at else ():
+            self._embedding_backward(state, self.stack_at[number])
+
+    def finish(self) -> None:
+        """Drop the recorded piece's inputs of layers that require no gradient."""
+        for state in self.states:
+            for number in range(len(self.layers)):
+                self.store.drop((id(state), number))
 
     def _embed(self, state: PieceState, number: int, recording: bool) -> None:
         """Run the embedding before the first layer of a stack."""
@@ -156,32 +193,12 @@ class _LayerPass:
             output: Tensor = self.layers[number](hidden, state.calls[number])
         return output
 
-    def head(self, state: PieceState) -> None:
-        """Run the head and the loss, forward and backward; `state.hidden` becomes the gradient of the last hidden
-        states."""
-        self.run.computing(state.piece)
-        hidden = state.hidden.requires_grad_(self.requires.layers[-1])
-        with calling(state.call):
-            output = self.run.model.to_output(self.run.model.real_positions(hidden))
-            self.run.backward(state.piece, output, lambda: self._penalty(None))
-        state.hidden = hidden.grad if hidden.grad is not None else hidden.detach()
-
-    def backward(self, states: Sequence[PieceState]) -> None:
-        """Recompute every layer with its own graph, down to the lowest one that requires a gradient."""
-        for number in reversed(range(len(self.layers))):
-            if not self.requires.layers[number]:
-                break
-            continues = number > 0 and self.requires.layers[number - 1]
-            with self.slots.holding(number, number - 1 if continues else 0):
-                for state, after in zip(states, [*states[1:], None], strict=True):
-                    coming = (id(states[0]), number - 1) if after is None else (id(after), number)
-                    self._layer_backward(state, number, coming)
-            if number in self.stack_at:
-                for state in states:
-                    self._embedding_backward(state, self.stack_at[number])
-        for state in states:  # drop the recorded piece's inputs of layers that require no gradient
-            for number in range(len(self.layers)):
-                self.store.drop((id(state), number))
+    def head_gradient(self, run: WindowRun, piece: Piece, call: Call, hidden: Tensor) -> Tensor:
+        """The gradient (B, T, D) of the last hidden states, by the head and the loss, forward and backward."""
+        with calling(call):
+            output = run.model.to_output(run.model.real_positions(hidden))
+            run.backward(piece, output, lambda: self._penalty(None))
+        return hidden.grad if hidden.grad is not None else hidden.detach()
 
     def _layer_backward(self, state: PieceState, number: int, next_key: tuple[int, int]) -> None:
         """Recompute one layer, and compute its gradients, also for its inputs if a layer below is trained."""
@@ -224,6 +241,37 @@ class _LayerPass:
         return total_penalty(self._adapters[number])
 
 
+def run_passes(passes: Sequence[LayerPass], *, unpacks_once: bool = False) -> None:
+    """Run passes over the same layers together, each layer of all of them while its weights are in its slot. The
+    backward pass ends at the lowest layer that requires a gradient.
+
+    `unpacks_once`: unpack each matrix once in the forward pass and once in the backward pass. This needs memory for the
+    unpacked matrices of one layer.
+    """
+    slots, count = passes[0].slots, len(passes[0].layers)
+    unpacked = UNPACKED.caching if unpacks_once else nullcontext
+    for number in range(count):
+        for each in passes:
+            each.embed(number)
+        with slots.holding(number, min(number + 1, count - 1)), unpacked():
+            for each in passes:
+                each.forward(number)
+    for each in passes:
+        each.head()
+    for number in reversed(range(count)):
+        running = [each for each in passes if each.needs(number)]
+        if not running:
+            break
+        continues = any(each.needs(number - 1) for each in running)
+        with slots.holding(number, number - 1 if continues else 0), unpacked():
+            for each in running:
+                each.backward(number)
+        for each in running:
+            each.embedding_backward(number)
+    for each in passes:
+        each.finish()
+
+
 def _take_gradient(side: SideInput) -> Tensor | None:
     """The gradient from the layers above, which is removed from the side input. The next backward pass starts from
     it."""
@@ -233,7 +281,7 @@ def _take_gradient(side: SideInput) -> Tensor | None:
     return gradient
 
 
-def _stages_of(base: LoadedModel) -> Stages:
+def stages_of(base: LoadedModel) -> Stages:
     """The stages of the base. Raises: ModelError for a base without tested stages, which plan refuses earlier."""
     stages = base.family.stages(base.net)
     if stages is None:

@@ -6,17 +6,60 @@ It adds the gradient of (sum of losses / units) to the flat buffers. A micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, ModelOutput, Objective, Sums, Window
+from tunekit.contracts import Batch, Engine, ModelOutput, Objective, Sums, Window
 from tunekit.machine.placing import to_device
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
 from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, current_call, seed_layer
 from tunekit.tuned.model import TunedModel
+
+WindowResult = tuple[Tensor, Sums]  # the sum of losses / units, (K,) float64, and the sums of logged values
+
+
+@dataclass(frozen=True, eq=False)
+class WindowRequest:
+    """A window that a training loop wants to be run. `micro_batches`: of its step, over all ranks."""
+
+    engine: Engine
+    model: TunedModel
+    objective: Objective
+    window: Window
+    units: Tensor
+    micro_batches: int
+
+    def run(self) -> WindowResult:
+        """Run the window alone."""
+        return self.engine.run_window(self.model, self.objective, self.window, self.units, self.micro_batches)
+
+
+LoopSteps = Generator[WindowRequest, WindowResult, None]  # a training loop that asks for its windows to be run
+
+
+def run_alone(steps: LoopSteps) -> None:
+    """Run a training loop to its end, each window as soon as it is requested."""
+    request = next(steps, None)
+    while request is not None:
+        request = answer(steps, request.run)
+
+
+def answer(steps: LoopSteps, run: Callable[[], WindowResult]) -> WindowRequest | None:
+    """Give a loop the result of its window, or the error, and return its next request; None if it has ended."""
+    try:
+        result = run()
+    except BaseException as error:
+        send = partial(steps.throw, error)
+    else:
+        send = partial(steps.send, result)
+    try:
+        return send()
+    except StopIteration:
+        return None
 
 
 @dataclass(frozen=True)
@@ -28,6 +71,15 @@ class Piece:
     index: int
     number: int
     shares: int  # divisor of per-step terms: the step's micro-batches times the parts of this one
+
+
+def pieces_of(window: Window, parts: Sequence[Sequence[Batch]], micro_batches: int) -> list[Piece]:
+    """The pieces of a window. `parts`: those of each of its micro-batches; `micro_batches`: of the whole step."""
+    return [
+        Piece(batch, index, number, micro_batches * len(batches))
+        for index, batches in zip(window.indices, parts, strict=True)
+        for number, batch in enumerate(batches)
+    ]
 
 
 class WindowRun:
@@ -45,6 +97,14 @@ class WindowRun:
     def call(self, piece: Piece) -> Call:
         """The Call of a piece. Parts of a split micro-batch use different random numbers."""
         return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
+
+    def results(self) -> tuple[Tensor, Sums]:
+        """The sum of losses / units, (K,) float64, and the sums of logged values."""
+        self.engine.losses = list(self.losses.values())
+        total = torch.zeros_like(self.units)
+        for losses in self.engine.losses:
+            total += losses / self.units
+        return total, self.metrics
 
     def computing(self, piece: Piece) -> None:
         """Record the running piece, which is blamed if memory runs out."""
@@ -90,18 +150,9 @@ class WindowEngine:
 
         def attempt(parts: list[list[Batch]]) -> tuple[Tensor, Sums]:
             run = WindowRun(self, model, objective, window, units)
-            pieces = [
-                Piece(batch, index, number, micro_batches * len(batches))
-                for index, batches in zip(window.indices, parts, strict=True)
-                for number, batch in enumerate(batches)
-            ]
             with model.unchanged_weights(), model.clearing_on_failure():
-                self._run(run, pieces)
-            self.losses = list(run.losses.values())
-            total = torch.zeros_like(run.units)
-            for losses in self.losses:
-                total += losses / run.units
-            return total, run.metrics
+                self._run(run, pieces_of(window, parts, micro_batches))
+            return run.results()
 
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])

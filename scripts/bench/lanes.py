@@ -1,0 +1,184 @@
+"""Eight trials of a sweep over one streamed base against eight `tunekit train`: CPU seconds and peak memory.
+
+    scripts/bench/run lanes [--tokens 4,16,32,64,80,256] [--lanes 8] [--layers 22] [--steps 4]
+        [--quantization nf4] [--joined] [--json FILE] [--work FOLDER]
+
+The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of so many
+tokens; LoRA r16 on all linear layers; one thread. Both sides are fresh processes of the real verbs. One `train` is
+measured and counted eight times: the eight differ only in their learning rate.
+
+- a step: CPU seconds from the end of one window to the end of the next, without the first; of all trials together
+- a process: all CPU seconds, with imports, planning, loading and the export
+- memory: the peak of the process. The bar is the peak of one run, and for each further trial its adapter, gradient,
+  moments and the hidden states between layers, plus 10 %.
+
+Held: the adapter of every trial that runs lane by lane equals the one of its `train`, byte for byte (two are compared).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from estimate import run_python, write_rows
+from load import HIDDEN
+from stream import write_model
+
+FIGURES = {
+    "minutes": 40,
+    "options": "--tokens 16,64 --json $RESULTS/lanes.json",
+    "result": "lanes.json",
+    "figures": {
+        "step16": {
+            "what": "a step of 8 trials of 16 tokens over a streamed base of 1.1B parameters in NF4",
+            "unit": "CPU seconds",
+            "digits": 1,
+            "ours": "rows/0/together/step",
+            "theirs": "rows/0/alone/step",
+        },
+        "step64": {
+            "what": "the same with 64 tokens",
+            "unit": "CPU seconds",
+            "digits": 1,
+            "ours": "rows/1/together/step",
+            "theirs": "rows/1/alone/step",
+        },
+    },
+}
+STATE_BYTES = 16  # of a trained number: weight, gradient and two moments in float32
+
+RUN = """
+import json, os, resource, sys, time
+sys.path.insert(0, {repository!r})
+from tunekit.cli import ENVIRONMENT
+os.environ.update(ENVIRONMENT)
+import torch
+torch.set_num_threads(1)
+from tunekit.training.engines.together import Together
+from tunekit.training.engines.window import WindowEngine
+ends = []
+def timed(run):
+    def call(*values):
+        result = run(*values)
+        ends.append(time.process_time())
+        return result
+    return call
+verb, recipe, *overrides = sys.argv[1:]
+if verb == "sweep":
+    from tunekit.recipe.reading.trials import load_sweep
+    from tunekit.sweep import sweep_verb
+    Together._run = timed(Together._run)
+    sweep_verb(load_sweep(recipe, overrides), False, None)
+else:
+    from tunekit.recipe.load import load_recipe
+    from tunekit.train import train_verb
+    WindowEngine.run_window = timed(WindowEngine.run_window)
+    train_verb(load_recipe(recipe, overrides), False, False)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({{"ends": ends, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}}))
+"""
+
+
+def rates_of(lanes: int) -> list[str]:
+    """The learning rates of the trials."""
+    return [f"{rate}e-4" for rate in range(1, lanes + 1)]
+
+
+def side(ran: dict) -> dict[str, float]:
+    """The figures of one process."""
+    steps = [after - before for before, after in zip(ran["ends"], ran["ends"][1:], strict=False)]
+    return {"step": statistics.median(steps), "process": ran["cpu_seconds"], "peak_bytes": ran["peak_bytes"]}
+
+
+def losses_of(run: Path) -> list[float]:
+    """The loss of each step."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path:
+    """The recipe of rows of so many tokens."""
+    write_rows(folder / "rows.jsonl", options.steps, tokens)
+    training = {"max_steps": options.steps, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_ratio": 0}
+    recipe = {
+        "model": {"name_or_path": str(folder / "model"), "dtype": "bfloat16", "quantization": options.quantization},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": max(tokens, 16)},
+        "adapter": {"method": "lora", "r": 16},
+        "training": training,
+        "memory": {"streaming": "disk"},
+        "output": {"dir": "run"},
+        "sweep": {"joined": options.joined},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str, object]:
+    """Both sides of one size."""
+    path, swept, alone = write_recipe(folder, tokens, options), folder / f"sweep-{tokens}", folder / f"train-{tokens}"
+    rates = rates_of(options.lanes)
+    solo = side(run_python(RUN, "train", str(path), f"training.learning_rate={rates[0]}", f"output.dir={alone}"))
+    more = [f"training.learning_rate={','.join(rates)}", f"output.dir={swept}"]
+    together = side(run_python(RUN, "sweep", str(path), *more))
+    trial = next(each for each in sorted(swept.iterdir()) if each.name.endswith("0.0001"))
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, alone)]
+    plan = json.loads((alone / "plan.json").read_text("utf-8"))
+    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * HIDDEN * 2
+    return {
+        "tokens": tokens,
+        "lanes": options.lanes,
+        "together": together,
+        "alone": {key: value * (1 if key == "peak_bytes" else options.lanes) for key, value in solo.items()},
+        "bar_bytes": round(1.1 * (solo["peak_bytes"] + (options.lanes - 1) * added)),
+        "joined": options.joined,
+        "equal": weights[0] == weights[1],
+        "losses": losses_of(trial),
+        "losses_alone": losses_of(alone),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="4,16,32,64,80,256")
+    parser.add_argument("--lanes", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--joined", action="store_true", help="join the rows of the trials")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+        folder = Path(scratch)
+        os.environ["TUNEKIT_CACHE"] = str(folder / "cache")
+        write_model(folder / "model", options.layers)
+        warm = [f"output.dir={folder / 'warm'}", "training.max_steps=1"]  # packs the base into the cache
+        run_python(RUN, "train", str(write_recipe(folder, 16, options)), *warm)
+        for tokens in map(int, options.tokens.split(",")):
+            row = measure(folder, tokens, options)
+            rows.append(row)
+            ours, theirs = row["together"], row["alone"]
+            print(
+                f"{tokens} tokens: step {ours['step']:.2f} against {theirs['step']:.2f} CPU seconds "
+                f"({theirs['step'] / ours['step']:.2f}x), process {ours['process']:.0f} against "
+                f"{theirs['process']:.0f} ({theirs['process'] / ours['process']:.2f}x), peak "
+                f"{ours['peak_bytes'] / 1e6:.0f} MB (bar {row['bar_bytes'] / 1e6:.0f}, one run "
+                f"{theirs['peak_bytes'] / 1e6:.0f}); equal: {row['equal']}",
+                flush=True,
+            )
+    if options.json:
+        machine = {"machine": platform.machine(), "system": platform.platform(), "load": os.getloadavg()}
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+    if not options.joined and not all(row["equal"] for row in rows):
+        sys.exit("a trial differs from its own train")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Divides the lanes of a sweep into passes that share a loaded base, with what is gained and the memory of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.kernels.lane_products import obstacle_to_lanes
+from tunekit.adapters.routing import row_modules
+from tunekit.machine.memory import available_bytes
+from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.quantized.weights import packed_layers
+from tunekit.planning.memory import usable_bytes
+from tunekit.recipe.bases.section import AdapterSettings
+from tunekit.records import Choice, bytes_text
+from tunekit.training.lane import Lane
+from tunekit.tuned.twin import make_twin
+
+# Costs of a product with a matrix, in tokens that a core multiplies in the same time: to unpack the matrix, and the
+# minimum of a product. Measured on one core with AMX, for 2,048 x 5,632 in bfloat16: 16 ms to unpack NF4; 4.0, 5.1, 7.6
+# and 17.6 ms for a product of 16, 128, 256 and 512 tokens.
+UNPACK_TOKENS, LEAST_TOKENS = 500, 110
+RECOMPUTED, RESIDENT = 3, 2  # products of a step: forward, gradient, and the recomputation
+UNPACKED_TOGETHER = 2  # in the forward and in the backward pass
+STATE_BYTES = 16  # of a trained number: float32 weight, gradient and two moments
+WORTH = 1.25  # least estimated gain for which rows are joined, which changes the order of sums
+
+
+@dataclass(frozen=True)
+class LanePass:
+    """Lanes that use one loaded base, and their predicted peak. `together`: their steps run together; otherwise the
+    lanes run one after another. `joined`: the choice of the network in which all rows share the products of the base;
+    None: lane by lane."""
+
+    lanes: Sequence[Lane]
+    peak_bytes: int
+    together: bool = False
+    joined: Choice | None = None
+    gain: float = 1.0  # estimated time of a step of each lane alone, as a multiple of the time together
+
+    def groups(self) -> list[list[Lane]]:
+        """The lanes that train at the same time."""
+        return [list(self.lanes)] if self.together else [[lane] for lane in self.lanes]
+
+
+def make_passes(lanes: Sequence[Lane]) -> list[LanePass]:
+    """The passes of the lanes that have not ended, in the order of their first lane."""
+    by_base: list[list[Lane]] = []
+    for lane in [lane for lane in lanes if not lane.ended]:
+        key = lane.base_key
+        shared = [members for members in by_base if key is not None and members[0].base_key == key]
+        shared[0].append(lane) if shared else by_base.append([lane])
+    return [each for members in by_base for each in _divided(members)]
+
+
+def _divided(members: Sequence[Lane]) -> list[LanePass]:
+    """The passes of lanes with the same base: as many lanes together as fit into memory."""
+    key, one_by_one = members[0].base_key, LanePass(members, max(map(_peak, members)))
+    same_process = len({lane.process_settings for lane in members}) == 1
+    if key is None or len(members) == 1 or not same_process or not all(lane.runs_together for lane in members):
+        return [one_by_one]
+    streamed, base = key.streaming != "off", make_meta_model(key.section, device=members[0].session.devices.device)
+    joins = _joins(members, base, streamed)
+    if not streamed and not joins:
+        return [one_by_one]
+    packed = [packed_layers(layer) for _, layer in base.family.layers(base.net)]
+    unpacked = max(sum(each.in_features * each.out_features for each in layer.values()) for layer in packed)
+    groups: list[list[Lane]] = []
+    for lane in members:
+        peak = _peak_together([*groups[-1], lane] if groups else [lane], unpacked * base.dtype.itemsize, joins)
+        groups[-1].append(lane) if groups and peak <= _limit(lane) else groups.append([lane])
+    return [_pass(group, unpacked * base.dtype.itemsize, joins, streamed) for group in groups]
+
+
+def _pass(group: Sequence[Lane], unpacked_bytes: int, joins: bool, streamed: bool) -> LanePass:
+    together = len(group) > 1
+    plan = group[0].plan
+    joined = plan.choice if joins and together and plan is not None else None
+    peak = _peak_together(group, unpacked_bytes, joins)
+    return LanePass(group, peak, together, joined, _gain(group, bool(unpacked_bytes), joins, streamed))
+
+
+def _joins(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> bool:
+    """Whether the rows of these lanes share products: as the recipe says, or where that is clearly faster."""
+    setting = lanes[0].joined
+    if setting is False or any(map(_obstacle, lanes)) or _drops(base.net):
+        return False
+    if setting == "auto":
+        together = _gain(lanes, bool(packed_layers(base.net)), False, streamed) if streamed else 1.0
+        joined = _gain(lanes, bool(packed_layers(base.net)), True, streamed)
+        if lanes[0].session.devices.device.type != "cpu" or joined < WORTH * together:
+            return False
+    return _fit(lanes, base)
+
+
+def _obstacle(lane: Lane) -> bool:
+    """Whether rows of this lane are not end to end in one sequence, or its adapter changes more than layers."""
+    assert lane.prepared is not None
+    inputs, adapter = lane.prepared.largest_batch.inputs, lane.prepared.adapter
+    one_sequence = inputs.keys() == {"input_ids", "position_ids"} and len(inputs["input_ids"]) == 1
+    return not one_sequence or adapter.trains_base or bool(getattr(adapter, "dropout", 0.0))
+
+
+def _drops(net: nn.Module) -> bool:
+    """Whether the base draws random numbers in training."""
+    rates = [getattr(net.config, name, 0.0) for name in vars(net.config) if "dropout" in name or "pdrop" in name]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _fit(lanes: Sequence[Lane], base: LoadedModel) -> bool:
+    """Whether the lanes' adapters, attached to the base on the meta device, are made of layers that can be joined."""
+    head, rows, different = base.family.head_name(base.net), row_modules(base.net), list[AdapterSettings]()
+    for lane in lanes:
+        assert lane.prepared is not None
+        if lane.prepared.adapter not in different:
+            different.append(lane.prepared.adapter)
+    for settings in different:
+        twin = make_twin(base)
+        adapter = attach_adapter(twin.net, settings, seed=0, head_name=head)
+        layers, inside = list(adapter.layers.values()), {base.net.get_submodule(name) for name in adapter.layers}
+        whole = len(layers) != len(adapter.parts()) or head in adapter.layers or not inside <= rows
+        if whole or obstacle_to_lanes(layers) is not None:
+            return False
+    return True
+
+
+def _limit(lane: Lane) -> float:
+    """The bytes that a pass with this lane may use."""
+    assert lane.plan is not None
+    device = lane.session.devices.device
+    return usable_bytes(device, lane.plan.budget_bytes, available_bytes(device))
+
+
+def _peak(lane: Lane) -> int:
+    return 0 if lane.plan is None else lane.plan.peak_bytes.total
+
+
+def _peak_together(lanes: Sequence[Lane], unpacked_bytes: int, joins: bool) -> int:
+    """The largest lane alone, the state and the hidden states between layers of the others, and one unpacked layer.
+    Joined, also the activations of the others in one layer."""
+    if len(lanes) == 1:
+        return _peak(lanes[0])
+    largest = max(lanes, key=_peak)
+    return _peak(largest) + unpacked_bytes + sum(_added_bytes(lane, joins) for lane in lanes if lane is not largest)
+
+
+def _added_bytes(lane: Lane, joins: bool) -> int:
+    """Adapter, gradient, moments and the inputs of all layers of one lane."""
+    assert lane.plan is not None
+    assert lane.prepared is not None
+    facts, choice, activations = lane.plan.model, lane.plan.choice, lane.plan.peak_bytes.activations
+    tokens = lane.prepared.largest_batch.padded * choice.pass_micro_batches
+    inputs = facts.layers * tokens * facts.hidden_size * (4 if facts.dtype == "float32" else 2)
+    of_layer = max(activations - inputs, 0) if choice.streaming != "off" else activations // max(facts.layers, 1)
+    return lane.plan.trainable_parameters * STATE_BYTES + inputs + (of_layer if joins else 0)
+
+
+def _gain(lanes: Sequence[Lane], packed: bool, joins: bool, streamed: bool) -> float:
+    """The estimated time of separate steps as a multiple of the time together, from the costs of their products."""
+    unpack, count = UNPACK_TOKENS if packed else 0, len(lanes)
+    tokens = [lane.prepared.largest_batch.padded for lane in lanes if lane.prepared is not None]
+    separate = sum(max(each, LEAST_TOKENS) for each in tokens)
+    products = RECOMPUTED if streamed else RESIDENT
+    rows = max(sum(tokens), LEAST_TOKENS) if joins else separate
+    return products * (unpack * count + separate) / (UNPACKED_TOGETHER * unpack + RECOMPUTED * rows)
+
+
+def count_bases(passes: Sequence[LanePass]) -> int:
+    """How often a base is loaded in these passes."""
+    keys = [each.lanes[0].base_key for each in passes]
+    return keys.count(None) + len(set(keys) - {None})
+
+
+def pass_notes(passes: Sequence[LanePass]) -> list[str]:
+    """What is gained by each pass whose lanes run together, and why. A plan records that its rows are joined."""
+    notes = []
+    for each in passes:
+        if not each.together:
+            continue
+        count, alone = len(each.lanes), max(map(_peak, each.lanes))
+        why = "each layer of the streamed base is loaded and unpacked once for all of them"
+        result = "results are equal to separate runs bit for bit"
+        if each.joined is not None:
+            why = "their rows are joined, so each product with the base is computed once for all of them"
+            result = "results equal separate runs up to rounding; write sweep.joined: false for equal bits"
+        gain = f"; a step of all takes about 1/{each.gain:.1f} of the time of {count} separate steps (a rough estimate)"
+        memory = f"predicted peak {bytes_text(each.peak_bytes)}, of one alone {bytes_text(alone)}"
+        notes.append(f"{count} trials run together: {why}{gain if each.gain >= 1.05 else ''}; {memory}; {result}")
+        for lane in each.lanes if each.joined is not None else ():
+            assert lane.plan is not None
+            lane.plan = replace(
+                lane.plan, notes=[*lane.plan.notes, f"joined with other trials of a sweep, {count} in all"]
+            )
+    return notes
