@@ -23,7 +23,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
-from tunekit.memory.streaming import make_slots, stream_layers
+from tunekit.memory.streaming import make_slots, shared_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.section import ObjectiveSettings
@@ -147,7 +147,8 @@ def make_case(
     base = base or load_model(section, device=device, streamed=streaming is not None and device.type != "cpu")
     weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
     lora, head = adapter or LoraSettings(r=4, alpha=8.0), base.family.head_name(base.net)
-    with nullcontext() if base.slots is None else base.slots.on_host():
+    shared = shared_slots(base)
+    with nullcontext() if shared is None else shared.on_host():
         attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
     layers = [layer for _, layer in base.family.layers(base.net)]
     prepare_layers(layers, checkpointed, store)
@@ -156,7 +157,7 @@ def make_case(
         settings_of_slots = dict(streaming)
         pass_size = settings_of_slots.pop("pass_size", 99)
         settings_of_slots = {"tier": "host", "poison": True, **settings_of_slots}
-        slots = base.slots or make_slots(weights, device, mapped=base.mapped, **settings_of_slots)
+        slots = shared or make_slots(weights, device, mapped=base.mapped, **settings_of_slots)
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
     tuned = TunedModel(base, attached, BoundaryStore(None) if store is None else store, chunk)

@@ -13,7 +13,7 @@ from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.adapters.base import Casts
 from tunekit.adapters.kernels.lane_products import LaneProducts
 from tunekit.adapters.method import load_method
-from tunekit.memory.streaming import layer_weights, make_slots
+from tunekit.memory.streaming import layer_weights, make_slots, shared_slots
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import load_model
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -57,7 +57,7 @@ class Lanes:
             base.slots = make_slots(layer_weights(base), CPU, tier="host", mapped=base.mapped, poison=True)
         cases = [self._case(lane, base=make_twin(base)) for lane in self.lanes]
         for case in cases:
-            case.model.slots = base.slots
+            case.model.slots = shared_slots(base)
         run_lanes([loop_steps(case.parts) for case in cases], Together(lambda: base, joined, self.warnings.append))
         assert self.warnings == []
         return cases

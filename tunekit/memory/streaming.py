@@ -122,13 +122,18 @@ def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
     return [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
 
 
+def shared_slots(base: LoadedModel) -> LayerSlots | None:
+    """The slots of a base that several runs stream."""
+    return base.slots if isinstance(base.slots, LayerSlots) else None
+
+
 def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: str) -> LayerSlots | None:
     """Stream the layers from `tier` from now on: `host` or `disk`. None if the tier is `off`."""
     if tier == "off":
         return None
     simulated = base.device.type == "meta"  # tensors on the meta device need no host memory
     tier = "disk" if simulated else tier
-    slots: LayerSlots = base.slots or make_slots(weights, base.device, tier=tier, mapped=base.mapped)
+    slots = shared_slots(base) or make_slots(weights, base.device, tier=tier, mapped=base.mapped)
     embedding = None if simulated else host_embedding(base)
     if embedding is not None:
         gather_on_host(embedding, base.device)

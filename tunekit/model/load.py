@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ class LoadedModel:
     # for a meta model: whether load_model will read tensor by tensor, to pack or to copy the tensors
     packed_while_read: bool = False
     copied_while_read: bool = False
-    slots: Any = None  # memory.slots.LayerSlots of a streamed base, if several runs use it
+    slots: object = None  # memory.slots.LayerSlots of a streamed base, if several runs use it
 
 
 def load_model(

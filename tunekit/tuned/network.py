@@ -16,7 +16,7 @@ from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
-from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, stream_base
+from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, shared_slots, stream_base
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
 from tunekit.model.attention.documents import uncompiled_attention
@@ -50,7 +50,8 @@ def prepare_network(
     forwards = wrap_forwards(modules) if choice.compiled and planned_for is None else []
     store = make_store(choice.activation_offload, planned_for or base.device, simulated=planned_for is not None)
     prepare_layers(modules, choice.checkpointed_layers, store)
-    with nullcontext() if attach is None or base.slots is None else base.slots.on_host():
+    shared = None if attach is None else shared_slots(base)
+    with nullcontext() if shared is None else shared.on_host():
         adapter = None if attach is None else attach()
     if choice.mlp_tile_tokens is not None:
         hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device=base.device)  # (0, D)
