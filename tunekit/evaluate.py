@@ -3,7 +3,9 @@
 import glob
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tunekit.data.encoding.sources import read_template
 from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
+from tunekit.evaluation.by_adapter import check_adapters, rows_by_adapter, with_adapter
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
 from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.evaluation.tasks.run import require_harness
@@ -43,8 +46,12 @@ def evaluate_verb(
     metrics: Sequence[str],
     json_file: str | None,
     overrides: Sequence[str],
+    adapter_column: str | None = None,
 ) -> None:
-    """Evaluate a target. Raises: TunekitError; the command line returns its exit code."""
+    """Evaluate a target, or with `adapter_column` the adapters that its rows name.
+
+    Raises: TunekitError; the command line returns its exit code.
+    """
     _check_metrics(metrics)
     write_result = json_result(json_file)
     if data is None and format is not None:
@@ -57,6 +64,8 @@ def evaluate_verb(
         settings = spec.recipe.objective
         _refuse_unmeasurable(metrics, settings.method, settings.model_dump(), spec.evaluation)
     section = _data_section(spec, of_data)
+    if adapter_column is not None:
+        _check_many_adapters(spec, section)
     _refuse_missing_files(section, spec, data)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     refuse_to_replace_part("--json", json_file, Path(target))
@@ -73,17 +82,23 @@ def evaluate_verb(
         loaded.model.companions = load_companions(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
         of_run, counting = spec.data or section, CountProgress(console)
-        evaluation = evaluate_rows(loaded, rows, metrics, devices, of_run, template, counting)
+        evaluate = partial(evaluate_rows, metrics=metrics, devices=devices, template=template, progress=counting)
+        if adapter_column is not None:
+            evaluations = _of_adapters(loaded, rows, section, adapter_column, partial(evaluate, data=section))
+        else:
+            evaluation = evaluate(loaded, rows, data=of_run)
     finally:
         devices.close()
-    if devices.is_main:
-        name, sums = loaded.objective.name, evaluation.sums
-        sizes, units = (text.replace(" ", "_") for text in (shows_of(name).sizes, shows_of(name).units))
-        counts = {"rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
-        defined = {name: value for name, value in evaluation.metrics.items() if name == "loss" or not math.isnan(value)}
-        values = {**defined, **counts}  # a correlation with a constant is not defined
+    if devices.is_main and adapter_column is not None:
+        by_adapter = {name: _values(loaded.objective.name, each) for name, each in evaluations.items()}
+        names = list(dict.fromkeys(name for values in by_adapter.values() for name in values))
+        lines = [[adapter, *(values.get(name) for name in names)] for adapter, values in by_adapter.items()]
+        console.table(["adapter", *names], lines, title=target)
+        write_result({"adapters": {adapter: _finite(values) for adapter, values in by_adapter.items()}})
+    elif devices.is_main:
+        values = _values(loaded.objective.name, evaluation)
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
-        result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}
+        result: dict[str, Any] = _finite(values)
         if evaluation.sources is not None:
             result["sources"] = evaluation.sources
             console.table(*sources_table(evaluation.sources))
@@ -94,6 +109,46 @@ def evaluate_verb(
             if (confusion := confusion_table(result["classes"])) is not None:
                 console.table(*confusion)
         write_result(result)
+
+
+def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
+    """The metrics that are defined, and the counts. A correlation with a constant is not defined."""
+    sums, shows = evaluation.sums, shows_of(objective)
+    sizes, units = (text.replace(" ", "_") for text in (shows.sizes, shows.units))
+    defined = {name: value for name, value in evaluation.metrics.items() if name == "loss" or not math.isnan(value)}
+    return {**defined, "rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _check_many_adapters(spec: TargetSpec, section: DataSection) -> None:
+    """Raises: InputError if rows cannot name adapters."""
+    if spec.kind != "model":
+        raise InputError(
+            "rows that name adapters need their base as TARGET", "name a model, or remove --adapter-column"
+        )
+    if not isinstance(section.eval, tuple):
+        raise InputError("there is no file whose rows name adapters", "name it with --data FILE")
+
+
+def _of_adapters(
+    loaded: LoadedTarget,
+    rows: RowSet,
+    section: DataSection,
+    column: str,
+    evaluate: Callable[[LoadedTarget, RowSet], Evaluation],
+) -> dict[str, Evaluation]:
+    """The evaluation of each adapter that the column names, on its rows; "base": of rows that name none."""
+    assert isinstance(section.eval, tuple)  # _check_many_adapters ensures it
+    base, groups = loaded.model.base, rows_by_adapter(rows, section.eval, column)
+    check_adapters(base, [place for place in groups if place is not None], rows.objective)
+    evaluations = {}
+    for place, chosen in groups.items():
+        with with_adapter(base, place) as model:
+            evaluations["base" if place is None else str(place)] = evaluate(replace(loaded, model=model), chosen)
+    return evaluations
 
 
 def evaluate_tasks(

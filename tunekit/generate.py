@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tunekit.adapters.folder.config import adapter_in
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Objective, Sampling, no_progress
 from tunekit.data.encoding.images import png_bytes
@@ -33,7 +34,6 @@ from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
-from tunekit.talking.adapters import adapter_in
 from tunekit.talking.answer import Request
 from tunekit.talking.conversation import make_speaker
 from tunekit.talking.table import answer_table

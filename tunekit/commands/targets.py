@@ -35,6 +35,10 @@ def evaluate(
             "--metric", metavar="NAME", help="a metric; may be repeated", autocompletion=named("evaluation.metrics")
         ),
     ] = None,
+    adapter_column: Annotated[
+        str | None,
+        typer.Option("--adapter-column", metavar="NAME", help="the column of --data that names each row's adapter"),
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="NAME,FILE.yaml", help="tasks of lm-eval instead of rows")
     ] = None,
@@ -42,12 +46,13 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Evaluate a run, an adapter or a model."""
-    if tasks is not None and (data or data_format or metrics):
-        raise typer.BadParameter("--tasks evaluates tasks and no rows; remove --data, --format and --metric")
+    if tasks is not None and (data or data_format or metrics or adapter_column):
+        what = "--tasks evaluates tasks and no rows; remove --data, --format, --metric and --adapter-column"
+        raise typer.BadParameter(what)
     from tunekit.evaluate import evaluate_tasks, evaluate_verb
 
     if tasks is None:
-        evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [])
+        evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [], adapter_column)
     else:
         evaluate_tasks(target, base, [name for name in tasks.split(",") if name], json_file, overrides or [])
 

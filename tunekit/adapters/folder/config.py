@@ -30,6 +30,16 @@ HEAD_TASKS, HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")  # PEFT tr
 FORMAT_VERSION = 1  # of tunekit.json
 
 
+def is_adapter(place: Path) -> bool:
+    """Whether a folder has an adapter's configuration."""
+    return (place / CONFIG_NAME).exists()
+
+
+def adapter_in(path: Path) -> Path | None:
+    """The adapter folder of a path: the folder itself, or the adapter of a run."""
+    return next((place for place in (path, path / "adapter") if is_adapter(place)), None)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter folder's configuration. Facts from tunekit.json are None in a folder written by peft."""

@@ -1,0 +1,107 @@
+"""The rows of a table that names an adapter of one base in each row, by adapter."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tunekit.adapters.folder.config import TEMPLATE_NAME, adapter_in, read_adapter_config
+from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.contracts import Objective
+from tunekit.data.encoding.store import ChosenRows, Part
+from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.folder import with_table
+from tunekit.data.reading.problems import Problems
+from tunekit.data.rows import RowSet
+from tunekit.errors import AdapterError, InputError, Problem
+from tunekit.files.untrusted import printable
+from tunekit.model.load import LoadedModel
+from tunekit.recipe.data import Source
+from tunekit.tuned.model import TunedModel
+
+Places = dict[int, tuple[int, Path | None]]  # a row's number in its source -> its line, and its adapter's folder
+
+
+def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> dict[Path | None, RowSet]:
+    """The evaluation rows of each adapter whose folder the column names; None: of rows that name none.
+
+    Raises: DataError with each row that names a folder without an adapter.
+    """
+    problems, sources = Problems(), tuple(map(with_table, sources))
+    named = [_places(source, rows.objective, column, problems) for source in sources]
+    problems.raise_if_any()
+    assert isinstance(rows.evaluation, ChosenRows)  # load_evaluation_rows makes them
+    groups: dict[Path | None, list[Part]] = {}
+    lines: dict[Path | None, set[tuple[str, int]]] = {}
+    for source, places, part in zip(sources, named, rows.evaluation.parts, strict=True):
+        of_rows = [places[number] for number in part.store.records["number"][part.chosen].tolist()]
+        for place in dict.fromkeys(place for _, place in of_rows):
+            chosen = np.array([other == place for _, other in of_rows])  # (rows,)
+            groups.setdefault(place, []).append(replace(part, chosen=part.chosen[chosen]))
+            lines.setdefault(place, set()).update((source.path, line) for line, other in of_rows if other == place)
+    return {place: _chosen(rows, parts, lines[place]) for place, parts in groups.items()}
+
+
+def _places(source: Source, objective: Objective, column: str, problems: Problems) -> Places:
+    """The adapter of each row of a source. A relative path starts at the folder of the source's file."""
+    folder, places, raw_rows = Path(source.path).parent, Places(), open_rows(source, objective.rows.example, problems)
+    for number, raw in enumerate(raw_rows[0]):
+        name = raw.values.get(column)
+        place = adapter_in(Path(os.path.abspath(folder / name))) if isinstance(name, str) and name else None
+        if place is None and name not in (None, ""):
+            how = "name the folder of an adapter or a run; a relative path starts at the folder of this file"
+            problems.add(source.path, raw.line, f"'{column}': {printable(name)} contains no adapter", how)
+        places[number] = raw.line, place
+    return places
+
+
+def _chosen(rows: RowSet, parts: list[Part], lines: set[tuple[str, int]]) -> RowSet:
+    """Only these evaluation rows."""
+    examples = rows.evaluation_examples
+    return replace(
+        rows,
+        evaluation=ChosenRows(parts),
+        evaluation_examples=lambda: (row for row in examples() if (row.file, row.line) in lines),
+    )
+
+
+def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) -> None:
+    """Load each adapter once, because a fault should not be found after hours of evaluation.
+
+    Raises: AdapterError with all adapters that do not fit the base, or that must be evaluated alone because they have
+    an objective or a chat template of their own.
+    """
+    problems: list[Problem] = []
+    for place in places:
+        try:
+            stated = (read_adapter_config(place).objective or {}).get("method", objective.name)
+            if stated != objective.name:
+                problems.append(Problem(f"was trained with {stated}", "evaluate this adapter alone", str(place)))
+            if (place / TEMPLATE_NAME).exists():
+                what = "has a chat template of its own, but all rows are encoded with the same one"
+                problems.append(Problem(what, "evaluate this adapter alone", str(place)))
+            with with_adapter(base, place):
+                pass
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise AdapterError.of(problems)
+
+
+@contextmanager
+def with_adapter(base: LoadedModel, place: Path | None) -> Iterator[TunedModel]:
+    """The base with an adapter in its network for the block; None: the base alone."""
+    if place is None:
+        yield TunedModel(base, None)
+        return
+    head_name = base.family.head_name(base.net)
+    attached = attach_adapter_folder(
+        base.net, place, head_name=head_name, base_fingerprint=base.fingerprint, device=base.device
+    )
+    try:
+        yield TunedModel(base, attached)
+    finally:
+        attached.detach()
