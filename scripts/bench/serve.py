@@ -1,10 +1,12 @@
 """A server and many clients: latency of short answers beside long ones, many adapters, clients that leave.
 
-    scripts/bench/run serve --model FOLDER [--tree FOLDER] [--seconds 60] [--only mixed,adapters,leaving] [--json FILE]
+    scripts/bench/run serve --model FOLDER [--tree FOLDER] [--seconds 60] [--only equal,mixed,adapters,leaving]
+                      [--resume] [--json FILE]
 
 The server is a process of its own, with one thread for torch. The clock is its CPU time, so that other programs on the
-machine do not count. `--tree`: another checkout of tunekit, whose server is measured instead, for figures of before and
-after. Results: scripts/results/serve.json.
+machine do not count. `--tree`: an earlier checkout of tunekit, whose server is measured instead; its figures are under
+"before". `--resume`: measure only parts that the file does not have yet. Each part is written when it is complete, with
+a page next to the file. Results: scripts/results/serve.json and serve.md.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from beside.harness import hardware, versions
 
 FIGURES = {
     "minutes": 6,
@@ -133,6 +137,21 @@ def median_cost(clock: Callable[[], float], jobs: Iterable[Callable[[], object]]
     return statistics.median(costs)
 
 
+def equal(tree: Path, model: Path, count: int = 24) -> dict[str, Any]:
+    """Greedy answers of different lengths, 16 at once, and again each alone: how many are equal."""
+    sizes = [2 + 5 * (number % 7) for number in range(count)]
+
+    def answer(port: int, number: int) -> str:
+        with streamed(port, "base", sizes[number], Random(number)) as response:
+            return "".join(pieces(response))
+
+    with serving(tree, model, "--batch-size", "16") as (_, port):
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(partial(answer, port), range(count)))
+        alone = [answer(port, number) for number in range(count)]
+    return {"answers": count, "equal": sum(one == other for one, other in zip(together, alone, strict=True))}
+
+
 def mixed(tree: Path, model: Path, clients: int, seconds: float) -> dict[str, Any]:
     """Clients that ask for answers of 2 to 500 tokens (log-uniform), each again and again.
 
@@ -184,7 +203,10 @@ def adapters(tree: Path, model: Path, count: int = 300, tokens: int = 8) -> dict
 
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(model, Path(folder), count)
-        with serving(tree, model, "--adapter", folder, "--adapter-memory", "256MiB") as (server, port):
+        options = ["--adapter", folder, "--adapter-memory", "256MiB"]
+        if tree != ROOT:  # had no limit, and loaded all adapters when it started
+            options = options[:2]
+        with serving(tree, model, *options) as (server, port):
             names, clock = [f"a{number:03}" for number in range(count)], clock_of(server)
             memory = psutil.Process(server).memory_info
             before = memory().rss
@@ -247,22 +269,88 @@ def leaving(tree: Path, model: Path, clients: int = 100) -> dict[str, Any]:
     }
 
 
+PAGE = """# A server and many clients
+
+SmolLM2-135M in float32, greedy, one thread for torch. The clock is the CPU time of the server, so that other programs
+do not count. "Before" is the version that answered batch after batch. {processor}, {date}; torch {torch}, transformers
+{transformers}. Made by `scripts/bench/run serve`; all numbers are in [serve.json](serve.json). All clients of a part
+begin at once, so the median of short answers beside long ones is mostly the wait for a slot.
+
+| | before | now |
+|---|--:|--:|
+"""
+ROWS = {
+    "mixed": {
+        "cpu_seconds": "64 clients, 16 slots, answers of 2 to 500 tokens (log-uniform): CPU seconds measured",
+        "tokens_per_cpu_second": "tokens per CPU second",
+        "short_answers": "answers of up to 16 tokens that ended",
+        "short_answers_without_end": "answers of up to 16 tokens that still waited",
+        "short_median_seconds": "their median, waiting ones with the time so far, CPU seconds",
+        "short_95th_percentile_seconds": "their 95th percentile, CPU seconds",
+    },
+    "equal": {
+        "answers": "answers of 2 to 32 tokens, 16 at once",
+        "equal": "of these, equal to the answer of the request alone",
+    },
+    "adapters": {
+        "adapters": "adapters of rank 8 on the attention's projections",
+        "first_token_cpu_seconds_at_first_use": "first token at an adapter's first use, CPU seconds",
+        "first_token_cpu_seconds_again": "first token when it is in memory, CPU seconds",
+        "tokens_per_cpu_second_of_one": "8 clients that ask one adapter, tokens per CPU second",
+        "tokens_per_cpu_second_of_all": "8 clients that ask all adapters in turns, tokens per CPU second",
+        "added_memory_mib": "added memory of the server (limit 256 MiB for adapters), MiB",
+    },
+    "leaving": {
+        "clients": "clients that leave after the first piece of an answer of 500 tokens",
+        "cpu_seconds_until_all_have_left": "CPU seconds until all have left",
+        "short_answer_cpu_seconds_before": "an answer of 4 tokens before them, CPU seconds",
+        "short_answer_cpu_seconds_after": "the same after them, CPU seconds",
+    },
+}
+
+
+MASKS = """
+Mask of tokens for a JSON schema (llguidance 1.9.1, 49,152 tokens, 2026-11-28): 0.09 to 0.31 ms a token, with two of 15
+tokens at 32 and 40 ms, where a part of the schema was met first; 34 ms to compile the schema.
+"""
+
+
+def write_page(results: dict[str, Any], path: Path) -> None:
+    """The figures of both versions as a table."""
+    lines = [PAGE.format(**results["settings"])]
+    for part, names in ROWS.items():
+        sides = [results.get("before", {}).get(part, {}), results.get(part, {})]
+        for name, words in names.items():
+            if any(sides):
+                cells = [f"{side[name]:.3g}" if name in side else "" for side in sides]
+                lines.append(f"| {words} | {' | '.join(cells)} |\n")
+    path.write_text("".join([*lines, MASKS]), "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tree", type=Path, default=ROOT)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--only", default="mixed,adapters,leaving")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="equal,mixed,adapters,leaving")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--json", type=Path, default=ROOT / "scripts" / "results" / "serve.json")
     chosen = parser.parse_args()
-    results: dict[str, Any] = {"load_average_before": round(os.getloadavg()[0], 2)}
+    results = json.loads(chosen.json.read_text("utf-8")) if chosen.resume and chosen.json.exists() else {}
+    side = results if chosen.tree == ROOT else results.setdefault("before", {})
+    known = versions(Path(sys.executable))
+    results["settings"] = {"processor": hardware()["processor"], "date": time.strftime("%Y-%m-%d %H:%M")}
+    results["settings"] |= {name: known[name] for name in ("torch", "transformers")}
     for name in chosen.only.split(","):
+        if name in side:
+            continue
+        load = round(os.getloadavg()[0], 2)
         more = (chosen.clients, chosen.seconds) if name == "mixed" else ()
-        results[name] = globals()[name](chosen.tree, chosen.model, *more)
-    print(json.dumps(results, indent=1))
-    if chosen.json:
+        side[name] = globals()[name](chosen.tree, chosen.model, *more) | {"load_average_before": load}
+        print(name, json.dumps(side[name], indent=1), flush=True)
         chosen.json.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_page(results, chosen.json.with_suffix(".md"))
 
 
 if __name__ == "__main__":
