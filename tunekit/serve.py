@@ -1,6 +1,6 @@
 """`tunekit serve`: serves a model to OpenAI clients until it is stopped. Each adapter of the base is a model name.
 
-GET /v1/models; POST /v1/chat/completions and /v1/completions, streamed or complete.
+GET /v1/models and /v1/models/NAME; POST /v1/chat/completions and /v1/completions, streamed or complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tunekit.talking.adapters import name_of
 from tunekit.talking.completion import ClientAnswer
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.desk import Desk
-from tunekit.talking.protocol import ProtocolError, read_body
+from tunekit.talking.protocol import ProtocolError, model_name, read_body
 from tunekit.targets.target import find_target, load_target
 
 if TYPE_CHECKING:
@@ -95,10 +95,14 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
     async def models(request: Request) -> Response:
         check(request)
         adapters.read_folders()
-        entries = [
-            {"id": name, "object": "model", "created": started, "owned_by": "tunekit"} for name in adapters.names
-        ]
-        return JSONResponse({"object": "list", "data": entries})
+        return JSONResponse({"object": "list", "data": [entry(name) for name in adapters.names]})
+
+    async def model(request: Request) -> Response:
+        check(request)
+        return JSONResponse(entry(model_name(request.path_params["name"], adapters)))
+
+    def entry(name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "tunekit"}
 
     async def chat_completions(request: Request) -> ClientAnswer:
         check(request)
@@ -112,6 +116,7 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
+            Route("/v1/models/{name}", model),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
         ],
@@ -177,6 +182,7 @@ def make_desk(speaker: Speaker, slots: int, cache_bytes: int, console: Console) 
     console.info(f"up to {slots} answers at once, each with up to {tokens:,} tokens of prompt and answer{size}")
     if speaker.adapters.reloads:
         console.info(f"adapters in memory: up to {bytes_text(speaker.adapters.limit_bytes or 0)} (--adapter-memory)")
+    speaker.cache_limit = tokens
     return Desk(speaker, slots, tokens)
 
 

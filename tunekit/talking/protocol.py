@@ -78,10 +78,7 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
     if not isinstance(value, dict):
         raise ProtocolError(400, "the body must be a JSON object")
     _check_fields(value, "chat" if is_chat else "completions")
-    name = value.get("model")
-    if not isinstance(name, str) or not adapters.knows(name):
-        text = "'model' is required" if name is None else f"there is no model {name!r}"
-        raise ProtocolError(404, f"{text}; there are: {adapters.listing}", "model", "model_not_found")
+    name = model_name(value.get("model"), adapters)
     requests = [_chat(value, max_tokens)] if is_chat else _completions(value)
     choices = _integer(value, "n", 1, 1, MAX_CHOICES)
     if (count := choices * len(requests)) > MAX_JOBS:
@@ -95,6 +92,14 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
         with_usage=_of_kind(value, "stream_options", dict, {}).get("include_usage") is True,
         seeded=value.get("seed") is not None,
     )
+
+
+def model_name(name: object, adapters: Adapters) -> str:
+    """The name of a model. Raises: ProtocolError if there is no such model."""
+    if isinstance(name, str) and adapters.knows(name):
+        return name
+    text = "'model' is required" if name is None else f"there is no model {name!r}"
+    raise ProtocolError(404, f"{text}; there are: {adapters.listing}", "model", "model_not_found")
 
 
 def _check_fields(body: Body, endpoint: str) -> None:
@@ -179,13 +184,15 @@ def _tools(body: Body) -> tuple[JsonObject, ...]:
 
 
 def _schema(response_format: Body) -> JsonObject | None:
-    """The JSON schema of the answer; None for plain text."""
+    """The JSON schema of the answer; None for plain text. huggingface_hub's client sends it as `value` of a
+    json_object."""
     kind, stated = response_format.get("type", "text"), response_format.get("json_schema")
     if kind == "text":
         return None
     if kind == "json_object":
-        return JSON_OBJECT
-    schema = stated.get("schema") if kind == "json_schema" and isinstance(stated, dict) else None
+        schema = response_format.get("value", JSON_OBJECT)
+    else:
+        schema = stated.get("schema") if kind == "json_schema" and isinstance(stated, dict) else None
     if not isinstance(schema, dict):
         what = "'response_format' must have the type text, json_object, or json_schema with a schema"
         raise ProtocolError(400, what, "response_format", "invalid_value")
