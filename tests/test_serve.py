@@ -160,6 +160,12 @@ def test_what_is_wrong_is_said_in_the_protocols_form(port: int, more: dict[str, 
     assert said in caught.value.body["message"]
 
 
+def test_only_a_text_that_is_too_long_has_the_code_of_its_length(port: int) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client(port), "one", "x" * 900)
+    assert refused.value.code == "context_length_exceeded"
+
+
 def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None:
     for body in (b'{"model": ', b"[]", b"\xff", b"[" * 100_000, b"x" * 5_000_000):
         status, reply = ask_raw(port, "/v1/chat/completions", body)

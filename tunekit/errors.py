@@ -105,12 +105,20 @@ class DataError(InputError):
     """A data file or a row is wrong."""
 
 
+class LengthError(InputError):
+    """A text has more tokens than the model reads, or than there is room for."""
+
+
 class ModelError(InputError):
     """A base model's folder, configuration or tokenizer is wrong."""
 
 
 class AdapterError(InputError):
     """An adapter folder is wrong, or an adapter does not fit its base."""
+
+
+class AdapterConflict(InputError):
+    """An adapter cannot be in memory together with a different one; each of them can be alone."""
 
 
 class RewardError(InputError):

@@ -96,19 +96,23 @@ def evaluate_verb(
         console.table(["adapter", *names], lines, title=target)
         write_result({"adapters": {adapter: _finite(values) for adapter, values in by_adapter.items()}})
     elif devices.is_main:
-        values = _values(loaded.objective.name, evaluation)
-        console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
-        result: dict[str, Any] = _finite(values)
-        if evaluation.sources is not None:
-            result["sources"] = evaluation.sources
-            console.table(*sources_table(evaluation.sources))
-        if evaluation.classes is not None:
-            result["classes"] = class_facts(evaluation.classes)
-            lines, columns = result["classes"]["per_class"], columns_of(result["classes"])
-            console.table(columns, [[line[name] for name in columns] for line in lines])
-            if (confusion := confusion_table(result["classes"])) is not None:
-                console.table(*confusion)
-        write_result(result)
+        write_result(_shown(console, target, _values(loaded.objective.name, evaluation), evaluation))
+
+
+def _shown(console: Console, target: str, values: Mapping[str, float], evaluation: Evaluation) -> dict[str, Any]:
+    """Print the tables of an evaluation; returns the content of its JSON file."""
+    console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
+    result = _finite(values)
+    if evaluation.sources is not None:
+        result["sources"] = evaluation.sources
+        console.table(*sources_table(evaluation.sources))
+    if evaluation.classes is not None:
+        result["classes"] = class_facts(evaluation.classes)
+        lines, columns = result["classes"]["per_class"], columns_of(result["classes"])
+        console.table(columns, [[line[name] for name in columns] for line in lines])
+        if (confusion := confusion_table(result["classes"])) is not None:
+            console.table(*confusion)
+    return result
 
 
 def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:

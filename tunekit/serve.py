@@ -58,6 +58,11 @@ async def read_request(request: Request) -> bytes:
     return bytes(body)
 
 
+def model_entry(name: str, created: int) -> dict[str, object]:
+    """A model in the list of models. `created`: seconds since 1970."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "tunekit"}
+
+
 def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
     """The endpoint as an ASGI application. `key`: the API key that clients must send; None: no key. `only_local`:
     whether only this machine can reach it."""
@@ -95,14 +100,11 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
     async def models(request: Request) -> Response:
         check(request)
         adapters.read_folders()
-        return JSONResponse({"object": "list", "data": [entry(name) for name in adapters.names]})
+        return JSONResponse({"object": "list", "data": [model_entry(name, started) for name in adapters.names]})
 
     async def model(request: Request) -> Response:
         check(request)
-        return JSONResponse(entry(model_name(request.path_params["name"], adapters)))
-
-    def entry(name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "tunekit"}
+        return JSONResponse(model_entry(model_name(request.path_params["name"], adapters), started))
 
     async def chat_completions(request: Request) -> ClientAnswer:
         check(request)

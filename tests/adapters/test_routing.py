@@ -118,6 +118,22 @@ def test_rows_join_and_leave_in_any_order() -> None:
 
 
 @torch.no_grad()
+def test_copies_of_factors_are_freed_when_their_adapters_leave() -> None:
+    net, several = loaded()
+    names, inputs = ("all", "rs", "mixed", "qv"), ids(4, 1)
+    expected = one_by_one(net, several, names, inputs)
+    sizes = []
+    for staying in (names, ("all", "rs"), ("rs",), ()):
+        with several.using_rows(names):
+            torch.testing.assert_close(logits(net, inputs), expected, rtol=0, atol=1e-4)
+        several.keep_copies(staying)
+        sizes.append(several.copied_bytes)
+    assert sizes[0] > sizes[1] >= sizes[2] > sizes[3] == 0
+    with several.using_rows(names):
+        torch.testing.assert_close(logits(net, inputs), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_base_is_multiplied_once_for_all_rows() -> None:
     net, several = of_module()
     shapes: list[tuple[str, int]] = []

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.talking.test_conversation import QUESTION, adapter_of, ask, load, peft_folder
-from tunekit.errors import AdapterError, InputError
+from tunekit.errors import AdapterConflict, AdapterError, InputError
 from tunekit.formats.example import Message
 from tunekit.talking.answer import Reply, Request
-from tunekit.talking.conversation import Speaker, make_speaker
+from tunekit.talking.conversation import Answers, Speaker, make_speaker
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,86 @@ def test_an_adapter_that_is_trained_again_is_loaded_again(speaker: Speaker, fold
     finally:
         adapter_of(tiny_llama, folder / "one", 0)
     assert ask(speaker, "one", QUESTION) == before
+
+
+def test_a_changed_configuration_alone_is_noticed(speaker: Speaker, folder: Path) -> None:
+    before, config = ask(speaker, "two", QUESTION), folder / "two" / "adapter_config.json"
+    text = config.read_text("utf-8")
+    config.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 80'), "utf-8")
+    assert config.read_text("utf-8") != text
+    assert ask(speaker, "two", QUESTION) != before
+    config.write_text(text, "utf-8")
+    assert ask(speaker, "two", QUESTION) == before
+
+
+def answer_together(speaker: Speaker, names: list[str], tokens: int = 6) -> list[int]:
+    """Answer a request to each adapter at the same time; returns the memory of adapters after each token."""
+    sizes = []
+    with speaker.answering(len(names), 512) as answers:
+        for name in names:
+            answers.put(speaker.prepare(Request(QUESTION, tokens)), name, lambda piece: True, lambda reply: None)
+        while answers.is_busy:
+            answers.step()
+            sizes.append(speaker.adapters.nbytes)
+    return sizes
+
+
+def test_copies_of_factors_count_as_memory_of_adapters(speaker: Speaker) -> None:
+    """They are freed when no answer runs, and before another adapter is evicted."""
+    sizes = answer_together(speaker, ["one", "two", "three"])
+    states = [speaker.adapters.loaded(name).state().values() for name in ("one", "two", "three")]  # type: ignore[union-attr]
+    assert max(sizes) > sizes[-1] == sum(tensor.nbytes for tensors in states for tensor in tensors)
+    speaker.adapters.limit_bytes = speaker.adapters.nbytes
+    answer_together(speaker, ["one", "two"])
+    assert sorted(loaded(speaker)) == ["one", "three", "two"]
+    with speaker.answering(3, 512) as answers:
+        for name in ("one", "two"):
+            answers.put(speaker.prepare(Request(QUESTION, 20)), name, lambda piece: True, lambda reply: None)
+            answers.step()
+        answers.step()
+        assert speaker.adapters.nbytes > speaker.adapters.limit_bytes
+        answers.put(speaker.prepare(Request(QUESTION, 20)), "base", lambda piece: True, lambda reply: None)
+        assert sorted(loaded(speaker)) == ["one", "two"]
+
+
+def test_an_adapter_that_conflicts_with_an_idle_one_replaces_it(
+    speaker: Speaker, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """It copies modules inside which the other one has layers."""
+    speaker.adapters.add("copy", adapter_of(tiny_llama, tmp_path / "copy", 7, modules_to_save=["mlp"]))
+    first = ask(speaker, "copy", QUESTION)
+    assert ask(speaker, "one", QUESTION) != first
+    assert loaded(speaker) == ["one"]
+    assert ask(speaker, "copy", QUESTION) == first
+    speaker.adapters.load("copy")
+    with pytest.raises(AdapterConflict, match="cannot be loaded at once"):
+        speaker.adapters.load("one", {"copy"})
+
+
+@pytest.mark.drawn
+def test_keys_and_values_fit_into_the_memory(speaker: Speaker) -> None:
+    """Those of running answers, of the last prompts, and of cached conversations."""
+    for slots, memory_bytes in ((2, 400_000), (2, 1_000_000), (1, 10**9)):
+        tokens, used = speaker.slot_tokens(slots, memory_bytes)
+        assert used <= memory_bytes
+        assert 32 <= tokens <= 512
+        speaker.cache_limit = tokens
+        sizes = []
+        with speaker.answering(slots, tokens) as answers:
+            for name in ("base", "one", "two", "three"):
+                request = speaker.prepare(Request(QUESTION, 512))
+                answers.put(request, name, lambda piece: True, lambda reply: None)
+                while answers.is_busy:
+                    answers.step()
+                sizes.append(answers.decoder.nbytes + bytes_of_caches(speaker, answers))
+        assert max(sizes) <= used
+        speaker.states.clear()
+
+
+def bytes_of_caches(speaker: Speaker, answers: Answers) -> int:
+    prefill = answers.decoder._slot_batch._prefill  # type: ignore[union-attr]
+    layers = [layer for _, states in speaker.states.values() for layer in states.layers]
+    return sum(part.nbytes for layer in layers for part in layer) + (prefill.slots.nbytes if prefill else 0)
 
 
 def test_requests_to_many_adapters_share_forwards(speaker: Speaker, tiny_llama: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from tunekit.chat import Chat, chat_verb, read_history
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
-from tunekit.errors import DataError, InputError
+from tunekit.errors import DataError, InputError, LengthError
 from tunekit.formats.example import Message
 from tunekit.generate import answer
 from tunekit.talking.adapters import BASE
@@ -154,7 +154,7 @@ def test_a_request_that_joins_late_ends_early_and_changes_no_answer(speaker: Spe
 def test_a_prompt_longer_than_a_slot_is_refused_and_a_long_answer_is_cut(speaker: Speaker) -> None:
     replies: list[Reply] = []
     with speaker.answering(1, 64) as answers:
-        with pytest.raises(DataError, match="which leave no room for an answer"):
+        with pytest.raises(LengthError, match="which leave no room for an answer"):
             answers.put(speaker.prepare(Request([Message("user", "x" * 80)], 4)), "one", lambda _: True, replies.append)
         answers.put(speaker.prepare(Request(QUESTION, 400)), "one", lambda _: True, replies.append)
         while answers.is_busy:
@@ -173,10 +173,10 @@ def test_a_prompt_is_measured_before_it_is_tokenized(speaker: Speaker, monkeypat
         [Message("user", "<|im_start|>" * 300_000)],
         [Message("user", "a")] * 100_000,
     ):
-        with pytest.raises(DataError, match="has more than 512 tokens, but the model reads at most 512"):
+        with pytest.raises(LengthError, match="has more than 512 tokens, but the model reads at most 512"):
             speaker.prepare(Request(messages))
     assert sum(read) < 200_000
-    with pytest.raises(DataError, match="has 519 tokens, but the model reads at most 512"):
+    with pytest.raises(LengthError, match="has 519 tokens, but the model reads at most 512"):
         speaker.prepare(Request([Message("user", "x" * 500)]))
     assert len(speaker.prepare(Request([Message("user", "x" * 490)])).prompt) == 509
 

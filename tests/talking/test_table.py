@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tunekit.contracts import Sampling
 from tunekit.errors import TunekitError
 from tunekit.generate import answer, answer_with_adapters, generate_verb, read_prompts
 from tunekit.talking.answer import Request
-from tunekit.talking.conversation import make_speaker
+from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.table import answer_table
 
 TEXTS = [f"Say {number} long things." for number in range(7)]
@@ -66,6 +67,34 @@ def test_only_adapters_that_answer_are_in_memory(folder: Path, tiny_llama: Path,
     answer_table(speaker, [Request(max_new_tokens=4, prompt=ids) for ids in prompts], places, slots=2)
     hook.remove()
     assert max(counts) == 2
+
+
+@pytest.mark.drawn
+def test_adapters_that_cannot_be_loaded_together_answer_in_turns(
+    folder: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """One copies the modules inside which the other has layers."""
+    adapter_of(tiny_llama, tmp_path / "copy", 4, modules_to_save=["mlp"])
+    names = [str(folder / "run"), str(tmp_path / "copy"), str(folder / "run"), str(tmp_path / "copy")]
+    answers = answer_with_adapters(load(tiny_llama, *SETTINGS), read_prompts(write(folder, names)))
+    for at, name in enumerate(names):
+        place = Path(name) / "adapter" if name.endswith("run") else Path(name)
+        assert answers[at] == answer(load(place, *SETTINGS), [TEXTS[at]])[0]
+
+
+def test_all_wrong_adapters_are_named_before_the_first_answer(
+    folder: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = shutil.copytree(folder / "run" / "adapter", tmp_path / "wide")
+    config = wide / "adapter_config.json"
+    config.write_text(config.read_text("utf-8").replace('"r": 4', '"r": 5'), "utf-8")
+    broken = shutil.copytree(folder / "run" / "adapter", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(Speaker, "answering", lambda *_: pytest.fail("a row was answered"))
+    with pytest.raises(TunekitError, match=r"(?s)wide.*broken"):
+        answer_with_adapters(
+            load(tiny_llama, *SETTINGS), read_prompts(write(folder, [None, str(wide), "one", str(broken)]))
+        )
 
 
 def test_the_verb_prints_the_adapter_of_each_row(

@@ -5,7 +5,7 @@ row. The Switch passes the rows to the wrapper of their adapter, or to the plain
 their plain code, so logits equal those of the adapter alone, up to the order of sums.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
+from tunekit.adapters.kernels.row_products import FactorBank
 from tunekit.adapters.routing import Router, RowNames, can_route, row_modules
-from tunekit.errors import AdapterError
+from tunekit.errors import AdapterConflict, AdapterError
 from tunekit.model.attention.self_attention import decoder
 from tunekit.model.call import calling, current_call
 
@@ -80,6 +81,11 @@ class Switch(Wrapper):
         self.wrappers[self.indices[name]] = wrapper
         self._router.forget(name)
 
+    @property
+    def bank(self) -> FactorBank:
+        """The copies of factors for forwards of several adapters."""
+        return self._router.bank
+
     def find(self, name: str) -> nn.Module | None:
         """One adapter's wrapper, if it wraps this module."""
         return self.wrappers[self.indices[name]] if name in self.indices else None
@@ -110,8 +116,8 @@ class AdapterSet:
     def add(self, name: str, attach: Callable[[], AttachedAdapter]) -> AttachedAdapter:
         """Add an adapter; `attach` attaches it to the net, which is plain meanwhile.
 
-        Raises: AdapterError if the name is taken, or if the adapter copies a module inside which another adapter has
-        layers; and the errors of `attach`. The other adapters are then unchanged.
+        Raises: AdapterError if the name is taken; AdapterConflict if the adapter copies a module inside which another
+        adapter has layers; and the errors of `attach`. The other adapters are then unchanged.
         """
         if not name or name in self.adapters:
             raise AdapterError(f"an adapter '{name}' is loaded already" if name else "an adapter needs a name")
@@ -179,6 +185,16 @@ class AdapterSet:
         finally:
             self._hook(hooked)
 
+    def keep_copies(self, names: Collection[str]) -> None:
+        """Free the copies of factors that `using_rows` has made, except for those of these adapters."""
+        for _, switch in self._switches.values():
+            switch.bank.keep(names)
+
+    @property
+    def copied_bytes(self) -> int:
+        """The memory of the copies of factors."""
+        return sum(switch.bank.nbytes for _, switch in self._switches.values())
+
     def shares_forwards(self, name: str) -> bool:
         """Whether rows of this adapter can be in one forward with rows of others: it has only wrappers of modules that
         get all rows in one tensor."""
@@ -244,8 +260,8 @@ class AdapterSet:
             self.choice.name()
 
     def _refuse_nested(self, name: str, attached: AttachedAdapter) -> None:
-        """Raises: AdapterError if one adapter copies a module inside which the other one has layers: the copied module
-        runs with other parameters under its own names, which a Switch inside it would change."""
+        """Raises: AdapterConflict if one adapter copies a module inside which the other one has layers: the copied
+        module runs with other parameters under its own names, which a Switch inside it would change."""
         for other_name, other in [*self.adapters.items(), (name, attached)]:
             for one, two in ((attached, other), (other, attached)):
                 for copied in one.copies if one is not two else ():
@@ -253,4 +269,4 @@ class AdapterSet:
                     nested = next((p for p in names if p.startswith(f"{copied}.")), None)
                     if nested is not None:
                         what = f"one adapter fully trains '{copied}', and the other one adapts '{nested}' inside it"
-                        raise AdapterError(f"'{name}' and '{other_name}' cannot be loaded at once: {what}")
+                        raise AdapterConflict(f"'{name}' and '{other_name}' cannot be loaded at once: {what}")

@@ -22,7 +22,9 @@ from tunekit.model.load import LoadedModel
 from tunekit.recipe.data import Source
 from tunekit.tuned.model import TunedModel
 
-Places = dict[int, tuple[int, Path | None]]  # a row's number in its source -> its line, and its adapter's folder
+AdaptersOfRows = dict[
+    int, tuple[int, Path | None]
+]  # a row's number in its source -> its line, and its adapter's folder
 
 
 def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> dict[Path | None, RowSet]:
@@ -45,9 +47,13 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
     return {place: _chosen(rows, parts, lines[place]) for place, parts in groups.items()}
 
 
-def _places(source: Source, objective: Objective, column: str, problems: Problems) -> Places:
+def _places(source: Source, objective: Objective, column: str, problems: Problems) -> AdaptersOfRows:
     """The adapter of each row of a source. A relative path starts at the folder of the source's file."""
-    folder, places, raw_rows = Path(source.path).parent, Places(), open_rows(source, objective.rows.example, problems)
+    folder, places, raw_rows = (
+        Path(source.path).parent,
+        AdaptersOfRows(),
+        open_rows(source, objective.rows.example, problems),
+    )
     for number, raw in enumerate(raw_rows[0]):
         name = raw.values.get(column)
         place = adapter_in(Path(os.path.abspath(folder / name))) if isinstance(name, str) and name else None

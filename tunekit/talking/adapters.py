@@ -10,19 +10,22 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, TENSORS_NAME, adapter_in, is_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
-from tunekit.errors import InputError
+from tunekit.errors import AdapterConflict, InputError
 from tunekit.model.call import calling, current_call
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.slots import shares_slots
 
 BASE = "base"  # the name of the base without an adapter
 LISTED_NAMES = 20  # the number of names in an error
+Stamp = tuple[int, ...]
 
 
 class Adapters:
-    """Up to `limit_bytes` of adapters are in memory (None: no limit); the least recently used ones are evicted.
+    """Up to `limit_bytes` of adapters are in memory (None: no limit); the least recently used ones are evicted. Copies
+    of factors, for forwards of several adapters, count too.
 
     One thread may load and use adapters. Other threads may read the names.
     """
@@ -35,7 +38,7 @@ class Adapters:
         self._folders: list[Path] = []  # folders of adapters
         self._listed: dict[str, Path] = {}  # the adapters in these folders
         self._sizes: dict[str, int] = {}  # of loaded adapters that can be evicted, the least recently used first
-        self._stamps: dict[str, int] = {}  # the times at which their files were written
+        self._stamps: dict[str, Stamp] = {}  # the times at which their files were written
 
     @property
     def names(self) -> list[str]:
@@ -112,25 +115,49 @@ class Adapters:
     def load(self, name: str, in_use: Collection[str] = ()) -> None:
         """Load an adapter if it is not in memory. Those in use are not evicted, even beyond the limit.
 
-        Raises: InputError for an unknown name; AdapterError if it does not fit the base.
+        Raises: InputError for an unknown name; AdapterConflict if it cannot be next to one in use; AdapterError if it
+        does not fit the base.
         """
         place = self._places.get(name) or self._listed.get(name)
-        stamp = self._stamps.get(name, 0) if place is None else _written(place)
+        stamp = self._stamps.get(name, ()) if place is None else _written(place)
         if name in self._sizes and stamp != self._stamps[name] and name not in in_use:
             self._evict(name)
         if name in self._sizes:
             self._sizes[name] = self._sizes.pop(name)
         elif name != BASE and name not in self._set.adapters:
             self.check(name)
-            base, place = self.base, self._places.get(name) or self._listed[name]
-            attach = partial(attach_adapter_folder, base.net, place, head_name=base.family.head_name(base.net))
-            attached = self._set.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
-            self._sizes[name] = sum(tensor.nbytes for tensor in attached.state().values())
-            self._stamps[name] = stamp or _written(place)
-        for other in list(self._sizes):
-            used = sum(self._sizes.values())
-            if self.limit_bytes is not None and used > self.limit_bytes and other not in {name, *in_use}:
-                self._evict(other)
+            try:
+                self._attach(name)
+            except AdapterConflict:
+                self._evict_others({name, *in_use}, 0)
+                self._attach(name)
+        self._set.keep_copies({name, *in_use})
+        if self.limit_bytes is not None:
+            self._evict_others({name, *in_use}, self.limit_bytes)
+
+    def keep_copies(self, in_use: Collection[str]) -> None:
+        """Free the copies of factors of other adapters than these, which forwards of several adapters have made."""
+        self._set.keep_copies(in_use)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the adapters that can be evicted, and of copies for forwards of several adapters."""
+        return sum(self._sizes.values()) + self._set.copied_bytes
+
+    def _attach(self, name: str) -> None:
+        base, place = self.base, self._places.get(name) or self._listed[name]
+        stamp = _written(place)
+        attach = partial(attach_adapter_folder, base.net, place, head_name=base.family.head_name(base.net))
+        attached = self._set.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
+        self._sizes[name] = sum(tensor.nbytes for tensor in attached.state().values())
+        self._stamps[name] = stamp
+
+    def _evict_others(self, names: Collection[str], limit_bytes: int) -> None:
+        """Evict adapters that are not among these names until the others fit into the limit."""
+        for other in [name for name in self._sizes if name not in names]:
+            if self.nbytes <= limit_bytes:
+                return
+            self._evict(other)
 
     def _evict(self, name: str) -> None:
         self.forget(name)
@@ -167,21 +194,10 @@ def name_of(target: str) -> str:
     return path.parent.name if path.name == "adapter" else path.name
 
 
-def adapter_in(path: Path) -> Path | None:
-    """The adapter folder of a path: the folder itself, or the adapter of a run."""
-    return next((place for place in (path, path / "adapter") if _is_adapter(place)), None)
-
-
-def _is_adapter(place: Path) -> bool:
-    return (place / "adapter_config.json").exists()
-
-
-def _written(place: Path) -> int:
-    """The time at which an adapter's file was written; 0 if it is gone."""
-    try:
-        return (place / "adapter_model.safetensors").stat().st_mtime_ns
-    except OSError:
-        return 0
+def _written(place: Path) -> Stamp:
+    """The times at which an adapter's files were written; 0 for a missing file."""
+    paths = [place / name for name in (CONFIG_NAME, FACTS_NAME, TENSORS_NAME)]
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:
@@ -191,4 +207,4 @@ def _adapters_in(folder: Path) -> dict[str, Path]:
     except OSError:
         return {}
     places = [(entry.name, place) for entry in entries for place in (entry / "adapter", entry)]
-    return {name: place for name, place in places if _is_adapter(place)}
+    return {name: place for name, place in places if is_adapter(place)}

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
-from tunekit.errors import DataError, TunekitError
+from tunekit.errors import DataError, LengthError, TunekitError
 from tunekit.talking.answer import AnswerPiece, Reply
 from tunekit.talking.choices import ChatForm, TextForm, usage
 from tunekit.talking.desk import Desk, Job
@@ -70,8 +70,8 @@ class ClientAnswer:
     async def _next(self) -> tuple[int, AnswerPiece | Reply]:
         """The next piece or reply of a choice. Raises: ProtocolError."""
         number, item = await self.arrived.get()
-        if isinstance(item, DataError):
-            code = "context_length_exceeded" if "tokens" in str(item) else None
+        if isinstance(item, DataError | LengthError):
+            code = "context_length_exceeded" if isinstance(item, LengthError) else None
             raise ProtocolError(400, str(item), "messages" if self.question.is_chat else "prompt", code)
         if isinstance(item, TunekitError):
             raise ProtocolError(400, str(item))

@@ -12,9 +12,9 @@ from functools import cached_property, partial
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.data.rendering.render import Renderer, too_long
-from tunekit.errors import DataError, InputError
+from tunekit.errors import InputError, LengthError
 from tunekit.model.text.continuation import Continuation, NewToken, States
-from tunekit.model.text.decoder import Decoder, decoding
+from tunekit.model.text.decoder import PIECE_TOKENS, Decoder, decoding
 from tunekit.model.text.draws import Score
 from tunekit.model.text.generation import find_stop_ids
 from tunekit.model.text.token_bytes import token_bytes
@@ -27,6 +27,7 @@ from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
 from tunekit.targets.target import LoadedTarget
 
 CACHED_CONVERSATIONS = 4  # whose keys and values are in memory for their next turns
+EXTRA_SLOTS = 3  # memory besides the slots, see Speaker.slot_tokens
 UNLIMITED_TOKENS = 2**20  # of an answer whose keys and values are not in slots
 
 OnPiece = Callable[[AnswerPiece], bool]  # the next piece of an answer, may be empty -> whether to continue
@@ -43,12 +44,13 @@ class Speaker:
     template: str | None
     stop_ids: frozenset[int]  # the tokens that end an answer
     states: dict[str, tuple[AttachedAdapter | None, States]] = field(default_factory=dict)  # of the last conversations
+    cache_limit: int = UNLIMITED_TOKENS  # the maximum of tokens of these conversations
 
     def prepare(self, request: Request) -> Request:
         """The request with its prompt's ids, and all that its answer needs besides the model.
 
         One thread at a time may call this, also while another one answers.
-        Raises: DataError if the template refuses the conversation, or no position is left for an answer; InputError
+        Raises: DataError if the template refuses the conversation; LengthError if it is too long; InputError
         for tools or a schema that cannot be used.
         """
         if request.tools and not reads_tools(self.template or self.target.tokenizer.chat_template):
@@ -83,7 +85,8 @@ class Speaker:
     ) -> list[Reply]:
         """Answer conversations side by side, each as if it were alone. `on_text(row, text)`: whether to continue.
 
-        Raises: InputError for an unknown name; DataError if a conversation is too long or the template refuses it.
+        Raises: InputError for an unknown name; LengthError if a conversation is too long; DataError if
+        the template refuses it.
         """
         replies: dict[int, Reply] = {}
         self.adapters.load(name)
@@ -117,19 +120,27 @@ class Speaker:
             yield Answers(self, decoder)
 
     def slot_tokens(self, slots: int, memory_bytes: int) -> tuple[int, int]:
-        """The tokens of each of `slots` slots that fit into the memory, and the memory that they need in all."""
+        """The tokens of each of `slots` slots that fit into the memory, and the memory that is needed in all.
+
+        The prompts that are being computed, the cached conversations, and the copy of one that is added to them need as
+        much as a slot each; prompts that are computed together need PIECE_TOKENS if a slot has fewer.
+        """
         base, positions = self.target.model.base, self._facts.positions or UNLIMITED_TOKENS
         with decoding(base.net), self.adapters.using(BASE):
             decoder = Decoder(base, self.target.tokenizer.pad_id, slots=1, tokens=1)
             decoder.add(Continuation([self.target.tokenizer.pad_id], 1))
             decoder.step()
-        tokens = min(positions, memory_bytes // (slots * decoder.nbytes)) if decoder.nbytes else positions
-        return tokens, slots * tokens * decoder.nbytes
+        if not decoder.nbytes:
+            return positions, 0
+        most, others = memory_bytes // decoder.nbytes, slots + EXTRA_SLOTS - 1
+        tokens = min(most // (others + 1), positions)
+        tokens = tokens if tokens >= PIECE_TOKENS else max(min((most - PIECE_TOKENS) // others, positions), 0)
+        return tokens, (others * tokens + max(tokens, PIECE_TOKENS)) * decoder.nbytes
 
     def continuation(self, request: Request, name: str, limit: int | None = None) -> Continuation:
         """What the decoder continues for a prepared request to a loaded adapter, with up to `limit` keys and values.
 
-        Raises: DataError if the prompt is longer.
+        Raises: LengthError if the prompt is longer.
         """
         prompt, attached = request.prompt, self.adapters.loaded(name)
         model = replace(self.target.model, adapter=attached)
@@ -141,7 +152,7 @@ class Speaker:
             limits.append(limit + 1 - virtual - len(prompt))
         if min(limits) < 1:
             what = f"the conversation has {len(prompt):,} tokens, which leave no room for an answer"
-            raise DataError(what, "shorten the conversation")
+            raise LengthError(what, "shorten the conversation")
         scored = request.echoes and request.top is not None
         changes_inputs = attached is not None and attached.model_adapter is not None
         return Continuation(
@@ -169,6 +180,11 @@ class Speaker:
         """The function that decodes the answer. A completion is the rest of its prompt's text."""
         decode = self.target.tokenizer.decode
         return decode if request.messages or self._reads_source else decoder_after(decode, request.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        """The number of tokens whose keys and values are cached for next turns."""
+        return sum(len(states.ids) for _, states in self.states.values())
 
     @property
     def _reads_source(self) -> bool:
@@ -210,8 +226,8 @@ class Answers:
         """Answer a prepared request as soon as a slot is free; returns its handle. A request that starts alone keeps
         its keys and values for the next turn.
 
-        Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; DataError for a
-        prompt that is too long.
+        Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; AdapterConflict
+        if it cannot be next to one that answers; LengthError for a prompt that is too long.
         """
         adapters, states = self.speaker.adapters, self.speaker.states
         adapters.load(name, {answer.name for answer in self._running.values()})
@@ -240,6 +256,7 @@ class Answers:
         """End an answer whose reader has left; `on_end` is not called."""
         if self._running.pop(handle, None):
             self.decoder.cancel(handle)
+        self._free_copies()
 
     def _echo(self, answer: _Answer, token: NewToken) -> None:
         """Begin the answer with the prompt, if the request asks for it."""
@@ -256,12 +273,18 @@ class Answers:
         states = self.decoder.cancel(handle) or states
         if states is not None:
             cache[answer.name] = self.speaker.adapters.loaded(answer.name), states
-            for name in list(cache)[:-CACHED_CONVERSATIONS]:
-                del cache[name]
+            while len(cache) > CACHED_CONVERSATIONS or self.speaker.cached_tokens > self.speaker.cache_limit:
+                del cache[next(iter(cache))]
+        self._free_copies()
         last = answer.writer.finish()
         if last.text or last.scores:
             answer.on_piece(last)
         answer.on_end(answer.writer.reply())
+
+    def _free_copies(self) -> None:
+        """Free what forwards of several adapters have copied, as soon as no answer runs."""
+        if not self._running:
+            self.speaker.adapters.keep_copies(())
 
 
 @dataclass

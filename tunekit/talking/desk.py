@@ -88,7 +88,8 @@ class Desk:
         self._arrived.put(None)
 
     def _work(self) -> None:
-        """Answer jobs. After a failure, such as a lack of memory, the running jobs end, and others start anew."""
+        """Answer jobs. After a failure, such as a lack of memory, the running jobs end, and others start anew. If no
+        answer can start, the jobs that wait end, too, and the next job tries again."""
         is_open = True
         while is_open:
             try:
@@ -97,6 +98,10 @@ class Desk:
                         is_open = self._gather() and is_open
                         self._advance(answers, is_open)
             except Exception as error:
+                if not self._running:
+                    is_open = self._gather() and is_open
+                    while self._waiting:
+                        self._end(self._waiting.popleft(), error)
                 for handle in list(self._running):
                     self._end(self._running.pop(handle), error)
         for job in self._waiting:

@@ -1,43 +1,64 @@
 """Answers to the rows of a table that name adapters of one base. Rows of different adapters are answered at once."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from tunekit.adapters.folder.config import read_adapter_config
+from tunekit.errors import AdapterConflict, InputError, Problem
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker
 
 
 def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence[Path | None], slots: int) -> list[str]:
     """The answer to each prepared request, with the adapter in its folder (None: the speaker's own), as if it were
-    alone. Only adapters that are answering stay in memory, so there may be hundreds.
+    alone. Only adapters that are answering stay in memory, so there may be hundreds. An adapter that cannot be in
+    memory together with one that is answering waits until none is.
 
-    Raises: AdapterError if an adapter does not fit the base; DataError for a prompt that is too long.
+    Raises: InputError before the first answer if adapters do not fit the base, or prompts are too long.
     """
     names = [speaker.default if place is None else str(place) for place in places]
     for name, place in {name: place for name, place in zip(names, places, strict=True) if place is not None}.items():
         speaker.adapters.register(name, place)
     speaker.adapters.limit_bytes = 0
-    virtual = {place: _virtual_tokens(place) for place in {*places}}
-    tokens = max(
-        virtual[place] + len(request.prompt) + request.max_new_tokens
-        for request, place in zip(requests, places, strict=True)
-    )
-    first = {name: row for row, name in reversed(list(enumerate(names)))}
-    waiting = deque(sorted(range(len(names)), key=lambda row: first[names[row]]))  # each adapter is loaded once
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for row, name in enumerate(names):
+        rows[name].append(row)
+    tokens = _check(speaker, requests, rows)
+    waiting = deque(chain.from_iterable(rows.values()))  # the rows of an adapter follow each other
     replies: dict[int, Reply] = {}
+    conflicts = False
     with speaker.answering(min(slots, len(requests)), tokens) as answers:
         while waiting or answers.is_busy:
-            while waiting and answers.free_slots:
-                row = waiting.popleft()
-                answers.put(requests[row], names[row], lambda piece: True, partial(replies.__setitem__, row))
+            conflicts = conflicts and answers.is_busy
+            while waiting and answers.free_slots and not conflicts:
+                row, on_end = waiting[0], partial(replies.__setitem__, waiting[0])
+                try:
+                    answers.put(requests[row], names[row], lambda piece: True, on_end)
+                    waiting.popleft()
+                except AdapterConflict:
+                    if not answers.is_busy:
+                        raise
+                    conflicts = True
             answers.step()
     return [replies[row].text for row in range(len(requests))]
 
 
-def _virtual_tokens(place: Path | None) -> int:
-    """The number of positions that the adapter puts before a prompt."""
-    config = None if place is None else read_adapter_config(place)
-    return 0 if config is None or config.method.model is None else config.method.model.virtual_tokens(config.settings)
+def _check(speaker: Speaker, requests: Sequence[Request], rows: Mapping[str, Sequence[int]]) -> int:
+    """Load each adapter once, because a fault should not be found after hours of answers. Returns the most keys and
+    values of an answer.
+
+    Raises: InputError with all adapters that do not fit the base, and all prompts that are too long.
+    """
+    problems, tokens = list[Problem](), 0
+    for name, numbers in rows.items():
+        try:
+            speaker.adapters.load(name)
+            for number in numbers:
+                tokens = max(tokens, speaker.continuation(requests[number], name).columns)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError.of(problems)
+    return tokens

@@ -3,7 +3,7 @@
 It needs the factors of the adapters next to each other in memory, so they are copied when an adapter's rows join.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class RowSegments:
 class FactorBank:
     """A (K, R, I) and the transposed B (K, R, O) of adapters in the compute dtype. Lower ranks are padded with zeros.
 
-    The copies are valid while the adapters' weights do not change; `forget` drops one.
+    The copies are valid while the adapters' weights do not change; `forget` drops one. `keep` frees memory.
     """
 
     names: list[str | None] = field(default_factory=list)
@@ -71,9 +71,23 @@ class FactorBank:
                 self.names[place] = names[place]
         return tuple(memory[: len(names)] for memory in self.memory)
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the copies."""
+        return sum(memory.nbytes for memory in self.memory)
+
     def forget(self, name: str) -> None:
         """Drop the copy of an adapter whose weights may change."""
         self.names = [None if other == name else other for other in self.names]
+
+    def keep(self, names: Collection[str]) -> None:
+        """Drop the copies of other adapters. Memory is freed if at least half of it is at the end and unused, so that
+        adapters that come and go in turns cause few allocations."""
+        self.names = [name if name in names else None for name in self.names]
+        used = max((place for place, name in enumerate(self.names, start=1) if name is not None), default=0)
+        if 2 * used <= len(self.names):
+            self.names = self.names[:used]
+            self.memory = tuple(memory[:used].clone() for memory in self.memory) if used else ()
 
     def _reserve(self, count: int, factors: Mapping[int, tuple[Tensor, ...]]) -> None:
         """Make room for `count` adapters with the ranks of these factors."""

@@ -17,7 +17,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
 from tunekit.data.rendering.turns import REASONING, TurnFinder, TurnSpan, answer_indices, last_answer
-from tunekit.errors import DataError
+from tunekit.errors import DataError, LengthError
 from tunekit.formats.example import ChatExample, Example, Message, TextExample
 
 Weights = NDArray[np.float32]  # (T,)
@@ -127,14 +127,15 @@ class Renderer:
     ) -> list[int]:
         """The ids of a conversation, up to the start of its next answer.
 
-        Raises: DataError if there is no template, or if the conversation certainly has more than `most` tokens.
+        Raises: DataError if there is no template; LengthError if the conversation certainly has more than `most`
+        tokens.
         """
         return self._turns_before(ChatExample(tuple(messages), tools), len(messages), most)
 
     def plain(self, text: str, most: int | None = None, *, special_tokens_in_text: bool = False) -> list[int]:
         """The ids of a text without a template and without an end-of-sequence token.
 
-        Raises: DataError if the text certainly has more than `most` tokens.
+        Raises: LengthError if the text certainly has more than `most` tokens.
         """
         if most is not None:
             self._check_length(text, most)
@@ -176,7 +177,7 @@ class Renderer:
         return encode_trusted(text, neutral, self.tokenizer, self._control)[0]
 
     def _check_length(self, text: str, most: int) -> None:
-        """Raises: DataError if the text certainly has more than `most` tokens.
+        """Raises: LengthError if the text certainly has more than `most` tokens.
 
         The text is tokenized in pieces, because a tokenizer blocks all other threads. Cutting can add a few tokens to
         a piece, up to CUT_TOKENS, which are subtracted.
@@ -254,10 +255,10 @@ class Renderer:
         return [*begin, *ids, *end], np.concatenate([[0] * len(begin), trained, [1] * len(end)]).astype(np.float32)
 
 
-def too_long(tokens: str, most: int) -> DataError:
+def too_long(tokens: str, most: int) -> LengthError:
     """The error for a conversation that is too long. `tokens`: its number of tokens, in words. `most`: the maximum."""
     what = f"the conversation has {tokens} tokens, but the model reads at most {most:,}"
-    return DataError(what, "shorten the conversation, or start a new one")
+    return LengthError(what, "shorten the conversation, or start a new one")
 
 
 def reads_field(template: str, name: str) -> bool:
