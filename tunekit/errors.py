@@ -132,7 +132,9 @@ class RunFolderError(InputError):
 
 
 class NumericsError(TunekitError):
-    """The numbers are invalid: a non-finite loss or gradient, a collapsed loss scale, or other numbers in an audit."""
+    """The numbers are invalid: a non-finite loss or gradient, a collapsed loss scale, or an audit that computed
+    different numbers.
+    """
 
     exit_code = 3
 

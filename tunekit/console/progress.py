@@ -46,7 +46,9 @@ class Heartbeat:
 
 
 def beat_waits(live: bool) -> Iterator[float]:
-    """The seconds before each beat: a live line at once and then regularly, plain lines at intervals that double."""
+    """The waiting time before each beat in seconds. A live line starts at once, and then beats regularly. The intervals
+    between plain lines double.
+    """
     yield 0.0 if live else PLAIN_SECONDS
     for turn in count():
         yield BEAT_SECONDS if live else PLAIN_SECONDS * 2**turn

@@ -164,7 +164,7 @@ def truncate(path: Path, size_bytes: int) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder of ours with its contents; symbolic links in it are removed, never followed."""
+    """Remove a folder that tunekit created, with its contents. Symbolic links in it are removed, never followed."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):

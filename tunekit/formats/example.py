@@ -13,7 +13,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation. `extra`: tool_calls and all other fields. `weight` multiplies the loss of its tokens;
-    0 keeps the turn as context."""
+    with 0, the turn is only context.
+    """
 
     role: str
     content: str

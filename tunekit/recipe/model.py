@@ -48,7 +48,7 @@ class ModelSection(Section):
 
     @classmethod
     def of(cls, section: ModelSection, **facts: object) -> Self:
-        """The section with additional facts of a model that is loaded for one purpose."""
+        """A section of this class: the fields of `section`, and the facts that this class adds."""
         return cls.model_validate({**section.model_dump(), **facts})
 
 

@@ -118,7 +118,7 @@ class TranscriptRows(RecordingRows):
         return max(len(parts["answer"]) - 1, 0)
 
     def _text_ids(self, example: TranscriptExample, start: float) -> list[int]:
-        """Ids of the text, or of its segments, each between its times, which count from `start`."""
+        """Ids of the text; or of its segments, each between the tokens of its times. Times are counted from `start`."""
         processor = self.processor
         if not self.settings.timestamps:
             return processor.text_ids(example.text)

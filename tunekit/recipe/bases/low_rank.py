@@ -58,7 +58,7 @@ class LowRankSettings(AdapterSettings):
     dropout: Fraction = fields.DROPOUT
     target_parameters: Several[Text] = Field(
         (),
-        description="adapted fused expert weights, such as experts.down_proj; with target_modules: [], only these",
+        description="fused expert weights to adapt, such as experts.down_proj; with target_modules: [], only these",
     )
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN

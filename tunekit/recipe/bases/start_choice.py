@@ -15,7 +15,7 @@ DEFAULT_START: Any = settings_class("starts", "default")(method="default")
 
 
 def _named(value: object) -> object:
-    """pissa -> {method: pissa}; settings pass as they are."""
+    """Makes {method: pissa} of the text pissa. Other values do not change."""
     if isinstance(value, str):
         value = {"method": value}
     elif isinstance(value, dict) and "method" not in value:

@@ -159,7 +159,7 @@ def rewrite_torchtune(draft: Draft) -> None:
 
 
 def _write_max_length(theirs: Theirs) -> None:
-    """Write data.max_length if torchtune has no limit, with a note that longer rows are not used whole."""
+    """Write data.max_length if torchtune has no limit, with a note that longer rows are dropped or truncated."""
     key = "tokenizer.max_seq_len"
     if theirs.get(key) is None:
         theirs.take(key)

@@ -49,7 +49,7 @@ def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
     memory = recipe.memory
     recomputed = memory.gradient_checkpointing
     if memory.activation_offload is True and recomputed is not True and recomputed in (0, 1):  # False is 0
-        what = "this offloads the inputs of recomputed layers except the last, and no such layer is left"
+        what = "this offloads the inputs of all recomputed layers except the last one, and there is no other one"
         how = "write auto, or memory.gradient_checkpointing: auto"
         yield Problem(what, how, key="memory.activation_offload")
     if memory.mlp_tile_tokens is not None and recipe.model.quantization == "int8":
