@@ -181,12 +181,13 @@ def evaluate_tasks(
             spec.evaluation,
             devices,
             compares=loaded.model.adapter is not None,
+            template=spec.chat_template,
             progress=CountProgress(console),
         )
     finally:
         devices.close()
     values = results.values()
-    console.table(*score_table(values["scores"]), title=target)
+    console.table(*score_table(values["scores"], values["before"]), title=target)
     if values["changes"]:
         console.table(*change_table(values["changes"]))
     if spec.kind == "run" and spec.run is not None and spec.model == find_target(target, None, []).model:

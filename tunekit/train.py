@@ -254,11 +254,12 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
             settings,
             session.devices,
             compares=compares,
+            template=prepared.rows.template,
             progress=CountProgress(console),
         )
     values = results.values()
     folder.write_json(TASKS_NAME, values)
-    console.table(*score_table(values["scores"]))
+    console.table(*score_table(values["scores"], values["before"]))
     if values["changes"]:
         console.table(*change_table(values["changes"]))
     console.warn(*forgetting(values["changes"]))

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from tests.support.train_case import in_child, train_in_child, write_recipe
 from tunekit.artifacts.report.markdown import markdown_page
 from tunekit.artifacts.report.run_report import run_report
+from tunekit.artifacts.report.tasks import score_table
 from tunekit.artifacts.report.values import read_run
 from tunekit.errors import InputError
 from tunekit.evaluation.continuations import continuation_scores
@@ -142,6 +144,65 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
 
 
 @pytest.mark.drawn
+def test_prompts_are_turns_of_a_chat_as_in_lm_evals_own_class(
+    harness: Callable[[], None], tiny_llama: Path, tmp_path: Path
+) -> None:
+    choices, generated, result = write_task(tmp_path), tmp_path / "answers.yaml", tmp_path / "result.json"
+    generation = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
+    others = {"task": "answers", "output_type": "generate_until", "generation_kwargs": generation}
+    metrics = {"metric_list": [{"metric": "exact_match"}], "description": "Answer.", "doc_to_target": "red"}
+    shots = {"num_fewshot": 2, "fewshot_split": "test", "gen_prefix": "It is", "repeats": 1}
+    kept = {name: value for name, value in TASK.items() if name != "doc_to_choice"}
+    generated.write_text(json.dumps(kept | others | metrics | shots), encoding="utf-8")
+
+    def work() -> None:
+        harness()
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from tunekit.evaluation.tasks.harness import HarnessModel
+        from tunekit.evaluation.tasks.run import _manager, _task
+        from tunekit.recipe.evaluation import EvaluationSection
+
+        loaded, devices = loaded_model(tiny_llama), Devices(torch.device("cpu"))
+        objective = measuring_objective(loaded.model.base, loaded.processor)
+        ours = HarnessModel(loaded.model, loaded.tokenizer, objective, devices, 3)
+        net = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        theirs = HFLM(pretrained=net, tokenizer=AutoTokenizer.from_pretrained(tiny_llama), batch_size=3, device="cpu")
+        manager = _manager(EvaluationSection(), str(tiny_llama))
+        values = []
+        for model in (ours, theirs):
+            tasks = [_task(str(path), manager) for path in (choices, generated)]
+            found = simple_evaluate(
+                model, tasks=tasks, task_manager=manager, apply_chat_template=True, bootstrap_iters=0
+            )
+            samples = {
+                name: [[each["arguments"], each["resps"]] for each in found["samples"][name]]
+                for name in found["samples"]
+            }
+            values.append([found["results"], samples])
+        result.write_text(json.dumps(values, default=str), encoding="utf-8")
+
+    ended = in_child(work, tmp_path / "log")
+    assert ended.code == 0, ended.output
+    (scores, samples), (their_scores, their_samples) = json.loads(result.read_text("utf-8"))
+    assert scores == their_scores
+    for (prompts, answers), (their_prompts, their_answers) in zip(
+        samples["answers"], their_samples["answers"], strict=True
+    ):
+        assert (prompts, answers) == (their_prompts, their_answers)
+        assert prompts[0][0].endswith("<|im_start|>assistant\nIt is")
+    for (prompts, answers), (their_prompts, their_answers) in zip(
+        samples["colours"], their_samples["colours"], strict=True
+    ):
+        assert prompts == their_prompts
+        assert "<|im_start|>user" in prompts[0][0]
+        theirs = [float(each[0][0]) for each in their_answers]
+        assert [float(each[0][0]) for each in answers] == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.drawn
 def test_eval_measures_a_run_and_its_base(
     harness: Callable[[], None], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -183,6 +244,16 @@ def test_a_metric_that_leaves_out_all_documents_has_no_score() -> None:
     assert [(each.metric, each.value, each.documents) for each in scores_of(results)] == [("512", 0.5, (1.0, 0.0))]
 
 
+def test_the_base_has_a_value_also_where_no_change_is_known() -> None:
+    scores = [{"task": "words", "metric": "bits_per_byte", "value": 1.5, "standard_error": 0.1, "count": 3}]
+    before = [{**scores[0], "value": 2.0}]
+    assert score_table(scores, before) == (
+        ["task", "metric", "base", "value", "standard error", "documents"],
+        [["words", "bits_per_byte", 2.0, 1.5, 0.1, 3]],
+    )
+    assert score_table(scores)[1] == [["words", "bits_per_byte", 1.5, 0.1, 3]]
+
+
 def score(value: float, documents: tuple[float, ...], *, higher: bool = True) -> TaskScore:
     return TaskScore("words", "acc", value, 0.1, higher, len(documents), documents)
 
@@ -205,7 +276,7 @@ def test_changes_have_intervals_of_the_paired_differences() -> None:
 def test_a_missing_lm_eval_and_a_missing_task_file_are_named(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunekit.planning.refusals import library_problems
+    from tunekit.planning.refusals import library_problems, template_problems
     from tunekit.validate import validate
 
     recipe = write_recipe(tmp_path, tiny_llama, evaluation={"tasks": ["niah_single_1", "missing.yaml"]})
@@ -213,6 +284,11 @@ def test_a_missing_lm_eval_and_a_missing_task_file_are_named(
         validate(recipe, [])
     loaded = load_recipe(recipe).recipe
     assert loaded.evaluation.tasks == ("niah_single_1", str(tmp_path / "missing.yaml"))
+    asked = load_recipe(recipe, ["evaluation.task_chat_template=true"]).recipe
+    without = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=None))
+    (problem,) = template_problems(asked, without, None)
+    assert problem.what == "the tokenizer has no chat template"
+    assert not [*template_problems(asked, without, "{{ messages }}"), *template_problems(loaded, without, None)]
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "lm_eval" else object())
     assert ["tunekit[evals]" in problem.how for problem in library_problems(loaded)] == [True]

@@ -150,6 +150,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "evaluation.tasks": (["[]"], ["3", "true", "null"]),
     "evaluation.task_documents": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
     "evaluation.task_lengths": (["[]", "[512]"], ["[0]", "[1.5]", "null"]),
+    "evaluation.task_chat_template": (["true", "false"], NOT_BOOLEANS),
     "evaluation.before_training": (["true", "false"], NOT_BOOLEANS),
     "evaluation.generate": (["true"], NOT_BOOLEANS),
     "evaluation.samples": (["0", "4"], ["-1", "1.5", "true", "null"]),

@@ -103,6 +103,7 @@ def make_plan(
     if inputs is None:
         raise findings.error()
     recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
+    findings.add(refusals.template_problems(recipe, inputs.processor, inputs.rows.template))
     packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
     shares = settings.end_to_end and shares_prefixes(inputs.base.net, recipe.data.max_length)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.contracts import RowKind
+from tunekit.contracts import Processor, RowKind
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
+from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY
 from tunekit.machine.devices import kind_of
 from tunekit.machine.threads import processors
 from tunekit.model.attention.documents import may_be_packed
@@ -55,6 +56,13 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
     family = make_family(recipe.objective.family)
     if recipe.evaluation.tasks and (not family.answers or family.reads_source or not family.reads_ids):
         yield Problem(f"tasks need a causal language model, but this is {family.text}", "remove them", key=TASKS)
+
+
+def template_problems(recipe: Recipe, processor: Processor, template: str | None) -> Iterator[Problem]:
+    """The problem of tasks that are asked as a chat, without a chat template."""
+    text, settings = processor.tokenizer, recipe.evaluation
+    if settings.tasks and settings.task_chat_template and text and (template or text.chat_template) is None:
+        yield Problem(*NO_TEMPLATE, key=TEMPLATE_KEY)
 
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:

@@ -59,7 +59,7 @@ class EvaluationSection(Section):
     """`best: eval.loss` exports the checkpoint with the best value of this metric. `patience` counts the evaluations
     in which the metric of `best` (by default eval.loss) does not improve."""
 
-    free_keys = ("before_training", "tasks", "task_documents", "task_lengths")
+    free_keys = ("before_training", "tasks", "task_documents", "task_lengths", "task_chat_template")
 
     choices: ChoiceList = Field(
         None, description="compare these answers by their log-probability; from_data: all answers of the rows"
@@ -83,6 +83,7 @@ class EvaluationSection(Section):
     )
     task_documents: Count | None = Field(None, description="use this many documents of each task; null: all")
     task_lengths: Several[Count] = Field((), description="the lengths in tokens of tasks that generate their texts")
+    task_chat_template: bool = Field(False, description="write the prompts of tasks as turns of a chat")
     batch_size: Count = Field(8, description="rows per forward in evaluations; affects only memory and speed")
     best: Annotated[str, BeforeValidator(check_best)] | None = Field(
         None, description="export the checkpoint with the best value of this metric"

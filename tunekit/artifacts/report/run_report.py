@@ -227,7 +227,7 @@ def _tasks(run: RunValues) -> Iterator[ReportSection]:
     """The tasks of lm-eval, of the exported weights and of the base."""
     scores, changes = run.tasks.parts("scores"), run.tasks.parts("changes")
     if scores:
-        tables = [ReportTable(*score_table(scores), "Of the exported weights")]
+        tables = [ReportTable(*score_table(scores, run.tasks.parts("before")), "Of the exported weights")]
         tables += [ReportTable(*change_table(changes), "Changes by tuning, on the same documents")] if changes else []
         yield ReportSection("Tasks", [], forgetting(changes), tables=tables)
 

@@ -4,14 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Table = tuple[list[str], list[list[object]]]
+ScoreRows = Sequence[Mapping[str, Any]]
 
 
-def score_table(scores: Sequence[Mapping[str, Any]]) -> Table:
-    """Columns and lines of a table of scores."""
-    names = ("task", "metric", "value", "standard_error", "count")
-    return ["task", "metric", "value", "standard error", "documents"], [
-        [score.get(name) for name in names] for score in scores
-    ]
+def score_table(scores: ScoreRows, before: ScoreRows = ()) -> Table:
+    """Columns and lines of a table of scores; `before`: those of the base, in a column of their own."""
+    names = ("value", "standard_error", "count")
+    earlier = {(score["task"], score["metric"]): score.get("value") for score in before}
+    lines = []
+    for score in scores:
+        place = score["task"], score["metric"]
+        lines.append([*place, *([earlier.get(place)] if before else []), *(score.get(name) for name in names)])
+    return ["task", "metric", *(["base"] if before else []), "value", "standard error", "documents"], lines
 
 
 def change_table(changes: Sequence[Mapping[str, Any]]) -> Table:

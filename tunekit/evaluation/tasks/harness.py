@@ -10,19 +10,23 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tunekit.contracts import GREEDY, Objective, Progress, Sampling, no_progress
-from tunekit.errors import InputError
+from tunekit.errors import DataError, InputError
 from tunekit.evaluation.continuations import continuation_scores
 from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.model.families import text_config
 from tunekit.model.text.generation import generate_texts, model_end_ids
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.records import JsonObject
 from tunekit.tuned.model import TunedModel
 
 LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # of configurations; lm-eval reads the same keys
 LONGEST, UNLIMITED = 2048, 10**18  # tokens, if neither configuration nor tokenizer states a length, as in lm-eval
 NEW_TOKENS = 256  # of one answer, if the task states no number, as in lm-eval
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in order of priority
+CONTINUED = (
+    "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a message that is continued; transformers has the same text
+)
 SAMPLING_NAMES = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTH_NAMES}
 
 
@@ -39,11 +43,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         devices: Devices,
         batch_size: int,
         progress: Progress = no_progress,
+        template: str | None = None,
     ) -> None:
+        """`template`: a chat template in place of the tokenizer's own."""
         super().__init__()
         self.model, self.text, self.objective, self.devices = model, tokenizer, objective, devices
         self.batch_size, self.progress = batch_size, progress
-        self.tokenizer = tokenizer.native
+        self.tokenizer, self.template = tokenizer.native, template
 
     @property
     def eot_token_id(self) -> int:
@@ -75,6 +81,33 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **options))
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template's text, which lm-eval writes into its results."""
+        return self.template or self.text.chat_template or ""
+
+    def apply_chat_template(self, chat_history: list[JsonObject], add_generation_prompt: bool = True) -> str:
+        """The messages as one text. Without a generation prompt the last message is continued.
+
+        A template that refuses a system message gets the conversation without it, as in HFLM.
+        """
+        try:
+            return self._rendered(chat_history, add_generation_prompt)
+        except DataError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if others == chat_history:
+                raise
+            return self._rendered(others, add_generation_prompt)
+
+    def _rendered(self, messages: list[JsonObject], starts_answer: bool) -> str:
+        if starts_answer:
+            return self.text.render(messages, add_generation_prompt=True, template=self.template)
+        last = JsonObject(messages[-1], content=f"{messages[-1]['content']}{CONTINUED}")
+        text = self.text.render([*messages[:-1], last], template=self.template)
+        place = text.rfind(CONTINUED.strip())
+        if place < 0:
+            raise DataError("the chat template leaves out the start of an answer", "choose another template")
+        return text[:place] if text[place:].startswith(CONTINUED) else text[:place].rstrip()  # as transformers does
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object

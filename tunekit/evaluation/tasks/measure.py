@@ -45,11 +45,13 @@ def measure_tasks(
     devices: Devices,
     *,
     compares: bool,
+    template: str | None = None,
     progress: Progress = no_progress,
 ) -> TaskResults:
-    """The scores of the model. `compares`: also measure its base, with the adapter bypassed."""
+    """The scores of the model. `compares`: also measure its base, with the adapter bypassed. `template`: a chat
+    template in place of the tokenizer's own."""
     before: Sequence[TaskScore] = ()
     if compares:
         with calling(replace(current_call(), bypassed=True)):
-            before = run_tasks(model, tokenizer, objective, settings, devices, progress)
-    return TaskResults(run_tasks(model, tokenizer, objective, settings, devices, progress), before)
+            before = run_tasks(model, tokenizer, objective, settings, devices, progress, template)
+    return TaskResults(run_tasks(model, tokenizer, objective, settings, devices, progress, template), before)

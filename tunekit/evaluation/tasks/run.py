@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 KEY = "evaluation.tasks"
+TEMPLATE_KEY = "evaluation.task_chat_template"
+NO_TEMPLATE = "the tokenizer has no chat template", "name a file in data.chat_template, or write false"
 RESAMPLES = 1000  # for the standard errors of metrics that are no mean
 LEFT_OUT = -1.0  # lm-eval's value of a document that a metric leaves out
 NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
@@ -78,21 +80,26 @@ def run_tasks(
     settings: EvaluationSection,
     devices: Devices,
     progress: Progress = no_progress,
+    template: str | None = None,
 ) -> list[TaskScore]:
-    """The scores of the tasks in `settings`. `objective`: one whose rows are texts.
+    """The scores of the tasks in `settings`. `objective`: one whose rows are texts. `template`: a chat template in
+    place of the tokenizer's own.
 
-    Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError for a model that is not causal.
+    Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError for a model that is not causal,
+    or without a chat template that the settings request.
     """
     require_harness()
     family = model.base.family
     if not family.answers or family.reads_source or not family.reads_ids:
         what = f"{model.base.facts.name_or_path} is {family.text}; tasks need a causal language model"
         raise ModelError(what, f"remove {KEY}", key=KEY)
+    if settings.task_chat_template and (template or tokenizer.chat_template) is None:
+        raise ModelError(*NO_TEMPLATE, key=TEMPLATE_KEY)
     from lm_eval import simple_evaluate
 
     from tunekit.evaluation.tasks.harness import HarnessModel
 
-    harness = HarnessModel(model, tokenizer, objective, devices, settings.batch_size, progress)
+    harness = HarnessModel(model, tokenizer, objective, devices, settings.batch_size, progress, template)
     with TemporaryDirectory(prefix="tunekit-") as folder, _quiet():
         tokenizer.save(Path(folder))  # generated tasks count tokens
         manager = _manager(settings, folder)
@@ -101,6 +108,7 @@ def run_tasks(
             tasks=[_task(name, manager) for name in settings.tasks],
             task_manager=manager,
             limit=settings.task_documents,
+            apply_chat_template=settings.task_chat_template,
             bootstrap_iters=RESAMPLES,
         )
     return list(scores_of(results))
