@@ -225,7 +225,44 @@ def test_seeds_give_a_spread(recipe: Path, tmp_path: Path) -> None:
     outcomes = [run["outcome"] for run in best["runs"]]
     assert best["mean"] == pytest.approx(sum(outcomes) / 2)
     assert best["spread"] == pytest.approx(abs(outcomes[0] - outcomes[1]) / 2**0.5)
-    assert other["difference"]["low"] <= other["difference"]["loss"] - other["difference"]["than_loss"]
+    assert other["difference"]["low"] <= other["difference"]["value"] - other["difference"]["than_value"]
+
+
+@pytest.mark.drawn
+def test_folds_evaluate_each_row_once(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    more = ("sweep.folds=3", "~sweep.keys.adapter.method", "data.train.0.max_rows=20")
+    ended = sweep(recipe, folder, *more)
+    assert ended.code == 0, ended.output
+    assert "each trial leaves out one of 3 folds, and is evaluated on it; data.eval is not used" in ended.output
+    best, other = results_of(folder)["settings"]
+    assert [run["name"] for run in best["runs"]] == [f"{best['setting']},fold={fold}" for fold in (1, 2, 3)]
+    outcomes = [run["outcome"] for run in best["runs"]]
+    assert best["mean"] == pytest.approx(sum(outcomes) / 3)
+    rows = [json.loads((folder / run["name"] / "evaluation_rows.json").read_text())["digests"] for run in best["runs"]]
+    assert len({digest for each in rows for digest in each}) == other["difference"]["rows"]
+    run = folder / best["runs"][0]["name"]
+    whole = result_bytes(run)
+    lose_the_end(run)
+    again = train_in_child(run / "recipe.yaml", run, resume=True)
+    assert again.code == 0, again.output
+    assert result_bytes(run) == whole
+
+
+def test_a_fault_of_the_rows_is_shown_once(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": 5}\n', encoding="utf-8")
+    wrong = (
+        "~sweep.keys.adapter.method",
+        "training.learning_rate=0.001,0.01,0.02",
+        f"data.train={tmp_path}/rows.jsonl",
+    )
+    ended = sweep(recipe, tmp_path / "all", *wrong, "data.eval=0.5")
+    assert ended.code == 2
+    assert ended.output.count("rows.jsonl:2") == 1
+    assert "learning_rate=0.01)" not in ended.output
+    some = sweep(recipe, tmp_path / "all", "adapter.target_modules=nothing,all-linear")
+    assert some.output.count("nothing is no") + some.output.count("'nothing'") == 1
+    assert "(learning_rate=0.001,method=lora,target_modules=nothing, " in some.output
 
 
 @pytest.mark.drawn
@@ -257,6 +294,46 @@ def test_halving_ends_the_worse_half(save: int | None, recipe: Path, tmp_path: P
     late = sweep(recipe, tmp_path / "late", *more[:-1], "training.eval_steps=8")
     assert late.code == 2
     assert "lower training.eval_steps" in late.output
+
+
+@pytest.mark.drawn
+def test_auto_stays_within_its_time(tiny_llama: Path, tmp_path: Path) -> None:
+    """From the recipe that init wrote to a chosen model; a resume keeps the chosen values."""
+    rows = [{"prompt": f"{at} and {at} is", "completion": f" {2 * at}"} for at in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "auto"
+    overrides = [f"output.dir={folder}", "training.learning_rate=1e-3"]
+
+    def write() -> None:
+        from tunekit.init import init_verb
+
+        init_verb(str(tmp_path / "rows.jsonl"), str(recipe), str(tiny_llama), None, "none", None)
+
+    def automatic(resume: bool = False) -> Callable[[], None]:
+        def work() -> None:
+            from tunekit.recipe.load import load_recipe
+            from tunekit.sweep import automatic_verb
+            from tunekit.training import automatic
+
+            automatic.LENGTHS, automatic.RATES, automatic.RANKS = ((1, 2),), ((1, 3),), ((1,),)
+            automatic_verb(load_recipe(recipe, overrides), str(recipe), overrides, 1e6, resume, None)
+
+        return work
+
+    assert in_child(write, tmp_path / "init.log").code == 0
+    killed = in_child(automatic(), tmp_path / "killed.log", at_save(3, kill_self))
+    assert killed.code == -signal.SIGKILL
+    assert (
+        "--auto tries 4 trials by halving: training.epochs 3, 6; training.learning_rate 0.001, 0.003" in killed.output
+    )
+    ended = in_child(automatic(resume=True), tmp_path / "auto.log")
+    assert ended.code == 0, ended.output
+    results = results_of(folder)
+    assert [run["state"] for setting in results["settings"] for run in setting["runs"]].count("finished") == 1
+    best = results["settings"][0]
+    text = (folder / "best.yaml").read_text("utf-8")
+    assert f"epochs: {results['trials'][best['setting']]['training.epochs']}" in text
+    assert "dir: ./best" in text
 
 
 def test_problems_of_all_trials_come_before_the_first(recipe: Path, tmp_path: Path) -> None:

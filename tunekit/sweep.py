@@ -4,41 +4,70 @@ A trial is a run like any other, in its own folder. Its result has the same byte
 """
 
 import gc
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import SweepResults, sweep_results
-from tunekit.artifacts.report.values import RunValues, damage_named, run_values
 from tunekit.artifacts.run import RUN_SIGNS, read_json, refuse_old_run
 from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.data.reading.replaced import refuse_to_replace
-from tunekit.errors import InputError, NumericsError, Problem, RecipeError, RunFolderError, Stopped, TunekitError
+from tunekit.errors import (
+    InputError,
+    NumericsError,
+    Problem,
+    RecipeError,
+    RunFolderError,
+    Stopped,
+    TunekitError,
+    listed,
+)
 from tunekit.files.durable import json_result, make_folder, write_json, write_text
 from tunekit.files.lock import FolderLock
+from tunekit.machine.cpu_times import process_seconds
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import reset_host_peak
 from tunekit.machine.signals import StopSignals
-from tunekit.planning.lanes import LanePass, count_bases, make_passes, pass_notes
+from tunekit.planning.announce import announce
+from tunekit.planning.lanes import make_passes
 from tunekit.recipe.bases.paths import relative_to
-from tunekit.recipe.reading.trials import LoadedSweep
-from tunekit.records import bytes_text
+from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.reading.dump import dump_recipe
+from tunekit.recipe.reading.trials import Automatic, LoadedSweep, load_sweep
 from tunekit.train import load_base, plan_session, session_steps
 from tunekit.training import run_files
+from tunekit.training.automatic import AutomaticChoice, choose_values
 from tunekit.training.engines.together import Together
 from tunekit.training.engines.window import LoopSteps
-from tunekit.training.halving import dropped_settings, rung_count, rung_step
+from tunekit.training.folds import fold_notes, write_folds
+from tunekit.training.halving import dropped_settings, rung_count
 from tunekit.training.lane import Lane, SharedBase, run_lanes
+from tunekit.training.rungs import (
+    RUNGS_NAME,
+    Limits,
+    earlier_rungs,
+    end_paused,
+    most_settings,
+    rung_of,
+    runs_by_setting,
+    setting_names,
+)
 from tunekit.training.session import Session
+from tunekit.training.timing import STEPS as MEASURED_STEPS
+from tunekit.training.timing import Costs, measure_costs
 
-SWEEP_NAME, PAGE_NAME, RUNGS_NAME = "sweep.json", "sweep.html", "rungs.json"
+MOST_NAMED = 4  # trials that a message names
+AUTO_NAME = "auto.json"  # the values that --auto has chosen, for a resume
+SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
 
 
 def sweep_verb(sweep: LoadedSweep, resume: bool, json_file: str | None) -> None:
@@ -46,39 +75,108 @@ def sweep_verb(sweep: LoadedSweep, resume: bool, json_file: str | None) -> None:
 
     Raises: TunekitError if a trial could not be trained to its end; a trial with invalid numbers is a result.
     """
-    refuse_to_replace("--json", json_file, sweep.loaded)
-    write_result, folder = json_result(json_file), Path(sweep.loaded.recipe.output.dir)
-    devices, console = make_devices(), Console(json_file=json_file)
+    with _process(sweep.loaded, json_file) as (session, write_result):
+        session.console.info(*sweep.loaded.rewrites)
+        _run_sweep(sweep, session, SharedBase(load_base), resume, write_result, None)
+
+
+def automatic_verb(
+    loaded: LoadedRecipe, path: str, overrides: Sequence[str], minutes: float, resume: bool, json_file: str | None
+) -> None:
+    """Choose rates, ranks and lengths of training by the time of measured steps, and sweep them by halving within
+    `minutes`. `path`, `overrides`: of the recipe, which is `loaded`.
+
+    Raises: TunekitError, also if the time is too short for two runs.
+    """
+    seconds = 60 * minutes
+    limits = Limits(time.monotonic() - process_seconds() + seconds)
+    with _process(loaded, json_file) as (session, write_result):
+        base, file = SharedBase(load_base), Path(loaded.recipe.output.dir) / AUTO_NAME
+        earlier = read_json(file) if resume else None
+        if earlier is None:
+            choice, limits.costs = _choose(session, base, seconds)
+            automatic = choice.automatic
+        else:
+            steps = {float(value): count for value, count in earlier["eval_steps"]}
+            automatic = Automatic(earlier["keys"], earlier["length"], steps)
+        sweep = load_sweep(path, overrides, automatic)
+        record = {**asdict(automatic), "eval_steps": list(automatic.eval_steps.items())}
+        _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: record})
+
+
+def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[AutomaticChoice, Costs]:
+    """The values to try in `seconds`, and the measured costs. Raises: InputError if not even two runs fit."""
+    console, recipe = session.console, session.loaded.recipe
+    with session.signals.at_once("before training began; nothing was trained"):
+        plan, prepared = plan_session(session)
+        costs = measure_costs(session, plan, prepared, base.load)
+    if costs is None:
+        raise InputError("the recipe's own numbers are not finite in its first steps", "lower training.learning_rate")
+    choice = choose_values(recipe, plan, costs, seconds - process_seconds())
+    if choice is None:
+        one = time_text(costs.of_run(plan, recipe))
+        what = f"one run takes about {one}, and --minutes {seconds / 60:g} is too short to compare two"
+        raise InputError(what, "raise --minutes, or lower training.epochs")
+    values = (f"{key} {', '.join(f'{value:g}' for value in some)}" for key, some in choice.automatic.keys.items())
+    console.info(
+        f"--auto tries {choice.trials} trials by halving: {'; '.join(values)}",
+        f"predicted time: at most {time_text(choice.seconds)} of {time_text(seconds)}, by {MEASURED_STEPS} steps of "
+        "the recipe",
+    )
+    return choice, costs
+
+
+@contextmanager
+def _process(loaded: LoadedRecipe, json_file: str | None) -> Iterator[tuple[Session, Callable[[object], None]]]:
+    """The session of the whole sweep, and the function that writes its result. Raises: InputError under torchrun."""
+    refuse_to_replace("--json", json_file, loaded)
+    write_result, devices = json_result(json_file), make_devices()
     try:
         if devices.world > 1:
             raise InputError("sweep computes in one process", "start it without torchrun")
-        console.info(*sweep.loaded.rewrites)
         with StopSignals() as signals:
-            joined = sweep.section.joined
-            sessions = [Session(trial.loaded, devices, console, signals) for trial in sweep.trials]
-            lanes = [Lane(*pair, joined=joined) for pair in zip(sweep.trials, sessions, strict=True)]
-            lock = _open(folder, lanes, resume)
-            try:
-                halves = sweep.section.strategy == "halving"
-                rungs = _earlier_rungs(folder, lanes) if halves and resume else []
-                with signals.at_once("before training began; nothing was trained"):
-                    _plan_lanes(lanes, console, resume)
-                base = SharedBase(load_base)
-                if halves:
-                    _train_by_halves(sweep, lanes, base, console, resume, rungs)
-                if not _unfinished(lanes):
-                    _train_lanes(lanes, base, console, resume)
-                results = _compare(sweep, folder, lanes)
-            finally:
-                lock.release()
-        console.table(*results.table())
-        console.info(results.verdict())
-        if results.best is not None:
-            recipe = relative_to(results.best.runs[0].path / "recipe.yaml")
-            console.info(f"page: {folder / PAGE_NAME}", f"the recipe of the best trial: {recipe}")
-        write_result(read_json(folder / SWEEP_NAME))
+            yield Session(loaded, devices, Console(json_file=json_file), signals), write_result
     finally:
         devices.close()
+
+
+def _run_sweep(
+    sweep: LoadedSweep,
+    session: Session,
+    base: SharedBase,
+    resume: bool,
+    write_result: Callable[[object], None],
+    limits: Limits | None,
+    files: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Train and compare the trials. `files`: further JSON files of the folder. Raises: the errors of trials."""
+    console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
+    sessions = [Session(trial.loaded, session.devices, console, session.signals) for trial in sweep.trials]
+    lanes = [Lane(*pair, joined=sweep.section.joined) for pair in zip(sweep.trials, sessions, strict=True)]
+    lock = _open(folder, lanes, resume)
+    try:
+        for name, value in files.items():
+            write_json(folder / name, value)
+        if sweep.section.folds is not None:
+            write_folds(sweep.loaded.recipe, sweep.section, folder, resume)
+            console.info(*fold_notes(sweep.loaded.recipe, sweep.section))
+        rungs = earlier_rungs(folder, lanes) if halves and resume else []
+        with session.signals.at_once("before training began; nothing was trained"):
+            _plan_lanes(lanes, console, resume)
+            announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits)
+        if halves:
+            _train_by_halves(sweep, lanes, base, console, resume, rungs, limits)
+        if not _unfinished(lanes):
+            _train_lanes(lanes, base, console, resume)
+        results = _compare(sweep, folder, lanes)
+    finally:
+        lock.release()
+    console.table(*results.table())
+    console.info(results.verdict())
+    if results.best is not None:
+        recipe = relative_to(folder / BEST_NAME)
+        console.info(f"page: {folder / PAGE_NAME}", f"the recipe with the best values: {recipe}")
+    write_result(read_json(folder / SWEEP_NAME))
     _raise_errors(lanes)
 
 
@@ -99,7 +197,8 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
 
     Raises: TunekitError with the problems of all trials.
     """
-    threads, errors = torch.get_num_threads(), list[TunekitError]()
+    faults, kind = dict[Problem, list[Lane]](), None
+    threads = torch.get_num_threads()
     console.info(f"planning {len(lanes)} trials ...")
     for lane in lanes:
         torch.set_num_threads(threads)
@@ -110,11 +209,18 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
             previous = run_files.choice_in(lane.path) if resume else None
             lane.plan, lane.prepared = plan_session(lane.session, previous)
         except TunekitError as error:
-            named = [replace(each, what=f"{each.what} ({lane.trial.name})") for each in error.problems]
-            errors.append(type(error).of(named))
-    if errors:
-        raise type(errors[0]).of([problem for error in errors for problem in error.problems])
-    _announce(lanes, make_passes(lanes), console)
+            kind = kind or type(error)
+            for problem in error.problems:
+                faults.setdefault(problem, []).append(lane)
+    if kind is not None:
+        raise kind.of([_named(problem, names, lanes) for problem, names in faults.items()])
+
+
+def _named(problem: Problem, lanes: Sequence[Lane], all_lanes: Sequence[Lane]) -> Problem:
+    """The problem of some trials, with their names; that of all trials, such as a fault of a data file, without."""
+    if len(lanes) == len(all_lanes):
+        return problem
+    return replace(problem, what=f"{problem.what} ({listed([lane.trial.name for lane in lanes], MOST_NAMED)})")
 
 
 def _has_ended(lane: Lane) -> bool:
@@ -122,28 +228,6 @@ def _has_ended(lane: Lane) -> bool:
     status = read_json(lane.path / "status.json")
     failed = isinstance(status, dict) and status.get("exit_code") == NumericsError.exit_code
     return failed or run_files.is_run_finished(lane.session)
-
-
-def _announce(lanes: Sequence[Lane], passes: Sequence[LanePass], console: Console) -> None:
-    """Print the trials, and what the sweep saves."""
-    planned = [(lane, lane.plan) for lane in lanes if lane.plan is not None]
-    head = ["trial", "steps", "trained parameters", "predicted peak"]
-    console.table(head, [
-        [lane.trial.name, plan.steps, plan.trainable_parameters, bytes_text(plan.peak_bytes.total)]
-        for lane, plan in planned
-    ])  # fmt: skip
-    if len(planned) < len(lanes):
-        console.info(f"{len(lanes) - len(planned)} of {len(lanes)} trials have ended already")
-    if not planned:
-        return
-    steps, bases = sum(plan.steps for _, plan in planned), count_bases(passes)
-    loads = "once" if bases == 1 else f"{bases} times"
-    how = "" if any(each.together for each in passes) else ", one after another"
-    console.info(
-        f"{len(planned)} trials{how}, {steps:,} steps in all; the base is loaded {loads} instead of "
-        f"{len(planned)} times; predicted peak {bytes_text(max(each.peak_bytes for each in passes))}"
-    )
-    console.info(*pass_notes(passes))
 
 
 def _train_lanes(
@@ -207,28 +291,6 @@ def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, nam
         lane.prepared = None
 
 
-def _earlier_rungs(folder: Path, lanes: Sequence[Lane]) -> list[list[str]]:
-    """The settings that earlier comparisons ended, for each comparison. Their lanes have ended.
-
-    Raises: RunFolderError if other trials were compared.
-    """
-    earlier = read_json(folder / RUNGS_NAME)
-    if earlier is None:
-        return []
-    if earlier["settings"] != _settings(lanes):
-        what = f"{folder / RUNGS_NAME}: halving compared other trials"
-        raise RunFolderError(what, "write the same values, or choose another output.dir")
-    rungs: list[list[str]] = earlier["rungs"]
-    for lane in lanes:
-        lane.ended = any(lane.trial.setting in names for names in rungs)
-    return rungs
-
-
-def _settings(lanes: Sequence[Lane]) -> list[str]:
-    """The names of the settings, sorted."""
-    return sorted({lane.trial.setting for lane in lanes})
-
-
 def _train_by_halves(
     sweep: LoadedSweep,
     lanes: Sequence[Lane],
@@ -236,16 +298,17 @@ def _train_by_halves(
     console: Console,
     resume: bool,
     rungs: list[list[str]],
+    limits: Limits | None,
 ) -> None:
     """Train all lanes to a step, end those of the worse half of the settings, and so on, until one half is left. A lane
     that cannot be continued now ends this. `rungs`: the settings that comparisons before a resume ended.
 
     Raises: Stopped after a stop signal.
     """
-    file, settings = Path(sweep.loaded.recipe.output.dir) / RUNGS_NAME, _settings(lanes)
+    file, settings = Path(sweep.loaded.recipe.output.dir) / RUNGS_NAME, setting_names(lanes)
     dropped = {name for names in rungs for name in names}
     for left in range(rung_count(len(settings)) - len(rungs), 0, -1):
-        ends = {lane.trial.name: _rung_of(lane, left) for lane in lanes}
+        ends = {lane.trial.name: rung_of(lane, left) for lane in lanes}
         if not rungs and all(end is None for end in ends.values()):
             what = "halving compares evaluations from before the end, and there is none"
             raise RecipeError(what, "lower training.eval_steps", key="sweep.strategy")
@@ -253,49 +316,28 @@ def _train_by_halves(
         if _unfinished(lanes):
             return
         compared = [lane for lane in lanes if lane.trial.setting not in dropped]
-        results = sweep_results(sweep.section.by, _runs(compared), finished=False)
-        rungs.append(dropped_settings(results))
+        results = sweep_results(sweep.section.by, runs_by_setting(compared), finished=False)
+        rungs.append(dropped_settings(results, most_settings(limits, results, compared, left)))
         dropped.update(rungs[-1])
-        _drop([lane for lane in compared if lane.trial.setting in dropped])
-        write_json(file, {"settings": settings, "rungs": rungs})
+        end_paused([lane for lane in compared if lane.trial.setting in dropped])
+        write_json(file, {"settings": settings, "rungs": rungs, "verdict": results.verdict()})
         console.info(f"halving ends {', '.join(rungs[-1]) or 'no trial: none is clearly worse'}")
 
 
-def _rung_of(lane: Lane, left: int) -> int | None:
-    """The step of a lane's next comparison; None for the end of its run."""
-    if lane.plan is None or lane.prepared is None:
-        return None
-    every = lane.trial.loaded.recipe.training.eval_steps
-    sampling = lane.prepared.rows.objective.loss.updates_per_sampling
-    step = rung_step(lane.steps, left, math.lcm(every, sampling))
-    return step if step < lane.steps else None
-
-
-def _drop(lanes: Sequence[Lane]) -> None:
-    """End lanes that have paused."""
-    for lane in lanes:
-        if not lane.ended:
-            step = max(step for step, _ in list_checkpoints(lane.path / "checkpoints"))
-            write_json(lane.path / "status.json", {"exit_code": 143, "reason": f"ended by halving after step {step}"})
-            lane.ended = True
-
-
-def _runs(lanes: Sequence[Lane]) -> dict[str, list[RunValues]]:
-    """The values of the runs of each setting."""
-    runs: dict[str, list[RunValues]] = {}
-    for lane in lanes:
-        with damage_named(lane.path):
-            runs.setdefault(lane.trial.setting, []).append(run_values(lane.path))
-    return runs
-
-
 def _compare(sweep: LoadedSweep, folder: Path, lanes: Sequence[Lane]) -> SweepResults:
-    """Write sweep.json and the page."""
-    results = sweep_results(sweep.section.by, _runs(lanes))
+    """Write sweep.json; if a trial is finished, also the page, and the recipe of the best setting."""
+    names = {"seeds": sweep.section.seeds > 1, "folds": sweep.section.folds is not None}
+    over = " and ".join(name for name, repeats in names.items() if repeats) or "seeds"
+    results = sweep_results(sweep.section.by, runs_by_setting(lanes), over=over)
+    if sweep.section.strategy == "halving":
+        results = replace(results, earlier=(read_json(folder / RUNGS_NAME) or {}).get("verdict", ""))
     values = {trial.name: trial.values for trial in sweep.trials}
     write_json(folder / SWEEP_NAME, {**results.values(), "trials": values})
-    page = results.page()
-    if page is not None:
+    if results.best is not None:
+        recipe = dump_recipe(sweep.settings[results.best.name].loaded.recipe, folder.absolute())
+        write_text(folder / BEST_NAME, recipe)
+        chosen = {name: setting.values for name, setting in sweep.settings.items()}
+        page = sweep_page(results, chosen, (relative_to(folder / BEST_NAME), recipe))
         write_text(folder / PAGE_NAME, html_page(page))
     return results
 

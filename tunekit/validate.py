@@ -91,7 +91,10 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def validate_sweep(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
     """The trials of a recipe. Raises: RecipeError with the problems of all trials."""
     sweep = load_sweep(recipe_path, overrides)
-    _refuse([trial.loaded for trial in sweep.trials])
+    divided = sweep.section.folds is not None  # the files of the folds are written later, from those of the settings
+    _refuse(
+        [setting.loaded for setting in sweep.settings.values()] if divided else [trial.loaded for trial in sweep.trials]
+    )
     return sweep
 
 

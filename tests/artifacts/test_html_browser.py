@@ -22,6 +22,8 @@ from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.pictures import inlined, picture_name
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.artifacts.report.run_report import run_report
+from tunekit.artifacts.report.sweep_page import sweep_page
+from tunekit.artifacts.report.sweep_results import sweep_results
 from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.run import PICTURES
 
@@ -77,6 +79,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for number in range(2):
             Image.new("RGB", (512, 384), "navy").save(drawn / picture_name(step, number))
     bad = read_run(write_run(folder / "bad", verdict="worse than the base: eval loss 3 against 2.6"))
+    names = [f"learning_rate={run.steps[0]['learning_rate']},r={16 + at}" for at, run in enumerate(short)]
+    swept = {name: [run] for name, run in zip(names, short, strict=True)}
+    values = {name: {"training.learning_rate": at, "adapter.r": 16 + at % 2} for at, name in enumerate(names)}
     texts = {
         "long": html_page(run_report(long)),
         "short": html_page(run_report(short[0])),
@@ -84,6 +89,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bad": html_page(run_report(bad)),
         "drawn": html_page(run_report(read_run(drawn))),
         "compared": html_page(comparison_report(short)),
+        "sweep": html_page(sweep_page(sweep_results("eval.loss", swept), values, ("best.yaml", "model: org/base"))),
         "preview": preview_page("Training rows", PREVIEWED, [("read", 3)], ["rows.jsonl: format chat"]),
     }
     for name, text in texts.items():
@@ -91,7 +97,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "drawn", "compared", "preview"])
+@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "drawn", "compared", "sweep", "preview"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:

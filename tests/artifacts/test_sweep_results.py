@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.support.run_case import write_run
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.markdown import markdown_page
 from tunekit.artifacts.report.paired import paired_interval
+from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import sweep_results
 from tunekit.artifacts.report.values import RunValues, read_run
 
@@ -42,8 +44,8 @@ def test_clear_and_unclear_differences(tmp_path: Path) -> None:
     assert two.verdict() == (
         "b has the best eval loss, 1; it is lower than all others on 30 evaluation rows (95% intervals)"
     )
-    page = results.page()
-    assert page is not None
+    values = {"a": {"adapter.r": 4}, "b": {"adapter.r": 8}, "c": {"adapter.r": 16}}
+    page = sweep_page(results, values, ("runs/best.yaml", "model: org/base\n"))
     for text in (html_page(page), markdown_page(page)):
         assert "cannot be distinguished" in text
 
@@ -82,15 +84,68 @@ def test_the_direction_of_a_metric(tmp_path: Path) -> None:
     assert "there is no interval" in results.verdict()
 
 
+def with_right(folder: Path, right: list[float], **more: Any) -> RunValues:
+    """A run whose evaluation rows are answered right or wrong."""
+    write_run(folder, **more)
+    file = folder / "evaluation_rows.json"
+    rows = json.loads(file.read_text("utf-8"))
+    rows["metrics"] = {"exact_match": {"digests": rows["digests"], "values": right}}
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines[-1]["eval"]["exact_match"] = sum(right) / len(right)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return read_run(folder)
+
+
+def test_the_rows_of_a_metric_are_compared(tmp_path: Path) -> None:
+    """With the direction of the metric; also if the runs have different objectives."""
+    good, near, bad = [1.0] * 27 + [0.0] * 3, [1.0] * 25 + [0.0] * 2 + [1.0] + [0.0] * 2, [0.0] * 20 + [1.0] * 10
+    runs = {name: [with_right(tmp_path / name, right)] for name, right in (("a", bad), ("b", good), ("c", near))}
+    results = sweep_results("eval.exact_match", runs)
+    assert [setting.name for setting in results.settings] == ["b", "c", "a"]
+    text = "b has the best eval exact match, 0.9; it cannot be distinguished from c on 30 evaluation rows"
+    assert results.verdict() == text
+    assert [setting.name for setting in results.unclear] == ["c"]
+    difference = results.settings[2].difference
+    assert difference is not None
+    ends = paired_interval(np.array(good), np.array(bad), np.ones(30))
+    assert (difference.low, difference.high) == pytest.approx(ends)
+    assert results.table()[0][2] == "exact match less the best's"
+    only = sweep_results("eval.exact_match", {name: runs[name] for name in "ab"})
+    assert "it is higher than all others on 30 evaluation rows" in only.verdict()
+
+
+def test_parallel_coordinates(tmp_path: Path) -> None:
+    losses = {"a": 2.0, "b": 1.0, "c": 1.5}
+    runs = {name: [run(tmp_path / name, loss, 0.01)] for name, loss in losses.items()}
+    values = {
+        "a": {"adapter.r": 16, "adapter.method": "lora", "training.epochs": 1},
+        "b": {"adapter.r": 4, "adapter.method": "dora", "training.epochs": 1},
+        "c": {"adapter.r": 8, "adapter.method": "lora", "training.epochs": 1},
+    }
+    page = sweep_page(sweep_results("eval.loss", runs), values, ("best.yaml", "model: org/base\n"))
+    (axes,) = [section.axes for section in page.sections if section.axes is not None]
+    assert [axis.title for axis in axes.axes] == ["r", "method", "loss"]
+    assert list(axes.axes[0].ticks) == [("4", 0.0), ("8", 0.5), ("16", 1.0)]
+    heights = {line.label.partition(":")[0]: list(line.heights) for line in axes.lines}
+    assert heights == {"b": [0.0, 0.0, 1.0], "c": [0.5, 1.0, pytest.approx(0.5)], "a": [1.0, 1.0, 0.0]}
+    assert [line.kind for line in axes.lines] == ["other", "other", "best"]
+    text = html_page(page)
+    assert "tunekit train best.yaml" in text
+    assert "<polyline" not in text
+    assert text.count('<g class="other">') == 2
+
+
 def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     failed = run(tmp_path / "failed", 0.5)
     (tmp_path / "failed" / "status.json").write_text(json.dumps({"exit_code": 3, "reason": "the loss is not finite"}))
     failed = read_run(tmp_path / "failed")
     nothing = sweep_results("eval.loss", {"failed": [failed]})
     assert nothing.best is None
-    assert nothing.page() is None
     assert nothing.verdict() == "no trial is finished"
     results = sweep_results("eval.loss", {"failed": [failed], "a": [run(tmp_path / "a", 1.0)]})
     assert [setting.name for setting in results.settings] == ["a", "failed"]
     assert results.verdict() == "only a is finished: eval loss 1"
+    halved = replace(results, earlier="a has the best eval loss, 2; it is lower than all others")
+    assert halved.verdict().startswith("only a is finished: eval loss 1; at the last comparison of halving, a has the")
     assert results.table()[1][1] == ["failed", "–", "–", "the loss is not finite"]

@@ -9,7 +9,7 @@ import pytest
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.reading.trials import fold_file, load_sweep
 
 RECIPE = """\
 model: org/base
@@ -103,6 +103,41 @@ def test_each_source_is_left_out_once(tmp_path: Path) -> None:
     assert any("the keys change data.train too" in line for line in both)
 
 
+def test_each_fold_is_left_out_once(tmp_path: Path) -> None:
+    sources = "data.train=[a.csv, {path: b.jsonl, weight: 2, columns: {q: text}, format: text, max_rows: 9}]"
+    path = write(tmp_path, "sweep: {folds: 3, keys: {adapter.r: [4, 8]}, seeds: 2}\n")
+    sweep = load_sweep(path, [sources])
+    assert [trial.name for trial in sweep.trials][:4] == [
+        *(f"r=4,seed=5,fold={fold}" for fold in (1, 2, 3)),
+        "r=4,seed=6,fold=1",
+    ]
+    assert {trial.setting for trial in sweep.trials} == {"r=4", "r=8"}
+    trial = sweep.trials[7]
+    assert trial.values == {"adapter.r": 8, "training.seed": 5, "fold": 2}
+    data, folder = trial.loaded.recipe.data, str(tmp_path / "runs/x")
+    files = [fold_file(folder, source, fold) for source, fold in ((0, 1), (0, 3), (1, 1), (1, 3))]
+    assert [source.path for source in data.train] == files
+    assert [source.weight for source in data.train] == [1, 1, 2, 2]
+    assert [source.format for source in data.train] == ["auto", "auto", "text", "text"]
+    assert isinstance(data.eval, tuple)
+    assert [source.path for source in data.eval] == [fold_file(folder, source, 2) for source in (0, 1)]
+    assert all(source.weight == 1 and source.max_rows is None and not source.columns for source in data.eval)
+    best = sweep.settings["r=8"].loaded.recipe
+    assert best == load_recipe(path, [sources, "adapter.r=8", f"output.dir={folder}/best"]).recipe
+    one = load_sweep(write(tmp_path), ["sweep.folds=2", "~data.eval"]).trials
+    assert [trial.name for trial in one] == ["fold=1", "fold=2"]
+
+
+def test_all_faults_of_the_section_are_shown_together(tmp_path: Path) -> None:
+    path = write(tmp_path, "sweep:\n  strategy: best\n  keys:\n    adapter.rr: [4]\n    adapter.r: [8, x]\n")
+    lines = problems(path)
+    assert [line.partition(";")[0].partition(": ")[2].partition(":")[0] for line in lines] == [
+        "sweep.strategy",
+        "adapter.rr",
+        "adapter.r",
+    ]
+
+
 def test_long_and_equal_names_become_different_folders(tmp_path: Path) -> None:
     keys = '{evaluation.content_free_prompt: ["a {}", "a  {}"], evaluation.choices: [[x, y]]}'
     names = [trial.name for trial in load_sweep(write(tmp_path, f"sweep: {{keys: {keys}}}\n")).trials]
@@ -136,6 +171,11 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ("sweep: {keys: {adapter.r: [4]}, by: eval.bleu}", [], ":5: sweep.by: bleu is not among the metrics"),
         ("sweep: {keys: {training.max_steps: [4]}}", [], ":5: training.max_steps: excludes training.epochs"),
         ("sweep: {keys: {adapter.r: [4]}, seeds: 2000}", [], ": sweep: 2,000 trials, and the maximum is 1,000"),
+        ("sweep: {folds: 1}", [], ":5: sweep.folds: must be at least 2"),
+        ("sweep: {fold_group: speaker}", [], ":5: sweep.fold_group: there are no folds"),
+        ("sweep: {folds: 2, leave_out: source}", [], ":5: sweep.folds: leave_out divides the rows by their sources"),
+        ("sweep: {folds: 2, keys: {data.eval: [0.1, 0.2]}}", [], ":5: sweep.folds: the keys change the rows too"),
+        ("sweep: {folds: 2}", ["data.train.0.streaming=true"], ":5: sweep.folds: streamed rows cannot be divided"),
         ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
         ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),

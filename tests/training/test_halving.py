@@ -31,5 +31,6 @@ def test_the_worse_half_ends_unless_it_cannot_be_distinguished(tmp_path: Path) -
     unclear = {name: [run(tmp_path / f"noisy {name}", losses[name], 0.2, seed)] for seed, name in enumerate(names)}
     assert dropped_settings(sweep_results("eval.loss", unclear)) == []
     assert dropped_settings(sweep_results("eval.loss", {name: clear[name] for name in names})) == ["c"]
+    assert len(dropped_settings(sweep_results("eval.loss", unclear), most=1)) == 1
     metrics = sweep_results("eval.exact_match", unclear)
     assert len(dropped_settings(metrics)) == 1

@@ -90,12 +90,27 @@ def sweep(
     recipe: RecipeFile,
     overrides: SweptOverrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the trials that are not finished")] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="choose the values: rates, ranks and epochs that fit --minutes")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="N", min=0.1, help="with --auto: the time of all trials")
+    ] = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Train a recipe with several values of its keys, and compare."""
+    from tunekit.errors import InputError
     from tunekit.validate import validate_sweep
 
+    if auto != (minutes is not None):
+        raise InputError("--auto and --minutes belong together", "write, for example, --auto --minutes 30")
+    if minutes is not None:
+        checked = _checked(recipe, overrides)
+        from tunekit.sweep import automatic_verb
+
+        automatic_verb(checked, recipe, overrides or [], minutes, resume, json_file)
+        return
     loaded = validate_sweep(recipe, overrides or [])
     from tunekit.sweep import sweep_verb
 

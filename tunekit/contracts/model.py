@@ -13,7 +13,8 @@ from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tensors, 
 Modules = Mapping[str, torch.nn.Module]  # by name
 NamedModules = list[tuple[str, torch.nn.Module]]
 Sums = Tensors  # float64, of any shape; added up over batches and ranks
-ROW_LOSSES = "row losses"  # the only entry of Sums that is concatenated: (rows,) the loss of each row
+ROW_LOSSES = "row losses"  # entries of Sums that are concatenated: (rows,) the loss of each row
+ROW_RIGHT = "rows right"  # (rows,) 1 where all labels of the row are predicted right, else 0
 
 
 @dataclass

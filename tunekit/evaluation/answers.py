@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from tunekit.contracts import Answering, AnswerLimits, Progress, no_progress
 from tunekit.data.rows import Prompt
+from tunekit.evaluation.row_losses import text_digest
 from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import Devices
+from tunekit.metrics.pairs import MeanOfPairs
 from tunekit.tuned.model import TunedModel
 
 
@@ -58,3 +61,20 @@ def text_metrics(
         empty = sum(not text.strip() for text in pairs[1]) if getattr(metric, "LEAVES_OUT", False) else 0
         metrics |= {f"{name}_left_out": float(empty)} if empty else {}
     return metrics
+
+
+def answer_values(
+    names: Sequence[str], prompts: Sequence[Prompt], predictions: Sequence[str], normalized: Callable[[str], str] = str
+) -> dict[str, dict[str, list[Any]]]:
+    """For each named metric that is a mean over pairs, the `values` of the pairs and the `digests` of their rows, which
+    are the same in every run."""
+    references = [prompt.reference for prompt in prompts]
+    digests = [text_digest(prompt.text, prompt.reference) for prompt in prompts]
+    rows = dict[str, dict[str, list[Any]]]()
+    for name in names:
+        metric = import_module(f"tunekit.metrics.{name}")
+        if isinstance(metric.score, MeanOfPairs):
+            pairs = [[normalized(text) for text in texts] for texts in (predictions, references)]
+            pairs = pairs if getattr(metric, "NORMALIZED", False) else [list(predictions), references]
+            rows[name] = {"digests": digests, "values": metric.score.of_each(pairs[0], pairs[1])}
+    return rows

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import Written
 from tunekit.errors import DataError, RecipeError
+from tunekit.evaluation.row_losses import text_digest
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.machine.devices import Devices
@@ -217,6 +218,15 @@ def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
     """The sums from which metrics of labels are computed. Shapes: scores (rows, choices)."""
     sums = label_sums(scores, torch.tensor([question.right for question in questions[: len(scores)]]))
     return {name: value for name, value in sums.items() if name in CHOICE_SUMS}
+
+
+def choice_values(scores: Tensor, questions: Sequence[Question]) -> dict[str, dict[str, list[Any]]]:
+    """The accuracy of each row: 1 if its answer is chosen, else 0; and a hash that is the same in every run. Shapes:
+    scores (rows, choices)."""
+    questions = questions[: len(scores)]
+    right = scores.argmax(dim=1) == torch.tensor([question.right for question in questions])  # (rows,)
+    digests = [text_digest(question.prompt.tobytes(), str(question.right)) for question in questions]
+    return {"accuracy": {"digests": digests, "values": right.double().tolist()}}
 
 
 def choose(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tunekit.adapters.several import AdapterSet
 from tunekit.contracts import AnswerLimits, Batch, Objective, Processor, Progress, Rows, no_progress
@@ -17,13 +18,14 @@ from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import by_source
 from tunekit.data.rows import Prompt, RowSet
 from tunekit.errors import DataError, ModelError, RecipeError
-from tunekit.evaluation.answers import answer_questions, text_metrics
+from tunekit.evaluation.answers import answer_questions, answer_values, text_metrics
 from tunekit.evaluation.choices import (
     CONTENT_FREE,
     KEY,
     Choices,
     choice_scores,
     choice_sums,
+    choice_values,
     make_questions,
     of_every_row,
 )
@@ -56,7 +58,8 @@ class Evaluation:
     `classes`: `labels`, the `counts` of each label (predicted right, predicted, true) and the `confusion` matrix, if
     rows have labels; `samples`: generated answers to the first rows; `sources`: the metrics and the number of `rows` of
     each source, if there are several; `pictures`: images for the report; `facts`: values computed from all rows, which
-    are saved in the adapter's folder."""
+    are saved in the adapter's folder; `row_metrics`: the `values` of rows and their `digests`, of each metric of
+    answers that is a mean over rows."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
@@ -65,6 +68,7 @@ class Evaluation:
     sources: dict[str, dict[str, float]] | None = None
     pictures: Sequence[NDArray[np.uint8]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    row_metrics: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,13 @@ class Evaluator:
         if not sums.values["units"]:
             what = f"no reward judges any of the {sums.rows:,} evaluation rows"
             raise DataError(what, "let a reward return numbers for evaluation rows", key="data.eval")
-        choices, chosen = self.queries.choices, tuple[str, ...]()
+        choices, chosen, of_answers = self.queries.choices, tuple[str, ...](), dict[str, Mapping[str, list[Any]]]()
         if choices is not None:
             chosen = CHOICE_METRICS
-            sums.values.update(self._chosen(choices, stop))
+            scores = self._chosen(choices, stop)
+            counted = choice_sums(scores, self.queries.questions)
+            sums.values.update({name: value.tolist() for name, value in counted.items()})
+            of_answers |= choice_values(scores, self.queries.questions)
         always = (*self.objective.loss.metrics, *chosen)
         wanted = list(dict.fromkeys([*always, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
@@ -112,6 +119,7 @@ class Evaluator:
             answers = answer_questions(self.model, answering, prompts, self.devices, limits, self.progress)
             references = [prompt.reference for prompt in prompts]
             computed |= text_metrics(texts, answers, references, answering.normalize)
+            of_answers |= answer_values(texts, prompts, answers, answering.normalize)
             samples = [
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
                 for prompt, answer in zip(prompts[: settings.samples or SAMPLES], answers, strict=False)
@@ -122,7 +130,7 @@ class Evaluator:
         classes = objective.loss.class_counts(sums.values)
         if choices is not None:
             classes = class_table(choices.labels, sums.values["label_counts"], sums.values.get("confusion"))
-        return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts)
+        return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts, of_answers)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
         """The pictures that the main rank draws for the report."""
@@ -149,9 +157,9 @@ class Evaluator:
             sums[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
         return sums
 
-    def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
-        """The sums over rows of the chosen answers."""
-        scores = choice_scores(
+    def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> Tensor:
+        """(rows, choices) float64: the score of each answer."""
+        return choice_scores(
             self.model,
             self.objective,
             choices,
@@ -162,7 +170,6 @@ class Evaluator:
             on_split=self.on_split,
             progress=self.progress,
         )
-        return {name: value.tolist() for name, value in choice_sums(scores, self.queries.questions).items()}
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tunekit.contracts import Objective, Row, Rows, Span, Tokenizer
+from tunekit.evaluation.scores import EvaluationSums
 
 WORST_ROWS = 8  # number of rows whose text a report shows
 MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # text pieces of a row; characters of a piece
@@ -36,14 +37,25 @@ class RowLosses:
             "units": [float(loss.units(self.objective.rows.collate([[row]]))[0]) for row in rows],
         }
 
-    def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    def values(
+        self,
+        step: int,
+        sums: EvaluationSums,
+        answers: Mapping[str, Mapping[str, list[Any]]],
+        earlier: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
         """The record of an evaluation: {step, rows, digests, units, losses, before, worst}, lists with one value per
-        row.
-        `earlier`: the record of the previous evaluation, which passes on the losses before training.
+        row; and `metrics`: {digests, values} of each metric that is a mean over rows.
+        `answers`: the metrics of generated and chosen answers. `earlier`: the record of the previous evaluation, which
+        passes on the losses before training.
         """
-        now = [_short(losses[number]) for number in range(len(self.rows))]
+        now = [_short(sums.row_losses[number]) for number in range(len(self.rows))]
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
-        values = {"step": step, **self.names, "losses": now, "before": before if step else None}
+        metrics = dict(answers)
+        if len(sums.row_right) == len(self.rows):
+            right = [sums.row_right[number] for number in range(len(self.rows))]
+            metrics = {"accuracy": {"digests": self.names["digests"], "values": right}, **metrics}
+        values = {"step": step, **self.names, "losses": now, "before": before if step else None, "metrics": metrics}
         pairs = zip(now, self.names["units"], strict=True)
         means = [math.inf if loss is None else loss / (units or 1) for loss, units in pairs]
         order = np.argsort(-np.asarray(means), kind="stable")
@@ -72,6 +84,15 @@ def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     pairs = pairwise(borders)
     return [(tokenizer.decode(part.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
+
+
+def text_digest(*parts: str | bytes) -> str:
+    """A hash of texts that identify a row in every run."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        content = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _digest(row: Row) -> str:

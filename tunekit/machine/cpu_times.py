@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 TASKS = Path("/proc/self/task")
 
 
@@ -37,3 +39,8 @@ def cpu_times(tasks: Path = TASKS) -> CpuTimes:
     except (OSError, ValueError, IndexError):  # another system, or a thread that has just ended
         ran, waited = 0, 0
     return CpuTimes(time.monotonic(), time.process_time(), time.thread_time(), waited / 1e9 if ran else None)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, the import of its libraries included."""
+    return max(0.0, time.time() - psutil.Process().create_time())

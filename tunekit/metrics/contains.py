@@ -1,6 +1,6 @@
 """Share of answers that contain their reference, ignoring white space at both ends of the reference."""
 
-from tunekit.metrics.pairs import mean_of_pairs
+from tunekit.metrics.pairs import MeanOfPairs
 
 DESCRIPTION = "share of generated answers that contain the reference"
 HIGHER_IS_BETTER = True
@@ -11,4 +11,4 @@ def _contains(prediction: str, reference: str) -> bool:
     return reference.strip() in prediction if reference.strip() else not prediction.strip()
 
 
-score = mean_of_pairs(_contains)
+score = MeanOfPairs(_contains)

@@ -1,7 +1,7 @@
 """Share of answers equal to their reference, ignoring white space at both ends."""
 
-from tunekit.metrics.pairs import mean_of_pairs
+from tunekit.metrics.pairs import MeanOfPairs
 
 DESCRIPTION = "share of generated answers equal to the reference, ignoring white space at both ends"
 HIGHER_IS_BETTER = True
-score = mean_of_pairs(lambda prediction, reference: prediction.strip() == reference.strip())
+score = MeanOfPairs(lambda prediction, reference: prediction.strip() == reference.strip())

@@ -1,16 +1,22 @@
 """Metrics that are a mean over pairs of answer and reference."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 
-def mean_of_pairs(of_pair: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], float]:
+@dataclass(frozen=True)
+class MeanOfPairs:
     """The function `score` of a metric that is the mean of `of_pair`(answer, reference)."""
 
-    def score(predictions: Sequence[str], references: Sequence[str]) -> float:
+    of_pair: Callable[[str, str], float]
+
+    def of_each(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """The score of each pair. Raises: ValueError if the lengths differ."""
+        return [float(self.of_pair(*pair)) for pair in zip(predictions, references, strict=True)]
+
+    def __call__(self, predictions: Sequence[str], references: Sequence[str]) -> float:
         """The mean over all pairs. Raises: ValueError without pairs, or if the lengths differ."""
-        scores = [of_pair(*pair) for pair in zip(predictions, references, strict=True)]
+        scores = self.of_each(predictions, references)
         if not scores:
             raise ValueError("no answers to compare")
         return sum(scores) / len(scores)
-
-    return score

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from tunekit.metrics.pairs import mean_of_pairs
+from tunekit.metrics.pairs import MeanOfPairs
 
 DESCRIPTION = "mean F1 of the longest common subsequence of words of answer and reference"
 HIGHER_IS_BETTER = True
@@ -37,4 +37,4 @@ def _words(text: str) -> list[str]:
     return "".join(kinds).split()
 
 
-score = mean_of_pairs(_f1)
+score = MeanOfPairs(_f1)

@@ -3,7 +3,7 @@
 import string
 from collections import Counter
 
-from tunekit.metrics.pairs import mean_of_pairs
+from tunekit.metrics.pairs import MeanOfPairs
 
 DESCRIPTION = "mean F1 of the words that answer and reference have in common"
 HIGHER_IS_BETTER = True
@@ -24,4 +24,4 @@ def _words(text: str) -> Counter[str]:
     return Counter(text.lower().translate(WITHOUT_PUNCTUATION).split())
 
 
-score = mean_of_pairs(_f1)
+score = MeanOfPairs(_f1)

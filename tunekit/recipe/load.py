@@ -49,6 +49,7 @@ __all__ = [
     "load_target_overrides",
     "make_recipe",
     "override_data",
+    "place_order",
     "read_draft",
     "read_file",
 ]
@@ -235,7 +236,7 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
     sections = _make_sections(draft)
     checks.check_across(draft, sections)
     if draft.problems:
-        raise RecipeError.of(sorted(draft.problems, key=_place_order), draft.rewrites)
+        raise RecipeError.of(sorted(draft.problems, key=place_order), draft.rewrites)
     return Recipe.model_validate(sections)
 
 
@@ -271,6 +272,6 @@ def _make_section(name: str, draft: Draft) -> Section | None:
         return None
 
 
-def _place_order(problem: Problem) -> tuple[bool, int]:
+def place_order(problem: Problem) -> tuple[bool, int]:
     """The sort key of problems: problems of the file by line, then problems of the command line."""
     return (problem.file == COMMAND_LINE, problem.line or 0)

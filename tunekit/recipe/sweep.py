@@ -31,6 +31,14 @@ class SweepSection(Section):
         description="compute the rows of several trials in one forward: results equal separate runs up to rounding; "
         "auto: where that is faster; false: each trial has the bytes of its own run",
     )
+    folds: Annotated[Count, Field(ge=2)] | None = Field(
+        None,
+        description="cross-validation: divide the rows of data.train into so many folds, and run every combination "
+        "once for each fold, which it does not train on and is evaluated on, in place of data.eval",
+    )
+    fold_group: Text | None = Field(
+        None, description="a column of the rows (a speaker, a document): rows with equal values are in one fold"
+    )
     leave_out: Literal["source"] | None = Field(
         None, description="source: run every combination also without each of the sources of data.train"
     )
@@ -38,4 +46,4 @@ class SweepSection(Section):
     @property
     def has_trials(self) -> bool:
         """Whether the section makes more than one run."""
-        return bool(self.keys) or self.seeds > 1 or self.leave_out is not None
+        return bool(self.keys) or self.seeds > 1 or self.folds is not None or self.leave_out is not None

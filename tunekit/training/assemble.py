@@ -249,6 +249,8 @@ def _make_keep_rows(session: Session, prepared: RunInputs) -> Callable[[int, Eva
     def keep_rows(step: int, evaluation: Evaluation) -> None:
         if row_losses is not None and session.folder is not None and evaluation.sums.row_losses:
             earlier = session.folder.read_json(ROWS_NAME) if step else None
-            session.folder.write_json(ROWS_NAME, row_losses.values(step, evaluation.sums.row_losses, earlier))
+            session.folder.write_json(
+                ROWS_NAME, row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier)
+            )
 
     return keep_rows

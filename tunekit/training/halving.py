@@ -4,6 +4,7 @@ Source: Jamieson and Talwalkar 2016, Non-stochastic best arm identification; wit
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 from tunekit.artifacts.report.sweep_results import SweepResults
 
@@ -21,13 +22,20 @@ def rung_step(steps: int, rungs_left: int, multiple: int) -> int:
     return min(math.ceil(steps / 2**rungs_left / multiple) * multiple, steps)
 
 
-def dropped_settings(results: SweepResults) -> list[str]:
-    """The settings that end here: the worse half, without those that cannot be distinguished from the best one."""
+def halving_seconds(parts: Mapping[str, Sequence[float]]) -> float:
+    """The seconds of all trials if each comparison ends half of them, of which the longest continue. `parts`: of each
+    trial, the seconds before each comparison and after the last one."""
+    left, total = sorted(parts, key=lambda name: -sum(parts[name])), 0.0
+    for number in range(max(map(len, parts.values()), default=0)):
+        total += sum(parts[name][number] for name in left)
+        left = left[: math.ceil(len(left) / 2)]
+    return total
+
+
+def dropped_settings(results: SweepResults, most: int | None = None) -> list[str]:
+    """The settings that end here: the worse half, without those that cannot be distinguished from the best one.
+    `most`: only so many continue, also if they cannot be distinguished."""
     measured = [setting for setting in results.settings if setting.numbers]
-    worse = measured[math.ceil(len(measured) / 2) :]
-    by_loss = results.by == "eval.loss"
-    return [
-        setting.name
-        for setting in worse
-        if not (by_loss and setting.difference is not None and setting.difference.low <= 0)
-    ]
+    half = math.ceil(len(measured) / 2)
+    unclear = {setting.name for setting in results.unclear} if most is None else set()
+    return [setting.name for setting in measured[half if most is None else most :] if setting.name not in unclear]

@@ -1,4 +1,5 @@
-"""Differences of the runs' evaluation losses from the first run's, on rows that both evaluated, with intervals."""
+"""Differences of the runs' evaluation losses, or of another metric, from the first run's, on rows that both evaluated,
+with intervals."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,26 +17,27 @@ AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The evaluation loss of a run less the first run's, on `rows` common rows; `low` to `high` is a 95 % interval."""
+    """The evaluation loss (or another metric) of a run less the first run's, on `rows` common rows; `low` to `high` is
+    a 95 % interval."""
 
     run: str
     than: str
     rows: int
-    loss: float
-    than_loss: float
+    value: float
+    than_value: float
     low: float
     high: float
 
     @property
     def difference(self) -> float:
-        """The difference of the two losses."""
-        return self.loss - self.than_loss
+        """The difference of the two values."""
+        return self.value - self.than_value
 
     def texts(self) -> list[str]:
         """The cells of the run's line in the table."""
         sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "no clear difference"
         interval = f"{self.low:+.4g} to {self.high:+.4g}"
-        return [self.run, f"{self.rows:,}", f"{self.than_loss:.4g}", f"{self.loss:.4g}", interval, sure]
+        return [self.run, f"{self.rows:,}", f"{self.than_value:.4g}", f"{self.value:.4g}", interval, sure]
 
 
 def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
@@ -44,13 +46,14 @@ def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
     return [result for result in results if result is not None]
 
 
-def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]]) -> PairedDifference | None:
+def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str = "loss") -> PairedDifference | None:
     """The difference between the second and the first run of each pair, over all pairs together; for example, one pair
     per seed. None if no pair has common rows. If several pairs have a row, a resample draws the row for all of them.
+    `metric`: a metric that is a mean over rows.
     """
     sums: dict[tuple[str, int], Losses] = {}
     for one, other in pairs:
-        for key, values in _pairs(one, other).items():
+        for key, values in _pairs(one, other, metric).items():
             sums[key] = sums.get(key, np.zeros(3)) + values
     if len(sums) < 2:
         return None
@@ -72,13 +75,22 @@ def heading(than: str) -> list[str]:
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
-def _pairs(one: RunValues, other: RunValues) -> dict[tuple[str, int], Losses]:
-    """(3,) for each common row: its loss in `one` and in `other`, and its units. Equal rows are matched in order."""
-    if one.recipe.get("objective") != other.recipe.get("objective"):
+def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int], Losses]:
+    """(3,) for each common row: its value in `one` and in `other`, and its units. Equal rows are matched in order."""
+    if metric == "loss" and one.recipe.get("objective") != other.recipe.get("objective"):
         return {}
-    first, second = dict(_keyed(one.row_losses)), dict(_keyed(other.row_losses))
+    first, second = (dict(_keyed(_rows_of(run, metric))) for run in (one, other))
     both = {key: (first[key][0], *second[key]) for key in first if key in second}
     return {key: np.array(values, np.float64) for key, values in both.items() if None not in values and values[2]}
+
+
+def _rows_of(run: RunValues, metric: str) -> Values:
+    """`digests`, `losses` and `units` of the rows; for another metric than the loss, its values with one unit each."""
+    if metric == "loss":
+        return run.row_losses
+    rows = run.row_losses.part("metrics").part(metric)
+    values = rows.items_of("values")
+    return Values(digests=rows.items_of("digests"), losses=values, units=[1.0] * len(values))
 
 
 def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:

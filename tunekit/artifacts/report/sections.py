@@ -55,6 +55,31 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class ValueAxis:
+    """A vertical axis. `ticks`: texts with their heights, 0 at the bottom to 1 at the top."""
+
+    title: str
+    ticks: Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class AxisLine:
+    """A line across all axes. `kind`: best, unclear, other or none, for a line without a result."""
+
+    label: str
+    heights: Sequence[float]
+    kind: str
+
+
+@dataclass(frozen=True)
+class ParallelAxes:
+    """Parallel coordinates."""
+
+    axes: Sequence[ValueAxis]
+    lines: Sequence[AxisLine]
+
+
+@dataclass(frozen=True)
 class PictureRow:
     """Images for one prompt, each with a title."""
 
@@ -71,6 +96,7 @@ class ReportSection:
     warnings: Sequence[str] = ()
     tiles: Sequence[tuple[str, str, str]] = ()  # name, value and note of the most important numbers
     charts: Sequence[Chart] = ()
+    axes: ParallelAxes | None = None
     bars: Sequence[Bar] = ()
     tables: Sequence[ReportTable] = ()
     pictures: Sequence[PictureRow] = ()

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 
-from tunekit.artifacts.report.compare import comparison_report, number_text
+from tunekit.artifacts.report.compare import number_text
 from tunekit.artifacts.report.paired import LEVEL, PairedDifference, pooled_difference
-from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import NumericsError, listed
 from tunekit.recipe.reading.names import facts_of
@@ -17,13 +16,15 @@ MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one setting, one per seed. `outcomes`: the metric of each run, None unless the run is finished.
-    `difference`: its loss less that of the best setting."""
+    """The runs of one setting, one per seed and fold. `outcomes`: the metric of each run, None unless the run is
+    finished. `difference`: its metric less that of the best setting; `clear`: whether that difference is not by chance.
+    """
 
     name: str
     runs: Sequence[RunValues]
     outcomes: Sequence[float | None]
     difference: PairedDifference | None = None
+    clear: bool = False
 
     @property
     def numbers(self) -> list[float]:
@@ -32,21 +33,26 @@ class Setting:
 
     @property
     def mean(self) -> float | None:
-        """The mean over seeds; None if no run is finished."""
+        """The mean over seeds and folds; None if no run is finished."""
         return fmean(self.numbers) if self.numbers else None
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over seeds; None for fewer than two finished runs."""
+        """The standard deviation over seeds and folds; None for fewer than two finished runs."""
         return stdev(self.numbers) if len(self.numbers) > 1 else None
 
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The settings of a sweep, the best one first and those without a finished run last. `by`: eval.METRIC."""
+    """The settings of a sweep, the best one first and those without a finished run last. `by`: eval.METRIC; `higher`:
+    whether a higher metric is better; `over`: what the runs of a setting differ in; `earlier`: the verdict of halving's
+    last comparison."""
 
     by: str
     settings: Sequence[Setting]
+    higher: bool = False
+    over: str = "seeds"
+    earlier: str = ""
 
     @property
     def best(self) -> Setting | None:
@@ -58,34 +64,43 @@ class SweepResults:
         """The name of the metric in words."""
         return self.by.replace(".", " ").replace("_", " ")
 
+    @property
+    def unclear(self) -> list[Setting]:
+        """The settings that cannot be distinguished from the best one."""
+        return [setting for setting in self.settings if setting.difference is not None and not setting.clear]
+
     def verdict(self) -> str:
         """One sentence about the best setting, and how sure it is."""
         finished = [setting for setting in self.settings if setting.numbers]
         if self.best is None or self.best.mean is None:
             return "no trial is finished"
         first = f"{self.best.name} has the best {self.metric}, {number_text('', self.best.mean)}"
-        compared = [setting for setting in finished[1:] if setting.difference is not None]
+        compared = [setting.difference for setting in finished[1:] if setting.difference is not None]
         if len(finished) == 1:
-            return f"only {self.best.name} is finished: {self.metric} {number_text('', self.best.mean)}"
-        if self.by != "eval.loss" or len(compared) < len(finished) - 1:
-            return f"{first}; there is no interval, because only losses of the same evaluation rows are compared"
-        rows = min(setting.difference.rows for setting in compared if setting.difference)
-        equal = [setting.name for setting in compared if setting.difference and setting.difference.low <= 0]
+            why = f"; at the last comparison of halving, {self.earlier}" if self.earlier else ""
+            return f"only {self.best.name} is finished: {self.metric} {number_text('', self.best.mean)}{why}"
+        if len(compared) < len(finished) - 1:
+            what = "the runs have no values of the same rows to compare"
+            return f"{first}; there is no interval, because {what}"
+        rows = min(difference.rows for difference in compared)
+        equal = [setting.name for setting in self.unclear]
         if not equal:
-            return f"{first}; it is lower than all others on {rows:,} evaluation rows ({LEVEL:.0%} intervals)"
+            level = f"on {rows:,} evaluation rows ({LEVEL:.0%} intervals)"
+            return f"{first}; it is {'higher' if self.higher else 'lower'} than all others {level}"
         return f"{first}; it cannot be distinguished from {listed(equal, MOST_NAMED)} on {rows:,} evaluation rows"
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """The head and the lines of the table of settings."""
-        seeds = max(len(setting.runs) for setting in self.settings)
-        head = ["trial", self.metric, *(["over seeds"] if seeds > 1 else []), "loss less the best's", "state"]
+        several = max(len(setting.runs) for setting in self.settings) > 1
+        less = f"{self.metric.removeprefix('eval ')} less the best's"
+        head = ["trial", self.metric, *([f"over {self.over}"] if several else []), less, "state"]
         lines: list[list[object]] = []
         for setting in self.settings:
             spread = "–" if setting.spread is None else f"± {number_text('', setting.spread)}"
             difference = setting.difference
             interval = "–" if difference is None else f"{difference.low:+.4g} to {difference.high:+.4g}"
             states = "; ".join(dict.fromkeys(run.state for run in setting.runs))
-            cells = [number_text("", setting.mean), *([spread] if seeds > 1 else []), interval, states]
+            cells = [number_text("", setting.mean), *([spread] if several else []), interval, states]
             lines.append([setting.name, *cells])
         return head, lines
 
@@ -106,22 +121,12 @@ class SweepResults:
         ]
         return {"by": self.by, "verdict": self.verdict(), "settings": settings}
 
-    def page(self) -> ReportPage | None:
-        """The page of the sweep; None if no run is finished."""
-        finished = [run for setting in self.settings for run in _finished(setting).values()]
-        if not finished:
-            return None
-        head, lines = self.table()
-        text = f"Intervals ({LEVEL:.0%}) of the difference of the losses on the evaluation rows that both evaluated."
-        section = ReportSection("Trials", [text], tables=[ReportTable(head, lines, best=0)])
-        page = comparison_report(finished)
-        title = f"Sweep of {sum(len(setting.runs) for setting in self.settings)} trials"
-        return replace(page, title=title, sections=[section, *page.sections], verdict=self.verdict())
 
-
-def sweep_results(by: str, runs: Mapping[str, Sequence[RunValues]], *, finished: bool = True) -> SweepResults:
+def sweep_results(
+    by: str, runs: Mapping[str, Sequence[RunValues]], *, finished: bool = True, over: str = "seeds"
+) -> SweepResults:
     """The results of the runs of each setting. `finished`: only of finished runs; otherwise each run's last evaluation
-    counts."""
+    counts. `over`: what the runs of a setting differ in."""
     metric = by.removeprefix("eval.")
     higher = metric != "loss" and facts_of("metrics", metric).HIGHER_IS_BETTER
     settings = [
@@ -129,8 +134,9 @@ def sweep_results(by: str, runs: Mapping[str, Sequence[RunValues]], *, finished:
     ]
     measured = [(setting.mean, setting) for setting in settings if setting.mean is not None]
     ordered = [setting for _, setting in sorted(measured, key=lambda pair: -pair[0] if higher else pair[0])]
-    compared = [replace(setting, difference=_difference(ordered[0], setting)) for setting in ordered[1:]]
-    return SweepResults(by, [*ordered[:1], *compared, *(setting for setting in settings if not setting.numbers)])
+    compared = [_compared(ordered[0], setting, metric, higher) for setting in ordered[1:]]
+    unmeasured = (setting for setting in settings if not setting.numbers)
+    return SweepResults(by, [*ordered[:1], *compared, *unmeasured], higher, over)
 
 
 def _outcome(run: RunValues, metric: str, finished: bool) -> float | None:
@@ -140,13 +146,16 @@ def _outcome(run: RunValues, metric: str, finished: bool) -> float | None:
     return run.exported.numbers("eval").get(metric) if counts else None
 
 
-def _finished(setting: Setting) -> dict[int, RunValues]:
-    """The finished runs by the number of their seed."""
+def finished_runs(setting: Setting) -> dict[int, RunValues]:
+    """The finished runs by the number of their seed and fold."""
     pairs = zip(setting.runs, setting.outcomes, strict=True)
     return {number: run for number, (run, outcome) in enumerate(pairs) if outcome is not None}
 
 
-def _difference(best: Setting, other: Setting) -> PairedDifference | None:
-    """The difference over the seeds that both settings have finished."""
-    first, second = _finished(best), _finished(other)
-    return pooled_difference([(first[number], second[number]) for number in first if number in second])
+def _compared(best: Setting, other: Setting, metric: str, higher: bool) -> Setting:
+    """`other` with its difference over the seeds and folds that both settings have finished."""
+    first, second = finished_runs(best), finished_runs(other)
+    pairs = [(first[number], second[number]) for number in first if number in second]
+    difference = pooled_difference(pairs, metric)
+    clear = difference is not None and (difference.high < 0 if higher else difference.low > 0)
+    return replace(other, difference=difference, clear=clear)

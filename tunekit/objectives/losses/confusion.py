@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Sums
+from tunekit.contracts import ROW_RIGHT, Sums
 from tunekit.machine.devices import for_sums
 from tunekit.metrics.expected_calibration_error import BINS
 
@@ -30,6 +30,6 @@ def label_sums(scores: Tensor, labels: Tensor) -> Sums:
     bins = for_sums(torch.nn.functional.one_hot(places, BINS)).T @ counted  # (bins, 3)
     units = torch.tensor(float(len(labels)), dtype=torch.float64)
     counts = torch.stack([true * predicted, predicted, true]).sum(dim=1).T  # (C, 3)
-    sums = {"correct": right.sum(), "units": units, "label_counts": counts, "calibration": bins}
+    sums = {"correct": right.sum(), "units": units, "label_counts": counts, "calibration": bins, ROW_RIGHT: right}
     confusion = {"confusion": true.T @ predicted} if scores.shape[1] <= MOST_CONFUSED else {}
     return {**sums, "labelled": torch.stack([right.sum(), units.to(right)]), **confusion}

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, Rows, RunView, Sums
+from tunekit.contracts import ROW_RIGHT, Batch, Loss, ModelOutput, Rows, RunView, Sums
 from tunekit.formats.labels import MULTI_LABEL
 from tunekit.machine.devices import for_sums
 from tunekit.metrics.classes import class_table
@@ -68,11 +68,17 @@ class MultiLabelLoss(LabelLoss):
         scores, labels = self.scores(output, batch)
         predicted, true = for_sums(self.predicted(scores)), for_sums(labels)  # (R, C) each
         counts = torch.stack([predicted * true, predicted, true]).sum(dim=1).T  # (C, 3)
-        exact = for_sums((predicted == true).all(dim=-1)).sum()
+        exact = for_sums((predicted == true).all(dim=-1))  # (R,)
         units = torch.tensor(float(len(labels)), dtype=torch.float64)
-        labelled = torch.stack([exact, units.to(exact)])
+        labelled = torch.stack([exact.sum(), units.to(exact)])
         losses = _row_losses(scores, labels)
-        return {**loss_sums(losses, batch), "units": units, "label_counts": counts, "labelled": labelled}
+        return {
+            **loss_sums(losses, batch),
+            "units": units,
+            "label_counts": counts,
+            "labelled": labelled,
+            ROW_RIGHT: exact,
+        }
 
     def predicted(self, scores: Tensor) -> Tensor:
         """Shapes: scores (R, C) -> (R, C) whether each label is predicted."""

@@ -221,11 +221,25 @@ def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> No
         draft.add_problem(key, "the keys change data.train too", "remove one of them")
 
 
+def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
+    key: KeyPath = ("sweep", "folds")
+    if sweep.folds is None:
+        if sweep.fold_group is not None:
+            draft.add_problem(("sweep", "fold_group"), "there are no folds", "write sweep.folds, or remove it")
+        return
+    if sweep.leave_out is not None:
+        draft.add_problem(key, "leave_out divides the rows by their sources", "remove one of them")
+    if any(f"{name}.".startswith(("data.train.", "data.eval.")) for name in sweep.keys):
+        draft.add_problem(key, "the keys change the rows too", "remove one of them")
+    if any(source.streaming for source in data.train):
+        draft.add_problem(key, "streamed rows cannot be divided", "write streaming: false, or remove it")
+
+
 def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evaluation: Section | None) -> None:
     if evaluation is not None or "evaluation" not in draft.values:  # otherwise its own problems are reported
         settings = evaluation if isinstance(evaluation, EvaluationSection) else EvaluationSection()
         _check_best(draft, ("sweep", "by"), sweep.by, settings)
-    if sweep.has_trials and isinstance(data, DataSection) and data.eval is None:
+    if sweep.has_trials and sweep.folds is None and isinstance(data, DataSection) and data.eval is None:
         draft.add_problem(("sweep", "by"), "trials are compared on evaluation rows", "set data.eval")
     if sweep.strategy == "random" and sweep.trials is None:
         draft.add_problem(("sweep", "strategy"), "random draws some of the combinations", "write sweep.trials")
@@ -235,6 +249,8 @@ def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evalua
         draft.add_problem(("sweep", "seeds"), f"the keys have {SEED} too", "remove one of them")
     if sweep.leave_out is not None and isinstance(data, DataSection):
         _check_leave_out(draft, sweep, data)
+    if isinstance(data, DataSection):
+        _check_folds(draft, sweep, data)
     for name, values in sweep.keys.items():
         if not values:
             draft.add_problem(("sweep", "keys", name), "has no values", "write a list of values")

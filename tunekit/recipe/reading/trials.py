@@ -6,11 +6,11 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from tunekit.errors import Problem, RecipeError
-from tunekit.recipe.load import LoadedRecipe, check_draft, read_draft
+from tunekit.recipe.load import LoadedRecipe, check_draft, place_order, read_draft
 from tunekit.recipe.reading.checks import SEED
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath, Place
 from tunekit.recipe.reading.overrides import HERE, apply_values
@@ -21,6 +21,7 @@ MOST_TRIALS = 1000
 MOST_VALUE, MOST_NAME = 40, 150  # characters in the name of a folder
 KEYS: KeyPath = ("sweep", "keys")
 PLACE: KeyPath = ("output", "dir")
+FOLDS, BEST = "folds", "best"  # folders next to the trials: the rows of the folds, the run of the best recipe
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
 
 Axis = tuple[str, list[tuple[object, Place]]]  # a dotted key, and its values with their places
@@ -28,25 +29,60 @@ Axis = tuple[str, list[tuple[object, Place]]]  # a dotted key, and its values wi
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """One run of a sweep. `name`: its folder. `setting`: the name without the seed of sweep.seeds."""
+    """One run of a sweep. `name`: its folder. `setting`: the name without its seed and its fold."""
 
     name: str
     setting: str
-    values: dict[str, object]  # by dotted key; `without`: the source that is left out
+    values: dict[str, object]  # by dotted key; `without`: the source that is left out; `fold`: its evaluation rows
+    loaded: LoadedRecipe
+
+
+@dataclass(frozen=True)
+class SweepSetting:
+    """The values of a setting, and its recipe without a fold and with the recipe's own seed, to continue with."""
+
+    values: dict[str, object]
     loaded: LoadedRecipe
 
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """The recipe of a sweep, and its trials."""
+    """The recipe of a sweep, its trials, and its settings by name."""
 
     loaded: LoadedRecipe
     section: SweepSection
     trials: list[SweepTrial]
+    settings: dict[str, SweepSetting]
 
 
-def load_sweep(path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
+@dataclass(frozen=True)
+class Automatic:
+    """The values that `sweep --auto` tries. `eval_steps`: training.eval_steps by the value of the key `length`, so that
+    runs of each length have equally many evaluations."""
+
+    keys: dict[str, list[object]]
+    length: str
+    eval_steps: dict[float, int]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The values of a combination, and the number of the source that is left out. `follows`: values that its name does
+    not contain."""
+
+    values: dict[str, tuple[object, Place]]
+    left_out: int | None = None
+    follows: dict[str, tuple[object, Place]] = field(default_factory=dict)
+
+
+def fold_file(folder: str, source: int, fold: int) -> str:
+    """The path of the rows of a source that are in a fold. `folder`: output.dir; `fold`: from 1."""
+    return f"{folder}/{FOLDS}/source-{source + 1}-fold-{fold}.jsonl"
+
+
+def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | None = None) -> LoadedSweep:
     """Read a recipe and make the recipe of every trial. An override KEY=V1,V2 replaces the values of sweep.keys.KEY.
+    `automatic`: values of halving, in place of those of the recipe.
 
     Raises: RecipeError with the problems of all trials.
     """
@@ -57,7 +93,9 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
     if isinstance(draft.get(KEYS, {}), dict) and isinstance(draft.values["sweep"], dict):
         for key, values in swept.items():
             draft.set((*KEYS, key), values, HERE)
-    loaded = check_draft(copy.deepcopy(draft), tool)
+    if automatic is not None:
+        _set_automatic(draft, automatic, path)
+    loaded = _check_sweep(draft, tool)
     section = loaded.sweep
     if section is None or not section.has_trials:
         what, how = "there is nothing to sweep", "write KEY=V1,V2 after the recipe, or the section `sweep:` in it"
@@ -67,15 +105,53 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
     total, seed = math.prod(len(values) for _, values in axes), loaded.recipe.training.seed
     count = total if section.trials is None else min(section.trials, total)
     left_out = [None, *range(len(loaded.recipe.data.train))] if section.leave_out else [None]
-    trials = count * section.seeds * len(left_out)
+    trials = count * section.seeds * (section.folds or 1) * len(left_out)
     if trials > MOST_TRIALS:
         what = f"{trials:,} trials, and the maximum is {MOST_TRIALS:,}"
         raise RecipeError(what, "write strategy: random and trials, or fewer values", file=path, key="sweep")
     numbers = range(total) if count == total else sorted(random.Random(seed).sample(range(total), count))
-    seeds = list(range(seed, seed + section.seeds)) if section.seeds > 1 else [None]
+    written = draft.place(("sweep", "seeds"))
     del draft.values["sweep"]
-    variants = list(product([_combination(axes, at) for at in numbers], left_out))
-    return LoadedSweep(loaded, section, _make_trials(draft, tool, variants, seeds))
+    variants = [_Variant(*pair) for pair in product([_combination(axes, at) for at in numbers], left_out)]
+    if automatic is not None:
+        variants = [replace(each, follows=_following(each, automatic)) for each in variants]
+    return LoadedSweep(loaded, section, *_make_trials(draft, tool, variants, section, seed, written))
+
+
+def _set_automatic(draft: Draft, automatic: Automatic, path: str) -> None:
+    """Write the values that --auto tries into the draft. Raises: RecipeError if it has values of its own."""
+    section = draft.values["sweep"]
+    others = [
+        name for name in ("keys", "trials", "folds", "leave_out") if isinstance(section, dict) and section.get(name)
+    ]
+    if others:
+        how = f"remove sweep.{others[0]} (~sweep.{others[0]}), or leave out --auto"
+        raise RecipeError("--auto chooses what to try", how, file=path, key=f"sweep.{others[0]}")
+    draft.set(("sweep", "keys"), automatic.keys, HERE)
+    draft.set(("sweep", "strategy"), "halving", HERE)
+
+
+def _following(variant: _Variant, automatic: Automatic) -> dict[str, tuple[object, Place]]:
+    value, place = variant.values[automatic.length]
+    return {"training.eval_steps": (automatic.eval_steps[float(str(value))], place)}
+
+
+def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
+    """The recipe with its section `sweep`. Raises: RecipeError with its problems, and with those of the single values
+    of sweep.keys."""
+    try:
+        return check_draft(copy.deepcopy(draft), tool)
+    except RecipeError as error:
+        keys = draft.get(KEYS)
+        plain, problems = copy.deepcopy(draft), list(error.problems)
+        plain.values.pop("sweep")
+        for key, values in keys.items() if isinstance(keys, dict) else ():
+            for at, value in enumerate(values if isinstance(values, list) else ()):
+                try:
+                    _load_trial(plain, tool, BEST, {str(key): (value, draft.place((*KEYS, key, at)))}, None)
+                except RecipeError as wrong:
+                    problems += wrong.problems
+        raise RecipeError.of(sorted(problems, key=place_order), error.notes) from None
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]]:
@@ -107,46 +183,81 @@ def _combination(axes: Sequence[Axis], number: int) -> dict[str, tuple[object, P
 def _make_trials(
     draft: Draft,
     tool: str | None,
-    variants: Sequence[tuple[dict[str, tuple[object, Place]], int | None]],
-    seeds: Sequence[int | None],
-) -> list[SweepTrial]:
-    """A trial for each variant and seed. A variant: the values of a combination, and the number of the source that is
-    left out. None as a seed: the recipe's seed.
+    variants: Sequence[_Variant],
+    section: SweepSection,
+    seed: int,
+    written: Place,
+) -> tuple[list[SweepTrial], dict[str, SweepSetting]]:
+    """A trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the
+    recipe's; `written`: the place of sweep.seeds.
 
     Raises: RecipeError with the problems of all trials.
     """
     trials: list[SweepTrial] = []
     problems: list[Problem] = []
-    names: set[str] = set()
-    leaves_out = any(source is not None for _, source in variants)
-    for combination, source in variants:
-        named = {key: value for key, (value, _) in combination.items()}
+    settings: dict[str, SweepSetting] = {}
+    seeds = range(seed, seed + section.seeds) if section.seeds > 1 else [None]
+    repeats = list(product(seeds, range(1, section.folds + 1) if section.folds else [None]))
+    leaves_out, names = any(variant.left_out is not None for variant in variants), set[str]()
+    for variant in variants:
+        named = {key: value for key, (value, _) in variant.values.items()}
         if leaves_out:
+            source = variant.left_out
             named["without"] = "nothing" if source is None else draft.get(("data", "train", source, "path"))
         setting = _new_name(named, names)
-        for seed in seeds:
-            values = combination if seed is None else {**combination, SEED: (seed, draft.place(("sweep", "seeds")))}
-            name = setting if seed is None else f"{setting},seed={seed}".removeprefix(",")
-            try:
-                plain = named if seed is None else {**named, SEED: seed}
-                trials.append(SweepTrial(name, setting, plain, _load_trial(draft, tool, name, values, source)))
-            except RecipeError as error:
-                problems += error.problems
+        try:
+            best = _load_trial(draft, tool, BEST, {**variant.values, **variant.follows}, variant.left_out)
+            settings[setting] = SweepSetting(named, best)
+        except RecipeError as error:
+            problems += error.problems
+            continue
+        for own_seed, fold in repeats:
+            values, plain, suffix = {**variant.values, **variant.follows}, dict(named), ""
+            if own_seed is not None:
+                values[SEED], plain[SEED], suffix = (own_seed, written), own_seed, f",seed={own_seed}"
+            if fold is not None:
+                plain["fold"], suffix = fold, f"{suffix},fold={fold}"
+            name = f"{setting}{suffix}".removeprefix(",")
+            parts = None if section.folds is None or fold is None else (section.folds, fold)
+            loaded = _load_trial(draft, tool, name, values, variant.left_out, parts)
+            trials.append(SweepTrial(name, setting, plain, loaded))
     if problems:
         raise RecipeError.of(problems, draft.rewrites)
-    return trials
+    return trials, settings
 
 
 def _load_trial(
-    draft: Draft, tool: str | None, name: str, values: Mapping[str, tuple[object, Place]], left_out: int | None
+    draft: Draft,
+    tool: str | None,
+    name: str,
+    values: Mapping[str, tuple[object, Place]],
+    left_out: int | None,
+    folds: tuple[int, int] | None = None,
 ) -> LoadedRecipe:
-    """The checked recipe of one trial. `left_out`: the number of the source that is removed."""
+    """The checked recipe of one trial. `left_out`: the number of the source that is removed; `folds`: the number of
+    folds, and the fold to evaluate on."""
     draft = copy.deepcopy(draft)
     apply_values(draft, {key: (copy.deepcopy(value), place) for key, (value, place) in values.items()})
     if left_out is not None:
         draft.remove(("data", "train", left_out))
-    draft.set(PLACE, f"{draft.get(PLACE)}/{name}", draft.place(PLACE))
+    folder, place = draft.get(PLACE), draft.place(PLACE)
+    if folds is not None:
+        _divide_rows(draft, str(folder), *folds, place)
+    draft.set(PLACE, f"{folder}/{name}", place)
     return check_draft(draft, tool)
+
+
+def _divide_rows(draft: Draft, folder: str, count: int, fold: int, place: Place) -> None:
+    """Replace each source by the files of its folds: one to evaluate on, the others to train on."""
+    sources = draft.get(("data", "train"))
+    for name in ("train", "eval"):
+        parts = []
+        for number, source in enumerate(sources):
+            options = {key: source[key] for key in ("format", "weight") if key in source}
+            options = options if name == "train" else {key: options[key] for key in options if key != "weight"}
+            others = [other for other in range(1, count + 1) if (other == fold) == (name == "eval")]
+            parts += [{"path": fold_file(folder, number, other), **options} for other in others]
+        draft.set(("data", name), parts, place)
 
 
 def _new_name(values: Mapping[str, object], names: set[str]) -> str:

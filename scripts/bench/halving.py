@@ -1,0 +1,300 @@
+"""Sweeps that choose: halving of 16 settings against the full grid, and `sweep --auto` against the recipe of `init`.
+
+    scripts/bench/run halving --model MODEL [--shows halving,auto] [--seeds 0-2] [--minutes N] [--auto-minutes 15]
+                              [--page] [--work FOLDER] [--output FOLDER]
+
+MODEL: all-MiniLM-L6-v2. The rows are those of TUNEKIT_SHARED/data, drawn by seed. Each unit is written to halving.json
+as soon as it is finished and never made again. --minutes: begin no unit after so many; --page: write only halving.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from beside.harness import FOLDER, REPOSITORY
+from beside.watch import ENVIRONMENT
+from objectives import Results
+
+Row = dict[str, Any]
+KEYS = {
+    "training.learning_rate": [3e-4, 1e-3, 3e-3, 1e-2],
+    "adapter.r": [4, 16],
+    "training.micro_batch_size": [16, 32],
+}
+TRAIN, HELD, EPOCHS, COMPARISONS = 20, 13, 4, 16  # rows of each intent; evaluations of a run of halving
+FEW = {"banking": (5, 20), "sentiment": (100, 500)}  # rows of each label to learn from and to test on
+COLUMNS = (
+    *("seed", "grid: best loss, accuracy", "choice: loss, accuracy", "worse by (nats)", "CPU s of the grid"),
+    *("CPU s of halving", "share", "ended by comparison"),
+)
+AUTO_COLUMNS = (
+    *("rows", "seed", "rows to learn from, to test on", "`--minutes`", "minutes needed", "trials"),
+    *("init: accuracy, loss", "auto: accuracy, loss", "difference of accuracy", "interval"),
+)
+HEAD = """# Sweeps that choose
+
+## Halving against the full grid
+
+Banking77, 77 intents: {train:,} training and {held:,} held-out rows, all-MiniLM-L6-v2, LoRA on all linear layers,
+{epochs} epochs. The 16 settings are 4 learning rates, 2 ranks and 2 batch sizes. Each side is one `tunekit sweep`. The
+grid evaluates each run at its end, halving about {comparisons} times. CPU seconds are user and system time of the whole
+process, one thread. The choice is the setting that halving finds best at the end. Its loss and the grid's best loss are
+those of the grid's runs. Made by `scripts/bench/run halving`.
+
+"""
+AUTO_HEAD = """
+## `sweep --auto` against the recipe of `init`
+
+`tunekit init` writes the recipe from the training rows alone. `train` runs it as it is, and `sweep --auto` starts from
+it. Accuracy and loss are of test rows that neither has seen. Interval: 95 % of the difference of two accuracies as if
+their rows were independent, which is too wide rather than too narrow.
+
+"""
+
+
+def banking(data: Path, draw: random.Random, train: int, held: int) -> tuple[list[Row], list[Row]]:
+    """So many rows of each of the 77 intents."""
+    parts = []
+    for name, count in (("train", train), ("test", held)):
+        texts: dict[str, list[str]] = {}
+        with (data / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                texts.setdefault(row["category"], []).append(" ".join(row["text"].split()))
+        parts.append(
+            [{"text": text, "label": label} for label in sorted(texts) for text in draw.sample(texts[label], count)]
+        )
+    return parts[0], parts[1]
+
+
+def sentiment(data: Path, draw: random.Random, train: int, held: int) -> tuple[list[Row], list[Row]]:
+    """So many rows of each of the two labels."""
+    parts = []
+    for name, count in (("train", train), ("test", held)):
+        rows = [
+            json.loads(line) for line in (data / "sentiment_2way" / f"{name}.jsonl").read_text("utf-8").splitlines()
+        ]
+        labels = sorted({row["label"] for row in rows})
+        parts.append([
+            {"text": row["text"], "label": label}
+            for label in labels
+            for row in draw.sample([row for row in rows if row["label"] == label], count)
+        ])  # fmt: skip
+    return parts[0], parts[1]
+
+
+def tunekit(place: Path, *words: str) -> tuple[float, float]:
+    """CPU seconds and seconds of a command, which must succeed."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    with (place / "output.txt").open("a", encoding="utf-8") as output:
+        subprocess.run(
+            [sys.executable, "-m", "tunekit", *words],
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return round(used, 1), round(time.monotonic() - started, 1)
+
+
+def write_rows(place: Path, train: Sequence[Row], test: Sequence[Row]) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for name, rows in (("train", train), ("test", test)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def halving_unit(strategy: str, seed: int, data: Path, model: str, place: Path) -> dict[str, Any]:
+    """One sweep: its CPU seconds, and the loss and accuracy of each finished setting."""
+    train, held = banking(data, random.Random(seed), TRAIN, HELD)
+    write_rows(place, train, held)
+    batches = min(KEYS["training.micro_batch_size"]), max(KEYS["training.micro_batch_size"])
+    steps = -(-len(train) // batches[1]) * EPOCHS  # of the shorter runs
+    often = 10**6 if strategy == "grid" else max(1, steps // COMPARISONS)
+    recipe = {
+        "model": model,
+        "data": {"train": "train.jsonl", "eval": ["test.jsonl"], "max_length": 64, "excess_length": "truncate"},
+        "objective": "classify",
+        "adapter": {"method": "lora", "target_modules": "all-linear"},
+        "training": {
+            "epochs": EPOCHS,
+            "gradient_accumulation_steps": 1,
+            "seed": seed,
+            "save_steps": 10**6,
+            "eval_steps": often,
+        },
+        "evaluation": {"metrics": ["loss", "accuracy"], "batch_size": 64, "before_training": False},
+        "sweep": {"keys": KEYS, "strategy": strategy},
+        "output": {"dir": "sweep"},
+    }
+    (place / "recipe.yaml").write_text(json.dumps(recipe, indent=1), "utf-8")
+    cpu_seconds, _ = tunekit(place, "sweep", str(place / "recipe.yaml"))
+    result = json.loads((place / "sweep" / "sweep.json").read_text("utf-8"))
+    finished = {}
+    for setting in result["settings"]:
+        lines = (place / "sweep" / setting["setting"] / "metrics.jsonl").read_text("utf-8").splitlines()
+        last = [json.loads(line)["eval"] for line in lines if '"eval"' in line][-1]
+        if setting["mean"] is not None:
+            finished[setting["setting"]] = {"loss": last["loss"], "accuracy": last["accuracy"]}
+    rungs = place / "sweep" / "rungs.json"
+    ended = [len(names) for names in json.loads(rungs.read_text("utf-8"))["rungs"]] if rungs.exists() else []
+    return {
+        "rows": [len(train), len(held)],
+        "cpu_seconds": cpu_seconds,
+        "best": result["settings"][0]["setting"],
+        "finished": finished,
+        "ended": ended,
+        "verdict": result["verdict"],
+    }
+
+
+def auto_unit(name: str, seed: int, data: Path, model: str, place: Path, minutes: float) -> dict[str, Any]:
+    """The recipe of init as it is, and after sweep --auto, on test rows that neither has seen."""
+    rows = {"banking": banking, "sentiment": sentiment}[name]
+    train, test = rows(data, random.Random(seed), *FEW[name])
+    write_rows(place, train, test)
+    recipe = str(place / "recipe.yaml")
+    tunekit(place, "init", str(place / "train.jsonl"), "--output", recipe, "--model", model)
+    once, _ = tunekit(place, "train", recipe, f"training.seed={seed}", f"output.dir={place / 'once'}")
+    auto = (
+        "sweep",
+        recipe,
+        f"training.seed={seed}",
+        f"output.dir={place / 'auto'}",
+        "--auto",
+        "--minutes",
+        f"{minutes:g}",
+    )
+    cpu_seconds, seconds = tunekit(place, *auto)
+    result = json.loads((place / "auto" / "sweep.json").read_text("utf-8"))
+    best = result["settings"][0]["setting"]
+    scores = {}
+    for side, run in (("init", place / "once"), ("auto", place / "auto" / best)):
+        file = place / f"{side}.json"
+        tunekit(place, "eval", str(run), "--data", str(place / "test.jsonl"), "--json", str(file))
+        scores[side] = {key: json.loads(file.read_text("utf-8"))[key] for key in ("accuracy", "loss")}
+    return {
+        "rows": [len(train), len(test)],
+        "minutes": minutes,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "once_cpu_seconds": once,
+        "trials": len(result["settings"]),
+        "best": best,
+        "verdict": result["verdict"],
+        **scores,
+    }
+
+
+def halving_lines(units: dict[str, dict]) -> list[str]:
+    """A line for each seed with both sides."""
+    lines = []
+    for seed in sorted(key.split("|")[2] for key in units if key.startswith("halving|grid|")):
+        grid, halved = units[f"halving|grid|{seed}"], units.get(f"halving|halving|{seed}")
+        if halved is None:
+            continue
+        scores = grid["finished"]
+        best, choice = (scores[name] for name in (min(scores, key=lambda name: scores[name]["loss"]), halved["best"]))
+        share = halved["cpu_seconds"] / grid["cpu_seconds"]
+        cells = [
+            seed,
+            *(f"{each['loss']:.4f}, {each['accuracy']:.1%}" for each in (best, choice)),
+            f"{choice['loss'] - best['loss']:.4f}",
+            *(f"{each['cpu_seconds']:.0f}" for each in (grid, halved)),
+            f"{share:.0%}",
+            ", ".join(map(str, halved["ended"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def auto_lines(units: dict[str, dict]) -> list[str]:
+    """A line for each data set and seed."""
+    lines = []
+    for key in sorted(key for key in units if key.startswith("auto|")):
+        unit, (_, name, seed) = units[key], key.split("|")
+        once, auto = unit["init"], unit["auto"]
+        spread = sum(side["accuracy"] * (1 - side["accuracy"]) for side in (once, auto)) / unit["rows"][1]
+        cells = [
+            name,
+            seed,
+            ", ".join(f"{count:,}" for count in unit["rows"]),
+            f"{unit['minutes']:g}",
+            f"{unit['seconds'] / 60:.1f}",
+            str(unit["trials"]),
+            *(f"{side['accuracy']:.1%}, {side['loss']:.3f}" for side in (once, auto)),
+            f"{100 * (auto['accuracy'] - once['accuracy']):+.1f} points",
+            f"± {196 * spread**0.5:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def table(columns: Sequence[str]) -> str:
+    """The head of a table."""
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+
+
+def page(units: dict[str, dict]) -> str:
+    """The tables of what is finished."""
+    train, held = 77 * TRAIN, 77 * HELD
+    text = HEAD.format(train=train, held=held, epochs=EPOCHS, comparisons=COMPARISONS) + table(COLUMNS)
+    lines = halving_lines(units)
+    text += "".join(f"{line}\n" for line in lines)
+    shares = [
+        units[f"halving|halving|{line.split('|')[1].strip()}"]["cpu_seconds"]
+        / units[f"halving|grid|{line.split('|')[1].strip()}"]["cpu_seconds"]
+        for line in lines
+    ]
+    if shares:
+        text += f"\nMean share of the grid's CPU time: {statistics.mean(shares):.0%}.\n"
+    autos = auto_lines(units)
+    return text + (AUTO_HEAD + table(AUTO_COLUMNS) + "".join(f"{line}\n" for line in autos) if autos else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--shows", default="halving,auto")
+    parser.add_argument("--seeds", default="0-2")
+    parser.add_argument("--data", default=",".join(FEW))
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--auto-minutes", type=float, default=15)
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--work", default=str(REPOSITORY / ".cache" / "bench" / "halving"))
+    parser.add_argument("--output", default=str(FOLDER / "results"))
+    settings = parser.parse_args()
+    results, started = Results(Path(settings.output) / "halving.json"), time.monotonic()
+    first, _, last = settings.seeds.partition("-")
+    data, shows = Path(os.environ.get("TUNEKIT_SHARED", "")) / "data", settings.shows.split(",")
+    keys = []
+    for seed in range(int(first), int(last or first) + 1):
+        keys += [f"halving|{strategy}|{seed}" for strategy in ("halving", "grid") if "halving" in shows]
+        keys += [f"auto|{name}|{seed}" for name in settings.data.split(",") if "auto" in shows]
+    for key in keys:
+        show, name, seed_text = key.split("|")
+        if settings.page or key in results.units or time.monotonic() - started > settings.minutes * 60:
+            continue
+        place = Path(settings.work).resolve() / key.replace("|", "-")
+        rest = (name, int(seed_text), data, settings.model, place)
+        results.add(key, halving_unit(*rest) if show == "halving" else auto_unit(*rest, settings.auto_minutes))
+    results.path.with_suffix(".md").write_text(page(results.units), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

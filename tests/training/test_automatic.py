@@ -1,0 +1,96 @@
+"""The values of `sweep --auto`: as many as fit the time, the recipe's own among them; and the time of halving."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import Plan, PlannedRows, RowCounts
+from tunekit.training.automatic import choose_values, most_that_fit
+from tunekit.training.halving import halving_seconds
+from tunekit.training.timing import Costs
+
+RECIPE = """\
+model: org/base
+data: {train: rows.jsonl, eval: 0.2}
+training: {learning_rate: 2e-4, epochs: 3, eval_steps: 6}
+output: {dir: run}
+"""
+COSTS = Costs(load=2.0, prepare=1.0, token=0.01, evaluation=3.0)  # a step of 100 tokens takes a second
+
+
+def plan_of(recipe: Recipe, steps: int) -> Plan:
+    """A plan with 100 tokens in each of `steps` steps."""
+    counts = RowCounts(10, 10, 0, 0, 100 * steps // 3, 100 * steps // 3, 50)
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(Plan)), None)
+    rows = PlannedRows(counts, counts, False, "", None, steps // 3)
+    values |= {"steps": steps, "rows": rows, "supervised_tokens": 100 * steps}
+    return Plan(**values)
+
+
+def recipe_at(folder: Path, *overrides: str) -> tuple[str, Recipe]:
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    path = str(folder / "recipe.yaml")
+    return path, load_recipe(path, overrides).recipe
+
+
+def test_the_cost_of_a_run(tmp_path: Path) -> None:
+    _, recipe = recipe_at(tmp_path)
+    plan = plan_of(recipe, 60)
+    assert COSTS.of_run(plan, recipe) == pytest.approx(1 + 60 + 11 * 3)
+    assert COSTS.of_parts(plan, recipe, [12, 30]) == pytest.approx([1 + 12 + 3 * 3, 1 + 18 + 3 * 3, 1 + 30 + 5 * 3])
+    assert COSTS.of_parts(plan, recipe, [60, 60]) == pytest.approx([1 + 60 + 33, 0, 0])
+    never = recipe.model_copy(update={"training": recipe.training.model_copy(update={"eval_steps": 1000})})
+    assert COSTS.of_run(plan, never) == pytest.approx(1 + 60 + 2 * 3)
+
+
+def test_halving_continues_the_longest_in_the_worst_case() -> None:
+    assert halving_seconds({"a": [1, 1, 2], "b": [2, 2, 4], "c": [1, 1, 2]}) == 4 + (2 + 1) + 4
+    assert halving_seconds({}) == 0
+    parts = {"a": [10.0, 10.0], "b": [1.0, 1.0], "c": [5.0, 5.0], "d": [1.0, 1.0]}
+    assert most_that_fit("abcd", parts, 100) == 2
+    assert most_that_fit("abcd", parts, 20.5) == 1
+    assert most_that_fit("bacd", parts, 21) == 2
+    assert most_that_fit("abcd", parts, -5) == 1
+
+
+def test_the_time_decides_how_much_is_tried(tmp_path: Path) -> None:
+    path, recipe = recipe_at(tmp_path)
+    plan, before = plan_of(recipe, 60), 0
+    for seconds in (300, 600, 1200, 2400, 6000):
+        choice = choose_values(recipe, plan, COSTS, seconds)
+        assert choice is not None
+        assert choice.seconds <= 0.8 * seconds
+        automatic = choice.automatic
+        assert len(automatic.keys["training.epochs"]) >= before
+        before = len(automatic.keys["training.epochs"])
+        assert 2e-4 in automatic.keys["training.learning_rate"]
+        assert automatic.keys["training.epochs"][0] == 3
+        sweep = load_sweep(path, (), automatic)
+        assert len(sweep.trials) == choice.trials
+        assert sweep.section.strategy == "halving"
+        for trial in sweep.trials:
+            training = trial.loaded.recipe.training
+            assert training.eval_steps == automatic.eval_steps[training.epochs or 0]
+            assert "eval_steps" not in trial.name
+    assert choice.trials == 24
+    assert choice.automatic.keys == {
+        "training.epochs": [3, 9, 27],
+        "training.learning_rate": [6.7e-5, 2e-4, 6e-4, 2e-3],
+        "adapter.r": [16, 64],
+    }
+    assert choose_values(recipe, plan, COSTS, 100) is None
+
+
+def test_without_a_rank_and_with_steps(tmp_path: Path) -> None:
+    _, recipe = recipe_at(tmp_path, "adapter=ia3", "training.max_steps=60", "~training.epochs")
+    choice = choose_values(recipe, plan_of(recipe, 60), COSTS, 1e6)
+    assert choice is not None
+    assert list(choice.automatic.keys) == ["training.max_steps", "training.learning_rate"]
+    assert choice.automatic.eval_steps == {60: 8, 180: 23, 540: 68}

@@ -1,0 +1,69 @@
+"""The announcement of a sweep before its first trial: the time and memory of each trial, and what is gained."""
+
+import gc
+from collections.abc import Sequence
+
+from tunekit.console import Console
+from tunekit.console.text import time_text
+from tunekit.errors import Stopped, TunekitError
+from tunekit.machine.cpu_times import process_seconds
+from tunekit.machine.memory import reset_host_peak
+from tunekit.planning.lanes import LanePass, count_bases, make_passes, pass_notes
+from tunekit.records import bytes_text
+from tunekit.training.halving import rung_count
+from tunekit.training.lane import Lane, SharedBase
+from tunekit.training.rungs import Limits, rung_of
+from tunekit.training.timing import TimeForecast, forecast, measure_costs
+
+
+def announce(lanes: Sequence[Lane], base: SharedBase, console: Console, settings: int, limits: Limits | None) -> None:
+    """Measure some steps, and print the trials, their predicted time and memory, and what the sweep saves. `settings`:
+    the number of settings that halving compares; 0 without halving."""
+    planned, passes = [(lane, lane.plan) for lane in lanes if lane.plan is not None], make_passes(lanes)
+    if len(planned) < len(lanes):
+        console.info(f"{len(lanes) - len(planned)} of {len(lanes)} trials have ended already")
+    if not planned:
+        return
+    forecasts = None if limits is not None else _forecast(passes, base, settings)
+    seconds = {} if forecasts is None else forecasts.trials
+    head = ["trial", "steps", "trained parameters", "predicted peak", *(["predicted time"] if seconds else [])]
+    console.table(head, [
+        [lane.trial.name, plan.steps, plan.trainable_parameters, bytes_text(plan.peak_bytes.total),
+         *([time_text(seconds[lane.trial.name]) if lane.trial.name in seconds else "–"] if seconds else [])]
+        for lane, plan in planned
+    ])  # fmt: skip
+    steps, bases = sum(plan.steps for _, plan in planned), count_bases(passes)
+    loads = "once" if bases == 1 else f"{bases} times"
+    how = "" if any(each.together for each in passes) else ", one after another"
+    console.info(
+        f"{len(planned)} trials{how}, {steps:,} steps in all; the base is loaded {loads} instead of "
+        f"{len(planned)} times; predicted peak {bytes_text(max(each.peak_bytes for each in passes))}"
+    )
+    console.info(*pass_notes(passes))
+    console.info(*([] if forecasts is None else forecasts.lines()))
+
+
+def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int) -> TimeForecast | None:
+    """The predicted time of the lanes of the first base, by some steps of the lane with the most trained parameters.
+    None if they share no base, if there is one lane, or if these steps failed: the lane itself will say why."""
+    key = passes[0].lanes[0].base_key
+    lanes = [lane for each in passes if each.lanes[0].base_key == key for lane in each.lanes]
+    lane = max(lanes, key=lambda lane: lane.plan.trainable_parameters if lane.plan else 0)
+    if key is None or lane.plan is None or lane.prepared is None or len(lanes) < 2:
+        return None
+    start = process_seconds()
+    base.use_for(lane)
+    try:
+        costs = measure_costs(lane.session, lane.plan, lane.prepared, base.load)
+    except Stopped:
+        raise
+    except TunekitError:
+        return None
+    finally:
+        gc.collect()
+        reset_host_peak()
+    if costs is None:
+        return None
+    ends = [{each.trial.name: rung_of(each, left) for each in lanes} for left in range(rung_count(settings), 0, -1)]
+    gain = passes[0].gain if passes[0].together else 1.0
+    return forecast(lanes, lane, costs, start, ends, gain)

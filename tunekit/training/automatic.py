@@ -1,0 +1,82 @@
+"""The values that `sweep --auto` tries: as many rates, lengths of training and ranks as the time allows."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from tunekit.recipe.reading.trials import Automatic
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import Plan
+from tunekit.training.halving import halving_seconds, rung_count, rung_step
+from tunekit.training.timing import Costs
+
+RATES = ((1 / 3, 1, 3, 10), (1, 3, 10), (1, 3))  # factors of the recipe's values, the most first
+LENGTHS = ((1, 3, 9), (1, 3), (1,))
+RANKS = ((1, 4), (1,))
+SHARE = 0.8  # of the time that the predicted trials may take
+RATE, RANK, EPOCHS, STEPS = "training.learning_rate", "adapter.r", "training.epochs", "training.max_steps"
+
+
+@dataclass(frozen=True)
+class AutomaticChoice:
+    """The values to try, and the predicted seconds of all trials, if the longest are the best."""
+
+    automatic: Automatic
+    trials: int
+    seconds: float
+
+
+def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice | None:
+    """The most values of lengths, rates and ranks whose trials are predicted to take at most SHARE of `seconds`. The
+    recipe's own values are among them. None if not even two rates fit."""
+    for choice in _choices(recipe, plan, costs):
+        if choice.seconds <= SHARE * seconds:
+            return choice
+    return None
+
+
+def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoice]:
+    """All choices: those with the most lengths first, of these the ones with the most rates, and so on."""
+    training, rank = recipe.training, getattr(recipe.adapter, "r", None)
+    length, key = (training.max_steps, STEPS) if training.epochs is None else (training.epochs, EPOCHS)
+    assert length is not None  # the recipe's checks refuse neither
+    for lengths, rates, ranks in product(LENGTHS, RATES, RANKS if isinstance(rank, int) else ((1,),)):
+        keys: dict[str, list[object]] = {
+            key: [length * factor for factor in lengths],
+            RATE: [_rounded(training.learning_rate * factor) for factor in rates],
+        }
+        if isinstance(rank, int) and len(ranks) > 1:
+            keys[RANK] = [rank * factor for factor in ranks]
+        trials = len(lengths) * len(rates) * len(ranks)
+        steps = {length * factor: plan.steps * factor for factor in lengths}
+        intervals = {value: max(1, math.ceil(count / 2 ** rung_count(trials))) for value, count in steps.items()}
+        parts = _parts(recipe, plan, costs, steps, intervals, trials)
+        yield AutomaticChoice(Automatic(keys, key, intervals), trials, halving_seconds(parts))
+
+
+def _parts(
+    recipe: Recipe, plan: Plan, costs: Costs, steps: Mapping[float, int], intervals: Mapping[float, int], trials: int
+) -> dict[str, list[float]]:
+    """The seconds of each trial's parts between the comparisons. Rate and rank change none of them."""
+    parts: dict[str, list[float]] = {}
+    for value, count in steps.items():
+        often = recipe.training.model_copy(update={"eval_steps": intervals[value]})
+        ends = [rung_step(count, left, intervals[value]) for left in range(rung_count(trials), 0, -1)]
+        seconds = costs.of_parts(replace(plan, steps=count), recipe.model_copy(update={"training": often}), ends)
+        parts |= {f"{value} {at}": seconds for at in range(trials // len(steps))}
+    return parts
+
+
+def most_that_fit(order: Sequence[str], parts: Mapping[str, Sequence[float]], seconds: float) -> int:
+    """How many of the settings, in the order of their results, continue so that all of their parts still fit into
+    `seconds`: at most half of them, and at least one. `parts`: the seconds of the remaining parts of each setting."""
+    for count in range(math.ceil(len(order) / 2), 1, -1):
+        if halving_seconds({name: parts[name] for name in order[:count]}) <= seconds:
+            return count
+    return 1
+
+
+def _rounded(rate: float) -> float:
+    """The rate with two digits."""
+    return float(f"{rate:.1e}")

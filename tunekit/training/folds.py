@@ -1,0 +1,123 @@
+"""The folds of a cross-validation: the rows of a recipe's sources, divided into files with equally many rows."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import groupby
+from pathlib import Path
+
+from tunekit.data.reading.first import media_fields, open_rows
+from tunekit.data.reading.folder import media_folder
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import read_source
+from tunekit.errors import DataError, RunFolderError
+from tunekit.files.durable import make_folder, write_text
+from tunekit.formats.fields import Fields
+from tunekit.formats.media import located
+from tunekit.recipe.data import Source
+from tunekit.recipe.reading.trials import FOLDS, fold_file
+from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.sweep import SweepSection
+
+LABEL = "label"  # the field whose values are divided evenly
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a source as text. `group`: rows with equal groups are in one fold."""
+
+    source: int
+    group: str
+    label: str
+    text: str
+
+
+def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool) -> None:
+    """Write the rows of each source and fold into a file below `folder`. The folds have equally many rows of each
+    source, and of each label if the rows have a field `label`. Equal rows are in one fold, and so are rows with equal
+    values in the column sweep.fold_group. training.seed draws the fold of a group.
+
+    Raises: DataError if rows cannot be read or divided; RunFolderError if a resumed sweep had other rows.
+    """
+    sources, column, count = recipe.data.train, sweep.fold_group, sweep.folds or 1
+    example = recipe.objective.example
+    rows = [row for number, source in enumerate(sources) for row in _rows(number, source, example, column)]
+    folds = _fold_of_groups(rows, count, recipe.training.seed)
+    if not (folder / FOLDS).is_dir():
+        make_folder(folder / FOLDS)
+    for number, source in enumerate(sources):
+        for fold in range(1, count + 1):
+            lines = [row.text for row in rows if row.source == number and folds[row.group] == fold]
+            if not lines:
+                what = f"too few different {'rows' if column is None else f'values of {column}'} for {count} folds"
+                raise DataError(what, "lower sweep.folds", file=source.path, key="sweep.folds")
+            _write(Path(fold_file(str(folder), number, fold)), "".join(f"{line}\n" for line in lines), resume)
+
+
+def fold_notes(recipe: Recipe, sweep: SweepSection) -> list[str]:
+    """What the folds mean for the trials."""
+    kept = "" if sweep.fold_group is None else f", and rows with equal values of {sweep.fold_group} are in one fold"
+    evaluation = "" if recipe.data.eval is None else "; data.eval is not used"
+    return [f"each trial leaves out one of {sweep.folds} folds, and is evaluated on it{evaluation}{kept}"]
+
+
+def _write(path: Path, text: str, resume: bool) -> None:
+    """Write the file of a fold, unless it has this text already."""
+    exists = path.is_file()
+    if exists and path.read_bytes() == text.encode():
+        return
+    if exists and resume:
+        what = f"{path}: the rows of the folds are not those of the interrupted sweep"
+        raise RunFolderError(what, "restore data.train and sweep.folds, or choose another output.dir")
+    write_text(path, text)
+
+
+def _rows(number: int, source: Source, example: str, column: str | None) -> Iterator[_Row]:
+    """The rows of a source. `example`: the kind of examples of the objective. Raises: DataError with the problems of
+    all rows."""
+    problems, folder = Problems(), media_folder(source.path)
+    files = media_fields(open_rows(source, example, Problems())[2])
+    for row in read_source(source, problems):
+        try:
+            text = _text(located(row.values, files, folder))
+        except (TypeError, ValueError) as error:
+            how = "name the files of recordings and images by their paths, or use seeds in place of folds"
+            problems.add(source.path, row.line, f"the row has values that no JSON file can hold: {error}", how)
+            continue
+        if column is not None and column not in row.values:
+            problems.add(source.path, row.line, f"has no column '{column}'", "correct sweep.fold_group")
+            continue
+        group = _digest(text) if column is None else json.dumps(row.values[column], default=str)
+        yield _Row(number, group, json.dumps(row.values.get(LABEL), default=str), text)
+    problems.raise_if_any()
+
+
+def _text(values: Fields) -> str:
+    return json.dumps(values, allow_nan=False)
+
+
+def _digest(*parts: object) -> str:
+    return blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+def _fold_of_groups(rows: Iterable[_Row], count: int, seed: int) -> dict[str, int]:
+    """The fold of each group, from 1. The groups of a source and label are dealt out in a drawn order, the largest
+    first, each to the fold with the fewest rows of the source."""
+    sizes, first = Counter[str](), dict[str, _Row]()
+    for row in rows:
+        sizes[row.group] += 1
+        first.setdefault(row.group, row)
+
+    def order(row: _Row) -> tuple[int, str, int, str]:
+        return row.source, row.label, -sizes[row.group], _digest("fold", seed, row.group)
+
+    folds: dict[str, int] = {}
+    for _, members in groupby(sorted(first.values(), key=order), key=lambda row: row.source):
+        filled = dict.fromkeys(range(1, count + 1), 0)
+        for row in members:
+            fold = min(filled, key=lambda number: (filled[number], number))
+            folds[row.group] = fold
+            filled[fold] += sizes[row.group]
+    return folds

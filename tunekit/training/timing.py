@@ -1,0 +1,150 @@
+"""Prediction of the time of a sweep's trials, from a few measured steps and evaluation batches of one of them."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from statistics import median
+
+import torch
+
+from tunekit.console.text import time_text
+from tunekit.data.batching.windows import evaluation_batches
+from tunekit.errors import NumericsError, Stopped
+from tunekit.evaluation.scores import summed_evaluation
+from tunekit.machine.devices import deterministic_kernels
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import Plan, StepRecord
+from tunekit.training.assemble import assemble_run
+from tunekit.training.halving import halving_seconds
+from tunekit.training.lane import Lane, Load
+from tunekit.training.loop import run_loop
+from tunekit.training.session import Session
+from tunekit.training.state import Run, RunInputs
+
+STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not counted, and evaluation batches
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds: to load the base; to prepare a run over it; of a training token; of an evaluation, without
+    generated answers."""
+
+    load: float
+    prepare: float
+    token: float
+    evaluation: float
+
+    def of_steps(self, plan: Plan, recipe: Recipe, first: int, last: int) -> float:
+        """Seconds of the steps from `first` to `last` with their evaluations, the one before step 1 included."""
+        evaluations = last // recipe.training.eval_steps - first // recipe.training.eval_steps
+        evaluations += last == plan.steps and bool(last % recipe.training.eval_steps)
+        evaluations += first == 0 and recipe.evaluation.before_training
+        return (last - first) * step_tokens(plan) * self.token + evaluations * self.evaluation
+
+    def of_parts(self, plan: Plan, recipe: Recipe, ends: Sequence[int]) -> list[float]:
+        """Seconds of each part of a run that pauses at the steps `ends`, and is prepared again for each part."""
+        borders = [0, *ends, plan.steps]
+        return [
+            self.prepare + self.of_steps(plan, recipe, first, last) if last > first else 0.0
+            for first, last in pairwise(borders)
+        ]
+
+    def of_run(self, plan: Plan, recipe: Recipe) -> float:
+        """Seconds of a whole run over the loaded base."""
+        return self.prepare + self.of_steps(plan, recipe, 0, plan.steps)
+
+
+def step_tokens(plan: Plan) -> float:
+    """The mean number of tokens of a step, without padding."""
+    per_epoch = plan.rows.steps_per_epoch
+    return plan.rows.training.tokens / per_epoch if per_epoch else plan.supervised_tokens / plan.steps
+
+
+def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load) -> Costs | None:
+    """The costs of a run, measured without writing anything. None if its numbers become invalid at once.
+
+    Raises: TunekitError if the run cannot be assembled.
+    """
+    session, records = replace(session, last_step=STEPS, seconds={}), list[StepRecord]()
+    torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
+    with deterministic_kernels(session.loaded.recipe.training.deterministic):
+        base = load(session, plan, prepared)
+        started = time.monotonic()
+        plan, run = assemble_run(session, plan, prepared, base)
+        prepare = time.monotonic() - started
+        run.record = lambda record: records.append(record) if isinstance(record, StepRecord) else None
+        run.save, run.evaluate = lambda: None, None
+        try:
+            run_loop(run)
+        except NumericsError:
+            return None
+        except Stopped:
+            if session.signals.requested:
+                raise
+        evaluation = _evaluation_seconds(session, plan, prepared, run)
+    counted = records[1:] or records
+    token = median(record.seconds / max(record.tokens, 1) for record in counted)
+    return Costs(session.seconds.get("load", 0.0), prepare, token, evaluation)
+
+
+def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> float:
+    """Seconds of a whole evaluation, by some of its batches; answers are not generated."""
+    rows, counts = prepared.rows.evaluation, plan.rows.evaluation
+    if rows is None or counts is None:
+        return 0.0
+    objective = run.objective.evaluation_copy()
+    batches = islice(evaluation_batches(rows, objective.rows, batch_size=run.evaluation.batch_size), BATCHES)
+    started = time.monotonic()
+    sums = summed_evaluation(run.model, objective, batches, session.devices)
+    return (time.monotonic() - started) * counts.tokens / max(sums.tokens, 1)
+
+
+@dataclass(frozen=True)
+class TimeForecast:
+    """The predicted seconds of the trials that share the measured trial's base, and those of a `tunekit train` for
+    each. `start`: seconds in which this process started Python with its libraries."""
+
+    costs: Costs
+    measured: str  # the name of the measured trial
+    start: float
+    trials: Mapping[str, float]
+    halved: float | None = None  # if each comparison of halving ends half of the trials
+    gain: float = 1.0  # separate steps as a multiple of steps together, roughly estimated
+
+    def lines(self) -> list[str]:
+        """The prediction in words, and what is gained."""
+        count, one = len(self.trials), max(self.trials.values())
+        separate = sum(self.trials.values())
+        total = (separate if self.halved is None else self.halved) / self.gain
+        alone = separate + count * (self.start + self.costs.load)
+        halved = "" if self.halved is None else " if halving ends half of them each time"
+        same = "" if self.gain > 1 else ". A step takes as long as in train"
+        return [
+            f"predicted time: {time_text(one)} for one trial, {time_text(total)} for {count}{halved}, by "
+            f"{STEPS} steps of {self.measured}",
+            f"{count} times `tunekit train`: {time_text(alone)}; each would start Python ({self.start:.1f} s) and load "
+            f"the base ({self.costs.load:.1f} s){same}",
+        ]
+
+
+def forecast(
+    lanes: Sequence[Lane],
+    measured: Lane,
+    costs: Costs,
+    start: float,
+    ends: Sequence[Mapping[str, int | None]],
+    gain: float,
+) -> TimeForecast:
+    """The prediction for lanes that are planned. `ends`: for each comparison of halving, the step of each trial;
+    `gain`: of running together."""
+    planned = [(lane.trial.name, lane.plan, lane.trial.loaded.recipe) for lane in lanes if lane.plan is not None]
+    trials = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned}
+    halved = None
+    if ends:
+        parts = {
+            name: costs.of_parts(plan, recipe, [end[name] or plan.steps for end in ends])
+            for name, plan, recipe in planned
+        }
+        halved = halving_seconds(parts)
+    return TimeForecast(costs, measured.trial.name, start, trials, halved, gain)
