@@ -77,11 +77,14 @@ def _inputs(processor: PipelineProcessor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def theirs(processor: PipelineProcessor, kind: str, file: Path | None) -> torch.Tensor:
-    """What the pipeline computes in diffusers, with the file of an adapter if there is one."""
+def theirs(processor: PipelineProcessor, kind: str, *files: Path | None, active: tuple[int, ...] = ()) -> torch.Tensor:
+    """What the pipeline computes in diffusers, with the files of adapters; `active`: the numbers of those that act."""
     pipeline = loaded_by_diffusers(processor.folder, kind)
-    if file is not None:
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    for number, file in enumerate(files):
+        if file is not None:
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"adapter_{number}")
+    if active:
+        pipeline.set_adapters([f"adapter_{number}" for number in active])
     given, prompt = _inputs(processor), "a photo of sks dog"
     if kind == "sd":
         embeddings = pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
@@ -110,6 +113,26 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: st
     adapter.detach()
     assert (ours(adapter, processor) - expected).abs().max() > 1e-2  # the adapter does something
     assert torch.allclose(theirs(processor, kind, file), expected, atol=1e-5)
+
+
+@pytest.mark.drawn
+def test_diffusers_loads_several_files_at_once(tmp_path: Path) -> None:
+    """Each of them alone computes as here, and both together as the sum of their changes."""
+    first, processor = attached(tmp_path, "sd")
+    files, expected, tensors = [], [], []
+    for number in range(2):
+        files.append(saved(first, tmp_path / f"adapter{number}", processor) / DIFFUSERS_NAME)
+        expected.append(ours(first, processor))
+        tensors.append({name: each.detach().clone() for name, each in first.trained().items()})
+        for parameter in first.trained().values():
+            parameter.data.normal_(0, 0.1)
+    first.detach()
+    for number in range(2):
+        assert torch.allclose(theirs(processor, "sd", *files, active=(number,)), expected[number], atol=1e-5)
+    both, _ = attached(tmp_path / "both", "sd", r=6, alpha=24)
+    for name, parameter in both.trained().items():
+        parameter.data.copy_(torch.cat([each[name] for each in tensors], dim=0 if "lora_A" in name else 1))
+    assert torch.allclose(theirs(processor, "sd", *files, active=(0, 1)), ours(both, processor), atol=1e-5)
 
 
 RANKS = {"rank_pattern": {"up_blocks.*to_q": 5, "mid_block.*to_k": 1}, "alpha_pattern": {"up_blocks.*to_k": 7}}
