@@ -74,9 +74,12 @@ def test_a_signal_is_named(scripts: Path) -> None:
 @pytest.mark.drawn
 def test_the_time_limit_ends_the_program_and_its_children(scripts: Path, tmp_path: Path) -> None:
     (scripts / "waits.py").write_text(WAITS)
-    with pytest.raises(InputError, match="took longer than 2 s"):
-        run_script(PYTHON, "waits", {"pids": str(tmp_path / "pid")}, seconds=2)
-    assert ended(int((tmp_path / "pid").read_text()))
+    pid = tmp_path / "pid"
+    for seconds in (2, 60):  # on a busy machine, the program may not have started a child after 2 seconds
+        if not pid.exists():
+            with pytest.raises(InputError, match=f"took longer than {seconds} s"):
+                run_script(PYTHON, "waits", {"pids": str(pid)}, seconds=seconds)
+    assert ended(int(pid.read_text()))
 
 
 @pytest.mark.drawn
