@@ -1,6 +1,6 @@
 """A folder for CTranslate2 and faster-whisper, written by CTranslate2's own converter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tunekit.errors import Problem
@@ -8,18 +8,44 @@ from tunekit.exports.compare import difference
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.programs.ctranslate2 import NAME, answers, convert, speech_answers
 from tunekit.exports.programs.program import Program, find_program
+from tunekit.exports.questions import TOKENS
 from tunekit.exports.recordings import make_recordings
+from tunekit.exports.settings import Ignored, complete_config, ignored_problems
 from tunekit.exports.whole_model import conversion_problems, whole_model
+from tunekit.model.storage.llama_cpp import Configuration
+from tunekit.model.storage.windows import sliding_window
+from tunekit.records import JsonObject
 from tunekit.targets.exportable import Exportable
 
 TAKES = frozenset({"adapter", "model"})
 OPTIONS = frozenset({"type"})
 SUFFIX = ""
 PROGRAM = NAME
-MODEL_TYPES = (  # of CTranslate2 4.8.5
-    "bloom codegen falcon gpt2 gpt_bigcode gptj gpt_neox gemma gemma2 gemma3_text llama mistral mpt opt phi phi3 qwen2 "
-    "qwen3 whisper"
-)
+# Those that CTranslate2 4.8.5 reads and computes as torch does. Its converter fails at the classes of transformers 5 of
+# gpt_neox, mpt, phi and phi3, and it has no softcapping, which gemma2 needs.
+MODEL_TYPES = "bloom codegen falcon gemma gemma3_text gpt2 gpt_bigcode gptj llama mistral opt qwen2 qwen3 whisper"
+SILU, TANH, YES, NO, NONE = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new"), (True,), (False,), (None,)
+# model type -> setting -> the only values with which CTranslate2 computes, or which its converter reads
+FIXED: dict[str, dict[str, tuple[object, ...]]] = {
+    "bloom": {"apply_residual_connection_post_layernorm": NO},
+    "falcon": {"activation": ("gelu",), "new_decoder_architecture": NO},
+    "gemma": {"attention_bias": NO, "hidden_act": TANH},
+    "gemma3_text": {
+        "attn_logit_softcapping": NONE,
+        "final_logit_softcapping": NONE,
+        "use_bidirectional_attention": NO,
+        "hidden_activation": (*TANH, "gelu"),
+    },
+    "gpt2": {"scale_attn_by_inverse_layer_idx": NO, "scale_attn_weights": YES},
+    "gpt_bigcode": {"multi_query": YES, "scale_attn_weights": YES},
+    "opt": {"layer_norm_elementwise_affine": YES},
+    **{kind: {"hidden_act": SILU} for kind in ("llama", "mistral", "qwen2", "qwen3")},
+}
+# the scalings of positions of each type, where there are any
+SCALINGS = {"llama": ("linear", "llama3"), **dict.fromkeys(("mistral", "qwen2", "qwen3"), ("linear",))}
+# the only theta of each type; the others have that of the base
+THETAS = {"falcon": (1e4, 1e4), "gemma": (1e4, 1e4), "gemma3_text": (1e6, 1e4)}  # of full and of windowed attention
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
 TYPES = (
     *("float32", "float16", "bfloat16", "int16", "int8"),
     *("int8_float32", "int8_float16", "int8_bfloat16"),
@@ -31,13 +57,39 @@ FILES = (  # of the model, which other programs read in the converted folder
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The program, the model's type, and the type of the weights."""
-    wrong = conversion_problems(exportable, NAME, MODEL_TYPES.split())
+    """The program, the model's type and settings, and the type of the weights."""
+    wrong = conversion_problems(exportable, NAME, {"causal", "speech"}, MODEL_TYPES.split())
     if options.type not in (None, *TYPES):
         wrong.append(Problem(f"{options.type} is unknown", f"choose {', '.join(TYPES)}", key="--type"))
-    if exportable.family not in ("causal", "speech"):
-        wrong.append(Problem(f"{exportable.family} models are not converted", "choose another --to"))
-    return wrong
+    known = exportable.config.get("model_type") in MODEL_TYPES.split()
+    return wrong + ignored_problems("CTranslate2", ignored_settings(exportable.config) if known else ())
+
+
+def ignored_settings(config: Configuration) -> Iterator[Ignored]:
+    """The settings of a base that CTranslate2 ignores."""
+    config = complete_config(config)
+    kind = str(config.get("model_type"))
+    fixed = dict(FIXED.get(kind, {}))
+    if kind == "llama":
+        fixed["head_dim"] = (config["hidden_size"] // config["num_attention_heads"],)
+    elif kind == "gemma3_text":
+        fixed["query_pre_attn_scalar"] = (config["head_dim"],)
+    elif kind == "falcon" and not config["multi_query"]:
+        fixed["parallel_attn"] = NO
+    for name, taken in fixed.items():
+        if name in config and config[name] not in taken:
+            yield name, config[name], " or ".join(map(str, taken))
+    rope = config.get("rope_parameters") or {}
+    for place, part in enumerate(("full_attention", "sliding_attention")):
+        values = rope.get(part) or (rope if "rope_type" in rope else {})
+        scalings = ("default", *SCALINGS.get(kind, ()))
+        if values.get("rope_type", "default") not in scalings:
+            yield "rope_type", values["rope_type"], " or ".join(scalings)
+        if values.get("partial_rotary_factor") not in (None, 1):
+            yield "partial_rotary_factor", values["partial_rotary_factor"], "1"
+        theta = values.get("rope_theta")
+        if kind in THETAS and theta not in (None, THETAS[kind][place]):
+            yield "rope_theta", theta, f"{THETAS[kind][place]:.0f}"
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
@@ -46,10 +98,25 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     assert program is not None  # a problem otherwise
     with whole_model(exportable, path) as folder:
         files = [name for name in FILES if (folder / name).is_file()]
-        convert(program, folder, path, weight_type(exportable, options), files)
+        convert(program, folder, path, weight_type(exportable, options), files, left_out(exportable.config))
     speech = exportable.family == "speech"
     command = f"faster_whisper.WhisperModel({str(path)!r})" if speech else f"ctranslate2.Generator({str(path)!r})"
-    return Exported(path, exportable.whole, (f"load it with: {command}",))
+    window = window_of(exportable)
+    limit = () if window is None else (f"right up to {window:,} tokens: CTranslate2 computes a sliding window wrongly",)
+    return Exported(path, exportable.whole, (*limit, f"load it with: {command}"))
+
+
+def left_out(config: Configuration) -> JsonObject:
+    """Facts of a base that the converter leaves out: the epsilon of norms, and the scaling of positions of Llama 3."""
+    config = complete_config(config)
+    rope = config.get("rope_parameters") or {}
+    epsilon = next((config[name] for name in EPSILONS if name in config), None)
+    return {"epsilon": epsilon, "rope": rope if rope.get("rope_type") == "llama3" else None}
+
+
+def window_of(exportable: Exportable) -> int | None:
+    """The base's sliding window, which CTranslate2 ignores, or does not compute for a longer prompt."""
+    return sliding_window(complete_config(exportable.config))
 
 
 def weight_type(exportable: Exportable, options: Options) -> str:
@@ -67,7 +134,7 @@ def certify(
         compared, prompts = recordings.questions, recordings.prompts
         answered = speech_answers(program, written.path, compared.rows, prompts, recordings.features)
     else:
-        compared = questions()
+        compared = questions().cut(window_of(exportable) or TOKENS)
         answered = answers(program, written.path, compared.rows)
     parts = {weight_type(exportable, options): difference(compared.rows, compared.expected, answered)}
     return Certificate("CTranslate2", program.version, compared.described, parts)

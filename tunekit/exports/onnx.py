@@ -19,11 +19,8 @@ PROGRAM = NAME
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The program, the model's type, and a head that is not the vocabulary's."""
-    wrong = conversion_problems(exportable, NAME, OPTIMUM_DECODERS)
-    if exportable.family != "causal":
-        wrong.append(Problem(f"{exportable.family} models are not converted", "choose another --to"))
-    return wrong
+    """The program, and the model's type."""
+    return conversion_problems(exportable, NAME, {"causal"}, OPTIMUM_DECODERS)
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:

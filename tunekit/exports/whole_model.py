@@ -23,8 +23,10 @@ def packed_problems(exportable: Exportable) -> list[Problem]:
     return [Problem(what, "add model.quantization=none to the command")]
 
 
-def conversion_problems(exportable: Exportable, program: str, model_types: Collection[str]) -> list[Problem]:
-    """Why the converter of a program cannot read the model. `model_types`: those that it knows."""
+def conversion_problems(
+    exportable: Exportable, program: str, families: Collection[str], model_types: Collection[str]
+) -> list[Problem]:
+    """Why the converter of a program cannot read the model. `families`, `model_types`: those that it reads."""
     wrong = packed_problems(exportable)
     if find_program(program) is None:
         how = f"install it with: {INSTALL} {program}"
@@ -32,6 +34,8 @@ def conversion_problems(exportable: Exportable, program: str, model_types: Colle
     kind = exportable.config.get("model_type")
     if exportable.gguf_file is not None and exportable.kind == "model":
         wrong.append(Problem("the model is a GGUF file, which the converter does not read", "name a folder"))
+    elif exportable.family not in families:
+        wrong.append(Problem(f"{exportable.family} models are not converted", "choose another --to"))
     elif kind not in model_types:
         wrong.append(Problem(f"{program} does not read models of type {kind}", "choose another --to"))
     return wrong

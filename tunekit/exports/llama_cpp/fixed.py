@@ -1,8 +1,9 @@
 """Settings of architectures that llama.cpp fixes: a GGUF file cannot state them, so other values would be ignored."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from tunekit.errors import Problem
+from tunekit.exports.settings import Ignored, complete_config, ignored_problems
 from tunekit.model.base_spec import default_config
 from tunekit.model.storage.llama_cpp import FIXED, GROUPS, Configuration
 
@@ -28,13 +29,6 @@ BIASES: dict[str, dict[str, bool]] = {kind: {"attention_bias": False, "mlp_bias"
 NEEDED = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}  # numbers, where None would mean "none"
 
 
-def complete_config(config: Configuration) -> Configuration:
-    """The configuration of the text model, with transformers' values of the settings that config.json leaves out."""
-    text = config["text_config"] if isinstance(config.get("text_config"), Mapping) else {}
-    kind = str(text.get("model_type") or config.get("model_type"))
-    return {**config, **text, **default_config(kind, text or config)}
-
-
 def fixed_problems(config: Configuration) -> list[Problem]:
     """The settings with which llama.cpp would compute something else. It has the default activation of every type."""
     config = complete_config(config)
@@ -56,14 +50,11 @@ def fixed_problems(config: Configuration) -> list[Problem]:
     ]
     wrong += [(name, None, "a number") for name in NEEDED.get(kind, ()) if config.get(name) is None]
     wrong += _position_problems(kind, config)
-    return [
-        Problem(f"{name} is {value} in this base, and llama.cpp computes with {taken}", "choose another --to")
-        for name, value, taken in wrong
-    ]
+    return ignored_problems("llama.cpp", wrong)
 
 
-def _position_problems(kind: str, config: Configuration) -> Iterator[tuple[str, object, str]]:
-    """Windows and rotations of positions: the setting, its value, and what llama.cpp takes."""
+def _position_problems(kind: str, config: Configuration) -> Iterator[Ignored]:
+    """Windows and rotations of positions."""
     types = config.get("layer_types")
     if kind in GROUPS and types and group_size(types) is None:
         yield "layer_types", f"[{', '.join(types)}]", "full attention in the last layer of equal groups only"

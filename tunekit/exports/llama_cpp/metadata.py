@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from tunekit.errors import ModelError
-from tunekit.exports.llama_cpp.fixed import complete_config, group_size
+from tunekit.exports.llama_cpp.fixed import group_size
+from tunekit.exports.settings import complete_config
 from tunekit.model.storage.llama_cpp import GROUPS
 from tunekit.model.storage.windows import sliding_window
 

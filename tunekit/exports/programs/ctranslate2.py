@@ -6,16 +6,20 @@ from pathlib import Path
 from tunekit.contracts import Array
 from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script, ask_speech
 from tunekit.exports.programs.program import CONVERSION_SECONDS, Program, run_script
+from tunekit.records import JsonObject
 
 NAME = "ctranslate2"
 
 
-def convert(program: Program, folder: Path, output: Path, quantization: str, copied: list[str]) -> None:
+def convert(
+    program: Program, folder: Path, output: Path, quantization: str, copied: list[str], left_out: JsonObject
+) -> None:
     """Write the folder in CTranslate2's layout, with copies of the files `copied`. `quantization`: float32, int8 ...
+    `left_out`: facts that the script adds, because the converter leaves them out.
 
     Raises: InputError with the converter's log if it cannot.
     """
-    request = {"model": str(folder), "output": str(output), "type": quantization, "files": copied}
+    request = {"model": str(folder), "output": str(output), "type": quantization, "files": copied, **left_out}
     run_script(program, NAME, request, seconds=CONVERSION_SECONDS)
 
 

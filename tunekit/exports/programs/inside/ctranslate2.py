@@ -1,5 +1,7 @@
 """Conversion of a model folder by CTranslate2, and log-probabilities of the result."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,11 +9,38 @@ from ctranslate2 import Generator
 from ctranslate2.converters import TransformersConverter
 
 
+class FullConverter(TransformersConverter):  # type: ignore[misc]
+    """It also states two numbers of Llama 3's scaling of positions, `rope`, which CTranslate2 reads."""
+
+    rope: dict[str, Any] | None = None
+
+    def _load(self) -> object:
+        spec, rope = super()._load(), self.rope
+        if rope is not None:
+            factor, length = np.float32(rope["factor"]), np.int32(rope["original_max_position_embeddings"])
+            for layer in spec.decoder.layer:  # whose class refuses new names
+                object.__setattr__(layer.self_attention, "rotary_scaling_factor", factor)
+                object.__setattr__(layer.self_attention, "original_max_position_embeddings", length)
+        return spec
+
+
+def complete(path: Path, epsilon: float | None) -> None:
+    """Add the epsilon of norms to a converted config.json, and empty names for tokens that the tokenizer lacks, without
+    which it cannot be read."""
+    config = json.loads(path.read_text("utf-8"))
+    config |= {name: "" for name, value in config.items() if value is None and name.endswith("_token")}
+    if epsilon is not None:
+        config["layer_norm_epsilon"] = epsilon
+    path.write_text(json.dumps(config, indent=2), "utf-8")
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Nothing for a conversion, else all log-probabilities of the rows."""
     if "output" in request:
-        converter = TransformersConverter(request["model"], copy_files=request["files"], low_cpu_mem_usage=True)
+        converter = FullConverter(request["model"], copy_files=request["files"], low_cpu_mem_usage=True)
+        converter.rope = request["rope"]
         converter.convert(request["output"], quantization=request["type"])
+        complete(Path(request["output"]) / "config.json", request["epsilon"])
         return {}
     generator = Generator(request["model"], device="cpu", compute_type="default")
     return {

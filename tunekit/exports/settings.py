@@ -1,0 +1,24 @@
+"""Settings of a base that the program of an export ignores, so that it would compute something else."""
+
+from collections.abc import Iterable, Mapping
+
+from tunekit.errors import Problem
+from tunekit.model.base_spec import default_config
+from tunekit.model.storage.llama_cpp import Configuration
+
+Ignored = tuple[str, object, str]  # the setting, its value, and the values that the program takes
+
+
+def complete_config(config: Configuration) -> Configuration:
+    """The configuration of the text model, with transformers' values of the settings that config.json leaves out."""
+    text = config["text_config"] if isinstance(config.get("text_config"), Mapping) else {}
+    kind = str(text.get("model_type") or config.get("model_type"))
+    return {**config, **text, **default_config(kind, text or config)}
+
+
+def ignored_problems(program: str, ignored: Iterable[Ignored]) -> list[Problem]:
+    """A problem for each of these settings."""
+    return [
+        Problem(f"{name} is {value} in this base, and {program} computes with {taken}", "choose another --to")
+        for name, value, taken in ignored
+    ]
