@@ -146,6 +146,11 @@ def test_experts_are_single_modules_with_the_names_of_the_files(named: list[str]
     for name, pair in plain.pairs.items():
         change = after[f"{name}.weight"].double() - before[f"{name}.weight"].double()
         assert (pair.b.double() @ pair.a.double() - change).abs().max() < EXACT
+    write_plain(tmp_path / "written", find_plain_target(str(adapter), None, []), plain)
+    written = load_file(tmp_path / "written" / "adapter_model.safetensors")
+    assert len(written) == 2 * len(plain.pairs)
+    for name, pair in plain.pairs.items():
+        assert torch.equal(written[f"base_model.model.{name}.lora_A.weight"][: pair.rank], pair.a)
 
 
 def test_other_changes_are_stated(tmp_path: Path) -> None:

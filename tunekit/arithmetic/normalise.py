@@ -149,7 +149,9 @@ def _parameter_pairs(
         what = f"the base's files store the experts of '{name}' in a form that names no module (O, I) for each"
         raise NotLowRank(what, MERGE, file=file)
     return {
-        key.removesuffix(".weight"): LowRank(right[expert][:, columns].contiguous(), left[expert][rows].contiguous(), 1)
+        key.removesuffix(".weight"): LowRank(
+            right[expert][:, columns].contiguous(), left[expert][rows].contiguous(), 1.0
+        )
         for key, (expert, rows, columns) in matrices.items()
     }
 
