@@ -90,10 +90,12 @@ def test_all_wrong_adapters_are_named_before_the_first_answer(
     config.write_text(config.read_text("utf-8").replace('"r": 4', '"r": 5'), "utf-8")
     broken = shutil.copytree(folder / "run" / "adapter", tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"x")
+    other = shutil.copytree(folder / "run" / "adapter", tmp_path / "template")
+    (other / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
     monkeypatch.setattr(Speaker, "answering", lambda *_: pytest.fail("a row was answered"))
-    with pytest.raises(TunekitError, match=r"(?s)wide.*broken"):
+    with pytest.raises(TunekitError, match=r"(?s)wide.*broken.*template: has a chat template of its own"):
         answer_with_adapters(
-            load(tiny_llama, *SETTINGS), read_prompts(write(folder, [None, str(wide), "one", str(broken)]))
+            load(tiny_llama, *SETTINGS), read_prompts(write(folder, [None, str(wide), "one", str(broken), str(other)]))
         )
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.errors import AdapterConflict, InputError, Problem
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker
@@ -49,10 +50,14 @@ def _check(speaker: Speaker, requests: Sequence[Request], rows: Mapping[str, Seq
     """Load each adapter once, because a fault should not be found after hours of answers. Returns the most keys and
     values of an answer.
 
-    Raises: InputError with all adapters that do not fit the base, and all prompts that are too long.
+    Raises: InputError with all adapters that do not fit the base or have a chat template of their own, and all prompts
+    that are too long.
     """
     problems, tokens = list[Problem](), 0
     for name, numbers in rows.items():
+        if name != speaker.default and (Path(name) / TEMPLATE_NAME).exists():
+            what = "has a chat template of its own, but all rows are encoded with the same one"
+            problems.append(Problem(what, "answer the rows of this adapter alone", name))
         try:
             speaker.adapters.load(name)
             for number in numbers:

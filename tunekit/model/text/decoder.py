@@ -1,6 +1,10 @@
 """One decoder for chat, serve, generate, evaluation and sampling: it continues many prompts at once, token by token.
 
 Rows join and leave at any token. What a row draws depends only on its seed.
+
+Other engines do not replace it: the continuous batching of transformers 5.24 puts the tokens of all requests into one
+row (1, T), so that requests cannot have different unmerged adapters; vLLM 0.32 for CPUs reads neither bitsandbytes' nor
+GGUF's quantized bases, and needs another release of transformers.
 """
 
 from __future__ import annotations
