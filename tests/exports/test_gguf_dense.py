@@ -108,7 +108,7 @@ def logits(base: Path, quantization: str = "none") -> torch.Tensor:
     return loaded
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_file_computes_what_the_folder_does(name: str, tmp_path: Path, installed: None) -> None:
     kind, settings = SETTINGS[name]
