@@ -7,7 +7,6 @@ from torch import nn
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.kernels.lane_products import obstacle_to_lanes
-from tunekit.adapters.routing import row_modules
 from tunekit.machine.memory import available_bytes
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized.weights import packed_layers
@@ -110,7 +109,7 @@ def _drops(net: nn.Module) -> bool:
 
 def _fit(lanes: Sequence[Lane], base: LoadedModel) -> bool:
     """Whether the lanes' adapters, attached to the base on the meta device, are made of layers that can be joined."""
-    head, rows, different = base.family.head_name(base.net), row_modules(base.net), list[AdapterSettings]()
+    head, different = base.family.head_name(base.net), list[AdapterSettings]()
     for lane in lanes:
         assert lane.prepared is not None
         if lane.prepared.adapter not in different:
@@ -118,8 +117,8 @@ def _fit(lanes: Sequence[Lane], base: LoadedModel) -> bool:
     for settings in different:
         twin = make_twin(base)
         adapter = attach_adapter(twin.net, settings, seed=0, head_name=head)
-        layers, inside = list(adapter.layers.values()), {base.net.get_submodule(name) for name in adapter.layers}
-        whole = len(layers) != len(adapter.parts()) or head in adapter.layers or not inside <= rows
+        layers = list(adapter.layers.values())
+        whole = len(layers) != len(adapter.parts()) or head in adapter.layers
         if whole or obstacle_to_lanes(layers) is not None:
             return False
     return True

@@ -27,7 +27,7 @@ class SweepSection(Section):
     )
     seeds: Count = Field(1, description="run every combination with this many seeds, starting with training.seed")
     joined: AutoOrBool = Field(
-        "auto",
+        False,
         description="compute the rows of several trials in one forward: results equal separate runs up to rounding; "
         "auto: where that is faster; false: each trial has the bytes of its own run",
     )

@@ -40,7 +40,7 @@ class Lane:
     ended: bool = False
     begun: bool = False  # in this process
     error: TunekitError | None = None
-    joined: str | bool = "auto"  # sweep.joined
+    joined: str | bool = False  # sweep.joined
 
     @property
     def path(self) -> Path:
