@@ -186,9 +186,9 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:
-    """The updates, and one alpha for all of them; None: the updates have s = 1, and alpha is the rank.
+    """The updates, and one alpha for all of them if their rank and scaling are equal and alpha is a whole number.
 
-    One alpha is possible if all updates have the same rank and scaling, and it is a whole number.
+    Otherwise alpha is None, and each scaling is multiplied into its update, so that alpha = rank is right.
     """
     kinds = Counter((update.rank, update.scaling) for update in updates.values())
     rank, scaling = next(iter(kinds))

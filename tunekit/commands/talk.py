@@ -54,7 +54,7 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="the address to listen on; addresses of other machines need a key")
+        str, typer.Option(help="the address to listen on; if other machines can reach it, --api-key is required")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[

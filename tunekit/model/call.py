@@ -22,7 +22,7 @@ class Call:
 
     `adapter_of_row`: the names of the rows' adapters, None for the base, if one forward has rows of several adapters.
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
-    `lanes`: the tokens of each run in a forward (1, T) of several runs, in their order; () in other forwards.
+    `lanes`: if the forward (1, T) has tokens of several runs, the number of tokens of each run, in order; else ().
     `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
     """
 

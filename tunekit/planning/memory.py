@@ -59,7 +59,7 @@ class PlannedMemory:
 
 
 class Peaks:
-    """A cache of predicted peaks by choice. `unknown`: the errors that prevented the simulation of activations."""
+    """A cache: the predicted peak of each choice. `unknown`: the errors that prevented the simulation of activations."""
 
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast

@@ -55,7 +55,7 @@ def token_notes(exportable: Exportable) -> Iterator[str]:
     values = json.loads(tokenizer.backend.to_str())
     wrong = list(_misread(tokenizer, strips=strips_as_phi3(values)))
     if wrong:
-        what = "it removes no spaces around a token, and does not ask what is next to it"
+        what = "it keeps the spaces around a token, and also finds a token inside a word"
         yield f"llama.cpp finds {wrong[0]!r} ({len(wrong)} such tokens) where the tokenizer does not: {what}"
     if space_scheme(values) == "first":
         if _opens(exportable):
