@@ -59,7 +59,7 @@ class PlannedMemory:
 
 
 class Peaks:
-    """A cache: the predicted peak of each choice. `unknown`: the errors that prevented the simulation of activations."""
+    """The predicted peak of each choice, cached. `unknown`: the errors that prevented the simulation."""
 
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast
