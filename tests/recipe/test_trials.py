@@ -138,6 +138,20 @@ def test_all_faults_of_the_section_are_shown_together(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "rest", ["output: 5", "output: []", "model: 3", "data: x", "training: [1]", "adapter: {r: 8, q: 1}"]
+)
+def test_a_wrong_section_beside_wrong_keys(rest: str, tmp_path: Path) -> None:
+    """The faults of both are shown, whatever the other section is."""
+    name = rest.partition(":")[0]
+    lines = [line for line in RECIPE.splitlines() if not line.startswith(f"{name}:")]
+    text = "\n".join([*lines, rest, "sweep: {strategy: best, keys: {adapter.rr: [4], 3: [1], adapter.r: [x]}}"])
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    shown = "\n".join(problems(str(tmp_path / "recipe.yaml")))
+    assert "sweep.strategy" in shown
+    assert f": {name}" in shown
+
+
 def test_long_and_equal_names_become_different_folders(tmp_path: Path) -> None:
     keys = '{evaluation.content_free_prompt: ["a {}", "a  {}"], evaluation.choices: [[x, y]]}'
     names = [trial.name for trial in load_sweep(write(tmp_path, f"sweep: {{keys: {keys}}}\n")).trials]

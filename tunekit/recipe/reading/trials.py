@@ -147,8 +147,10 @@ def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
         plain.values.pop("sweep")
         for key, values in keys.items() if isinstance(keys, dict) else ():
             for at, value in enumerate(values if isinstance(values, list) else ()):
+                trial, place = copy.deepcopy(plain), draft.place((*KEYS, key, at))
                 try:
-                    _load_trial(plain, tool, BEST, {str(key): (value, draft.place((*KEYS, key, at)))}, None)
+                    apply_values(trial, {str(key): (copy.deepcopy(value), place)})
+                    check_draft(trial, tool)
                 except RecipeError as wrong:
                     problems += wrong.problems
         raise RecipeError.of(sorted(problems, key=place_order), error.notes) from None
