@@ -150,6 +150,7 @@ def _run_sweep(
     files: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Train and compare the trials. `files`: further JSON files of the folder. Raises: the errors of trials."""
+    start = process_seconds()  # before the trials are planned
     console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
     sessions = [Session(trial.loaded, session.devices, console, session.signals) for trial in sweep.trials]
     lanes = [Lane(*pair, joined=sweep.section.joined) for pair in zip(sweep.trials, sessions, strict=True)]
@@ -163,7 +164,7 @@ def _run_sweep(
         rungs = earlier_rungs(folder, lanes) if halves and resume else []
         with session.signals.at_once("before training began; nothing was trained"):
             _plan_lanes(lanes, console, resume)
-            announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits)
+            announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits, start)
         if halves:
             _train_by_halves(sweep, lanes, base, console, resume, rungs, limits)
         if not _unfinished(lanes):

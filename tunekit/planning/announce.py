@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.errors import Stopped, TunekitError
-from tunekit.machine.cpu_times import process_seconds
 from tunekit.machine.memory import reset_host_peak
 from tunekit.planning.lanes import LanePass, count_bases, make_passes, pass_notes
 from tunekit.records import bytes_text
@@ -16,15 +15,18 @@ from tunekit.training.rungs import Limits, rung_of
 from tunekit.training.timing import TimeForecast, forecast, measure_costs
 
 
-def announce(lanes: Sequence[Lane], base: SharedBase, console: Console, settings: int, limits: Limits | None) -> None:
+def announce(
+    lanes: Sequence[Lane], base: SharedBase, console: Console, settings: int, limits: Limits | None, start: float
+) -> None:
     """Measure some steps, and print the trials, their predicted time and memory, and what the sweep saves. `settings`:
-    the number of settings that halving compares; 0 without halving."""
+    the number of settings that halving compares; 0 without halving; `start`: the seconds of starting
+    Python."""
     planned, passes = [(lane, lane.plan) for lane in lanes if lane.plan is not None], make_passes(lanes)
     if len(planned) < len(lanes):
         console.info(f"{len(lanes) - len(planned)} of {len(lanes)} trials have ended already")
     if not planned:
         return
-    forecasts = None if limits is not None else _forecast(passes, base, settings)
+    forecasts = None if limits is not None else _forecast(passes, base, settings, start)
     seconds = {} if forecasts is None else forecasts.trials
     head = ["trial", "steps", "trained parameters", "predicted peak", *(["predicted time"] if seconds else [])]
     console.table(head, [
@@ -43,7 +45,7 @@ def announce(lanes: Sequence[Lane], base: SharedBase, console: Console, settings
     console.info(*([] if forecasts is None else forecasts.lines()))
 
 
-def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int) -> TimeForecast | None:
+def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int, start: float) -> TimeForecast | None:
     """The predicted time of the lanes of the first base, by some steps of the lane with the most trained parameters.
     None if they share no base, if there is one lane, or if these steps failed: the lane itself will say why."""
     key = passes[0].lanes[0].base_key
@@ -51,7 +53,6 @@ def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int) -> Ti
     lane = max(lanes, key=lambda lane: lane.plan.trainable_parameters if lane.plan else 0)
     if key is None or lane.plan is None or lane.prepared is None or len(lanes) < 2:
         return None
-    start = process_seconds()
     base.use_for(lane)
     try:
         costs = measure_costs(lane.session, lane.plan, lane.prepared, base.load)
