@@ -272,6 +272,23 @@ def test_in_a_terminal_four_questions_are_asked(tmp_path: Path, monkeypatch: pyt
     assert (recipe.adapter.method, recipe.data.eval, recipe.training.learning_rate) == ("full", None, 2e-5)
 
 
+def test_names_are_quoted_for_yaml_and_for_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "my #1.yaml"
+    init(write(tmp_path / "rows.jsonl", ROWS["sft"]), recipe, "org/model")
+    assert load_recipe(recipe).recipe.output.dir.endswith("runs/my #1")
+    assert f"tunekit preview '{recipe}'" in capsys.readouterr().out
+
+
+def test_an_interrupted_init_leaves_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tunekit.init.fitted", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        init(write(tmp_path / "rows.jsonl", ROWS["sft"]), tmp_path / "r.yaml", "org/model")
+    assert not (tmp_path / "r.yaml").exists()
+
+
 def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", {"x": 1})
     out = tmp_path / "r.yaml"

@@ -7,6 +7,7 @@ they read.
 import contextlib
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -114,7 +115,7 @@ def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
         results = _readings(output)
         _print_readings(console, output, results)
     elif any(finding.mendable for result in results for finding in result.findings):
-        console.info(f"tunekit doctor {model} --fix OUT writes a copy that mends this")
+        console.info(f"tunekit doctor {shlex.quote(model)} --fix OUT writes a copy that mends this")
     write_result(
         {"model": str(folder), "fixed": output and str(output), "programs": [asdict(each) for each in results]}
     )
@@ -125,7 +126,7 @@ def _model_folder(model: str, *, weights: bool) -> Path:
     """The folder of a model. Raises: InputError for an adapter, a pipeline or a GGUF file."""
     target = find_target(model, None, [])
     if target.adapter is not None:
-        how = f"merge it first: tunekit merge {model} --output MODEL"
+        how = f"merge it first: tunekit merge {shlex.quote(model)} --output MODEL"
         raise InputError(f"{model} is an adapter, and doctor checks model folders", how)
     source = find_source(target.model, weights=weights)
     if source.gguf_file is not None or not (source.folder / "config.json").is_file():

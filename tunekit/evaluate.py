@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -192,7 +193,7 @@ def evaluate_tasks(
         console.table(*change_table(values["changes"]))
     if spec.kind == "run" and spec.run is not None and spec.model == find_target(target, None, []).model:
         write_json(spec.run / TASKS_NAME, values)  # scores on a changed base are not those of the run
-        console.info(f"tunekit report {target} shows them")
+        console.info(f"tunekit report {shlex.quote(target)} shows them")
     write_result(values)
 
 

@@ -1,5 +1,6 @@
 """`tunekit import`: converts the configuration of a different tool to a recipe, and prints the result for each key."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def import_verb(path: str, output: str | None) -> None:
     for line in notes:
         print(visible(line), file=sys.stderr)
     if output is not None:
-        print(f"wrote {output}; check it with: tunekit validate {output}")
+        print(f"wrote {output}; check it with: tunekit validate {shlex.quote(output)}")
 
 
 def _of_recipe(path: str, output: str | None) -> Translation:

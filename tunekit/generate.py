@@ -57,7 +57,7 @@ PROMPT_LINE = 'write {"prompt": "..."}, or for a pair {"sentence1": "...", "sent
 def generate_verb(
     target: str,
     base: str | None,
-    prompt: str | None,
+    prompt: list[str] | None,
     prompts: str | None,
     overrides: Sequence[str],
     max_new_tokens: int | None = None,
@@ -78,7 +78,7 @@ def generate_verb(
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
-    rows = [PromptRow(prompt)] if prompt is not None else [] if score is not None else read_prompts(Path(str(prompts)))
+    rows = list(map(PromptRow, prompt or ())) if prompts is None else read_prompts(Path(prompts))
     items, adapters = [row.prompt for row in rows], any(row.adapter is not None for row in rows)
     spec = find_target(target, base, overrides)
     draws = make_family(family_of(spec)).is_pipeline
@@ -114,7 +114,7 @@ def generate_verb(
         devices.close()
     for scored, value in scores:
         console.json({**scored, "score": value})
-    _write_answers(console, rows, answers, as_lines=prompt is None)
+    _write_answers(console, rows, answers, as_lines=prompt is None or len(prompt) > 1)
 
 
 def _write_answers(console: Console, rows: Sequence[PromptRow], answers: Sequence[str], *, as_lines: bool) -> None:

@@ -3,6 +3,7 @@ cached models. The recipe is valid. If the model is on this machine, its memory 
 overwritten."""
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from tunekit.data.looking.first_look import (
     proposed_objectives,
 )
 from tunekit.data.reading.source import rename_columns
-from tunekit.errors import InputError, RecipeError, TunekitError
+from tunekit.errors import InputError, RecipeError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.bases.section import AdapterSettings, Line, ObjectiveSettings
@@ -127,11 +128,11 @@ def init_verb(
         console.info("planning the run, to see whether it fits this machine ...")
         try:
             first, results = fitted(first, target)
-        except TunekitError:
+        except BaseException:  # also Ctrl-C
             target.unlink()
             raise
     write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an existing file stays
-    console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {target}")
+    console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
 
 
 def eval_share(look: Look | None) -> str:
@@ -263,7 +264,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         (f"  save_steps: {interval}", "tunekit train --resume continues from there"),
         *(_evaluation_lines(objective, needed) if first.evaluation else []),
         ("output:", ""),
-        (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
+        (f"  dir: {_quoted(f'runs/{target.stem}' if target.stem != 'recipe' else 'runs/first')}", ""),
     ]
     commented = (f"{text:<34} # {comment}" if comment else text for text, comment in lines)
     return "".join(f"\n{line}\n" if line[0].isalpha() else f"{line}\n" for line in commented)  # a gap before a section

@@ -5,6 +5,7 @@ The plan makes all decisions; this file follows them.
 
 import gc
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,10 @@ def session_steps(
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
         if checkpoint is None:
+            if resume:
+                session.console.info(
+                    f"{session.loaded.recipe.output.dir} has no checkpoint; the run starts from the beginning"
+                )
             torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
         _describe(session, plan)
         run_files.announce_run(session, plan, prepared)
@@ -234,7 +239,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
     console.info(f"report:  {folder.path / 'report.html'}")
     text = prepared.processor.tokenizer
     if base.family.answers and base.family.reads_ids and text and (template or text.chat_template) is not None:
-        console.info(f"chat with the result: tunekit chat {relative_to(folder.path)}")
+        console.info(f"chat with the result: tunekit chat {shlex.quote(relative_to(folder.path))}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))
 
 

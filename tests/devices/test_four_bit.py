@@ -59,7 +59,7 @@ def test_evaluation_and_generation_take_it_and_steps_do_not(folder: Path, tmp_pa
     run, _ = train(tmp_path, folder, "model.quantization=nf4")
     for use in (
         lambda: evaluate_verb(str(run), None, None, None, [], str(tmp_path / "eval.json"), []),
-        lambda: generate_verb(str(run), None, "say 3", None, [], max_new_tokens=4),
+        lambda: generate_verb(str(run), None, ["say 3"], None, [], max_new_tokens=4),
     ):
         kernels.CALLED.clear()
         use()

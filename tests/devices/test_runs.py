@@ -124,7 +124,7 @@ def test_a_result_is_evaluated_generates_and_is_merged(
     evaluate_verb(str(resident), None, None, None, [], str(tmp_path / "eval.json"), [])
     last = [record["eval"]["loss"] for record in records(resident) if "eval" in record][-1]
     assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(last, rel=1e-5)
-    generate_verb(str(resident), None, "say 3", None, [], max_new_tokens=4)
+    generate_verb(str(resident), None, ["say 3"], None, [], max_new_tokens=4)
     merge_verb(str(resident / "adapter"), str(tmp_path / "merged"), None, None, [])
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 

@@ -526,7 +526,7 @@ def test_every_verb_takes_a_run(
     with pytest.raises(DataError, match="does not exist"):
         answer(target, [str(tmp_path / "absent.wav")])
     with pytest.raises(InputError, match="answers with the most likely label"):
-        generate_verb(str(run), None, str(recordings / "five" / "0.wav"), None, [], temperature=1.0)
+        generate_verb(str(run), None, [str(recordings / "five" / "0.wav")], None, [], temperature=1.0)
     capsys.readouterr()
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     assert "token" not in capsys.readouterr().out

@@ -234,7 +234,7 @@ def test_a_result_is_drawn_with_and_merged(
     pictures = []
     for target in (run, run / "adapter", f"{run}@last", tmp_path / "merged", pipeline):
         given = ["model.dtype=float32"]
-        generate_verb(str(target), None, "a sks dog", None, given, seed=7, output=str(tmp_path / "drawn"))
+        generate_verb(str(target), None, ["a sks dog"], None, given, seed=7, output=str(tmp_path / "drawn"))
         found = json.loads(capsys.readouterr().out)
         assert found["seed"] == 7
         pictures.append(np.asarray(Image.open(found["picture"])).astype(int))
@@ -253,7 +253,7 @@ def test_a_result_is_drawn_with_and_merged(
     assert {"to_out.0", "to_q"} <= {row[0] for row in target_rows(plan)}
     assert " x to_out.0" in " ".join(plan.notes)
     with pytest.raises(InputError, match="--top-p has no effect"):
-        generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
+        generate_verb(str(run), None, ["a sks dog"], None, [], top_p=0.5)
 
 
 @pytest.mark.drawn

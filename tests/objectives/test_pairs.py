@@ -373,7 +373,7 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
     run = train(write_pairs(tmp_path, bases["bert"], training=ONE_STEP))
     for target, base in ((run, None), (run / "adapter", str(bases["bert"]))):
         with pytest.raises(TunekitError, match=r"trained on pairs of texts.*--prompts FILE\.jsonl"):
-            generate_verb(str(target), base, "good", None, [])
+            generate_verb(str(target), base, ["good"], None, [])
     write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": "yes"}])
     with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but the rows that the model learns"):
         evaluate_verb(str(run), None, str(tmp_path / "texts.jsonl"), None, [], None, [])

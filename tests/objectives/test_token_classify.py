@@ -226,7 +226,7 @@ def test_numbers_are_names_that_the_recipe_lists_and_a_cut_keeps_the_first_words
             {"objective": {"method": "token_classify", "labels": LABELS}},
             r"train\.jsonl:25: the label 'B-ORG' is not among the labels \(B-LOC, B-PER, I-PER, O\)",
         ),
-        (None, {"data": {"excess_length": "split"}}, r"data\.excess_length: a piece of a text need not have"),
+        (None, {"data": {"excess_length": "split"}}, r"data\.excess_length: the labels of a text may be wrong"),
     ],
 )
 def test_what_cannot_be_is_said(bert: Path, tmp_path: Path, row: Any, changes: dict[str, Any], said: str) -> None:

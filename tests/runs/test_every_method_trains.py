@@ -165,6 +165,6 @@ def test_a_method_trains(method: str, stories: Path, tmp_path: Path, capsys: pyt
     measured = json.loads((tmp_path / "eval.json").read_text("utf-8"))
     assert measured["loss"] < losses(still)[0]
     capsys.readouterr()
-    generate_verb(str(alone), base, TEXTS[0][:20], None, ["evaluation.max_new_tokens=4"])
+    generate_verb(str(alone), base, [TEXTS[0][:20]], None, ["evaluation.max_new_tokens=4"])
     assert capsys.readouterr().out.strip()
     assert math.isfinite(measured["perplexity"])

@@ -401,7 +401,7 @@ def test_the_run_is_a_target_of_every_verb(
     answers = []
     for target in (run, run / "model"):
         capsys.readouterr()
-        generate_verb(str(target), None, "say 1", None, ["evaluation.max_new_tokens=4"])
+        generate_verb(str(target), None, ["say 1"], None, ["evaluation.max_new_tokens=4"])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != ""
     with pytest.raises(InputError, match="nothing to merge: the run trained the base itself, and its result is"):

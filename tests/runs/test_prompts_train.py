@@ -274,7 +274,7 @@ def test_a_recipe_trains_resumes_evaluates_and_generates(
 
         base = str(tiny_llama)
         evaluate_verb(str(alone), base, str(tmp_path / "train.jsonl"), None, [], str(tmp_path / "eval.json"), [])
-        generate_verb(str(alone), base, "say 4", None, ["evaluation.max_new_tokens=4"])
+        generate_verb(str(alone), base, ["say 4"], None, ["evaluation.max_new_tokens=4"])
 
     used = in_child(use_the_folder, tmp_path / "use.log")
     assert used.code == 0, used.output

@@ -297,7 +297,7 @@ def test_a_real_model_is_tuned_measured_asked_and_merged(
     alone = measured(folder, tmp_path / "alone.json", "model.dtype=float32", data=str(rows), metrics=["loss"])
     assert alone["loss"] == pytest.approx(after["loss"], rel=1e-6)
     capsys.readouterr()
-    generate_verb(str(run), None, "broth", None, [])
+    generate_verb(str(run), None, ["broth"], None, [])
     assert capsys.readouterr().out.strip().endswith("bɹˈɔθ")
     merge_verb(str(run / "adapter"), str(tmp_path / "merged"), None, None, [])
     merged = measured(tmp_path / "merged", tmp_path / "merged.json", "model.dtype=float32", data=str(rows))

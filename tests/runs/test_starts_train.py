@@ -182,7 +182,7 @@ def test_the_folder_alone_is_enough(case: str, tiny_llama: Path, tmp_path: Path)
         from tunekit.generate import generate_verb
 
         evaluate_verb(str(folder), None, rows, None, (), str(tmp_path / "eval.json"), ())
-        generate_verb(str(folder), None, "say 1", None, ("evaluation.max_new_tokens=4",))
+        generate_verb(str(folder), None, ["say 1"], None, ("evaluation.max_new_tokens=4",))
 
     ended = in_child(work, tmp_path / "verbs.log")
     assert ended.code == 0, ended.output

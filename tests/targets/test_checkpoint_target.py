@@ -58,7 +58,7 @@ def test_a_checkpoint_has_the_loss_that_the_run_had_then(stopped: Path, tmp_path
 def test_a_checkpoint_answers_and_is_merged_and_exported(
     stopped: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate_verb(f"{stopped}@1", None, "say 3", None, ["evaluation.max_new_tokens=2"])
+    generate_verb(f"{stopped}@1", None, ["say 3"], None, ["evaluation.max_new_tokens=2"])
     merge_verb(f"{stopped}@3", str(tmp_path / "merged"), None, None, [])
     assert (tmp_path / "merged" / "config.json").exists()
     export_checkpoint_verb(f"{stopped}@best", None, str(recipe.parent / "again" / "adapter"))

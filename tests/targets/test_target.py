@@ -59,7 +59,7 @@ def test_rewritten_overrides_are_printed(tiny_llama: Path, tmp_path: Path, capsy
         f"loading {tiny_llama} ...",
         "measuring 1 rows ...",
     ]
-    generate_verb(str(tiny_llama), None, "a", None, ["torch_dtype=float32", "evaluation.max_new_tokens=1"])
+    generate_verb(str(tiny_llama), None, ["a"], None, ["torch_dtype=float32", "evaluation.max_new_tokens=1"])
     printed = capsys.readouterr()
     assert rewrite in printed.err
     assert rewrite not in printed.out
@@ -98,7 +98,7 @@ def test_eval_takes_data_keys_and_columns(tiny_llama: Path, tmp_path: Path, monk
 def test_prompts_from_standard_input_and_sampling(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def ask(prompt: str | None, prompts: str | None, **settings: Any) -> list[str]:
+    def ask(prompt: list[str] | None, prompts: str | None, **settings: Any) -> list[str]:
         stream = SimpleNamespace(buffer=io.BytesIO(b"one\n\ntwo\n"), isatty=lambda: False)
         monkeypatch.setattr(sys, "stdin", stream)
         generate_verb(str(tiny_llama), None, prompt, prompts, ["model.dtype=float32"], **settings)
@@ -111,7 +111,8 @@ def test_prompts_from_standard_input_and_sampling(
     drawn = ask(None, None, max_new_tokens=5, temperature=2.0, seed=1)
     assert drawn == ask(None, None, max_new_tokens=5, temperature=2.0, seed=1) != piped
     with pytest.raises(InputError, match="without --temperature nothing is sampled, so --top-p has no effect"):
-        ask("one", None, top_p=0.5)
+        ask(["one"], None, top_p=0.5)
+    assert ask(["one", "two"], None, max_new_tokens=5) == piped
 
 
 def test_rewritten_keys_of_a_recipe_are_printed_too(tiny_llama: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_ids_beyond_the_embedding(small: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"rows\.jsonl:1 contains the token .* embedding ends at 99"):
         evaluate_verb(str(small), None, str(rows), None, [], None, [])
     with pytest.raises(ModelError, match=r"without a row in the model's embedding of 100"):
-        generate_verb(str(small), None, "the words", None, [])
+        generate_verb(str(small), None, ["the words"], None, [])
     ended = train_in_child(write_recipe(tmp_path, small), tmp_path / "run")
     assert ended.code == 2
     assert "the model's embedding ends at 99" in ended.output

@@ -62,7 +62,9 @@ def generate(
     target: TargetName,
     overrides: TargetKeys = None,
     base: Base = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="a prompt; repeat the option for several")
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -92,12 +94,13 @@ def generate(
     output: Annotated[str | None, typer.Option(metavar="DIR", help="the folder for images; default: pictures")] = None,
     device: Device = None,
 ) -> None:
-    """Answer prompts, score answers, or draw images. Prints text for one prompt, JSON lines for --prompts."""
+    """Answer prompts, score answers, or draw images. Prints text for one prompt, JSON lines for several."""
     from tunekit.generate import generate_verb
 
     changes = overrides or []
+    texts = prompt or None  # an option that is not given may be an empty list
     generate_verb(
-        target, base, prompt, prompts, changes, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
+        target, base, texts, prompts, changes, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
     )
 
 

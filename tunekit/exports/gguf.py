@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[st
     if not facts:
         return ()
     listed = ", ".join(f"{name} = {value}" for name, value in facts.items())
-    how = f"`tunekit export {exportable.target.model.name_or_path} --to gguf` writes such a file"
+    how = f"`tunekit export {shlex.quote(exportable.target.model.name_or_path)} --to gguf` writes such a file"
     return (f"the base's GGUF file must state {listed}, which llama.cpp's converter leaves out; {how}",)
 
 

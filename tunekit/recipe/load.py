@@ -1,6 +1,7 @@
 """Reads recipe.yaml and the overrides of the command line, and makes a Recipe. All problems are reported together."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,7 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
     draft = read_file(path)
     tool = tool_of(draft)
     if tool == PEFT:
-        how = f"convert it: `tunekit import {path} --output RECIPE`"
+        how = f"convert it: `tunekit import {shlex.quote(str(path))} --output RECIPE`"
         raise RecipeError("is the configuration of a PEFT adapter, not a recipe", how, file=str(path))
     every_weight = trains_base(draft, tool)
     if tool in WHOLE:
@@ -127,8 +128,8 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
         default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
         draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
     if tool is not None and not imported:
-        whose = f"{path} is a configuration of {tool}; to convert it, run `tunekit import {path} --output RECIPE`"
-        draft.rewrites.insert(0, whose)
+        command = f"tunekit import {shlex.quote(str(path))} --output RECIPE"
+        draft.rewrites.insert(0, f"{path} is a configuration of {tool}; to convert it, run `{command}`")
     return draft, tool
 
 

@@ -24,6 +24,7 @@ from tunekit.errors import DataError
 from tunekit.formats.fields import Fields
 from tunekit.recipe.data import Source
 
+SEPARATORS = {";": "save the file with commas", "\t": "name the file .tsv"}  # of other files that are called .csv
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -139,7 +140,9 @@ def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
                 problems.add(name, _line_of_bad_byte(file), f"not UTF-8: {error.reason}", "save the file as UTF-8")
                 return
             except (csv.Error, OSError, EOFError) as error:
-                problems.add(name, reader.line_num or start, f"not valid CSV: {error}", "the rest is not read")
+                reason = "a quote is never closed" if "end of data" in str(error) else error
+                what = f"not valid CSV: {reason}; this row and all rows after it are not read"
+                problems.add(name, start, what, "close its quotes, and double quotes inside of a quoted text")
                 return
             if cells is None:
                 return
@@ -168,6 +171,9 @@ def _line_of_bad_byte(file: DataFile) -> int:
 
 def _check_header(cells: list[str], name: str) -> list[str]:
     twice = sorted({cell for cell in cells if cells.count(cell) > 1})
+    for separator, how in SEPARATORS.items():
+        if len(cells) == 1 and separator in cells[0]:
+            raise DataError(f"the columns are separated by {separator!r}, not by commas", how, file=name, line=1)
     if twice or "" in cells:
         named = twice and twice[0]
         what = f"the header names '{named}' twice" if named else "the header has a column without a name"

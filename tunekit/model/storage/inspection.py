@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +46,8 @@ def read_config(source: ModelSource) -> JsonObject:
         how = "name the base in this key; adapter.init_from continues an adapter"
         raise ModelError(f"{source.name_or_path} contains an adapter, not a base model", how, key=KEY)
     if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
-        how = f"merge the run, and name the merged folder: tunekit merge {source.name_or_path} --output FOLDER"
+        command = f"tunekit merge {shlex.quote(source.name_or_path)} --output FOLDER"
+        how = f"merge the run, and name the merged folder: {command}"
         raise ModelError(f"{source.name_or_path} is a run, not a base model", how, key=KEY)
     if not (source.folder / "config.json").exists() and not any(source.folder.glob("*.safetensors")):
         ggufs = sorted(path.name for path in source.folder.glob("*.gguf"))
