@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunekit.data.looking.first_look import look_at, proposed_objectives
-from tunekit.errors import DataError, InputError, RecipeError
+from tunekit.errors import DataError, InputError, RecipeError, exit_message
 from tunekit.init import LENGTHS, _labelled, init_verb, models_at_hand
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.schema import schema_text
@@ -301,8 +301,10 @@ def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
         init(good, out, "org/model", method="lorra")
     with pytest.raises(InputError, match="not a share of the rows"):
         init(good, out, "org/model", evaluation=0.6)
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError) as caught:
         init(good, out, "org/model", quantization="nf5")
+    text, _ = exit_message(caught.value)
+    assert text.startswith(f"{out} is not written, because:\nmodel.quantization: ")  # no line of a removed file
     assert not out.exists()
     assert not (tmp_path / SCHEMA_NAME).exists()
 

@@ -24,7 +24,7 @@ from tunekit.data.looking.first_look import (
     proposed_objectives,
 )
 from tunekit.data.reading.source import rename_columns
-from tunekit.errors import InputError, RecipeError
+from tunekit.errors import InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.bases.section import AdapterSettings, Line, ObjectiveSettings
@@ -128,11 +128,22 @@ def init_verb(
         console.info("planning the run, to see whether it fits this machine ...")
         try:
             first, results = fitted(first, target)
-        except BaseException:  # also Ctrl-C
+        except BaseException as error:  # also Ctrl-C
             target.unlink()
-            raise
+            raise _without_recipe(error, target) from error
     write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an existing file stays
     console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
+
+
+def _without_recipe(error: BaseException, target: Path) -> BaseException:
+    """The error without the lines of the recipe, which is removed again."""
+    if not isinstance(error, TunekitError):
+        return error
+    problems = [
+        replace(problem, file=None, line=None) if problem.file and Path(problem.file) == target else problem
+        for problem in error.problems
+    ]
+    return type(error).of(problems, [*error.notes, f"{target} is not written, because:"])
 
 
 def eval_share(look: Look | None) -> str:

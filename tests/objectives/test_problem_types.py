@@ -29,7 +29,7 @@ from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_vit import write_tiny_vit
 from tunekit.adapter import combine_verb
 from tunekit.data.looking.first_look import look_at
-from tunekit.errors import TunekitError
+from tunekit.errors import DataError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.init import FirstRecipe, recipe_text
@@ -328,6 +328,22 @@ def test_labels_of_the_evaluation_rows_must_be_known(llama: Path, tmp_path: Path
             file.write(json.dumps({"text": "late", "label": label}) + "\n")
         with pytest.raises(TunekitError, match=message):
             make_plan(load_recipe(recipe), device=CPU)
+
+
+def test_a_share_for_evaluation_may_take_the_only_row_of_a_label(llama: Path, tmp_path: Path) -> None:
+    recipe = write_labelled(tmp_path, llama, data={"eval": 0.5})
+
+    def notes(labels: list[str]) -> str:
+        lines = [json.dumps({"text": f"text {index}", "label": label}) + "\n" for index, label in enumerate(labels)]
+        (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+        return "\n".join(make_plan(load_recipe(recipe), device=CPU)[0].notes)
+
+    once = "abcdefghijklmnop"
+    held = [label for label in once if f"the label '{label}' occurs in the evaluation rows only" in notes([*once])]
+    assert len(held) == 8  # each of them is a label of the head, which no training row has
+    place = once.index(held[0])
+    with pytest.raises(DataError, match="all training rows have the label 'same'"):
+        notes(["rare" if index == place else "same" for index in range(len(once))])
 
 
 @pytest.mark.drawn

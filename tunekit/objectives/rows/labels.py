@@ -143,7 +143,7 @@ def _learn(
     """The objective with the labels of the rows, unless the recipe lists labels. If the base's head has the same
     labels, the head decides their order.
     Raises: DataError for fewer than two labels, for one number in two spellings, or for a label that occurs only in
-    evaluation rows and is not listed.
+    a different file, of evaluation rows, and is not listed.
     """
     objective = _with_pairs(objective, rows) if objective.rows.reads_pairs else objective
     kind = objective.rows
@@ -159,16 +159,19 @@ def _learn(
         _refuse_no_classes(taught, kind, train)
     known = replace(kind.labels, names=listed or head)
     same = head if set(head) == set(map(known.head_name, present)) else ()
-    if unseen and not listed and not same:
-        label, row = min(unseen.items(), key=lambda pair: pair[1].number)
+    files = {row.origin.rpartition(":")[0] for row in train}  # a share of them may take the only row of a label
+    other_files = {label: row for label, row in unseen.items() if row.origin.rpartition(":")[0] not in files}
+    if other_files and not listed and not same:
+        label, row = min(other_files.items(), key=lambda pair: pair[1].number)
         file, _, line = row.origin.rpartition(":")
         how = f"add rows with this label to data.train, remove this row, or list '{label}' under objective.labels"
         raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
     names = listed or same or tuple(sorted(present, key=_by_number))
     if not names:
         raise DataError("no row of data.train has a label", "add rows that have some")
-    if len(names) < 2 and loss.problem_type != MULTI_LABEL:
-        what = f"all rows of data.train have the label '{names[0]}'"
+    labels_to_learn = names if listed or same else tuple(taught)
+    if len(labels_to_learn) < 2 and loss.problem_type != MULTI_LABEL:
+        what = f"all training rows have the label '{labels_to_learn[0]}'"
         raise DataError(what, "classification needs two labels or more")
     known = replace(kind.labels, names=names)
     counts, other = Counter[str](), set(map(known.head_name, unseen))
