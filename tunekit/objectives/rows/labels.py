@@ -159,13 +159,8 @@ def _learn(
         _refuse_no_classes(taught, kind, train)
     known = replace(kind.labels, names=listed or head)
     same = head if set(head) == set(map(known.head_name, present)) else ()
-    files = {row.origin.rpartition(":")[0] for row in train}  # a share of them may take the only row of a label
-    other_files = {label: row for label, row in unseen.items() if row.origin.rpartition(":")[0] not in files}
-    if other_files and not listed and not same:
-        label, row = min(other_files.items(), key=lambda pair: pair[1].number)
-        file, _, line = row.origin.rpartition(":")
-        how = f"add rows with this label to data.train, remove this row, or list '{label}' under objective.labels"
-        raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
+    if not listed and not same:
+        _refuse_unseen(unseen, train)
     names = listed or same or tuple(sorted(present, key=_by_number))
     if not names:
         raise DataError("no row of data.train has a label", "add rows that have some")
@@ -233,6 +228,16 @@ def _learn_outputs(
         squares = (labels.targets(text for text, _ in held[0]).double() - mean).square().mean()
         notes.append(f"always answering the mean of the training rows gives an eval.mse of {float(squares):.4g}")
     return _with_labels(objective, loss, names, unlabelled, None, notes, mean.tolist())
+
+
+def _refuse_unseen(unseen: Mapping[str, Row], train: Sequence[Row]) -> None:
+    """Raises: DataError for a label of evaluation rows only. A share of the training files may take its only row."""
+    files = {row.origin.rpartition(":")[0] for row in train}
+    for label, row in sorted(unseen.items(), key=lambda pair: pair[1].number):
+        file, _, line = row.origin.rpartition(":")
+        if file not in files:
+            how = f"add rows with this label to data.train, remove this row, or list '{label}' under objective.labels"
+            raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
 
 
 def _note_baseline(kind: RowKind, loss: LabelLoss, taught: Counter[str], held: Sequence[Row]) -> list[str]:
