@@ -7,7 +7,8 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 _PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # prefixes of access tokens
 _PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
@@ -84,6 +85,14 @@ class TunekitError(Exception):
         error.problems, error.notes = problems, tuple(notes)
         error.args = ("\n".join(str(problem) for problem in problems),)
         return error
+
+    def without_file(self, removed: Path) -> TunekitError:
+        """The error for a file that was removed because of it: no problem names a line of that file."""
+        problems = [
+            replace(each, file=None, line=None) if each.file and Path(each.file) == removed else each
+            for each in self.problems
+        ]
+        return type(self).of(problems, [*self.notes, f"{removed} is not written, because:"])
 
     def __reduce__(self) -> tuple[object, ...]:
         """The form in which the error is sent to a different process."""

@@ -128,22 +128,14 @@ def init_verb(
         console.info("planning the run, to see whether it fits this machine ...")
         try:
             first, results = fitted(first, target)
-        except BaseException as error:  # also Ctrl-C
+        except TunekitError as error:
             target.unlink()
-            raise _without_recipe(error, target) from error
+            raise error.without_file(target) from error
+        except BaseException:  # also Ctrl-C
+            target.unlink()
+            raise
     write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an existing file stays
     console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
-
-
-def _without_recipe(error: BaseException, target: Path) -> BaseException:
-    """The error without the lines of the recipe, which is removed again."""
-    if not isinstance(error, TunekitError):
-        return error
-    problems = [
-        replace(problem, file=None, line=None) if problem.file and Path(problem.file) == target else problem
-        for problem in error.problems
-    ]
-    return type(error).of(problems, [*error.notes, f"{target} is not written, because:"])
 
 
 def eval_share(look: Look | None) -> str:
