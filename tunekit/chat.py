@@ -15,7 +15,7 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
 from tunekit.formats.example import Message
 from tunekit.machine.devices import make_devices
-from tunekit.talking.adapters import BASE
+from tunekit.talking.adapters import BASE, check_folder
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.targets.target import find_target, load_target
@@ -213,6 +213,8 @@ def chat_verb(
     console = Console()
     earlier = [] if history is None else read_history(Path(history))
     spec = find_target(target, base, overrides)
+    for folder in adapters:
+        check_folder(folder)
     console.warn(*spec.rewrites)
     console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()

@@ -22,7 +22,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.machine.network import LOCAL_HOSTS, connection_limit, names_this_machine
 from tunekit.recipe.memory import size_bytes
-from tunekit.talking.adapters import name_of
+from tunekit.talking.adapters import check_folder, name_of
 from tunekit.talking.completion import ClientAnswer
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.desk import Desk
@@ -153,6 +153,8 @@ def serve_verb(
         raise InputError(f"on {host} other machines could use the server without a key", how)
     cache_bytes, adapter_bytes = (None if size is None else read_size(size) for size in memory)
     console, spec = Console(), find_target(target, base, overrides)
+    for folder in adapters:
+        check_folder(folder)
     listening = bind(host, port)
     console.warn(*spec.rewrites)
     console.info(f"loading {spec.model.name_or_path} ...")

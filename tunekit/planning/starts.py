@@ -25,11 +25,12 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
 
 
 def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
-    """Raises: AdapterError if init_from is no adapter folder, or has an adapter of different settings."""
+    """Raises: AdapterError if init_from is no adapter folder, is damaged, or has an adapter of different settings."""
     if settings.init_from is not None:
         adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
         adapter.head_name = base.family.head_name(base.net)
-        continued_folder(adapter, Path(settings.init_from))
+        config, _ = continued_folder(adapter, Path(settings.init_from))
+        config.check_files()
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:

@@ -10,7 +10,14 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, TENSORS_NAME, adapter_in, is_adapter
+from tunekit.adapters.folder.config import (
+    CONFIG_NAME,
+    FACTS_NAME,
+    TENSORS_NAME,
+    adapter_in,
+    is_adapter,
+    read_adapter_config,
+)
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
 from tunekit.errors import AdapterConflict, InputError
@@ -96,13 +103,10 @@ class Adapters:
         Raises: InputError if there is none; AdapterError if a single one does not fit the base.
         """
         path = Path(folder_name).expanduser().absolute()
-        if place := adapter_in(path):
+        place, adapters = _find_adapters(folder_name, path)
+        if place is not None:
             self.add(name_of(str(place)), place)
             return
-        adapters = _adapters_in(path)
-        if not adapters:
-            what = f"{folder_name} contains no adapter (adapter_config.json)"
-            raise InputError(what, "name an adapter folder, a run folder, or a folder of adapters")
         if taken := sorted({*self.names} & {*adapters}):
             raise InputError(f"{folder_name}: there is another model named '{taken[0]}'", "rename the folder in it")
         self._folders.append(path)
@@ -192,6 +196,27 @@ def name_of(target: str) -> str:
     """The name under which its adapter is served: the folder's name; for a run's adapter, the run's name."""
     path = Path(os.path.abspath(target))
     return path.parent.name if path.name == "adapter" else path.name
+
+
+def check_folder(folder_name: str) -> None:
+    """Check a folder for `Adapters.add_folder` without the base, which takes long to load. Adapters in a folder of
+    adapters are checked when they are first used.
+
+    Raises: InputError if there is no adapter; AdapterError if a single one is damaged.
+    """
+    place, _ = _find_adapters(folder_name, Path(folder_name).expanduser().absolute())
+    if place is not None:
+        read_adapter_config(place).check_files()
+
+
+def _find_adapters(folder_name: str, path: Path) -> tuple[Path | None, dict[str, Path]]:
+    """The single adapter of a folder, or all adapters in it by name. Raises: InputError if there is none."""
+    place = adapter_in(path)
+    adapters = {} if place is not None else _adapters_in(path)
+    if place is None and not adapters:
+        what = f"{folder_name} contains no adapter (adapter_config.json)"
+        raise InputError(what, "name an adapter folder, a run folder, or a folder of adapters")
+    return place, adapters
 
 
 def _written(place: Path) -> Stamp:

@@ -116,7 +116,8 @@ class LoadedTarget:
 def find_target(target: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
     """Resolve TARGET from its files; nothing is loaded.
 
-    Raises: InputError if TARGET cannot be resolved, or if an adapter's base cannot be found.
+    Raises: InputError if TARGET cannot be resolved, or if an adapter's base cannot be found; AdapterError if an
+    adapter's file is damaged, because the base takes long to load.
     """
     parsed = load_target_overrides(overrides)
     parsed.model.update(base_override(base))
@@ -144,6 +145,8 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
             f"objective.problem_type is only for a head whose files do not state its problem type; {target} states it"
         )
         raise InputError(what, "remove it")
+    if spec.adapter is not None:
+        read_adapter_config(spec.adapter).check_files()
     return replace(spec, rewrites=tuple(rewrites))
 
 

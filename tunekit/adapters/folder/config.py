@@ -112,10 +112,11 @@ def _fingerprint_of(place: Path) -> str | None:
 
 
 def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
-    """Read and check both configuration files; by default `method` is found from peft_type.
+    """Read and check both configuration files and the header of the tensors; by default `method` is found from
+    peft_type.
 
     `instead`: values that replace values of the file, because the caller handles what the file's values mean.
-    Raises: AdapterError that names everything missing, malformed or unsupported. No tensor is read.
+    Raises: AdapterError that names everything missing, malformed, truncated or unsupported. No tensor is read.
     """
     folder = Path(folder)
     path, file_fields = folder / CONFIG_NAME, read_fields(folder)
@@ -132,11 +133,10 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
         fields=file_fields,
     )
     refuse_pickle(folder)
-    has_head = config.task_type in HEAD_TASKS and "modules_to_save" in type(config.settings).model_fields
-    if not (method.peft.stored or has_head) or not tensors_path(folder).is_file():
-        return config
     shapes = {name: entry.shape for name, entry in adapter_header(tensors_path(folder)).items()}
-    settings = _with_heads(config.settings, shapes) if has_head else config.settings
+    settings = config.settings
+    if config.task_type in HEAD_TASKS and "modules_to_save" in type(settings).model_fields:
+        settings = _with_heads(settings, shapes)
     return replace(config, settings=method.peft.stored(settings, shapes) if method.peft.stored else settings)
 
 
