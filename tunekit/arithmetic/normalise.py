@@ -6,7 +6,6 @@ Programs differ in what they read: many ignore rsLoRA and patterns, some take on
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tunekit.arithmetic.nearest_lora import NotLowRank, RankLoss, layer_updates
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.write import base_of, write_lora
 from tunekit.errors import AdapterError
+from tunekit.files.work_folder import temporary_folder
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.records import with_article
 from tunekit.targets.target import TargetSpec, base_override, find_target
@@ -88,7 +88,7 @@ def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> 
         wrong = error.problems[0]
         how = f"convert it first: tunekit adapter convert {name} --initial DIR --output PLAIN"
         raise AdapterError(wrong.what, how, file=wrong.file, key=wrong.key) from error
-    holder = TemporaryDirectory(prefix="tunekit-")
+    holder = temporary_folder()
     plain = Path(holder.name) / "adapter"
     write_lora(plain, base_of([lora.config], base), lora, updates)
     return replace(find_target(str(plain), base, overrides), holder=holder)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
-from tunekit.files.work_folder import work_folder
+from tunekit.files.work_folder import temporary_folder, work_folder
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.model_folder import copy_other_files
@@ -203,7 +202,7 @@ def _in_order(tensor: Placed, values: Mapping[str, Array]) -> Array:
 def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iterator[Path]:
     """A temporary folder with the files of the merged model, except for its weights."""
     target, objective = exportable.target, exportable.objective
-    with TemporaryDirectory(prefix="tunekit-") as name:
+    with temporary_folder() as name:
         folder = Path(name) / Path(target.model.name_or_path).name
         folder.mkdir()
         config = json.dumps(rewriter.configuration(changes))  # some have Infinity, which write_json refuses

@@ -184,6 +184,11 @@ def is_real_file(path: Path) -> bool:
     return os.path.isfile(path) and not os.path.islink(path)
 
 
+def is_own(path: Path) -> bool:
+    """Whether the path belongs to this process's user. Windows gives each user a temporary folder instead."""
+    return not hasattr(os, "getuid") or path.lstat().st_uid == os.getuid()
+
+
 def temporary_name(path: Path) -> Path:
     """The temporary file for `path`: in the same folder, so that the rename stays within one file system."""
     return path.with_name(f".{path.name}.part-{os.getpid()}")

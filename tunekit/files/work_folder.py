@@ -1,14 +1,18 @@
-"""Hidden folders next to an output, for unfinished files. A later command removes the folders of killed processes."""
+"""Folders for unfinished files, hidden next to an output or in the system's temporary folder. A later command removes
+the folders of killed processes."""
 
 import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunekit.files.durable import FULL, explain, is_real_file, is_real_folder, remove_tree, replace_folder, sync
+from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, replace_folder, sync
 from tunekit.files.lock import LOCK_NAME, is_held
+
+TEMPORARY_PREFIX = "tunekit-"
 
 
 @contextmanager
@@ -17,15 +21,35 @@ def work_folder(path: Path) -> Iterator[Path]:
     removed first; a lock file in each folder names its process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for other in path.parent.glob(f".{glob.escape(path.name)}.part-*"):
-        if is_real_folder(other) and is_real_file(other / LOCK_NAME) and not is_held(other):
-            remove_tree(other)
+    _remove_leftovers(path.parent, f".{path.name}.part-")
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.part-", dir=path.parent))
     try:
-        (work / LOCK_NAME).write_text(f"{os.getpid()}\n")
+        _lock(work)
         yield work
     finally:
         remove_tree(work)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder in the system's temporary folder, removed with the object or after its `with` block. The folders of
+    this user's killed processes are removed first."""
+    _remove_leftovers(Path(tempfile.gettempdir()), TEMPORARY_PREFIX)
+    folder = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)
+    _lock(Path(folder.name))
+    return folder
+
+
+def _lock(folder: Path) -> None:
+    (folder / LOCK_NAME).write_text(f"{os.getpid()}\n")
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove the folders of killed processes, but not those of other users, who share the system's temporary folder. A
+    folder that cannot be removed must not stop the command."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+        ours = is_real_folder(folder) and is_real_file(folder / LOCK_NAME) and is_own(folder)
+        if ours and not is_held(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

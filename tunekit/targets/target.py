@@ -16,6 +16,7 @@ from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
+from tunekit.files.work_folder import temporary_folder
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
@@ -220,7 +221,7 @@ def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: Target
 
 def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides) -> TargetSpec:
     """The run's state after that step."""
-    holder = TemporaryDirectory(prefix="tunekit-")
+    holder = temporary_folder()
     adapter = Path(holder.name) / "adapter"
     export_checkpoint(checkpoint, adapter, parsed.model)
     run = checkpoint.parent.parent

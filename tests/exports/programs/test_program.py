@@ -8,16 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.train_case import in_child
 from tunekit.errors import InputError
 from tunekit.exports.programs import program as module
 from tunekit.exports.programs.program import Program, find_program, run_script
 from tunekit.exports.programs.versions import PROGRAMS, STAMP
+from tunekit.files.lock import LOCK_NAME
+from tunekit.files.work_folder import temporary_folder
 
 PYTHON = Program("fake", "1.0", Path(sys.executable))
 WAITS = """
@@ -108,6 +112,42 @@ program.run_script(program.Program("fake", "1.0", Path({sys.executable!r})), "wa
         assert ended(child)
     else:
         os.kill(child, signal.SIGKILL)
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_one(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a running process nor the user loses a folder."""
+    temporary = tmp_path / "temporary"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    running, mine, elsewhere = (temporary / f"tunekit-{name}" for name in ("running", "mine", "elsewhere"))
+    for folder in (running, mine, tmp_path / "target"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("text")
+    elsewhere.symlink_to(tmp_path / "target")
+    (running / LOCK_NAME).write_text(f"{os.getpid()}\n")
+    (tmp_path / "target" / LOCK_NAME).write_text("")
+    (scripts / "kills.py").write_text(
+        "import os, signal\ndef answer(request):\n    os.kill(os.getppid(), signal.SIGKILL)\n"
+    )
+    (scripts / "empty.py").write_text("def answer(request):\n    return {}\n")
+    assert in_child(lambda: run_script(PYTHON, "kills", {}), tmp_path / "log").code == -signal.SIGKILL
+    assert len([*temporary.iterdir()]) == 4
+    run_script(PYTHON, "empty", {})
+    assert {*temporary.iterdir()} == {running, mine, elsewhere}
+    assert (tmp_path / "target" / "file").exists()
+
+
+def test_a_folder_of_another_user_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "tunekit-theirs").mkdir()
+    (tmp_path / "tunekit-theirs" / LOCK_NAME).write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
+        temporary_folder().cleanup()
+        assert (tmp_path / "tunekit-theirs").exists()
+    temporary_folder().cleanup()
+    assert not (tmp_path / "tunekit-theirs").exists()
 
 
 def test_a_program_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

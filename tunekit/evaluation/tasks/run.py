@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunekit.contracts import Objective, Progress, no_progress
 from tunekit.errors import InputError, ModelError
+from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.evaluation import EvaluationSection
@@ -100,7 +100,7 @@ def run_tasks(
     from tunekit.evaluation.tasks.harness import HarnessModel
 
     harness = HarnessModel(model, tokenizer, objective, devices, settings.batch_size, progress, template)
-    with TemporaryDirectory(prefix="tunekit-") as folder, _quiet():
+    with temporary_folder() as folder, _quiet():
         tokenizer.save(Path(folder))  # generated tasks count tokens
         manager = _manager(settings, folder)
         results = simple_evaluate(

@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.errors import AdapterError, ModelError, Problem
 from tunekit.exports.llama_cpp.converter import Converter, Placed, added_facts, imported, make_model, placements
+from tunekit.files.work_folder import temporary_folder
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.portable import with_older_keys
@@ -75,7 +75,7 @@ def _placed(
     modules = dict(meta.net.named_modules())
     shapes = {f"{name}.weight": pair.shape for name, pair in plain.pairs.items()}
     transposed = [f"{name}.weight" for name in plain.pairs if name in modules and layer_kind(modules[name]) == "conv1d"]
-    with TemporaryDirectory(prefix="tunekit-") as name:
+    with temporary_folder() as name:
         folder = Path(name)
         config = json.dumps(with_older_keys(exportable.config))  # some have Infinity
         (folder / "config.json").write_text(config, "utf-8")

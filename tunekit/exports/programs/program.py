@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ import numpy as np
 from tunekit.contracts import Array
 from tunekit.errors import InputError
 from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, programs_folder
+from tunekit.files.work_folder import temporary_folder
 from tunekit.records import JsonObject
 
 INSIDE = Path(__file__).parent / "inside"  # scripts that a program's own Python runs
@@ -85,7 +85,7 @@ def run_script(
 
     Raises: InputError with the last lines of the program's log if it fails or takes longer than `seconds`.
     """
-    with tempfile.TemporaryDirectory(prefix="tunekit-program-") as name:
+    with temporary_folder() as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), "utf-8")
         np.savez(folder / "request.npz", **(arrays or {}))  # type: ignore[arg-type]  # they are no options
