@@ -124,13 +124,12 @@ logging:
   tensorboard_dir: runs
 """
 MLP = ("gate_proj", "up_proj", "down_proj")
+DPO_LOSS = "_component_: torchtune.modules.loss.LinearCrossEntropyLoss"
 DPO = {
     "_component_: torchtune.datasets.alpaca_cleaned_dataset\n  packed: False": (
         "_component_: torchtune.datasets.stack_exchange_paired_dataset"
     ),
-    "_component_: torchtune.modules.loss.LinearCrossEntropyLoss": (
-        "_component_: torchtune.rlhf.loss.DPOLoss\n  beta: 0.07\n  label_smoothing: 0"
-    ),
+    DPO_LOSS: ("_component_: torchtune.rlhf.loss.DPOLoss\n  beta: 0.07\n  label_smoothing: 0"),
 }
 TEACHER = """
 teacher_model:
@@ -188,6 +187,26 @@ def values(recipe: Recipe, *keys: str) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            UNSLOTH.replace("format_type: auto", "format_type: [a]"),
+            r"format_type: a list has no exact translation[^\n]*$",
+        ),
+        ("base_model: base\nmicro_batch_size: 2\nadapter: [lora]\n", "adapter: must be a mapping or a name, not"),
+        (
+            "model_name_or_path: base\nuse_peft: true\ndataset_name: [rows]\ndataset_text_field: story\n",
+            "dataset_text_field: there are no training sources",
+        ),
+    ],
+)
+def test_values_of_the_wrong_type_are_problems(folder: Path, text: str, problem: str) -> None:
+    (folder / "theirs.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=problem):
+        import_verb(str(folder / "theirs.yaml"), None)
+
+
 @pytest.mark.parametrize("line", ["  max_seq_len: null\n", ""])
 def test_torchtune_without_a_limit_is_said_to_lose_tokens(
     folder: Path, line: str, capsys: pytest.CaptureFixture[str]
@@ -225,6 +244,10 @@ def test_torchtune_without_a_limit_is_said_to_lose_tokens(
                 "clip_grad_norm: null": "clip_grad_norm: 1.5",
             },
             {"adapter.method": "full", "training.optimizer": "paged_adamw_8bit", "training.max_grad_norm": 1.5},
+        ),
+        (
+            {**DPO, DPO_LOSS: "_component_: torchtune.rlhf.loss.RSOLoss\n  gamma: 0.3"},
+            {"objective.method": "dpo", "objective.loss_type": ("hinge",), "objective.beta": 0.3},
         ),
         (
             {"seed: null": f"seed: null\n{TEACHER}"},  # qwen2/1.5_to_0.5B_KD_lora_single_device.yaml
@@ -286,6 +309,14 @@ def test_torchtune(
         ({"alpaca_cleaned_dataset": "samsum_dataset"}, "the data set 'samsum_dataset' has no exact translation"),
         ({"seed: null": "seed: null\nquantizer:\n  _component_: a.B"}, "quantizer._component_: .* would be lost"),
         ({"seed: null": "seed: null\nfuture: 3"}, "future: is a key of another tool and would be lost"),
+        ({"LinearCrossEntropyLoss": "DPOLoss\n  loss_type: ipo"}, "loss.loss_type: .* would be lost"),
+        ({"['q_proj', 'v_proj', 'output_proj']": "3"}, "model.lora_attn_modules: must be a list, not 3"),
+        ({"['q_proj', 'v_proj', 'output_proj']": "[[q_proj]]"}, "have other names in transformers' model"),
+        ({ALPACA: "- alpaca_cleaned_dataset"}, "dataset: 'alpaca_cleaned_dataset' is not a data set with its argum"),
+        ({ALPACA: f"{ALPACA}\n  split: 3"}, "dataset: split must be a text, not 3"),
+        ({ALPACA: f"{ALPACA}\n  column_map: [input]"}, "dataset: column_map must be a mapping, not"),
+        ({ALPACA: f"{ALPACA}\n  column_map: {{input: [q]}}"}, "dataset: column_map.input must be a text, not a list"),
+        ({"clip_grad_norm: null": "clip_grad_norm: few"}, "clip_grad_norm.: must be a number"),
     ],
 )
 def test_what_torchtune_has_and_nothing_here_is_said(

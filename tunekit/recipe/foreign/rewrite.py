@@ -182,12 +182,13 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     if isinstance(sources, str):
         draft.wrap(TRAIN, "path")
         draft.wrap(TRAIN, 0)
-    if not isinstance(draft.get(TRAIN), list):
+    sources = draft.get(TRAIN)
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         complain(draft, place, name, "there are no training sources", "write it under data.train")
     elif field == "columns" and value == "text":
         record(draft, place, name, "nothing (it changes nothing here)")
     else:
-        for index, _ in enumerate(draft.get(TRAIN)):
+        for index, _ in enumerate(sources):
             theirs = {str(value): "text"} if field == "columns" else value
             if write(draft, (*TRAIN, index, field), theirs, place, name) and field == "max_rows":
                 write(draft, (*TRAIN, index, "draw_seed"), None, place, name)  # the tool uses the first rows

@@ -110,7 +110,7 @@ def drop_empty(draft: Draft) -> None:
         if draft.values[name] in (None, False, "", [], {}):
             record(draft, draft.place((name,)), str(name), "nothing (it is empty)")
             draft.remove((name,))
-    if draft.has(("adapter",)) and draft.get(("adapter",)) is None:
+    if draft.has(("adapter",)) and draft.get(("adapter",)) in (None, False, "", [], {}):
         draft.remove(("adapter",))
 
 
@@ -153,6 +153,7 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         section, name = key.split(".")
         other = ONE_OF.get(name)
         written = draft.has((section, name)) or (other is not None and draft.has((section, other)))
+        written = written or not isinstance(draft.get((section,), {}), dict)  # invalid, and refused later
         of_adapter = method == "full" and (section == "adapter" or name == "quantization") and name != "method"
         if not (written or of_adapter or draft.untranslated & {(section, name)}):
             draft.set((section, name), value, Place(draft.file))

@@ -11,7 +11,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
-from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, exactly, lost, one_of, these
+from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, exactly, lost, mapping_of, one_of, these
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
@@ -40,6 +40,7 @@ DATASETS: dict[str, dict[str, Any]] = {  # the source of a builder without argum
 }
 FIELDS = {"input": "prompt", "output": "completion", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 TRAINS_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")  # unless train_on_input is false
+TEXTS = ("source", "split", "column", "conversation_style", "conversation_column")  # arguments of a data set
 FILES = ("json", "csv", "parquet", "text")  # values of `source` that name a file type
 OPTIMIZERS = {
     "torch.optim.AdamW": "adamw",
@@ -109,6 +110,7 @@ TABLE: dict[str, Alias] = {
         component(LOSSES, "write objective", "the loss "),
         "the mean over supervised tokens is always the loss",
     ),
+    **to("objective.beta", "loss.gamma"),  # RSOLoss
     **to("objective.beta", DISTILLATION, by=component(DIVERGENCES, "write objective.beta", "the loss ")),
     **to("objective.kd_ratio", "kd_ratio"),
     **to("objective.teacher", TEACHER, by=lambda value: {"name_or_path": value}),
@@ -118,13 +120,15 @@ TABLE: dict[str, Alias] = {
     **nowhere(lost("the tokenizer's own template is used", "write data.chat_template"), "tokenizer.prompt_template"),
     **nowhere(lost("tunekit has no quantization-aware training"), "quantizer.*"),
     **dropped("the teacher's files define it", "teacher_model.*", "teacher_checkpointer.*"),
-    **dropped("logits are computed in chunks", "kd_loss.*"),
+    **dropped("logits are computed in chunks", "loss.num_output_chunks", "kd_loss.num_output_chunks"),
+    **dropped("a mask, not a label, marks the other tokens", "loss.ignore_index", "loss.mask_ignored_tokens"),
+    **dropped("a mask, not a label, marks the other tokens", "kd_loss.ignore_index"),
     **dropped(
         TOP_LEVEL["fsdp"].why, "fsdp.*", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "custom_sharded_layers"
     ),
     **nowhere(exactly(1, how="run torchrun"), "tensor_parallel_dim", "context_parallel_dim"),
     **dropped("the model's files define it", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
-    **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram", "loss.*"),
+    **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram"),
     **dropped("use --device", "device"),
     **dropped("every step is logged", "log_every_n_steps", "log_peak_memory_stats", "log_level", "metric_logger.*"),
     **nowhere(lost("training.max_steps counts the steps of all epochs", "write it"), "max_steps_per_epoch"),
@@ -153,7 +157,7 @@ def rewrite_torchtune(draft: Draft) -> None:
         theirs.write(SCHEDULE, "training.scheduler", "constant")
         theirs.write(SCHEDULE, "training.warmup_ratio", 0.0)
     clip = theirs.take("clip_grad_norm")
-    theirs.write("clip_grad_norm", "training.max_grad_norm", None if clip is None else float(clip))
+    theirs.write("clip_grad_norm", "training.max_grad_norm", float(clip) if type(clip) is int else clip)
     _write_max_length(theirs)
     theirs.settle(TABLE)
 
@@ -198,7 +202,10 @@ def _write_method(theirs: Theirs) -> None:
     mlp, output = (theirs.take(f"model.apply_lora_to_{part}", False) for part in ("mlp", "output"))
     if not trained:
         return
-    unknown = [each for each in attention if each not in ATTENTION]
+    if not isinstance(attention, list):
+        theirs.complain("model.lora_attn_modules", f"must be a list, not {show(attention)}", "write [q_proj, v_proj]")
+        return
+    unknown = [each for each in attention if not isinstance(each, str) or each not in ATTENTION]
     if any(word in builder for word in FUSED) or unknown:
         what = "some of these modules have other names in transformers' model"
         theirs.complain("model.lora_attn_modules", what, "write adapter.target_modules (`tunekit plan` lists names)")
@@ -243,7 +250,8 @@ def _write_sources(theirs: Theirs) -> None:
 
 def _write_share(theirs: Theirs) -> None:
     """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval, drawn at random."""
-    head, tail = HEAD.fullmatch(theirs.get("dataset.split", "")), TAIL.fullmatch(theirs.get("dataset_val.split", ""))
+    splits = [str(theirs.get(f"{section}.split", "")) for section in ("dataset", "dataset_val")]
+    head, tail = HEAD.fullmatch(splits[0]), TAIL.fullmatch(splits[1])
     if head is None or tail is None or head.groups() != tail.groups():
         return
     for name in [name for name in theirs.values if name.startswith("dataset_val.")]:
@@ -260,9 +268,22 @@ def _section(theirs: Theirs, section: str) -> dict[str, Any]:
     return {name.partition(".")[2]: theirs.take(name) for name in names}
 
 
-def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
+def _arguments(part: object) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """The arguments of one data set that are not empty, and its column_map. Raises: NotExact if a type is wrong."""
+    if not isinstance(part, dict):
+        raise NotExact(f"{show(part)} is not a data set with its arguments", "write data.train")
+    mapped = mapping_of(part, "column_map")
+    arguments = {name: value for name, value in part.items() if value is not None and name != "column_map"}
+    texts = {name: arguments[name] for name in TEXTS if name in arguments}
+    for name, value in (texts | {f"column_map.{name}": column for name, column in mapped.items()}).items():
+        if not isinstance(value, str):
+            raise NotExact(f"{name} must be a text, not {show(value)}", "write data.train")
+    return arguments, mapped
+
+
+def _source(part: object) -> tuple[dict[str, Any], dict[str, object]]:
     """Translate the arguments of one data set to a source, and to keys that apply to all sources. Raises: NotExact."""
-    arguments = {name: value for name, value in part.items() if value is not None}
+    arguments, mapped = _arguments(part)
     builder = _last(arguments.pop(COMPONENT, ""))
     if builder not in DATASETS:
         how = f"known: {', '.join(DATASETS)}; write data.train"
@@ -281,7 +302,6 @@ def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
         field = "conversations" if source["format"] == "sharegpt" else "messages"
         column = arguments.pop("conversation_column", field)
         source |= {"columns": {column: field}} if column != field else {}
-    mapped = arguments.pop("column_map", None) or {}
     if builder == "text_completion_dataset":
         column = arguments.pop("column", "text")
         source |= {"columns": {column: "text"}} if column != "text" else {}

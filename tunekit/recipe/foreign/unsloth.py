@@ -9,6 +9,7 @@ from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
 from tunekit.recipe.foreign.values import NOTHING, exactly, lost, one_of, switch, these
 from tunekit.recipe.reading.draft import Draft
+from tunekit.recipe.reading.suggest import show
 
 FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
 _RECOMPUTED = one_of({"unsloth": True, "true": True, True: True, "none": False, False: False})
@@ -97,10 +98,11 @@ def rewrite_options(draft: Draft) -> None:
 def _write_sources(theirs: Theirs) -> None:
     """Write data.train: the hub data set of data.dataset and the files of data.local_dataset, with the same format."""
     kind = theirs.take("data.format_type", "auto")
-    if kind not in FORMATS:
-        theirs.complain("data.format_type", f"{kind!r} has no exact translation", f"known: {', '.join(FORMATS)}")
-        return
     hub, files = theirs.take("data.dataset"), theirs.take("data.local_dataset", [])
+    if not isinstance(kind, str) or kind not in FORMATS:
+        theirs.complain("data.format_type", f"{show(kind)} has no exact translation", f"known: {', '.join(FORMATS)}")
+        theirs.draft.untranslated.add(("data", "train"))
+        return
     name = "data.local_dataset" if files else "data.dataset"
     paths = [*([hub] if hub else []), *(files if isinstance(files, list) else [files])]
     if paths:
