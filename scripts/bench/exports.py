@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSpeechSeq
 
 from tunekit.arithmetic.merge import logits_of, merge
 from tunekit.data.rows import load_rows
-from tunekit.errors import Stopped, TunekitError
+from tunekit.errors import InputError, Stopped, TunekitError
 from tunekit.export import CERTIFICATE, export_verb
 from tunekit.exports.compare import difference
 from tunekit.exports.format import Options, load_format
@@ -184,8 +184,9 @@ def run_cell(target: Path, form: str, case: str, place: Path) -> dict[str, Any]:
             continue
         file = output / CERTIFICATE if output.is_dir() else Path(f"{output}.{CERTIFICATE}")
         facts = json.loads(file.read_text("utf-8"))
-        parts = facts["certificate"]["parts"]
-        return {"refused": refused, "what": facts["what"], "parts": parts, "program": program_of(facts)}
+        answer = facts["certificate"]
+        program = f"{answer['program']} {answer['version']}"
+        return {"refused": refused, "what": facts["what"], "parts": answer["parts"], "program": program}
     return {"refused": refused, "what": None, "parts": {}, "program": ""}
 
 
@@ -235,10 +236,6 @@ def image_cell(form: str, shape: str, case: str, place: Path) -> dict[str, Any]:
     return {"refused": refused, "what": case, "parts": parts, "program": f"diffusers {version('diffusers')}"}
 
 
-def program_of(facts: dict[str, Any]) -> str:
-    return f"{facts['certificate']['program']} {facts['certificate']['version']}"
-
-
 def cell_text(unit: dict[str, Any]) -> str:
     """The largest difference of what the program computed from the export, and whether a model had to be merged."""
     if not unit["parts"]:
@@ -248,13 +245,14 @@ def cell_text(unit: dict[str, Any]) -> str:
 
 
 def run_rows(run: str) -> list[tuple[list[int], list[bool]]]:
-    """Ids of the run's evaluation rows, and which of them are trained."""
+    """Ids of the run's evaluation rows, and which of them are trained. Raises: InputError if there are none."""
     target = find_target(run, None, [])
     objective = make_exportable(target).objective
-    assert objective is not None
-    assert target.data is not None
-    rows = load_rows(target.data, objective, seed=target.seed).evaluation
-    assert rows is not None
+    rows = None
+    if target.data is not None and objective is not None:
+        rows = load_rows(target.data, objective, seed=target.seed).evaluation
+    if rows is None or not len(rows):
+        raise InputError(f"{run} has no evaluation rows", "name a run whose recipe has data.eval", key="--run")
     parts = [rows[index].parts for index in range(len(rows))]
     return [(part["ids"].tolist(), part["trained"].astype(bool).tolist()) for part in parts]
 
@@ -270,20 +268,17 @@ def torch_answers(run: str, rows: list[list[int]]) -> list[NextTokens]:
     ]
 
 
-def run_export(run: str, name: str, work: Path) -> dict[str, Any]:
-    """The exact rows of one export, by number."""
+def run_export(run: str, name: str, work: Path, rows: list[tuple[list[int], list[bool]]]) -> dict[str, Any]:
+    """The exact rows of one export, by number. `rows`: from `run_rows`."""
     output = work / ("model.gguf" if name not in ASKED else name)
     if name != "torch" and not output.exists():
         options = Options(merged=True, type=None if name in ASKED else name)
         export_verb(run, "gguf" if name not in ASKED else name, str(output), None, options, certify=False)
-    program, ask = (
-        find_program("llama.cpp" if name not in ASKED else name) if name != "torch" else None,
-        ASKED.get(name),
-    )
-    exact, rows = [], run_rows(run)
+    program = None if name == "torch" else find_program(name if name in ASKED else "llama.cpp")
+    exact, ask = [], ASKED.get(name) or llama_cpp.answers
     for first in range(0, len(rows), AT_ONCE):
         ids = [each for each, _ in rows[first : first + AT_ONCE]]
-        answers = torch_answers(run, ids) if program is None else (ask or llama_cpp.answers)(program, output, ids)
+        answers = torch_answers(run, ids) if program is None else ask(program, output, ids)
         for number, answer in enumerate(answers, start=first):
             tokens, trained = rows[number]
             best = answer.values.argmax(-1) if answer.tokens is None else answer.tokens[:, 0]
@@ -368,6 +363,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "bench" / "exports")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "scripts" / "results")
     asked = parser.parse_args()
+    try:
+        measure(asked, run_rows(asked.run) if asked.run and not asked.page else [])
+    except TunekitError as error:
+        sys.exit(f"error: {error}")
+
+
+def measure(asked: argparse.Namespace, rows: list[tuple[list[int], list[bool]]]) -> None:
+    """Every cell that exports.json lacks, or with --run the export of `rows`; then the page."""
     results, started = Results(asked.output / "exports.json"), time.monotonic()
     lists = (asked.formats.split(","), asked.shapes.split(","), asked.cases.split(","))
     cells = [cell for cell in itertools.product(*lists) if fits(*cell)]
@@ -377,19 +380,19 @@ def main() -> None:
     for name in asked.exports.split(",") if asked.run and not asked.page else ():
         if f"run|{name}" not in results.units:
             asked.work.mkdir(parents=True, exist_ok=True)
-            results.add(f"run|{name}", run_export(asked.run, name, asked.work))
-            print(f"{time.strftime('%H:%M:%S')} {name}: {len(results.units[f'run|{name}']['exact'])} exact", flush=True)
+            unit = run_export(asked.run, name, asked.work, rows)
+            results.add(f"run|{name}", unit)
+            print(f"{time.strftime('%H:%M:%S')} {name}: {len(unit['exact'])} exact", flush=True)
     for form, shape, case in [] if asked.page or asked.run else cells:
         name = f"{form}|{shape}|{case}"
         if name in results.units or time.monotonic() - started > asked.minutes * 60:
             continue
-        results.add(
-            name, measured(form, shape, case, asked.work, asked.speech if shape == "whisper" else asked.tokenizer)
-        )
-        print(
-            f"{time.strftime('%H:%M:%S')} {name}: {cell_text(results.units[name])} {results.units[name]['refused']}",
-            flush=True,
-        )
+        source = asked.speech if shape == "whisper" else asked.tokenizer
+        if source is None and shape not in IMAGE_SHAPES:
+            raise InputError(f"{shape} needs {'--speech' if shape == 'whisper' else '--tokenizer'} MODEL")
+        unit = measured(form, shape, case, asked.work, source)
+        results.add(name, unit)
+        print(f"{time.strftime('%H:%M:%S')} {name}: {cell_text(unit)} {unit['refused']}", flush=True)
     (asked.output / "exports.md").write_text(page(results.units), "utf-8")
 
 
